@@ -24,15 +24,20 @@ use crate::{
     pods::{gateway, last_address},
 };
 
+use self::filters::filter_lookups;
 pub use self::{
     cause::{Cause, Evidence, Fact, MAIN},
+    lookup::{Answer, EXDEV, Expected, Kind, Question},
     programs::likely_program,
 };
 
 mod cause;
+mod filters;
 mod home;
+mod lookup;
 mod programs;
 mod selected;
+mod sentence;
 #[cfg(test)]
 mod tests;
 
@@ -40,8 +45,7 @@ mod tests;
 const MAX_LOOKUPS: usize = 512;
 /// Lookups per peer subnet, without those for rotating addresses.
 const LOOKUPS_PER_SUBJECT: usize = 5;
-/// Upper limit of the rotating addresses that are looked up per peer subnet and pass. Few subnets
-/// get more addresses each.
+/// Upper limit of the rotating addresses per peer subnet and pass. Few subnets get more each.
 const MAX_ADDRESSES_PER_SUBJECT: usize = 8;
 /// Upper limit of the suspected addresses: of this node's own subnets together, and of each peer
 /// subnet.
@@ -102,97 +106,6 @@ impl Own {
         let last = last_address(subnet);
         let pod = subnet.hosts().take(16).chain([last]).filter(is_free).last().unwrap_or(last);
         Self { subnet, inside, pod }
-    }
-}
-
-/// The direction of the packets that are looked up. The order is that of precedence in reports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    /// From pods of this host to pods of a peer.
-    Out,
-    /// From pods of a peer to pods of this host.
-    In,
-    /// From this host itself to a peer's VTEP.
-    Own,
-    /// From pods of a peer to this host's underlay address. They arrive outside the tunnel.
-    PodsToHost,
-    /// From a peer's underlay address to pods of this host: packets that the peer's host itself
-    /// sends.
-    HostsToPods,
-    /// To pods of this host from anywhere; covers this node's whole own subnet.
-    Home,
-}
-
-impl Kind {
-    /// Whether these packets have to leave by the interface that pods are behind.
-    const fn is_to_pods_here(self) -> bool {
-        matches!(self, Self::In | Self::Home)
-    }
-}
-
-/// One route lookup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Question {
-    /// The direction of the packet.
-    pub kind: Kind,
-    /// The peer's subnet; for [`Kind::Home`] this node's own subnet.
-    pub subject: IpNet,
-    /// Source address; `None` lets the kernel choose.
-    pub from: Option<IpAddr>,
-    /// Destination address.
-    pub to: IpAddr,
-    /// Index of the interface that the packet arrives by; `None` if this host sends it.
-    pub input: Option<u32>,
-    /// The correct result.
-    pub expected: Expected,
-    /// The policy rule's or route's selector that the packet was built to match.
-    pub selector: Option<Selector>,
-}
-
-/// The correct result of a lookup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expected {
-    /// The packet leaves by the interface with index `link`, to `gateway` if one is given.
-    Way { link: u32, gateway: Option<IpAddr> },
-    /// The lookup fails: the sender receives an error.
-    Nowhere,
-    /// Any result except rejection by a reverse path filter.
-    Unfiltered,
-}
-
-/// The kernel's result of a lookup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// The packet leaves by the interface with index `link`.
-    Way { link: u32, gateway: Option<IpAddr>, table: u32 },
-    /// The lookup failed with this errno.
-    Refused(i32),
-}
-
-/// Errno of the reverse path filter. Kernels since 6.14 return `EINVAL` instead, which has many
-/// other causes.
-pub const EXDEV: i32 = 18;
-const EINVAL: i32 = 22;
-
-impl Question {
-    /// Returns the address of the packet that belongs to the peer.
-    fn remote(&self) -> IpAddr {
-        match self.kind {
-            Kind::Out | Kind::Own | Kind::Home => self.to,
-            Kind::In | Kind::PodsToHost | Kind::HostsToPods => self.from.unwrap_or(self.to),
-        }
-    }
-
-    /// Returns whether the result is the correct one.
-    pub fn agrees(&self, answer: Answer) -> bool {
-        match (self.expected, answer) {
-            (Expected::Unfiltered, answer) => !matches!(answer, Answer::Refused(EXDEV | EINVAL)),
-            (Expected::Nowhere, Answer::Refused(_)) => true,
-            (Expected::Way { link, gateway }, Answer::Way { link: found, gateway: via, .. }) => {
-                link == found && (gateway.is_none() || gateway == via)
-            }
-            _ => false,
-        }
     }
 }
 
@@ -329,8 +242,8 @@ impl Audit {
         });
         questions
     }
-    /// Appends the lookups for one peer subnet.
 
+    /// Appends the lookups for one peer subnet.
     fn add_lookups(
         &self,
         subject: IpNet,
@@ -365,10 +278,10 @@ impl Audit {
         questions.push(Question { to: last_address(subject), ..question });
         let count = addresses as u32;
         let numbers = (0..count).map(|i| self.pass.wrapping_sub(1).wrapping_mul(count) + i + 1);
-        let spread_address = numbers.map(|number| spread_address(subject, number));
+        let rotating = numbers.map(|number| spread_address(subject, number));
         let suspects = self.suspects.get(&subject).into_iter().flatten().copied();
-        let spread_address: Vec<IpAddr> = spread_address.chain(suspects).collect();
-        questions.extend(spread_address.iter().map(|to| Question { to: *to, ..question }));
+        let addresses: Vec<IpAddr> = rotating.chain(suspects).collect();
+        questions.extend(addresses.iter().map(|to| Question { to: *to, ..question }));
         if expected == Expected::Nowhere {
             return;
         }
@@ -376,7 +289,7 @@ impl Audit {
         if let Some(inside) = own.inside {
             let comes_in = Question {
                 kind: Kind::In,
-                from: spread_address.last().copied(),
+                from: addresses.last().copied(),
                 to: own.pod,
                 input: Some(comes_by),
                 expected: Expected::Way { link: inside, gateway: None },
@@ -399,11 +312,11 @@ impl Audit {
 
     /// Evaluates the results of a pass. The cause of a result is `None` if it is correct.
     pub fn conclude(&mut self, results: impl IntoIterator<Item = (Question, Option<Cause>)>) {
-        let mut asked: BTreeSet<IpNet> = BTreeSet::new();
+        let mut looked_up: BTreeSet<IpNet> = BTreeSet::new();
         let mut home: BTreeMap<Cause, IpAddr> = BTreeMap::new();
         let mut remote: BTreeMap<(IpNet, Cause), IpAddr> = BTreeMap::new();
         for (question, cause) in results {
-            if asked.insert(question.subject) {
+            if looked_up.insert(question.subject) {
                 self.deviations.remove(&question.subject);
                 self.suspects.remove(&question.subject);
             }
@@ -484,37 +397,6 @@ impl Finding {
 
 const fn is_ipv4(network: IpNet) -> bool {
     matches!(network, IpNet::V4(_))
-}
-
-/// Returns lookups that reveal a reverse path filter, which only IPv4 has. It drops a packet that
-/// arrives by another interface than the one that leads to its sender, as packets between pods and
-/// hosts' underlay addresses do by design.
-fn filter_lookups(subject: IpNet, peer: IpAddr, ground: &Ground) -> Vec<Question> {
-    let own = ground.own.iter().find(|own| is_ipv4(own.subnet));
-    let Some(own) = own.filter(|_| ground.local.is_ipv4() && is_ipv4(subject)) else {
-        return Vec::new();
-    };
-    // Masqueraded packets have the host's address and pass the filter.
-    if ground.masquerade {
-        return Vec::new();
-    }
-    let question = Question {
-        kind: Kind::PodsToHost,
-        subject,
-        from: Some(last_address(subject)),
-        to: ground.local,
-        input: Some(ground.underlay),
-        expected: Expected::Unfiltered,
-        selector: None,
-    };
-    let to_pods = own.inside.map(|_| Question {
-        kind: Kind::HostsToPods,
-        from: Some(peer),
-        to: own.pod,
-        input: Some(ground.device),
-        ..question
-    });
-    [Some(question), to_pods].into_iter().flatten().collect()
 }
 
 /// Returns an address inside `subnet` for each `number`. Consecutive numbers halve the subnet,

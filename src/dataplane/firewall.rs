@@ -60,12 +60,12 @@ pub struct Leases {
 
 /// Rules about packets to the VXLAN port.
 #[derive(Clone, Debug, PartialEq, Eq)]
-/// UDP port of the tunnels.
 pub struct Guard {
-    /// VNI of the overlay.
+    /// UDP port of the tunnels.
     pub port: u16,
-    /// Underlay addresses of the members.
+    /// VNI of the overlay.
     pub vni: u32,
+    /// Underlay addresses of the members.
     pub members: BTreeSet<IpAddr>,
     /// Whether addresses stay accepted although no known member has them, because an unconfirmed
     /// slot's owner may know such a member.

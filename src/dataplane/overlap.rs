@@ -118,8 +118,8 @@ pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
             let what = match overlay_outranks(found) {
                 true => format!(
                     "routes to nodes' subnets are more specific than {around}, so packets to machines \
-                     behind {interface} in these subnets go into the overlay, and packets to a pod with the address \
-                     {address} stay on this host"
+                     behind {interface} in these subnets go into the overlay, and packets to a pod with the \
+                     address {address} stay on this host"
                 ),
                 false => format!("packets for pods in {around} leave by that interface"),
             };
@@ -144,8 +144,8 @@ fn second_interface_sentence(found: &Foreign, subnet: IpNet, bridge: &str) -> St
         ForeignKind::Address | ForeignKind::Route => String::new(),
     };
     format!(
-        "{} on {interface} is in this node's own subnet {subnet}, of which {bridge} is the bridge: packets for \
-         pods leave by {interface} instead; remove it (ip addr del {network} dev {interface}){whole}",
+        "{} on {interface} is in this node's own subnet {subnet}, of which {bridge} is the bridge: packets \
+         for pods leave by {interface} instead; remove it (ip addr del {network} dev {interface}){whole}",
         found.address()
     )
 }

@@ -38,10 +38,12 @@ impl Transport {
     }
 }
 
-/// A range of ports, both ends included.
+/// A range of ports, including both ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ports {
+    /// The first port.
     pub first: u16,
+    /// The last port.
     pub last: u16,
 }
 
@@ -54,8 +56,8 @@ impl fmt::Display for Ports {
     }
 }
 
-/// What a policy rule selects packets by (`ip rule`, linux/fib_rules.h), marks and interfaces apart; or what
-/// a route does that selects by more than the destination.
+/// The properties by which a policy rule selects packets (`ip rule`, linux/fib_rules.h), except
+/// marks and interfaces; or those of a route that requires more than a destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Selector {
     /// Priority of the rule; `None` for a route.
@@ -75,7 +77,8 @@ pub struct Selector {
 }
 
 impl Selector {
-    /// Protocol and ports of a packet that is selected; none where any is. Of a range it has the first port.
+    /// Returns protocol and ports of a packet that is selected, with the first port of each range;
+    /// `None` if the selector contains neither.
     pub fn transport(&self) -> Option<Transport> {
         let first = |ports: Option<Ports>| ports.map(|ports| ports.first);
         Transport::new(self.protocol, first(self.source), first(self.destination))
@@ -115,28 +118,29 @@ impl fmt::Display for Selector {
     }
 }
 
-/// What a route selects packets by beside their destination; shown as `ip route` takes it behind that.
+/// What a route requires of a packet besides its destination. Displayed in the syntax of `ip
+/// route`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Condition {
-    /// Of the sender: IPv6 has such routes.
+    /// Source network; only routes of IPv6 have one.
     pub from: Option<IpNet>,
-    /// The type of service: IPv4 has such routes.
+    /// Type of service, 0 for any; only routes of IPv4 have one.
     pub tos: u8,
 }
 
 impl Condition {
-    /// Whether it selects all packets to the destination.
+    /// Whether it accepts all packets to the destination.
     pub fn is_none(&self) -> bool {
         *self == Self::default()
     }
 
-    /// Whether a packet meets it.
+    /// Returns whether a packet with this source and type of service meets it.
     pub fn takes(&self, from: Option<IpAddr>, tos: u8) -> bool {
         let is_from = self.from.is_none_or(|network| from.is_some_and(|ip| network.contains(&ip)));
         is_from && (self.tos == 0 || self.tos == tos)
     }
 
-    /// What a route to this destination selects.
+    /// Returns the selector of a route to this destination.
     pub fn of_route_to(self, to: IpNet) -> Selector {
         let Self { from, tos } = self;
         Selector { from, tos, to: Some(to), ..Selector::default() }

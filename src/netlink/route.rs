@@ -3,6 +3,8 @@
 //! A lookup is the kernel's own decision (`RTM_GETROUTE` without `NLM_F_DUMP`). It includes policy rules,
 //! VRFs, more specific prefixes, reverse path filters and the interfaces' forwarding settings.
 
+mod parse;
+
 use std::{
     io,
     net::{IpAddr, Ipv6Addr},
@@ -14,13 +16,15 @@ use rtnetlink::packet_route::{
         RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteLwEnCapType, RouteMessage,
         RouteMetric, RouteNextHop, RouteProtocol, RouteType,
     },
-    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage, RulePortRange},
+    rule::RuleMessage,
 };
 
 use ipnet::IpNet;
 
+pub use self::parse::condition;
+use self::parse::{any, gateway, ip, refusal, rule, unicast_route, via_ip};
 use super::Netlink;
-use crate::model::{Condition, Ports, Selector, Transport};
+use crate::model::{Condition, Selector, Transport};
 
 /// A packet whose route is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +76,7 @@ pub struct RouteLookup {
     pub redirected: bool,
     /// Unicast, local, unreachable, blackhole ...
     pub kind: RouteType,
-    /// Something is put before the packet, or a program changes it (MPLS, SRv6, BPF).
+    /// Whether an encapsulation changes the packet or adds a header (MPLS, SRv6, BPF).
     pub rewrites: bool,
 }
 
@@ -93,6 +97,7 @@ pub struct Entry {
     pub kind: RouteType,
     /// Whether it has several next hops.
     pub is_multipath: bool,
+    /// What the route requires of a packet besides its destination.
     pub condition: Condition,
 }
 
@@ -139,6 +144,7 @@ pub struct Refusal {
     pub kind: &'static str,
     /// The program that added it.
     pub protocol: RouteProtocol,
+    /// What it requires of a packet besides its destination.
     pub condition: Condition,
 }
 
@@ -245,7 +251,7 @@ impl Netlink {
         };
         for attribute in &message.attributes {
             match attribute {
-                // Tunnels alone read what these say, and no device of ours is such a one.
+                // Only tunnel devices in metadata mode use these; gossamer's is not.
                 RouteAttribute::EncapType(
                     RouteLwEnCapType::None | RouteLwEnCapType::Ip | RouteLwEnCapType::Ip6,
                 ) => {}
@@ -394,131 +400,5 @@ impl Netlink {
             RouteNetlinkMessage::NewRoute(found) => Ok(found),
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no route in the answer")),
         }
-    }
-}
-
-/// Parses a policy rule.
-fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
-    let RouteNetlinkMessage::NewRule(message) = message else { return None };
-    let refuses = matches!(
-        message.header.action,
-        RuleAction::Blackhole | RuleAction::Unreachable | RuleAction::Prohibit
-    );
-    let table = u32::from(message.header.table);
-    let (mut priority, mut of_table, mut input, mut origin) = (0, table, None, None);
-    let (mut mark, mut mask) = (None, u32::MAX);
-    let (mut from, mut to) = (None, None);
-    let (mut protocol, mut source, mut destination) = (None, None, None);
-    let range = |ports: &RulePortRange| Ports { first: ports.start, last: ports.end };
-    let network = |ip: &IpAddr, length: u8| IpNet::new(*ip, length).ok();
-    for attribute in &message.attributes {
-        match attribute {
-            RuleAttribute::Priority(number) => priority = *number,
-            RuleAttribute::Table(number) => of_table = *number,
-            RuleAttribute::Iifname(name) => input = Some(name.clone()),
-            RuleAttribute::Source(ip) => from = network(ip, message.header.src_len),
-            RuleAttribute::Destination(ip) => to = network(ip, message.header.dst_len),
-            RuleAttribute::IpProtocol(number) => protocol = Some(u8::from(*number)),
-            RuleAttribute::SourcePortRange(ports) => source = Some(range(ports)),
-            RuleAttribute::DestinationPortRange(ports) => destination = Some(range(ports)),
-            RuleAttribute::FwMark(value) => mark = Some(*value),
-            RuleAttribute::FwMask(value) => mask = *value,
-            RuleAttribute::Protocol(number) => origin = Some(*number),
-            _ => {}
-        }
-    }
-    let tos = message.header.tos;
-    let selector =
-        Selector { priority: Some(priority), from, to, protocol, source, destination, tos };
-    Some(Rule {
-        priority,
-        selector,
-        inverted: message.header.flags.contains(RuleFlags::Invert),
-        input,
-        table: of_table,
-        refuses,
-        mark: mark.map(|mark| (mark, mask)),
-        protocol: origin,
-    })
-}
-
-/// Parses a unicast route. `None` for other kinds.
-fn unicast_route(route: &RouteMessage, ipv4: bool) -> Option<UnicastRoute> {
-    if route.header.kind != RouteType::Unicast {
-        return None;
-    }
-    let mut network = any(ipv4);
-    let (mut metric, mut table) = (0, u32::from(route.header.table));
-    let (mut gateways, mut link) = (Vec::new(), None);
-    for attribute in &route.attributes {
-        match attribute {
-            RouteAttribute::Destination(address) => network = ip(address)?,
-            RouteAttribute::Oif(index) => link = Some(*index),
-            RouteAttribute::Priority(number) => metric = *number,
-            RouteAttribute::Table(number) => table = *number,
-            RouteAttribute::MultiPath(hops) => {
-                let attributes = hops.iter().flat_map(|hop| &hop.attributes);
-                gateways.extend(attributes.filter_map(gateway));
-            }
-            other => gateways.extend(gateway(other)),
-        }
-    }
-    let to = IpNet::new(network, route.header.destination_prefix_length).ok()?;
-    Some(UnicastRoute { to, gateways, link, metric, table })
-}
-
-/// Returns the gateway in an attribute.
-const fn gateway(attribute: &RouteAttribute) -> Option<IpAddr> {
-    match attribute {
-        RouteAttribute::Gateway(address) => ip(address),
-        RouteAttribute::Via(via) => via_ip(via),
-        _ => None,
-    }
-}
-
-/// Parses a route that drops packets.
-fn refusal(route: &RouteMessage, kind: &'static str, ipv4: bool) -> Option<Refusal> {
-    let mut network = any(ipv4);
-    let mut table = u32::from(route.header.table);
-    for attribute in &route.attributes {
-        match attribute {
-            RouteAttribute::Destination(address) => network = ip(address)?,
-            RouteAttribute::Table(number) => table = *number,
-            _ => {}
-        }
-    }
-    let destination = IpNet::new(network, route.header.destination_prefix_length).ok()?;
-    let (protocol, condition) = (route.header.protocol, condition(route));
-    Some(Refusal { destination, table, kind, protocol, condition })
-}
-
-/// What a route selects packets by beside their destination.
-pub fn condition(route: &RouteMessage) -> Condition {
-    let length = route.header.source_prefix_length;
-    let from = route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Source(address) => IpNet::new(ip(address)?, length).ok(),
-        _ => None,
-    });
-    Condition { from: from.filter(|_| length > 0), tos: route.header.tos }
-}
-
-fn any(ipv4: bool) -> IpAddr {
-    if ipv4 { [0; 4].into() } else { [0; 16].into() }
-}
-
-const fn ip(address: &RouteAddress) -> Option<IpAddr> {
-    match address {
-        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
-        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
-        _ => None,
-    }
-}
-
-const fn via_ip(via: &rtnetlink::packet_route::route::RouteVia) -> Option<IpAddr> {
-    use rtnetlink::packet_route::route::RouteVia;
-    match via {
-        RouteVia::Inet(ip) => Some(IpAddr::V4(*ip)),
-        RouteVia::Inet6(ip) => Some(IpAddr::V6(*ip)),
-        _ => None,
     }
 }

@@ -51,13 +51,18 @@ pub(super) fn is_open(port: &Link) -> bool {
     port.is_operational() && reported_settings(port).contains(&(STATE, FORWARDING))
 }
 
-/// State of a bridge port (`BR_STATE_*` of linux/if_bridge.h).
+/// State of a bridge port (`BR_STATE_*`, linux/if_bridge.h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PortState {
+    /// No packets pass.
     Disabled,
+    /// Spanning tree: no packets pass yet.
     Listening,
+    /// Spanning tree: the bridge learns MACs, no packets pass yet.
     Learning,
+    /// Packets pass.
     Forwarding,
+    /// Spanning tree: no packets pass.
     Blocking,
 }
 

@@ -1,4 +1,4 @@
-//! One connection's reader, and the few operations on a connection.
+//! Tasks that read a connection, and operations on it.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -12,31 +12,72 @@ use crate::{
     wire::visible,
 };
 
-/// A call that got no answer in this time gets none.
+/// Time after which a call without a response fails.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// A peer that opens a stream must say what it wants within this time.
+/// Time within which a peer must finish a message or request that it has started.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What happened on the network. Passed to [`super::Transport::handle`] by the loop that owns it.
+/// What happened on the network. The owning loop passes each event to [`super::Transport::handle`].
 #[derive(Debug)]
 pub enum Event {
-    Connected { peer: NodeId, connection: Connection, inbound: bool },
-    Closed { peer: NodeId, stable_id: usize },
-    DialFailed { peer: NodeId, error: CallError },
-    Message { from: NodeId, message: Message },
-    Request { from: NodeId, message: Message, stream: SendStream },
-    Answer { call: CallId, result: Result<(NodeId, Message), CallError> },
+    /// A connection was established.
+    Connected {
+        /// The other node.
+        peer: NodeId,
+        /// The connection.
+        connection: Connection,
+        /// Whether the peer opened it.
+        inbound: bool,
+    },
+    /// A connection has ended.
+    Closed {
+        /// The other node.
+        peer: NodeId,
+        /// Quinn's id of the connection.
+        stable_id: usize,
+    },
+    /// This node could not connect to a peer.
+    DialFailed {
+        /// The peer.
+        peer: NodeId,
+        /// The reason.
+        error: CallError,
+    },
+    /// A frame arrived.
+    Message {
+        /// The sender.
+        from: NodeId,
+        /// The frame.
+        message: Message,
+    },
+    /// A request arrived.
+    Request {
+        /// The sender.
+        from: NodeId,
+        /// The request.
+        message: Message,
+        /// The stream for the response.
+        stream: SendStream,
+    },
+    /// A call has ended.
+    Answer {
+        /// The call.
+        call: CallId,
+        /// The response and its sender, or why there is none.
+        result: Result<(NodeId, Message), CallError>,
+    },
 }
 
+/// Sender of the queue to the owning loop.
 pub(super) type Events = mpsc::Sender<Event>;
 
-/// Reads everything that comes in on a connection until it ends.
+/// Reads all datagrams and streams of a connection until it ends.
 pub(super) async fn read(peer: NodeId, connection: Connection, intake: Intake, events: Events) {
     let intake = intake.of_node(peer);
     loop {
         tokio::select! {
             datagram = connection.read_datagram() => match datagram {
-                // Lossy by nature: a busy loop sheds them rather than fall behind.
+                // Datagrams may be lost anyway, so a full queue drops them.
                 Ok(bytes) => {
                     let message = Message::datagram(bytes.into());
                     let _ = events.try_send(Event::Message { from: peer, message });
@@ -62,7 +103,7 @@ pub(super) async fn read(peer: NodeId, connection: Connection, intake: Intake, e
     let _ = events.send(Event::Closed { peer, stable_id: connection.stable_id() }).await;
 }
 
-/// Sends a frame that is too large for a datagram.
+/// Sends a frame that is too large for a datagram, and waits until the peer has received it.
 pub(super) async fn send_stream(connection: Connection, bytes: Vec<u8>) {
     let sent = async {
         let mut stream = connection.open_uni().await?;
@@ -74,18 +115,18 @@ pub(super) async fn send_stream(connection: Connection, bytes: Vec<u8>) {
     match tokio::time::timeout(CALL_TIMEOUT, sent).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(error = visible(&error.to_string()), "frame lost"),
-        Err(_) => tracing::debug!("frame lost: the peer does not read"),
+        Err(_) => tracing::debug!("frame lost: the peer did not read it in time"),
     }
 }
 
-/// Asks on a new stream and reads the answer.
-pub(super) async fn ask(
+/// Sends a request on a new stream and reads the response.
+pub(super) async fn request(
     peer: NodeId,
     connection: &Connection,
     intake: &Intake,
     bytes: &[u8],
 ) -> Result<(NodeId, Message), CallError> {
-    let answer = async {
+    let response = async {
         let (mut send, mut recv) = connection.open_bi().await?;
         send.write_all(bytes).await?;
         send.finish()?;
@@ -93,14 +134,14 @@ pub(super) async fn ask(
     };
     let received = || connection.stats().udp_rx.datagrams;
     let before = received();
-    let answer = tokio::time::timeout(CALL_TIMEOUT, answer).await;
-    if answer.is_err() && received() == before {
-        // Not even an acknowledgement: whoever was there has gone, or moved.
+    let response = tokio::time::timeout(CALL_TIMEOUT, response).await;
+    if response.is_err() && received() == before {
+        // The peer has not even acknowledged packets, so it is gone or has another address.
         connection.close(VarInt::from_u32(2), b"silent");
     }
-    match answer {
+    match response {
         Ok(Ok(message)) => Ok((peer, message)),
-        // The connection knows best why its streams failed.
+        // The connection's reason is more specific than the stream's error.
         Ok(Err(error)) => Err(connection.close_reason().map_or_else(
             || CallError::Unreachable(visible(&error.to_string())),
             |reason| call_error(&reason, connection.remote_address()),
@@ -109,7 +150,7 @@ pub(super) async fn ask(
     }
 }
 
-/// Tells a refused certificate from a peer that is not there.
+/// Converts a connection error; distinguishes a refused certificate from an unreachable peer.
 pub(super) fn call_error(error: &ConnectionError, address: SocketAddr) -> CallError {
     // RFC 9001, 4.8: TLS alerts are transport errors 0x100 to 0x1ff.
     let alert = match error {
@@ -125,19 +166,21 @@ pub(super) fn call_error(error: &ConnectionError, address: SocketAddr) -> CallEr
         Some(0x100..=0x1ff) => CallError::Rejected(format!(
             "{address} has a certificate of another secret: use the token of its cluster"
         )),
-        // A reason to close is the peer's own text.
+        // A close reason is text of the peer.
         _ => CallError::Unreachable(visible(&format!("{address}: {error}"))),
     }
 }
 
+/// Reads a one-way stream.
 async fn read_message(from: NodeId, mut stream: RecvStream, intake: NodeIntake, events: Events) {
     match tokio::time::timeout(READ_TIMEOUT, intake.read(&mut stream)).await {
         Ok(Ok(message)) => _ = events.send(Event::Message { from, message }).await,
         Ok(Err(error)) => tracing::debug!(%from, error = visible(&error.to_string()), "frame lost"),
-        Err(_) => tracing::debug!(%from, "frame lost: the peer does not finish it"),
+        Err(_) => tracing::debug!(%from, "frame lost: the peer did not finish it in time"),
     }
 }
 
+/// Reads the request of a two-way stream.
 async fn read_request(
     from: NodeId,
     (stream, mut recv): (SendStream, RecvStream),
@@ -149,6 +192,6 @@ async fn read_request(
         Ok(Err(error)) => {
             tracing::debug!(%from, error = visible(&error.to_string()), "request lost");
         }
-        Err(_) => tracing::debug!(%from, "request lost: the peer does not finish it"),
+        Err(_) => tracing::debug!(%from, "request lost: the peer did not finish it in time"),
     }
 }

@@ -1,9 +1,10 @@
-//! From the cluster's secret to certificates: no secret, no handshake.
+//! Derives certificates from the cluster's secret. A handshake succeeds only between nodes with the
+//! same secret.
 //!
-//! The secret gives, by HKDF-SHA256, the key of a certificate authority that is the same on all nodes.
-//! Each node issues itself a certificate for its own Ed25519 key under it. Both sides of a handshake
-//! verify; the peer's [`NodeId`] is the hash of the key that it proved to hold. Certificates are valid
-//! from 1970 on and practically for ever, so that a wrong clock never costs a node its cluster.
+//! The private key of a certificate authority, the same on all nodes, is derived from the secret
+//! with HKDF-SHA256. Each node issues a certificate for its own Ed25519 key. Both sides of a
+//! handshake verify each other; a peer's [`NodeId`] is the hash of the key that it has proven to
+//! hold. Certificates are valid from 1970 to 9999, so that a wrong clock excludes no node.
 
 use std::{fmt, sync::Arc};
 
@@ -29,14 +30,14 @@ use crate::{
     wire::{Secret, WIRE_VERSION},
 };
 
-/// The name in every certificate: what proves membership is the signature, not the name.
+/// The name in all certificates. The signature proves membership, not the name.
 pub(super) const SERVER_NAME: &str = "gossamer";
 
-/// RFC 8410 PKCS#8 v1 wrapping of an Ed25519 seed.
+/// Header of a PKCS#8 v1 structure with an Ed25519 seed (RFC 8410).
 const PKCS8_ED25519: [u8; 16] =
     [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
 
-/// A node's private key: what it is, for as long as it lives.
+/// A node's private key, which is its permanent identity.
 #[derive(Clone)]
 pub struct NodeKey {
     seed: [u8; 32],
@@ -44,16 +45,22 @@ pub struct NodeKey {
 }
 
 impl NodeKey {
+    /// Creates the key from its seed.
+    ///
+    /// # Errors
+    /// When the cryptographic library rejects the key.
     pub fn from_seed(seed: [u8; 32]) -> Result<Self, CredentialError> {
         let public = key_pair(&seed)?.public_key_raw().to_vec();
         let public = <[u8; 32]>::try_from(public).map_err(|_| CredentialError::Key)?;
         Ok(Self { seed, id: NodeId::of_public_key(&public) })
     }
 
+    /// Returns the seed, which is secret.
     pub const fn seed(&self) -> &[u8; 32] {
         &self.seed
     }
 
+    /// Returns the node id, the hash of the public key.
     pub const fn id(&self) -> NodeId {
         self.id
     }
@@ -65,11 +72,11 @@ impl fmt::Debug for NodeKey {
     }
 }
 
-/// TLS settings for both roles.
+/// TLS configuration for both roles.
 #[derive(Clone)]
 pub struct Credentials {
-    /// The same after a restart, so that peers which still hold a connection to the process before are
-    /// told at once that it is gone (stateless reset, RFC 9000, 10.3) instead of waiting it out.
+    /// Key of stateless reset tokens. It survives a restart, so that peers with connections to the
+    /// previous process learn at once that these have ended (RFC 9000, 10.3).
     pub(super) reset_key: [u8; 64],
     pub(super) server: Arc<QuicServerConfig>,
     pub(super) client: Arc<QuicClientConfig>,
@@ -78,23 +85,32 @@ pub struct Credentials {
     pub(super) me: NodeId,
 }
 
-/// A failure of the cryptographic libraries; none is to be expected.
+/// A failure of the cryptographic libraries, which valid input does not cause.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialError {
+    /// A certificate could not be created.
     #[error("certificates: {0}")]
     Certificate(#[from] rcgen::Error),
+    /// The TLS configuration is invalid.
     #[error("TLS: {0}")]
     Tls(#[from] rustls::Error),
+    /// The verifier of client certificates could not be created.
     #[error("TLS: {0}")]
     Verifier(#[from] rustls::server::VerifierBuilderError),
+    /// QUIC's initial cipher suite is missing.
     #[error("TLS: {0}")]
     Cipher(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
+    /// The key is not an Ed25519 key.
     #[error("the key is not an Ed25519 key")]
     Key,
 }
 
 impl Credentials {
-    /// Accepts peers by any of these secrets, and proves itself by the first one.
+    /// Creates the configuration. Peers with any of the secrets are accepted; the first is used for
+    /// the own certificate.
+    ///
+    /// # Errors
+    /// When `secrets` is empty or a cryptographic library fails.
     pub fn new(secrets: &[Secret], key: &NodeKey) -> Result<Self, CredentialError> {
         let in_use = secrets.first().ok_or(CredentialError::Key)?;
         let (_, issuer) = authority(in_use)?;
@@ -138,28 +154,30 @@ impl Credentials {
         })
     }
 
-    /// Whether the peer at the other end would still be let in.
-    pub(super) fn accept(&self, connection: &quinn::Connection) -> bool {
+    /// Whether the peer of a connection would still be accepted.
+    pub(super) fn accepts(&self, connection: &quinn::Connection) -> bool {
         let chain = chain_of(connection).unwrap_or_default();
         let Some((leaf, more)) = chain.split_first() else { return false };
         self.verifier.verify_client_cert(leaf, more, UnixTime::now()).is_ok()
     }
 }
 
+/// Returns the peer's certificate chain.
 fn chain_of(connection: &quinn::Connection) -> Option<Vec<CertificateDer<'static>>> {
     connection.peer_identity()?.downcast().ok().map(|chain| *chain)
 }
 
-/// The node at the other end of an established connection.
+/// Returns the id of the peer of an established connection.
 pub(super) fn peer_of(connection: &quinn::Connection) -> Option<NodeId> {
     let chain = chain_of(connection)?;
     let leaf = ParsedCertificate::try_from(chain.first()?).ok()?;
-    // SubjectPublicKeyInfo of Ed25519 (RFC 8410): twelve fixed bytes, then the key.
+    // In the SubjectPublicKeyInfo of Ed25519, twelve fixed bytes precede the key (RFC 8410).
     let info = leaf.subject_public_key_info();
     let key = info.get(12..)?;
     Some(NodeId::of_public_key(key.try_into().ok()?))
 }
 
+/// Returns the certificate authority of a secret.
 fn authority(secret: &Secret) -> Result<(Certificate, Issuer<'static, KeyPair>), CredentialError> {
     let key =
         key_pair(&derive(secret.as_bytes(), b"cluster certificate authority, ed25519 seed")?)?;
@@ -172,7 +190,7 @@ fn authority(secret: &Secret) -> Result<(Certificate, Issuer<'static, KeyPair>),
     Ok((certificate, Issuer::new(params, key)))
 }
 
-/// HKDF-SHA256 (RFC 5869): bytes for one purpose from a secret.
+/// Derives bytes for one purpose from a secret with HKDF-SHA256 (RFC 5869).
 fn derive<const N: usize>(secret: &[u8], purpose: &[u8]) -> Result<[u8; N], CredentialError> {
     let mut bytes = [0; N];
     Hkdf::<Sha256>::new(Some(b"gossamer"), secret)

@@ -1,7 +1,7 @@
-//! The endpoint: dialling, accepting, and one connection per pair of nodes.
+//! The QUIC endpoint: dialing, accepting, and one connection per pair of nodes.
 //!
-//! Owned by one loop, which hands every [`Event`] back to [`Transport::handle`]; the tasks it starts
-//! share nothing with it but the channel of events, and the state of admission.
+//! One loop owns the endpoint and passes each [`Event`] to [`Transport::handle`]. The tasks that it
+//! starts share only the event queue and the state of admission with it.
 
 mod accept;
 mod admission;
@@ -30,7 +30,7 @@ use tokio::sync::mpsc;
 use self::{
     accept::accept,
     admission::SharedAdmissions,
-    dial::Dialler,
+    dial::Dialer,
     settings::{endpoint_settings, roles},
     socket::LimitedSocket,
 };
@@ -39,7 +39,7 @@ pub use self::{
     socket::ReceiveBuffer,
 };
 use super::{
-    connection::{Event, Events, ask, read, send_stream},
+    connection::{Event, Events, read, request, send_stream},
     credentials::Credentials,
     intake::Intake,
 };
@@ -48,61 +48,79 @@ use crate::{
     model::NodeId,
 };
 
-/// Events that wait for the loop; readers of streams wait, datagrams are shed.
+/// Length of the event queue. When it is full, readers of streams wait, and datagrams are dropped.
 const EVENT_QUEUE: usize = 4096;
-/// Frames that wait for a connection; the oldest is dropped.
+/// Frames that wait for a connection to one peer; a further one replaces the oldest.
 const FRAME_QUEUE: usize = 32;
+/// Calls that wait for a connection to one peer; further ones fail.
 const CALL_QUEUE: usize = 8;
-/// Questions that wait for our answer; they pile up only while a disk does not write.
+/// Unanswered requests of peers, which accumulate only while the disk accepts no writes.
 const MAX_REPLIES: usize = 1024;
-/// Code of a stream that is reset because its question gets no answer.
+/// Error code of a stream that is reset because its request gets no response.
 const NO_ANSWER: VarInt = VarInt::from_u32(1);
-/// Connections kept open: about 10 MB. The one that was not used for longest makes way.
+/// Upper limit of open connections, which take about 10 MB. A further one replaces the least
+/// recently used.
 const MAX_CONNECTIONS: usize = 256;
+/// Time limit of a handshake.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
-/// A second connection to one peer is closed after this.
-const SPARE: Duration = Duration::from_secs(10);
-/// A call by name, with all of its addresses, ends after this time.
+/// Time after which a second connection to one peer is closed.
+const DUPLICATE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time limit of a call by name, including all its addresses.
 const NAME_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// The UDP socket cannot be had.
+/// Why the UDP socket cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
+    /// Another process has the port.
     #[error(
         "listen {address}: the UDP port is in use: is another gossamer running here? \
          stop it or choose another --listen"
     )]
-    InUse { address: SocketAddr },
+    InUse {
+        /// The address of the socket.
+        address: SocketAddr,
+    },
+    /// Another error.
     #[error("listen {address}: {error}")]
-    Io { address: SocketAddr, error: io::Error },
+    Io {
+        /// The address of the socket.
+        address: SocketAddr,
+        /// The error.
+        error: io::Error,
+    },
 }
 
+/// The QUIC endpoint with its connections.
 pub struct Transport {
-    dialler: Dialler,
+    dialer: Dialer,
     credentials: Credentials,
     peers: BTreeMap<NodeId, PeerLink>,
-    /// The ways back to peers that asked.
+    /// Response streams of unanswered requests.
     replies: BTreeMap<ReplyId, SendStream>,
     next_reply: u64,
-    /// Calls by name so far: each begins with another address of the name.
+    /// Number of calls by name; each starts with the next address of the name.
     calls_by_name: AtomicUsize,
     buffer: ReceiveBuffer,
 }
 
-/// The connection to a peer, or what waits for one.
+/// The connection to a peer, and what waits for one.
 #[derive(Default)]
 struct PeerLink {
     connection: Option<Connection>,
     since: Option<Instant>,
-    /// When something last went this way, or came.
-    used: Option<Instant>,
-    dialling: bool,
+    /// When the connection was last used for sending or receiving.
+    last_used: Option<Instant>,
+    is_dialing: bool,
     frames: VecDeque<Vec<u8>>,
     calls: VecDeque<(CallId, Vec<u8>)>,
 }
 
 impl Transport {
-    /// Binds the socket and accepts connections from then on. Must be called within a tokio runtime.
+    /// Opens the socket, and accepts connections from then on. Must be called within a tokio
+    /// runtime.
+    ///
+    /// # Errors
+    /// When the socket cannot be opened.
     pub fn bind(
         address: SocketAddr,
         credentials: &Credentials,
@@ -124,9 +142,9 @@ impl Transport {
         let accepting =
             accept(endpoint.clone(), admissions.clone(), intake.clone(), events.clone());
         tokio::spawn(accepting);
-        let dialler = Dialler { endpoint, client, admissions, intake, events, me: credentials.me };
+        let dialer = Dialer { endpoint, client, admissions, intake, events, me: credentials.me };
         let transport = Self {
-            dialler,
+            dialer,
             credentials: credentials.clone(),
             peers: BTreeMap::new(),
             replies: BTreeMap::new(),
@@ -137,56 +155,61 @@ impl Transport {
         Ok((transport, receiver))
     }
 
+    /// Returns the socket's address.
+    ///
+    /// # Errors
+    /// When the socket does not report it.
     pub fn local_address(&self) -> io::Result<SocketAddr> {
-        self.dialler.endpoint.local_addr()
+        self.dialer.endpoint.local_addr()
     }
 
-    /// How many peers there is a connection to.
+    /// Returns the number of peers with a connection.
     pub fn connections(&self) -> usize {
         self.peers.values().filter(|link| link.live().is_some()).count()
     }
 
-    /// How long a packet to a peer and back takes, by QUIC's estimate; none without a connection.
+    /// Returns QUIC's estimate of the round-trip time to a peer; `None` without a connection.
     pub fn round_trip(&self, peer: NodeId) -> Option<Duration> {
         Some(self.peers.get(&peer)?.live()?.rtt())
     }
 
-    /// From where the packets of a peer come; none without a connection.
+    /// Returns the source address of a peer's packets; `None` without a connection.
     pub fn remote(&self, peer: NodeId) -> Option<SocketAddr> {
         Some(self.peers.get(&peer)?.live()?.remote_address())
     }
 
-    /// How many packets of a peer have come on its connection; none without one.
+    /// Returns the number of packets received on a peer's connection; `None` without one.
     pub fn received(&self, peer: NodeId) -> Option<u64> {
         Some(self.peers.get(&peer)?.live()?.stats().udp_rx.datagrams)
     }
 
-    /// The room for packets that wait to be read.
+    /// Returns the socket's receive buffer.
     pub const fn receive_buffer(&self) -> ReceiveBuffer {
         self.buffer
     }
 
-    /// What became of the first packets of handshakes.
+    /// Returns the counters of handshakes.
     pub fn handshakes(&self) -> Handshakes {
-        self.dialler.admissions.lock().counts()
+        self.dialer.admissions.lock().counts()
     }
 
-    /// Whether non-members flood this node now with first packets that prove no address.
+    /// Returns the current flood of first packets from unproven addresses, if there is one.
     pub fn flood(&self) -> Option<Flood> {
-        self.dialler.admissions.lock().flood(Instant::now())
+        self.dialer.admissions.lock().flood(Instant::now())
     }
 
-    /// Whether handshakes find no place now, or lose it. Their addresses are proven.
+    /// Returns the current excess of handshakes from proven addresses, if there is one: they get no
+    /// place, or lose it.
     pub fn crowd(&self) -> Option<Flood> {
-        self.dialler.admissions.lock().crowd(Instant::now())
+        self.dialer.admissions.lock().crowd(Instant::now())
     }
 
-    /// Takes note of the networks of pods: all of their addresses are one source of handshakes.
+    /// Sets the pods' networks. All their addresses count as one source of handshakes.
     pub fn learn_overlay(&self, networks: Vec<IpNet>) {
-        self.dialler.admissions.lock().learn_overlay(networks);
+        self.dialer.admissions.lock().learn_overlay(networks);
     }
 
-    /// Takes note of an event; what concerns the node comes back as an input.
+    /// Processes an event; returns an input if the event concerns the node.
     pub fn handle(&mut self, event: Event) -> Option<Input> {
         match event {
             Event::Connected { peer, connection, inbound } => {
@@ -202,11 +225,11 @@ impl Transport {
                 None
             }
             Event::Message { from, message } => {
-                self.touch(from);
+                self.mark_used(from);
                 Some(Input::Message { from, bytes: message.bytes })
             }
             Event::Request { from, message, stream } => {
-                self.touch(from);
+                self.mark_used(from);
                 self.next_reply += 1;
                 let reply = ReplyId(self.next_reply);
                 self.replies.insert(reply, stream);
@@ -224,10 +247,10 @@ impl Transport {
         }
     }
 
-    /// Sends a frame, or loses it.
+    /// Sends a frame, which may be lost.
     pub fn send(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let link = self.peers.entry(to).or_default();
-        link.used = Some(Instant::now());
+        link.last_used = Some(Instant::now());
         if let Some(connection) = link.live() {
             return send_on(connection, bytes);
         }
@@ -238,38 +261,40 @@ impl Transport {
         self.dial(to, address);
     }
 
-    /// Asks a member. The answer, or the reason for none, comes as an event.
+    /// Sends a request to a member. The response or the error arrives as an event.
     pub fn call(&mut self, call: CallId, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let link = self.peers.entry(to).or_default();
-        link.used = Some(Instant::now());
+        link.last_used = Some(Instant::now());
         if let Some(connection) = link.live().cloned() {
-            return self.ask_on(call, to, connection, bytes);
+            return self.request_on(call, to, connection, bytes);
         }
         if link.calls.len() >= CALL_QUEUE {
-            return self
-                .answer(call, CallError::Unreachable("too many calls wait for it".to_owned()));
+            return self.answer(
+                call,
+                CallError::Unreachable("too many calls are waiting for a connection".to_owned()),
+            );
         }
         link.calls.push_back((call, bytes));
         self.dial(to, address);
     }
 
-    /// Asks whoever answers at a name, `HOST:PORT`.
+    /// Sends a request to the node that answers at a name, `HOST:PORT`.
     pub fn call_name(&self, call: CallId, name: String, bytes: Vec<u8>) {
-        let dialler = self.dialler.clone();
+        let dialer = self.dialer.clone();
         let turn = self.calls_by_name.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(async move {
-            let asked = async {
-                let (peer, connection) = dialler.connect_name(&name, turn).await?;
-                ask(peer, &connection, &dialler.intake, &bytes).await
+            let requested = async {
+                let (peer, connection) = dialer.connect_name(&name, turn).await?;
+                request(peer, &connection, &dialer.intake, &bytes).await
             };
-            let result = tokio::time::timeout(NAME_TIMEOUT, asked)
+            let result = tokio::time::timeout(NAME_TIMEOUT, requested)
                 .await
                 .unwrap_or_else(|_| Err(CallError::Unreachable(format!("{name} does not answer"))));
-            let _ = dialler.events.send(Event::Answer { call, result }).await;
+            let _ = dialer.events.send(Event::Answer { call, result }).await;
         });
     }
 
-    /// Answers a question; the peer may be gone by now.
+    /// Sends the response to a request. It is lost if the peer is gone.
     pub fn reply(&mut self, reply: ReplyId, bytes: Vec<u8>) {
         if let Some(mut stream) = self.replies.remove(&reply) {
             tokio::spawn(async move {
@@ -281,31 +306,31 @@ impl Transport {
         }
     }
 
-    /// Ends a question without an answer. A stream that is only dropped would end as if it had been answered
-    /// with nothing, which the peer would take for a broken message.
+    /// Ends a request without a response. Dropping the stream would end it like an empty response,
+    /// which the peer would report as malformed.
     pub fn give_up(&mut self, reply: ReplyId) {
         if let Some(mut stream) = self.replies.remove(&reply) {
             let _ = stream.reset(NO_ANSWER);
         }
     }
 
-    /// From now on handshakes are made with these. Connections with peers that would not be let in any more
-    /// are closed; they are re-created when they are next needed.
+    /// Uses these credentials for further handshakes, and closes connections to peers that they do
+    /// not accept. Closed connections are re-created on demand.
     pub fn use_credentials(&mut self, credentials: &Credentials) {
         let (server, client) = roles(credentials);
-        self.dialler.endpoint.set_server_config(Some(server));
-        self.dialler.client = client;
-        self.dialler.admissions.lock().accept_ids(credentials.first_ids.clone());
+        self.dialer.endpoint.set_server_config(Some(server));
+        self.dialer.client = client;
+        self.dialer.admissions.lock().accept_ids(credentials.first_ids.clone());
         self.credentials = credentials.clone();
         for link in self.peers.values_mut() {
-            if let Some(connection) = link.connection.take_if(|held| !credentials.accept(held)) {
-                connection.close(VarInt::from_u32(0), b"its secret was dropped");
+            if let Some(connection) = link.connection.take_if(|held| !credentials.accepts(held)) {
+                connection.close(VarInt::from_u32(0), b"its secret is no longer accepted");
             }
         }
     }
 
-    /// This host has another address: connections that peers have opened lead to the old one, so all are made
-    /// anew when they are next needed.
+    /// Closes all connections after a change of this host's address, because peers' connections
+    /// lead to the old one. They are re-created on demand.
     pub fn moved(&mut self) {
         for link in self.peers.values_mut() {
             if let Some(connection) = link.connection.take() {
@@ -314,26 +339,27 @@ impl Transport {
         }
     }
 
-    /// Lets what was sent arrive, then closes everything.
+    /// Waits briefly for the delivery of sent frames, then closes all connections.
     pub async fn close(self) {
         const LINGER: Duration = Duration::from_millis(200);
-        // A graceful close discards unacknowledged datagrams, so give them a moment first.
+        // A graceful close discards unacknowledged datagrams.
         tokio::time::sleep(LINGER).await;
-        self.dialler.endpoint.close(VarInt::from_u32(0), b"leaving");
-        let _ = tokio::time::timeout(LINGER, self.dialler.endpoint.wait_idle()).await;
+        self.dialer.endpoint.close(VarInt::from_u32(0), b"leaving");
+        let _ = tokio::time::timeout(LINGER, self.dialer.endpoint.wait_idle()).await;
     }
 
+    /// Starts a task that connects to a peer, unless one is running.
     fn dial(&mut self, peer: NodeId, address: SocketAddr) {
         let Some(link) = self.peers.get_mut(&peer) else { return };
-        if std::mem::replace(&mut link.dialling, true) {
+        if std::mem::replace(&mut link.is_dialing, true) {
             return;
         }
-        self.dialler.admissions.lock().learn_member(Instant::now(), address.ip());
-        let dialler = self.dialler.clone();
+        self.dialer.admissions.lock().learn_member(Instant::now(), address.ip());
+        let dialer = self.dialer.clone();
         tokio::spawn(async move {
-            let event = match dialler.connect(address).await {
+            let event = match dialer.connect(address).await {
                 Ok((found, connection)) if found == peer => {
-                    dialler.read(peer, connection.clone());
+                    dialer.read(peer, connection.clone());
                     Event::Connected { peer, connection, inbound: false }
                 }
                 Ok((found, connection)) => {
@@ -343,58 +369,64 @@ impl Transport {
                 }
                 Err(error) => Event::DialFailed { peer, error },
             };
-            let _ = dialler.events.send(event).await;
+            let _ = dialer.events.send(event).await;
         });
     }
 
+    /// Stores a new connection, and sends what waits for it.
     fn connected(&mut self, peer: NodeId, connection: Connection, inbound: bool) {
-        // It may have been begun before a secret was dropped.
-        if !self.credentials.accept(&connection) {
-            connection.close(VarInt::from_u32(0), b"its secret was dropped");
-            let error = CallError::Rejected("its secret was dropped".to_owned());
+        // The handshake may have begun before a secret was removed.
+        if !self.credentials.accepts(&connection) {
+            connection.close(VarInt::from_u32(0), b"its secret is no longer accepted");
+            let error = CallError::Rejected("its secret is no longer accepted".to_owned());
             return self.dial_failed(peer, &error);
         }
         let address = connection.remote_address().ip();
-        self.dialler.admissions.lock().learn_member(Instant::now(), address);
+        self.dialer.admissions.lock().learn_member(Instant::now(), address);
         let link = self.peers.entry(peer).or_default();
-        link.dialling &= inbound;
-        // Two nodes that dial each other at once keep the connection of the smaller id; the other one
-        // is still read for a while. Later on a new connection means that the peer has lost the old one.
+        link.is_dialing &= inbound;
+        // If two nodes dial each other at once, both keep the connection that the node with the
+        // smaller id opened, and read the other one for a while. A later connection means that the
+        // peer has lost the old one.
         let at_once = link.since.is_some_and(|since| since.elapsed() < DIAL_TIMEOUT);
-        let free = if link.live().is_none() || !at_once || inbound == (peer < self.dialler.me) {
+        let superfluous = if link.live().is_none() || !at_once || inbound == (peer < self.dialer.me)
+        {
             link.since = Some(Instant::now());
             link.connection.replace(connection.clone())
         } else {
             Some(connection.clone())
         };
-        if let Some(free) = free {
-            tokio::spawn(close_later(free));
+        if let Some(superfluous) = superfluous {
+            tokio::spawn(close_later(superfluous));
         }
-        link.used = Some(Instant::now());
+        link.last_used = Some(Instant::now());
         for bytes in link.frames.drain(..) {
             send_on(&connection, bytes);
         }
         for (call, bytes) in std::mem::take(&mut link.calls) {
-            self.ask_on(call, peer, connection.clone(), bytes);
+            self.request_on(call, peer, connection.clone(), bytes);
         }
-        self.make_room();
+        self.close_least_recently_used();
     }
 
-    fn touch(&mut self, peer: NodeId) {
+    /// Marks the peer's connection as used.
+    fn mark_used(&mut self, peer: NodeId) {
         if let Some(link) = self.peers.get_mut(&peer) {
-            link.used = Some(Instant::now());
+            link.last_used = Some(Instant::now());
         }
     }
 
-    fn make_room(&mut self) {
+    /// Closes the least recently used connection if there are too many.
+    fn close_least_recently_used(&mut self) {
         if self.connections() > MAX_CONNECTIONS {
-            let live = self.peers.values().filter_map(|link| Some((link.used, link.live()?)));
-            if let Some((_, connection)) = live.min_by_key(|(used, _)| *used) {
-                connection.close(VarInt::from_u32(0), b"others are needed more");
+            let live = self.peers.values().filter_map(|link| Some((link.last_used, link.live()?)));
+            if let Some((_, connection)) = live.min_by_key(|(last_used, _)| *last_used) {
+                connection.close(VarInt::from_u32(0), b"too many connections");
             }
         }
     }
 
+    /// Removes a connection that has ended.
     fn closed(&mut self, peer: NodeId, stable_id: usize) {
         if let Some(link) = self.peers.get_mut(&peer)
             && link.connection.as_ref().is_some_and(|c| c.stable_id() == stable_id)
@@ -406,10 +438,11 @@ impl Transport {
         }
     }
 
+    /// Drops the frames and fails the calls that wait for a connection.
     fn dial_failed(&mut self, peer: NodeId, error: &CallError) {
-        tracing::debug!(%peer, %error, "not connected");
+        tracing::debug!(%peer, %error, "dial failed");
         let Some(link) = self.peers.get_mut(&peer) else { return };
-        link.dialling = false;
+        link.is_dialing = false;
         link.frames.clear();
         let calls = std::mem::take(&mut link.calls);
         if link.is_unused() {
@@ -418,40 +451,44 @@ impl Transport {
         calls.into_iter().for_each(|(call, _)| self.answer(call, error.clone()));
     }
 
-    fn ask_on(&self, call: CallId, peer: NodeId, on: Connection, bytes: Vec<u8>) {
-        let (events, intake) = (self.dialler.events.clone(), self.dialler.intake.clone());
+    /// Starts a task that sends a request on a connection.
+    fn request_on(&self, call: CallId, peer: NodeId, on: Connection, bytes: Vec<u8>) {
+        let (events, intake) = (self.dialer.events.clone(), self.dialer.intake.clone());
         tokio::spawn(async move {
-            let result = ask(peer, &on, &intake, &bytes).await;
+            let result = request(peer, &on, &intake, &bytes).await;
             let _ = events.send(Event::Answer { call, result }).await;
         });
     }
 
-    /// Ends a call that got no further. Through the queue like any other answer, however full it is.
+    /// Ends a call with an error, through the event queue like a response. A task waits if the
+    /// queue is full.
     fn answer(&self, call: CallId, error: CallError) {
-        let (events, result) = (self.dialler.events.clone(), Err(error));
+        let (events, result) = (self.dialer.events.clone(), Err(error));
         tokio::spawn(async move { events.send(Event::Answer { call, result }).await });
     }
 }
 
 impl PeerLink {
+    /// Returns the connection if it is open.
     fn live(&self) -> Option<&Connection> {
         self.connection.as_ref().filter(|connection| connection.close_reason().is_none())
     }
 
     fn is_unused(&self) -> bool {
         self.connection.is_none()
-            && !self.dialling
+            && !self.is_dialing
             && self.frames.is_empty()
             && self.calls.is_empty()
     }
 }
 
-/// What is under way on it may end.
+/// Closes a superfluous connection after a delay, so that transfers on it can end.
 async fn close_later(connection: Connection) {
-    tokio::time::sleep(SPARE).await;
-    connection.close(VarInt::from_u32(0), b"there is another one");
+    tokio::time::sleep(DUPLICATE_TIMEOUT).await;
+    connection.close(VarInt::from_u32(0), b"duplicate connection");
 }
 
+/// Sends a frame on a connection.
 fn send_on(connection: &Connection, bytes: Vec<u8>) {
     if connection.max_datagram_size().is_some_and(|max| bytes.len() <= max) {
         if let Err(error) = connection.send_datagram(bytes.into()) {

@@ -1,8 +1,8 @@
-//! The connection id of a first packet, which shows that its sender has the cluster's secret.
+//! The connection id of a first packet, which proves that the sender has the cluster's secret.
 //!
-//! The client chooses that id (RFC 9000, 7.2), and a Retry token gives it back. Here it is a random number
-//! and a code that follows from the number and the secret. So a node tells hosts that have the secret from
-//! non-members before a handshake begins. An observer of the packet can show the id again.
+//! The client chooses this id (RFC 9000, 7.2), and a Retry token returns it. Here it consists of a
+//! random number and its HMAC with a key from the secret. A node thus distinguishes hosts with the
+//! secret from non-members before a handshake begins. An observer of the packet can repeat the id.
 
 use std::array;
 
@@ -10,43 +10,44 @@ use quinn::{ConnectionId, ConnectionIdGenerator as _};
 use quinn_proto::RandomConnectionIdGenerator;
 use ring::hmac;
 
-/// The random part, which makes each id another one.
-const RANDOM: usize = 8;
-/// The longest that QUIC knows.
-const LENGTH: usize = 20;
+/// Bytes of the random part.
+const RANDOM_LEN: usize = 8;
+/// Bytes of the id, the maximum of QUIC.
+const ID_LEN: usize = 20;
 
-/// Chooses ids, and recognizes those of others.
+/// Creates ids, and recognizes those of other nodes.
 #[derive(Clone)]
 pub(super) struct FirstIds {
-    /// Of each secret that is accepted; the first one is used.
+    /// One key per accepted secret; the first creates ids.
     keys: Vec<hmac::Key>,
 }
 
 impl FirstIds {
-    /// The first of the keys is used; ids by any of them are recognized.
+    /// Creates ids with the first key, and recognizes ids of all keys.
     pub(super) fn new(keys: &[[u8; 32]]) -> Self {
         Self { keys: keys.iter().map(|key| hmac::Key::new(hmac::HMAC_SHA256, key)).collect() }
     }
 
-    /// An id for a first packet of this node.
+    /// Returns an id for a first packet of this node.
     pub(super) fn choose(&self) -> ConnectionId {
-        let random = RandomConnectionIdGenerator::new(RANDOM).generate_cid();
+        let random = RandomConnectionIdGenerator::new(RANDOM_LEN).generate_cid();
         self.keys.first().map_or(random, |key| with_code(key, &random))
     }
 
-    /// Whether the sender of an id has one of the secrets, or has seen the id.
-    pub(super) fn show_secret(&self, id: &ConnectionId) -> bool {
-        let Some((random, _)) = id.split_at_checked(RANDOM) else { return false };
-        // In a time that tells nothing of the code.
+    /// Returns whether the sender of an id has one of the secrets, or has seen the id.
+    pub(super) fn proves_secret(&self, id: &ConnectionId) -> bool {
+        let Some((random, _)) = id.split_at_checked(RANDOM_LEN) else { return false };
+        // Compares in constant time.
         let differs = |right: &[u8]| right.iter().zip(&id[..]).fold(0, |sum, (a, b)| sum | (a ^ b));
-        id.len() == LENGTH && self.keys.iter().any(|key| differs(&with_code(key, random)) == 0)
+        id.len() == ID_LEN && self.keys.iter().any(|key| differs(&with_code(key, random)) == 0)
     }
 }
 
+/// Returns the id with this random part.
 fn with_code(key: &hmac::Key, random: &[u8]) -> ConnectionId {
     let code = hmac::sign(key, random);
     let mut bytes = random.iter().chain(code.as_ref()).copied();
-    let id: [u8; LENGTH] = array::from_fn(|_| bytes.next().unwrap_or(0));
+    let id: [u8; ID_LEN] = array::from_fn(|_| bytes.next().unwrap_or(0));
     ConnectionId::new(&id)
 }
 
@@ -55,25 +56,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_of_accepted_secrets_are_recognized_and_no_others() {
+    fn only_ids_of_accepted_secrets_are_recognized() {
         let (old, new) = (FirstIds::new(&[[1; 32]]), FirstIds::new(&[[2; 32]]));
         let both = FirstIds::new(&[[1; 32], [2; 32]]);
         for id in [old.choose(), new.choose()] {
-            assert!(both.show_secret(&id));
-            assert_eq!(old.show_secret(&id), !new.show_secret(&id));
+            assert!(both.proves_secret(&id));
+            assert_eq!(old.proves_secret(&id), !new.proves_secret(&id));
         }
-        assert!(old.show_secret(&both.choose()), "the first one is used");
+        assert!(old.proves_secret(&both.choose()), "the first one is used");
         assert_ne!(old.choose(), old.choose());
         let id = old.choose();
-        for place in 0..LENGTH {
+        for place in 0..ID_LEN {
             let mut bytes = id.to_vec();
             bytes[place] ^= 1;
-            assert!(!old.show_secret(&ConnectionId::new(&bytes)), "byte {place}");
+            assert!(!old.proves_secret(&ConnectionId::new(&bytes)), "byte {place}");
         }
-        for length in 0..LENGTH {
-            assert!(!old.show_secret(&ConnectionId::new(&id[..length])), "{length} bytes");
+        for length in 0..ID_LEN {
+            assert!(!old.proves_secret(&ConnectionId::new(&id[..length])), "{length} bytes");
         }
-        let random = RandomConnectionIdGenerator::new(LENGTH).generate_cid();
-        assert!(!both.show_secret(&random));
+        let random = RandomConnectionIdGenerator::new(ID_LEN).generate_cid();
+        assert!(!both.proves_secret(&random));
     }
 }

@@ -1,4 +1,4 @@
-//! First packets of handshakes, for tests of what a flood of them does.
+//! First packets of handshakes, for tests with floods of them.
 
 use std::{net::SocketAddr, ops::Range, sync::Arc, time::Instant};
 
@@ -10,11 +10,10 @@ use quinn_proto::{
 
 use super::credentials::{Credentials, SERVER_NAME};
 
-/// Makes first packets as a host with these credentials sends them to an address, each of a handshake of its
-/// own.
+/// Returns first packets of separate handshakes, as a host with these credentials sends them.
 ///
 /// # Errors
-/// Fails if QUIC refuses the address.
+/// When QUIC refuses the address.
 pub fn first_packets(
     credentials: &Credentials,
     to: SocketAddr,
@@ -41,10 +40,10 @@ pub struct Unfinished {
 }
 
 impl Unfinished {
-    /// Begins one with an address, and returns its first packet.
+    /// Begins a handshake, and returns it with its first packet.
     ///
     /// # Errors
-    /// Fails if QUIC refuses the address.
+    /// When QUIC refuses the address.
     pub fn begin(credentials: &Credentials, to: SocketAddr) -> anyhow::Result<(Self, Vec<u8>)> {
         let client = ClientConfig::new(credentials.client.clone());
         let mut endpoint = Endpoint::new(Arc::new(EndpointConfig::default()), None, false, None);
@@ -55,10 +54,10 @@ impl Unfinished {
         Ok((unfinished, packet))
     }
 
-    /// The packet that proves the own address, if `answer` asks for that.
+    /// Returns the packet that proves the own address, if `answer` is a Retry.
     pub fn prove(&mut self, from: SocketAddr, answer: &[u8]) -> Option<Vec<u8>> {
-        // The form and the type of a Retry (RFC 9000, 17.2.5). What else comes is not answered: the handshake
-        // would go on, or end.
+        // Form and type of a Retry (RFC 9000, 17.2.5). Other packets are not processed: the
+        // handshake would continue or end.
         if answer.first().is_none_or(|first| first & 0xf0 != 0xf0) {
             return None;
         }
@@ -70,8 +69,8 @@ impl Unfinished {
         self.next(now)
     }
 
-    /// The packet that shows a proof which another handshake of the same socket was asked for by `answer`.
-    /// `first` is the own first packet.
+    /// Returns the packet that reuses the proof from `answer`, a Retry for another handshake of the
+    /// same socket. `first` is this handshake's first packet.
     pub fn reuse(
         &mut self,
         credentials: &Credentials,
@@ -95,6 +94,7 @@ impl Unfinished {
         self.prove(from, &retry)
     }
 
+    /// Returns the next packet of the connection.
     fn next(&mut self, now: Instant) -> Option<Vec<u8>> {
         let mut packet = Vec::new();
         let _ = self.connection.poll_transmit(now, 1, &mut packet)?;
@@ -102,9 +102,9 @@ impl Unfinished {
     }
 }
 
-/// Where long headers hold the version (RFC 9000, 17.2).
+/// Position of the version in long headers (RFC 9000, 17.2).
 const VERSION: Range<usize> = 1..5;
-/// Bytes at the end of a Retry that prove that it is whole (RFC 9001, 5.8).
+/// Bytes of the integrity tag at the end of a Retry (RFC 9001, 5.8).
 const RETRY_TAG: usize = 16;
 
 /// The connection ids in a long header.
@@ -114,7 +114,7 @@ struct Ids<'a> {
 }
 
 impl<'a> Ids<'a> {
-    /// They, and what follows them.
+    /// Parses the ids; also returns the following bytes.
     fn of(packet: &'a [u8]) -> Option<(Self, &'a [u8])> {
         let next = |bytes: &'a [u8]| {
             let (length, rest) = bytes.split_first()?;

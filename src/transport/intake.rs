@@ -1,11 +1,12 @@
-//! The memory that messages of peers may take, from their first byte until the loop takes them.
+//! Limits the memory of incoming messages, from their first byte until the loop takes them.
 //!
-//! A message has its place in the budget of its node, and as much of that of the process as has come of it.
-//! Most messages are small. A large one waits for its place before it is read further; QUIC's flow control
-//! holds its sender back meanwhile. Small ones have a budget of their own, so that none waits for large ones.
+//! A message needs a place in the budget of its node, and as much room in the budget of the process
+//! as has arrived of it. Most messages are small. A large one waits for a place before it is read
+//! further, while QUIC's flow control stops its sender. Small messages have a budget of their own,
+//! so that they never wait for large ones.
 //!
-//! A node that sends half a message and no more must not keep the room of others: while some wait for room,
-//! a message that does not go on gives its own back, and is lost.
+//! A node that sends only half a message must not block others: while messages wait for room, a
+//! message without progress loses its room and is dropped.
 
 use std::{
     collections::BTreeMap,
@@ -24,35 +25,36 @@ use tokio::{
 
 use crate::{model::NodeId, wire::STREAM_MAX};
 
-/// Permits are counted in units of so many bytes.
-const UNIT: usize = 1024;
-/// A message is read so far before it must have the place of a large one.
-const SMALL: usize = 64 * UNIT;
-/// So many messages of one node are read at once.
-const PLACES: usize = 16;
-/// Room for messages of all peers, up to so much of each, and for what large ones are longer.
-const SMALL_OF_ALL: usize = 12 << 20;
-const LARGE_OF_ALL: usize = 20 << 20;
-/// Room that a message has as soon as it begins.
-const FIRST: usize = 4 * UNIT;
-/// While others wait for room, so much of a message has to come in each `TIMEOUT`.
-const PROGRESS: usize = 16 * UNIT;
-const TIMEOUT: Duration = Duration::from_secs(1);
-/// A message that has room waits so long for more: others may wait for what it has.
-const PATIENCE_FOR_MORE: Duration = Duration::from_secs(2);
+/// Bytes per semaphore permit.
+const PERMIT_BYTES: usize = 1024;
+/// Bytes of a message that are read before it needs a place for large messages.
+const SMALL_BYTES: usize = 64 * PERMIT_BYTES;
+/// Upper limit of messages of one node that are read at once.
+const MAX_MESSAGES_PER_NODE: usize = 16;
+/// Bytes for messages of all peers: for the first [`SMALL_BYTES`] of each, and for the rest of
+/// large ones.
+const SMALL_TOTAL_BYTES: usize = 12 << 20;
+const LARGE_TOTAL_BYTES: usize = 20 << 20;
+/// Bytes that a message gets as soon as it begins.
+const INITIAL_BYTES: usize = 4 * PERMIT_BYTES;
+/// Bytes of a message that have to arrive per `PROGRESS_INTERVAL` while others wait for room.
+const MIN_PROGRESS_BYTES: usize = 16 * PERMIT_BYTES;
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// Time for which a message that has room waits for more, because others may wait for what it has.
+const MORE_ROOM_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a message was not read.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum IntakeError {
     #[error("the stream ended early: {0}")]
     Stream(#[from] ReadError),
-    #[error("it is longer than {STREAM_MAX} bytes")]
+    #[error("the message is longer than {STREAM_MAX} bytes")]
     TooLong,
-    #[error("it does not go on, and other messages need its room")]
+    #[error("the message made no progress while others waited for memory")]
     Stalled,
-    #[error("messages of others have all the room")]
+    #[error("other messages use all the memory")]
     NoRoom,
-    #[error("no more messages are read")]
+    #[error("the reader was closed")]
     Closed(#[from] AcquireError),
 }
 
@@ -63,7 +65,7 @@ pub(super) struct Intake {
     nodes: Arc<Mutex<BTreeMap<NodeId, Weak<Budget>>>>,
 }
 
-/// The budget of one node, on however many connections, within that of the process.
+/// The budget of one node, over all its connections, within that of the process.
 #[derive(Clone)]
 pub(super) struct NodeIntake {
     own: Arc<Budget>,
@@ -74,34 +76,35 @@ pub(super) struct NodeIntake {
 struct Budget {
     small: Arc<Semaphore>,
     large: Arc<Semaphore>,
-    /// Messages that wait for room.
+    /// Number of messages that wait for room.
     waiting: AtomicUsize,
 }
 
-/// What a peer has sent, with the room that it takes until the loop has it.
+/// A message of a peer, with the room that it occupies until the loop drops it.
 #[derive(Debug)]
 pub struct Message {
+    /// The message.
     pub bytes: Vec<u8>,
     _room: Option<Room>,
 }
 
 impl Message {
-    /// A datagram: QUIC bounds how many of them wait.
+    /// Creates a message from a datagram, whose number QUIC limits.
     pub(super) fn datagram(bytes: Vec<u8>) -> Self {
         Self { bytes, _room: None }
     }
 }
 
-/// What a message has of the budgets: for its first bytes, and for those that only large ones have.
+/// The shares of a message in the budgets: for its first bytes, and for those beyond.
 #[derive(Debug)]
 struct Room {
     small: Share,
     large: Share,
-    /// A node whose connections have ended keeps its budget as long as its messages have a part of it.
+    /// Keeps the node's budget while its messages exist, even after its connections have ended.
     _node: Arc<Budget>,
 }
 
-/// Of the budget of the node, and of that of the process.
+/// Permits in the budget of the node and in that of the process.
 #[derive(Debug, Default)]
 struct Share {
     own: Option<OwnedSemaphorePermit>,
@@ -110,13 +113,13 @@ struct Share {
 
 impl Budget {
     fn new(small: usize, large: usize) -> Arc<Self> {
-        let semaphore = |bytes| Arc::new(Semaphore::new(bytes / UNIT));
+        let semaphore = |bytes| Arc::new(Semaphore::new(bytes / PERMIT_BYTES));
         let (small, large) = (semaphore(small), semaphore(large));
         Arc::new(Self { small, large, waiting: AtomicUsize::new(0) })
     }
 }
 
-/// A message that waits, until it does no more.
+/// Counts a message as waiting until it is dropped.
 struct Waiting<'a>(&'a AtomicUsize);
 
 impl<'a> Waiting<'a> {
@@ -133,12 +136,12 @@ impl Drop for Waiting<'_> {
 }
 
 impl Share {
-    /// How many bytes it has of the budget of the process.
+    /// Returns the bytes in the budget of the process.
     fn bytes(&self) -> usize {
-        self.all.as_ref().map_or(0, |permit| permit.num_permits() * UNIT)
+        self.all.as_ref().map_or(0, |permit| permit.num_permits() * PERMIT_BYTES)
     }
 
-    /// Gives back what is more than so many bytes.
+    /// Returns what exceeds `bytes` to the budgets.
     fn shrink(&mut self, bytes: usize) {
         for permit in self.own.iter_mut().chain(&mut self.all) {
             drop(permit.split(permit.num_permits().saturating_sub(units(bytes))));
@@ -152,23 +155,23 @@ impl Room {
     }
 
     fn shrink(&mut self, bytes: usize) {
-        self.small.shrink(bytes.min(SMALL));
-        self.large.shrink(bytes.saturating_sub(SMALL));
+        self.small.shrink(bytes.min(SMALL_BYTES));
+        self.large.shrink(bytes.saturating_sub(SMALL_BYTES));
     }
 }
 
 impl Intake {
     pub(super) fn new() -> Self {
-        Self { all: Budget::new(SMALL_OF_ALL, LARGE_OF_ALL), nodes: Arc::default() }
+        Self { all: Budget::new(SMALL_TOTAL_BYTES, LARGE_TOTAL_BYTES), nodes: Arc::default() }
     }
 
-    /// The budget of a node.
+    /// Returns the budget of a node.
     pub(super) fn of_node(&self, node: NodeId) -> NodeIntake {
-        // Nothing in it is half changed where a panic could happen.
+        // A panic leaves no half-changed state.
         let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         let own = nodes.get(&node).and_then(Weak::upgrade).unwrap_or_else(|| {
             nodes.retain(|_, budget| budget.strong_count() > 0);
-            let own = Budget::new(PLACES * SMALL, STREAM_MAX);
+            let own = Budget::new(MAX_MESSAGES_PER_NODE * SMALL_BYTES, STREAM_MAX);
             nodes.insert(node, Arc::downgrade(&own));
             own
         });
@@ -181,12 +184,15 @@ impl NodeIntake {
         Room { small: Share::default(), large: Share::default(), _node: self.own.clone() }
     }
 
-    /// Waits for the place of a small message, or of a large one, among those of its node. It is for all that
-    /// such a message may be: messages of one node never wait for each other in a circle.
+    /// Waits for a place of a small or large message in the node's budget. The place covers the
+    /// maximum size, so messages of one node never wait for each other in a cycle.
     async fn place(&self, share: &mut Share, is_large: bool) -> Result<(), AcquireError> {
         if share.own.is_none() {
-            let (budget, bytes) =
-                if is_large { (&self.own.large, STREAM_MAX) } else { (&self.own.small, SMALL) };
+            let (budget, bytes) = if is_large {
+                (&self.own.large, STREAM_MAX)
+            } else {
+                (&self.own.small, SMALL_BYTES)
+            };
             share.own = Some(budget.clone().acquire_many_owned(permits(bytes)).await?);
         }
         Ok(())
@@ -209,7 +215,7 @@ impl NodeIntake {
                 let more = budget.clone().acquire_many_owned(count);
                 match is_first {
                     true => more.await?,
-                    false => timeout(PATIENCE_FOR_MORE, more)
+                    false => timeout(MORE_ROOM_TIMEOUT, more)
                         .await
                         .map_err(|_| IntakeError::NoRoom)??,
                 }
@@ -222,17 +228,21 @@ impl NodeIntake {
         Ok(())
     }
 
-    /// Makes room for so many bytes, and for some of those that will follow.
+    /// Makes room for `bytes`, and for some of the bytes that follow.
     async fn grow(&self, room: &mut Room, bytes: usize) -> Result<(), IntakeError> {
         let has = room.bytes();
-        let wanted = bytes.max(has + has / 2).max(FIRST).next_multiple_of(UNIT).min(STREAM_MAX);
-        if has < SMALL {
+        let wanted = bytes
+            .max(has + has / 2)
+            .max(INITIAL_BYTES)
+            .next_multiple_of(PERMIT_BYTES)
+            .min(STREAM_MAX);
+        if has < SMALL_BYTES {
             self.place(&mut room.small, false).await?;
-            self.more(&mut room.small, wanted.min(SMALL) - has, false).await?;
+            self.more(&mut room.small, wanted.min(SMALL_BYTES) - has, false).await?;
         }
-        if wanted > SMALL && bytes > SMALL {
+        if wanted > SMALL_BYTES && bytes > SMALL_BYTES {
             self.place(&mut room.large, true).await?;
-            self.more(&mut room.large, wanted - has.max(SMALL), true).await?;
+            self.more(&mut room.large, wanted - has.max(SMALL_BYTES), true).await?;
         }
         Ok(())
     }
@@ -240,19 +250,19 @@ impl NodeIntake {
     /// Reads a stream to its end.
     ///
     /// # Errors
-    /// Fails if the stream ends early, if the message is longer than any may be, or if it does not go on
-    /// while others need its room.
+    /// When the stream ends early, the message is too long, or it makes no progress while others
+    /// wait for room.
     pub(super) async fn read(&self, stream: &mut RecvStream) -> Result<Message, IntakeError> {
         let mut room = self.room();
         let mut bytes = Vec::new();
-        let (mut counted, mut until) = (0, Instant::now() + TIMEOUT);
+        let (mut counted, mut until) = (0, Instant::now() + PROGRESS_INTERVAL);
         loop {
-            let Ok(chunk) = timeout_at(until, stream.read_chunk(SMALL, true)).await else {
+            let Ok(chunk) = timeout_at(until, stream.read_chunk(SMALL_BYTES, true)).await else {
                 let is_short = self.all.waiting.load(Ordering::Relaxed) > 0;
-                if is_short && room.bytes() > 0 && bytes.len() - counted < PROGRESS {
+                if is_short && room.bytes() > 0 && bytes.len() - counted < MIN_PROGRESS_BYTES {
                     return Err(IntakeError::Stalled);
                 }
-                (counted, until) = (bytes.len(), Instant::now() + TIMEOUT);
+                (counted, until) = (bytes.len(), Instant::now() + PROGRESS_INTERVAL);
                 continue;
             };
             let Some(chunk) = chunk? else { break };
@@ -260,7 +270,7 @@ impl NodeIntake {
             if length > STREAM_MAX {
                 return Err(IntakeError::TooLong);
             }
-            // Until it is copied the chunk is memory of QUIC's, a packet's at most.
+            // Until it is copied, the chunk occupies memory of QUIC, at most one packet.
             if length > room.bytes() {
                 self.grow(&mut room, length).await?;
                 bytes.reserve_exact(room.bytes() - bytes.len());
@@ -278,7 +288,7 @@ fn permits(bytes: usize) -> u32 {
 }
 
 fn units(bytes: usize) -> usize {
-    bytes.div_ceil(UNIT)
+    bytes.div_ceil(PERMIT_BYTES)
 }
 
 #[cfg(test)]
@@ -289,8 +299,8 @@ mod tests {
         NodeId::from_bytes([number; 8])
     }
 
-    /// A message of which so many bytes have come.
-    async fn begun(intake: &NodeIntake, bytes: usize) -> Room {
+    /// Makes room for a message of which `bytes` have arrived.
+    async fn partly_received(intake: &NodeIntake, bytes: usize) -> Room {
         let mut room = intake.room();
         for bytes in (1_200..=bytes).step_by(1_200).chain([bytes]) {
             if bytes > room.bytes() {
@@ -301,41 +311,41 @@ mod tests {
     }
 
     fn free(intake: &Intake) -> usize {
-        (intake.all.small.available_permits() + intake.all.large.available_permits()) * UNIT
+        (intake.all.small.available_permits() + intake.all.large.available_permits()) * PERMIT_BYTES
     }
 
-    const ALL: usize = SMALL_OF_ALL + LARGE_OF_ALL;
+    const ALL: usize = SMALL_TOTAL_BYTES + LARGE_TOTAL_BYTES;
 
     #[tokio::test]
-    async fn message_has_room_for_little_more_than_has_come_of_it() {
+    async fn message_occupies_little_more_than_has_arrived() {
         let intake = Intake::new();
         let one = intake.of_node(node(1));
         for bytes in [1, 300, 66_000, 1 << 20, STREAM_MAX] {
-            let mut room = begun(&one, bytes).await;
+            let mut room = partly_received(&one, bytes).await;
             let has = ALL - free(&intake);
             assert_eq!(has, room.bytes());
             assert!(
-                has >= bytes && has <= (bytes + bytes / 2 + UNIT).max(FIRST),
+                has >= bytes && has <= (bytes + bytes / 2 + PERMIT_BYTES).max(INITIAL_BYTES),
                 "{has} for {bytes}"
             );
             room.shrink(bytes);
-            assert!(ALL - free(&intake) < bytes + 2 * UNIT, "{bytes}");
+            assert!(ALL - free(&intake) < bytes + 2 * PERMIT_BYTES, "{bytes}");
             drop(room);
             assert_eq!(free(&intake), ALL);
         }
     }
 
     #[tokio::test]
-    async fn messages_of_one_node_on_any_connections_share_its_places() {
+    async fn messages_of_one_node_share_its_places_over_all_connections() {
         let intake = Intake::new();
         let waits = async |intake: &NodeIntake, bytes| {
-            timeout(Duration::from_millis(10), begun(intake, bytes)).await.is_err()
+            timeout(Duration::from_millis(10), partly_received(intake, bytes)).await.is_err()
         };
-        let large = begun(&intake.of_node(node(1)), STREAM_MAX).await;
-        assert!(waits(&intake.of_node(node(1)), SMALL + 1).await, "a second large one");
+        let large = partly_received(&intake.of_node(node(1)), STREAM_MAX).await;
+        assert!(waits(&intake.of_node(node(1)), SMALL_BYTES + 1).await, "a second large one");
         let mut small = Vec::new();
-        for _ in 1..PLACES {
-            small.push(begun(&intake.of_node(node(1)), 1).await);
+        for _ in 1..MAX_MESSAGES_PER_NODE {
+            small.push(partly_received(&intake.of_node(node(1)), 1).await);
         }
         assert!(waits(&intake.of_node(node(1)), 1).await, "one more than it may have");
         assert!(!waits(&intake.of_node(node(2)), STREAM_MAX).await, "another node waits");
@@ -347,15 +357,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn large_message_without_room_ends_and_keeps_no_small_one_waiting() {
+    async fn large_message_without_room_fails_and_blocks_no_small_one() {
         let intake = Intake::new();
-        let mut room = begun(&intake.of_node(node(1)), SMALL).await;
-        let others = intake.all.large.clone().acquire_many_owned(permits(LARGE_OF_ALL)).await;
-        let refused = intake.of_node(node(1)).grow(&mut room, 2 * SMALL).await;
+        let mut room = partly_received(&intake.of_node(node(1)), SMALL_BYTES).await;
+        let others = intake.all.large.clone().acquire_many_owned(permits(LARGE_TOTAL_BYTES)).await;
+        let refused = intake.of_node(node(1)).grow(&mut room, 2 * SMALL_BYTES).await;
         assert!(matches!(refused, Err(IntakeError::NoRoom)), "{refused:?}");
         assert_eq!(intake.all.waiting.load(Ordering::Relaxed), 0);
-        begun(&intake.of_node(node(1)), SMALL).await;
+        partly_received(&intake.of_node(node(1)), SMALL_BYTES).await;
         drop(others);
-        intake.of_node(node(1)).grow(&mut room, 2 * SMALL).await.expect("room again");
+        intake.of_node(node(1)).grow(&mut room, 2 * SMALL_BYTES).await.expect("room again");
     }
 }

@@ -1,8 +1,10 @@
-//! QUIC between nodes: one UDP socket for both roles, mutual TLS from the cluster's secret.
+//! QUIC between nodes: one UDP socket for both roles, with mutual TLS based on the cluster's
+//! secret.
 //!
-//! Frames travel as datagrams (or, if too large, on a one-way stream); a question and its answer share a
-//! two-way stream. Everything is bounded: queues drop their oldest frames, streams are few, every call
-//! ends in time. Frames are not looked into here, and who a peer is comes from its certificate alone.
+//! Frames are sent as datagrams, or on a one-way stream if they are too large. A request and its
+//! response share a two-way stream. All resources are bounded: queues drop their oldest frames, the
+//! number of streams is limited, and each call has a timeout. This module does not read frames, and
+//! identifies a peer by its certificate alone.
 
 mod connection;
 mod credentials;

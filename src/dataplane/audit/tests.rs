@@ -142,7 +142,7 @@ fn many_peers_are_looked_up_in_turn_and_deviating_ones_in_each_pass() {
     let mut audit = Audit::default();
     audit.begin();
     let deviating = net("10.42.9.0/24");
-    let mut asked = BTreeSet::new();
+    let mut lookups = BTreeSet::new();
     let mut passes = 0;
     loop {
         passes += 1;
@@ -150,14 +150,14 @@ fn many_peers_are_looked_up_in_turn_and_deviating_ones_in_each_pass() {
         let about_peers = questions.iter().filter(|q| q.kind != Kind::Home).count();
         assert!(about_peers < MAX_LOOKUPS + 10, "{about_peers}");
         assert!(passes < 3 || questions.iter().any(|q| q.subject == deviating));
-        asked.extend(questions.iter().filter(|q| q.kind != Kind::Home).map(|q| q.subject));
+        lookups.extend(questions.iter().filter(|q| q.kind != Kind::Home).map(|q| q.subject));
         let diverted = |q: &Question| (q.subject == deviating).then(|| cause(52));
         audit.conclude(questions.into_iter().map(|question| (question, diverted(&question))));
         if !audit.is_unfinished() {
             break;
         }
     }
-    assert_eq!(asked.len(), 249);
+    assert_eq!(lookups.len(), 249);
     assert!((3..=4).contains(&passes), "{passes}");
     // A subnet that is gone has no deviations.
     let desired = Desired::new(&view(&[(1, 1), (2, 2)]), &underlay(), &BTreeSet::new());
@@ -175,8 +175,8 @@ fn pool_route_is_looked_up_where_no_other_route_outranks_it() {
         let questions = audit.questions(&desired, &ground(Some(BRIDGE)));
         let wide: Vec<_> = questions.iter().filter(|q| q.subject == pool).collect();
         let covered = |ip: IpAddr| (1..4).any(|n| net(&format!("10.42.{n}.0/24")).contains(&ip));
-        let asked = wide.iter().filter(|q| matches!(q.kind, Kind::Out | Kind::Own));
-        assert!(asked.clone().count() > 1 && asked.clone().all(|q| !covered(q.to)), "{wide:?}");
+        let lookups = wide.iter().filter(|q| matches!(q.kind, Kind::Out | Kind::Own));
+        assert!(lookups.clone().count() > 1 && lookups.clone().all(|q| !covered(q.to)), "{wide:?}");
         audit.conclude(questions.into_iter().map(|question| (question, None)));
     }
 }
@@ -185,7 +185,7 @@ fn pool_route_is_looked_up_where_no_other_route_outranks_it() {
 fn own_subnet_is_covered_completely_and_a_foreign_route_is_reported_while_it_exists() {
     let (desired, mut audit) = (desired(1), Audit::default());
     let own = net("10.42.1.0/24");
-    let mut asked = BTreeSet::new();
+    let mut lookups = BTreeSet::new();
     for _ in 0..4 {
         let questions = audit.questions(&desired, &ground(Some(BRIDGE)));
         let home: Vec<_> = questions.iter().filter(|q| q.kind == Kind::Home).collect();
@@ -193,11 +193,11 @@ fn own_subnet_is_covered_completely_and_a_foreign_route_is_reported_while_it_exi
         let from = Some([10, 42, 2, 254].into());
         let inputs: BTreeSet<_> = home.iter().map(|q| (q.input, q.from)).collect();
         assert_eq!(inputs, BTreeSet::from([(None, None), (Some(DEVICE), from)]));
-        asked.extend(home.iter().map(|q| q.to));
+        lookups.extend(home.iter().map(|q| q.to));
         audit.conclude(questions.into_iter().map(|question| (question, None)));
     }
     // All but the network's address, the gateway's and the broadcast address.
-    assert_eq!(asked, own.hosts().skip(1).collect());
+    assert_eq!(lookups, own.hosts().skip(1).collect());
     // A new foreign route is looked up at once, and in each pass while it exists.
     let stolen: [IpAddr; 2] = [[10, 42, 1, 5].into(), [10, 42, 1, 200].into()];
     audit.suspect(stolen);
@@ -422,7 +422,7 @@ fn lookups_of_selected_packets_match_the_selector() {
         destination: dport.map(|port| Ports { first: port, last: port }),
         ..Selector::default()
     };
-    let asked = |selector: Selector, input: Option<u32>| {
+    let lookups = |selector: Selector, input: Option<u32>| {
         let mut ground = ground(Some(BRIDGE));
         ground.selected = vec![Selected { selector, input, ipv4: true }];
         let questions = Audit::default().questions(&desired(1), &ground).into_iter();
@@ -432,18 +432,18 @@ fn lookups_of_selected_packets_match_the_selector() {
         selected.map(shown).collect::<Vec<_>>()
     };
     let one = selector(Some("10.42.1.9/32"), None, None);
-    assert_eq!(asked(one, None), ["Out 10.42.1.9 10.42.2.1"]);
+    assert_eq!(lookups(one, None), ["Out 10.42.1.9 10.42.2.1"]);
     let half = selector(Some("10.42.1.0/25"), None, None);
-    assert_eq!(asked(half, None), ["Out 10.42.1.64 10.42.2.1"]);
+    assert_eq!(lookups(half, None), ["Out 10.42.1.64 10.42.2.1"]);
     let of_both = ["Out 10.42.1.254 10.42.2.1", "In 10.42.2.16 10.42.1.254"];
-    assert_eq!(asked(selector(None, None, Some(80)), None), of_both);
-    assert_eq!(asked(selector(None, None, Some(80)), Some(BRIDGE)), of_both[..1]);
-    assert_eq!(asked(selector(None, None, Some(80)), Some(DEVICE)), of_both[1..]);
+    assert_eq!(lookups(selector(None, None, Some(80)), None), of_both);
+    assert_eq!(lookups(selector(None, None, Some(80)), Some(BRIDGE)), of_both[..1]);
+    assert_eq!(lookups(selector(None, None, Some(80)), Some(DEVICE)), of_both[1..]);
     let to = selector(None, Some("10.42.2.128/25"), None);
-    assert_eq!(asked(to, None), ["Out 10.42.1.254 10.42.2.128"]);
+    assert_eq!(lookups(to, None), ["Out 10.42.1.254 10.42.2.128"]);
     let gateway = selector(Some("10.42.1.1/32"), None, None);
-    assert_eq!(asked(gateway, None), [""; 0]);
-    assert_eq!(asked(selector(Some("192.0.2.0/24"), None, None), None), [""; 0]);
+    assert_eq!(lookups(gateway, None), [""; 0]);
+    assert_eq!(lookups(selector(Some("192.0.2.0/24"), None, None), None), [""; 0]);
 }
 
 /// A rule that affects all packets is reported once; a rule that affects some is reported with its

@@ -14,7 +14,14 @@ pub enum KernelError {
         "VNI {vni} on UDP port {port} is in use by device {holder}: stop what made it \
          (is flannel running here?), or choose another vni or vxlan_port for the cluster"
     )]
-    VniTaken { vni: u32, port: u16, holder: String },
+    VniTaken {
+        /// The VNI.
+        vni: u32,
+        /// The UDP port.
+        port: u16,
+        /// Name of the other device.
+        holder: String,
+    },
     /// The VXLAN device cannot open the UDP port.
     #[error(
         "UDP port {port} is taken by {}, so the VXLAN device {name} cannot listen on it: {}, or choose \
@@ -23,7 +30,9 @@ pub enum KernelError {
         release(by.as_deref())
     )]
     PortTaken {
+        /// Name of the device that cannot be created.
         name: String,
+        /// The UDP port.
         port: u16,
         /// The other VXLAN device; `None` if another kind of socket has the port.
         by: Option<String>,
@@ -33,19 +42,34 @@ pub enum KernelError {
         "the device name {name} is taken by a {kind} device: rename or remove that device, \
          or choose another vni for the cluster"
     )]
-    NameTaken { name: String, kind: String },
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Kind of the other device.
+        kind: String,
+    },
     /// A network of the overlay overlaps with an underlay address or another overlay.
     #[error(
         "network {network} of the overlay and {what} of interface {interface} overlap, so packets would take \
          the wrong way: choose another network for the cluster"
     )]
-    Overlap { network: IpNet, what: IpNet, interface: String },
+    Overlap {
+        /// The network of the overlay.
+        network: IpNet,
+        /// The address or network that overlaps with it.
+        what: IpNet,
+        /// Name of the interface with that address or network.
+        interface: String,
+    },
     /// IPv6 addresses cannot be added to the device.
     #[error(
         "no IPv6 address can be given to {name}: IPv6 is turned off in this kernel (ipv6.disable, or \
          net.ipv6.conf.all.disable_ipv6); turn it on, or use a cluster without IPv6"
     )]
-    NoIpv6 { name: String },
+    NoIpv6 {
+        /// Name of the device.
+        name: String,
+    },
     /// The kernel has no VXLAN module.
     #[error("the kernel cannot make VXLAN devices: load or build the vxlan module")]
     NoVxlan,

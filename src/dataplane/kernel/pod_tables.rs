@@ -4,6 +4,8 @@
 //! sets before ADD is answered. A table is written in one transaction; a later difference from the
 //! form that the kernel then showed is a change by another program.
 
+mod shape;
+
 use std::{
     collections::BTreeSet,
     io,
@@ -11,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(super) use self::shape::{Alarm, Shape};
 use super::{
     firewall::{Shown, append, create, create_table, delete_table, name_of, read_table},
     rules::family_name,
@@ -22,8 +25,7 @@ use crate::{
     netlink::{
         attributes::Attributes,
         nftables::{
-            Changes, IFNAMSIZ, Kind, Nftables, Rule, SET_EXPRESSION, Step, base_chain, limit,
-            name_bytes,
+            Changes, IFNAMSIZ, Kind, Nftables, SET_EXPRESSION, Step, base_chain, limit, name_bytes,
         },
     },
     pods::bridge::{Bridge, Tenant, Tenants},
@@ -31,39 +33,6 @@ use crate::{
 
 /// Minimum time between attempts to write a table that the kernel refused.
 const RETRY_INTERVAL: Duration = Duration::from_secs(60);
-
-/// The definition of a table.
-pub(super) struct Shape {
-    /// Family of nftables.
-    pub(super) family: u8,
-    /// Returns the table's name, given that of the overlay's device.
-    pub(super) name: fn(&str) -> String,
-    /// Sets with the length of their elements in bytes, and their type as the `nft` program encodes
-    /// it.
-    pub(super) sets: &'static [(&'static str, u32, u32)],
-    /// A set whose elements match only up to this number of times per second.
-    pub(super) limited: Option<(&'static str, u64)>,
-    /// The alarm of the table, if it has one.
-    pub(super) alarm: Option<Alarm>,
-    /// Chains with their hooks and priorities.
-    pub(super) chains: &'static [(&'static str, u32, i32)],
-    /// Returns chains and rules, from top to bottom.
-    pub(super) rules: fn(&Bridge) -> Vec<(&'static str, Rule)>,
-    /// Returns the elements, given the bridge, its pods, and its foreign ports.
-    pub(super) elements: fn(&Bridge, &Tenants, &BTreeSet<String>) -> Elements,
-    /// Returns the elements to remove with a pod's veth pair.
-    pub(super) leaving: fn(&Bridge, &str, &Tenant, &Elements) -> Elements,
-    /// A set of veth pairs whose elements stay until the kernel has removed the interface.
-    pub(super) veths: Option<&'static str>,
-    /// The consequence of a missing table, and what the kernel needs for it.
-    pub(super) requirement: (&'static str, &'static str),
-}
-
-/// A chain that should count no packets, and the sentence that is reported when it does.
-pub(super) struct Alarm {
-    pub(super) chain: &'static str,
-    pub(super) sentence: fn(&Bridge) -> String,
-}
 
 /// The tables of one bridge.
 pub struct PodTables {

@@ -9,9 +9,10 @@
 //!
 //! A pod may bridge its own interfaces, or send back what it receives. Frames would then circulate:
 //! a broadcast returns by its own port (hairpin mode, which services need) or by another port of
-//! the same container. A frame that leaves by a port of the container that sent it therefore has to
-//! be for the pod itself, as packets through a service are, and a frame that the pod sends must not
-//! be. A rate limit ends loops of broadcasts through several pods.
+//! the same container. Therefore a pod must not send frames to a MAC of its own container, and a frame
+//! that returns to the container that sent it passes only if it is for a MAC of the container, as
+//! packets to the pod through a service are. A rate limit ends loops of broadcasts through several
+//! pods.
 //!
 //! The bridge floods a frame to an unknown MAC to all ports. Pods that send it back with a MAC of
 //! their own would make it circulate as well, and each pod would see frames for others. A frame

@@ -8,43 +8,44 @@ use tokio::sync::oneshot;
 use super::{
     DIAL_TIMEOUT, Event, Events,
     admission::{
-        Admission, Begun, Budget, First, MAX_PLACES, NON_MEMBERS_TIMEOUT, Place, SharedAdmissions,
+        Admission, Budget, FirstPacket, HandshakePlace, MAX_PLACES, NON_MEMBERS_TIMEOUT,
+        NewHandshake, SharedAdmissions,
     },
     read,
 };
 use crate::transport::{credentials::peer_of, intake::Intake};
 
-/// Accepts connections for as long as the endpoint lives.
+/// Accepts connections while the endpoint exists.
 pub(super) async fn accept(
     endpoint: Endpoint,
     admissions: SharedAdmissions,
     intake: Intake,
     events: Events,
 ) {
-    // Handshakes under way. One has to end for a newer one when its sender is dropped.
-    let mut under_way: BTreeMap<u64, oneshot::Sender<()>> = BTreeMap::new();
+    // Handshakes in progress. Dropping a sender ends the handshake in favor of a newer one.
+    let mut in_progress: BTreeMap<u64, oneshot::Sender<()>> = BTreeMap::new();
     while let Some(incoming) = endpoint.accept().await {
-        let first = First {
+        let first = FirstPacket {
             from: incoming.remote_address().ip(),
             id: incoming.orig_dst_cid(),
             is_proven: incoming.remote_address_validated(),
         };
-        let admission = admissions.lock().judge(Instant::now(), first);
+        let admission = admissions.lock().decide(Instant::now(), first);
         match admission {
-            Admission::Begin(Begun { number, budget, instead_of }) => {
+            Admission::Begin(NewHandshake { number, budget, instead_of }) => {
                 let place = admissions.place(number);
-                let (stays, ends) = oneshot::channel();
-                let shake = handshake(incoming, budget, ends, place);
+                let (keep, displaced_signal) = oneshot::channel();
+                let shake = handshake(incoming, budget, displaced_signal, place);
                 tokio::spawn(serve(shake, intake.clone(), events.clone()));
                 if let Some(displaced) = instead_of {
-                    under_way.remove(&displaced);
+                    in_progress.remove(&displaced);
                 }
-                under_way.insert(number, stays);
-                if under_way.len() > 2 * MAX_PLACES {
-                    under_way.retain(|_, stays| !stays.is_closed());
+                in_progress.insert(number, keep);
+                if in_progress.len() > 2 * MAX_PLACES {
+                    in_progress.retain(|_, keep| !keep.is_closed());
                 }
             }
-            // It fails only where the address is proven already.
+            // A Retry fails only if the address is already proven.
             Admission::Retry => _ = incoming.retry(),
             Admission::Refuse => incoming.refuse(),
             Admission::Ignore => incoming.ignore(),
@@ -52,12 +53,13 @@ pub(super) async fn accept(
     }
 }
 
-/// None if it has failed, was not finished in time, or had to end for another one.
+/// Completes a handshake. Returns `None` if it fails, exceeds its time limit, or is displaced by
+/// another one.
 async fn handshake(
     incoming: Incoming,
     budget: Budget,
-    ends: oneshot::Receiver<()>,
-    _place: Place,
+    displaced_signal: oneshot::Receiver<()>,
+    _place: HandshakePlace,
 ) -> Option<Connection> {
     let address = incoming.remote_address();
     let limit = if budget == Budget::NonMember { NON_MEMBERS_TIMEOUT } else { DIAL_TIMEOUT };
@@ -67,12 +69,12 @@ async fn handshake(
             Ok(Err(error)) => tracing::debug!(%address, %error, "handshake failed"),
             Err(_) => tracing::debug!(%address, "handshake not finished in time"),
         },
-        _ = ends => tracing::debug!(%address, "handshake ended for a newer one"),
+        _ = displaced_signal => tracing::debug!(%address, "handshake displaced by a newer one"),
     }
     None
 }
 
-/// Reads what comes in on a connection, once there is one.
+/// Reads a connection after its handshake.
 async fn serve(
     handshake: impl Future<Output = Option<Connection>>,
     intake: Intake,

@@ -1,21 +1,23 @@
-//! Admission: which handshakes are begun, so that non-members never use up what members need.
+//! Admission: decides which handshakes begin, so that non-members cannot exhaust what members need.
 //!
-//! The first packet of a handshake may carry any source address. A host that is no member yet must prove its
-//! address by QUIC's Retry (RFC 9000, 8.1.2) before it costs more than an answer of some hundred bytes. A
-//! member begins at once, within a small budget for first packets that prove nothing; beyond it, it has to
-//! prove its address, too. Each kind has a budget of its own.
+//! The first packet of a handshake may have a forged source address. A host that is not a member
+//! has to prove its address with QUIC's Retry (RFC 9000, 8.1.2) before it costs more than an answer
+//! of a few hundred bytes. A member begins at once, within a small budget for unproven first
+//! packets; beyond that, it has to prove its address, too. Each kind has a budget of its own.
 //!
-//! A host without the secret is a non-member at any address, also at that of a member, which it may share as
-//! a user of the member's host. The connection id of a first packet tells ([`FirstIds`]). So non-members take
-//! places from each other alone, however many handshakes they begin.
+//! A host without the secret is a non-member at any address. It may share a member's address, as a
+//! user of the member's host. The connection id of a first packet shows whether its sender has the
+//! secret ([`FirstIds`]). Non-members therefore take places from each other only, however many
+//! handshakes they begin.
 //!
-//! A host with a few addresses of its own can prove them and then finish no handshake. So each source has few
-//! places, and when all places are taken, the source with the most of them loses its oldest handshake. Within
-//! a source, which may be a whole network or a host with many users, the address with the most does; where
-//! all come from one address, half of the places are given on soon. No packet begins two handshakes.
+//! A host with a few addresses can prove them and then finish no handshake. Each source therefore
+//! has few places, and when all places are taken, the source with the most loses its oldest
+//! handshake. Within a source, which may be a network or a host with many users, the address with
+//! the most places loses one. If all have the same address, half of the places become available
+//! again soon. No packet begins two handshakes.
 //!
-//! Whatever the endpoint answers to addresses that have proven nothing (a Retry, a list of versions, a
-//! refusal) is limited in the socket: see [`Admissions::may_send`].
+//! Answers to unproven addresses (Retry, version negotiation, refusal) are limited in the socket:
+//! see [`Admissions::may_send`].
 
 mod once;
 mod tally;
@@ -34,160 +36,178 @@ use quinn::ConnectionId;
 
 pub use self::tally::Flood;
 use self::{
-    once::Once,
+    once::UsedIds,
     tally::{Bucket, Tally},
 };
 use crate::{model::bounded::MAX_MEMBERS, transport::first_id::FirstIds};
 
-/// Handshakes under way with hosts without the secret that have proven their addresses. Each handshake may
-/// cost about 40 KiB and a millisecond of CPU.
+/// Upper limit of handshakes in progress with hosts without the secret that have proven their
+/// addresses. Each may cost about 40 KiB and a millisecond of CPU time.
 const MAX_OF_NON_MEMBERS: usize = 128;
-/// So many begin in a second, however soon they end. None of them succeeds: a host with another cluster's
-/// secret is told so.
-const STRANGERS_PER_SECOND: f64 = 200.0;
-/// The same from one source.
-const MAX_OF_ONE_SOURCE: usize = 16;
-/// The oldest of them are not ended for newer ones of the same source. Several hosts may share it, behind a
-/// router that translates: on a network with a round trip of 300 ms they finish 20 handshakes a second.
-const KEPT_OF_ONE_SOURCE: usize = 8;
-/// Any other has to end for a newer one of its source after this, where a handshake takes milliseconds
-/// without loss. So one that does not end keeps no near host out, and a source begins 80 more a second.
-const UNDISTURBED_BY_OWN: Duration = Duration::from_millis(100);
-/// A non-member's handshake ends after this. With a round trip of 300 ms the host sends its certificate after
-/// 300 ms, and if that packet is lost, once more 900 ms later: QUIC waits for three round trips after its
-/// first sample (RFC 9002, 5.3 and 6.2.1). Losses before are repaired sooner, from 60 ms on.
+/// Upper limit of these handshakes that begin per second, however soon they end. None succeeds: a
+/// host with another cluster's secret gets an error.
+const NON_MEMBERS_PER_SECOND: f64 = 200.0;
+/// Upper limit of these handshakes in progress from one source.
+const MAX_PER_SOURCE: usize = 16;
+/// Number of the oldest of them that newer ones of the same source do not displace. Several hosts
+/// behind a NAT router share a source. With a round trip of 300 ms, these places allow 20
+/// handshakes per second.
+const PROTECTED_PER_SOURCE: usize = 8;
+/// Age from which the others are displaced by newer ones of their source. Without loss, a handshake
+/// takes milliseconds, so hosts nearby get in despite handshakes that never end. One source begins
+/// at most 80 more per second this way.
+const MIN_DISPLACED_AGE_IN_SOURCE: Duration = Duration::from_millis(100);
+/// Time limit of a non-member's handshake. With a round trip of 300 ms, the host sends its
+/// certificate after 300 ms, and, if that packet is lost, again 900 ms later: QUIC waits for three
+/// round trips after its first sample (RFC 9002, 5.3 and 6.2.1). Earlier losses are repaired
+/// sooner, from 60 ms on.
 pub(super) const NON_MEMBERS_TIMEOUT: Duration = Duration::from_millis(1_500);
-/// Among sources that have equally many, a handshake has to end for a newer one after this at the earliest.
-/// Otherwise many hosts that join at once would end each other's handshakes, and none would finish.
-const UNDISTURBED: Duration = Duration::from_millis(250);
-/// Handshakes under way with hosts that have the secret and have proven their addresses.
+/// Minimum age of a handshake that is displaced if all sources have the same number. Otherwise,
+/// hosts that join at the same time would displace each other, and none would finish.
+const MIN_DISPLACED_AGE: Duration = Duration::from_millis(250);
+/// Upper limit of handshakes in progress with hosts that have the secret and have proven their
+/// addresses.
 const MAX_OF_MEMBERS: usize = 192;
-/// The same from one address. Several nodes may share it, behind a router that translates.
-const MAX_OF_ONE_MEMBER: usize = 24;
-const KEPT_OF_ONE_MEMBER: usize = 16;
-/// Handshakes under way with members that have not proven their addresses.
+/// Upper limit of these from one address, which several nodes behind a NAT router may share.
+const MAX_PER_MEMBER: usize = 24;
+/// Number of the oldest of them that newer ones of the same address do not displace.
+const PROTECTED_PER_MEMBER: usize = 16;
+/// Upper limit of handshakes in progress with members that have not proven their addresses.
 const MAX_UNPROVEN: usize = 64;
-const MAX_UNPROVEN_OF_ONE: usize = 4;
-/// Handshakes under way at once.
+/// Upper limit of these from one address.
+const MAX_UNPROVEN_PER_MEMBER: usize = 4;
+/// Upper limit of all handshakes in progress.
 pub(super) const MAX_PLACES: usize = MAX_OF_NON_MEMBERS + MAX_OF_MEMBERS + MAX_UNPROVEN;
-/// Non-members that have proven their addresses, or that this node dials, which are remembered.
+/// Upper limit of the stored addresses of non-members that have proven them or that this node
+/// dials.
 const MAX_PROVEN: usize = 1_024;
-/// Packets per second to addresses that have proven nothing. Those to an address of the own network that no
-/// host has stay in the socket's buffer until the kernel gives up ARP or ND, 3 s later: 9,000 packets, of
-/// which the kernel counts each as some 800 bytes, take a quarter of the buffer.
+/// Upper limit of packets per second to unproven addresses. Packets to an unused address of the
+/// local network stay in the socket's buffer until ARP or ND fails, after 3 s: these 9,000 packets,
+/// which the kernel counts as about 800 bytes each, take a quarter of the buffer.
 const ANSWERS_PER_SECOND: f64 = 3_000.0;
+/// Packets that may be sent at once to unproven addresses.
 const ANSWER_BURST: f64 = 1_000.0;
-/// So many in a window are a flood. 1,000 hosts that boot at once send fewer.
-const FLOOD: u64 = 3_000;
-/// So many handshakes that found no place, or lost it, in a window are a problem.
-const CROWD: u64 = 30;
+/// Unproven first packets per window from which they count as a flood. 1,000 hosts that boot at the
+/// same time send fewer.
+const FLOOD_THRESHOLD: u64 = 3_000;
+/// Handshakes per window that get no place, or lose it, from which a problem is reported.
+const CROWD_THRESHOLD: u64 = 30;
 
 /// The first packet of a handshake.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct First {
+pub(super) struct FirstPacket {
     pub(super) from: IpAddr,
-    /// The connection id that its sender chose. A token that proves the address holds it.
+    /// The connection id that the sender chose. A token that proves the address contains it.
     pub(super) id: ConnectionId,
+    /// Whether a token proves the address.
     pub(super) is_proven: bool,
 }
 
-/// What becomes of the first packet of a handshake.
+/// The decision about a first packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Admission {
-    Begin(Begun),
+    /// The handshake begins.
+    Begin(NewHandshake),
+    /// The sender has to prove its address.
     Retry,
-    /// Its address is its own, and there are too many handshakes.
+    /// Refused: the address is proven, but there are too many handshakes.
     Refuse,
-    /// It has begun a handshake before.
+    /// Not answered: the packet has already begun a handshake.
     Ignore,
 }
 
 /// A handshake that begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Begun {
+pub(super) struct NewHandshake {
+    /// Identifies the handshake.
     pub(super) number: u64,
+    /// The budget that it uses.
     pub(super) budget: Budget,
-    /// The handshake that has to end for it.
+    /// The handshake that it displaces.
     pub(super) instead_of: Option<u64>,
 }
 
-/// Whose budget a handshake uses.
+/// The budget that a handshake uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Budget {
     /// Of hosts without the secret.
     NonMember,
-    /// Of hosts with the secret: members, and those that join.
+    /// Of hosts with the secret: members, and hosts that join.
     Member,
     /// Of members that have not proven their addresses.
     Unproven,
 }
 
-/// Counts since the start, by what became of first packets.
+/// Counters of first packets since the start, by decision.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Handshakes {
+    /// Handshakes that have begun.
     pub begun: u64,
-    /// Asked to prove their address.
+    /// First packets whose sender had to prove its address.
     pub retried: u64,
-    /// Refused: too many of their source were under way, or too many non-members in this second.
+    /// Refused: too many handshakes of the source were in progress, or too many non-members began
+    /// one in this second.
     pub refused: u64,
-    /// Not answered: they had begun a handshake before.
+    /// Not answered: the packet had already begun a handshake.
     pub repeated: u64,
-    /// Begun, and ended for a newer one: all places were taken, or all of their source.
+    /// Handshakes that a newer one displaced: all places, or all of their source, were taken.
     pub displaced: u64,
-    /// Answers that were not sent, to addresses that had proven nothing: there were too many.
+    /// Answers to unproven addresses that were not sent, because there were too many.
     pub unanswered: u64,
 }
 
-/// The state of admission. Pure: the time comes with each call.
+/// The state of admission. Pure: each call passes the time.
 pub(super) struct Admissions {
     members: BTreeMap<IpAddr, Instant>,
     proven: BTreeMap<IpAddr, Instant>,
-    /// Networks of pods.
+    /// The pods' networks.
     overlay: Vec<IpNet>,
-    /// Handshakes under way, from the oldest to the newest.
-    under_way: BTreeMap<u64, Handshake>,
+    /// Handshakes in progress, from the oldest to the newest.
+    in_progress: BTreeMap<u64, Handshake>,
     next: u64,
     ids: FirstIds,
-    /// Of hosts with the secret, and of others.
-    begun: [Once; 2],
-    /// Handshakes with hosts without the secret.
-    strangers: Bucket,
+    /// Ids that have begun handshakes: of hosts with the secret, and of others.
+    begun: [UsedIds; 2],
+    /// Limits the rate of handshakes with hosts without the secret.
+    non_members: Bucket,
+    /// Limits the rate of packets to unproven addresses.
     answers: Bucket,
     counts: Handshakes,
-    /// First packets without a proof, less the proofs that followed. Their addresses may be forged.
+    /// First packets without a proof, minus the proofs that followed. The addresses may be forged.
     unproven: Tally,
-    /// Handshakes that found no place, or lost it. Their addresses are proven.
+    /// Handshakes that got no place, or lost it. The addresses are proven.
     crowd: Tally,
 }
 
-/// Handshakes under way of each source, or of each address of a source.
+/// Number of handshakes in progress, by source or by address.
 type Places = BTreeMap<IpAddr, usize>;
 
-/// How many handshakes may be under way in one budget.
+/// Upper limits of the handshakes in progress of one budget.
 #[derive(Clone, Copy)]
 struct Limits {
-    of_all: usize,
-    of_one: usize,
-    /// So many of one source are not ended for its newer ones.
-    kept: usize,
+    total: usize,
+    per_source: usize,
+    /// Number of the oldest of one source that its newer ones do not displace.
+    protected: usize,
 }
 
 impl Budget {
+    /// Returns the limits of the budget.
     const fn limits(self) -> Limits {
-        let (of_all, of_one, kept) = match self {
-            Self::NonMember => (MAX_OF_NON_MEMBERS, MAX_OF_ONE_SOURCE, KEPT_OF_ONE_SOURCE),
-            Self::Member => (MAX_OF_MEMBERS, MAX_OF_ONE_MEMBER, KEPT_OF_ONE_MEMBER),
-            Self::Unproven => (MAX_UNPROVEN, MAX_UNPROVEN_OF_ONE, MAX_UNPROVEN_OF_ONE),
+        let (total, per_source, protected) = match self {
+            Self::NonMember => (MAX_OF_NON_MEMBERS, MAX_PER_SOURCE, PROTECTED_PER_SOURCE),
+            Self::Member => (MAX_OF_MEMBERS, MAX_PER_MEMBER, PROTECTED_PER_MEMBER),
+            Self::Unproven => (MAX_UNPROVEN, MAX_UNPROVEN_PER_MEMBER, MAX_UNPROVEN_PER_MEMBER),
         };
-        Limits { of_all, of_one, kept }
+        Limits { total, per_source, protected }
     }
 }
 
-/// A handshake under way.
+/// A handshake in progress.
 struct Handshake {
     begun: Instant,
     budget: Budget,
-    /// What it is counted with.
+    /// The source that it counts for.
     source: IpAddr,
     from: IpAddr,
 }
@@ -204,39 +224,40 @@ impl Admissions {
             members: BTreeMap::new(),
             proven: BTreeMap::new(),
             overlay: Vec::new(),
-            under_way: BTreeMap::new(),
+            in_progress: BTreeMap::new(),
             next: 0,
             ids,
-            begun: [Once::new(now), Once::new(now)],
-            strangers: Bucket::new(now, STRANGERS_PER_SECOND, STRANGERS_PER_SECOND),
+            begun: [UsedIds::new(now), UsedIds::new(now)],
+            non_members: Bucket::new(now, NON_MEMBERS_PER_SECOND, NON_MEMBERS_PER_SECOND),
             answers: Bucket::new(now, ANSWERS_PER_SECOND, ANSWER_BURST),
             counts: Handshakes::default(),
-            unproven: Tally::new(FLOOD, now),
-            crowd: Tally::new(CROWD, now),
+            unproven: Tally::new(FLOOD_THRESHOLD, now),
+            crowd: Tally::new(CROWD_THRESHOLD, now),
         }
     }
 
-    /// A member has spoken from this address, or is about to be dialled there.
+    /// Stores the address of a member, from which a packet has arrived or which is about to be
+    /// dialed.
     pub(super) fn learn_member(&mut self, now: Instant, address: IpAddr) {
         learn(&mut self.members, MAX_MEMBERS, now, address);
     }
 
-    /// A non-member is about to be dialled at this address.
+    /// Stores the address of a non-member that has proven it or is about to be dialed.
     pub(super) fn learn_non_member(&mut self, now: Instant, address: IpAddr) {
         learn(&mut self.proven, MAX_PROVEN, now, address);
     }
 
-    /// From these networks pods speak. All of them are one source, for a host can start many.
+    /// Sets the pods' networks. They count as one source, because a host can start many pods.
     pub(super) fn learn_overlay(&mut self, networks: Vec<IpNet>) {
         self.overlay = networks;
     }
 
-    /// From now on the senders of these ids have the secret.
+    /// Replaces the keys by which ids of hosts with the secret are recognized.
     pub(super) fn accept_ids(&mut self, ids: FirstIds) {
         self.ids = ids;
     }
 
-    /// Whether a packet may be sent: always to members and to those who have proven their addresses.
+    /// Returns whether a packet may be sent. Packets to members and to proven addresses always may.
     pub(super) fn may_send(&mut self, now: Instant, to: IpAddr) -> bool {
         let to = to.to_canonical();
         let may_send = self.members.contains_key(&to)
@@ -246,16 +267,17 @@ impl Admissions {
         may_send
     }
 
-    /// Judges the first packet of a handshake. What begins must be ended by [`Self::end`].
-    pub(super) fn judge(&mut self, now: Instant, first: First) -> Admission {
-        let First { from, is_proven, .. } = first;
-        let first = First { from: from.to_canonical(), ..first };
+    /// Decides about the first packet of a handshake. A handshake that begins has to be ended with
+    /// [`Self::end`].
+    pub(super) fn decide(&mut self, now: Instant, first: FirstPacket) -> Admission {
+        let FirstPacket { from, is_proven, .. } = first;
+        let first = FirstPacket { from: from.to_canonical(), ..first };
         let from = first.from;
         if is_proven && !self.members.contains_key(&from) {
             self.learn_non_member(now, from);
         }
-        self.unproven.turn(now);
-        self.crowd.turn(now);
+        self.unproven.advance(now);
+        self.crowd.advance(now);
         let admission = self.admission(now, first);
         match admission {
             Admission::Begin(_) => self.counts.begun += 1,
@@ -267,16 +289,16 @@ impl Admissions {
             self.crowd.add(from);
         }
         if is_proven && admission != Admission::Ignore {
-            self.unproven.take_back();
+            self.unproven.uncount();
         } else if admission == Admission::Retry {
             self.unproven.add(from);
         }
         admission
     }
 
-    fn admission(&mut self, now: Instant, first: First) -> Admission {
-        let First { from, id, is_proven } = first;
-        let has_secret = self.ids.show_secret(&id);
+    fn admission(&mut self, now: Instant, first: FirstPacket) -> Admission {
+        let FirstPacket { from, id, is_proven } = first;
+        let has_secret = self.ids.proves_secret(&id);
         let budget = match (has_secret, is_proven) {
             (true, true) => Budget::Member,
             (true, false) if self.members.contains_key(&from) => Budget::Unproven,
@@ -288,43 +310,45 @@ impl Admissions {
             return Admission::Ignore;
         }
         let source = if budget == Budget::NonMember { self.source(from) } else { from };
-        let Limits { of_all, of_one, kept } = budget.limits();
+        let Limits { total, per_source, protected } = budget.limits();
         let places = self.places(budget);
-        let is_source_full = count_of(&places, source) >= of_one;
-        let is_full = places.values().sum::<usize>() >= of_all;
+        let is_source_full = count_of(&places, source) >= per_source;
+        let is_full = places.values().sum::<usize>() >= total;
         let instead_of = match budget {
             Budget::Unproven => None,
-            _ if is_source_full => self.rival_within(now, (budget, source), from, kept),
-            _ if is_full => self.rival_of_all(now, budget, &places, source),
+            _ if is_source_full => {
+                self.displaceable_in_source(now, (budget, source), from, protected)
+            }
+            _ if is_full => self.displaceable_of_all(now, budget, &places, source),
             _ => None,
         };
         let has_place = !(is_source_full || is_full) || instead_of.is_some();
-        if !has_place || (budget == Budget::NonMember && !self.strangers.take(now)) {
+        if !has_place || (budget == Budget::NonMember && !self.non_members.take(now)) {
             return if is_proven { Admission::Refuse } else { Admission::Retry };
         }
-        if let Some(displaced) = instead_of.and_then(|number| self.under_way.remove(&number)) {
+        if let Some(displaced) = instead_of.and_then(|number| self.in_progress.remove(&number)) {
             self.crowd.add(displaced.from);
             self.counts.displaced += 1;
         }
         let number = self.next;
         self.next += 1;
-        self.under_way.insert(number, Handshake { begun: now, budget, source, from });
+        self.in_progress.insert(number, Handshake { begun: now, budget, source, from });
         self.begun[kind].insert(now, id);
-        Admission::Begin(Begun { number, budget, instead_of })
+        Admission::Begin(NewHandshake { number, budget, instead_of })
     }
 
-    /// How many handshakes of each source are under way.
+    /// Returns the number of handshakes in progress by source.
     fn places(&self, budget: Budget) -> Places {
         let mut places = BTreeMap::new();
-        for handshake in self.under_way.values().filter(|handshake| handshake.budget == budget) {
+        for handshake in self.in_progress.values().filter(|handshake| handshake.budget == budget) {
             *places.entry(handshake.source).or_default() += 1;
         }
         places
     }
 
-    /// The handshake that has to end for one of the source `newcomer`: the oldest of the sources that have
-    /// the most.
-    fn rival_of_all(
+    /// Returns the handshake that one of the source `newcomer` may displace: the oldest of the
+    /// sources with the most.
+    fn displaceable_of_all(
         &self,
         now: Instant,
         budget: Budget,
@@ -332,41 +356,41 @@ impl Admissions {
         newcomer: IpAddr,
     ) -> Option<u64> {
         let most = places.values().copied().max()?;
-        let mut oldest_first = self.under_way.iter();
+        let mut oldest_first = self.in_progress.iter();
         let (number, oldest) = oldest_first.find(|(_, handshake)| {
             handshake.budget == budget && count_of(places, handshake.source) == most
         })?;
         let has_more = most > count_of(places, newcomer) + 1;
-        (has_more || oldest.age(now) >= UNDISTURBED).then_some(*number)
+        (has_more || oldest.age(now) >= MIN_DISPLACED_AGE).then_some(*number)
     }
 
-    /// The handshake that has to end for one of the address `newcomer`, whose source has all its places: the
-    /// oldest of the addresses that have the most. Where the newcomer's address has as many, the oldest are
-    /// kept.
-    fn rival_within(
+    /// Returns the handshake that one of the address `newcomer` may displace in its source, which
+    /// has no free place: the oldest of the addresses with the most. If the newcomer's address has
+    /// as many, the oldest are kept.
+    fn displaceable_in_source(
         &self,
         now: Instant,
         (budget, source): (Budget, IpAddr),
         newcomer: IpAddr,
-        kept: usize,
+        protected: usize,
     ) -> Option<u64> {
         let is_own =
             |handshake: &Handshake| handshake.budget == budget && handshake.source == source;
         let mut places = Places::new();
-        for handshake in self.under_way.values().filter(|handshake| is_own(handshake)) {
+        for handshake in self.in_progress.values().filter(|handshake| is_own(handshake)) {
             *places.entry(handshake.from).or_default() += 1;
         }
         let most = places.values().copied().max()?;
-        let mut oldest_first = self.under_way.iter().filter(|(_, handshake)| {
+        let mut oldest_first = self.in_progress.iter().filter(|(_, handshake)| {
             is_own(handshake) && count_of(&places, handshake.from) == most
         });
         let has_more = most > count_of(&places, newcomer) + 1;
-        let (number, rival) = oldest_first.nth(if has_more { 0 } else { kept })?;
-        (has_more || rival.age(now) >= UNDISTURBED_BY_OWN).then_some(*number)
+        let (number, candidate) = oldest_first.nth(if has_more { 0 } else { protected })?;
+        (has_more || candidate.age(now) >= MIN_DISPLACED_AGE_IN_SOURCE).then_some(*number)
     }
 
-    /// What is counted together: what a single host can have whole. That is one IPv4 address or one IPv6
-    /// network of 64 bits, all addresses of loopback, and all addresses of pods.
+    /// Returns the source that an address counts for: what a single host may own completely. That
+    /// is one IPv4 address or one IPv6 /64, all of loopback, and all addresses of pods.
     fn source(&self, address: IpAddr) -> IpAddr {
         if let Some(overlay) = self.overlay.iter().find(|network| network.contains(&address)) {
             return overlay.network();
@@ -378,21 +402,22 @@ impl Admissions {
         }
     }
 
-    /// A handshake is over, one way or the other.
+    /// Frees the place of a handshake that has ended.
     fn end(&mut self, number: u64) {
-        self.under_way.remove(&number);
+        self.in_progress.remove(&number);
     }
 
+    /// Returns the counters.
     pub(super) fn counts(&self) -> Handshakes {
         self.counts
     }
 
-    /// Whether non-members flood this node now with first packets that prove no address.
+    /// Returns the current flood of first packets from unproven addresses, if there is one.
     pub(super) fn flood(&mut self, now: Instant) -> Option<Flood> {
         self.unproven.flood(now)
     }
 
-    /// Whether hosts, or users of one, take each other's places now.
+    /// Returns the current excess of handshakes from proven addresses, if there is one.
     pub(super) fn crowd(&mut self, now: Instant) -> Option<Flood> {
         self.crowd.flood(now)
     }
@@ -402,7 +427,7 @@ fn count_of(places: &Places, source: IpAddr) -> usize {
     places.get(&source).copied().unwrap_or(0)
 }
 
-/// Remembers an address; the one that was learned longest ago makes way.
+/// Stores an address; replaces the one that was learned first if there are too many.
 fn learn(known: &mut BTreeMap<IpAddr, Instant>, limit: usize, now: Instant, address: IpAddr) {
     let is_new = known.insert(address.to_canonical(), now).is_none();
     if is_new && known.len() > limit {
@@ -413,7 +438,7 @@ fn learn(known: &mut BTreeMap<IpAddr, Instant>, limit: usize, now: Instant, addr
     }
 }
 
-/// The admissions as the accepting task and the endpoint's owner share it.
+/// Admission as the accepting task, the socket and the endpoint share it.
 #[derive(Clone)]
 pub(super) struct SharedAdmissions(Arc<Mutex<Admissions>>);
 
@@ -423,23 +448,23 @@ impl SharedAdmissions {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Admissions> {
-        // Nothing in it is half changed where a panic could happen.
+        // A panic leaves no half-changed state.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What holds a place of its budget until it is dropped.
-    pub(super) fn place(&self, number: u64) -> Place {
-        Place { admissions: self.clone(), number }
+    /// Returns a guard that keeps the handshake's place until it is dropped.
+    pub(super) fn place(&self, number: u64) -> HandshakePlace {
+        HandshakePlace { admissions: self.clone(), number }
     }
 }
 
-/// The place of a handshake that is under way.
-pub(super) struct Place {
+/// The place of a handshake in progress.
+pub(super) struct HandshakePlace {
     admissions: SharedAdmissions,
     number: u64,
 }
 
-impl Drop for Place {
+impl Drop for HandshakePlace {
     fn drop(&mut self) {
         self.admissions.lock().end(self.number);
     }

@@ -1,4 +1,4 @@
-//! Dialling an address.
+//! Dials addresses.
 
 use std::{net::SocketAddr, time::Instant};
 
@@ -14,9 +14,9 @@ use crate::{
     },
 };
 
-/// What a task needs to dial.
+/// What a dialing task needs.
 #[derive(Clone)]
-pub(super) struct Dialler {
+pub(super) struct Dialer {
     pub(super) endpoint: Endpoint,
     pub(super) client: ClientConfig,
     pub(super) admissions: SharedAdmissions,
@@ -25,11 +25,11 @@ pub(super) struct Dialler {
     pub(super) me: NodeId,
 }
 
-impl Dialler {
-    /// Connects to whichever node answers at an address.
+impl Dialer {
+    /// Connects to the node that answers at an address.
     ///
     /// # Errors
-    /// Fails if no node answers in time, or if it refuses this node's certificate.
+    /// When no node answers in time, or the handshake fails.
     pub(super) async fn connect(
         &self,
         address: SocketAddr,
@@ -48,7 +48,7 @@ impl Dialler {
         Ok((peer, connection))
     }
 
-    /// Reads what comes in on a connection from now on.
+    /// Starts a task that reads a connection.
     pub(super) fn read(&self, peer: NodeId, connection: Connection) {
         tokio::spawn(read(peer, connection, self.intake.clone(), self.events.clone()));
     }

@@ -1,24 +1,25 @@
-//! Dialling a seed by its name, which may have several addresses, some of which lead nowhere.
+//! Dials a seed by name. A name may have several addresses, some of them unreachable.
 
 use std::{net::SocketAddr, time::Duration};
 
 use quinn::{Connection, VarInt};
 use tokio::task::JoinSet;
 
-use super::{Event, dial::Dialler};
+use super::{Event, dial::Dialer};
 use crate::{core::CallError, model::NodeId, worker::resolve};
 
-/// Addresses of one name that are tried.
+/// Upper limit of the addresses of one name that are tried.
 const MAX_ADDRESSES: usize = 8;
-/// The next address of a name is tried when the one before has not answered within this time (RFC 8305, 5).
+/// Delay until the next address is tried if the previous one has not answered (RFC 8305, 5).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
-impl Dialler {
-    /// Connects to the address of a name that answers first. The addresses are tried staggered, both families
-    /// in turn, and each time another one comes first: one that swallows packets holds up no join.
+impl Dialer {
+    /// Connects to the address of a name that answers first. The addresses are tried with a delay,
+    /// alternating between families. Each call starts with another address, so that one that drops
+    /// packets delays only some joins.
     ///
     /// # Errors
-    /// Fails if the name has no address, or with the reason of the last one.
+    /// When the name has no usable address; otherwise the error of the last address.
     pub(super) async fn connect_name(
         &self,
         name: &str,
@@ -29,18 +30,18 @@ impl Dialler {
             .await
             .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?;
         resolved.retain(|address| address.is_ipv4() || !ipv4_only);
-        let mut tries = JoinSet::new();
-        for (place, address) in in_turn(resolved, turn).into_iter().enumerate() {
-            let dialler = self.clone();
+        let mut attempts = JoinSet::new();
+        for (place, address) in order_for_turn(resolved, turn).into_iter().enumerate() {
+            let dialer = self.clone();
             let delay = NEXT_ADDRESS_AFTER * u32::try_from(place).unwrap_or(u32::MAX);
-            tries.spawn(async move {
+            attempts.spawn(async move {
                 tokio::time::sleep(delay).await;
-                dialler.connect(address).await
+                dialer.connect(address).await
             });
         }
         let mut last = CallError::Unreachable(format!("{name} has no usable address"));
-        while let Some(tried) = tries.join_next().await {
-            match tried {
+        while let Some(attempt) = attempts.join_next().await {
+            match attempt {
                 Ok(Ok((peer, connection))) if peer == self.me => {
                     connection.close(VarInt::from_u32(3), b"myself");
                     last = CallError::Myself;
@@ -52,7 +53,7 @@ impl Dialler {
                     let _ = self.events.send(known).await;
                     return Ok((peer, connection));
                 }
-                // That it is this node itself tells more than that another address is silent.
+                // That an address is this node itself says more than that another one is silent.
                 Ok(Err(error)) if last != CallError::Myself => last = error,
                 Ok(Err(_)) | Err(_) => {}
             }
@@ -61,9 +62,9 @@ impl Dialler {
     }
 }
 
-/// Addresses in the order in which they are tried at this turn: families alternate (RFC 8305, 4), and the
-/// first becomes the last with each turn.
-fn in_turn(addresses: Vec<SocketAddr>, turn: usize) -> Vec<SocketAddr> {
+/// Returns the addresses in the order of this turn: families alternate (RFC 8305, 4), and each turn
+/// starts with the next address.
+fn order_for_turn(addresses: Vec<SocketAddr>, turn: usize) -> Vec<SocketAddr> {
     let first_is_ipv4 = addresses.first().is_some_and(SocketAddr::is_ipv4);
     let (preferred, others): (Vec<_>, Vec<_>) =
         addresses.into_iter().partition(|address| address.is_ipv4() == first_is_ipv4);
@@ -90,11 +91,11 @@ mod tests {
         let resolved =
             || ["[2001:db8::1]:1", "[2001:db8::2]:1", "192.0.2.1:1"].map(address).to_vec();
         let first = ["[2001:db8::1]:1", "192.0.2.1:1", "[2001:db8::2]:1"].map(address);
-        assert_eq!(in_turn(resolved(), 0), first);
-        let firsts = (0..4).map(|turn| in_turn(resolved(), turn)[0]);
+        assert_eq!(order_for_turn(resolved(), 0), first);
+        let firsts = (0..4).map(|turn| order_for_turn(resolved(), turn)[0]);
         assert!(firsts.eq([first[0], first[1], first[2], first[0]]));
         let many = (0..20).map(|port| SocketAddr::from(([192, 0, 2, 1], port))).collect();
-        assert_eq!(in_turn(many, 19).len(), MAX_ADDRESSES);
-        assert!(in_turn(Vec::new(), 3).is_empty());
+        assert_eq!(order_for_turn(many, 19).len(), MAX_ADDRESSES);
+        assert!(order_for_turn(Vec::new(), 3).is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! The UDP socket: buffers that a flood does not fill, and a limit for answers to non-members.
+//! The UDP socket, with buffers that survive a flood and a limit for answers to non-members.
 
 use std::{
     fmt,
@@ -21,64 +21,70 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::admission::SharedAdmissions;
 
-/// What waits to be sent. Answers to addresses of the own network that no host has wait in it for ARP or ND,
-/// and must not take the room of members' packets.
-const SEND_BUFFER: usize = 16 << 20;
-/// What waits to be read: a second of a flood in which the process does not run.
-const RECEIVE_BUFFER: usize = 8 << 20;
+/// Bytes of the send buffer. Answers to unused addresses of the local network wait in it for ARP or
+/// ND, and must leave room for members' packets.
+const SEND_BUFFER_BYTES: usize = 16 << 20;
+/// Bytes of the receive buffer: it holds a flood of one second in which the process does not run.
+const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
 
-/// A UDP socket for an address that the host may not have yet: it can come with the network.
+/// Opens a UDP socket. The host may not have the address yet, because the network may come up
+/// later.
 fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     match address {
         SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
         SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
     }
-    // Beyond the host's limit only with CAP_NET_ADMIN: a program without it gets as much as it may have.
-    if setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER).is_err() {
-        socket.set_send_buffer_size(SEND_BUFFER)?;
+    // The limit of the host can be exceeded only with `CAP_NET_ADMIN`; without it, the buffer is as
+    // large as permitted.
+    if setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER_BYTES).is_err() {
+        socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
     }
-    if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
-        socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES).is_err() {
+        socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
     }
     socket.bind(&address.into())?;
     Ok(socket.into())
 }
 
-/// How much of what comes finds room.
+/// The receive buffer of the socket.
 #[derive(Clone, Copy, Debug)]
 pub struct ReceiveBuffer {
-    /// Of the socket; none, if the kernel did not tell.
+    /// Inode of the socket; `None` if the kernel does not report it.
     inode: Option<u64>,
     is_ipv4: bool,
-    /// The host's limit has made it smaller than it should be, in bytes.
+    /// The size in bytes, if the host's limit made it smaller than [`ReceiveBuffer::wanted`].
     pub capped: Option<usize>,
 }
 
 impl ReceiveBuffer {
     fn of(socket: &UdpSocket, address: SocketAddr) -> Self {
-        // The kernel counts its own share too, and gives room for that (socket(7), SO_RCVBUF).
-        let size = getsockopt(socket, sockopt::RcvBuf).map_or(RECEIVE_BUFFER, |size| size / 2);
+        // The kernel doubles the size for its own overhead (socket(7), `SO_RCVBUF`).
+        let size =
+            getsockopt(socket, sockopt::RcvBuf).map_or(RECEIVE_BUFFER_BYTES, |size| size / 2);
         let link = fs::read_link(format!("/proc/self/fd/{}", socket.as_raw_fd()));
         let text = link.ok().and_then(|link| link.into_os_string().into_string().ok());
         let inode =
             text.and_then(|text| text.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
-        let capped = (size < RECEIVE_BUFFER).then_some(size);
+        let capped = (size < RECEIVE_BUFFER_BYTES).then_some(size);
         Self { inode, is_ipv4: address.is_ipv4(), capped }
     }
 
+    /// Returns the intended size in bytes.
     pub const fn wanted() -> usize {
-        RECEIVE_BUFFER
+        RECEIVE_BUFFER_BYTES
     }
 
-    /// Packets that found no room since the socket was made; none, where that is not known.
+    /// Returns the number of packets that found no room since the socket was opened; `None` if
+    /// unknown.
     pub fn dropped(&self) -> Option<u64> {
         let table = if self.is_ipv4 { "/proc/self/net/udp" } else { "/proc/self/net/udp6" };
         dropped(BufReader::new(File::open(table).ok()?), self.inode?)
     }
 }
 
-/// By the kernel's table of UDP sockets (proc(5)): the tenth word is the inode, the last one the count.
+/// Reads the counter from the kernel's table of UDP sockets (proc(5)): the tenth word is the inode,
+/// the last one the counter.
 fn dropped(table: impl BufRead, inode: u64) -> Option<u64> {
     let inode = inode.to_string();
     table.lines().map_while(Result::ok).find_map(|line| {
@@ -88,14 +94,18 @@ fn dropped(table: impl BufRead, inode: u64) -> Option<u64> {
     })
 }
 
-/// QUIC's socket. Packets that admission does not let go are lost, as on a network.
+/// QUIC's socket. Packets that admission rejects are dropped silently, like packets lost on the
+/// network.
 pub(super) struct LimitedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     admissions: SharedAdmissions,
 }
 
 impl LimitedSocket {
-    /// Must be called within a tokio runtime.
+    /// Opens the socket. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// When the socket cannot be opened.
     pub(super) fn bind(
         address: SocketAddr,
         admissions: SharedAdmissions,
@@ -157,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packets_without_room_in_the_socket_are_counted() {
+    fn packets_beyond_the_receive_buffer_are_counted() {
         let socket = bind("127.0.0.1:0".parse().expect("an address")).expect("bound");
         let address = socket.local_addr().expect("an address");
         let buffer = ReceiveBuffer::of(&socket, address);

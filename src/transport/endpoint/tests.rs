@@ -1,4 +1,4 @@
-//! Two endpoints on loopback: who gets in, and what becomes of connections.
+//! Two endpoints on loopback: which peers are accepted, and how connections are replaced.
 
 use std::net::Ipv4Addr;
 
@@ -22,7 +22,7 @@ fn address(side: &Side) -> SocketAddr {
     side.0.local_address().expect("bound")
 }
 
-/// The next thing that concerns the node itself.
+/// Returns the next input of the node.
 async fn next_input(side: &mut Side) -> Input {
     loop {
         let event = side.1.recv().await.expect("the endpoint lives");
@@ -32,7 +32,7 @@ async fn next_input(side: &mut Side) -> Input {
     }
 }
 
-/// The next thing that concerns `side`, while `other` keeps going.
+/// Returns the next input of `side`, while `other` processes its events.
 async fn next_while(side: &mut Side, other: &mut Side) -> Input {
     loop {
         tokio::select! {
@@ -47,15 +47,15 @@ async fn next_while(side: &mut Side, other: &mut Side) -> Input {
 }
 
 #[tokio::test]
-async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
+async fn frames_and_requests_reach_a_member_with_a_proven_id() {
     let (mut one, mut two) = (bind(1, 1), bind(1, 2));
     let to = address(&two);
-    let two_id = two.0.dialler.me;
+    let two_id = two.0.dialer.me;
     one.0.send(two_id, to, b"small".to_vec());
     let Input::Message { from, bytes } = next_while(&mut two, &mut one).await else {
         panic!("a message")
     };
-    assert_eq!((from, bytes.as_slice()), (one.0.dialler.me, &b"small"[..]));
+    assert_eq!((from, bytes.as_slice()), (one.0.dialer.me, &b"small"[..]));
 
     one.0.send(two_id, to, vec![7; 100_000]);
     let Input::Message { bytes, .. } = next_while(&mut two, &mut one).await else {
@@ -63,38 +63,38 @@ async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
     };
     assert_eq!(bytes, vec![7; 100_000], "too large for a datagram, so it took a stream");
 
-    // The answer travels back over the connection that the other side dialled.
+    // The response uses the connection that the other side has dialed.
     let back = address(&one);
-    two.0.call(CallId(5), one.0.dialler.me, back, b"question".to_vec());
+    two.0.call(CallId(5), one.0.dialer.me, back, b"question".to_vec());
     let Input::Request { reply, bytes, .. } = next_while(&mut one, &mut two).await else {
-        panic!("asked")
+        panic!("a request")
     };
     assert_eq!(bytes, b"question");
     one.0.reply(reply, b"answer".to_vec());
     let Input::Answer { call, result } = next_while(&mut two, &mut one).await else {
-        panic!("answered")
+        panic!("a response")
     };
-    assert_eq!((call, result), (CallId(5), Ok((one.0.dialler.me, b"answer".to_vec()))));
+    assert_eq!((call, result), (CallId(5), Ok((one.0.dialer.me, b"answer".to_vec()))));
 
-    // A question that is given up fails, and is not answered with nothing.
-    two.0.call(CallId(6), one.0.dialler.me, back, b"question".to_vec());
+    // A request that is given up fails, and gets no empty response.
+    two.0.call(CallId(6), one.0.dialer.me, back, b"question".to_vec());
     let Input::Request { reply, .. } = next_while(&mut one, &mut two).await else {
-        panic!("asked")
+        panic!("a request")
     };
     one.0.give_up(reply);
     let Input::Answer { call, result } = next_while(&mut two, &mut one).await else {
-        panic!("answered")
+        panic!("a response")
     };
     assert!(call == CallId(6) && matches!(result, Err(CallError::Unreachable(_))), "{result:?}");
     assert_eq!((one.0.connections(), two.0.connections()), (1, 1));
 }
 
 #[tokio::test]
-async fn who_was_on_the_way_in_when_its_secret_was_dropped_stays_outside() {
+async fn connection_is_closed_when_its_secret_is_removed_during_the_handshake() {
     let (mut member, mut late) = (bind(1, 1), bind(1, 2));
-    let (to, member_id) = (address(&member), member.0.dialler.me);
+    let (to, member_id) = (address(&member), member.0.dialer.me);
     late.0.send(member_id, to, b"hello".to_vec());
-    // The handshake is over, and the loop has not heard of it yet.
+    // The handshake is complete, and the loop has not processed the event yet.
     let connected = member.1.recv().await.expect("an event");
     assert!(matches!(connected, Event::Connected { .. }), "{connected:?}");
     let key = NodeKey::from_seed([9; 32]).expect("a key");
@@ -105,7 +105,7 @@ async fn who_was_on_the_way_in_when_its_secret_was_dropped_stays_outside() {
 }
 
 #[tokio::test]
-async fn without_the_secret_nobody_gets_past_the_handshake() {
+async fn handshake_without_the_secret_fails() {
     let (non_member, mut member) = (bind(2, 1), bind(1, 2));
     let mut non_member = non_member;
     let to = address(&member).to_string();
@@ -117,11 +117,11 @@ async fn without_the_secret_nobody_gets_past_the_handshake() {
     assert!(error.to_string().contains("use the token of its cluster"), "{error}");
     assert!(member.1.try_recv().is_err(), "the member saw neither connection nor bytes");
 
-    // A dialler that accepts any server still shows a certificate of its own secret, or none.
+    // A client that accepts any server still has a certificate of its own secret, or none.
     let roots = danger::client_without_certificate();
     let connecting = non_member
         .0
-        .dialler
+        .dialer
         .endpoint
         .connect_with(roots, address(&member), SERVER_NAME)
         .expect("dials");
@@ -133,7 +133,7 @@ async fn without_the_secret_nobody_gets_past_the_handshake() {
 }
 
 #[tokio::test]
-async fn calls_end_when_nobody_is_there_or_somebody_else_is() {
+async fn call_fails_when_another_node_or_none_answers() {
     let (mut one, two) = (bind(1, 1), bind(1, 2));
     let expected = NodeKey::from_seed([9; 32]).expect("key").id();
     one.0.call(CallId(1), expected, address(&two), b"hello".to_vec());
@@ -151,7 +151,7 @@ async fn calls_end_when_nobody_is_there_or_somebody_else_is() {
 }
 
 #[tokio::test]
-async fn a_taken_port_is_named() {
+async fn port_in_use_is_reported() {
     let one = bind(1, 1);
     let secret = Secret::new(vec![1; 32]).expect("long enough");
     let key = NodeKey::from_seed([2; 32]).expect("key");
@@ -161,7 +161,7 @@ async fn a_taken_port_is_named() {
 }
 
 mod danger {
-    //! What an attacker would run: a TLS client that trusts everybody and has no certificate.
+    //! An attacker: a TLS client that accepts any server and has no certificate.
 
     use rustls::{
         DigitallySignedStruct, Error, SignatureScheme,
@@ -174,9 +174,9 @@ mod danger {
     use crate::wire::WIRE_VERSION;
 
     #[derive(Debug)]
-    struct TrustAnybody;
+    struct AcceptAnyServer;
 
-    impl ServerCertVerifier for TrustAnybody {
+    impl ServerCertVerifier for AcceptAnyServer {
         fn verify_server_cert(
             &self,
             _: &CertificateDer<'_>,
@@ -217,7 +217,7 @@ mod danger {
             .with_protocol_versions(&[&TLS13])
             .expect("TLS 1.3")
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(TrustAnybody))
+            .with_custom_certificate_verifier(Arc::new(AcceptAnyServer))
             .with_no_client_auth();
         tls.alpn_protocols = vec![format!("gossamer/{WIRE_VERSION}").into_bytes()];
         let quic = quinn::crypto::rustls::QuicClientConfig::try_from(tls).expect("suites");
@@ -225,17 +225,17 @@ mod danger {
     }
 }
 
-/// The way between two endpoints, which can be blocked.
+/// Starts a relay between two endpoints that can be blocked.
 async fn relay(to: SocketAddr) -> (SocketAddr, Arc<std::sync::atomic::AtomicBool>) {
     let socket = tokio::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("loopback");
     let address = socket.local_addr().expect("bound");
     let open = Arc::new(std::sync::atomic::AtomicBool::new(true));
     let passes = open.clone();
     tokio::spawn(async move {
-        let (mut buffer, mut dialler) = ([0; 2048], None);
+        let (mut buffer, mut dialer) = ([0; 2048], None);
         while let Ok((len, from)) = socket.recv_from(&mut buffer).await {
-            let next = if from == to { dialler } else { Some(to) };
-            dialler = if from == to { dialler } else { Some(from) };
+            let next = if from == to { dialer } else { Some(to) };
+            dialer = if from == to { dialer } else { Some(from) };
             if let Some(next) = next.filter(|_| passes.load(Ordering::Relaxed)) {
                 let _ = socket.send_to(&buffer[..len], next).await;
             }
@@ -245,9 +245,9 @@ async fn relay(to: SocketAddr) -> (SocketAddr, Arc<std::sync::atomic::AtomicBool
 }
 
 #[tokio::test]
-async fn a_connection_on_which_nothing_comes_back_is_made_anew() {
+async fn connection_without_answers_is_recreated() {
     let (mut one, mut two) = (bind(1, 1), bind(1, 2));
-    let two_id = two.0.dialler.me;
+    let two_id = two.0.dialer.me;
     let (way, open) = relay(address(&two)).await;
     one.0.send(two_id, way, b"hello".to_vec());
     next_while(&mut two, &mut one).await;
@@ -263,7 +263,7 @@ async fn a_connection_on_which_nothing_comes_back_is_made_anew() {
     open.store(true, Ordering::Relaxed);
     one.0.call(CallId(2), two_id, way, b"question".to_vec());
     let Input::Request { reply, .. } = next_while(&mut two, &mut one).await else {
-        panic!("asked")
+        panic!("a request")
     };
     two.0.reply(reply, b"answer".to_vec());
     let Input::Answer { result, .. } = next_while(&mut one, &mut two).await else { panic!("none") };
@@ -271,28 +271,28 @@ async fn a_connection_on_which_nothing_comes_back_is_made_anew() {
 }
 
 #[tokio::test]
-async fn the_connection_that_was_not_used_for_longest_makes_way() {
+async fn least_recently_used_connection_is_closed() {
     let mut hub = bind(1, 0);
     let to = address(&hub);
     let mut spokes: Vec<Side> = Vec::new();
     for key in 1..=MAX_CONNECTIONS as u16 + 1 {
         let mut spoke = bind(1, key);
-        spoke.0.send(hub.0.dialler.me, to, b"hello".to_vec());
+        spoke.0.send(hub.0.dialer.me, to, b"hello".to_vec());
         next_while(&mut hub, &mut spoke).await;
         spokes.push(spoke);
     }
     assert_eq!(hub.0.connections(), MAX_CONNECTIONS);
     let kept = |spoke: &Side| {
-        hub.0.peers.get(&spoke.0.dialler.me).is_some_and(|link| link.live().is_some())
+        hub.0.peers.get(&spoke.0.dialer.me).is_some_and(|link| link.live().is_some())
     };
     assert!(!kept(&spokes[0]), "the first is the longest unused");
     assert!(spokes[1..].iter().all(kept));
 }
 
-/// Half a message on each of so many streams of one node, which never go on.
+/// Sends half a message on each of `streams` streams of one node, and never finishes them.
 async fn stall(hub: &mut Side, key: u16, streams: usize, bytes: usize) -> (Side, Vec<SendStream>) {
     let mut node = bind(1, key);
-    let (hub_id, to) = (hub.0.dialler.me, address(hub));
+    let (hub_id, to) = (hub.0.dialer.me, address(hub));
     node.0.send(hub_id, to, b"hello".to_vec());
     next_while(hub, &mut node).await;
     let connection = node.0.peers[&hub_id].live().expect("connected").clone();
@@ -305,34 +305,34 @@ async fn stall(hub: &mut Side, key: u16, streams: usize, bytes: usize) -> (Side,
     (node, open)
 }
 
-/// How long a question takes to arrive.
-async fn question(hub: &mut Side) -> Duration {
+/// Returns how long a request takes to arrive.
+async fn request_delay(hub: &mut Side) -> Duration {
     let mut asking = bind(1, 1);
     let begun = Instant::now();
-    asking.0.call(CallId(1), hub.0.dialler.me, address(hub), b"question".to_vec());
-    let Input::Request { .. } = next_while(hub, &mut asking).await else { panic!("asked") };
+    asking.0.call(CallId(1), hub.0.dialer.me, address(hub), b"question".to_vec());
+    let Input::Request { .. } = next_while(hub, &mut asking).await else { panic!("a request") };
     begun.elapsed()
 }
 
 #[tokio::test]
-async fn nodes_that_do_not_finish_their_messages_keep_no_other_node_waiting() {
+async fn unfinished_messages_do_not_delay_other_nodes() {
     let mut hub = bind(1, 0);
     let mut stalled = Vec::new();
     for key in 2..22 {
         stalled.push(stall(&mut hub, key, 2, 66_000).await);
     }
-    // Long before what is not finished is given up.
-    let took = question(&mut hub).await;
+    // Long before the unfinished messages time out.
+    let took = request_delay(&mut hub).await;
     assert!(took < Duration::from_secs(2), "{took:?}");
 }
 
 #[tokio::test]
-async fn messages_that_do_not_go_on_give_their_room_to_those_that_wait() {
+async fn messages_without_progress_release_their_room() {
     let mut hub = bind(1, 0);
     let mut stalled = Vec::new();
     for key in 2..18 {
         stalled.push(stall(&mut hub, key, 16, 60_000).await);
     }
-    let took = question(&mut hub).await;
+    let took = request_delay(&mut hub).await;
     assert!(took < Duration::from_secs(5), "{took:?}");
 }

@@ -323,17 +323,14 @@ fn load<'a>(traffic: &Traffic<'_>, name: &str, get: &impl Fn(u16) -> Option<u32>
         ("fib", Some(FIB_TYPE)) if get(3) == Some(FIB_DESTINATION) => (Loaded::DestinationType, 4),
         ("numgen", _) => (Loaded::Share, 4),
         ("payload", Some(base)) => {
-            (payload_field(traffic, (base, get(3), get(4))), get(4).unwrap_or(0) as usize)
+            (payload(traffic, (base, get(3), get(4))), get(4).unwrap_or(0) as usize)
         }
         _ => (Loaded::Unknown, 4),
     };
     Value { loaded, bytes, mask: None }
 }
 
-fn payload_field(
-    traffic: &Traffic<'_>,
-    (base, at, length): (u32, Option<u32>, Option<u32>),
-) -> Loaded {
+fn payload(traffic: &Traffic<'_>, (base, at, length): (u32, Option<u32>, Option<u32>)) -> Loaded {
     let (Some(at), Some(length)) = (at, length) else { return Loaded::Unknown };
     let (source, octets, protocol) = if traffic.is_ipv4() { (12, 4, 9) } else { (8, 16, 6) };
     let class = if traffic.is_ipv4() { (1, 1) } else { (0, 2) };

@@ -41,10 +41,10 @@ pub struct Traffic<'a> {
 
 /// The interfaces by which packets arrive and leave: index and name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-/// The input interface; `None` if this host sends them.
 pub struct Way {
-    /// The output interface; `None` if they are for this host.
+    /// The input interface; `None` if this host sends them.
     pub input: Option<(u32, String)>,
+    /// The output interface; `None` if they are for this host.
     pub output: Option<(u32, String)>,
 }
 

@@ -1,19 +1,19 @@
-//! How much non-members get in a time, and how many of their packets are a flood.
+//! Rate limits for non-members, and counters that detect floods.
 
 use std::{
     net::IpAddr,
     time::{Duration, Instant},
 };
 
-/// Windows in which first packets that prove nothing are counted.
+/// Length of the windows in which events are counted.
 pub(super) const WINDOW: Duration = Duration::from_secs(60);
 
-/// What non-members do too often.
+/// Too many packets or handshakes of non-members.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flood {
-    /// In one minute.
+    /// Number in one minute.
     pub packets: u64,
-    /// The source address of one of them. It stays the same while the flood lasts.
+    /// The source address of one of them, which stays the same while the flood lasts.
     pub example: IpAddr,
 }
 
@@ -30,6 +30,7 @@ impl Bucket {
         Self { per_second, burst, tokens: burst, filled: now }
     }
 
+    /// Takes a token; returns whether there was one.
     pub(super) fn take(&mut self, now: Instant) -> bool {
         let span = now.saturating_duration_since(self.filled).as_secs_f64();
         self.tokens = (self.tokens + span * self.per_second).min(self.burst);
@@ -42,32 +43,34 @@ impl Bucket {
     }
 }
 
-/// How many there were in this window and in the one before.
+/// Counts events in the current and the previous window.
 pub(super) struct Tally {
-    /// So many are a flood.
+    /// The number of events per window that is a flood.
     limit: u64,
     since: Instant,
-    before: u64,
+    previous: u64,
     present: u64,
     example: Option<IpAddr>,
 }
 
 impl Tally {
     pub(super) const fn new(limit: u64, now: Instant) -> Self {
-        Self { limit, since: now, before: 0, present: 0, example: None }
+        Self { limit, since: now, previous: 0, present: 0, example: None }
     }
 
-    pub(super) fn turn(&mut self, now: Instant) {
+    /// Starts a new window if the current one has ended.
+    pub(super) fn advance(&mut self, now: Instant) {
         let span = now.saturating_duration_since(self.since);
         if span >= WINDOW {
-            self.before = if span < 2 * WINDOW { self.present } else { 0 };
+            self.previous = if span < 2 * WINDOW { self.present } else { 0 };
             (self.present, self.since) = (0, now);
         }
-        if self.present.max(self.before) < self.limit {
+        if self.present.max(self.previous) < self.limit {
             self.example = None;
         }
     }
 
+    /// Counts an event.
     pub(super) fn add(&mut self, from: IpAddr) {
         self.present += 1;
         if self.present >= self.limit {
@@ -75,13 +78,14 @@ impl Tally {
         }
     }
 
-    /// Something that was counted turned out to be none.
-    pub(super) fn take_back(&mut self) {
+    /// Removes a counted event that turned out to be legitimate.
+    pub(super) fn uncount(&mut self) {
         self.present = self.present.saturating_sub(1);
     }
 
+    /// Returns the flood, if there is one.
     pub(super) fn flood(&mut self, now: Instant) -> Option<Flood> {
-        self.turn(now);
-        Some(Flood { packets: self.present.max(self.before), example: self.example? })
+        self.advance(now);
+        Some(Flood { packets: self.present.max(self.previous), example: self.example? })
     }
 }

@@ -1,0 +1,39 @@
+//! Lookups that reveal a reverse path filter.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{Expected, Ground, Kind, Question, is_ipv4};
+use crate::pods::last_address;
+
+/// Returns lookups that reveal a reverse path filter, which only IPv4 has. It drops a packet that
+/// arrives by another interface than the one that leads to its sender, as packets between pods and
+/// hosts' underlay addresses do by design.
+pub(super) fn filter_lookups(subject: IpNet, peer: IpAddr, ground: &Ground) -> Vec<Question> {
+    let own = ground.own.iter().find(|own| is_ipv4(own.subnet));
+    let Some(own) = own.filter(|_| ground.local.is_ipv4() && is_ipv4(subject)) else {
+        return Vec::new();
+    };
+    // Masqueraded packets have the host's address and pass the filter.
+    if ground.masquerade {
+        return Vec::new();
+    }
+    let question = Question {
+        kind: Kind::PodsToHost,
+        subject,
+        from: Some(last_address(subject)),
+        to: ground.local,
+        input: Some(ground.underlay),
+        expected: Expected::Unfiltered,
+        selector: None,
+    };
+    let to_pods = own.inside.map(|_| Question {
+        kind: Kind::HostsToPods,
+        from: Some(peer),
+        to: own.pod,
+        input: Some(ground.device),
+        ..question
+    });
+    [Some(question), to_pods].into_iter().flatten().collect()
+}
