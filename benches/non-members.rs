@@ -1,9 +1,10 @@
-//! What non-members can do to a member: floods of first packets, also with a proof that is repeated, and
-//! half-open connections to its `http` port.
-//! `cargo bench --bench non-members [-- SECONDS]`; `GOSSAMER=PATH` measures another program.
+//! Measures what non-members can do to a member: floods of first packets, with and without a replayed
+//! proof, and half-open connections to its `http` port. `cargo bench --bench non-members [-- SECONDS]`;
+//! `GOSSAMER=PATH` measures another program.
 //!
-//! Three members and an attacker, in network namespaces on one machine. While a flood goes on hosts join one
-//! after the other. What counts: members called down, the time to join, memory and CPU of the flooded member.
+//! Three members and an attacker run in network namespaces on one machine. During a flood, hosts join one
+//! after the other. Measured are: members reported down, the time to join, memory and CPU of the flooded
+//! member.
 
 #![allow(clippy::expect_used)]
 
@@ -25,8 +26,10 @@ use nix::sys::{
 };
 use serde_json::json;
 
+/// Default length of one flood, in seconds.
 const SECONDS: u64 = 60;
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// Packets per second of the attacks.
 const RATES: [u32; 3] = [200, 1_000, 5_000];
 const ATTACKS: [(Attack, &str); 4] = [
     (Attack::Flood(Source::UnusedNeighbors), "unused addresses of the underlay"),
@@ -36,6 +39,7 @@ const ATTACKS: [(Attack, &str); 4] = [
 ];
 const PORT: u16 = 8473;
 const HTTP: u16 = 9473;
+/// Number of half-open HTTP connections.
 const HALF_OPEN: usize = 5_000;
 const ROUNDS: usize = 20;
 
@@ -45,31 +49,31 @@ fn main() -> ExitCode {
         return code;
     }
     let seconds = arguments.iter().find_map(|a| a.parse().ok()).unwrap_or(SECONDS);
-    Bench::start().and_then(|mut bench| bench.measure(seconds)).expect("measured");
+    NonMemberBench::start().and_then(|mut bench| bench.measure(seconds)).expect("measured");
     ExitCode::SUCCESS
 }
 
-/// What is done while hosts join.
+/// An attack that runs while hosts join.
 #[derive(Clone, Copy)]
 enum Attack {
     /// One host sends first packets without a proof.
     Flood(Source),
-    /// A user of each joining host repeats one proof of its address.
+    /// A user on each joining host replays one proof of the host's address.
     Replay,
 }
 
-struct Bench {
+struct NonMemberBench {
     lab: Lab,
     program: PathBuf,
     hosts: Vec<Host>,
     agents: Vec<Agent>,
     attacker: Host,
     token: String,
-    /// Hosts that joined so far.
+    /// Number of hosts that have joined so far.
     joined: u16,
 }
 
-impl Bench {
+impl NonMemberBench {
     fn start() -> anyhow::Result<Self> {
         let shipped = std::env::var_os("GOSSAMER");
         let program =
@@ -167,7 +171,7 @@ impl Bench {
         }
         let cpu = (cpu_seconds(pid) - cpu) / begun.elapsed().as_secs_f64();
         sent += flood.map_or(0, |flood| flood.sent());
-        // A joiner that leaves again is called down by each of those that stay.
+        // Each remaining member reports a joiner that leaves again as down.
         let left = (times.len() * self.agents.len()) as u64;
         let downs = (self.downs()? - downs).saturating_sub(left);
         let status = self.agents[0].ask("/v1/status", TIMEOUT)?;
@@ -182,7 +186,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Status, ADD and gossip beside connections that never say what they want.
+    /// Measures status, ADD and gossip while many connections never complete their request.
     fn half_open(&mut self) -> anyhow::Result<()> {
         let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, most.min(HALF_OPEN as u64 + 1_000), most)?;
@@ -197,7 +201,7 @@ impl Bench {
         for _ in 0..HALF_OPEN {
             let connected = self.attacker.netns.run(|| TcpStream::connect(to));
             let Ok(mut stream) = connected else { break };
-            // One that is refused may be closed by now.
+            // A refused connection may be closed already.
             let _ = stream.write_all(b"GET /v1/status HTTP/1.1\r\nHost: ");
             open.push(stream);
         }
@@ -238,7 +242,7 @@ impl Bench {
     }
 }
 
-/// Repeats a proof of a host's address; returns when it takes what it can.
+/// Replays a proof of a host's address. Returns when the rate has been reached.
 fn replay(host: &Host, to: SocketAddrV4, rate: u32) -> anyhow::Result<Replay> {
     let replay = Replay::start(&host.netns, to.into(), &[host.ip.into()], rate)?;
     let begun = Instant::now();
