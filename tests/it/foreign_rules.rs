@@ -1,5 +1,6 @@
-//! Rules of others in sets, in maps, behind marks, at interfaces and in iptables-legacy: those that take
-//! packets of pods are warned of until the advice is followed, and the rules of healthy hosts are not.
+//! Rules of other programs in sets, maps, behind marks, at interfaces and in iptables-legacy. Those that
+//! drop packets of pods are reported as warnings until the advice is followed. Rules of healthy hosts are
+//! not reported.
 
 use gossamer::lab::NetNs;
 
@@ -8,11 +9,12 @@ use crate::{
         Cluster, TIMEOUT, eventually, has_problem, isolated, run, sh, skipped, status_where, tool,
         wait_until,
     },
-    forwarding::Scene,
-    odd_hosts::{all_well, warned},
+    forwarding::TwoHosts,
+    misrouting_hosts::{all_well, wait_for_warning},
 };
 
-/// How rules are made, what is said of them, the advice, and how they are taken away.
+/// The commands that create the rules, the expected warning, the advice, and the commands that remove the
+/// rules.
 const BANS: [(&[&str], &str, &str, &str); 9] = [
     (
         &[
@@ -111,24 +113,27 @@ const BANS: [(&[&str], &str, &str, &str); 9] = [
     ),
 ];
 
-/// Says whether all programs that these commands call are there and can do it.
-fn can(host: &NetNs, commands: &[&str]) -> bool {
+/// Returns whether all commands succeed.
+fn all_succeed(host: &NetNs, commands: &[&str]) -> bool {
     commands.iter().all(|command| run(host, command).status.success())
 }
 
 #[test]
-fn bans_in_sets_maps_marks_and_other_tables_are_warned_of_until_the_advice_is_followed() {
+fn bans_in_sets_maps_marks_and_tables_are_warned_of_until_the_advice_is_followed() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         status_where(agent, all_well);
         for (commands, words, advice, remove) in BANS {
-            if can(host, commands) {
-                warned(agent, &[words, advice]);
+            if all_succeed(host, commands) {
+                wait_for_warning(agent, &[words, advice]);
                 sh(host, advice);
                 status_where(agent, all_well);
             } else {
-                skipped("a ban", &format!("cannot be made here: {commands:?}"));
+                skipped(
+                    "bans_in_sets_maps_marks_and_tables_are_warned_of_until_the_advice_is_followed",
+                    &format!("cannot be made here: {commands:?}"),
+                );
             }
             remove.split("; ").for_each(|command| _ = run(host, command));
         }
@@ -136,8 +141,8 @@ fn bans_in_sets_maps_marks_and_other_tables_are_warned_of_until_the_advice_is_fo
     });
 }
 
-/// As ufw, Docker, kube-proxy and fail2ban write them; the kernel takes them from iptables-legacy and from
-/// iptables-nft alike.
+/// Rules as ufw, Docker, kube-proxy and fail2ban write them. The kernel accepts them from iptables-legacy
+/// and iptables-nft alike.
 const HEALTHY: &str = "*mangle
 :PREROUTING ACCEPT [0:0]
 :FORWARD ACCEPT [0:0]
@@ -233,7 +238,7 @@ COMMIT
 COMMIT
 ";
 
-/// As firewalld and the nft backend of kube-proxy write them.
+/// Rules as firewalld and the nft backend of kube-proxy write them.
 const HEALTHY_NFT: &str = "
 table inet firewalld {
     chain mangle_PREROUTING { type filter hook prerouting priority mangle + 10; policy accept;
@@ -288,9 +293,9 @@ table netdev ddos {
 }";
 
 #[test]
-fn rules_that_firewalls_and_kubernetes_write_on_healthy_hosts_are_not_warned_of() {
+fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         let dir = tempfile::tempdir()?;
         let write = |name: &str, text: &str| {
@@ -304,17 +309,20 @@ fn rules_that_firewalls_and_kubernetes_write_on_healthy_hosts_are_not_warned_of(
         for program in ["iptables-legacy-restore", "iptables-nft-restore"] {
             let restored = run(host, &format!("{program} -n {tables}"));
             if !restored.status.success() {
-                skipped("rules of healthy hosts", &format!("{program}: {restored:?}"));
+                skipped(
+                    "rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning",
+                    &format!("{program}: {restored:?}"),
+                );
             }
         }
-        // What is read then has been read with all of them.
+        // The agent reads all rules at once: when it reports this one, it has read the others, too.
         sh(
             host,
             "nft add table ip last && nft add chain ip last f { type filter hook forward priority 9 ; } && \
              nft add rule ip last f tcp dport 99 drop",
         );
         let last = "chain ip last f drops some packets between pods: those to port 99";
-        let said = warned(agent, &[last]);
+        let said = wait_for_warning(agent, &[last]);
         assert_eq!(said.matches("chain ").count(), 1, "{said}");
         sh(host, "nft delete table ip last");
         status_where(agent, all_well);
@@ -322,7 +330,7 @@ fn rules_that_firewalls_and_kubernetes_write_on_healthy_hosts_are_not_warned_of(
     });
 }
 
-/// Where hops are taken away: the rule, what is named, and the advice.
+/// A rule that reduces the hop limit, the expected report, and the advice.
 const HOPS: [(&str, &str, &str); 3] = [
     (
         "iptables-legacy -t mangle -A POSTROUTING -o gossamer.1 -j TTL --ttl-set 1",
@@ -344,7 +352,7 @@ const HOPS: [(&str, &str, &str); 3] = [
 ];
 
 #[test]
-fn rule_that_leaves_packets_of_pods_too_few_hops_is_named_and_the_advice_brings_them_back() {
+fn rule_that_reduces_the_hop_limit_is_reported_and_the_advice_works() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let spaces = crate::forwarding_far::with_pods(&mut cluster, &["a", "b"])?;
@@ -352,15 +360,21 @@ fn rule_that_leaves_packets_of_pods_too_few_hops_is_named_and_the_advice_brings_
         let address = shown.split_whitespace().nth(2).expect("an address");
         let ping = format!("ping -c 1 -W 1 {}", address.split('/').next().expect("an address"));
         let (host, agent) = (&cluster.hosts[1].netns, &mut cluster.agents[1]);
-        if !can(host, &["iptables-nft -t mangle -S", "iptables-legacy -t mangle -S"]) {
-            skipped("hops", "it needs iptables-nft and iptables-legacy");
+        if !all_succeed(host, &["iptables-nft -t mangle -S", "iptables-legacy -t mangle -S"]) {
+            skipped(
+                "rule_that_reduces_the_hop_limit_is_reported_and_the_advice_works",
+                "it needs iptables-nft and iptables-legacy",
+            );
             return Ok(());
         }
         for (rule, words, advice) in HOPS {
             sh(host, rule);
-            assert!(!run(&spaces[1], &ping).status.success(), "the case is another one: {rule}");
-            warned(agent, &[words, advice]);
-            // Once packets are known to be lost, that is told as the cause.
+            assert!(
+                !run(&spaces[1], &ping).status.success(),
+                "the fault is a different one: {rule}"
+            );
+            wait_for_warning(agent, &[words, advice]);
+            // Once packets are known to be lost, this is reported as the cause.
             wait_until(words, TIMEOUT, || has_problem(agent, words));
             tool(host, advice);
             eventually(&spaces[1], &ping, |shown| shown.contains(" 0% packet loss"));

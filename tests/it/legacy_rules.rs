@@ -1,14 +1,14 @@
-//! Rules of iptables-legacy, of which the kernel's traces of nftables do not tell.
+//! Rules of iptables-legacy, which are invisible to traces of nftables.
 
 use gossamer::lab::Host;
 
 use crate::{
-    causes::{all, pair, wait_for_words},
     common::{
         Cluster, TIMEOUT, client, has_problem, isolated, run, skipped, status_where, tool,
         wait_until,
     },
     forwarding::with_pods,
+    silence_causes::{all, pair, wait_for_words},
 };
 
 fn has_legacy(host: &Host) -> bool {
@@ -21,7 +21,7 @@ fn has_legacy(host: &Host) -> bool {
 }
 
 #[test]
-fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_destination_is_named() {
+fn iptables_legacy_rule_that_changes_the_tunnel_destination_is_reported() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
@@ -49,7 +49,7 @@ fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_destination_is_name
 }
 
 #[test]
-fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_source_is_named() {
+fn iptables_legacy_rule_that_changes_the_tunnel_source_is_reported() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
@@ -72,7 +72,7 @@ fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_source_is_named() {
     });
 }
 
-/// Which rules let programs of one user send alone; what is named, and what helps.
+/// Rules that let only programs of one user send; the report, and the advice.
 const OF_USERS: [(&str, &str, &[&str]); 2] = [
     (
         "iptables-legacy has `-P OUTPUT DROP` in its table filter",
@@ -95,7 +95,7 @@ const OF_USERS: [(&str, &str, &[&str]); 2] = [
 ];
 
 #[test]
-fn rule_of_iptables_legacy_that_lets_only_packets_of_users_leave_is_named_and_the_advice_helps() {
+fn iptables_legacy_owner_rule_that_blocks_the_tunnel_is_reported_and_the_advice_works() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -112,7 +112,7 @@ fn rule_of_iptables_legacy_that_lets_only_packets_of_users_leave_is_named_and_th
                     .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
             });
             all(host, rules);
-            wait_until("it is not named", TIMEOUT, || {
+            wait_until("it is not reported", TIMEOUT, || {
                 [said, by, fix].iter().all(|words| has_problem(agent, words))
             });
             let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;

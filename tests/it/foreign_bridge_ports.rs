@@ -1,4 +1,5 @@
-//! Ports of other programs on the pods' bridge: named, and kept from using what pods have.
+//! Ports of other programs on the pods' bridge are reported, and cannot use the addresses and MACs of
+//! pods.
 
 use std::time::Duration;
 
@@ -9,11 +10,11 @@ use crate::{
     common::{Cluster, TIMEOUT, has_problem, has_warning, isolated, tool, wait_until},
 };
 
-/// For packets that are to be lost.
-const SHORT: Duration = Duration::from_secs(1);
+/// Timeout for packets that are expected to be lost.
+const LOSS_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[test]
-fn port_of_another_program_is_named_and_cannot_speak_as_a_pod() {
+fn foreign_bridge_port_is_reported_and_cannot_spoof_pods() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b", "guest"])?;
@@ -37,12 +38,14 @@ fn port_of_another_program_is_named_and_cannot_speak_as_a_pod() {
             tool(guest, &format!("ip link set eth0 address {mac}"));
             tool(guest, &format!("ip addr add {ip}/24 dev eth0"));
             let to = first.parse().expect("an address");
-            let answered = Pinger::new(guest).and_then(|mut pinger| pinger.ping(to, SHORT));
+            let answered = Pinger::new(guest).and_then(|mut pinger| pinger.ping(to, LOSS_TIMEOUT));
             answered.expect("asked").is_some()
         };
         let agent = &mut cluster.agents[0];
-        wait_until("it is not named", TIMEOUT, || has_warning(agent, "guest0 on the pods' bridge"));
-        assert!(!has_problem(agent, "guest0"), "a guest on purpose is no problem");
+        wait_until("it is not reported", TIMEOUT, || {
+            has_warning(agent, "guest0 on the pods' bridge")
+        });
+        assert!(!has_problem(agent, "guest0"), "an intended port is no problem");
         wait_until("an address that no pod has", TIMEOUT, || reaches(own, &unused));
         assert!(!reaches(own, &taken), "the address of a pod");
         assert!(!reaches(own, &gateway), "the address of the gateway");
@@ -54,7 +57,7 @@ fn port_of_another_program_is_named_and_cannot_speak_as_a_pod() {
         runtime.del("b");
         wait_until("the address of a pod that is gone", TIMEOUT, || reaches(own, &taken));
         tool(host, "ip link set guest0 nomaster");
-        wait_until("it is still named", TIMEOUT, || !has_warning(agent, "guest0"));
+        wait_until("it is still reported", TIMEOUT, || !has_warning(agent, "guest0"));
         Ok(())
     });
 }

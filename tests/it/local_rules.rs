@@ -1,4 +1,4 @@
-//! What a host's own rules do to packets that come out of the tunnel, and to what it says of packets.
+//! What a host's own rules do to packets from the tunnel, and to its ICMP errors.
 
 use gossamer::lab::Host;
 
@@ -12,7 +12,7 @@ fn all(host: &Host, commands: &[&str]) {
 }
 
 #[test]
-fn host_whose_own_rules_drop_what_comes_out_of_the_tunnel_blames_no_network() {
+fn host_that_drops_decapsulated_packets_does_not_blame_the_network() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -43,7 +43,7 @@ fn host_whose_own_rules_drop_what_comes_out_of_the_tunnel_blames_no_network() {
 
 /// As hardened hosts have it, against scans.
 #[test]
-fn rule_that_keeps_pods_from_hearing_that_packets_are_too_large_is_named() {
+fn rule_that_drops_packet_too_large_errors_to_pods_is_reported() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -60,7 +60,7 @@ fn rule_that_keeps_pods_from_hearing_that_packets_are_too_large_is_named() {
         );
         let fix = "nft insert rule ip quiet out icmp type destination-unreachable accept";
         let said = "pods do not hear that a packet is too large for the tunnel (IPv4)";
-        wait_until("it is not named", TIMEOUT, || {
+        wait_until("it is not reported", TIMEOUT, || {
             [said, "a rule of chain ip quiet out (handle ", fix]
                 .iter()
                 .all(|words| has_problem(agent, words))
@@ -73,7 +73,7 @@ fn rule_that_keeps_pods_from_hearing_that_packets_are_too_large_is_named() {
     });
 }
 
-/// Which rules let programs of one user send alone, and what helps.
+/// Rules that let only programs of one user send, and the advice.
 const OF_USERS: [(&str, &str, &[&str]); 2] = [
     (
         "the policy of chain inet egress out drops them",
@@ -99,7 +99,7 @@ const OF_USERS: [(&str, &str, &[&str]); 2] = [
 ];
 
 #[test]
-fn rule_that_lets_only_packets_of_users_leave_is_named_by_what_it_does_to_those_of_pods() {
+fn owner_rule_that_blocks_packets_of_pods_is_reported_with_its_effect() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -113,7 +113,7 @@ fn rule_that_lets_only_packets_of_users_leave_is_named_by_what_it_does_to_those_
                     .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
             });
             all(host, rules);
-            wait_until("it is not named", TIMEOUT, || {
+            wait_until("it is not reported", TIMEOUT, || {
                 [said, by, fix].iter().all(|words| has_problem(agent, words))
             });
             let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
@@ -126,9 +126,9 @@ fn rule_that_lets_only_packets_of_users_leave_is_named_by_what_it_does_to_those_
     });
 }
 
-/// As against amplification.
+/// As against amplification attacks.
 #[test]
-fn rule_that_drops_large_datagrams_is_named_and_no_error_is_missed() {
+fn rule_that_drops_large_datagrams_is_reported_as_a_forwarding_fault() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -145,7 +145,7 @@ fn rule_that_drops_large_datagrams_is_named_and_no_error_is_missed() {
         );
         let fix = "nft insert rule inet ddos in ip saddr 10.42.0.0/16 accept";
         let said = "does not forward packets of pods (IPv4 large out)";
-        wait_until("it is not named", TIMEOUT, || {
+        wait_until("it is not reported", TIMEOUT, || {
             [said, "chain inet ddos in (hook prerouting) has rules that drop", fix]
                 .iter()
                 .all(|words| has_problem(agent, words))

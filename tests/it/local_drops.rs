@@ -1,22 +1,25 @@
-//! What a host itself does to answers for its next hops, and to tunnel packets that have come in.
+//! What a host itself does to answers for its next hops, and to tunnel packets that have arrived.
 
 use crate::{
-    causes::{NAMED, all, mac_of, pair, wait_for_path, wait_for_words},
     common::{has_problem, isolated, run, skipped, tool, wait_until},
-    families,
+    ip_families,
+    silence_causes::{REPORT_TIMEOUT, all, mac_of, pair, wait_for_path, wait_for_words},
 };
 
-/// What the other host says where the cause is not its own.
-const ON_BY_ARP: [&str; 2] = ["though a machine has that address: its ARP was seen here", ADVICE];
+/// Texts that the other host reports when the cause is not its own.
+const SEEN_BY_ARP: [&str; 2] = ["though a machine has that address: its ARP was seen here", ADVICE];
 const ADVICE: &str = "its own status names (there: gossamer status)";
 
 #[test]
-fn rule_that_drops_answers_to_arp_is_named_and_the_advice_lets_them_in() {
+fn rule_that_drops_arp_answers_is_reported_and_the_advice_works() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft add table arp wall").status.success() {
-            skipped("answers to ARP", "it needs `nft` (Debian: nftables), and a kernel with it");
+            skipped(
+                "rule_that_drops_arp_answers_is_reported_and_the_advice_works",
+                "it needs `nft` (Debian: nftables), and a kernel with it",
+            );
             return Ok(());
         }
         let chain =
@@ -29,8 +32,8 @@ fn rule_that_drops_answers_to_arp_is_named_and_the_advice_lets_them_in() {
             advice,
         ];
         wait_for_words(&mut cluster.agents[1], &words);
-        // There it is seen that the host with the rule is there.
-        wait_for_words(&mut cluster.agents[0], &ON_BY_ARP);
+        // The other host sees that the host with the rule is alive.
+        wait_for_words(&mut cluster.agents[0], &SEEN_BY_ARP);
         tool(&host.netns, advice);
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -38,14 +41,17 @@ fn rule_that_drops_answers_to_arp_is_named_and_the_advice_lets_them_in() {
 }
 
 #[test]
-fn rule_that_drops_advertisements_of_neighbors_is_named_and_the_advice_lets_them_in() {
+fn rule_that_drops_neighbor_advertisements_is_reported_and_the_advice_works() {
     isolated(|lab| {
-        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
-        let mut agents = families::cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
+        let Some(hosts) = ip_families::hosts(lab)? else { return Ok(()) };
+        let mut agents = ip_families::cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
         agents.iter_mut().for_each(wait_for_path);
         let host = &hosts[1];
         if !run(&host.netns, "nft add table ip6 hard").status.success() {
-            skipped("advertisements", "it needs `nft` (Debian: nftables)");
+            skipped(
+                "rule_that_drops_neighbor_advertisements_is_reported_and_the_advice_works",
+                "it needs `nft` (Debian: nftables)",
+            );
             return Ok(());
         }
         all(
@@ -74,9 +80,9 @@ fn rule_that_drops_advertisements_of_neighbors_is_named_and_the_advice_lets_them
     });
 }
 
-/// As against forged answers to ARP, before the peer got another card.
+/// As a protection against forged ARP answers, set before the peer got another card.
 #[test]
-fn permanent_entry_with_another_hardware_address_than_the_one_that_answers_is_named() {
+fn permanent_neighbor_entry_with_a_wrong_mac_is_reported() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
@@ -91,7 +97,7 @@ fn permanent_entry_with_another_hardware_address_than_the_one_that_answers_is_na
             format!("to the hardware address {old}, which a permanent entry has for 10.99.0.10");
         let words = [&entry, &format!("{mac} answers for that address"), advice];
         wait_for_words(&mut cluster.agents[1], &words);
-        wait_for_words(&mut cluster.agents[0], &ON_BY_ARP);
+        wait_for_words(&mut cluster.agents[0], &SEEN_BY_ARP);
         tool(&host.netns, advice);
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -99,10 +105,10 @@ fn permanent_entry_with_another_hardware_address_than_the_one_that_answers_is_na
 }
 
 #[test]
-fn permanent_ipv6_entry_with_another_hardware_address_than_the_one_that_answers_is_named() {
+fn permanent_ipv6_neighbor_entry_with_a_wrong_mac_is_reported() {
     isolated(|lab| {
-        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
-        let mut agents = families::cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
+        let Some(hosts) = ip_families::hosts(lab)? else { return Ok(()) };
+        let mut agents = ip_families::cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
         agents.iter_mut().for_each(wait_for_path);
         let mac = mac_of(&hosts[0], "eth0");
         let old = "02:00:5e:10:20:30";
@@ -119,14 +125,17 @@ fn permanent_ipv6_entry_with_another_hardware_address_than_the_one_that_answers_
     });
 }
 
-/// As a container that publishes the port of tunnels has it.
+/// As a container has it that publishes the tunnel's port.
 #[test]
-fn rule_that_gives_tunnel_packets_another_destination_is_named() {
+fn rule_that_changes_the_tunnel_destination_is_reported() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft add table ip dock").status.success() {
-            skipped("redirected tunnels", "it needs `nft` (Debian: nftables)");
+            skipped(
+                "rule_that_changes_the_tunnel_destination_is_reported",
+                "it needs `nft` (Debian: nftables)",
+            );
             return Ok(());
         }
         all(
@@ -151,15 +160,15 @@ fn rule_that_gives_tunnel_packets_another_destination_is_named() {
     });
 }
 
-/// As switches mark them that look at no packet's own word.
+/// As switches set them that ignore the packet's own ECN field.
 #[test]
-fn marks_of_congestion_for_which_the_device_drops_packets_are_named() {
+fn congestion_marks_that_make_the_device_drop_packets_are_reported() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft add table netdev qos").status.success() {
             skipped(
-                "marks of congestion",
+                "congestion_marks_that_make_the_device_drop_packets_are_reported",
                 "it needs `nft` (Debian: nftables), and a kernel with it",
             );
             return Ok(());
@@ -184,7 +193,7 @@ fn marks_of_congestion_for_which_the_device_drops_packets_are_named() {
                 "nft add rule inet unmark in udp dport 8472 ip ecn set not-ect",
             ],
         );
-        wait_until("the advice does not help", NAMED, || {
+        wait_until("the advice does not help", REPORT_TIMEOUT, || {
             !has_problem(&mut cluster.agents[1], "the VXLAN device drops them")
         });
         cluster.agents.iter_mut().for_each(wait_for_path);

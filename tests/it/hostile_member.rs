@@ -1,4 +1,4 @@
-//! A member that errs or lies, over the real protocol: what it says is a problem of that member alone.
+//! A faulty or malicious member, over the real protocol: other members continue to work, and report it.
 
 use std::{
     io,
@@ -24,11 +24,11 @@ use crate::common::{
 };
 
 const PORT: u16 = 8473;
-/// No answer of an agent takes longer, whatever a member sends; the machine may be busy.
-const AT_ONCE: Duration = Duration::from_secs(10);
+/// No answer of an agent takes longer, whatever a member sends; a machine may be busy.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A member of its own making: a key, a certificate from the token, and no node behind it.
-struct Hostile {
+/// A simulated member: a key, a certificate from the token, and no node.
+struct HostileMember {
     orders: tokio::sync::mpsc::UnboundedSender<Order>,
     cluster: ClusterId,
     node: NodeId,
@@ -40,11 +40,11 @@ struct Hostile {
 enum Order {
     Ask(SocketAddr, Vec<u8>, mpsc::Sender<Result<(NodeId, Response), CallError>>),
     Tell(NodeId, SocketAddr, Vec<u8>),
-    /// What every question is answered with from now on: the bytes of a response.
+    /// Every request is answered with these response bytes from now on.
     AnswerWith(Vec<u8>),
 }
 
-impl Hostile {
+impl HostileMember {
     fn new(host: &Host, token: &str) -> anyhow::Result<Self> {
         let token: Token = token.parse()?;
         let key = NodeKey::from_seed([77; 32])?;
@@ -59,7 +59,7 @@ impl Hostile {
         Ok(Self { orders, cluster, node: key.id(), ip, version, _thread: thread })
     }
 
-    /// What an honest member of this key and address would say.
+    /// Returns the record that an honest member with this key and address would send.
     fn record(&self) -> MemberRecord {
         MemberRecord {
             node: self.node,
@@ -95,7 +95,7 @@ impl Hostile {
         self.order(Order::Tell(to, (host.ip, PORT).into(), bytes));
     }
 
-    /// Says something new of itself.
+    /// Pushes a changed version of its own record.
     fn push_self(&mut self, to: NodeId, host: &Host, change: impl FnOnce(&mut MemberRecord)) {
         self.version.change += 1;
         let mut record = self.record();
@@ -108,14 +108,14 @@ impl Hostile {
     }
 }
 
-/// A thread whose sockets are those of a namespace.
+/// Starts a thread whose sockets belong to a namespace.
 fn in_namespace(
     netns: &NetNs,
     work: impl FnOnce() + Send + 'static,
 ) -> io::Result<std::thread::JoinHandle<()>> {
     let (started, thread) = mpsc::channel();
     netns.run(move || {
-        // Threads that are started inside stay inside.
+        // A thread inherits the namespace of the thread that starts it.
         started.send(std::thread::spawn(work)).map_err(io::Error::other)
     })?;
     thread.recv().map_err(io::Error::other)
@@ -171,11 +171,11 @@ fn serve(
 fn status(cluster: &mut Cluster, agent: usize) -> Value {
     let begun = Instant::now();
     let status = cluster.agents[agent].ask("/v1/status", TIMEOUT).expect("a status");
-    assert!(begun.elapsed() < AT_ONCE, "the loop did not turn for {:?}", begun.elapsed());
+    assert!(begun.elapsed() < ANSWER_TIMEOUT, "the loop did not turn for {:?}", begun.elapsed());
     status
 }
 
-/// Nothing that a node is asked for by others depends on the hostile member.
+/// Checks that the agents still serve their clients.
 fn assert_sound(cluster: &mut Cluster) {
     for number in 0..cluster.agents.len() {
         let status =
@@ -205,11 +205,11 @@ fn node_of(cluster: &mut Cluster, agent: usize) -> NodeId {
 }
 
 #[test]
-fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
+fn impossible_address_of_a_member_is_reported_as_that_members_fault() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = lab.host(9, "evil")?;
-        let mut hostile = Hostile::new(&host, &cluster.token)?;
+        let mut hostile = HostileMember::new(&host, &cluster.token)?;
         let n1 = node_of(&mut cluster, 0);
         let own: IpAddr = cluster.hosts[0].ip.into();
         for (underlay, why) in [
@@ -229,7 +229,7 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
         }
         assert_eq!(status(&mut cluster, 0)["members"].as_array().map(Vec::len), Some(2));
 
-        // It comes in with what is right, and then says something else.
+        // It joins with a valid record, and changes it afterwards.
         let (_, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
         assert!(matches!(answer, Response::Welcome(_)), "{answer:?}");
         let fdb = "bridge fdb show dev gossamer.1";
@@ -260,7 +260,7 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
         }
         assert_sound(&mut cluster);
 
-        // What another node could use and this one cannot is taken, and leads nowhere.
+        // An address that is valid but unusable for this node is accepted, and gets no entry.
         for (underlay, why) in [("fd99::9", "of another family"), ("10.99.0.1", "")] {
             hostile.push_self(n1, &cluster.hosts[0], |record| {
                 record.vtep.underlay = underlay.parse().expect("an address");
@@ -283,7 +283,7 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
         assert!(!entries.contains(&format!("dst {own} ")), "{entries}");
         assert_sound(&mut cluster);
 
-        // And the same after a restart: nothing of it was kept.
+        // The same after a restart: nothing of it was stored.
         cluster.agents[0].end(nix::sys::signal::Signal::SIGTERM)?;
         cluster.agents[0] = cluster.start_agent(&cluster.hosts[0], &[])?;
         cluster.agents[0].wait_converged(2, TIMEOUT)?;
@@ -293,12 +293,12 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
 }
 
 #[test]
-fn jump_of_a_counter_takes_no_subnet_and_no_member_away() {
+fn forged_high_counters_remove_no_subnet_and_no_member() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
         let host = lab.host(9, "evil")?;
-        let hostile = Hostile::new(&host, &cluster.token)?;
+        let hostile = HostileMember::new(&host, &cluster.token)?;
         let (from, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
         let Response::Welcome(welcome) = answer else { panic!("{answer:?}") };
         let n2 = node_of(&mut cluster, 1);
@@ -329,7 +329,7 @@ fn jump_of_a_counter_takes_no_subnet_and_no_member_away() {
         hostile.push(from, &cluster.hosts[0], facts.clone());
         hostile.push(n2, &cluster.hosts[1], facts);
         for agent in 0..2 {
-            wait_until("the jumps are not named", TIMEOUT, || {
+            wait_until("the jumps are not reported", TIMEOUT, || {
                 has_problem(&mut cluster.agents[agent], "a jump to")
             });
         }
@@ -340,7 +340,7 @@ fn jump_of_a_counter_takes_no_subnet_and_no_member_away() {
         assert!(fdb.contains(&their_end) && !fdb.contains("10.99.0.250"), "{fdb}");
         tool(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip));
 
-        // What a node can have written itself is answered by that node.
+        // A node answers records that it could have written itself.
         victim.version = Version { starts: 1, change: 1000 };
         let facts = Facts { members: vec![victim], ..Facts::default() };
         hostile.push(from, &cluster.hosts[0], facts);
@@ -356,15 +356,15 @@ fn jump_of_a_counter_takes_no_subnet_and_no_member_away() {
 }
 
 #[test]
-fn flood_of_a_member_stops_no_loop_and_fills_no_log() {
+fn flood_of_facts_by_a_member_blocks_no_agent_and_fills_no_log() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = lab.host(9, "evil")?;
-        let hostile = Hostile::new(&host, &cluster.token)?;
+        let hostile = HostileMember::new(&host, &cluster.token)?;
         let (n1, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
         assert!(matches!(answer, Response::Welcome(_)), "{answer:?}");
 
-        // Its answers forge lines of the log, and give orders to terminals.
+        // Answers that try to forge log lines, and contain terminal escape sequences.
         let text = format!(
             "x\n2026-01-01T00:00:00Z ERROR forged line\u{1b}[2J\u{7}{}",
             "y".repeat(20_000)
@@ -376,23 +376,24 @@ fn flood_of_a_member_stops_no_loop_and_fills_no_log() {
         wait_until("nothing was compared", TIMEOUT, || {
             cluster.agents[0].log().contains("comparison refused")
         });
-        let stranger = |n: u32| {
+        let unknown_member = |n: u32| {
             let mut id = [0xee; 8];
             id[..4].copy_from_slice(&n.to_be_bytes());
             let incarnation = Incarnation { starts: 1, renewals: 0 };
             Identity { node: NodeId::from_bytes(id), incarnation }
         };
         let before = cluster.agents[0].log().len();
-        // More than any cluster has is refused at once; of as many as there can be, none is known.
+        // More members than any cluster has are rejected at once. A possible number of unknown members is
+        // processed.
         for count in [200_000, 16_000, 16_000, 16_000] {
-            let active = (0..count).map(stranger).collect();
+            let active = (0..count).map(unknown_member).collect();
             hostile.push(n1, &cluster.hosts[0], Facts { active, ..Facts::default() });
         }
         for round in 0..200 {
             hostile.push(
                 n1,
                 &cluster.hosts[0],
-                Facts { active: (0..20_000).map(stranger).collect(), ..Facts::default() },
+                Facts { active: (0..20_000).map(unknown_member).collect(), ..Facts::default() },
             );
             if round % 20 == 0 {
                 status(&mut cluster, 0);

@@ -1,4 +1,4 @@
-//! The cluster's secret is changed while pods talk, and nobody is lost.
+//! The cluster's secret is rotated while pods communicate, and no member is lost.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, thread, time::Duration};
 
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::common::{Cluster, TIMEOUT, client, isolated, program, status_where, wait_until};
 
-/// Runs a step on the first member; gives the names of the secrets, or what was said instead.
+/// Runs a step on the first member. Returns the secrets, or the error message.
 fn step(cluster: &Cluster, arguments: &[&str]) -> Result<Value, String> {
     let arguments = [&["secret"], arguments, &["-o", "json"]].concat();
     let output = client(&cluster.agents[0], &arguments);
@@ -31,7 +31,7 @@ fn token_file(directory: &Path, token: &str) -> String {
 }
 
 #[test]
-fn the_secret_is_changed_under_traffic_and_nobody_is_lost() {
+fn secret_rotation_under_traffic_loses_no_member_and_no_packet() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = cluster.pods()?;
@@ -52,7 +52,7 @@ fn the_secret_is_changed_under_traffic_and_nobody_is_lost() {
                 .iter()
                 .all(|secret| { secret["accepted_by"].as_array().map(Vec::len) == Some(3) })
         );
-        // Who joins now does so by the old one, and does not know of the new one.
+        // A host that joins now uses the old secret, and does not know the new one yet.
         cluster.join(lab, 4)?;
         cluster.converge()?;
         let why = step(&cluster, &["use", &new]).expect_err("n4 is not ready");
@@ -72,14 +72,14 @@ fn the_secret_is_changed_under_traffic_and_nobody_is_lost() {
         assert_eq!(answered, 1_000, "packets were lost");
         for agent in &mut cluster.agents {
             let status = agent.wait_converged(4, TIMEOUT)?;
-            assert_eq!(status["counters"]["downs"], 0, "somebody was lost: {status:#}");
+            assert_eq!(status["counters"]["downs"], 0, "a member was lost: {status:#}");
         }
-        // The old token is worth nothing now, and the new one is.
-        let stranger = lab.host(5, "n5")?;
+        // The old token is rejected now, and the new one is accepted.
+        let non_member = lab.host(5, "n5")?;
         let seed = cluster.hosts[0].ip.to_string();
         let refused =
-            Agent::start(program(), &stranger, &["--join", &seed, "--token", &old_token])?;
-        wait_until("it gets in", TIMEOUT, || {
+            Agent::start(program(), &non_member, &["--join", &seed, "--token", &old_token])?;
+        wait_until("the old token is not rejected", TIMEOUT, || {
             refused.log().contains("certificate of another secret")
         });
         drop(refused);
@@ -87,7 +87,7 @@ fn the_secret_is_changed_under_traffic_and_nobody_is_lost() {
         let fifth = lab.host(6, "n6")?;
         let mut fifth = cluster.start_agent(&fifth, &[])?;
         fifth.wait_converged(5, TIMEOUT)?;
-        // Over a restart, also with a configuration that nobody has brought up to date.
+        // The same over a restart, with an outdated configuration file.
         cluster.agents[1].end(Signal::SIGTERM)?;
         let arguments = ["--token", &old_token, "--join", &seed];
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &arguments)?;
@@ -98,7 +98,7 @@ fn the_secret_is_changed_under_traffic_and_nobody_is_lost() {
 }
 
 #[test]
-fn whoever_missed_the_change_gets_in_again_with_a_new_token() {
+fn member_that_missed_a_secret_rotation_rejoins_with_a_new_token() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let old = names(&step(&cluster, &["list"]).expect("listed")).remove(0);
@@ -107,7 +107,7 @@ fn whoever_missed_the_change_gets_in_again_with_a_new_token() {
         status_where(&mut cluster.agents[0], |status| {
             status["members"].to_string().contains("\"down\"")
         });
-        let new_token = crate::common::gossamer_token()?;
+        let new_token = crate::common::new_token()?;
         let file = token_file(&cluster.hosts[0].dir, &new_token);
         let added = step(&cluster, &["add", "--token-file", &file]).expect("added");
         let new = names(&added).into_iter().find(|name| *name != old).expect("a new one");
@@ -119,7 +119,7 @@ fn whoever_missed_the_change_gets_in_again_with_a_new_token() {
         let seed = cluster.hosts[0].ip.to_string();
         let host = &cluster.hosts[2];
         cluster.agents[2] = Agent::start(program(), host, &["--join", &seed])?;
-        wait_until("it gets in", TIMEOUT, || {
+        wait_until("the old token is not rejected", TIMEOUT, || {
             let status = cluster.agents[2].ask("/v1/status", TIMEOUT).expect("a status");
             status["synced"] == false
         });

@@ -3,15 +3,15 @@
 use super::*;
 
 #[test]
-fn where_sysctls_are_read_only_the_guard_drops_what_would_give_routes_and_nothing_is_wrong() {
+fn guard_with_read_only_sysctls_drops_router_advertisements_without_a_problem() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
-        is_no_router(&host);
+        disable_forwarding(&host);
         tool(&host.netns, "sysctl -qw net.ipv6.conf.default.forwarding=0");
         tool(&host.netns, "sysctl -qw net.ipv6.conf.default.accept_ra=1");
         let read_only = "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys";
         let wrapped = with_mounts(&host, read_only)?;
-        // Held to their addresses pods cannot send it in the first place.
+        // With anti-spoofing, pods could not send an advertisement at all.
         let loose = ["--init", "--anti-spoofing", "false"];
         let mut agent = Agent::start(&wrapped, &host, &loose)?;
         agent.wait_converged(1, TIMEOUT)?;
@@ -32,7 +32,7 @@ fn where_sysctls_are_read_only_the_guard_drops_what_would_give_routes_and_nothin
         advertise_and_ping()?;
         assert_eq!(default(&host), "");
         assert_eq!(problems(&mut agent), "[]");
-        // Another program takes the rules away: they are there again, and until then nothing else is.
+        // When another program removes the rules, they are re-created before anything else is checked.
         tool(&host.netns, "nft flush chain inet gossamer.1 routers");
         eventually(&host.netns, "nft list chain inet gossamer.1 routers", |shown| {
             shown.contains("nd-router-advert") && shown.contains("gsm*")
@@ -40,7 +40,7 @@ fn where_sysctls_are_read_only_the_guard_drops_what_would_give_routes_and_nothin
         advertise_and_ping()?;
         assert_eq!(default(&host), "");
 
-        // Without the guard the same advertisement is taken, and that is named.
+        // Without the guard the same advertisement is accepted, and the cause is reported.
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         let open = [&loose[..], &["--guard", "false"]].concat();
         agent = Agent::start(&wrapped, &host, &open)?;

@@ -1,4 +1,4 @@
-//! Pods that give back to the bridge what comes to them: frames that would go round for ever.
+//! Pods that send frames back to the bridge: such frames would circulate without end.
 
 use std::{
     net::{Ipv4Addr, UdpSocket},
@@ -15,10 +15,10 @@ use crate::{
     },
 };
 
-/// Many more than the kernels of a few pods send of their own accord in a second.
-const ROUND_AND_ROUND: u64 = 500;
+/// Packets; many more than the kernels of a few pods send by themselves in a second.
+const LOOP_PACKETS: u64 = 500;
 
-/// How many packets have come to a pod.
+/// Returns how many packets a pod has received.
 fn received(pod: &NetNs) -> u64 {
     let interfaces = tool(pod, "cat /proc/net/dev");
     let own = interfaces.lines().find_map(|line| line.trim_start().strip_prefix("eth0:"));
@@ -26,9 +26,9 @@ fn received(pod: &NetNs) -> u64 {
     packets.expect("a number")
 }
 
-/// Has a pod that bridges these interfaces ask by broadcast for an address that nothing has; says how many
-/// packets come to another pod within a second. Takes the bridge away then.
-fn asks_while_bridging(pod: &NetNs, interfaces: &[&str], own: &str, other: &NetNs) -> u64 {
+/// Makes a pod bridge these interfaces and send a broadcast query for an unused address. Returns how many
+/// packets another pod receives within a second. Removes the bridge afterwards.
+fn packets_while_bridging(pod: &NetNs, interfaces: &[&str], own: &str, other: &NetNs) -> u64 {
     sh(pod, "ip link add loop0 type bridge && ip link set loop0 up");
     for interface in interfaces {
         sh(pod, &format!("ip addr flush dev {interface} && ip link set {interface} up"));
@@ -45,21 +45,21 @@ fn asks_while_bridging(pod: &NetNs, interfaces: &[&str], own: &str, other: &NetN
 }
 
 #[test]
-fn pod_that_sends_back_what_comes_to_it_makes_no_loop() {
+fn pod_that_reflects_frames_creates_no_loop() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b"])?;
         let runtime = Runtime::new(&cluster.agents[0]);
         let own = address(&runtime.add("a"));
         runtime.add("b");
-        let count = asks_while_bridging(&spaces[0], &["eth0"], &own, &spaces[1]);
-        assert!((1..ROUND_AND_ROUND).contains(&count), "{count} packets");
-        // By two interfaces of its own.
+        let count = packets_while_bridging(&spaces[0], &["eth0"], &own, &spaces[1]);
+        assert!((1..LOOP_PACKETS).contains(&count), "{count} packets");
+        // With two interfaces of the pod.
         let variables = [("CNI_IFNAME", "eth1")];
         let (done, second) = runtime.call_with("ADD", "a", &variables, &json!({}));
         assert!(done, "{second}");
-        let count = asks_while_bridging(&spaces[0], &["eth0", "eth1"], &own, &spaces[1]);
-        assert!((1..ROUND_AND_ROUND).contains(&count), "{count} packets");
+        let count = packets_while_bridging(&spaces[0], &["eth0", "eth1"], &own, &spaces[1]);
+        assert!((1..LOOP_PACKETS).contains(&count), "{count} packets");
         Ok(())
     });
 }
@@ -69,8 +69,8 @@ fn mac_of(pod: &NetNs) -> String {
     link.split_whitespace().nth(2).expect("a MAC").to_owned()
 }
 
-/// Has a pod send back under its own MAC what comes to it, whatever its destination.
-fn sends_back(pod: &NetNs) {
+/// Makes a pod send back all received frames under its own MAC, whatever their destination.
+fn reflect_frames(pod: &NetNs) {
     let mac = mac_of(pod);
     sh(
         pod,
@@ -85,7 +85,7 @@ fn sends_back(pod: &NetNs) {
 }
 
 #[test]
-fn pods_that_send_back_frames_to_a_mac_that_nothing_has_make_no_loop() {
+fn pods_that_reflect_frames_to_an_unknown_mac_create_no_loop() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b", "c"])?;
@@ -93,20 +93,21 @@ fn pods_that_send_back_frames_to_a_mac_that_nothing_has_make_no_loop() {
         for pod in ["a", "b", "c"] {
             runtime.add(pod);
         }
-        spaces[..2].iter().for_each(sends_back);
+        spaces[..2].iter().for_each(reflect_frames);
         for pod in &spaces[..2] {
             eventually(pod, "bridge -d link show dev eth0", |text| {
                 text.contains("state forwarding")
             });
             eventually(pod, "ip link show dev loop0", |text| text.contains("state UP"));
         }
-        // A link-local address that follows from no pod's MAC may be any pod's.
+        // A link-local address that is not derived from a pod's MAC may belong to any pod.
         sh(
             &spaces[0],
             "ip addr add fe80::77/64 dev loop0 nodad && \
              ip neigh add fe80::99 lladdr 02:00:00:00:00:99 dev loop0",
         );
-        // Beside the groups that their kernels send to, and which go round under the limit.
+        // Packets to groups that the pods' kernels send themselves are not counted; they circulate within
+        // the limit.
         sh(
             &spaces[2],
             "nft add table netdev seen && \
@@ -121,7 +122,7 @@ fn pods_that_send_back_frames_to_a_mac_that_nothing_has_make_no_loop() {
 }
 
 #[test]
-fn frame_to_a_mac_that_the_bridge_does_not_know_reaches_its_owner_alone() {
+fn frame_to_a_mac_unknown_to_the_bridge_reaches_only_its_owner() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b", "guest"])?;
@@ -131,7 +132,7 @@ fn frame_to_a_mac_that_the_bridge_does_not_know_reaches_its_owner_alone() {
         let (host, own) = (&cluster.hosts[0].netns, address(&added));
         let mac = mac_of(&spaces[0]);
         let port = added["interfaces"][1]["name"].as_str().expect("a name");
-        // Of a virtual machine, say, that has not sent anything yet.
+        // For example a virtual machine that has not sent anything yet.
         sh(
             host,
             "ip link add guest0 type veth peer name eth0 netns guest && \
@@ -151,7 +152,7 @@ fn frame_to_a_mac_that_the_bridge_does_not_know_reaches_its_owner_alone() {
         wait_until("the guest is not reached", TIMEOUT, || {
             run(&spaces[0], &format!("ping -c 1 -W 1 {subnet}.200")).status.success()
         });
-        // What the host sends as well, as long as a pod has sent nothing that the bridge remembers.
+        // Also packets of the host, while a pod has sent nothing that the bridge could learn from.
         let before = received(&spaces[1]);
         for _ in 0..100 {
             run(host, &format!("bridge fdb del {mac} dev {port} master"));
@@ -163,12 +164,12 @@ fn frame_to_a_mac_that_the_bridge_does_not_know_reaches_its_owner_alone() {
     });
 }
 
-/// Where rules for forwarded packets see those between ports of a bridge, such a packet leaves the bridge by
-/// the port by which it came.
+/// Where rules for forwarded packets see those between ports of a bridge, such a packet leaves the bridge
+/// by the port at which it arrived.
 #[test]
-fn pod_reaches_itself_by_the_address_of_a_service() {
+fn pod_reaches_itself_by_a_service_address() {
     isolated(|lab| {
-        let test = "pod_reaches_itself_by_the_address_of_a_service";
+        let test = "pod_reaches_itself_by_a_service_address";
         let cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a"])?;
         let own = address(&Runtime::new(&cluster.agents[0]).add("a"));
@@ -189,20 +190,20 @@ fn pod_reaches_itself_by_the_address_of_a_service() {
                  nft add rule ip services post ip saddr {own} ip daddr {own} counter masquerade"
             ),
         );
-        // Of the gateway: packets to the service come to the host as they come to a router.
+        // By the gateway: packets to the service reach the host as a router.
         let gateway = format!("{subnet}.1");
         tool(&spaces[0], &format!("ip route add {service}/32 via {gateway} dev eth0"));
         wait_until("the pod does not reach itself", TIMEOUT, || {
             run(&spaces[0], &format!("ping -c 1 -W 1 {service}")).status.success()
         });
         let rules = tool(host, "nft list table ip services");
-        assert!(!rules.contains("counter packets 0 "), "not by the rule: {rules}");
+        assert!(!rules.contains("counter packets 0 "), "the rule did not match: {rules}");
         Ok(())
     });
 }
 
 #[test]
-fn pod_that_floods_groups_is_slowed_down_and_told_and_its_other_packets_pass() {
+fn pod_that_floods_multicast_is_limited_and_reported_and_its_unicast_passes() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b"])?;
@@ -224,18 +225,18 @@ fn pod_that_floods_groups_is_slowed_down_and_told_and_its_other_packets_pass() {
             });
             sent.map(|()| (received(&spaces[1]) - before, begun.elapsed()))
         };
-        // As many as services that look for each other send at once.
+        // As many as services that discover each other send at once.
         let (count, _) = flood(1_000)?;
         assert!(count >= 1_000, "{count}");
         std::thread::sleep(Duration::from_secs(1));
         let (count, took) = flood(40_000)?;
-        let most = 2_000 * (took.as_secs() + 2) + ROUND_AND_ROUND;
+        let most = 2_000 * (took.as_secs() + 2) + LOOP_PACKETS;
         assert!(count <= most, "{count} in {took:?}");
         tool(&spaces[0], &format!("ping -c 5 -i 0.2 -W 2 {other}"));
         let words = "a pod sends more than 2000 broadcasts and multicasts a second";
         let agent = &mut cluster.agents[0];
-        wait_until("it is not told", TIMEOUT, || has_problem(agent, words));
-        wait_until("it is still told", TIMEOUT, || !has_problem(agent, words));
+        wait_until("it is not reported", TIMEOUT, || has_problem(agent, words));
+        wait_until("it is still reported", TIMEOUT, || !has_problem(agent, words));
         Ok(())
     });
 }

@@ -1,5 +1,5 @@
-//! What changes a pod's port on the bridge is put right; what drops a pod's packets there is noticed by
-//! asking the pod, and named.
+//! Changed settings of a pod's port on the bridge are repaired. What drops a pod's packets at the port is
+//! detected by probing the pod, and reported.
 
 use std::{
     fs,
@@ -15,28 +15,30 @@ use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
 use crate::{
-    causes::{pair, wait_for_path, wait_for_words},
     cni::{Runtime, address, namespaces},
     common::{
         Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, program, run,
         skipped, status_where, token_of, tool, wait_until,
     },
+    silence_causes::{pair, wait_for_path, wait_for_words},
 };
 
-/// A filter that needs no compiler. It returns 2 (`TC_ACT_SHOT`) to drop a packet, and 0 to let it pass.
+/// Returns a filter that needs no compiler. The bytecode returns 2 (`TC_ACT_SHOT`) to drop a packet, and
+/// 0 to pass it.
 fn filter(host: &Host, bytecode: &str) -> String {
     let path = host.dir.join("filter.bpf");
     fs::write(&path, bytecode).expect("written");
     format!("protocol all bpf direct-action bytecode-file {}", path.display())
 }
 
-/// A filter that drops packets with more than so many bytes.
+/// Returns a filter that drops packets of more than `bytes` bytes.
 pub fn longer_than(host: &Host, bytes: u32) -> String {
     filter(host, &format!("4,128 0 0 0,37 0 1 {bytes},6 0 0 2,6 0 0 0,"))
 }
 
-/// What a port is set to, what `ip -d link show` says of it then, and what it says of a right one. The first
-/// by `ip link set dev PORT type bridge_slave`, the second by `bridge link set dev PORT`.
+/// A port setting, the output of `ip -d link show` with it, and the output for a correct port. The first
+/// settings are made by `ip link set dev PORT type bridge_slave`, the later ones by `bridge link set dev
+/// PORT`.
 const SETTINGS: [(&str, &str, &str); 11] = [
     ("isolated on", "isolated on", "isolated off"),
     ("flood off", "flood off", "flood on"),
@@ -53,7 +55,7 @@ const SETTINGS: [(&str, &str, &str); 11] = [
 
 type PortAndAddress = (String, String);
 
-/// Pods on a cluster's first host: their namespaces, ports and addresses.
+/// Adds pods on a cluster's first host. Returns their namespaces, ports and addresses.
 fn with_pods(
     cluster: &mut Cluster,
     names: &[&str],
@@ -83,8 +85,8 @@ fn sh(host: &Host, commands: &[&str]) {
     commands.iter().for_each(|command| _ = tool(&host.netns, command));
 }
 
-/// Waits until status and doctor say these words of a pod, and the check fails.
-fn wait_for_named(cluster: &mut Cluster, words: &[&str]) -> anyhow::Result<()> {
+/// Waits until status and doctor report these texts about a pod, and the check fails.
+fn wait_for_report(cluster: &mut Cluster, words: &[&str]) -> anyhow::Result<()> {
     let agent = &mut cluster.agents[0];
     wait_until(&words.join(", "), TIMEOUT, || words.iter().all(|words| has_problem(agent, words)));
     status_where(agent, |status| status["kernel"]["forwarding"]["state"] == "failing");
@@ -93,13 +95,13 @@ fn wait_for_named(cluster: &mut Cluster, words: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn wait_for_none(cluster: &mut Cluster) {
+fn wait_until_not_reported(cluster: &mut Cluster) {
     let agent = &mut cluster.agents[0];
-    wait_until("still named", TIMEOUT, || !has_problem(agent, "not answer"));
+    wait_until("still reported", TIMEOUT, || !has_problem(agent, "not answer"));
 }
 
 #[test]
-fn settings_of_a_pods_port_are_put_right_at_once() {
+fn changed_settings_of_a_pods_port_are_repaired_at_once() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let (_spaces, pods) = with_pods(&mut cluster, &["a"])?;
@@ -145,7 +147,7 @@ fn settings_of_a_pods_port_are_put_right_at_once() {
 }
 
 #[test]
-fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
+fn cause_of_drops_at_a_pods_interface_is_reported_until_removed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let (_spaces, pods) = with_pods(&mut cluster, &["a", "b"])?;
@@ -207,17 +209,17 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
             let words: Vec<&str> =
                 [pod.as_str()].into_iter().chain(words.iter().map(String::as_str)).collect();
             let begun = Instant::now();
-            wait_for_named(&mut cluster, &words)?;
+            wait_for_report(&mut cluster, &words)?;
             println!("{:>7.1?} {}", begun.elapsed(), begin.join("; "));
             assert!(!has_problem(&mut cluster.agents[0], "pod a eth0"), "the other pod");
             sh(&cluster.hosts[0], &end.iter().map(String::as_str).collect::<Vec<_>>());
-            wait_for_none(&mut cluster);
+            wait_until_not_reported(&mut cluster);
         }
-        // Where all pods are cut off, that is told once.
+        // If all pods are cut off, this is reported once.
         sh(&cluster.hosts[0], &["tc qdisc add dev gsm0 root blackhole"]);
         let words =
             ["pods do not find their gateway", "queueing discipline blackhole of gsm0 has dropped"];
-        wait_for_named(&mut cluster, &words)?;
+        wait_for_report(&mut cluster, &words)?;
         assert!(!has_problem(&mut cluster.agents[0], "does not answer"));
         sh(&cluster.hosts[0], &["tc qdisc del dev gsm0 root"]);
         status_where(&mut cluster.agents[0], |status| {
@@ -228,8 +230,8 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
     });
 }
 
-/// What another program hangs on a pod's interface, what is said of it, and what removes it. The filter drops
-/// what is longer than 1000 bytes.
+/// What another program attaches to a pod's interface, the warning, and the commands that remove it. The
+/// filter drops packets longer than 1000 bytes.
 const FOREIGN: [(&str, &str, &str); 4] = [
     (
         "tc qdisc add dev PORT root pfifo limit 1",
@@ -253,7 +255,7 @@ const FOREIGN: [(&str, &str, &str); 4] = [
     ),
 ];
 
-/// As the CNI plugin `bandwidth` makes them, old and new, and a filter that drops nothing.
+/// As old and new versions of the CNI plugin `bandwidth` create them, and a filter that drops nothing.
 const HARMLESS: [&str; 3] = [
     "tc qdisc add dev PORT root handle 1: tbf rate 8mbit burst 64k latency 25ms && \
      ip link add bwp0 type ifb && ip link set bwp0 up && \
@@ -265,7 +267,7 @@ const HARMLESS: [&str; 3] = [
 ];
 
 #[test]
-fn what_another_program_hangs_on_a_pods_interface_is_warned_of_and_a_bandwidth_plugins_is_not() {
+fn foreign_qdiscs_and_filters_of_a_pods_port_are_warned_of_except_bandwidth_limits() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let names = ["a", "b", "c", "d"];
@@ -282,7 +284,7 @@ fn what_another_program_hangs_on_a_pods_interface_is_warned_of_and_a_bandwidth_p
         }
         for (begin, words, end) in FOREIGN {
             in_place(begin, port, 1_000);
-            // What the filters drop.
+            // Sends what the filters drop.
             run(&spaces[0], &format!("ping -c 1 -W 1 -s 1200 {}", pods[3].1));
             let words = words.replace("PORT", port);
             let agent = &mut cluster.agents[0];
@@ -294,7 +296,7 @@ fn what_another_program_hangs_on_a_pods_interface_is_warned_of_and_a_bandwidth_p
             assert!(!status["problems"].to_string().contains(port.as_str()), "{status:#}");
             assert!(said.contains(&end.replace("PORT", port)), "{said}");
             in_place(end, port, 0);
-            wait_until("still told", TIMEOUT, || !has_warning(agent, port));
+            wait_until("still reported", TIMEOUT, || !has_warning(agent, port));
             if begin.contains("clsact") {
                 in_place("tc qdisc del dev PORT clsact", port, 0);
             }
@@ -303,9 +305,9 @@ fn what_another_program_hangs_on_a_pods_interface_is_warned_of_and_a_bandwidth_p
     });
 }
 
-/// Its own administrator may do that.
+/// The pod's own administrator may change this.
 #[test]
-fn pod_whose_own_end_is_down_or_has_another_address_or_mac_is_no_problem() {
+fn pod_that_changed_its_own_interface_is_no_problem() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let (spaces, pods) = with_pods(&mut cluster, &["a", "b", "c"])?;
@@ -313,10 +315,10 @@ fn pod_whose_own_end_is_down_or_has_another_address_or_mac_is_no_problem() {
         tool(&spaces[0], "ip link set eth0 down");
         tool(&spaces[2], "ip link set eth0 address 02:00:5e:10:20:30");
         tool(&spaces[1], &format!("ip addr del {}/24 dev eth0", pods[1].1));
-        // The second one is asked, and silent in several rounds.
+        // The second pod is probed, and silent in several rounds.
         let silent = |status: &Value| !detail(status).contains("answer when asked");
         status_where(&mut cluster.agents[0], silent);
-        // Questions that come to it.
+        // Probes still arrive at it.
         for command in [
             "nft add table arp count",
             "nft add chain arp count in { type filter hook input priority 0 ; }",
@@ -330,20 +332,20 @@ fn pod_whose_own_end_is_down_or_has_another_address_or_mac_is_no_problem() {
         });
         let status = status_where(&mut cluster.agents[0], |_| true);
         assert_eq!(status["problems"], Value::Array(vec![]), "{status:#}");
-        // What drops it there is one of a pod whose end is as it was made.
+        // A drop there is reported for a pod whose end of the veth pair is unchanged.
         tool(&spaces[1], &format!("ip addr add {}/24 dev eth0", pods[1].1));
         wait_for_answers(&mut cluster, "1 pod answers when asked");
         tool(&spaces[1], "ip link set eth0 arp off");
         let said = format!("pod b eth0 ({}, {}) does not answer ARP: ", pods[1].1, pods[1].0);
-        wait_for_named(&mut cluster, &[&said, "and no answer comes from eth0"])?;
+        wait_for_report(&mut cluster, &[&said, "and no answer comes from eth0"])?;
         tool(&spaces[1], "ip link set eth0 arp on");
-        wait_for_none(&mut cluster);
+        wait_until_not_reported(&mut cluster);
         Ok(())
     });
 }
 
 #[test]
-fn answers_to_other_stations_than_the_bridge_are_no_loss_on_this_host() {
+fn answers_to_other_stations_than_the_bridge_are_no_local_loss() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a"])?;
@@ -363,7 +365,7 @@ fn answers_to_other_stations_than_the_bridge_are_no_loss_on_this_host() {
             let head = [&to[..], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 2], &mac].concat();
             [&head[..], &pod.octets(), &[0; 10]].concat()
         };
-        // A group that no bridge passes on, and a station that is not there.
+        // A group that no bridge forwards, and a station that does not exist.
         let answers = [[1, 0x80, 0xc2, 0, 0, 0x0e], [2, 0, 0, 0, 0, 0x55]].map(answer);
         let (is_over, begun) = (AtomicBool::new(false), Instant::now());
         std::thread::scope(|scope| {
@@ -373,16 +375,16 @@ fn answers_to_other_stations_than_the_bridge_are_no_loss_on_this_host() {
                     std::thread::sleep(Duration::from_millis(20));
                 }
             });
-            let named = wait_for_named(&mut cluster, &["and no answer comes from eth0"]);
+            let named = wait_for_report(&mut cluster, &["and no answer comes from eth0"]);
             is_over.store(true, Ordering::Relaxed);
             named
         })
     });
 }
 
-/// Not the network.
+/// The report must not blame the network.
 #[test]
-fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
+fn cause_of_drops_at_the_overlay_device_or_the_underlay_is_reported() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let drop = filter(&cluster.hosts[1], "1,6 0 0 2,");
@@ -431,7 +433,7 @@ fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
 }
 
 #[test]
-fn pod_with_an_ipv6_address_alone_is_asked_by_neighbor_discovery() {
+fn ipv6_only_pod_is_probed_by_neighbor_discovery() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network", "fd42::/48"])?;
@@ -444,21 +446,21 @@ fn pod_with_an_ipv6_address_alone_is_asked_by_neighbor_discovery() {
         sh(&cluster.hosts[0], &[&format!("tc qdisc add dev {port} root blackhole")]);
         let words = [
             &*format!(
-                "pod a eth0 ({ip}, {port}) does not answer neighbor discovery: the question does not"
+                "pod a eth0 ({ip}, {port}) does not answer neighbor discovery: the query does not"
             ),
             &*format!("the queueing discipline blackhole of {port} has dropped"),
         ];
-        wait_for_named(&mut cluster, &words)?;
-        // One that is removed is no problem any more.
+        wait_for_report(&mut cluster, &words)?;
+        // A removed pod is no problem any more.
         Runtime::new(&cluster.agents[0]).del("a");
-        wait_for_none(&mut cluster);
+        wait_until_not_reported(&mut cluster);
         Ok(())
     });
 }
 
-/// Such chains see no question of ARP, and packets of pods between two ports.
+/// Such chains see no ARP query, but packets of pods between two ports.
 #[test]
-fn chain_of_bridges_that_drops_packets_between_pods_is_named_until_it_is_gone() {
+fn bridge_chain_that_drops_packets_between_pods_is_reported_until_removed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b"])?;
@@ -482,9 +484,9 @@ fn chain_of_bridges_that_drops_packets_between_pods_is_named_until_it_is_gone() 
         let agent = &mut cluster.agents[0];
         let words =
             "between its own pods (IPv4): chain bridge wall f (hook forward) has the policy drop";
-        wait_until("not named", TIMEOUT, || has_problem(agent, words));
+        wait_until("not reported", TIMEOUT, || has_problem(agent, words));
         sh(host, &["nft delete table bridge wall"]);
-        wait_until("still named", TIMEOUT, || !has_problem(agent, words));
+        wait_until("still reported", TIMEOUT, || !has_problem(agent, words));
         assert!(reaches());
         Ok(())
     });

@@ -1,4 +1,4 @@
-//! Disks that fill up or forget, routes of others, and other things that happen to hosts.
+//! Failures of hosts: full disks, lost databases, foreign routes and others.
 
 use std::{
     fs,
@@ -25,19 +25,19 @@ use crate::{
     netavark::{self, Podman},
 };
 
-/// An agent that is told to end has ended after 5 s, whatever hangs; the rest is for a machine under load.
-const END: Duration = Duration::from_secs(8);
+/// A stopped agent ends within 5 s, whatever hangs; the rest is for a busy machine.
+const STOP_TIMEOUT: Duration = Duration::from_secs(8);
 
 pub fn lose_database(host: &Host) -> anyhow::Result<()> {
     Ok(fs::remove_dir_all(host.dir.join("state/db"))?)
 }
 
 #[test]
-fn a_host_that_lost_its_database_finds_its_cluster_and_its_subnet_again() {
+fn host_with_a_lost_database_rejoins_its_cluster_with_its_subnet() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let id = cluster.agents[1].wait_converged(3, TIMEOUT)?["cluster"].clone();
-        // The creator, whose unit still says --init, and a joiner without any flags.
+        // The creator, whose unit still passes --init, and a joiner without any flags.
         for (n, arguments) in [(0, &["--init"][..]), (1, &[][..])] {
             let subnet = Agent::subnet(&cluster.agents[n].wait_converged(3, TIMEOUT)?)?;
             cluster.agents[n].end(Signal::SIGTERM)?;
@@ -52,7 +52,7 @@ fn a_host_that_lost_its_database_finds_its_cluster_and_its_subnet_again() {
 }
 
 #[test]
-fn lone_node_that_lost_its_database_goes_on_with_the_second_copy() {
+fn single_node_with_a_lost_database_continues_with_the_second_copy() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let (host, _spaces) = (&cluster.hosts[0], namespaces(&["a", "b"])?);
@@ -80,9 +80,9 @@ fn lone_node_that_lost_its_database_goes_on_with_the_second_copy() {
     });
 }
 
-/// The database engine takes a log without its end for a whole one.
+/// The database engine accepts a truncated log as complete.
 #[test]
-fn database_that_lost_its_last_changes_is_completed_by_the_second_copy() {
+fn database_without_its_last_changes_is_completed_from_the_second_copy() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = namespaces(&["a", "b", "c"])?;
@@ -108,7 +108,7 @@ fn database_that_lost_its_last_changes_is_completed_by_the_second_copy() {
         assert!(cluster.agents[0].log().contains("lost its last changes"));
         assert_eq!(Agent::subnet(&after)?, Agent::subnet(&before)?);
         assert_eq!(cluster.agents[0].ask("/v1/pods", TIMEOUT)?, known);
-        // And now it is in the database.
+        // After a restart the changes are in the database.
         cluster.restart(0, &[])?;
         assert_eq!(cluster.agents[0].ask("/v1/pods", TIMEOUT)?, known);
         assert_eq!(cluster.agents[0].log().matches("lost its last changes").count(), 1);
@@ -117,7 +117,7 @@ fn database_that_lost_its_last_changes_is_completed_by_the_second_copy() {
 }
 
 #[test]
-fn databases_of_two_hosts_that_are_swapped_are_moved_aside_and_no_pod_is_lost() {
+fn swapped_databases_of_two_hosts_are_moved_aside_and_no_pod_is_lost() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let spaces = namespaces(&["a", "b"])?;
@@ -151,7 +151,7 @@ fn databases_of_two_hosts_that_are_swapped_are_moved_aside_and_no_pod_is_lost() 
 }
 
 #[test]
-fn a_founder_that_was_alone_and_lost_both_copies_says_what_to_do() {
+fn single_creator_with_both_copies_lost_reports_a_remedy() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         cluster.agents[0].end(Signal::SIGTERM)?;
@@ -166,7 +166,7 @@ fn a_founder_that_was_alone_and_lost_both_copies_says_what_to_do() {
 }
 
 #[test]
-fn a_full_disk_delays_grants_and_loses_nothing() {
+fn full_disk_delays_grants_and_loses_nothing() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
         let state = first.dir.join("state");
@@ -181,7 +181,7 @@ fn a_full_disk_delays_grants_and_loses_nothing() {
         let seed = first.ip.to_string();
         let mut joiner = Agent::start(program(), &second, &["--join", &seed, "--token", &token])?;
         let named = |creator: &mut Agent| has_problem(creator, "state directory");
-        wait_until("a full disk is a problem to be named", TIMEOUT, || named(&mut creator));
+        wait_until("the full disk is not reported", TIMEOUT, || named(&mut creator));
         fs::remove_file(state.join("filler"))?;
         joiner.wait_converged(2, TIMEOUT)?;
         creator.wait_converged(2, TIMEOUT)?;
@@ -195,7 +195,7 @@ fn a_full_disk_delays_grants_and_loses_nothing() {
 }
 
 #[test]
-fn agent_on_a_full_disk_ends_when_told_to_and_keeps_its_subnet() {
+fn agent_on_a_full_disk_ends_on_sigterm_and_keeps_its_subnet() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let state = host.dir.join("state");
@@ -205,17 +205,21 @@ fn agent_on_a_full_disk_ends_when_told_to_and_keeps_its_subnet() {
         let subnet = Agent::subnet(&agent.wait_converged(1, TIMEOUT)?)?;
         fill(&state)?;
         let _spaces = namespaces(&["a"])?;
-        // The last page of the database takes some records more.
-        wait_until("not named", TIMEOUT, || {
+        // The last page of the database may hold some more records.
+        wait_until("not reported", TIMEOUT, || {
             let runtime = Runtime::new(&agent);
             let is_full = !runtime.call("ADD", "a", &json!({})).0;
             is_full || !runtime.call("DEL", "a", &json!({})).0
         });
         assert!(has_problem(&mut agent, "state directory"), "{}", agent.log());
-        let told = Instant::now();
+        let signaled = Instant::now();
         agent.end(Signal::SIGTERM)?;
-        assert!(told.elapsed() < END, "{:?}", told.elapsed());
-        assert!(agent.log().contains("were not written to the state directory"), "{}", agent.log());
+        assert!(signaled.elapsed() < STOP_TIMEOUT, "{:?}", signaled.elapsed());
+        assert!(
+            agent.log().contains("last changes not written to the state directory"),
+            "{}",
+            agent.log()
+        );
         fs::remove_file(state.join("filler"))?;
         let mut agent = Agent::start(program(), &host, &[])?;
         assert_eq!(Agent::subnet(&agent.wait_converged(1, TIMEOUT)?)?, subnet);
@@ -223,22 +227,22 @@ fn agent_on_a_full_disk_ends_when_told_to_and_keeps_its_subnet() {
     });
 }
 
-/// A named pipe that no process writes to stands for a disk that hangs.
+/// A named pipe without a writer stands for a disk that hangs.
 #[test]
-fn agent_whose_disk_hangs_at_start_ends_when_told_to() {
+fn agent_with_a_hanging_disk_at_start_ends_on_sigterm() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init"])?;
         agent.wait_converged(1, TIMEOUT)?;
         agent.end(Signal::SIGTERM)?;
-        // The database engine opens it, and waits.
+        // The database engine opens this file, and blocks.
         let file = host.dir.join("state/db/conf");
         fs::remove_file(&file)?;
         mkfifo(&file, Mode::S_IRWXU)?;
         let start = || -> anyhow::Result<Agent> {
             let agent = Agent::start(program(), &host, &["--init"])?;
             let caught = format!("/proc/{}/status", agent.pid());
-            // Until then a signal ends any process.
+            // Before the agent has installed its handlers, a signal ends it at once.
             wait_until("it catches no signal", TIMEOUT, || {
                 let status = fs::read_to_string(&caught).unwrap_or_default();
                 let line = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
@@ -248,9 +252,9 @@ fn agent_whose_disk_hangs_at_start_ends_when_told_to() {
             Ok(agent)
         };
         let mut agent = start()?;
-        let told = Instant::now();
+        let signaled = Instant::now();
         assert_eq!(agent.end(Signal::SIGTERM)?.code(), Some(0));
-        assert!(told.elapsed() < END, "{:?}", told.elapsed());
+        assert!(signaled.elapsed() < STOP_TIMEOUT, "{:?}", signaled.elapsed());
         Ok(())
     });
 }
@@ -262,7 +266,7 @@ fn fill(directory: &Path) -> anyhow::Result<()> {
 }
 
 #[test]
-fn cleanup_takes_everything_of_ours_and_nothing_else() {
+fn cleanup_removes_everything_of_gossamer_and_nothing_else() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let host = &cluster.hosts[1];
@@ -298,7 +302,7 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         tool(&host.netns, "nft add table inet gossamer.77");
         tool(&host.netns, "nft add table inet mine");
 
-        // As a disk that was cleared by hand has it.
+        // The state of a disk that was cleared by hand.
         fs::remove_file(state.join("lock"))?;
         let content =
             || tool(&host.netns, &format!("find {} -printf %p%m%T@\\n", host.dir.display()));
@@ -339,21 +343,21 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
 }
 
 #[test]
-fn a_route_of_another_program_is_reported_and_not_touched() {
+fn foreign_route_is_reported_and_unchanged() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let host = &cluster.hosts[0].netns;
-        // The subnet and the metric that the next joiner's route will have.
+        // The subnet and the metric of the next joiner's route.
         tool(host, "ip route add 10.42.7.0/24 via 10.99.0.1 proto static metric 8");
         let second = lab.host(2, "n2")?;
         let mut joiner = cluster.start_agent(&second, &["--prefer-subnet", "10.42.7.0"])?;
         let subnet = Agent::subnet(&joiner.ask("/v1/status?wait=20&members=2", TIMEOUT)?)?;
         assert_eq!(subnet.to_string(), "10.42.7.0/24");
         let said = "another program has a route to 10.42.7.0/24";
-        wait_until("it is not named", TIMEOUT, || has_problem(&mut cluster.agents[0], said));
+        wait_until("it is not reported", TIMEOUT, || has_problem(&mut cluster.agents[0], said));
         let routes = tool(host, "ip route show 10.42.7.0/24");
         assert!(routes.contains("via 10.99.0.1 dev eth0 proto static"), "{routes}");
-        // Gone is the obstacle, and the agent sees it by itself.
+        // The agent detects by itself that the obstacle is gone.
         tool(host, "ip route del 10.42.7.0/24 via 10.99.0.1 metric 8");
         eventually(host, "ip route show 10.42.7.0/24", |routes| routes.contains("proto 73"));
         Ok(())
@@ -361,7 +365,7 @@ fn a_route_of_another_program_is_reported_and_not_touched() {
 }
 
 #[test]
-fn an_init_with_the_token_of_a_cluster_is_refused() {
+fn init_with_the_token_of_an_existing_cluster_is_rejected() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let host = lab.host(2, "n2")?;
@@ -374,7 +378,7 @@ fn an_init_with_the_token_of_a_cluster_is_refused() {
 }
 
 #[test]
-fn status_can_wait_for_an_agent_that_is_about_to_start() {
+fn status_wait_succeeds_before_the_agent_has_started() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let socket = host.dir.join("gossamer.sock");
@@ -391,7 +395,7 @@ fn status_can_wait_for_an_agent_that_is_about_to_start() {
 }
 
 #[test]
-fn setup_of_netavark_waits_longer_for_an_agent_that_stands_still_than_teardown() {
+fn netavark_setup_waits_longer_for_a_suspended_agent_than_teardown() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let _space = NetNs::new("a")?;

@@ -1,4 +1,4 @@
-//! Entries that the kernel asks for: misses, and a kernel that holds only the peers in use.
+//! Entries that the kernel requests on demand: misses, and a kernel that holds only the peers in use.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use crate::common::{
     tool, wait_until,
 };
 
-/// A thousand members that do not answer are compared with in vain, in a program that is not optimized.
-const LONG: Duration = Duration::from_secs(180);
+/// An unoptimized program takes this long to try a comparison with a thousand unreachable members.
+const CONVERGE_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Entries of ours: routes, neighbors, FDB entries.
+/// Returns the numbers of gossamer's routes, neighbors and FDB entries.
 fn entries(netns: &NetNs) -> [usize; 3] {
     [
         "ip route show proto 73 dev gossamer.1",
@@ -24,7 +24,7 @@ fn entries(netns: &NetNs) -> [usize; 3] {
 }
 
 #[test]
-fn what_the_kernel_misses_about_nobody_is_counted() {
+fn kernel_misses_for_unknown_addresses_are_counted() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = &cluster.hosts[0].netns;
@@ -37,8 +37,8 @@ fn what_the_kernel_misses_about_nobody_is_counted() {
             tool(host, command);
         }
         wait_until("they are not counted", TIMEOUT, || {
-            for nobody in ["10.42.250.5", "10.42.251.5"] {
-                run(host, &format!("ping -c 1 -W 1 {nobody}"));
+            for unknown in ["10.42.250.5", "10.42.251.5"] {
+                run(host, &format!("ping -c 1 -W 1 {unknown}"));
             }
             let status = cluster.agents[0].ask("/v1/status", TIMEOUT).expect("a status");
             status["kernel"]["misses_unknown"].as_u64() >= Some(2)
@@ -48,13 +48,13 @@ fn what_the_kernel_misses_about_nobody_is_counted() {
 }
 
 #[test]
-fn failed_neighbor_is_answered_from_the_view() {
+fn failed_neighbor_is_restored_from_the_view() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
         let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
         let host = &cluster.hosts[0].netns;
-        // No event tells of what was deleted while nobody could hear; the kernel's question does.
+        // No event reports what was deleted while the agent was suspended; the kernel's miss does.
         freeze(&cluster.agents[0])?;
         tool(host, &format!("ip neigh del {} dev gossamer.1", subnet.network()));
         let mut pinger = Pinger::new(&pods[0].netns)?;
@@ -72,10 +72,11 @@ fn failed_neighbor_is_answered_from_the_view() {
 }
 
 #[test]
-fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
+fn on_demand_mode_programs_only_the_ten_used_peers_of_a_thousand() {
     isolated(|lab| {
         let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
-        // Who of the crowd is used would be withdrawn after a while, and forgotten later than the others.
+        // Otherwise a used member of the crowd would be withdrawn after a while, and forgotten later than
+        // other members.
         let on_demand =
             ["--program", "on-demand", "--idle-after", "3s", "--withdraw-after", "never"];
         let bootstrap = ["--init", "--network", "10.32.0.0/12", "--subnet-len", "24"];
@@ -96,12 +97,13 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         });
         let mut pods = Vec::new();
         for (host, agent) in hosts.iter().zip([&mut first, &mut second]) {
-            pods.push(host.pod(Agent::subnet(&agent.wait_converged(2, LONG)?)?, 1450)?);
+            pods.push(host.pod(Agent::subnet(&agent.wait_converged(2, CONVERGE_TIMEOUT)?)?, 1450)?);
         }
         let host = &hosts[0].netns;
         assert_eq!(entries(host), [1, 0, 0], "one route for all");
 
-        // Nine of the crowd, which does not answer, and a peer that does, from the first packet on.
+        // Nine members of the crowd, which do not answer, and a peer that answers from the first packet
+        // on.
         for slot in 1..=9 {
             run(host, &format!("ping -c 1 -W 1 -w 1 10.32.{}.7", slot * 4));
         }
@@ -113,20 +115,20 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         eventually(host, "ip route show proto 73 dev gossamer.1", |routes| {
             routes.lines().count() == 1
         });
-        assert_eq!(entries(host), [1, 0, 0], "nobody is in use any more");
+        assert_eq!(entries(host), [1, 0, 0], "no peer is in use any more");
         assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some(), "used again");
 
-        // What an agent did not live to remove must not be in the way of the next.
+        // Entries that a killed agent did not remove must not disturb the next one.
         first.end(Signal::SIGKILL)?;
         let mut first = Agent::start(program(), &hosts[0], &arguments)?;
-        first.wait_converged(2, LONG)?;
+        first.wait_converged(2, CONVERGE_TIMEOUT)?;
         eventually(host, "ip route show proto 73 dev gossamer.1", |routes| {
             routes.lines().count() == 1
         });
         assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some());
         assert_eq!(pinger.stream(pods[1].ip, 100, Duration::from_millis(5))?, 100);
         let status = first.ask("/v1/status", TIMEOUT)?;
-        assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "ageing is nobody's doing");
+        assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "expiry is not a repair");
         Ok(())
     });
 }

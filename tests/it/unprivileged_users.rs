@@ -1,4 +1,4 @@
-//! Users of a host who are not root: they send no tunnel packets of their own, and reach pods as ever.
+//! Unprivileged users of a host cannot send tunnel packets themselves, and still reach pods.
 
 use std::{
     fs, io,
@@ -17,19 +17,19 @@ use crate::{
         Cluster, TIMEOUT, checksum, echoes, eventually, isolated, run, sh, skipped, status_where,
         tool, wait_until,
     },
-    families,
+    ip_families,
 };
 
 const USER: &str = "setpriv --reuid 1234 --regid 1234 --clear-groups";
 
-/// Whether a user, or root, can send what is in a file as one datagram.
+/// Returns whether a user, or root, can send the content of a file as one datagram.
 fn sends(netns: &NetNs, as_whom: &str, file: &str, to: &str, port: u16) -> bool {
     let script = format!("/bin/cat<{file}>/dev/udp/{to}/{port}");
     run(netns, &format!("{as_whom} bash -c {script}")).status.success()
 }
 
-/// A tunnel packet with an echo request in the name of a pod that is nowhere.
-fn forgery(mac: &str, to: [u8; 4]) -> Vec<u8> {
+/// Returns a tunnel packet with an echo request from the address of a pod that does not exist.
+fn forged_packet(mac: &str, to: [u8; 4]) -> Vec<u8> {
     let mac: Vec<u8> = mac.split(':').map(|b| u8::from_str_radix(b, 16).expect("hex")).collect();
     let mut echo = vec![8, 0, 0, 0, 0, 1, 0, 1];
     let sum = checksum(&echo).to_be_bytes();
@@ -42,7 +42,7 @@ fn forgery(mac: &str, to: [u8; 4]) -> Vec<u8> {
     [&vxlan[..], &mac, &[2, 0, 0, 0, 0, 9, 8, 0], &ip, &echo].concat()
 }
 
-/// Sends datagrams from a host to all of its neighbors: to a group and by broadcast.
+/// Sends a datagram from a host to all neighbors: to a multicast group and by broadcast.
 fn send_to_all(host: &Host, bytes: &[u8], port: u16) {
     let sent = host.netns.run(|| {
         let socket = UdpSocket::bind((host.ip, 0))?;
@@ -58,20 +58,20 @@ fn send_to_all(host: &Host, bytes: &[u8], port: u16) {
 }
 
 #[test]
-fn tunnel_packets_to_several_hosts_are_dropped_and_counted_though_a_member_sends_them() {
+fn multicast_tunnel_packets_of_a_member_are_dropped_and_counted() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
         let link = tool(&cluster.hosts[1].netns, "ip -br link show gossamer.1");
         let mac = link.split_whitespace().nth(2).expect("a MAC");
-        let forgery = forgery(mac, pods[1].ip.octets());
-        send_to_all(&cluster.hosts[0], &forgery, 8472);
+        let forged_packet = forged_packet(mac, pods[1].ip.octets());
+        send_to_all(&cluster.hosts[0], &forged_packet, 8472);
         status_where(&mut cluster.agents[1], |status| {
             status["kernel"]["non_members_dropped"].as_u64() == Some(3)
         });
         assert_eq!(echoes(&pods[1].netns), 0, "let in");
-        // Networks of others may use groups at this port.
-        let mut of_others = forgery;
+        // Networks of other programs may use multicast groups at this port.
+        let mut of_others = forged_packet;
         of_others[6] = 9;
         send_to_all(&cluster.hosts[0], &of_others, 8472);
         assert!(run(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip)).status.success());
@@ -82,27 +82,32 @@ fn tunnel_packets_to_several_hosts_are_dropped_and_counted_though_a_member_sends
 }
 
 #[test]
-fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
+fn unprivileged_user_cannot_spoof_a_pod_and_reaches_pods() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
         let host = &cluster.hosts[0].netns;
         if !run(host, &format!("{USER} true")).status.success() {
-            skipped("users", "there are no users but root here");
+            skipped(
+                "unprivileged_user_cannot_spoof_a_pod_and_reaches_pods",
+                "there are no users but root here",
+            );
             return Ok(());
         }
         let link = tool(&cluster.hosts[1].netns, "ip -br link show gossamer.1");
         let mac = link.split_whitespace().nth(2).expect("a MAC");
         let victim = pods[1].ip.octets();
-        let file = readable(&forgery(mac, victim))?;
+        let file = readable(&forged_packet(mac, victim))?;
         let path = file.path().display().to_string();
         let peer = cluster.hosts[1].ip.to_string();
 
-        // What root can do in any case, to see that the forgery is one.
+        // Root can send it in any case, which proves that the forged packet works.
         assert!(sends(host, "env", &path, &peer, 8472));
-        wait_until("the forgery is none", TIMEOUT, || echoes(&pods[1].netns) == 1);
+        wait_until("the forged packet does not arrive from root", TIMEOUT, || {
+            echoes(&pods[1].netns) == 1
+        });
         let way = |words: &str| tool(host, &format!("ip route get {peer} {words}"));
-        // Also where the user names the interface, packets come back to this host.
+        // Even where the user chooses the interface, packets return to this host.
         for (port, user, is_back) in [(8472, 1234, true), (8474, 1234, false), (8472, 0, false)] {
             for output in ["", "oif eth0"] {
                 let way = way(&format!("{output} uid {user} ipproto udp dport {port}"));
@@ -119,7 +124,7 @@ fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
         assert!(run(host, &format!("{USER} ping -c 1 -W 2 {}", pods[1].ip)).status.success());
         assert_eq!(echoes(&pods[1].netns), 2);
 
-        // It is put right, and says that another program was at it.
+        // The rule is repaired, and the repair is reported as another program's change.
         let is_there = |shown: &str| {
             shown.contains("lookup 847273 proto 73") && shown.contains("prohibit proto 73")
         };
@@ -134,7 +139,7 @@ fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
         let routes = "ip route show table 847273";
         tool(host, "ip route flush table 847273");
         eventually(host, routes, |shown| shown.contains("local default dev eth0"));
-        // Interfaces come and go.
+        // Interfaces appear and disappear.
         tool(host, "ip link add later type bridge");
         tool(host, "ip link set later up");
         eventually(host, routes, |shown| shown.contains("local default dev later"));
@@ -154,7 +159,7 @@ fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
     });
 }
 
-/// A file that users may read; its bytes are what they send.
+/// Returns a file with these bytes that users may read and send.
 fn readable(bytes: &[u8]) -> io::Result<tempfile::NamedTempFile> {
     let mut file = tempfile::Builder::new().tempfile()?;
     file.write_all(bytes)?;
@@ -162,15 +167,18 @@ fn readable(bytes: &[u8]) -> io::Result<tempfile::NamedTempFile> {
     Ok(file)
 }
 
-/// Classes of queueing disciplines (HTB, say) are chosen by all bits of the priority.
+/// All bits of the priority select the class of a queueing discipline (HTB, for example).
 #[test]
-fn packets_of_users_keep_the_class_that_rules_of_others_give_them() {
+fn packets_of_users_keep_the_class_set_by_foreign_rules() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
         let host = &cluster.hosts[0].netns;
         if !run(host, &format!("{USER} true")).status.success() {
-            skipped("packets_of_users_keep_their_class", "there are no users but root here");
+            skipped(
+                "packets_of_users_keep_the_class_set_by_foreign_rules",
+                "there are no users but root here",
+            );
             return Ok(());
         }
         let other = NetNs::new("other")?;
@@ -200,7 +208,7 @@ fn packets_of_users_keep_the_class_that_rules_of_others_give_them() {
         }
         let seen = tool(host, "nft list table bridge seen");
         assert_eq!(seen.matches("counter packets 1 ").count(), 2, "{seen}");
-        // Those of the tunnel have the class of what is inside them.
+        // Tunnel packets get the class of their inner packets.
         tool(host, &format!("{USER} ping -c 1 -W 2 {}", pods[1].ip));
         let seen = tool(host, "nft list table inet class");
         assert!(seen.contains("counter packets 1 "), "{seen}");
@@ -211,12 +219,15 @@ fn packets_of_users_keep_the_class_that_rules_of_others_give_them() {
 }
 
 #[test]
-fn users_send_into_tunnels_of_others_by_whatever_is_on_top_of_them() {
+fn users_can_send_through_foreign_tunnels_on_top_of_the_underlay() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
         let host = &cluster.hosts[0].netns;
         if !run(host, &format!("{USER} true")).status.success() {
-            skipped("users_send_into_tunnels_of_others", "there are no users but root here");
+            skipped(
+                "users_can_send_through_foreign_tunnels_on_top_of_the_underlay",
+                "there are no users but root here",
+            );
             return Ok(());
         }
         for (own, other) in [(0, 1), (1, 0)] {
@@ -249,10 +260,10 @@ fn users_send_into_tunnels_of_others_by_whatever_is_on_top_of_them() {
     });
 }
 
-/// Sends datagrams to the VXLAN port by a socket that has got its route by another port.
+/// Sends datagrams to the VXLAN port by a socket whose route was determined for another port.
 fn send_by_a_known_route(netns: &NetNs, user: u32, bytes: &[u8], to: IpAddr) -> io::Result<()> {
     netns.run(|| {
-        // Of this thread alone.
+        // Affects only this thread.
         setfsuid(Uid::from_raw(user));
         let any: IpAddr = match to {
             IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -261,9 +272,10 @@ fn send_by_a_known_route(netns: &NetNs, user: u32, bytes: &[u8], to: IpAddr) -> 
         let socket = UdpSocket::bind((any, 0))?;
         socket.connect((to, 9))?;
         let other = SocketAddr::new(to, 8472);
-        // In IPv6 the route of a connected socket is that of other ports, too. Some of this is refused.
+        // In IPv6 a connected socket uses its route for other ports, too. Some of these sends are
+        // rejected.
         let _ = socket.send_to(bytes, other);
-        // What is held back keeps its route, wherever the socket is connected to by then.
+        // Corked data keeps its route, even if the socket is connected elsewhere afterwards.
         let socket = socket2::SockRef::from(&socket);
         socket.send_with_flags(bytes, MSG_MORE)?;
         let _ = socket.connect(&other.into());
@@ -272,13 +284,13 @@ fn send_by_a_known_route(netns: &NetNs, user: u32, bytes: &[u8], to: IpAddr) -> 
     })
 }
 
-/// Of two hosts that reach each other under these addresses.
-fn no_user_speaks_as_a_pod(
+/// Checks this for two hosts that reach each other under these addresses.
+fn check_users_cannot_spoof_pods(
     hosts: &[Host; 2],
     underlays: [&str; 2],
     test: &str,
 ) -> anyhow::Result<()> {
-    let mut agents = families::cluster(hosts, underlays, &[])?;
+    let mut agents = ip_families::cluster(hosts, underlays, &[])?;
     let host = &hosts[0].netns;
     if !run(host, &format!("{USER} true")).status.success() {
         skipped(test, "there are no users but root here");
@@ -286,19 +298,20 @@ fn no_user_speaks_as_a_pod(
     }
     let pod = hosts[1].pod(Agent::subnet(&agents[1].ask("/v1/status", TIMEOUT)?)?, 1430)?;
     let link = tool(&hosts[1].netns, "ip -br link show gossamer.1");
-    let forgery = forgery(link.split_whitespace().nth(2).expect("a MAC"), pod.ip.octets());
+    let forged_packet =
+        forged_packet(link.split_whitespace().nth(2).expect("a MAC"), pod.ip.octets());
     let to = underlays[1].parse()?;
     let dropped = |agents: &mut [Agent; 2]| {
         let status = agents[0].ask("/v1/status", TIMEOUT).expect("a status");
         status["kernel"]["non_members_dropped"].as_u64().unwrap_or_default()
     };
-    send_by_a_known_route(host, 0, &forgery, to)?;
-    wait_until("the forgery is none", TIMEOUT, || echoes(&pod.netns) > 0);
-    let (heard, before) = (echoes(&pod.netns), dropped(&mut agents));
-    send_by_a_known_route(host, 1234, &forgery, to)?;
+    send_by_a_known_route(host, 0, &forged_packet, to)?;
+    wait_until("the forged packet does not arrive from root", TIMEOUT, || echoes(&pod.netns) > 0);
+    let (arrived, before) = (echoes(&pod.netns), dropped(&mut agents));
+    send_by_a_known_route(host, 1234, &forged_packet, to)?;
     wait_until("nothing is dropped", TIMEOUT, || dropped(&mut agents) > before);
-    assert_eq!(echoes(&pod.netns), heard, "a user speaks as a pod");
-    // What the kernel puts into the tunnel for a user still belongs to the user's socket.
+    assert_eq!(echoes(&pod.netns), arrived, "a user spoofs a pod");
+    // Packets that the kernel encapsulates for a user still belong to the user's socket.
     let before = dropped(&mut agents);
     tool(host, &format!("{USER} ping -c 3 -i 0.2 -W 2 -s 1300 {}", pod.ip));
     assert_eq!(dropped(&mut agents), before);
@@ -306,20 +319,20 @@ fn no_user_speaks_as_a_pod(
 }
 
 #[test]
-fn user_cannot_speak_as_a_pod_by_a_socket_that_has_a_route_already() {
+fn unprivileged_user_cannot_spoof_a_pod_by_a_socket_with_a_cached_route() {
     isolated(|lab| {
         let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
         let underlays = hosts.each_ref().map(|host| host.ip.to_string());
-        let test = "user_cannot_speak_as_a_pod_by_a_socket_that_has_a_route_already";
-        no_user_speaks_as_a_pod(&hosts, underlays.each_ref().map(String::as_str), test)
+        let test = "unprivileged_user_cannot_spoof_a_pod_by_a_socket_with_a_cached_route";
+        check_users_cannot_spoof_pods(&hosts, underlays.each_ref().map(String::as_str), test)
     });
 }
 
 #[test]
-fn user_cannot_speak_as_a_pod_by_a_socket_that_has_a_route_already_in_ipv6() {
+fn unprivileged_user_cannot_spoof_a_pod_by_a_socket_with_a_cached_ipv6_route() {
     isolated(|lab| {
-        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
-        let test = "user_cannot_speak_as_a_pod_by_a_socket_that_has_a_route_already_in_ipv6";
-        no_user_speaks_as_a_pod(&hosts, ["fd99::1", "fd99::2"], test)
+        let Some(hosts) = ip_families::hosts(lab)? else { return Ok(()) };
+        let test = "unprivileged_user_cannot_spoof_a_pod_by_a_socket_with_a_cached_ipv6_route";
+        check_users_cannot_spoof_pods(&hosts, ["fd99::1", "fd99::2"], test)
     });
 }

@@ -1,5 +1,5 @@
-//! Hosts on which all entries of the overlay are right, and packets of pods go wrong: named, and each advice
-//! is tried.
+//! Hosts on which all entries of the overlay are correct, but packets of pods are lost or diverted. The
+//! cause is reported, and each advice is tried.
 
 use gossamer::lab::{Agent, Host};
 use nix::sys::signal::Signal;
@@ -11,7 +11,7 @@ use crate::{
         Cluster, TIMEOUT, client, has_problem, isolated, program, run, sh, skipped, status_where,
         tool, wait_until,
     },
-    forwarding::{Scene, with_pods},
+    forwarding::{TwoHosts, with_pods},
 };
 
 pub fn all_well(status: &Value) -> bool {
@@ -19,8 +19,8 @@ pub fn all_well(status: &Value) -> bool {
     status["kernel"]["forwarding"]["state"] == "ok" && has_none("problems") && has_none("warnings")
 }
 
-/// Waits until the agent warns of it, and `gossamer status` and the doctor as well; gives the warnings.
-pub fn warned(agent: &mut Agent, words: &[&str]) -> String {
+/// Waits until the agent, `gossamer status` and the doctor all show the warning. Returns the warnings.
+pub fn wait_for_warning(agent: &mut Agent, words: &[&str]) -> String {
     let has = |status: &Value| {
         let said = status["warnings"].to_string();
         words.iter().all(|words| said.contains(words))
@@ -36,7 +36,7 @@ pub fn warned(agent: &mut Agent, words: &[&str]) -> String {
     status["warnings"].to_string()
 }
 
-/// A second uplink that leads nowhere.
+/// Adds a second uplink that leads nowhere.
 fn add_uplink(host: &Host) {
     sh(
         &host.netns,
@@ -45,7 +45,7 @@ fn add_uplink(host: &Host) {
     );
 }
 
-/// Where pods' packets get a mark, and what policy rules do with it: what is named.
+/// Rules that mark packets of pods, policy rules that use the mark, and the report.
 const MARKS: [(&str, &str, &str); 4] = [
     (
         "type filter hook forward priority mangle",
@@ -70,7 +70,7 @@ const MARKS: [(&str, &str, &str); 4] = [
 ];
 
 #[test]
-fn mark_that_leads_packets_of_pods_elsewhere_is_named_and_the_advice_alone_brings_them_back() {
+fn mark_that_diverts_packets_of_pods_is_reported_and_the_advice_works() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -93,7 +93,10 @@ fn mark_that_leads_packets_of_pods_elsewhere_is_named_and_the_advice_alone_bring
                      nft add rule ip qos m iifname gsm0 meta mark set 0x7"
                 ),
             );
-            assert!(!run(&spaces[1], &ping).status.success(), "the case is another one: {words}");
+            assert!(
+                !run(&spaces[1], &ping).status.success(),
+                "the fault is a different one: {words}"
+            );
             let agent = &mut cluster.agents[1];
             wait_until(words, TIMEOUT, || has_problem(agent, words));
             let status = agent.ask("/v1/status", TIMEOUT)?;
@@ -124,7 +127,7 @@ fn mark_that_leads_packets_of_pods_elsewhere_is_named_and_the_advice_alone_bring
 
 /// Packets of the two pods leave by any of several uplinks.
 #[test]
-fn several_next_hops_to_a_peer_are_no_detour() {
+fn several_next_hops_to_a_peer_are_no_problem() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = &cluster.hosts[1];
@@ -141,7 +144,7 @@ fn several_next_hops_to_a_peer_are_no_detour() {
         let agent = &mut cluster.agents[1];
         Runtime::new(agent).add("b");
         let begun = std::time::Instant::now();
-        // Longer than what it takes to name one.
+        // Longer than a report takes.
         while begun.elapsed() < std::time::Duration::from_secs(8) {
             assert!(!has_problem(agent, "by another way"), "{}", agent.ask("/v1/status", TIMEOUT)?);
             std::thread::sleep(std::time::Duration::from_millis(200));
@@ -150,7 +153,7 @@ fn several_next_hops_to_a_peer_are_no_detour() {
     });
 }
 
-/// Rules that take single ports of packets between pods, with what is named.
+/// Rules that match single ports of packets between pods, with the report.
 const PROXIES: [(&str, &str); 4] = [
     (
         "tcp dport 80 redirect to :3128",
@@ -167,7 +170,7 @@ const PROXIES: [(&str, &str); 4] = [
     ("jump more", "chain ip proxy more sends packets to port 8080"),
 ];
 
-/// Those that leave packets between pods alone: of Docker, kube-proxy, a local resolver, and others.
+/// Rules of Docker, kube-proxy, a local resolver and others, which do not match packets between pods.
 const HARMLESS: [&str; 8] = [
     "fib daddr type local tcp dport 80 redirect to :3128",
     "fib daddr type local jump more",
@@ -180,9 +183,9 @@ const HARMLESS: [&str; 8] = [
 ];
 
 #[test]
-fn redirection_of_single_ports_between_pods_is_warned_of_until_the_advice_is_followed() {
+fn redirected_ports_between_pods_are_warned_of_until_the_advice_is_followed() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         let table = "nft add table ip proxy && \
                      nft add chain ip proxy pre { type nat hook prerouting priority dstnat ; } && \
@@ -191,7 +194,7 @@ fn redirection_of_single_ports_between_pods_is_warned_of_until_the_advice_is_fol
         for (rule, words) in PROXIES {
             sh(host, table);
             sh(host, &format!("nft add rule ip proxy pre {rule}"));
-            warned(agent, &["chain ip proxy", words]);
+            wait_for_warning(agent, &["chain ip proxy", words]);
             let status = agent.ask("/v1/status", TIMEOUT)?;
             assert_eq!(status["kernel"]["forwarding"]["state"], "ok", "{status:#}");
             assert_eq!(status["converged"], true);
@@ -202,23 +205,27 @@ fn redirection_of_single_ports_between_pods_is_warned_of_until_the_advice_is_fol
         for rule in HARMLESS {
             sh(host, table);
             sh(host, &format!("nft add rule ip proxy pre {rule}"));
-            // After those above: what is read then has been read with all of them.
+            // In a chain after the one above. The agent reads all rules at once: when it reports this
+            // one, it has read them all.
             sh(host, "nft add chain ip proxy last { type nat hook prerouting priority 0 ; }");
             sh(host, "nft add rule ip proxy last tcp dport 99 redirect to :1");
-            let said = warned(agent, &["chain ip proxy last sends packets to port 99"]);
+            let said = wait_for_warning(agent, &["chain ip proxy last sends packets to port 99"]);
             assert!(!said.contains("proxy pre") && !said.contains("proxy more"), "{rule}: {said}");
             sh(host, "nft delete table ip proxy");
             status_where(agent, all_well);
         }
-        // As iptables makes them, which has matches of its own.
+        // As iptables writes them, with its own matches.
         let iptables = |rule: &str| run(host, &format!("iptables -t nat {rule}"));
         let proxy = "-p tcp --dport 80 -j REDIRECT --to-ports 3128";
         if !iptables(&format!("-A PREROUTING {proxy}")).status.success() {
-            skipped("redirection by iptables", "it needs `iptables`");
+            skipped(
+                "redirected_ports_between_pods_are_warned_of_until_the_advice_is_followed",
+                "it needs `iptables`",
+            );
             return Ok(());
         }
         let advice = "iptables -t nat -I PREROUTING -d 10.42.0.0/16 -j ACCEPT";
-        warned(agent, &["sends packets to port 80", advice]);
+        wait_for_warning(agent, &["sends packets to port 80", advice]);
         tool(host, advice);
         status_where(agent, all_well);
         iptables("-F PREROUTING");
@@ -232,16 +239,16 @@ fn redirection_of_single_ports_between_pods_is_warned_of_until_the_advice_is_fol
         }
         sh(host, table);
         sh(host, "nft add rule ip proxy pre tcp dport 99 redirect to :1");
-        let said = warned(agent, &["chain ip proxy pre sends packets to port 99"]);
+        let said = wait_for_warning(agent, &["chain ip proxy pre sends packets to port 99"]);
         assert!(!said.contains("DOCKER"), "{said}");
         Ok(())
     });
 }
 
 #[test]
-fn translation_of_what_comes_in_for_pods_is_warned_of_with_the_chain() {
+fn destination_nat_of_incoming_pod_packets_is_warned_of_with_the_chain() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         sh(
             host,
@@ -249,7 +256,7 @@ fn translation_of_what_comes_in_for_pods_is_warned_of_with_the_chain() {
              nft add chain ip nat POSTROUTING { type nat hook postrouting priority srcnat ; } && \
              nft add rule ip nat POSTROUTING oifname gsm0 masquerade",
         );
-        warned(
+        wait_for_warning(
             agent,
             &[
                 "packets of pods of other hosts reach pods here under the address 10.42.",
@@ -266,9 +273,9 @@ fn translation_of_what_comes_in_for_pods_is_warned_of_with_the_chain() {
 }
 
 #[test]
-fn host_that_is_closed_to_its_pods_or_does_not_reach_them_is_warned_of_with_the_chain() {
+fn host_closed_to_its_pods_or_cut_off_from_them_is_warned_of_with_the_chain() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         let of_host = |status: &Value| {
             let detail = status["kernel"]["forwarding"]["detail"].as_str().unwrap_or_default();
@@ -281,7 +288,7 @@ fn host_that_is_closed_to_its_pods_or_does_not_reach_them_is_warned_of_with_the_
              nft add chain inet wall in { type filter hook input priority 0 ; policy drop ; } && \
              nft add rule inet wall in iifname { lo, eth0, gossamer.1 } accept",
         );
-        warned(
+        wait_for_warning(
             agent,
             &[
                 "pods do not reach the host that they are on",
@@ -292,7 +299,7 @@ fn host_that_is_closed_to_its_pods_or_does_not_reach_them_is_warned_of_with_the_
         let status = agent.ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");
         assert_eq!(status["kernel"]["forwarding"]["state"], "ok", "{status:#}");
-        // A host that lets pods at some of its ports, and answers echoes, is none.
+        // A host that admits pods to some of its ports, and answers echoes, is not closed.
         sh(host, "nft add rule inet wall in icmp type echo-request accept");
         status_where(agent, all_well);
         sh(host, "nft delete table inet wall");
@@ -302,7 +309,7 @@ fn host_that_is_closed_to_its_pods_or_does_not_reach_them_is_warned_of_with_the_
              nft add chain inet wall out { type filter hook output priority 0 ; policy drop ; } && \
              nft add rule inet wall out oifname { lo, eth0, gossamer.1 } accept",
         );
-        warned(
+        wait_for_warning(
             agent,
             &[
                 "this host does not reach its own pods",
@@ -316,7 +323,7 @@ fn host_that_is_closed_to_its_pods_or_does_not_reach_them_is_warned_of_with_the_
 }
 
 #[test]
-fn trial_that_cannot_be_made_is_warned_of_with_the_chain_that_drops() {
+fn impossible_forwarding_test_is_warned_of_with_the_dropping_chain() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -326,7 +333,10 @@ fn trial_that_cannot_be_made_is_warned_of_with_the_chain_that_drops() {
         let before = std::fs::read_to_string(limit)?;
         cluster.agents[1].end(Signal::SIGTERM)?;
         if std::fs::write(limit, "0").is_err() {
-            skipped("a limit of namespaces", "it cannot be set here");
+            skipped(
+                "impossible_forwarding_test_is_warned_of_with_the_dropping_chain",
+                "it cannot be set here",
+            );
             return Ok(());
         }
         sh(
@@ -336,7 +346,7 @@ fn trial_that_cannot_be_made_is_warned_of_with_the_chain_that_drops() {
         );
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
         let agent = &mut cluster.agents[1];
-        warned(
+        wait_for_warning(
             agent,
             &[
                 "whether this host forwards packets of pods is not known",
@@ -348,14 +358,16 @@ fn trial_that_cannot_be_made_is_warned_of_with_the_chain_that_drops() {
         let status = agent.ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["kernel"]["forwarding"]["state"], "skipped", "{status:#}");
         std::fs::write(limit, before.trim())?;
-        wait_until("not named", TIMEOUT, || has_problem(agent, "does not forward packets of pods"));
+        wait_until("not reported", TIMEOUT, || {
+            has_problem(agent, "does not forward packets of pods")
+        });
         Ok(())
     });
 }
 
-/// One address of a peer's subnet would be asked for by chance after minutes.
+/// By chance, a probe of this one address of the peer's subnet would take minutes.
 #[test]
-fn narrow_route_that_was_there_before_the_agent_is_named_soon() {
+fn specific_route_older_than_the_agent_is_reported_soon() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
@@ -386,9 +398,9 @@ fn narrow_route_that_was_there_before_the_agent_is_named_soon() {
 }
 
 #[test]
-fn overlay_device_in_a_foreign_bridge_is_taken_out_of_it_and_a_fight_is_named() {
+fn overlay_device_is_removed_from_a_foreign_bridge_and_repetition_is_reported() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         sh(host, "ip link add br-foreign type bridge && ip link set br-foreign up");
         let is_out = || !tool(host, "ip -o link show gossamer.1").contains("master");
@@ -398,7 +410,7 @@ fn overlay_device_in_a_foreign_bridge_is_taken_out_of_it_and_a_fight_is_named() 
         let repairs =
             |status: &Value| status["kernel"]["repairs"]["device attribute"].as_u64() > Some(0);
         status_where(agent, repairs);
-        wait_until("a fight is not named", TIMEOUT, || {
+        wait_until("the repeated change is not reported", TIMEOUT, || {
             run(host, plug);
             wait_until("it stays in the bridge", TIMEOUT, is_out);
             has_problem(agent, "gossamer's entries in the kernel")
@@ -408,7 +420,7 @@ fn overlay_device_in_a_foreign_bridge_is_taken_out_of_it_and_a_fight_is_named() 
 }
 
 #[test]
-fn vxlan_device_that_does_not_share_the_port_is_named() {
+fn vxlan_device_that_does_not_share_the_port_is_reported() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let host = lab.host(2, "n2")?;
@@ -423,18 +435,18 @@ fn vxlan_device_that_does_not_share_the_port_is_named() {
 }
 
 #[test]
-fn address_that_has_vanished_from_the_underlay_is_named_with_its_interface() {
+fn vanished_underlay_address_is_reported_with_its_interface() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = &cluster.hosts[1].netns;
         let agent = &mut cluster.agents[1];
-        // As a DHCP client does it whose lease has run out.
+        // As a DHCP client does whose lease has expired.
         sh(host, "ip addr flush dev eth0");
         let words = "address 10.99.0.11 has vanished from interface eth0 (there now: no IPv4 address): the \
                      agent waits until an interface with a default route has an IPv4 address";
         wait_until(words, TIMEOUT, || has_problem(agent, words));
         sh(host, "ip addr add 10.99.0.11/16 dev eth0 && ip route add default via 10.99.0.1");
-        wait_until("still named", TIMEOUT, || !has_problem(agent, "vanished"));
+        wait_until("still reported", TIMEOUT, || !has_problem(agent, "vanished"));
         Ok(())
     });
 }

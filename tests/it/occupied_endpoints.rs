@@ -1,4 +1,4 @@
-//! Ports and paths that another program has taken before the agent starts.
+//! Ports and paths that are occupied when the agent starts.
 
 use std::{fs, net::TcpListener};
 
@@ -9,7 +9,7 @@ use crate::common::{TIMEOUT, has_problem, isolated, program, run, status_where, 
 const ADDRESS: &str = "127.0.0.1:9473";
 
 #[test]
-fn http_port_that_is_taken_ends_no_start_and_is_served_once_it_is_free() {
+fn occupied_http_port_is_reported_and_served_once_free() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let squatter = host.netns.run(|| TcpListener::bind(ADDRESS))?;
@@ -26,7 +26,7 @@ fn http_port_that_is_taken_ends_no_start_and_is_served_once_it_is_free() {
 }
 
 #[test]
-fn docker_socket_that_cannot_be_made_ends_no_start_and_is_made_once_it_can_be() {
+fn blocked_docker_socket_is_reported_and_created_once_possible() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let place = tempfile::tempdir()?;
@@ -38,7 +38,7 @@ fn docker_socket_that_cannot_be_made_ends_no_start_and_is_made_once_it_can_be() 
         agent.wait_converged(1, TIMEOUT)?;
         assert!(has_problem(&mut agent, "Docker cannot reach this agent"));
         fs::remove_file(&obstacle)?;
-        wait_until("it is not made", TIMEOUT, || socket.exists());
+        wait_until("it is not created", TIMEOUT, || socket.exists());
         status_where(&mut agent, |status| !status["problems"].to_string().contains("docker"));
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         assert!(!socket.exists());
@@ -47,7 +47,7 @@ fn docker_socket_that_cannot_be_made_ends_no_start_and_is_made_once_it_can_be() 
 }
 
 #[test]
-fn control_socket_that_was_removed_is_made_again() {
+fn removed_control_socket_is_created_again() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init"])?;
@@ -56,7 +56,7 @@ fn control_socket_that_was_removed_is_made_again() {
         let option = format!("--socket={}", socket.display());
         fs::remove_file(&socket)?;
         let asked = || run(&host.netns, &format!("{} status {option}", program().display()));
-        wait_until("it is not made again", TIMEOUT, || asked().status.success());
+        wait_until("it is not created again", TIMEOUT, || asked().status.success());
         assert!(agent.log().contains("control socket created again"), "{}", agent.log());
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         assert!(!socket.exists());

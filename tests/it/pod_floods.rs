@@ -1,5 +1,5 @@
-//! Pods that use what their host has for all: the agent stays small and serves others, and what is full is
-//! named.
+//! Pods that use up shared resources of their host: the agent's memory stays small, it serves other pods,
+//! and a full resource is reported.
 
 use std::{io, net::Ipv4Addr};
 
@@ -15,8 +15,8 @@ use crate::{
     common::{Cluster, TIMEOUT, eventually, freeze, has_problem, isolated, sh, thaw, wait_until},
 };
 
-/// Sets an interface of this thread's namespace down and up, so often.
-fn flap(netlink: &mut Netlink, name: &str, times: usize) -> io::Result<()> {
+/// Sets an interface of this thread's namespace down and up, `times` times.
+fn set_down_and_up(netlink: &mut Netlink, name: &str, times: usize) -> io::Result<()> {
     let index = netlink.index_of(name)?;
     let set = |link: rtnetlink::LinkMessageBuilder<LinkUnspec>| Request {
         message: RouteNetlinkMessage::SetLink(link.build()),
@@ -31,7 +31,7 @@ fn flap(netlink: &mut Netlink, name: &str, times: usize) -> io::Result<()> {
 }
 
 #[test]
-fn pod_that_sets_its_interface_down_and_up_takes_no_memory_of_the_agent() {
+fn pod_that_flaps_its_interface_does_not_grow_the_agents_memory() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let (agent, host) = (&cluster.agents[0], &cluster.hosts[0].netns);
@@ -39,9 +39,9 @@ fn pod_that_sets_its_interface_down_and_up_takes_no_memory_of_the_agent() {
         let given = Runtime::new(agent).add("a");
         let peak = || memory_mib(agent.pid(), "VmHWM:");
         let before = peak();
-        // More than its sockets hold: it finds them full.
+        // More events than the agent's sockets hold, so it finds them overrun.
         freeze(agent)?;
-        spaces[0].run(|| flap(&mut Netlink::open()?, "eth0", 10_000))?;
+        spaces[0].run(|| set_down_and_up(&mut Netlink::open()?, "eth0", 10_000))?;
         thaw(agent)?;
         Runtime::new(agent).add("b");
         let gateway = given["ips"][0]["gateway"].as_str().expect("a gateway");
@@ -58,22 +58,22 @@ fn pod_that_sets_its_interface_down_and_up_takes_no_memory_of_the_agent() {
 }
 
 #[test]
-fn changes_that_are_more_than_one_turn_takes_come_with_the_next() {
+fn notifications_beyond_the_limit_of_one_read_come_with_the_next() {
     isolated(|_| {
         NetNs::unnamed("flapping")?.run(|| {
             let (mut monitor, mut netlink) = (Monitor::of_interfaces()?, Netlink::open()?);
-            flap(&mut netlink, "lo", 1_000)?;
+            set_down_and_up(&mut netlink, "lo", 1_000)?;
             let mut turns = Vec::new();
             loop {
-                let mut told = 0;
-                let overrun = monitor.read(|_| told += 1)?;
+                let mut count = 0;
+                let overrun = monitor.read(|_| count += 1)?;
                 assert!(!overrun, "{turns:?}");
-                if told == 0 {
+                if count == 0 {
                     break;
                 }
-                turns.push(told);
+                turns.push(count);
             }
-            assert!(turns.len() > 1 && turns.iter().all(|told| *told <= 1_024), "{turns:?}");
+            assert!(turns.len() > 1 && turns.iter().all(|count| *count <= 1_024), "{turns:?}");
             assert!(turns.iter().sum::<usize>() >= 2_000, "{turns:?}");
             Ok(())
         })?;
@@ -81,14 +81,14 @@ fn changes_that_are_more_than_one_turn_takes_come_with_the_next() {
     });
 }
 
-/// Sends the first fragments of so many UDP datagrams, and nothing more of them.
+/// Sends the first fragments of `count` UDP datagrams, without the remaining fragments.
 fn send_first_fragments(netns: &NetNs, from: Ipv4Addr, to: Ipv4Addr, count: u16) -> io::Result<()> {
     netns.run(|| {
         let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::UDP))?;
         socket.set_header_included_v4(true)?;
         for id in 0..count {
             let [high, low] = id.to_be_bytes();
-            // "More fragments", time to live, UDP; the kernel fills in length and checksum.
+            // "More fragments", TTL, UDP; the kernel fills in length and checksum.
             let head = [0x45, 0, 0, 0, high, low, 0x20, 0, 64, 17, 0, 0];
             let packet = [&head[..], &from.octets(), &to.octets(), &[0; 1_000]].concat();
             socket.send_to(&packet, &std::net::SocketAddrV4::new(to, 0).into())?;
@@ -98,7 +98,7 @@ fn send_first_fragments(netns: &NetNs, from: Ipv4Addr, to: Ipv4Addr, count: u16)
 }
 
 #[test]
-fn memory_for_fragments_that_a_pod_fills_is_named() {
+fn fragment_memory_filled_by_a_pod_is_reported() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a"])?;
@@ -111,7 +111,7 @@ fn memory_for_fragments_that_a_pod_fills_is_named() {
              sysctl -qw net.ipv4.ipfrag_high_thresh=300000",
         );
         let agent = &mut cluster.agents[0];
-        wait_until("it is not told", TIMEOUT, || {
+        wait_until("it is not reported", TIMEOUT, || {
             send_first_fragments(&spaces[0], own, gateway, 600).expect("sent");
             has_problem(agent, "the kernel's memory for IPv4 fragments is full")
         });

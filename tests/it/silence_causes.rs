@@ -1,4 +1,4 @@
-//! Why nothing comes from a peer is found out and named, on the host that has the cause.
+//! The reasons why a peer is silent are found and reported, on the host that has the cause.
 
 use std::{
     process::{Command, Stdio},
@@ -12,18 +12,20 @@ use crate::common::{
     wait_until,
 };
 
-/// A silent peer is known after some seconds, and watched twice for 2.5 s; a machine may be busy.
-pub const NAMED: Duration = Duration::from_secs(60);
+/// A silent peer is detected after some seconds and then observed twice for 2.5 s; a busy machine takes
+/// longer.
+pub const REPORT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Two hosts that reach each other.
+/// Starts a cluster of two hosts that reach each other.
 pub fn pair(lab: &mut Lab) -> anyhow::Result<Cluster> {
     let mut cluster = Cluster::start(lab, 2)?;
     cluster.agents.iter_mut().for_each(wait_for_path);
     Ok(cluster)
 }
 
+/// Waits until the first path of the agent is `ok` and no problem is reported.
 pub fn wait_for_path(agent: &mut Agent) {
-    wait_until("the path is not ok", NAMED, || {
+    wait_until("the path is not ok", REPORT_TIMEOUT, || {
         let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
         status["paths"][0]["state"] == "ok" && status["problems"] == serde_json::json!([])
     });
@@ -33,15 +35,15 @@ pub fn all(host: &Host, commands: &[&str]) {
     commands.iter().for_each(|command| _ = tool(&host.netns, command));
 }
 
-/// Waits until the agent names all of it, and the doctor as well.
+/// Waits until the agent reports all given texts, and the doctor reports a problem as well.
 pub fn wait_for_words(agent: &mut Agent, words: &[&str]) {
     let what = format!("never named: {words:?}");
-    wait_until(&what, NAMED, || words.iter().all(|words| has_problem(agent, words)));
+    wait_until(&what, REPORT_TIMEOUT, || words.iter().all(|words| has_problem(agent, words)));
     let doctor = String::from_utf8(client(agent, &["doctor"]).stdout).expect("UTF-8");
-    // A path may be well by then, while its cause is still there.
-    let is_told =
+    // The path may have recovered by then, although the cause still exists.
+    let is_reported =
         ["paths", "agent"].iter().any(|check| doctor.contains(&format!("PROBLEM   {check}")));
-    assert!(is_told, "{doctor}");
+    assert!(is_reported, "{doctor}");
 }
 
 pub fn mac_of(host: &Host, interface: &str) -> String {
@@ -49,7 +51,7 @@ pub fn mac_of(host: &Host, interface: &str) -> String {
     link.split_whitespace().nth(2).expect("a MAC").to_owned()
 }
 
-/// What is named on the second host, how the fault is made there, and how it is taken away.
+/// Texts that the second host reports, commands that cause the fault there, and commands that remove it.
 const RULES: [(&[&str], &[&str], &[&str]); 4] = [
     (
         &["the policy of chain inet hard out drops tunnel packets on this host, UDP 8472 to n1 \
@@ -100,24 +102,27 @@ const RULES: [(&[&str], &[&str], &[&str]); 4] = [
 ];
 
 #[test]
-fn rule_that_takes_tunnel_packets_is_named_by_its_chain() {
+fn rule_that_drops_or_rewrites_tunnel_packets_is_reported_with_its_chain() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft list tables").status.success() {
-            skipped("rules", "it needs `nft` (Debian: nftables)");
+            skipped(
+                "rule_that_drops_or_rewrites_tunnel_packets_is_reported_with_its_chain",
+                "it needs `nft` (Debian: nftables)",
+            );
             return Ok(());
         }
-        for (words, break_it, mend_it) in RULES {
-            all(host, break_it);
+        for (words, fault_commands, repair_commands) in RULES {
+            all(host, fault_commands);
             wait_for_words(&mut cluster.agents[1], words);
             if words[0].contains("under the address") {
-                let there = ["of n2 (10.99.0.11) arrive under the address 10.99.0.99"];
-                wait_for_words(&mut cluster.agents[0], &there);
+                let on_peer = ["of n2 (10.99.0.11) arrive under the address 10.99.0.99"];
+                wait_for_words(&mut cluster.agents[0], &on_peer);
             }
             let tables = tool(&host.netns, "nft list tables");
             assert!(words[0].contains("inet") || !tables.is_empty(), "{tables}");
-            all(host, mend_it);
+            all(host, repair_commands);
             cluster.agents.iter_mut().for_each(wait_for_path);
         }
         wait_until("a table of traces is left", TIMEOUT, || {
@@ -127,14 +132,17 @@ fn rule_that_takes_tunnel_packets_is_named_by_its_chain() {
     });
 }
 
-/// As programs make them that ban addresses.
+/// Programs that ban addresses create such rules.
 #[test]
-fn peer_whose_packets_are_all_dropped_is_named_on_both_hosts_and_the_advice_lets_it_in_again() {
+fn banned_peer_is_reported_on_both_hosts_and_the_advice_admits_it() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft list tables").status.success() {
-            skipped("bans", "it needs `nft` (Debian: nftables)");
+            skipped(
+                "banned_peer_is_reported_on_both_hosts_and_the_advice_admits_it",
+                "it needs `nft` (Debian: nftables)",
+            );
             return Ok(());
         }
         all(
@@ -148,7 +156,7 @@ fn peer_whose_packets_are_all_dropped_is_named_on_both_hosts_and_the_advice_lets
         let advice = "nft insert rule ip ban in udp dport { 8472, 8473 } accept";
         wait_for_words(&mut cluster.agents[1], &["a rule of chain ip ban in (handle ", advice]);
         let alone = "no other member answers this host: n2 (10.99.0.11:8473) down; its tunnel packets arrive";
-        wait_until("the lone host says nothing", NAMED, || {
+        wait_until("the isolated host does not report it", REPORT_TIMEOUT, || {
             has_problem(&mut cluster.agents[0], alone)
         });
         let doctor = String::from_utf8(client(&cluster.agents[0], &["doctor"]).stdout)?;
@@ -160,12 +168,15 @@ fn peer_whose_packets_are_all_dropped_is_named_on_both_hosts_and_the_advice_lets
 }
 
 #[test]
-fn limit_of_udp_packets_is_named_by_its_rule_on_the_host_that_has_it() {
+fn udp_rate_limit_is_reported_with_its_rule_on_the_host_that_has_it() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let [first, second] = &cluster.hosts[..] else { anyhow::bail!("two hosts") };
         if !run(&second.netns, "nft list tables").status.success() {
-            skipped("limits", "it needs `nft` (Debian: nftables)");
+            skipped(
+                "udp_rate_limit_is_reported_with_its_rule_on_the_host_that_has_it",
+                "it needs `nft` (Debian: nftables)",
+            );
             return Ok(());
         }
         all(
@@ -197,7 +208,7 @@ fn limit_of_udp_packets_is_named_by_its_rule_on_the_host_that_has_it() {
 }
 
 #[test]
-fn rule_of_iptables_legacy_that_drops_tunnel_packets_is_named() {
+fn iptables_legacy_rule_that_drops_tunnel_packets_is_reported() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
@@ -206,7 +217,7 @@ fn rule_of_iptables_legacy_that_drops_tunnel_packets_is_named() {
             || !run(&host.netns, &format!("iptables-legacy -A {rule}")).status.success()
         {
             skipped(
-                "legacy",
+                "iptables_legacy_rule_that_drops_tunnel_packets_is_reported",
                 "it needs `iptables-legacy` (Debian: iptables), and a kernel with it",
             );
             return Ok(());
@@ -225,7 +236,7 @@ fn tool_exists(host: &Host) -> bool {
 }
 
 #[test]
-fn filter_of_an_interface_that_drops_tunnel_packets_is_named_with_its_side() {
+fn tc_filter_that_drops_tunnel_packets_is_reported_with_its_direction() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
@@ -234,7 +245,10 @@ fn filter_of_an_interface_that_drops_tunnel_packets_is_named_with_its_side() {
         let add = |side: &str| format!("tc filter add dev eth0 {side} {filter}");
         let made = ["tc qdisc add dev eth0 clsact".to_owned(), add("egress")];
         if !made.iter().all(|command| run(&host.netns, command).status.success()) {
-            skipped("filters", "it needs `tc` (Debian: iproute2), and a kernel with filters");
+            skipped(
+                "tc_filter_that_drops_tunnel_packets_is_reported_with_its_direction",
+                "it needs `tc` (Debian: iproute2), and a kernel with filters",
+            );
             return Ok(());
         }
         let words = ["do not leave this host", "eth0 has filters on its egress (u32)"];
@@ -249,13 +263,16 @@ fn filter_of_an_interface_that_drops_tunnel_packets_is_named_with_its_side() {
 }
 
 #[test]
-fn reverse_path_filter_is_named_with_the_card_at_which_packets_arrive() {
+fn reverse_path_filter_is_reported_with_the_interface_of_arrival() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let [first, second] = &cluster.hosts[..] else { anyhow::bail!("two hosts") };
         let made = run(&second.netns, "ip link add eth1 link eth0 type macvlan mode bridge");
         if !made.status.success() {
-            skipped("two cards", "the kernel has no macvlan");
+            skipped(
+                "reverse_path_filter_is_reported_with_the_interface_of_arrival",
+                "the kernel has no macvlan",
+            );
             return Ok(());
         }
         all(second, &["ip addr add 10.99.0.111/16 dev eth1", "ip link set eth1 up"]);
@@ -271,7 +288,7 @@ fn reverse_path_filter_is_named_with_the_card_at_which_packets_arrive() {
         ];
         wait_for_words(&mut cluster.agents[1], &words);
         second.netns.sysctl("net/ipv4/conf/eth1/rp_filter", "2")?;
-        wait_until("the advice does not help", NAMED, || {
+        wait_until("the advice does not help", REPORT_TIMEOUT, || {
             !has_problem(&mut cluster.agents[1], "rp_filter of eth1")
         });
         Ok(())
@@ -279,7 +296,7 @@ fn reverse_path_filter_is_named_with_the_card_at_which_packets_arrive() {
 }
 
 #[test]
-fn hardware_address_that_two_hosts_have_is_named() {
+fn duplicate_mac_address_of_two_hosts_is_reported() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let mac = mac_of(&cluster.hosts[0], "eth0");
@@ -292,7 +309,7 @@ fn hardware_address_that_two_hosts_have_is_named() {
 }
 
 #[test]
-fn address_that_another_machine_has_too_is_named_on_its_host_and_on_peers() {
+fn duplicate_ip_address_is_reported_on_its_host_and_on_peers() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let other = lab.host(3, "n3")?;
@@ -310,7 +327,7 @@ fn address_that_another_machine_has_too_is_named_on_its_host_and_on_peers() {
 }
 
 #[test]
-fn gateway_to_a_peer_beside_and_a_peer_without_an_answer_are_named() {
+fn gateway_to_an_on_link_peer_and_unresolved_peer_are_reported() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
         let host = &cluster.hosts[1];
@@ -340,7 +357,7 @@ fn gateway_to_a_peer_beside_and_a_peer_without_an_answer_are_named() {
 }
 
 #[test]
-fn ipv6_address_that_another_machine_has_is_named_by_an_agent_that_waits_for_one() {
+fn duplicate_ipv6_address_is_reported_by_an_agent_without_underlay() {
     isolated(|lab| {
         let (first, second) = (lab.host(1, "n1")?, lab.host(2, "n2")?);
         for host in [&first, &second] {
@@ -348,14 +365,17 @@ fn ipv6_address_that_another_machine_has_is_named_by_an_agent_that_waits_for_one
         }
         let added = run(&first.netns, "ip addr add 2001:db8::1/64 dev eth0 nodad");
         if !added.status.success() {
-            skipped("duplicate IPv6 address", "the kernel has no IPv6");
+            skipped(
+                "duplicate_ipv6_address_is_reported_by_an_agent_without_underlay",
+                "the kernel has no IPv6",
+            );
             return Ok(());
         }
         tool(&second.netns, "ip addr add 2001:db8::1/64 dev eth0");
         eventually(&second.netns, "ip -6 addr show dev eth0", |shown| shown.contains("dadfailed"));
         let agent = Agent::start(program(), &second, &["--init", "--iface", "eth0"])?;
         let words = "another machine has the address of eth0 (2001:db8::1), too";
-        wait_until("it is not named", NAMED, || agent.log().contains(words));
+        wait_until("it is not reported", REPORT_TIMEOUT, || agent.log().contains(words));
         Ok(())
     });
 }

@@ -1,4 +1,4 @@
-//! IPv6 above and below: overlays and underlays of either family and of both.
+//! IPv6 in overlay and underlay: each family alone, and both.
 
 use std::io::Write as _;
 
@@ -10,7 +10,8 @@ use crate::common::{
     wait_until,
 };
 
-/// Two hosts of which each has an IPv6 address on the underlay too; none, if the kernel has no IPv6.
+/// Creates two hosts that also have an IPv6 address on the underlay. Returns None if the kernel has no
+/// IPv6.
 pub fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
     let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
     for (n, host) in (1..).zip(&hosts) {
@@ -23,7 +24,7 @@ pub fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
     Ok(Some(hosts))
 }
 
-/// A cluster of the two; `first` creates it.
+/// Starts a cluster on both hosts; the first one creates it.
 pub fn cluster(
     hosts: &[Host; 2],
     underlays: [&str; 2],
@@ -39,7 +40,7 @@ pub fn cluster(
     Ok(agents)
 }
 
-/// A pod with the second address of the IPv6 subnet, behind a bridge that has the first.
+/// Adds a pod with the second address of the IPv6 subnet, behind a bridge with the first address.
 fn pod6(host: &Host, subnet: IpNet) -> anyhow::Result<(NetNs, String)> {
     let netns = NetNs::new(&format!("{}-pod6", host.name))?;
     let base = subnet.network();
@@ -65,14 +66,14 @@ fn subnet_of(agent: &mut Agent, field: &str) -> anyhow::Result<IpNet> {
 }
 
 fn assert_pings(from: &NetNs, to: &str, payload: u32) {
-    // The first may wait for the pods' own neighbor discovery.
+    // The first packet may wait for the pods' own neighbor discovery.
     run(from, &format!("ping -c 1 -W 2 {to}"));
     let said = tool(from, &format!("ping -c 1 -W 2 -s {payload} -M do {to}"));
     assert!(said.contains(" 1 received"), "{said}");
 }
 
 #[test]
-fn an_ipv6_underlay_carries_the_ipv4_overlay() {
+fn ipv6_underlay_carries_an_ipv4_overlay() {
     isolated(|lab| {
         let Some(hosts) = hosts(lab)? else { return Ok(()) };
         let mut agents = cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
@@ -88,7 +89,7 @@ fn an_ipv6_underlay_carries_the_ipv4_overlay() {
 }
 
 #[test]
-fn both_families_go_through_one_tunnel() {
+fn dual_stack_overlay_uses_one_tunnel() {
     isolated(|lab| {
         let Some(hosts) = hosts(lab)? else { return Ok(()) };
         let underlays = hosts.each_ref().map(|host| host.ip.to_string());
@@ -104,7 +105,7 @@ fn both_families_go_through_one_tunnel() {
         let env = std::fs::read_to_string(hosts[1].dir.join("subnet.env"))?;
         assert!(env.contains("FLANNEL_SUBNET=10.42.") && env.contains("FLANNEL_IPV6_SUBNET=fd42:"));
 
-        // Repaired like the first: by the event, with both families on.
+        // The second family is repaired as the first one, after a kernel event.
         let host = &hosts[0].netns;
         let subnet = subnet_of(&mut agents[1], "subnet6")?;
         tool(host, &format!("ip -6 route del {subnet}"));
@@ -125,9 +126,9 @@ fn both_families_go_through_one_tunnel() {
     });
 }
 
-/// IPv6 has routes for packets of some senders, and of a type of service it has none.
+/// IPv6 has source-specific routes, but no routes for a type of service.
 #[test]
-fn ipv6_route_that_a_plain_lookup_does_not_show_is_named_until_it_is_gone() {
+fn ipv6_route_hidden_from_a_plain_lookup_is_reported_until_removed() {
     isolated(|lab| {
         let Some(hosts) = hosts(lab)? else { return Ok(()) };
         let mut agents = cluster(&hosts, ["fd99::1", "fd99::2"], &["--network", "fd42::/48"])?;
@@ -157,14 +158,14 @@ fn ipv6_route_that_a_plain_lookup_does_not_show_is_named_until_it_is_gone() {
             tool(host, &format!("ip -6 route add {route} {more}"));
             wait_until(&words, TIMEOUT, || has_problem(agent, &words));
             tool(host, &format!("ip -6 route del {route}"));
-            wait_until("still named", TIMEOUT, || !has_problem(agent, &words));
+            wait_until("still reported", TIMEOUT, || !has_problem(agent, &words));
         }
         Ok(())
     });
 }
 
 #[test]
-fn mtu_too_small_for_ipv6_in_the_settings_is_named_and_ends_no_start() {
+fn configured_mtu_too_small_for_ipv6_is_reported_and_the_agent_starts() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
@@ -179,12 +180,12 @@ fn mtu_too_small_for_ipv6_in_the_settings_is_named_and_ends_no_start() {
 }
 
 #[test]
-fn a_cluster_can_do_without_ipv4() {
+fn cluster_without_ipv4_connects_pods() {
     isolated(|lab| {
         let Some(hosts) = hosts(lab)? else { return Ok(()) };
         for host in &hosts {
             tool(&host.netns, "ip -4 addr flush dev eth0");
-            // As hardened hosts have it.
+            // Hardened hosts have this setting.
             tool(&host.netns, "sysctl -w net.ipv6.conf.default.disable_ipv6=1");
         }
         let mut agents = cluster(&hosts, ["fd99::1", "fd99::2"], &["--network", "fd42::/48"])?;
@@ -193,7 +194,7 @@ fn a_cluster_can_do_without_ipv4() {
             pods.push(pod6(host, subnet_of(agent, "subnet")?)?);
         }
         assert_pings(&pods[0].0, &pods[1].1, 1382);
-        // Without tunnels, and back, over the route that was in the way of the gateway.
+        // Without tunnels and back again, over the route that conflicted with the gateway's address.
         for mode in ["direct", "vxlan"] {
             for (number, (host, seed)) in hosts.iter().zip(["fd99::2", "fd99::1"]).enumerate() {
                 agents[number].end(nix::sys::signal::Signal::SIGTERM)?;
@@ -208,7 +209,7 @@ fn a_cluster_can_do_without_ipv4() {
             assert!(route.contains(via), "{mode}: {route}");
             assert_pings(&pods[0].0, &pods[1].1, 1382);
         }
-        // The probe's verdict, which comes from the peer's kernel.
+        // The result of the probe, which the peer's kernel answers.
         for agent in &mut agents {
             status_where(agent, |status| status["paths"][0]["state"] == "ok");
         }

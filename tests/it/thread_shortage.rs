@@ -1,4 +1,4 @@
-//! Hosts that give the agent no more threads for a while.
+//! Hosts on which the agent temporarily cannot create threads.
 
 use std::{
     fs, io,
@@ -14,17 +14,17 @@ use crate::{
     common::{Cluster, has_problem, isolated, skipped, tool, wait_until},
 };
 
-/// A trial that cannot be made is told after some more.
-const TIMEOUT: Duration = Duration::from_secs(90);
+/// A failed test is reported only after several attempts.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// A cgroup with a process, whose threads it limits.
-struct Threads {
+/// A cgroup with a process, which limits its threads.
+struct ThreadLimit {
     path: PathBuf,
     pid: u32,
 }
 
-impl Threads {
-    /// None where there is no controller of pids that may be used.
+impl ThreadLimit {
+    /// Returns None if no usable pids controller exists.
     fn of(pid: u32) -> Option<Self> {
         let parents = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].into_iter().map(Path::new);
         parents.into_iter().find_map(|parent| {
@@ -41,7 +41,7 @@ impl Threads {
     }
 }
 
-impl Drop for Threads {
+impl Drop for ThreadLimit {
     fn drop(&mut self) {
         if let Some(parent) = self.path.parent() {
             let _ = fs::write(parent.join("cgroup.procs"), self.pid.to_string());
@@ -51,36 +51,39 @@ impl Drop for Threads {
 }
 
 #[test]
-fn host_that_gives_no_threads_for_a_while_stops_neither_trials_for_good_nor_the_end() {
+fn temporary_thread_shortage_is_reported_and_forwarding_tests_resume() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _spaces = namespaces(&["a", "b"])?;
         ["a", "b"].iter().for_each(|pod| _ = Runtime::new(&cluster.agents[0]).add(pod));
         let (host, agent) = (&cluster.hosts[0].netns, &mut cluster.agents[0]);
-        let Some(threads) = Threads::of(agent.pid()) else {
-            skipped("no threads", "it needs a cgroup with the controller pids");
+        let Some(threads) = ThreadLimit::of(agent.pid()) else {
+            skipped(
+                "temporary_thread_shortage_is_reported_and_forwarding_tests_resume",
+                "it needs a cgroup with the controller pids",
+            );
             return Ok(());
         };
-        let mut says = |state: &str, words: &str| {
-            wait_until(words, TIMEOUT, || {
-                let status: Value = agent.ask("/v1/status", TIMEOUT).expect("a status");
+        let mut wait_for = |state: &str, words: &str| {
+            wait_until(words, REPORT_TIMEOUT, || {
+                let status: Value = agent.ask("/v1/status", REPORT_TIMEOUT).expect("a status");
                 let forwarding = &status["kernel"]["forwarding"];
                 forwarding["state"] == state && forwarding["detail"].to_string().contains(words)
             });
         };
-        says("ok", "packets pass");
+        wait_for("ok", "packets pass");
         threads.limit("1")?;
-        // It is made again, and enters a namespace for that.
+        // The agent re-creates this device, and enters a namespace for that.
         tool(host, "ip link del gsp.1");
-        says("skipped", "cannot start a thread");
+        wait_for("skipped", "cannot start a thread");
         threads.limit("max")?;
-        says("ok", "packets pass");
+        wait_for("ok", "packets pass");
         tool(
             host,
             "nft add table bridge wall; \
              add chain bridge wall f { type filter hook forward priority 0; policy drop; }",
         );
-        wait_until("it is not told", TIMEOUT, || {
+        wait_until("it is not reported", REPORT_TIMEOUT, || {
             has_problem(agent, "does not forward packets between its own pods")
         });
         threads.limit("1")?;

@@ -1,4 +1,4 @@
-//! What a bridge of pods must not learn from pods, and interfaces of others that are called like ours.
+//! What a bridge of pods must not learn from pods, and foreign interfaces with names like gossamer's.
 
 use gossamer::lab::{Agent, NetNs};
 
@@ -8,10 +8,10 @@ use crate::{
     common::{Cluster, TIMEOUT, eventually, isolated, program, tool, wait_until},
 };
 
-/// A frame to a link-local group, or a query of multicast listeners, by a pod would change where the bridge
-/// sends the packets of other pods.
+/// Otherwise a pod could change where the bridge sends packets of other pods, by a frame to a link-local
+/// group or a query of multicast listeners.
 #[test]
-fn bridge_whose_learning_snooping_or_spanning_tree_is_switched_is_put_right() {
+fn changed_learning_snooping_or_spanning_tree_of_the_bridge_is_repaired() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _pod = NetNs::new("a")?;
@@ -33,9 +33,9 @@ fn bridge_whose_learning_snooping_or_spanning_tree_is_switched_is_put_right() {
     });
 }
 
-/// GSM modems are called `gsm0` and so on.
+/// Some modems have interfaces called `gsm0` and so on.
 #[test]
-fn interface_that_is_called_like_ours_hears_its_router() {
+fn foreign_interface_with_a_similar_name_accepts_router_advertisements() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init"])?;
@@ -53,7 +53,9 @@ fn interface_that_is_called_like_ours_hears_its_router() {
         tool(&router, "ip link set eth0 up");
         wait_for_link_local(&router, "eth0");
         let learned = || tool(netns, "ip -6 route show default").contains("dev gsm8");
-        wait_until("the router is not heard", TIMEOUT, || advertise(&router).is_ok() && learned());
+        wait_until("the router is not accepted", TIMEOUT, || {
+            advertise(&router).is_ok() && learned()
+        });
         Ok(())
     });
 }

@@ -1,4 +1,4 @@
-//! Pods that end without a word of their runtime, or while no agent runs.
+//! Pods that end without a DEL of their runtime, or while no agent runs.
 
 use std::time::Duration;
 
@@ -14,14 +14,14 @@ use crate::{
     },
 };
 
-/// The agent looks every ten seconds, and believes what it has seen twice.
-const TAKEN_BACK: Duration = Duration::from_secs(60);
+/// The agent checks every ten seconds, and acts after it has found a pod missing twice.
+const RECLAIM_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Ends a namespace as the end of its last process does.
-fn end(space: NetNs) {
+/// Removes a namespace, as the end of its last process does.
+fn end_namespace(space: NetNs) {
     let path = format!("/run/netns/{}", space.name());
     drop(space);
-    // The agent may look at it at this moment.
+    // The agent may have the namespace open at this moment.
     let unmounted = std::process::Command::new("umount").args(["-l", &path]).status();
     let unmounted = unmounted.expect("umount");
     assert!(unmounted.success(), "{path}");
@@ -29,7 +29,7 @@ fn end(space: NetNs) {
 }
 
 #[test]
-fn addresses_of_vanished_pods_are_given_again_as_soon_as_they_are_needed() {
+fn addresses_of_vanished_pods_are_reused_as_soon_as_needed() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
@@ -39,10 +39,10 @@ fn addresses_of_vanished_pods_are_given_again_as_soon_as_they_are_needed() {
         let runtime = Runtime::new(&agent);
         let given: Vec<String> =
             spaces.iter().map(|space| address(&runtime.add(space.name()))).collect();
-        // One that is there is never taken for one that is gone.
+        // The address of an existing pod is never reclaimed.
         let kept = spaces.remove(0);
-        spaces.into_iter().for_each(end);
-        // All at once, and at once after that: the kernel takes its time to remove them.
+        spaces.into_iter().for_each(end_namespace);
+        // New pods need the addresses at once, while the kernel is still removing the interfaces.
         let _new = namespaces(&["f", "g", "h", "i", "j"])?;
         let more = json!({ "runtimeConfig": { "ips": [given[3]] } });
         let (done, fixed) = runtime.call("ADD", "f", &more);
@@ -57,14 +57,14 @@ fn addresses_of_vanished_pods_are_given_again_as_soon_as_they_are_needed() {
 }
 
 #[test]
-fn a_container_of_the_same_name_is_connected_again_after_it_vanished() {
+fn vanished_container_is_reconnected_under_the_same_name() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let space = NetNs::new("a")?;
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("a");
-        // Its veth pair is gone with its namespace, and another namespace has its name.
-        end(space);
+        // The veth pair is gone with its namespace, and another namespace has the same name.
+        end_namespace(space);
         wait_until("the veth pair is gone", TIMEOUT, || veths(&cluster.hosts[0]) == 0);
         let space = NetNs::new("a")?;
         let added = runtime.add("a");
@@ -75,33 +75,34 @@ fn a_container_of_the_same_name_is_connected_again_after_it_vanished() {
 }
 
 #[test]
-fn container_that_comes_again_in_a_namespace_of_the_same_name_is_connected_at_once() {
+fn container_readded_in_a_new_namespace_of_the_same_name_is_connected_at_once() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let runtime = Runtime::new(&cluster.agents[0]);
         for _ in 0..10 {
             let space = NetNs::new("a")?;
             runtime.add("a");
-            end(space);
-            // The kernel may not have removed the veth pair yet, and the path leads to another namespace.
+            end_namespace(space);
+            // The kernel may not have removed the veth pair yet, and the path refers to another
+            // namespace.
             let space = NetNs::new("a")?;
             runtime.add("a");
             runtime.del("a");
-            end(space);
+            end_namespace(space);
         }
         Ok(())
     });
 }
 
 #[test]
-fn mac_of_a_vanished_pod_is_given_again_as_soon_as_it_is_needed() {
+fn mac_of_a_vanished_pod_is_reused_as_soon_as_needed() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let mut spaces = namespaces(&["a", "b"])?;
         let runtime = Runtime::new(&cluster.agents[0]);
         let wish = json!({ "runtimeConfig": { "mac": "02:00:00:00:00:05" } });
         assert!(runtime.call("ADD", "a", &wish).0);
-        end(spaces.remove(0));
+        end_namespace(spaces.remove(0));
         let (done, b) = runtime.call("ADD", "b", &wish);
         assert!(done, "{b}");
         Ok(())
@@ -109,7 +110,7 @@ fn mac_of_a_vanished_pod_is_given_again_as_soon_as_it_is_needed() {
 }
 
 #[test]
-fn pod_that_is_disconnected_while_it_is_connected_is_told_so() {
+fn add_during_del_of_the_same_pod_succeeds_or_fails_with_a_reason() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let _space = namespaces(&["a"])?;
@@ -117,16 +118,16 @@ fn pod_that_is_disconnected_while_it_is_connected_is_told_so() {
         let runtime = Runtime::at(socket);
         runtime.add("a");
         for _ in 0..40 {
-            // The agent looks whether the pod that has the name is gone: it is not.
+            // ADD makes the agent check whether the existing pod of this name is gone; it is not.
             let (added, error) = std::thread::scope(|scope| {
                 let add = scope.spawn(|| Runtime::at(socket).call("ADD", "a", &json!({})));
                 runtime.del("a");
                 add.join().expect("an answer")
             });
             let why = error["msg"].as_str().unwrap_or_default();
-            let is_told =
+            let has_reason =
                 why.contains("has an address") || why.contains("disconnected before it was ready");
-            assert!(added || is_told, "{error}");
+            assert!(added || has_reason, "{error}");
             let _ = runtime.call("ADD", "a", &json!({}));
         }
         Ok(())
@@ -134,21 +135,21 @@ fn pod_that_is_disconnected_while_it_is_connected_is_told_so() {
 }
 
 #[test]
-fn a_vanished_pod_is_no_pod_and_its_address_comes_back_by_itself() {
+fn vanished_pod_is_not_counted_and_its_address_is_reclaimed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let mut spaces = namespaces(&["a", "b", "c"])?;
         let runtime = Runtime::new(&cluster.agents[0]);
         ["a", "b", "c"].iter().for_each(|name| _ = runtime.add(name));
-        end(spaces.remove(0));
-        // An agent that was away meanwhile knows no more of it than one that was there.
+        end_namespace(spaces.remove(0));
+        // An agent that was not running meanwhile must reach the same result as one that was.
         cluster.restart(0, &[])?;
-        end(spaces.remove(0));
+        end_namespace(spaces.remove(0));
         status_where(&mut cluster.agents[0], |status| status["pods"] == 1);
         let runtime = Runtime::new(&cluster.agents[0]);
         let (done, said) = runtime.call("STATUS", "", &json!({}));
         assert!(done, "{said}");
-        wait_until("their addresses are taken back", TAKEN_BACK, || {
+        wait_until("their addresses are not reclaimed", RECLAIM_TIMEOUT, || {
             pods(&mut cluster.agents[0]) == 1
         });
         assert!(cluster.agents[0].log().contains("gone without notice"));
@@ -158,13 +159,13 @@ fn a_vanished_pod_is_no_pod_and_its_address_comes_back_by_itself() {
 }
 
 #[test]
-fn release_takes_back_the_addresses_of_vanished_pods_and_of_no_others() {
+fn release_command_reclaims_addresses_of_vanished_pods_only() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let mut spaces = namespaces(&["a", "b"])?;
         let runtime = Runtime::new(&cluster.agents[0]);
         let (a, _) = (runtime.add("a"), runtime.add("b"));
-        end(spaces.remove(0));
+        end_namespace(spaces.remove(0));
         wait_until("the veth pair is gone", TIMEOUT, || veths(&cluster.hosts[0]) == 1);
         let release = |agent: &Agent| {
             let output = client(agent, &["pods", "--release"]);
@@ -181,7 +182,7 @@ fn release_takes_back_the_addresses_of_vanished_pods_and_of_no_others() {
 }
 
 #[test]
-fn what_ended_while_no_agent_ran_is_noted_and_done_when_it_is_back() {
+fn del_and_gc_without_an_agent_are_noted_and_executed_at_its_start() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b", "c"])?;
@@ -191,7 +192,7 @@ fn what_ended_while_no_agent_ran_is_noted_and_done_when_it_is_back() {
         let count = || std::fs::read_dir(&notes).map_or(0, Iterator::count);
         cluster.agents[0].end(Signal::SIGKILL)?;
         let runtime = Runtime::new(&cluster.agents[0]);
-        // Twice, one that is not known, and one whose namespace the runtime does not name.
+        // One pod twice, one unknown pod, and one for which the runtime names no namespace.
         ["a", "a", "unknown"].iter().for_each(|name| runtime.del(name));
         let nowhere = [("CNI_NETNS", "")];
         assert!(runtime.call_with("DEL", "a", &nowhere, &json!({ "prevResult": null })).0);
@@ -199,7 +200,7 @@ fn what_ended_while_no_agent_ran_is_noted_and_done_when_it_is_back() {
             json!({ "cni.dev/valid-attachments": [{ "containerID": "b", "ifname": "eth0" }] });
         assert!(runtime.call("GC", "", &valid).0);
         assert_eq!(count(), 3);
-        std::fs::write(format!("{notes}/del-of-somebody"), "{}")?;
+        std::fs::write(format!("{notes}/del-of-another-program"), "{}")?;
 
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         cluster.converge()?;
@@ -211,7 +212,7 @@ fn what_ended_while_no_agent_ran_is_noted_and_done_when_it_is_back() {
         let gateway = b["ips"][0]["gateway"].as_str().expect("a gateway");
         tool(&spaces[1], &format!("ping -c 1 -W 2 {gateway}"));
 
-        // What was noted is not done to a pod that came later.
+        // A note must not be applied to a pod that was added later.
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("a");
         cluster.restart(0, &[])?;
@@ -222,7 +223,7 @@ fn what_ended_while_no_agent_ran_is_noted_and_done_when_it_is_back() {
 }
 
 #[test]
-fn notes_left_for_an_agent_that_hangs_are_carried_out_when_it_goes_on() {
+fn notes_for_a_hanging_agent_are_executed_when_it_continues() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _spaces = namespaces(&["a", "b", "c"])?;
@@ -231,7 +232,7 @@ fn notes_left_for_an_agent_that_hangs_are_carried_out_when_it_goes_on() {
         let notes = format!("{}.pending", cluster.agents[0].socket().display());
         let count = || std::fs::read_dir(&notes).map_or(0, Iterator::count);
         freeze(&cluster.agents[0])?;
-        // All at once: each waits for as long as an agent may take.
+        // All at once, because each call waits as long as an agent may take.
         std::thread::scope(|scope| {
             let runtime = &runtime;
             scope.spawn(|| runtime.del("a"));
@@ -247,7 +248,7 @@ fn notes_left_for_an_agent_that_hangs_are_carried_out_when_it_goes_on() {
         assert_eq!(count(), 2);
         thaw(&cluster.agents[0])?;
         wait_until("the notes are carried out", TIMEOUT, || count() == 0);
-        // What was asked for by a runtime that waits no longer is not done either.
+        // Requests whose runtime no longer waits are not carried out either.
         assert_eq!(pods(&mut cluster.agents[0]), 0);
         wait_until("no interface is left", TIMEOUT, || veths(&cluster.hosts[0]) == 0);
         Ok(())
@@ -255,7 +256,7 @@ fn notes_left_for_an_agent_that_hangs_are_carried_out_when_it_goes_on() {
 }
 
 #[test]
-fn note_that_comes_while_the_agent_runs_is_carried_out_and_spoils_no_later_pod() {
+fn note_written_while_the_agent_runs_is_executed_and_spares_later_pods() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _spaces = namespaces(&["a"])?;
@@ -274,11 +275,11 @@ fn note_that_comes_while_the_agent_runs_is_carried_out_and_spoils_no_later_pod()
         wait_until("the note is carried out", TIMEOUT, || find().is_none());
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("a");
-        // As an agent finds it that has hung while the plugin wrote it.
+        // Simulates an agent that hung while the plugin wrote the note.
         std::fs::write(&note, &text)?;
         wait_until("the pod is gone", TIMEOUT, || pods(&mut cluster.agents[0]) == 0);
         wait_until("the note is gone", TIMEOUT, || find().is_none());
-        // The runtime has noted the end of the former pod, and asks for the next one at once.
+        // The runtime has noted the end of the previous pod, and adds the next one at once.
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("a");
         std::fs::write(&note, &text)?;

@@ -1,4 +1,4 @@
-//! No harm to the host: what pods, and gossamer itself, must not do to the machine they run on.
+//! Protection of the host: what pods, and gossamer itself, must not do to the machine they run on.
 
 mod bridge;
 mod read_only;
@@ -26,19 +26,19 @@ use crate::{
 
 /// ICMPv6 types (RFC 4861).
 const ROUTER_ADVERTISEMENT: u8 = 134;
-const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 
-/// Says from `eth0` of a namespace that there is a router.
+/// Sends a router advertisement from `eth0` of a namespace.
 fn advertise(netns: &NetNs) -> anyhow::Result<()> {
     let mut message = [0; 16];
     message[0] = ROUTER_ADVERTISEMENT;
     message[4] = 64;
     message[6..8].copy_from_slice(&1_800_u16.to_be_bytes());
-    say(netns, &message)
+    send_to_all_nodes(netns, &message)
 }
 
-/// Says that an address is at the MAC of `eth0`, whatever is known of it.
-fn claim(netns: &NetNs, address: Ipv6Addr) -> anyhow::Result<()> {
+/// Announces an address at the MAC of `eth0`, overriding existing entries.
+fn announce_address(netns: &NetNs, address: Ipv6Addr) -> anyhow::Result<()> {
     let link = tool(netns, "ip -br link show dev eth0");
     let mac: Vec<u8> = link
         .split_whitespace()
@@ -48,12 +48,15 @@ fn claim(netns: &NetNs, address: Ipv6Addr) -> anyhow::Result<()> {
         .map(|byte| u8::from_str_radix(byte, 16).expect("hex"))
         .collect();
     let override_flag = [0x20, 0, 0, 0];
-    let head = [NEIGHBOUR_ADVERTISEMENT, 0, 0, 0];
-    say(netns, &[&head[..], &override_flag, &address.octets(), &[2, 1], &mac].concat())
+    let head = [NEIGHBOR_ADVERTISEMENT, 0, 0, 0];
+    send_to_all_nodes(
+        netns,
+        &[&head[..], &override_flag, &address.octets(), &[2, 1], &mac].concat(),
+    )
 }
 
-/// To all nodes; the kernel fills in the checksum.
-fn say(netns: &NetNs, message: &[u8]) -> anyhow::Result<()> {
+/// Sends an ICMPv6 message to all nodes; the kernel fills in the checksum.
+fn send_to_all_nodes(netns: &NetNs, message: &[u8]) -> anyhow::Result<()> {
     Ok(netns.run(|| {
         let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
         socket.set_multicast_hops_v6(255)?;
@@ -64,7 +67,7 @@ fn say(netns: &NetNs, message: &[u8]) -> anyhow::Result<()> {
     })?)
 }
 
-/// Waits until an interface has a link-local address that may be used.
+/// Waits until an interface has a usable link-local address.
 fn wait_for_link_local(netns: &NetNs, interface: &str) {
     eventually(netns, &format!("ip -6 addr show dev {interface} scope link"), |text| {
         text.contains("fe80:") && !text.contains("tentative")
@@ -80,13 +83,13 @@ fn problems(agent: &mut Agent) -> String {
     agent.ask("/v1/status", TIMEOUT).expect("a status")["problems"].to_string()
 }
 
-/// A host that takes router advertisements, as one that forwards no IPv6 does.
-fn is_no_router(host: &Host) {
+/// Makes a host accept router advertisements, as a host without IPv6 forwarding does.
+fn disable_forwarding(host: &Host) {
     tool(&host.netns, "sysctl -qw net.ipv6.conf.all.forwarding=0");
     tool(&host.netns, "sysctl -qw net.ipv6.conf.eth0.accept_ra=1");
 }
 
-/// Lets the agent run with mounts of its own, after these commands.
+/// Returns a wrapper that runs the agent in its own mount namespace, after these commands.
 fn with_mounts(host: &Host, commands: &str) -> io::Result<PathBuf> {
     let script = host.dir.join("with-mounts");
     let program = program().display();
@@ -98,11 +101,11 @@ fn with_mounts(host: &Host, commands: &str) -> io::Result<PathBuf> {
     Ok(script)
 }
 
-/// A program that does something again and again, until it is dropped.
-struct Opponent(std::process::Child);
+/// A program that repeats a command until it is dropped.
+struct CompetingProgram(std::process::Child);
 
-impl Opponent {
-    /// It is called `name`, for whoever looks at what runs.
+impl CompetingProgram {
+    /// Starts it as a process called `name`, under which the agent finds it.
     fn start(host: &Host, name: &str, fault: &str) -> io::Result<Self> {
         let shell = host.dir.join(name);
         fs::copy("/bin/sh", &shell)?;
@@ -114,7 +117,7 @@ impl Opponent {
     }
 }
 
-impl Drop for Opponent {
+impl Drop for CompetingProgram {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -122,11 +125,11 @@ impl Drop for Opponent {
 }
 
 #[test]
-fn a_pod_that_says_it_is_a_router_gives_its_host_no_route() {
+fn router_advertisement_of_a_pod_adds_no_route_to_its_host() {
     isolated(|lab| {
         for (number, more) in [(1, &[][..]), (2, &["--network6", "fd42::/48"])] {
             let host = lab.host(number, &format!("n{number}"))?;
-            is_no_router(&host);
+            disable_forwarding(&host);
             let mut agent = Agent::start(program(), &host, &[&["--init"], more].concat())?;
             agent.wait_converged(1, TIMEOUT)?;
             let name = format!("pod{number}");
@@ -135,7 +138,7 @@ fn a_pod_that_says_it_is_a_router_gives_its_host_no_route() {
             let port = added["interfaces"][1]["name"].as_str().expect("a name").to_owned();
             wait_for_link_local(&space, "eth0");
             advertise(&space)?;
-            // Whatever the host hears, it has heard the advertisement before the echo.
+            // When the host answers the echo, it has received the advertisement.
             let gateway = added["ips"][0]["gateway"].as_str().expect("a gateway");
             tool(&space, &format!("ping -c 1 -W 2 {gateway}"));
             assert_eq!(tool(&host.netns, "ip -6 route show default"), "");
@@ -154,7 +157,7 @@ fn a_pod_that_says_it_is_a_router_gives_its_host_no_route() {
             } else {
                 let gateway = added["ips"][1]["gateway"].as_str().expect("a gateway");
                 tool(&space, &format!("ping -c 1 -W 2 {gateway}"));
-                // From the host, and forwarded: for that the bridge asks from its link-local address.
+                // From the host, and forwarded: for that, the bridge queries from its link-local address.
                 let pod = added["ips"][1]["address"].as_str().expect("an address");
                 let pod = pod.split('/').next().expect("an address");
                 tool(&host.netns, "ip addr add fd99::1/64 dev eth0 nodad");
@@ -171,16 +174,16 @@ fn a_pod_that_says_it_is_a_router_gives_its_host_no_route() {
 }
 
 #[test]
-fn sysctls_that_others_open_are_closed_again_and_named_where_they_cannot_be() {
+fn changed_protective_sysctls_are_restored_or_reported() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _space = NetNs::new("a")?;
         Runtime::new(&cluster.agents[0]).add("a");
         let host = &cluster.hosts[0].netns;
         tool(host, "sysctl -qw net.ipv6.conf.gsm0.accept_ra=2");
-        // The kernel tells of this; of a sysctl alone it does not.
+        // The kernel announces this change, but not the change of a sysctl alone.
         tool(host, "ip link set gsm0 down");
-        wait_until("it stays open", TIMEOUT, || {
+        wait_until("the setting is not repaired", TIMEOUT, || {
             sysctl(host, "net/ipv6/conf/gsm0/accept_ra") == "0"
         });
         status_where(&mut cluster.agents[0], |status| {
@@ -193,7 +196,7 @@ fn sysctls_that_others_open_are_closed_again_and_named_where_they_cannot_be() {
         tool(&other.netns, "sysctl -qw net.ipv6.conf.default.forwarding=0");
         let read_only = "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys";
         let wrapped = with_mounts(&other, read_only)?;
-        // The guard would drop what a pod sends, which is as good.
+        // Without the guard, because the guard drops the advertisements of pods, which is equally safe.
         let mut agent = Agent::start(&wrapped, &other, &["--init", "--guard", "false"])?;
         status_where(&mut agent, |status| {
             let named = status["problems"].to_string();
@@ -209,7 +212,7 @@ fn sysctls_that_others_open_are_closed_again_and_named_where_they_cannot_be() {
 }
 
 #[test]
-fn a_host_that_is_turned_into_a_router_keeps_what_it_has_learned_from_one() {
+fn host_that_starts_ipv6_forwarding_keeps_its_routes_from_advertisements() {
     isolated(|lab| {
         let router = lab.host(9, "router")?;
         wait_for_link_local(&router.netns, "eth0");
@@ -217,7 +220,7 @@ fn a_host_that_is_turned_into_a_router_keeps_what_it_has_learned_from_one() {
         let mut hosts = Vec::new();
         for number in 1..=3 {
             let host = lab.host(number, &format!("n{number}"))?;
-            is_no_router(&host);
+            disable_forwarding(&host);
             wait_for_link_local(&host.netns, "eth0");
             hosts.push(host);
         }
@@ -236,7 +239,7 @@ fn a_host_that_is_turned_into_a_router_keeps_what_it_has_learned_from_one() {
         assert_eq!(sysctl(&hosts[0].netns, "net/ipv6/conf/eth0/accept_ra"), "2");
         assert_eq!(sysctl(&hosts[0].netns, "net/ipv6/conf/gossamer.1/accept_ra"), "0");
 
-        // Where that cannot be kept it is left a host that forwards nothing, and told why.
+        // If this cannot be preserved, the host does not start to forward, and the reason is reported.
         let setting_of_it = "/proc/sys/net/ipv6/conf/eth0/accept_ra";
         let fixed = format!(
             "echo 1 > /run/lab/n2/one; mount --bind /run/lab/n2/one {setting_of_it}; \
@@ -251,7 +254,7 @@ fn a_host_that_is_turned_into_a_router_keeps_what_it_has_learned_from_one() {
         });
         assert!(!forwards(&hosts[1]) && !learned(&hosts[1]).is_empty());
 
-        // The advice keeps it as well.
+        // The advised command preserves it as well.
         let mut agent = Agent::start(program(), &hosts[2], &overlay)?;
         let advice = "sysctl -w net.ipv6.conf.eth0.accept_ra=2 net.ipv6.conf.all.forwarding=1";
         status_where(&mut agent, |status| status["problems"].to_string().contains(advice));
@@ -262,7 +265,7 @@ fn a_host_that_is_turned_into_a_router_keeps_what_it_has_learned_from_one() {
 }
 
 #[test]
-fn packets_for_addresses_that_no_pod_has_are_refused_here() {
+fn packets_to_unused_addresses_of_the_subnet_are_rejected_locally() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(
@@ -283,12 +286,12 @@ fn packets_for_addresses_that_no_pod_has_are_refused_here() {
             way.contains("No route to host") || way.contains("unreachable")
         };
         assert!(unused.iter().all(refused), "{:?}", unused.map(way));
-        // Repaired like every other, and no difference to what is wanted.
+        // Repaired as any other entry, and no difference to the desired state.
         tool(&host.netns, "ip route del unreachable 10.42.7.0/24");
         wait_until("it was not repaired", TIMEOUT, || refused(&unused[0]));
         assert!(client(&agent, &["routes"]).status.success());
 
-        // As soon as there are pods they are where the packets go.
+        // As soon as there are pods, packets go to the bridge.
         let spaces = namespaces(&["a"])?;
         let added = Runtime::new(&agent).add("a");
         assert!(
@@ -307,14 +310,14 @@ fn packets_for_addresses_that_no_pod_has_are_refused_here() {
     });
 }
 
-/// Changes of one kind that were repaired.
+/// Returns the number of repairs of one kind.
 fn repairs(agent: &mut Agent, kind: &str) -> u64 {
     let status: Value = agent.ask("/v1/status", TIMEOUT).expect("a status");
     status["kernel"]["repairs"][kind].as_u64().unwrap_or(0)
 }
 
 #[test]
-fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace() {
+fn program_that_undoes_repairs_is_reported_and_repairs_slow_down() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _space = NetNs::new("a")?;
@@ -322,9 +325,9 @@ fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace(
         let port = added["interfaces"][1]["name"].as_str().expect("a name").to_owned();
         let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let fault = format!("ip link set {port} nomaster");
-        let on_ports = Opponent::start(&cluster.hosts[0], "connmand", &fault)?;
+        let on_ports = CompetingProgram::start(&cluster.hosts[0], "connmand", &fault)?;
         let fault = format!("ip route del {subnet}");
-        let on_routes = Opponent::start(&cluster.hosts[1], "keepalived", &fault)?;
+        let on_routes = CompetingProgram::start(&cluster.hosts[1], "keepalived", &fault)?;
         let said = |agent: &mut Agent, words: &[&str]| {
             let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
             let problems = status["problems"].as_array().expect("a list").clone();
@@ -332,27 +335,31 @@ fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace(
             problems.iter().any(has)
         };
         let port_named = ["keeps changing", &port, "repaired 10 times", "connmand"];
-        wait_until("the fight about the port is not named", Duration::from_secs(40), || {
-            said(&mut cluster.agents[0], &port_named)
-        });
+        wait_until(
+            "the repeated change of the port is not reported",
+            Duration::from_secs(40),
+            || said(&mut cluster.agents[0], &port_named),
+        );
         let subnet_named = ["keeps changing", "route", "repaired 10 times", "keepalived"];
-        wait_until("the fight about the route is not named", Duration::from_secs(40), || {
-            said(&mut cluster.agents[1], &subnet_named)
-        });
+        wait_until(
+            "the repeated change of the route is not reported",
+            Duration::from_secs(40),
+            || said(&mut cluster.agents[1], &subnet_named),
+        );
         let examined = client(&cluster.agents[0], &["doctor"]);
         assert!(
             !examined.status.success() && String::from_utf8_lossy(&examined.stdout).contains(&port)
         );
-        // The other side acts five times a second.
+        // The other program acts five times a second; repairs must be slower.
         let (before, begun) = (repairs(&mut cluster.agents[0], "bridge"), Instant::now());
-        wait_until("it is not repaired any more", TIMEOUT, || {
+        wait_until("repairs have stopped", TIMEOUT, || {
             repairs(&mut cluster.agents[0], "bridge") >= before + 5
         });
         assert!(begun.elapsed() > Duration::from_secs(3), "{:?}", begun.elapsed());
         let log = cluster.agents[0].log();
         let lines = log.lines().filter(|line| line.contains("repaired changes")).count();
         assert!(lines <= 6, "{log}");
-        // Whoever gives up has lost.
+        // When the other program ends, gossamer's state is restored.
         drop((on_ports, on_routes));
         let host = &cluster.hosts[0].netns;
         eventually(host, &format!("ip link show {port}"), |text| text.contains("master gsm0"));
@@ -361,7 +368,7 @@ fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace(
 }
 
 #[test]
-fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
+fn pod_cannot_use_an_unassigned_address_or_mac() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let overlay = ["--init", "--network6", "fd42::/48", "--prefer-subnet", "10.42.7.0"];
@@ -386,7 +393,7 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
         };
         all_works();
 
-        // Addresses that it was not given, of its own subnet and of another.
+        // Addresses that were not assigned to the pod, of its own subnet and of another.
         for malformed in ["10.42.7.99/24", "10.43.0.9/32", "fd42:0:0:7::99/64"] {
             tool(&spaces[0], &format!("ip addr add {malformed} dev eth0"));
             let from = malformed.split('/').next().expect("an address");
@@ -394,7 +401,7 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
             assert!(!reaches(from, to), "{from} to {to}");
             tool(&spaces[0], &format!("ip addr del {malformed} dev eth0"));
         }
-        // The address of another, taken while that one is known to all.
+        // The address of another pod, taken while that pod is known to all neighbors.
         let known = |address: &str| tool(&host.netns, &format!("ip neigh show {address} dev gsm0"));
         let lladdr = |address: &str| {
             let text = known(address);
@@ -404,10 +411,10 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
         tool(&host.netns, &format!("ping -c 1 -W 2 {b6}"));
         let of_b = lladdr(&b6);
         assert_ne!(of_b, Some(mac.clone()), "{}", known(&b6));
-        claim(&spaces[0], b6.parse()?)?;
-        assert!(reaches(&a6, "fd42:0:0:7::1"), "what came before has been heard");
+        announce_address(&spaces[0], b6.parse()?)?;
+        assert!(reaches(&a6, "fd42:0:0:7::1"), "earlier packets have been processed");
         assert_eq!(lladdr(&b6), of_b);
-        // The same of its link-local address, and that of the gateway.
+        // The same with the other pod's link-local address, and the gateway's.
         let link_local_of = |netns: &NetNs, interface: &str| {
             let shown = tool(netns, &format!("ip -6 -br addr show dev {interface} scope link"));
             let address = shown.split_whitespace().nth(2).and_then(|text| text.split('/').next());
@@ -418,22 +425,22 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
         tool(&host.netns, &format!("ping -c 1 -W 2 {local}%gsm0"));
         let of_b = lladdr(&local);
         assert!(of_b.is_some(), "{}", known(&local));
-        claim(&spaces[0], local.parse()?)?;
+        announce_address(&spaces[0], local.parse()?)?;
         let of_gateway = link_local_of(&host.netns, "gsm0");
         tool(&spaces[1], &format!("ping -c 1 -W 2 {of_gateway}%eth0"));
         let seen = || tool(&spaces[1], &format!("ip neigh show {of_gateway} dev eth0"));
-        claim(&spaces[0], of_gateway.parse()?)?;
-        assert!(reaches(&a6, "fd42:0:0:7::1"), "what came before has been heard");
+        announce_address(&spaces[0], of_gateway.parse()?)?;
+        assert!(reaches(&a6, "fd42:0:0:7::1"), "earlier packets have been processed");
         assert_eq!(lladdr(&local), of_b);
         tool(&spaces[1], "ping -c 1 -W 2 fd42:0:0:7::1");
         assert!(!seen().contains(&mac), "{}", seen());
-        // Another MAC.
+        // A different MAC.
         tool(&spaces[0], "ip link set eth0 address 02:00:00:00:00:99");
         assert!(!reaches(&a4, "10.42.7.1") && !reaches(&a4, &b4));
         tool(&spaces[0], &format!("ip link set eth0 address {mac}"));
         all_works();
 
-        // What others do to the table is repaired, and nothing of it is left in the end.
+        // Changes by other programs are repaired, and none of them remains.
         let show = "nft -s list table bridge gossamer.1";
         let table = || tool(&host.netns, show);
         let wanted = words_of(&table());
@@ -455,7 +462,7 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
         eventually(&host.netns, show, |text| !text.contains(&b4));
         assert!(table().contains(&a4));
 
-        // A restart costs no packet, and does without memory.
+        // A restart loses no packet, and needs no saved state.
         let mut pinger = Pinger::new(&spaces[0])?;
         let pinging = std::thread::spawn(move || {
             pinger.stream([10, 42, 7, 1].into(), 300, Duration::from_millis(10))
@@ -477,7 +484,7 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
     });
 }
 
-/// What `nft` shows; the elements of a set have no order.
+/// Returns the words of `nft`'s output, sorted, because the elements of a set have no order.
 fn words_of(table: &str) -> Vec<String> {
     let mut words: Vec<String> = table
         .split(|c: char| c.is_whitespace() || ",{}".contains(c))

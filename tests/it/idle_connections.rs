@@ -1,4 +1,4 @@
-//! Clients that are too many, or that never say what they want, keep nobody else waiting.
+//! Too many clients, or clients that never complete a request, do not delay other clients.
 
 use std::{
     io::{Read as _, Write as _},
@@ -14,11 +14,11 @@ use crate::{
     common::{TIMEOUT, isolated, program, wait_until},
 };
 
-/// More than an agent may have of the kernel where nobody has raised the limit.
+/// More connections than an agent may have open under the kernel's default limit.
 const CONNECTIONS: usize = 1_500;
 
 #[test]
-fn idle_connections_beyond_the_limit_delay_neither_status_nor_pods() {
+fn idle_connections_beyond_the_limit_delay_no_status_and_no_add() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let address: SocketAddr = (host.ip, 9473).into();
@@ -35,7 +35,7 @@ fn idle_connections_beyond_the_limit_delay_neither_status_nor_pods() {
         let mut idle = Vec::new();
         for _ in 0..CONNECTIONS {
             let mut stream = connect()?;
-            // One that is refused may be closed by now.
+            // A refused connection may be closed already.
             let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: ");
             idle.push(stream);
         }
@@ -49,7 +49,8 @@ fn idle_connections_beyond_the_limit_delay_neither_status_nor_pods() {
         let (is_done, answer) = Runtime::new(&agent).call("CHECK", "a", &json!({}));
         assert!(is_done || answer["code"] == 7, "{answer}");
 
-        // They are closed in time, although they stay open at the other end, and others have their turn.
+        // The agent closes idle connections in time, although the clients keep them open, and serves
+        // other clients.
         wait_until("idle connections keep others out", TIMEOUT, || {
             let asked = || -> std::io::Result<bool> {
                 let mut stream = connect()?;

@@ -1,4 +1,4 @@
-//! What pods send by hand: to their host past the bridge's rules, and to addresses that no host has leased.
+//! Forged packets of pods: past the bridge's rules to their host, and to addresses of no lease.
 
 use std::{
     io,
@@ -15,8 +15,8 @@ use crate::{
 
 const PORT: u16 = 5_555;
 
-/// The source of the next datagram at a host's socket; none, if none comes.
-fn heard(socket: &UdpSocket) -> Option<Ipv4Addr> {
+/// Returns the source of the next datagram at a host's socket, or None on a timeout.
+fn next_source(socket: &UdpSocket) -> Option<Ipv4Addr> {
     let mut bytes = [0; 64];
     match socket.recv_from(&mut bytes) {
         Ok((_, from)) => Some(from.ip().to_string().parse().expect("IPv4")),
@@ -31,7 +31,7 @@ fn send_from(netns: &NetNs, source: Ipv4Addr, to: Ipv4Addr) {
 }
 
 #[test]
-fn frame_to_a_link_local_group_is_not_taken_from_a_pod() {
+fn frame_of_a_pod_to_a_link_local_group_is_dropped() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent =
@@ -46,32 +46,33 @@ fn frame_to_a_link_local_group_is_not_taken_from_a_pod() {
             socket.set_read_timeout(Some(Duration::from_millis(500)))?;
             Ok(socket)
         })?;
-        wait_until("the host does not hear its pod", TIMEOUT, || {
+        wait_until("the host receives nothing from its pod", TIMEOUT, || {
             send_from(&spaces[0], own, gateway);
-            heard(&socket) == Some(own)
+            next_source(&socket) == Some(own)
         });
-        while heard(&socket).is_some() {}
-        // Frames to these groups pass the bridge in ways of their own (IEEE 802.1D, 7.12.6).
+        while next_source(&socket).is_some() {}
+        // Frames to these groups pass the bridge on a separate path (IEEE 802.1D, 7.12.6).
         for group in ["01:80:c2:00:00:02", "01:80:c2:00:00:0e"] {
             let claim = format!("ip neigh replace {gateway} lladdr {group} dev eth0 nud permanent");
             tool(&spaces[0], &claim);
             for source in [forged, own] {
                 send_from(&spaces[0], source, gateway);
-                assert_eq!(heard(&socket), None, "{source} by {group}");
+                assert_eq!(next_source(&socket), None, "{source} by {group}");
             }
         }
         tool(&spaces[0], &format!("ip neigh del {gateway} dev eth0"));
-        wait_until("the host does not hear its pod any more", TIMEOUT, || {
+        wait_until("the host no longer receives packets of its pod", TIMEOUT, || {
             send_from(&spaces[0], own, gateway);
-            heard(&socket) == Some(own)
+            next_source(&socket) == Some(own)
         });
         Ok(())
     });
 }
 
-/// The kernel takes a question of another about an address that it is just trying for a conflict.
+/// The kernel takes another host's duplicate address detection for an address as a conflict, while it
+/// checks this address itself.
 #[test]
-fn pod_cannot_take_the_address_of_another_by_asking_whether_it_is_free() {
+fn pod_cannot_block_the_address_of_another_by_duplicate_address_detection() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
@@ -87,7 +88,7 @@ fn pod_cannot_take_the_address_of_another_by_asking_whether_it_is_free() {
         };
         let of_link = "ip -6 -o addr show dev eth0 scope link";
         let address = own(&tool(victim, of_link)).expect("a link-local address");
-        // It is to try for long, and the other one at once.
+        // The victim's detection takes long, and the other pod's starts at once.
         for (space, name, value) in
             [(victim, "dad_transmits", "8"), (other, "router_solicitation_delay", "0")]
         {
@@ -110,8 +111,8 @@ fn pod_cannot_take_the_address_of_another_by_asking_whether_it_is_free() {
     });
 }
 
-/// Neighbors that the kernel asks for on the overlay's device.
-fn asked_for(host: &Host) -> usize {
+/// Returns the number of neighbors that the kernel resolves on the overlay's device.
+fn resolving_neighbors(host: &Host) -> usize {
     tool(&host.netns, "ip neigh show dev gossamer.1")
         .lines()
         .filter(|line| line.ends_with("INCOMPLETE") || line.ends_with("FAILED"))
@@ -119,7 +120,7 @@ fn asked_for(host: &Host) -> usize {
 }
 
 #[test]
-fn packets_to_subnets_without_a_lease_fill_no_table_when_peers_come_on_demand() {
+fn packets_to_unleased_subnets_create_no_neighbors_in_on_demand_mode() {
     isolated(|lab| {
         let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
         let on_demand = ["--program", "on-demand"];
@@ -133,14 +134,14 @@ fn packets_to_subnets_without_a_lease_fill_no_table_when_peers_come_on_demand() 
                 let socket = UdpSocket::bind((own, 0))?;
                 let subnets = (1..=250).filter(|subnet| ![7, 9].contains(subnet));
                 for to in subnets.flat_map(|subnet| (2..8).map(move |at| [10, 42, subnet, at])) {
-                    // The kernel says sooner or later that none is reachable.
+                    // The kernel eventually reports that none of them is reachable.
                     let _ = socket.send_to(b"x", (Ipv4Addr::from(to), PORT));
                 }
                 Ok(())
             })
         };
         flood()?;
-        assert_eq!(asked_for(&hosts[0]), 0);
+        assert_eq!(resolving_neighbors(&hosts[0]), 0);
         // A host that joins later is reached all the same.
         let (token, seed) = (token_of(&mut first)?, hosts[0].ip.to_string());
         let second = ["--join", &seed, "--token", &token, "--prefer-subnet", "10.42.9.0"];
@@ -154,13 +155,13 @@ fn packets_to_subnets_without_a_lease_fill_no_table_when_peers_come_on_demand() 
             pinger.ping(pod, Duration::from_secs(1)).is_ok_and(|got| got.is_some())
         });
         flood()?;
-        assert_eq!(asked_for(&hosts[0]), 0);
+        assert_eq!(resolving_neighbors(&hosts[0]), 0);
         // Its subnet has no lease any more.
         second.leave()?;
         first.wait_converged(1, TIMEOUT)?;
         wait_until("the subnet is not refused", TIMEOUT, || {
             let _ = pinger.ping(pod, Duration::from_millis(200));
-            asked_for(&hosts[0]) == 0
+            resolving_neighbors(&hosts[0]) == 0
         });
         tool(&hosts[0].netns, "nft delete table inet gossamer.1");
         status_where(&mut first, |status| {
