@@ -19,7 +19,7 @@ use crate::{
 const LOOP_PACKETS: u64 = 500;
 
 /// Returns how many packets a pod has received.
-fn received(pod: &NetNs) -> u64 {
+fn received_packets(pod: &NetNs) -> u64 {
     let interfaces = tool(pod, "cat /proc/net/dev");
     let own = interfaces.lines().find_map(|line| line.trim_start().strip_prefix("eth0:"));
     let packets = own.and_then(|numbers| numbers.split_whitespace().nth(1)?.parse().ok());
@@ -37,9 +37,9 @@ fn packets_while_bridging(pod: &NetNs, interfaces: &[&str], own: &str, other: &N
     }
     tool(pod, &format!("ip addr add {own}/24 dev loop0"));
     let (subnet, _) = own.rsplit_once('.').expect("dots");
-    let before = received(other);
+    let before = received_packets(other);
     run(pod, &format!("ping -c 1 -W 1 {subnet}.99"));
-    let count = received(other) - before;
+    let count = received_packets(other) - before;
     tool(pod, "ip link del loop0");
     count
 }
@@ -153,12 +153,12 @@ fn frame_to_a_mac_unknown_to_the_bridge_reaches_only_its_owner() {
             run(&spaces[0], &format!("ping -c 1 -W 1 {subnet}.200")).status.success()
         });
         // Also packets of the host, while a pod has sent nothing that the bridge could learn from.
-        let before = received(&spaces[1]);
+        let before = received_packets(&spaces[1]);
         for _ in 0..100 {
             run(host, &format!("bridge fdb del {mac} dev {port} master"));
             tool(host, &format!("ping -c 1 -W 2 {own}"));
         }
-        let count = received(&spaces[1]) - before;
+        let count = received_packets(&spaces[1]) - before;
         assert!(count < 50, "{count} packets");
         Ok(())
     });
@@ -214,7 +214,7 @@ fn pod_that_floods_multicast_is_limited_and_reported_and_its_unicast_passes() {
         tool(&spaces[0], &format!("ping -c 1 -W 2 {other}"));
         let [a, b, c, _] = own.octets();
         let flood = |packets: u32| {
-            let (before, begun) = (received(&spaces[1]), Instant::now());
+            let (before, begun) = (received_packets(&spaces[1]), Instant::now());
             let sent = spaces[0].run(|| {
                 let socket = UdpSocket::bind((own, 0))?;
                 socket.set_broadcast(true)?;
@@ -223,7 +223,7 @@ fn pod_that_floods_multicast_is_limited_and_reported_and_its_unicast_passes() {
                 }
                 Ok(())
             });
-            sent.map(|()| (received(&spaces[1]) - before, begun.elapsed()))
+            sent.map(|()| (received_packets(&spaces[1]) - before, begun.elapsed()))
         };
         // As many as services that discover each other send at once.
         let (count, _) = flood(1_000)?;

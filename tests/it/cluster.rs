@@ -82,8 +82,8 @@ fn kernel_entries_equal_those_of_flannel() {
         let route = tool(first, "ip -4 route show dev gossamer.1");
         assert!(route.contains(&format!("{subnet} via {vtep} proto 73")), "{route}");
         assert!(route.contains("onlink") && route.lines().count() == 1, "{route}");
-        let neighbour = tool(first, "ip -4 neigh show dev gossamer.1");
-        assert_eq!(neighbour.trim(), format!("{vtep} lladdr {mac} PERMANENT"));
+        let neighbor = tool(first, "ip -4 neigh show dev gossamer.1");
+        assert_eq!(neighbor.trim(), format!("{vtep} lladdr {mac} PERMANENT"));
         let fdb = tool(first, "bridge fdb show dev gossamer.1");
         assert_eq!(fdb.trim(), format!("{mac} dst {underlay} self permanent"));
 
@@ -201,7 +201,7 @@ fn rolling_upgrade_loses_no_packet_and_no_connection() {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = cluster.pods()?;
         let stop = Arc::new(AtomicBool::new(false));
-        let exchange_bytes = exchange_bytes(&pods[0], &pods[1], stop.clone())?;
+        let exchange = exchange_bytes(&pods[0], &pods[1], stop.clone())?;
         let mut pinger = Pinger::new(&pods[2].netns)?;
         let target = pods[0].ip;
         let stream =
@@ -213,7 +213,7 @@ fn rolling_upgrade_loses_no_packet_and_no_connection() {
         }
         assert_eq!(stream.join().expect("no panic")?, 300, "packets were lost");
         stop.store(true, Ordering::Relaxed);
-        assert!(exchange_bytes.join().expect("no panic")? > 50, "the connection stalled");
+        assert!(exchange.join().expect("no panic")? > 50, "the connection stalled");
         Ok(())
     });
 }

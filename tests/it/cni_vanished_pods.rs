@@ -9,8 +9,8 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces, pods, veths},
     common::{
-        Cluster, TIMEOUT, client, eventually, freeze, isolated, program, status_where, thaw, tool,
-        wait_until,
+        Cluster, TIMEOUT, client, eventually, isolated, program, resume, status_where, suspend,
+        tool, wait_until,
     },
 };
 
@@ -231,7 +231,7 @@ fn notes_for_a_hanging_agent_are_executed_when_it_continues() {
         ["a", "b"].iter().for_each(|name| _ = runtime.add(name));
         let notes = format!("{}.pending", cluster.agents[0].socket().display());
         let count = || std::fs::read_dir(&notes).map_or(0, Iterator::count);
-        freeze(&cluster.agents[0])?;
+        suspend(&cluster.agents[0])?;
         // All at once, because each call waits as long as an agent may take.
         std::thread::scope(|scope| {
             let runtime = &runtime;
@@ -246,7 +246,7 @@ fn notes_for_a_hanging_agent_are_executed_when_it_continues() {
             }
         });
         assert_eq!(count(), 2);
-        thaw(&cluster.agents[0])?;
+        resume(&cluster.agents[0])?;
         wait_until("the notes are carried out", TIMEOUT, || count() == 0);
         // Requests whose runtime no longer waits are not carried out either.
         assert_eq!(pods(&mut cluster.agents[0]), 0);

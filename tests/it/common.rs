@@ -195,7 +195,7 @@ pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> b
 }
 
 /// Suspends an agent. Returns when each of its threads is stopped.
-pub fn freeze(agent: &Agent) -> anyhow::Result<()> {
+pub fn suspend(agent: &Agent) -> anyhow::Result<()> {
     let pid = agent.pid();
     kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP)?;
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))?.collect::<Result<Vec<_>, _>>()?;
@@ -209,7 +209,7 @@ pub fn freeze(agent: &Agent) -> anyhow::Result<()> {
 }
 
 /// Resumes a suspended agent.
-pub fn thaw(agent: &Agent) -> anyhow::Result<()> {
+pub fn resume(agent: &Agent) -> anyhow::Result<()> {
     Ok(kill(Pid::from_raw(agent.pid().cast_signed()), Signal::SIGCONT)?)
 }
 

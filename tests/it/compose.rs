@@ -23,31 +23,31 @@ const COMPOSE: &str = "/usr/bin/docker-compose";
 /// Containers start slowly on a busy machine.
 const CONTAINER_START_TIMEOUT: Duration = Duration::from_secs(60);
 
-const FIVE: [&str; 5] = ["node1", "node2", "node3", "node4", "node5"];
+const HOSTS: [&str; 5] = ["node1", "node2", "node3", "node4", "node5"];
 
 /// Expected lines after a command: for each group of hosts, the text that each of them logs about its
 /// pods.
 type ExpectedLines = &'static [(&'static [&'static str], &'static str)];
 
-const ALL_SEVEN: ExpectedLines = &[(&FIVE, "7 members up, pods reach 26 of 26")];
+const ALL_CONNECTED: ExpectedLines = &[(&HOSTS, "7 members up, pods reach 26 of 26")];
 /// The commands of the page, and the result of each.
 const STEPS: [(&str, ExpectedLines); 12] = [
     // This test needs the result, which takes minutes to build.
     ("cargo static", &[]),
     ("export GOSSAMER_TARGET=local", &[]),
     // Two pods of each host, and nine others: 90 pairs.
-    ("docker-compose up --build", &[(&FIVE, "5 members up, pods reach 18 of 18")]),
+    ("docker-compose up --build", &[(&HOSTS, "5 members up, pods reach 18 of 18")]),
     ("docker-compose exec node3 gossamer members", &[]),
-    ("docker-compose --profile more up -d --no-recreate --scale more=2", ALL_SEVEN),
+    ("docker-compose --profile more up -d --no-recreate --scale more=2", ALL_CONNECTED),
     ("docker-compose kill node4", &[(&["node1", "node5"], "silent: node4")]),
-    ("docker-compose start node4", ALL_SEVEN),
+    ("docker-compose start node4", ALL_CONNECTED),
     (
         "docker-compose stop router",
         &[(&["node1"], "reach 10 of 26"), (&["node5"], "reach 14 of 26")],
     ),
-    ("docker-compose start router", ALL_SEVEN),
+    ("docker-compose start router", ALL_CONNECTED),
     ("docker network disconnect gossamer-left gossamer-node2", &[(&["node5"], "silent: node2")]),
-    ("docker network connect gossamer-left gossamer-node2", ALL_SEVEN),
+    ("docker network connect gossamer-left gossamer-node2", ALL_CONNECTED),
     ("docker-compose --profile more down -v", &[]),
 ];
 
@@ -139,12 +139,12 @@ fn five_containerized_hosts_recover_from_the_faults_of_the_page() {
         for (command, seen) in &STEPS[2..] {
             if command.ends_with("up --build") {
                 shown = Some(compose.begin(command));
-                let started = || docker.done("ps --quiet").lines().count() == FIVE.len() + 1;
+                let started = || docker.done("ps --quiet").lines().count() == HOSTS.len() + 1;
                 wait_until("the containers have not started", CONTAINER_START_TIMEOUT, started);
             } else {
                 let said = compose.done(command);
                 if command.ends_with("gossamer members") {
-                    FIVE.iter().for_each(|node| assert!(said.contains(node), "{said}"));
+                    HOSTS.iter().for_each(|node| assert!(said.contains(node), "{said}"));
                 }
             }
             seen.iter().for_each(|(nodes, words)| compose.expect(nodes, words));

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::{
     cni::Runtime,
     common::{
-        Cluster, TIMEOUT, client, eventually, freeze, isolated, program, skipped, thaw, tool,
+        Cluster, TIMEOUT, client, eventually, isolated, program, resume, skipped, suspend, tool,
     },
     docker_plugin::{Plugin, endpoint},
     dockerd::{BUSYBOX, DOCKERD, Dockerd},
@@ -274,7 +274,7 @@ fn docker_request_waits_until_the_node_has_a_subnet() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let host = lab.host(2, "n2")?;
-        freeze(&cluster.agents[0])?;
+        suspend(&cluster.agents[0])?;
         let plugins = host.dir.join("plugins").display().to_string();
         let mut late = cluster.start_agent(&host, &["--docker-plugin", &plugins])?;
         // It answers, but cannot join.
@@ -286,7 +286,7 @@ fn docker_request_waits_until_the_node_has_a_subnet() {
         });
         late.ask("/v1/status", TIMEOUT)?;
         assert!(!asked.is_finished());
-        thaw(&cluster.agents[0])?;
+        resume(&cluster.agents[0])?;
         let address = asked.join().expect("an address");
         assert!(address.starts_with("10.42."), "{address}");
         cluster.converge_with(&mut late, 2)

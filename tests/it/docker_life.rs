@@ -30,12 +30,12 @@ const ACTIVATE: &str = "/usr/bin/systemd-socket-activate";
 /// The agent starts this much later than dockerd after a boot.
 const AGENT_DELAY: Duration = Duration::from_secs(20);
 /// Interfaces that do not exist after a boot.
-const LINKS: [&str; 4] = ["gsm0", "gossamer.1", "docker0", "docker_gwbridge"];
+const HOST_LINKS: [&str; 4] = ["gsm0", "gossamer.1", "docker0", "docker_gwbridge"];
 /// Docker releases beside this machine's, oldest first, as `tests/docker/build-root` names them.
 const NEWER_RELEASES: [&str; 2] = ["trixie", "sid"];
 
 /// Returns the program directory of a newer Docker, if it was downloaded and runs here.
-fn newer(release: &str) -> Result<String, String> {
+fn newer_docker(release: &str) -> Result<String, String> {
     let home = || std::env::var_os("HOME").map_or_else(|| "/var/tmp".into(), PathBuf::from);
     let made = std::env::var_os("GOSSAMER_DOCKER")
         .map_or_else(|| home().join(".cache/gossamer-docker"), PathBuf::from);
@@ -99,7 +99,7 @@ impl<'a> Boot<'a> {
     fn cut_power(mut self) {
         let _ = self.keeper.kill();
         let _ = self.keeper.wait();
-        for link in LINKS {
+        for link in HOST_LINKS {
             let _ = run(&self.host.netns, &format!("ip link delete {link}"));
         }
         let _ = fs::remove_dir_all(self.host.dir.join("plugins"));
@@ -367,9 +367,11 @@ fn containers_keep_running_while_docker_and_the_agent_restart() {
     if let Some(missing) = missing() {
         return skipped(test, missing);
     }
-    let newer: Vec<Option<String>> = NEWER_RELEASES
+    let newer_docker: Vec<Option<String>> = NEWER_RELEASES
         .iter()
-        .map(|release| newer(release).map_err(|why| skipped(test, &format!("in part: {why}"))).ok())
+        .map(|release| {
+            newer_docker(release).map_err(|why| skipped(test, &format!("in part: {why}"))).ok()
+        })
         .collect();
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
@@ -394,7 +396,7 @@ fn containers_keep_running_while_docker_and_the_agent_restart() {
 
         // Restarted, and upgraded to each newer release that is available.
         let process = boot.process("one");
-        for programs in std::iter::once(None).chain(newer.iter().flatten().map(Some)) {
+        for programs in std::iter::once(None).chain(newer_docker.iter().flatten().map(Some)) {
             boot.stop();
             boot.start(programs.map(String::as_str), "--live-restore");
             assert_eq!(boot.process("one"), process, "the container was restarted");

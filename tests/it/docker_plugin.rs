@@ -14,7 +14,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::{
-    common::{Cluster, TIMEOUT, freeze, isolated, thaw},
+    common::{Cluster, TIMEOUT, isolated, resume, suspend},
     docker::serve,
 };
 
@@ -79,7 +79,7 @@ fn docker_requests_sent_before_the_agent_ends_are_answered() {
         serve(&mut cluster, 0, Signal::SIGTERM)?;
         let plugin = Plugin::on(&cluster.hosts[0]);
         let pool = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }))["PoolID"].clone();
-        freeze(&cluster.agents[0])?;
+        suspend(&cluster.agents[0])?;
         let mut sent = Vec::new();
         for number in 1..=8 {
             let mac = format!("02:42:00:00:00:{number:02}");
@@ -88,7 +88,7 @@ fn docker_requests_sent_before_the_agent_ends_are_answered() {
             sent.push(plugin.send("IpamDriver.RequestAddress", &body)?);
         }
         kill(Pid::from_raw(cluster.agents[0].pid().cast_signed()), Signal::SIGTERM)?;
-        thaw(&cluster.agents[0])?;
+        resume(&cluster.agents[0])?;
         for stream in sent {
             let answer = read(stream)?;
             assert!(answer.contains("\"Address\":\"10.42."), "{answer}");

@@ -21,11 +21,11 @@ use gossamer::{
 use crate::common::{TIMEOUT, isolated, program, wait_until};
 
 /// Pages with transcripts; a test below runs each of them.
-const RUN: [&str; 5] =
+const PAGES_WITH_TRANSCRIPTS: [&str; 5] =
     ["CLI.md", "GETTING-STARTED.md", "MIGRATION.md", "OPERATIONS.md", "TROUBLESHOOTING.md"];
 
 /// Gives a host its own files, so that files of other hosts are invisible.
-const HOST: &str = "mount --make-rprivate /; mount -t tmpfs tmpfs /mnt; cp $PROGRAM /mnt/gossamer; \
+const HOST_SETUP: &str = "mount --make-rprivate /; mount -t tmpfs tmpfs /mnt; cp $PROGRAM /mnt/gossamer; \
                     printf '%s' \"$SCP\" > /mnt/scp; chmod 755 /mnt/scp; mkdir /mnt/up /mnt/work; \
                     mount -t overlay overlay -o lowerdir=/etc,upperdir=/mnt/up,workdir=/mnt/work /etc; \
                     for d in /run /var/lib /opt /root; do mount -t tmpfs tmpfs $d; done; \
@@ -114,7 +114,7 @@ fn prompt(line: &str) -> Option<(usize, &str)> {
 /// Creates the mount namespace of a host, with its own files. Commands enter it.
 fn create_host_files(host: &Host) -> anyhow::Result<Child> {
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--uts", "sh", "-ec", HOST]);
+    command.args(["--mount", "--uts", "sh", "-ec", HOST_SETUP]);
     command.env("PROGRAM", program()).env("SCP", SCP).env("NAME", &host.name);
     let child = host.netns.spawn(command.stdin(Stdio::null()))?;
     fs::write(format!("/run/lab/{}.pid", host.name), child.id().to_string())?;
@@ -229,7 +229,7 @@ fn pages_with_transcripts_are_run_and_shown_commands_parse() {
             }
         }
     }
-    assert_eq!(with_transcripts, RUN.map(str::to_owned).into());
+    assert_eq!(with_transcripts, PAGES_WITH_TRANSCRIPTS.map(str::to_owned).into());
     assert!(understood > 20, "{understood}");
 }
 

@@ -12,7 +12,8 @@ use serde_json::Value;
 
 use crate::{
     common::{
-        Cluster, TIMEOUT, freeze, isolated, new_token, program, run, sh, status_where, thaw, tool,
+        Cluster, TIMEOUT, isolated, new_token, program, resume, run, sh, status_where, suspend,
+        tool,
     },
     forwarding::with_pods,
 };
@@ -202,9 +203,9 @@ fn doctor_reports_injected_faults_and_nothing_on_a_healthy_host() {
         assert_eq!(complaints(&cluster.hosts[0], ""), [Value::Null; 0]);
 
         // A hanging agent.
-        freeze(&cluster.agents[0])?;
+        suspend(&cluster.agents[0])?;
         assert_reported(&cluster.hosts[0], "", "agent", "does not answer within 5s");
-        thaw(&cluster.agents[0])?;
+        resume(&cluster.agents[0])?;
 
         // A firewall on a neighboring host, and a dead member.
         let wall = "nft add table inet wall && \

@@ -10,12 +10,12 @@ use crate::{
         wait_until,
     },
     forwarding::TwoHosts,
-    misrouting_hosts::{all_well, wait_for_warning},
+    misrouting_hosts::{is_healthy, wait_for_warning},
 };
 
 /// The commands that create the rules, the expected warning, the advice, and the commands that remove the
 /// rules.
-const BANS: [(&[&str], &str, &str, &str); 9] = [
+const BAN_RULES: [(&[&str], &str, &str, &str); 9] = [
     (
         &[
             "ipset create f2b hash:ip",
@@ -123,12 +123,12 @@ fn bans_in_sets_maps_marks_and_tables_are_warned_of_until_the_advice_is_followed
     isolated(|lab| {
         let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
-        status_where(agent, all_well);
-        for (commands, words, advice, remove) in BANS {
+        status_where(agent, is_healthy);
+        for (commands, words, advice, remove) in BAN_RULES {
             if all_succeed(host, commands) {
                 wait_for_warning(agent, &[words, advice]);
                 sh(host, advice);
-                status_where(agent, all_well);
+                status_where(agent, is_healthy);
             } else {
                 skipped(
                     "bans_in_sets_maps_marks_and_tables_are_warned_of_until_the_advice_is_followed",
@@ -143,7 +143,7 @@ fn bans_in_sets_maps_marks_and_tables_are_warned_of_until_the_advice_is_followed
 
 /// Rules as ufw, Docker, kube-proxy and fail2ban write them. The kernel accepts them from iptables-legacy
 /// and iptables-nft alike.
-const HEALTHY: &str = "*mangle
+const HEALTHY_IPTABLES: &str = "*mangle
 :PREROUTING ACCEPT [0:0]
 :FORWARD ACCEPT [0:0]
 :OUTPUT ACCEPT [0:0]
@@ -239,7 +239,7 @@ COMMIT
 ";
 
 /// Rules as firewalld and the nft backend of kube-proxy write them.
-const HEALTHY_NFT: &str = "
+const HEALTHY_NFTABLES: &str = "
 table inet firewalld {
     chain mangle_PREROUTING { type filter hook prerouting priority mangle + 10; policy accept;
         icmpv6 type { nd-router-advert, nd-neighbor-solicit } accept
@@ -302,7 +302,7 @@ fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning() {
             let path = dir.path().join(name);
             std::fs::write(&path, text).map(|()| path.display().to_string())
         };
-        let (tables, nft) = (write("tables", HEALTHY)?, write("nft", HEALTHY_NFT)?);
+        let (tables, nft) = (write("tables", HEALTHY_IPTABLES)?, write("nft", HEALTHY_NFTABLES)?);
         run(host, "ipset create crowdsec hash:net");
         run(host, "ipset add crowdsec 203.0.113.0/24");
         sh(host, &format!("nft -f {nft}"));
@@ -325,13 +325,13 @@ fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning() {
         let said = wait_for_warning(agent, &[last]);
         assert_eq!(said.matches("chain ").count(), 1, "{said}");
         sh(host, "nft delete table ip last");
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         Ok(())
     });
 }
 
 /// A rule that reduces the hop limit, the expected report, and the advice.
-const HOPS: [(&str, &str, &str); 3] = [
+const HOP_LIMIT_RULES: [(&str, &str, &str); 3] = [
     (
         "iptables-legacy -t mangle -A POSTROUTING -o gossamer.1 -j TTL --ttl-set 1",
         "chain POSTROUTING of iptables-legacy's table mangle leaves packets between pods 1 hop",
@@ -367,7 +367,7 @@ fn rule_that_reduces_the_hop_limit_is_reported_and_the_advice_works() {
             );
             return Ok(());
         }
-        for (rule, words, advice) in HOPS {
+        for (rule, words, advice) in HOP_LIMIT_RULES {
             sh(host, rule);
             assert!(
                 !run(&spaces[1], &ping).status.success(),
@@ -378,7 +378,7 @@ fn rule_that_reduces_the_hop_limit_is_reported_and_the_advice_works() {
             wait_until(words, TIMEOUT, || has_problem(agent, words));
             tool(host, advice);
             eventually(&spaces[1], &ping, |shown| shown.contains(" 0% packet loss"));
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
             for program in ["iptables-nft", "iptables-legacy"] {
                 run(host, &format!("{program} -t mangle -F"));
             }

@@ -53,11 +53,11 @@ impl TwoHosts {
     }
 }
 
-const CHAIN: &str = "nft add table inet wall && \
+const ADD_FORWARD_CHAIN: &str = "nft add table inet wall && \
                      nft add chain inet wall f { type filter hook forward priority 0 ; }";
 
 /// The directions that are lost, the reported cause, and the commands that close them.
-const WALLS: [(&str, &str, &str); 12] = [
+const BLOCKING_RULES: [(&str, &str, &str); 12] = [
     (
         "(IPv4 out, IPv4 in)",
         "chain inet wall f (hook forward) ends in a rule that drops or rejects",
@@ -139,8 +139,8 @@ fn blocked_forwarding_is_detected_with_packets_and_reported_until_unblocked() {
     isolated(|lab| {
         let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
-        for (ways, words, wall) in WALLS {
-            sh(host, CHAIN);
+        for (ways, words, wall) in BLOCKING_RULES {
+            sh(host, ADD_FORWARD_CHAIN);
             sh(host, wall);
             let said = format!("does not forward packets of pods {ways}");
             wait_until(wall, TIMEOUT, || has_problem(agent, &said) && has_problem(agent, words));
@@ -154,7 +154,7 @@ fn blocked_forwarding_is_detected_with_packets_and_reported_until_unblocked() {
             wait_until("still reported", TIMEOUT, || !has_problem(agent, "does not forward"));
         }
         // Rules that look closed but let pods pass are no problem, in any form.
-        sh(host, CHAIN);
+        sh(host, ADD_FORWARD_CHAIN);
         sh(
             host,
             "nft add chain inet wall pods && \
@@ -321,7 +321,7 @@ fn source_nat_between_pods_is_reported_until_removed() {
 }
 
 /// The report, the commands that keep pods from resolving their gateway, and the commands that undo this.
-const SILENCERS: [(&str, &str, &str); 5] = [
+const GATEWAY_FAULTS: [(&str, &str, &str); 5] = [
     (
         "net.ipv4.conf.gsm0.arp_ignore is 8",
         "sysctl -w net.ipv4.conf.gsm0.arp_ignore=8",
@@ -354,7 +354,7 @@ fn unresolved_gateway_is_reported_with_the_cause_until_resolved() {
         let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         status_where(agent, |status| detail(status).contains("IPv4 gateway"));
-        for (words, plant, remove) in SILENCERS {
+        for (words, plant, remove) in GATEWAY_FAULTS {
             sh(host, plant);
             // A change of the rules triggers a test at once.
             sh(host, "nft add table ip change");

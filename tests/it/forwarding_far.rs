@@ -17,8 +17,8 @@ use serde_json::Value;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, TIMEOUT, client, freeze, has_problem, isolated, run, sh, skipped, status_where,
-        thaw, wait_until,
+        Cluster, TIMEOUT, client, has_problem, isolated, resume, run, sh, skipped, status_where,
+        suspend, wait_until,
     },
     pod_ports::longer_than,
 };
@@ -288,27 +288,27 @@ fn suspended_or_restarted_or_empty_host_is_no_problem_of_other_hosts() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        let calm = |agent: &mut Agent| {
+        let assert_no_loss_reported = |agent: &mut Agent| {
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(25) {
                 assert!(!has_problem(agent, "at pods of"), "{}", agent.log());
                 std::thread::sleep(Duration::from_millis(200));
             }
         };
-        freeze(&cluster.agents[1])?;
-        calm(&mut cluster.agents[0]);
-        thaw(&cluster.agents[1])?;
+        suspend(&cluster.agents[1])?;
+        assert_no_loss_reported(&mut cluster.agents[0]);
+        resume(&cluster.agents[1])?;
         all_answer(&mut cluster.agents[0], 1);
         cluster.restart(1, &[])?;
         all_answer(&mut cluster.agents[0], 1);
         cluster.agents[1].end(Signal::SIGKILL)?;
-        calm(&mut cluster.agents[0]);
+        assert_no_loss_reported(&mut cluster.agents[0]);
         cluster.agents[1] = cluster.start_agent(&cluster.hosts[1], &[])?;
         cluster.agents[1].wait_converged(2, TIMEOUT)?;
         all_answer(&mut cluster.agents[0], 1);
         // Without pods there is no bridge, and the agent has no pod.
         Runtime::new(&cluster.agents[1]).del("b");
-        calm(&mut cluster.agents[0]);
+        assert_no_loss_reported(&mut cluster.agents[0]);
         Ok(())
     });
 }

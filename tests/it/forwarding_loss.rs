@@ -13,7 +13,7 @@ use crate::{
 
 /// Longer than the required number of accelerated test rounds takes.
 const TEST_ROUNDS_TIMEOUT: Duration = Duration::from_secs(70);
-const LOST: &str = "are lost on their way";
+const LOSS_WARNING: &str = "are lost on their way";
 
 /// Drops a random share of the incoming tunnel packets, in percent.
 fn drop_randomly(host: &NetNs, percent: u32) {
@@ -52,7 +52,7 @@ fn random_loss_is_warned_of_with_share_and_direction_until_it_ends() {
         sh(&cluster.hosts[1].netns, "nft delete table ip weather");
         let begun = Instant::now();
         for agent in &mut cluster.agents {
-            wait_until("still reported", TIMEOUT, || !has_warning(agent, LOST));
+            wait_until("still reported", TIMEOUT, || !has_warning(agent, LOSS_WARNING));
         }
         println!("no longer reported after {:?}", begun.elapsed());
         Ok(())
@@ -68,7 +68,7 @@ fn loss_of_five_percent_causes_no_warning() {
         let begun = Instant::now();
         while begun.elapsed() < TEST_ROUNDS_TIMEOUT {
             for agent in &mut cluster.agents {
-                assert!(!has_warning(agent, LOST), "{}", agent.log());
+                assert!(!has_warning(agent, LOSS_WARNING), "{}", agent.log());
             }
             std::thread::sleep(Duration::from_millis(500));
         }

@@ -19,7 +19,7 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, TIMEOUT, eventually, freeze, has_problem, isolated, program, run, thaw, tool,
+        Cluster, TIMEOUT, eventually, has_problem, isolated, program, resume, run, suspend, tool,
         wait_until,
     },
     netavark::{self, Podman},
@@ -400,12 +400,12 @@ fn netavark_setup_waits_longer_for_a_suspended_agent_than_teardown() {
         let cluster = Cluster::start(lab, 1)?;
         let _space = NetNs::new("a")?;
         let podman = Podman::new(&cluster.agents[0]);
-        freeze(&cluster.agents[0])?;
+        suspend(&cluster.agents[0])?;
         std::thread::scope(|scope| {
             let asked = scope.spawn(|| podman.set_up("a", &json!({})));
             // Teardown gives up before this.
             std::thread::sleep(Duration::from_secs(6));
-            thaw(&cluster.agents[0])?;
+            resume(&cluster.agents[0])?;
             assert!(netavark::address(&asked.join().expect("an answer")).starts_with("10.42."));
             Ok(())
         })

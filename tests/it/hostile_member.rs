@@ -176,7 +176,7 @@ fn status(cluster: &mut Cluster, agent: usize) -> Value {
 }
 
 /// Checks that the agents still serve their clients.
-fn assert_sound(cluster: &mut Cluster) {
+fn assert_agents_work(cluster: &mut Cluster) {
     for number in 0..cluster.agents.len() {
         let status =
             status_where(&mut cluster.agents[number], |status| status["converged"] == true);
@@ -258,7 +258,7 @@ fn impossible_address_of_a_member_is_reported_as_that_members_fault() {
         for address in ["127.0.0.1", "dst 0.0.0.0", "255.255.255.255"] {
             assert!(!entries.contains(address), "{entries}");
         }
-        assert_sound(&mut cluster);
+        assert_agents_work(&mut cluster);
 
         // An address that is valid but unusable for this node is accepted, and gets no entry.
         for (underlay, why) in [("fd99::9", "of another family"), ("10.99.0.1", "")] {
@@ -274,20 +274,20 @@ fn impossible_address_of_a_member_is_reported_as_that_members_fault() {
                 };
                 status_where(&mut cluster.agents[agent], named);
             }
-            assert_sound(&mut cluster);
+            assert_agents_work(&mut cluster);
         }
         hostile.push_self(n1, &cluster.hosts[0], |record| record.vtep.underlay = own);
         let said = "which is this host's own";
         wait_until(said, TIMEOUT, || has_problem(&mut cluster.agents[0], said));
         let entries = tool(&cluster.hosts[0].netns, fdb);
         assert!(!entries.contains(&format!("dst {own} ")), "{entries}");
-        assert_sound(&mut cluster);
+        assert_agents_work(&mut cluster);
 
         // The same after a restart: nothing of it was stored.
         cluster.agents[0].end(nix::sys::signal::Signal::SIGTERM)?;
         cluster.agents[0] = cluster.start_agent(&cluster.hosts[0], &[])?;
         cluster.agents[0].wait_converged(2, TIMEOUT)?;
-        assert_sound(&mut cluster);
+        assert_agents_work(&mut cluster);
         Ok(())
     });
 }
@@ -333,7 +333,7 @@ fn forged_high_counters_remove_no_subnet_and_no_member() {
                 has_problem(&mut cluster.agents[agent], "a jump to")
             });
         }
-        assert_sound(&mut cluster);
+        assert_agents_work(&mut cluster);
         assert_eq!(status(&mut cluster, 1)["subnet"], before);
         let fdb = tool(&cluster.hosts[0].netns, "bridge fdb show dev gossamer.1");
         let their_end = format!("dst {} ", cluster.hosts[1].ip);
@@ -350,7 +350,7 @@ fn forged_high_counters_remove_no_subnet_and_no_member() {
             fdb.contains(&their_end) && !fdb.contains("10.99.0.250")
         });
         tool(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip));
-        assert_sound(&mut cluster);
+        assert_agents_work(&mut cluster);
         Ok(())
     });
 }

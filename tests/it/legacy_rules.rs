@@ -8,7 +8,7 @@ use crate::{
         wait_until,
     },
     forwarding::with_pods,
-    silence_causes::{all, pair, wait_for_words},
+    silence_causes::{run_all, start_pair, wait_for_problem},
 };
 
 fn has_legacy(host: &Host) -> bool {
@@ -23,13 +23,13 @@ fn has_legacy(host: &Host) -> bool {
 #[test]
 fn iptables_legacy_rule_that_changes_the_tunnel_destination_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         if !has_legacy(host) {
             return Ok(());
         }
         let rule = "-A DOCKER -p udp -m udp --dport 8472 -j DNAT --to-destination 172.17.0.2:8472";
-        all(
+        run_all(
             host,
             &[
                 "iptables-legacy -t nat -N DOCKER",
@@ -43,7 +43,7 @@ fn iptables_legacy_rule_that_changes_the_tunnel_destination_is_reported() {
             &named,
             "iptables-legacy -t nat -I DOCKER -p udp --dport 8472 -j ACCEPT",
         ];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         Ok(())
     });
 }
@@ -51,13 +51,13 @@ fn iptables_legacy_rule_that_changes_the_tunnel_destination_is_reported() {
 #[test]
 fn iptables_legacy_rule_that_changes_the_tunnel_source_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         if !has_legacy(host) {
             return Ok(());
         }
         let rule = "-A POSTROUTING -o eth0 -j SNAT --to-source 10.99.0.99";
-        all(
+        run_all(
             host,
             &["ip addr add 10.99.0.99/32 dev eth0", &format!("iptables-legacy -t nat {rule}")],
         );
@@ -67,13 +67,13 @@ fn iptables_legacy_rule_that_changes_the_tunnel_source_is_reported() {
             &named,
             "iptables-legacy -t nat -I POSTROUTING -p udp --dport 8472 -j ACCEPT",
         ];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         Ok(())
     });
 }
 
 /// Rules that let only programs of one user send; the report, and the advice.
-const OF_USERS: [(&str, &str, &[&str]); 2] = [
+const OWNER_RULES: [(&str, &str, &[&str]); 2] = [
     (
         "iptables-legacy has `-P OUTPUT DROP` in its table filter",
         "iptables-legacy -t filter -I OUTPUT -p udp --dport 8472 -j ACCEPT",
@@ -105,13 +105,13 @@ fn iptables_legacy_owner_rule_that_blocks_the_tunnel_is_reported_and_the_advice_
             return Ok(());
         }
         let said = "packets of pods do not leave this host inside tunnel packets (IPv4)";
-        for (by, fix, rules) in OF_USERS {
+        for (by, fix, rules) in OWNER_RULES {
             status_where(agent, |status| {
                 status["kernel"]["forwarding"]["detail"]
                     .as_str()
                     .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
             });
-            all(host, rules);
+            run_all(host, rules);
             wait_until("it is not reported", TIMEOUT, || {
                 [said, by, fix].iter().all(|words| has_problem(agent, words))
             });

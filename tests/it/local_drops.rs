@@ -3,7 +3,9 @@
 use crate::{
     common::{has_problem, isolated, run, skipped, tool, wait_until},
     ip_families,
-    silence_causes::{REPORT_TIMEOUT, all, mac_of, pair, wait_for_path, wait_for_words},
+    silence_causes::{
+        REPORT_TIMEOUT, mac_of, run_all, start_pair, wait_for_path, wait_for_problem,
+    },
 };
 
 /// Texts that the other host reports when the cause is not its own.
@@ -13,7 +15,7 @@ const ADVICE: &str = "its own status names (there: gossamer status)";
 #[test]
 fn rule_that_drops_arp_answers_is_reported_and_the_advice_works() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft add table arp wall").status.success() {
             skipped(
@@ -24,16 +26,16 @@ fn rule_that_drops_arp_answers_is_reported_and_the_advice_works() {
         }
         let chain =
             "nft add chain arp wall in { type filter hook input priority 0 ; policy drop ; }";
-        all(host, &[chain, "ip neigh flush dev eth0"]);
+        run_all(host, &[chain, "ip neigh flush dev eth0"]);
         let advice = "nft insert rule arp wall in arp saddr ip 10.99.0.10 accept";
         let words = [
             "answers of n1 (10.99.0.10) to ARP arrive on eth0, and this host drops them",
             "the policy of chain arp wall in does: ",
             advice,
         ];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         // The other host sees that the host with the rule is alive.
-        wait_for_words(&mut cluster.agents[0], &SEEN_BY_ARP);
+        wait_for_problem(&mut cluster.agents[0], &SEEN_BY_ARP);
         tool(&host.netns, advice);
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -54,7 +56,7 @@ fn rule_that_drops_neighbor_advertisements_is_reported_and_the_advice_works() {
             );
             return Ok(());
         }
-        all(
+        run_all(
             host,
             &[
                 "nft add chain ip6 hard in { type filter hook input priority 0 ; policy drop ; }",
@@ -71,9 +73,9 @@ fn rule_that_drops_neighbor_advertisements_is_reported_and_the_advice_works() {
             "the policy of chain ip6 hard in does: ",
             advice,
         ];
-        wait_for_words(&mut agents[1], &words);
+        wait_for_problem(&mut agents[1], &words);
         let words = "though a machine has that address: its neighbor discovery was seen here";
-        wait_for_words(&mut agents[0], &[words, ADVICE]);
+        wait_for_problem(&mut agents[0], &[words, ADVICE]);
         tool(&host.netns, advice);
         agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -84,7 +86,7 @@ fn rule_that_drops_neighbor_advertisements_is_reported_and_the_advice_works() {
 #[test]
 fn permanent_neighbor_entry_with_a_wrong_mac_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         let mac = mac_of(&cluster.hosts[0], "eth0");
         let old = "02:00:5e:10:20:30";
@@ -96,8 +98,8 @@ fn permanent_neighbor_entry_with_a_wrong_mac_is_reported() {
         let entry =
             format!("to the hardware address {old}, which a permanent entry has for 10.99.0.10");
         let words = [&entry, &format!("{mac} answers for that address"), advice];
-        wait_for_words(&mut cluster.agents[1], &words);
-        wait_for_words(&mut cluster.agents[0], &SEEN_BY_ARP);
+        wait_for_problem(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[0], &SEEN_BY_ARP);
         tool(&host.netns, advice);
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -118,7 +120,7 @@ fn permanent_ipv6_neighbor_entry_with_a_wrong_mac_is_reported() {
         let entry =
             format!("to the hardware address {old}, which a permanent entry has for fd99::1");
         let words = [&entry, &format!("{mac} answers for that address"), advice];
-        wait_for_words(&mut agents[1], &words);
+        wait_for_problem(&mut agents[1], &words);
         tool(&hosts[1].netns, advice);
         agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -129,7 +131,7 @@ fn permanent_ipv6_neighbor_entry_with_a_wrong_mac_is_reported() {
 #[test]
 fn rule_that_changes_the_tunnel_destination_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft add table ip dock").status.success() {
             skipped(
@@ -138,7 +140,7 @@ fn rule_that_changes_the_tunnel_destination_is_reported() {
             );
             return Ok(());
         }
-        all(
+        run_all(
             host,
             &[
                 "nft add chain ip dock published",
@@ -154,7 +156,7 @@ fn rule_that_changes_the_tunnel_destination_is_reported() {
              published gives UDP 8472 another destination",
             "nft insert rule ip dock published udp dport 8472 accept",
         ];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         assert!(!has_problem(&mut cluster.agents[1], "chain ip dock pre"), "of another port");
         Ok(())
     });
@@ -164,7 +166,7 @@ fn rule_that_changes_the_tunnel_destination_is_reported() {
 #[test]
 fn congestion_marks_that_make_the_device_drop_packets_are_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft add table netdev qos").status.success() {
             skipped(
@@ -173,7 +175,7 @@ fn congestion_marks_that_make_the_device_drop_packets_are_reported() {
             );
             return Ok(());
         }
-        all(
+        run_all(
             host,
             &[
                 "nft add chain netdev qos in { type filter hook ingress device eth0 priority 0 ; }",
@@ -184,8 +186,8 @@ fn congestion_marks_that_make_the_device_drop_packets_are_reported() {
             "of n1 (10.99.0.10) arrive on eth0, and the VXLAN device drops them",
             "nft 'add table inet unmark; ",
         ];
-        wait_for_words(&mut cluster.agents[1], &words);
-        all(
+        wait_for_problem(&mut cluster.agents[1], &words);
+        run_all(
             host,
             &[
                 "nft add table inet unmark",

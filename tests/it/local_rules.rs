@@ -7,7 +7,7 @@ use crate::{
     forwarding::with_pods,
 };
 
-fn all(host: &Host, commands: &[&str]) {
+fn run_all(host: &Host, commands: &[&str]) {
     commands.iter().for_each(|command| _ = tool(&host.netns, command));
 }
 
@@ -18,7 +18,7 @@ fn host_that_drops_decapsulated_packets_does_not_blame_the_network() {
         let mut spaces = Vec::new();
         with_pods(&mut cluster, &mut spaces)?;
         // As recipes against forged sources have it.
-        all(
+        run_all(
             &cluster.hosts[1],
             &[
                 "nft add table ip bogons",
@@ -50,7 +50,7 @@ fn rule_that_drops_packet_too_large_errors_to_pods_is_reported() {
         with_pods(&mut cluster, &mut spaces)?;
         let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
         status_where(agent, |status| status["kernel"].to_string().contains("IPv4 size errors"));
-        all(
+        run_all(
             host,
             &[
                 "nft add table ip quiet",
@@ -74,7 +74,7 @@ fn rule_that_drops_packet_too_large_errors_to_pods_is_reported() {
 }
 
 /// Rules that let only programs of one user send, and the advice.
-const OF_USERS: [(&str, &str, &[&str]); 2] = [
+const OWNER_RULES: [(&str, &str, &[&str]); 2] = [
     (
         "the policy of chain inet egress out drops them",
         "nft insert rule inet egress out udp dport 8472 accept",
@@ -106,13 +106,13 @@ fn owner_rule_that_blocks_packets_of_pods_is_reported_with_its_effect() {
         with_pods(&mut cluster, &mut spaces)?;
         let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
         let said = "packets of pods do not leave this host inside tunnel packets (IPv4)";
-        for (by, fix, rules) in OF_USERS {
+        for (by, fix, rules) in OWNER_RULES {
             status_where(agent, |status| {
                 status["kernel"]["forwarding"]["detail"]
                     .as_str()
                     .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
             });
-            all(host, rules);
+            run_all(host, rules);
             wait_until("it is not reported", TIMEOUT, || {
                 [said, by, fix].iter().all(|words| has_problem(agent, words))
             });
@@ -135,7 +135,7 @@ fn rule_that_drops_large_datagrams_is_reported_as_a_forwarding_fault() {
         with_pods(&mut cluster, &mut spaces)?;
         let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
         status_where(agent, |status| status["kernel"].to_string().contains("IPv4 large out"));
-        all(
+        run_all(
             host,
             &[
                 "nft add table inet ddos",

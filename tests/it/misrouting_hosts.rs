@@ -14,7 +14,7 @@ use crate::{
     forwarding::{TwoHosts, with_pods},
 };
 
-pub fn all_well(status: &Value) -> bool {
+pub fn is_healthy(status: &Value) -> bool {
     let has_none = |kind: &str| status[kind] == serde_json::json!([]);
     status["kernel"]["forwarding"]["state"] == "ok" && has_none("problems") && has_none("warnings")
 }
@@ -111,7 +111,7 @@ fn mark_that_diverts_packets_of_pods_is_reported_and_the_advice_works() {
             let (_, advice) = advice.expect("an advice");
             advice.split("; ").for_each(|command| _ = tool(&host.netns, command));
             wait_until(advice, TIMEOUT, || run(&spaces[1], &ping).status.success());
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
             for command in advice.split("; ") {
                 tool(&host.netns, &command.replace("rule add", "rule del"));
             }
@@ -119,7 +119,7 @@ fn mark_that_diverts_packets_of_pods_is_reported_and_the_advice_works() {
                 &host.netns,
                 "nft delete table ip qos && ip rule del pref 1000 && ip route flush table 99",
             );
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
         }
         Ok(())
     });
@@ -199,7 +199,7 @@ fn redirected_ports_between_pods_are_warned_of_until_the_advice_is_followed() {
             assert_eq!(status["kernel"]["forwarding"]["state"], "ok", "{status:#}");
             assert_eq!(status["converged"], true);
             sh(host, "nft insert rule ip proxy pre ip daddr 10.42.0.0/16 accept");
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
             sh(host, "nft delete table ip proxy");
         }
         for rule in HARMLESS {
@@ -212,7 +212,7 @@ fn redirected_ports_between_pods_are_warned_of_until_the_advice_is_followed() {
             let said = wait_for_warning(agent, &["chain ip proxy last sends packets to port 99"]);
             assert!(!said.contains("proxy pre") && !said.contains("proxy more"), "{rule}: {said}");
             sh(host, "nft delete table ip proxy");
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
         }
         // As iptables writes them, with its own matches.
         let iptables = |rule: &str| run(host, &format!("iptables -t nat {rule}"));
@@ -227,7 +227,7 @@ fn redirected_ports_between_pods_are_warned_of_until_the_advice_is_followed() {
         let advice = "iptables -t nat -I PREROUTING -d 10.42.0.0/16 -j ACCEPT";
         wait_for_warning(agent, &["sends packets to port 80", advice]);
         tool(host, advice);
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         iptables("-F PREROUTING");
         iptables("-N DOCKER");
         for rule in [
@@ -267,7 +267,7 @@ fn destination_nat_of_incoming_pod_packets_is_warned_of_with_the_chain() {
             host,
             "nft insert rule ip nat POSTROUTING ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
         );
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         Ok(())
     });
 }
@@ -301,7 +301,7 @@ fn host_closed_to_its_pods_or_cut_off_from_them_is_warned_of_with_the_chain() {
         assert_eq!(status["kernel"]["forwarding"]["state"], "ok", "{status:#}");
         // A host that admits pods to some of its ports, and answers echoes, is not closed.
         sh(host, "nft add rule inet wall in icmp type echo-request accept");
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         sh(host, "nft delete table inet wall");
         sh(
             host,
@@ -317,7 +317,7 @@ fn host_closed_to_its_pods_or_cut_off_from_them_is_warned_of_with_the_chain() {
             ],
         );
         sh(host, "nft insert rule inet wall out ip daddr 10.42.0.0/16 accept");
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         Ok(())
     });
 }

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::{
     common::{Cluster, TIMEOUT, client, has_problem, isolated, run, skipped, tool, wait_until},
-    silence_causes::{REPORT_TIMEOUT, all, wait_for_path, wait_for_words},
+    silence_causes::{REPORT_TIMEOUT, run_all, wait_for_path, wait_for_problem},
 };
 
 /// Returns gossamer's routes to peers, without the one that rejects unused addresses.
@@ -168,12 +168,12 @@ fn reverse_path_rule_is_reported_on_its_host_when_modes_differ() {
             );
             return Ok(());
         }
-        all(&cluster.hosts[1], &rules);
+        run_all(&cluster.hosts[1], &rules);
         let advice = "nft insert rule ip rpf pre ip saddr 10.42.0.0/16 accept";
         let ways = [["gossamer.1", "eth0"], ["eth0", "gossamer.1"]];
         for (agent, [came, goes]) in cluster.agents.iter_mut().zip(ways) {
             let ways = format!("come in by {came}, and packets to them leave by {goes}");
-            wait_for_words(agent, &["a rule of chain ip rpf pre (handle ", &ways, advice]);
+            wait_for_problem(agent, &["a rule of chain ip rpf pre (handle ", &ways, advice]);
             assert!(!has_problem(agent, "UDP 8472 is closed"));
         }
 

@@ -161,7 +161,7 @@ fn replayed_proofs_of_a_host_block_no_joiner_of_its_ipv6_network() {
         let begun = Instant::now();
         let arguments = ["--iface", "fd99::2", "--join", "fd99::1", "--token", &token];
         let mut second = Agent::start(program(), &hosts[1], &arguments)?;
-        joins_soon(begun, &mut first, &mut second)?;
+        assert_joins_soon(begun, &mut first, &mut second)?;
         Ok(())
     });
 }
@@ -176,7 +176,7 @@ fn replayed_proof_of_a_user_does_not_delay_the_join_of_its_host() {
         wait_until("nothing is sent", TIMEOUT, || replay.sent() > 1_000);
         let begun = Instant::now();
         let mut agent = cluster.start_agent(&joiner, &[])?;
-        let handshakes = joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
+        let handshakes = assert_joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
         assert!(handshakes["begun"].as_u64() < Some(50), "{handshakes}");
         assert!(handshakes["repeated"].as_u64() > Some(500), "{handshakes}");
         let is_reported = has_problem(&mut cluster.agents[0], "find no place or lose it");
@@ -200,7 +200,7 @@ fn stalled_handshakes_with_proofs_of_users_do_not_delay_joins() {
             });
             let begun = Instant::now();
             let mut agent = cluster.start_agent(&joiner, &[])?;
-            joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
+            assert_joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
             agents.push(agent);
         }
         Ok(())
@@ -212,7 +212,11 @@ fn v6(host: u16) -> IpAddr {
 }
 
 /// Waits until another host has joined the first; fails if that takes more than a few attempts.
-fn joins_soon(begun: Instant, first: &mut Agent, joiner: &mut Agent) -> anyhow::Result<Value> {
+fn assert_joins_soon(
+    begun: Instant,
+    first: &mut Agent,
+    joiner: &mut Agent,
+) -> anyhow::Result<Value> {
     joiner.wait_subnet(TIMEOUT)?;
     let took = begun.elapsed();
     let handshakes = first.ask("/v1/status", TIMEOUT)?["handshakes"].take();

@@ -9,18 +9,18 @@ use std::{
 use gossamer::lab::{Agent, Pod};
 
 use crate::common::{
-    Cluster, TIMEOUT, client, eventually, freeze, isolated, status_where, thaw, tool, wait_until,
+    Cluster, TIMEOUT, client, eventually, isolated, resume, status_where, suspend, tool, wait_until,
 };
 
 /// Covers three lost probes, six answered ones, and six lost ones again.
 const TRIAL_TIMEOUT: Duration = Duration::from_secs(60);
-const FEATURE: &str = "ethtool -k gossamer.1";
-const OFF: &str = "tx-checksum-ip-generic: off";
+const SHOW_OFFLOAD: &str = "ethtool -k gossamer.1";
+const OFFLOAD_IS_OFF: &str = "tx-checksum-ip-generic: off";
 const HELLO: &[u8] = b"hello";
 
 /// Returns a rule that drops UDP packets in the tunnel whose checksum is still the sum of the pseudo
 /// header (RFC 768), which the kernel leaves to the card.
-fn drop_unfinished(from: Ipv4Addr, to: Ipv4Addr, payload: usize) -> String {
+fn rule_against_unfinished_checksums(from: Ipv4Addr, to: Ipv4Addr, payload: usize) -> String {
     let words = [from, to].map(u32::from).map(|ip| (ip >> 16) + (ip & 0xffff));
     let mut sum = words[0] + words[1] + 17 + 8 + payload as u32;
     while sum > 0xffff {
@@ -60,8 +60,8 @@ fn card_that_sends_unfinished_checksums_is_detected_and_offload_is_turned_off() 
         let there = &cluster.hosts[1].netns;
         tool(there, "nft add table ip card");
         tool(there, "nft add chain ip card in { type filter hook prerouting priority -300 ; }");
-        tool(there, &drop_unfinished(from, to, gossamer::datagram::SIZE));
-        tool(there, &drop_unfinished(pods[0].ip, pods[1].ip, HELLO.len()));
+        tool(there, &rule_against_unfinished_checksums(from, to, gossamer::datagram::SIZE));
+        tool(there, &rule_against_unfinished_checksums(pods[0].ip, pods[1].ip, HELLO.len()));
         assert!(!arrives(&pods)?, "nothing is wrong yet");
         // What the agent knows was learned before the fault.
         cluster.restart(0, &[])?;
@@ -76,7 +76,7 @@ fn card_that_sends_unfinished_checksums_is_detected_and_offload_is_turned_off() 
         wait_until("the offload is not turned off", TRIAL_TIMEOUT, || {
             has_event(&cluster.agents[0], "is turned off")
         });
-        eventually(host, FEATURE, |features| features.contains(OFF));
+        eventually(host, SHOW_OFFLOAD, |features| features.contains(OFFLOAD_IS_OFF));
         assert!(arrives(&pods)?);
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["kernel"]["checksum_offload"], false, "{status:#}");
@@ -84,7 +84,7 @@ fn card_that_sends_unfinished_checksums_is_detected_and_offload_is_turned_off() 
         assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "no other program did it");
         // A re-created device has the offload on again, and the earlier result still applies.
         tool(host, "ip link del gossamer.1");
-        eventually(host, FEATURE, |features| features.contains(OFF));
+        eventually(host, SHOW_OFFLOAD, |features| features.contains(OFFLOAD_IS_OFF));
         assert!(arrives(&pods)?);
         Ok(())
     });
@@ -107,7 +107,7 @@ fn firewall_that_drops_datagrams_leaves_the_offload_on() {
         let host = &cluster.hosts[0].netns;
         let wait_for_state = |state: &str| {
             let wanted = format!("tx-checksum-ip-generic: {state}");
-            wait_until(state, TRIAL_TIMEOUT, || tool(host, FEATURE).contains(&wanted));
+            wait_until(state, TRIAL_TIMEOUT, || tool(host, SHOW_OFFLOAD).contains(&wanted));
         };
         wait_for_state("on");
         wait_for_state("off");
@@ -137,7 +137,9 @@ fn random_loss_of_forty_percent_leaves_the_offload_on() {
         let there = &cluster.hosts[1].netns;
         tool(there, "nft delete table inet loss");
         let host = &cluster.hosts[0].netns;
-        wait_until("it stays off", TRIAL_TIMEOUT, || !tool(host, FEATURE).contains(OFF));
+        wait_until("it stays off", TRIAL_TIMEOUT, || {
+            !tool(host, SHOW_OFFLOAD).contains(OFFLOAD_IS_OFF)
+        });
         Ok(())
     });
 }
@@ -148,9 +150,9 @@ fn resumed_agent_reports_no_path_problem_and_leaves_the_offload_on() {
         let mut cluster = Cluster::start(lab, 2)?;
         status_where(&mut cluster.agents[0], |status| status["paths"][0]["state"] == "ok");
         for pause in [2, 6, 2, 2] {
-            freeze(&cluster.agents[0])?;
+            suspend(&cluster.agents[0])?;
             std::thread::sleep(Duration::from_secs(pause));
-            thaw(&cluster.agents[0])?;
+            resume(&cluster.agents[0])?;
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(3) {
                 let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;

@@ -6,7 +6,7 @@ use gossamer::lab::{Agent, NetNs, Pinger, absent_member, add_crowd};
 use nix::sys::signal::Signal;
 
 use crate::common::{
-    Cluster, TIMEOUT, eventually, freeze, isolated, program, run, status_where, thaw, token_of,
+    Cluster, TIMEOUT, eventually, isolated, program, resume, run, status_where, suspend, token_of,
     tool, wait_until,
 };
 
@@ -55,11 +55,11 @@ fn failed_neighbor_is_restored_from_the_view() {
         let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
         let host = &cluster.hosts[0].netns;
         // No event reports what was deleted while the agent was suspended; the kernel's miss does.
-        freeze(&cluster.agents[0])?;
+        suspend(&cluster.agents[0])?;
         tool(host, &format!("ip neigh del {} dev gossamer.1", subnet.network()));
         let mut pinger = Pinger::new(&pods[0].netns)?;
         assert_eq!(pinger.ping(pods[1].ip, Duration::from_millis(300))?, None);
-        thaw(&cluster.agents[0])?;
+        resume(&cluster.agents[0])?;
         wait_until("no answer", TIMEOUT, || {
             pinger.ping(pods[1].ip, Duration::from_millis(300)).is_ok_and(|got| got.is_some())
         });
@@ -102,8 +102,7 @@ fn on_demand_mode_programs_only_the_ten_used_peers_of_a_thousand() {
         let host = &hosts[0].netns;
         assert_eq!(entries(host), [1, 0, 0], "one route for all");
 
-        // Nine members of the crowd, which do not answer, and a peer that answers from the first packet
-        // on.
+        // Nine members of the crowd, which do not answer, and a peer that answers the first packet.
         for slot in 1..=9 {
             run(host, &format!("ping -c 1 -W 1 -w 1 10.32.{}.7", slot * 4));
         }

@@ -13,8 +13,8 @@ use crate::{
     cni::namespaces,
     common::{Cluster, TIMEOUT, has_problem, isolated, sh, status_where, tool, wait_until},
     forwarding::with_pods,
-    misrouting_hosts::{all_well, wait_for_warning},
-    silence_causes::{pair, wait_for_path, wait_for_words},
+    misrouting_hosts::{is_healthy, wait_for_warning},
+    silence_causes::{start_pair, wait_for_path, wait_for_problem},
 };
 
 /// Settings that are turned off and on repeatedly, and the report.
@@ -71,7 +71,7 @@ fn bpf_program_on_an_overlay_interface_is_warned_of_until_removed() {
                 &["some packets of pods may be dropped", &words],
             );
             sh(&host.netns, &format!("tc qdisc del dev {device} clsact"));
-            status_where(&mut cluster.agents[1], all_well);
+            status_where(&mut cluster.agents[1], is_healthy);
         }
         // Programs on the card belong to other software, as on each host with Cilium.
         sh(
@@ -84,7 +84,7 @@ fn bpf_program_on_an_overlay_interface_is_warned_of_until_removed() {
         let begun = std::time::Instant::now();
         while begun.elapsed() < Duration::from_secs(12) {
             let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
-            assert!(all_well(&status), "{status:#}");
+            assert!(is_healthy(&status), "{status:#}");
             std::thread::sleep(Duration::from_millis(300));
         }
         Ok(())
@@ -94,7 +94,7 @@ fn bpf_program_on_an_overlay_interface_is_warned_of_until_removed() {
 #[test]
 fn bridged_card_that_keeps_its_address_is_reported_and_the_advice_works() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let (host, agent) = (&cluster.hosts[1].netns, &mut cluster.agents[1]);
         sh(
             host,
@@ -112,7 +112,7 @@ fn bridged_card_that_keeps_its_address_is_reported_and_the_advice_works() {
 #[test]
 fn macvlan_that_takes_all_incoming_packets_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let _space = namespaces(&["vm"])?;
         let host = &cluster.hosts[1].netns;
         sh(
@@ -122,7 +122,7 @@ fn macvlan_that_takes_all_incoming_packets_is_reported() {
         );
         let words =
             "eth0 is promiscuous and no port of a bridge: a macvlan or macvtap in mode passthru";
-        wait_for_words(&mut cluster.agents[1], &[words]);
+        wait_for_problem(&mut cluster.agents[1], &[words]);
         sh(host, "ip -n vm link del mv0");
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -131,7 +131,9 @@ fn macvlan_that_takes_all_incoming_packets_is_reported() {
 
 /// Returns the Internet checksum (RFC 1071) of an even number of bytes.
 fn checksum(bytes: &[u8]) -> [u8; 2] {
-    let words = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let words = bytes
+        .chunks(2)
+        .map(|start_pair| u32::from(u16::from_be_bytes([start_pair[0], start_pair[1]])));
     let sum: u32 = words.sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     (!(folded as u16)).to_be_bytes()
@@ -161,7 +163,7 @@ fn redirect(
 #[test]
 fn icmp_redirect_to_a_non_forwarding_machine_is_reported_and_the_advice_works() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let router = lab.host(9, "router")?;
         let (host, peer) = (&cluster.hosts[1].netns, cluster.hosts[0].ip);
         sh(&router.netns, "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.send_redirects=0");
@@ -191,7 +193,7 @@ fn icmp_redirect_to_a_non_forwarding_machine_is_reported_and_the_advice_works() 
         let words = "an ICMP redirect leads tunnel packets to n1 (10.99.0.10) by 10.99.0.77";
         let advice = "sysctl -w net.ipv4.conf.all.accept_redirects=0 \
                       net.ipv4.conf.eth0.accept_redirects=0";
-        wait_for_words(&mut cluster.agents[1], &[words, advice]);
+        wait_for_problem(&mut cluster.agents[1], &[words, advice]);
         sh(host, &format!("{advice} && ip route flush cache"));
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())

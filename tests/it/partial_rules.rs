@@ -4,11 +4,11 @@
 use crate::{
     common::{TIMEOUT, has_problem, isolated, run, sh, skipped, status_where, wait_until},
     forwarding::TwoHosts,
-    misrouting_hosts::{all_well, wait_for_warning},
+    misrouting_hosts::{is_healthy, wait_for_warning},
 };
 
 /// Chain of a table, rules, the warning, and the advice.
-const NARROW: [(&str, &str, &str, &str); 8] = [
+const PARTIAL_RULES: [(&str, &str, &str, &str); 8] = [
     (
         "ip crowd f { type filter hook forward priority -10 ; }",
         "ip saddr { 10.42.3.3, 203.0.113.9 } drop",
@@ -62,7 +62,7 @@ const NARROW: [(&str, &str, &str, &str); 8] = [
 ];
 
 /// Rules of healthy hosts.
-const HEALTHY: &str = "
+const HEALTHY_RULES: &str = "
 table inet hard {
     set bans { type ipv4_addr; flags interval; elements = { 203.0.113.0/24, 198.51.100.7 } }
     chain raw { type filter hook prerouting priority raw; policy accept;
@@ -109,8 +109,8 @@ fn rules_matching_some_packets_between_pods_are_warned_of_until_the_advice_is_fo
             "ip route add blackhole default table 99 && \
              ip rule add fwmark 0x10000/0xff0000 lookup 99 pref 999",
         );
-        status_where(agent, all_well);
-        for (chain, rule, words, advice) in NARROW {
+        status_where(agent, is_healthy);
+        for (chain, rule, words, advice) in PARTIAL_RULES {
             let place: Vec<&str> = chain.split(' ').collect();
             let [family, table, name] = place[..3] else { panic!("{chain}") };
             sh(host, &format!("nft add table {family} {table} && nft add chain {chain}"));
@@ -118,7 +118,7 @@ fn rules_matching_some_packets_between_pods_are_warned_of_until_the_advice_is_fo
             assert!(added.status.success(), "{added:?}");
             wait_for_warning(agent, &[words, advice]);
             sh(host, advice);
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
             sh(host, &format!("nft delete table {family} {table}"));
         }
         Ok(())
@@ -132,7 +132,7 @@ fn rules_of_healthy_hosts_cause_no_warning() {
         let (host, agent) = scene.second();
         let dir = tempfile::tempdir()?;
         let file = dir.path().join("rules");
-        std::fs::write(&file, HEALTHY)?;
+        std::fs::write(&file, HEALTHY_RULES)?;
         sh(host, &format!("nft -f {}", file.display()));
         // The agent reads all rules at once: when it reports this one, it has read the others, too.
         sh(
@@ -146,7 +146,7 @@ fn rules_of_healthy_hosts_cause_no_warning() {
         );
         assert!(!said.contains("inet hard"), "{said}");
         sh(host, "nft delete table ip last");
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         Ok(())
     });
 }
@@ -156,7 +156,7 @@ fn ipsec_policy_matching_some_pod_packets_is_warned_of_until_the_advice_is_follo
     isolated(|lab| {
         let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         for (policy, does) in [
             ("src 10.42.2.0/24 dst 10.42.0.0/16 proto tcp dport 80 dir out", "action block"),
             ("src 10.42.0.0/16 dst 10.42.2.9/32 dir fwd", "action block"),
@@ -183,7 +183,7 @@ fn ipsec_policy_matching_some_pod_packets_is_warned_of_until_the_advice_is_follo
             let said = wait_for_warning(agent, &["an IPsec policy", &named, &advice]);
             assert_eq!(said.matches("an IPsec policy").count(), 1, "{said}");
             sh(host, &format!("{advice} && nft delete table ip change"));
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
             sh(host, "ip xfrm policy flush");
         }
         Ok(())

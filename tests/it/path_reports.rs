@@ -15,7 +15,7 @@ use crate::common::{
 };
 
 /// Returns the message that a tunnel packet from one host to another was too large.
-fn report(from: Ipv4Addr, to: Ipv4Addr, mtu: u16) -> Vec<u8> {
+fn path_mtu_report(from: Ipv4Addr, to: Ipv4Addr, mtu: u16) -> Vec<u8> {
     let mut ip = vec![0x45, 0, 5, 220, 0, 1, 0x40, 0, 64, 17, 0, 0];
     ip.extend(from.octets());
     ip.extend(to.octets());
@@ -31,12 +31,17 @@ fn report(from: Ipv4Addr, to: Ipv4Addr, mtu: u16) -> Vec<u8> {
     icmp
 }
 
-fn forge(attacker: &NetNs, victim: &Host, peer: &Host, mtu: u16) -> anyhow::Result<()> {
-    forge_to(victim.ip, attacker, victim, peer, mtu)
+fn send_forged_report(
+    attacker: &NetNs,
+    victim: &Host,
+    peer: &Host,
+    mtu: u16,
+) -> anyhow::Result<()> {
+    send_forged_report_to(victim.ip, attacker, victim, peer, mtu)
 }
 
 /// Sends the message to one of several addresses of the victim.
-fn forge_to(
+fn send_forged_report_to(
     to: Ipv4Addr,
     attacker: &NetNs,
     victim: &Host,
@@ -46,7 +51,7 @@ fn forge_to(
     Ok(attacker.run(|| {
         let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
         let to = SocketAddrV4::new(to, 0);
-        socket.send_to(&report(victim.ip, peer.ip, mtu), &to.into()).map(drop)
+        socket.send_to(&path_mtu_report(victim.ip, peer.ip, mtu), &to.into()).map(drop)
     })?)
 }
 
@@ -88,7 +93,7 @@ fn forged_path_mtu_is_removed_and_reported_when_repeated() {
         let way = format!("ip route get {} from {}", peer.ip, victim.ip);
         for mtu in [552, 1_000] {
             wait_until("the kernel does not accept it", TIMEOUT, || {
-                forge(&attacker.netns, victim, peer, mtu).is_ok()
+                send_forged_report(&attacker.netns, victim, peer, mtu).is_ok()
                     && tool(&victim.netns, &way).contains(&format!("mtu {mtu}"))
             });
             eventually(&victim.netns, &way, |shown| !shown.contains("mtu"));
@@ -104,7 +109,7 @@ fn forged_path_mtu_is_removed_and_reported_when_repeated() {
         thread::scope(|scope| {
             scope.spawn(|| {
                 while !is_over.load(Ordering::Relaxed) {
-                    let _ = forge(&attacker.netns, victim, peer, 552);
+                    let _ = send_forged_report(&attacker.netns, victim, peer, 552);
                     thread::sleep(Duration::from_millis(200));
                 }
             });
@@ -133,7 +138,7 @@ fn path_mtu_reported_by_a_pod_is_ignored() {
             let answers = format!("ping -c 1 -W 1 {gateway}");
             eventually(&pod.netns, &answers, |said| said.contains(" 0% packet loss"));
             for _ in 0..3 {
-                forge_to(gateway, &pod.netns, victim, peer, 552)?;
+                send_forged_report_to(gateway, &pod.netns, victim, peer, 552)?;
             }
             // The echoes arrive after the reports, so the reports have been processed.
             eventually(&pod.netns, &answers, |said| said.contains(" 0% packet loss"));

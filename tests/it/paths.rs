@@ -131,7 +131,7 @@ fn blocked_tunnel_is_reported_with_both_possible_causes() {
 const DOCUMENTED_RULES: [&str; 3] =
     ["ct state established,related accept", "iif lo accept", "udp dport { 8472, 8473 } accept"];
 
-fn close(host: &NetNs, hook: &str, policy: &str, rules: &[&str]) {
+fn add_filter_chain(host: &NetNs, hook: &str, policy: &str, rules: &[&str]) {
     tool(host, &format!("nft add table inet wall_{hook}"));
     let chain = format!("type filter hook {hook} priority 0 ; policy {policy} ;");
     tool(host, &format!("nft add chain inet wall_{hook} wall {{ {chain} }}"));
@@ -165,7 +165,7 @@ fn pods_of_a_host_with_only_documented_ports_stay_reachable_when_its_agent_ends(
         wait_until("the path is not known", TIMEOUT, || {
             path(&mut cluster.agents[0], "n2").contains("ok")
         });
-        close(&cluster.hosts[1].netns, "input", "drop", &DOCUMENTED_RULES);
+        add_filter_chain(&cluster.hosts[1].netns, "input", "drop", &DOCUMENTED_RULES);
         // The echo is lost, but the datagram to the agent proves the path.
         let mut seen = Instant::now();
         while seen.elapsed() < DETECTION_TIMEOUT {
@@ -203,7 +203,7 @@ fn pods_with_incoming_packets_stay_reachable_when_echoes_are_filtered() {
         wait_until("it is not down", TIMEOUT, || is_down(&cluster.agents[0], "n2"));
         // Neither echoes nor ICMP errors arrive: only packets of its pods prove that the host is alive.
         let only_pods = ["iifname gossamer.1 drop"];
-        close(&cluster.hosts[1].netns, "input", "accept", &only_pods);
+        add_filter_chain(&cluster.hosts[1].netns, "input", "accept", &only_pods);
         assert_stays_reachable(&pods[0].netns, pods[1].ip)?;
         assert!(path(&mut cluster.agents[0], "n2").contains("one-way"));
         // Without power, these packets stop as well.
@@ -222,7 +222,7 @@ fn pods_of_a_host_without_icmp_stay_reachable_when_its_agent_ends() {
         let pods = cluster.pods()?;
         let host = &cluster.hosts[1].netns;
         let rules = ["icmp type echo-reply counter drop", "meta l4proto icmp drop"];
-        close(host, "output", "accept", &rules);
+        add_filter_chain(host, "output", "accept", &rules);
         wait_until("no echoes are lost", DETECTION_TIMEOUT, || {
             let rules = tool(host, "nft list table inet wall_output");
             let count = rules.split("packets ").nth(1).and_then(|rest| rest.split(' ').next());

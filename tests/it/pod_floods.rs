@@ -12,7 +12,9 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{Cluster, TIMEOUT, eventually, freeze, has_problem, isolated, sh, thaw, wait_until},
+    common::{
+        Cluster, TIMEOUT, eventually, has_problem, isolated, resume, sh, suspend, wait_until,
+    },
 };
 
 /// Sets an interface of this thread's namespace down and up, `times` times.
@@ -40,9 +42,9 @@ fn pod_that_flaps_its_interface_does_not_grow_the_agents_memory() {
         let peak = || memory_mib(agent.pid(), "VmHWM:");
         let before = peak();
         // More events than the agent's sockets hold, so it finds them overrun.
-        freeze(agent)?;
+        suspend(agent)?;
         spaces[0].run(|| set_down_and_up(&mut Netlink::open()?, "eth0", 10_000))?;
-        thaw(agent)?;
+        resume(agent)?;
         Runtime::new(agent).add("b");
         let gateway = given["ips"][0]["gateway"].as_str().expect("a gateway");
         eventually(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"), |said| {

@@ -20,7 +20,7 @@ use crate::{
         Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, program, run,
         skipped, status_where, token_of, tool, wait_until,
     },
-    silence_causes::{pair, wait_for_path, wait_for_words},
+    silence_causes::{start_pair, wait_for_path, wait_for_problem},
 };
 
 /// Returns a filter that needs no compiler. The bytecode returns 2 (`TC_ACT_SHOT`) to drop a packet, and
@@ -232,7 +232,7 @@ fn cause_of_drops_at_a_pods_interface_is_reported_until_removed() {
 
 /// What another program attaches to a pod's interface, the warning, and the commands that remove it. The
 /// filter drops packets longer than 1000 bytes.
-const FOREIGN: [(&str, &str, &str); 4] = [
+const FOREIGN_HOOKS: [(&str, &str, &str); 4] = [
     (
         "tc qdisc add dev PORT root pfifo limit 1",
         "the queueing discipline pfifo of PORT may drop",
@@ -282,7 +282,7 @@ fn foreign_qdiscs_and_filters_of_a_pods_port_are_warned_of_except_bandwidth_limi
         for ((port, _), harmless) in pods[1..].iter().zip(HARMLESS) {
             in_place(harmless, port, 60_000);
         }
-        for (begin, words, end) in FOREIGN {
+        for (begin, words, end) in FOREIGN_HOOKS {
             in_place(begin, port, 1_000);
             // Sends what the filters drop.
             run(&spaces[0], &format!("ping -c 1 -W 1 -s 1200 {}", pods[3].1));
@@ -386,7 +386,7 @@ fn answers_to_other_stations_than_the_bridge_are_no_local_loss() {
 #[test]
 fn cause_of_drops_at_the_overlay_device_or_the_underlay_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let drop = filter(&cluster.hosts[1], "1,6 0 0 2,");
         let not_carried =
             "packets to n1 (10.99.0.10) are lost on this host: they are handed to gossamer.1";
@@ -423,7 +423,7 @@ fn cause_of_drops_at_the_overlay_device_or_the_underlay_is_reported() {
         ] {
             sh(&cluster.hosts[1], &begin.iter().map(String::as_str).collect::<Vec<_>>());
             let begun = Instant::now();
-            wait_for_words(&mut cluster.agents[1], &words);
+            wait_for_problem(&mut cluster.agents[1], &words);
             println!("{:>7.1?} {}", begun.elapsed(), begin.join("; "));
             tool(&cluster.hosts[1].netns, &end);
             cluster.agents.iter_mut().for_each(wait_for_path);

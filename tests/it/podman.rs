@@ -27,7 +27,7 @@ use crate::{
 /// The host's file system, below its directory.
 const ROOT: &str = "root";
 /// Creates the file system; it ends with the namespaces.
-const HOST: &str = "mount -t tmpfs tmpfs $DIR/layer; mkdir $DIR/layer/up $DIR/layer/work; \
+const HOST_SETUP: &str = "mount -t tmpfs tmpfs $DIR/layer; mkdir $DIR/layer/up $DIR/layer/work; \
     mount -t overlay overlay -o lowerdir=$LOWER,upperdir=$DIR/layer/up,workdir=$DIR/layer/work $DIR/root; \
     cd $DIR/root; mount -t proc proc proc; mount -t sysfs sysfs sys; \
     mount -t cgroup2 cgroup2 sys/fs/cgroup; mount --rbind /dev dev; \
@@ -45,7 +45,7 @@ const REBOOT: &str = "cd $DIR/root; umount -l -R run tmp; umount -l proc/sys/ker
     cat proc/sys/kernel/random/uuid > $DIR/boot; mount --bind $DIR/boot proc/sys/kernel/random/boot_id";
 
 /// Checks whether the machine allows such mounts.
-const MOUNTS: &str = "cd $LOWER; mount -t tmpfs tmpfs /tmp; mkdir /tmp/up /tmp/work /tmp/root; \
+const MOUNT_CHECK: &str = "cd $LOWER; mount -t tmpfs tmpfs /tmp; mkdir /tmp/up /tmp/work /tmp/root; \
     mount -t overlay overlay -o lowerdir=.,upperdir=/tmp/up,workdir=/tmp/work /tmp/root; \
     cd /tmp/root/sys; mount -t sysfs sysfs .; mount -t cgroup2 cgroup2 /tmp/root/sys/fs/cgroup";
 
@@ -68,7 +68,16 @@ fn podman_directory() -> Result<PathBuf, String> {
     }
     let root = directory.join("root");
     let mut probe = Command::new("unshare");
-    probe.args(["--mount", "--cgroup", "--net", "--propagation", "private", "sh", "-ec", MOUNTS]);
+    probe.args([
+        "--mount",
+        "--cgroup",
+        "--net",
+        "--propagation",
+        "private",
+        "sh",
+        "-ec",
+        MOUNT_CHECK,
+    ]);
     let probe = probe.env("LOWER", &root).output().map_err(|error| format!("unshare: {error}"))?;
     match probe.status.success() {
         true => Ok(root),
@@ -89,7 +98,7 @@ impl Machine {
             fs::create_dir_all(host.dir.join(directory))?;
         }
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--cgroup", "--propagation", "private", "sh", "-ec", HOST]);
+        command.args(["--mount", "--cgroup", "--propagation", "private", "sh", "-ec", HOST_SETUP]);
         command.env("DIR", &host.dir).env("NAME", &host.name).env("LOWER", lower);
         command.env("PROGRAM", program()).stdin(Stdio::null());
         let keeper = host.netns.spawn(&mut command)?;

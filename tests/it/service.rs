@@ -15,7 +15,7 @@ use nix::{
 };
 
 use crate::common::{
-    Cluster, TIMEOUT, freeze, isolated, new_token, program, skipped, thaw, wait_until,
+    Cluster, TIMEOUT, isolated, new_token, program, resume, skipped, suspend, wait_until,
 };
 
 const UNIT: &str = "config/gossamer.service";
@@ -46,10 +46,10 @@ fn systemd_is_notified_of_readiness_status_and_watchdog() {
             received.extend(lines);
         }
         // A hanging event loop sends no watchdog message.
-        freeze(&agent)?;
+        suspend(&agent)?;
         systemd.set_read_timeout(Some(Duration::from_secs(1)))?;
         while receive().is_ok() {}
-        thaw(&agent)?;
+        resume(&agent)?;
         systemd.set_read_timeout(Some(TIMEOUT))?;
         assert!(receive()?.contains(&"WATCHDOG=1".to_owned()));
         agent.end(Signal::SIGTERM)?;

@@ -17,7 +17,7 @@ use crate::common::{
 pub const REPORT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Starts a cluster of two hosts that reach each other.
-pub fn pair(lab: &mut Lab) -> anyhow::Result<Cluster> {
+pub fn start_pair(lab: &mut Lab) -> anyhow::Result<Cluster> {
     let mut cluster = Cluster::start(lab, 2)?;
     cluster.agents.iter_mut().for_each(wait_for_path);
     Ok(cluster)
@@ -31,12 +31,12 @@ pub fn wait_for_path(agent: &mut Agent) {
     });
 }
 
-pub fn all(host: &Host, commands: &[&str]) {
+pub fn run_all(host: &Host, commands: &[&str]) {
     commands.iter().for_each(|command| _ = tool(&host.netns, command));
 }
 
 /// Waits until the agent reports all given texts, and the doctor reports a problem as well.
-pub fn wait_for_words(agent: &mut Agent, words: &[&str]) {
+pub fn wait_for_problem(agent: &mut Agent, words: &[&str]) {
     let what = format!("never named: {words:?}");
     wait_until(&what, REPORT_TIMEOUT, || words.iter().all(|words| has_problem(agent, words)));
     let doctor = String::from_utf8(client(agent, &["doctor"]).stdout).expect("UTF-8");
@@ -52,7 +52,7 @@ pub fn mac_of(host: &Host, interface: &str) -> String {
 }
 
 /// Texts that the second host reports, commands that cause the fault there, and commands that remove it.
-const RULES: [(&[&str], &[&str], &[&str]); 4] = [
+const RULE_FAULTS: [(&[&str], &[&str], &[&str]); 4] = [
     (
         &["the policy of chain inet hard out drops tunnel packets on this host, UDP 8472 to n1 \
              (10.99.0.10): nft insert rule inet hard out udp dport { 8472, 8473 } accept"],
@@ -104,7 +104,7 @@ const RULES: [(&[&str], &[&str], &[&str]); 4] = [
 #[test]
 fn rule_that_drops_or_rewrites_tunnel_packets_is_reported_with_its_chain() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft list tables").status.success() {
             skipped(
@@ -113,16 +113,16 @@ fn rule_that_drops_or_rewrites_tunnel_packets_is_reported_with_its_chain() {
             );
             return Ok(());
         }
-        for (words, fault_commands, repair_commands) in RULES {
-            all(host, fault_commands);
-            wait_for_words(&mut cluster.agents[1], words);
+        for (words, fault_commands, repair_commands) in RULE_FAULTS {
+            run_all(host, fault_commands);
+            wait_for_problem(&mut cluster.agents[1], words);
             if words[0].contains("under the address") {
                 let on_peer = ["of n2 (10.99.0.11) arrive under the address 10.99.0.99"];
-                wait_for_words(&mut cluster.agents[0], &on_peer);
+                wait_for_problem(&mut cluster.agents[0], &on_peer);
             }
             let tables = tool(&host.netns, "nft list tables");
             assert!(words[0].contains("inet") || !tables.is_empty(), "{tables}");
-            all(host, repair_commands);
+            run_all(host, repair_commands);
             cluster.agents.iter_mut().for_each(wait_for_path);
         }
         wait_until("a table of traces is left", TIMEOUT, || {
@@ -136,7 +136,7 @@ fn rule_that_drops_or_rewrites_tunnel_packets_is_reported_with_its_chain() {
 #[test]
 fn banned_peer_is_reported_on_both_hosts_and_the_advice_admits_it() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         if !run(&host.netns, "nft list tables").status.success() {
             skipped(
@@ -145,7 +145,7 @@ fn banned_peer_is_reported_on_both_hosts_and_the_advice_admits_it() {
             );
             return Ok(());
         }
-        all(
+        run_all(
             host,
             &[
                 "nft add table ip ban",
@@ -154,7 +154,7 @@ fn banned_peer_is_reported_on_both_hosts_and_the_advice_admits_it() {
             ],
         );
         let advice = "nft insert rule ip ban in udp dport { 8472, 8473 } accept";
-        wait_for_words(&mut cluster.agents[1], &["a rule of chain ip ban in (handle ", advice]);
+        wait_for_problem(&mut cluster.agents[1], &["a rule of chain ip ban in (handle ", advice]);
         let alone = "no other member answers this host: n2 (10.99.0.11:8473) down; its tunnel packets arrive";
         wait_until("the isolated host does not report it", REPORT_TIMEOUT, || {
             has_problem(&mut cluster.agents[0], alone)
@@ -170,7 +170,7 @@ fn banned_peer_is_reported_on_both_hosts_and_the_advice_admits_it() {
 #[test]
 fn udp_rate_limit_is_reported_with_its_rule_on_the_host_that_has_it() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let [first, second] = &cluster.hosts[..] else { anyhow::bail!("two hosts") };
         if !run(&second.netns, "nft list tables").status.success() {
             skipped(
@@ -179,7 +179,7 @@ fn udp_rate_limit_is_reported_with_its_rule_on_the_host_that_has_it() {
             );
             return Ok(());
         }
-        all(
+        run_all(
             second,
             &[
                 "nft add table inet flood",
@@ -192,7 +192,7 @@ fn udp_rate_limit_is_reported_with_its_rule_on_the_host_that_has_it() {
         ping.args(["-q", "-i", "0.01", &subnet.network().to_string()]).stdout(Stdio::null());
         let mut load = first.netns.spawn(&mut ping)?;
         let words = ["a rule of chain inet flood in (handle ", "UDP 8472 from n1 (10.99.0.10)"];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         let socket = cluster.agents[1].socket().display().to_string();
         let doctor = format!("{} doctor --socket {socket}", program().display());
         let doctor = String::from_utf8(run(&second.netns, &doctor).stdout)?;
@@ -210,10 +210,10 @@ fn udp_rate_limit_is_reported_with_its_rule_on_the_host_that_has_it() {
 #[test]
 fn iptables_legacy_rule_that_drops_tunnel_packets_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         let rule = "OUTPUT -p udp -m udp --dport 8472 -j DROP";
-        if !tool_exists(host)
+        if !has_iptables_legacy(host)
             || !run(&host.netns, &format!("iptables-legacy -A {rule}")).status.success()
         {
             skipped(
@@ -224,21 +224,21 @@ fn iptables_legacy_rule_that_drops_tunnel_packets_is_reported() {
         }
         let named = format!("iptables-legacy has `-A {rule}` in its table filter");
         let fix = "-I OUTPUT -p udp -m multiport --dports 8472,8473 -j ACCEPT";
-        wait_for_words(&mut cluster.agents[1], &["do not leave this host", &named, fix]);
+        wait_for_problem(&mut cluster.agents[1], &["do not leave this host", &named, fix]);
         tool(&host.netns, &format!("iptables-legacy -D {rule}"));
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
     });
 }
 
-fn tool_exists(host: &Host) -> bool {
+fn has_iptables_legacy(host: &Host) -> bool {
     run(&host.netns, "sh -c iptables-legacy-save").status.success()
 }
 
 #[test]
 fn tc_filter_that_drops_tunnel_packets_is_reported_with_its_direction() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         let filter =
             "protocol ip u32 match ip protocol 17 0xff match ip dport 8472 0xffff action drop";
@@ -252,10 +252,10 @@ fn tc_filter_that_drops_tunnel_packets_is_reported_with_its_direction() {
             return Ok(());
         }
         let words = ["do not leave this host", "eth0 has filters on its egress (u32)"];
-        wait_for_words(&mut cluster.agents[1], &words);
-        all(host, &["tc filter del dev eth0 egress", &add("ingress")]);
+        wait_for_problem(&mut cluster.agents[1], &words);
+        run_all(host, &["tc filter del dev eth0 egress", &add("ingress")]);
         let words = ["arrive on eth0, and this host drops them", "filters on its ingress (u32)"];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         tool(&host.netns, "tc qdisc del dev eth0 clsact");
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -265,7 +265,7 @@ fn tc_filter_that_drops_tunnel_packets_is_reported_with_its_direction() {
 #[test]
 fn reverse_path_filter_is_reported_with_the_interface_of_arrival() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let [first, second] = &cluster.hosts[..] else { anyhow::bail!("two hosts") };
         let made = run(&second.netns, "ip link add eth1 link eth0 type macvlan mode bridge");
         if !made.status.success() {
@@ -275,7 +275,7 @@ fn reverse_path_filter_is_reported_with_the_interface_of_arrival() {
             );
             return Ok(());
         }
-        all(second, &["ip addr add 10.99.0.111/16 dev eth1", "ip link set eth1 up"]);
+        run_all(second, &["ip addr add 10.99.0.111/16 dev eth1", "ip link set eth1 up"]);
         for interface in ["all", "eth0", "eth1"] {
             second.netns.sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"), "1")?;
         }
@@ -286,7 +286,7 @@ fn reverse_path_filter_is_reported_with_the_interface_of_arrival() {
             "rp_filter of eth1 drops the packets of n1 (10.99.0.10), which arrive on eth1, not on eth0",
             "sysctl -w net.ipv4.conf.eth1.rp_filter=2",
         ];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         second.netns.sysctl("net/ipv4/conf/eth1/rp_filter", "2")?;
         wait_until("the advice does not help", REPORT_TIMEOUT, || {
             !has_problem(&mut cluster.agents[1], "rp_filter of eth1")
@@ -298,12 +298,12 @@ fn reverse_path_filter_is_reported_with_the_interface_of_arrival() {
 #[test]
 fn duplicate_mac_address_of_two_hosts_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let mac = mac_of(&cluster.hosts[0], "eth0");
         tool(&cluster.hosts[1].netns, &format!("ip link set eth0 address {mac}"));
         tool(&cluster.hosts[0].netns, "ip neigh flush dev eth0");
         let words = format!("have the same MAC address {mac} on eth0");
-        cluster.agents.iter_mut().for_each(|agent| wait_for_words(agent, &[&words]));
+        cluster.agents.iter_mut().for_each(|agent| wait_for_problem(agent, &[&words]));
         Ok(())
     });
 }
@@ -311,7 +311,7 @@ fn duplicate_mac_address_of_two_hosts_is_reported() {
 #[test]
 fn duplicate_ip_address_is_reported_on_its_host_and_on_peers() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let other = lab.host(3, "n3")?;
         tool(&other.netns, "ip addr add 10.99.0.11/16 dev eth0");
         let mac = mac_of(&other, "eth0");
@@ -319,9 +319,9 @@ fn duplicate_ip_address_is_reported_on_its_host_and_on_peers() {
         tool(&cluster.hosts[0].netns, &entry);
         let claimed = format!("a card with MAC {mac} claims it on eth0");
         let words = ["another machine has the address 10.99.0.11 of this host, too", &claimed];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         let words = ["several cards answer for the address of n2 (10.99.0.11) on eth0", &mac];
-        wait_for_words(&mut cluster.agents[0], &words);
+        wait_for_problem(&mut cluster.agents[0], &words);
         Ok(())
     });
 }
@@ -329,9 +329,9 @@ fn duplicate_ip_address_is_reported_on_its_host_and_on_peers() {
 #[test]
 fn gateway_to_an_on_link_peer_and_unresolved_peer_are_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
-        all(
+        run_all(
             host,
             &[
                 "ip route add default via 10.99.0.200 dev eth0 table 200",
@@ -343,13 +343,13 @@ fn gateway_to_an_on_link_peer_and_unresolved_peer_are_reported() {
              is in the network of eth0 itself",
             "table 200 leads them there",
         ];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         tool(&host.netns, "ip rule del pref 200");
         cluster.agents.iter_mut().for_each(wait_for_path);
         lab.set_veth(1, false)?;
         tool(&cluster.hosts[1].netns, "ip neigh flush dev eth0");
         let words = ["no machine on eth0 answers ARP for 10.99.0.10, so packets to n1"];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         lab.set_veth(1, true)?;
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())

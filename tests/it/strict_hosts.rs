@@ -12,19 +12,19 @@ use crate::{
         status_where, tool, wait_until,
     },
     forwarding_far::{all_answer, with_pods},
-    silence_causes::{all, pair, wait_for_path, wait_for_words},
+    silence_causes::{run_all, start_pair, wait_for_path, wait_for_problem},
 };
 
 /// Longer than the detection of losses to pods of other hosts takes.
 const DETECTION_TIME: Duration = Duration::from_secs(45);
 /// The rules that SECURITY.md advises: these ports, between members, and no ICMP.
-const DOCUMENTED: &str = "nft add table inet strict && \
+const DOCUMENTED_RULES: &str = "nft add table inet strict && \
     nft add chain inet strict in { type filter hook input priority 0 ; policy drop ; } && \
     nft add rule inet strict in ct state established,related accept && \
     nft add rule inet strict in iif lo accept && \
     nft add rule inet strict in ip saddr 10.99.0.0/16 udp dport { 8472, 8473 } accept";
 
-fn is_quiet(status: &Value) -> bool {
+fn has_no_problem_or_warning(status: &Value) -> bool {
     status["problems"] == serde_json::json!([]) && status["warnings"] == serde_json::json!([])
 }
 
@@ -46,10 +46,11 @@ fn host_open_for_members_only_is_no_problem_once_its_pods_answer() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED));
+        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED_RULES));
         for agent in &mut cluster.agents {
-            let settled =
-                |status: &Value| status["paths"][0]["pods_answer"] == true && is_quiet(status);
+            let settled = |status: &Value| {
+                status["paths"][0]["pods_answer"] == true && has_no_problem_or_warning(status)
+            };
             status_where(agent, settled);
         }
         assert_holds(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))?;
@@ -67,8 +68,8 @@ fn host_open_for_members_only_is_no_problem_once_its_pods_answer() {
 #[test]
 fn host_open_for_members_only_without_pods_is_a_warning() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
-        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED));
+        let mut cluster = start_pair(lab)?;
+        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED_RULES));
         for (agent, other) in cluster.agents.iter_mut().zip(["n2", "n1"]) {
             let words = format!("the firewall of {other} drops ICMP and UDP 8473");
             wait_until(&words, TIMEOUT, || has_warning(agent, &words));
@@ -96,7 +97,7 @@ fn rules_against_traceroute_and_against_resets_are_no_problem() {
 }
 
 /// As OpenWrt's firewall writes it, with all chains in one table.
-const ROUTER: &str = "nft add table inet fw4 && \
+const OPENWRT_RULES: &str = "nft add table inet fw4 && \
     nft add chain inet fw4 forward { type filter hook forward priority 0 ; policy drop ; } && \
     nft add chain inet fw4 srcnat { type nat hook postrouting priority srcnat ; } && \
     nft add chain inet fw4 handle_reject && \
@@ -114,7 +115,7 @@ fn nat_chain_is_not_blamed_for_rejects_of_another_chain_of_its_table() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        sh(&cluster.hosts[1].netns, ROUTER);
+        sh(&cluster.hosts[1].netns, OPENWRT_RULES);
         let words = "chain inet fw4 forward (hook forward)";
         wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[1], words));
         assert!(!has_problem(&mut cluster.agents[1], "srcnat"), "{}", cluster.agents[1].log());
@@ -161,17 +162,17 @@ fn queue_rule_without_a_program_is_reported() {
 #[test]
 fn main_table_route_to_a_peer_is_reported_and_the_advice_works() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let by_object =
             ["ip nexthop add id 7 via 10.99.0.200 dev eth0", "ip route add 10.99.0.11/32 nhid 7"];
         let plain = ["ip route add 10.99.0.11/32 via 10.99.0.200 dev eth0"];
         for plant in [&by_object[..], &plain[..]] {
-            all(&cluster.hosts[0], plant);
+            run_all(&cluster.hosts[0], plant);
             let words = [
                 "the route 10.99.0.11/32 via 10.99.0.200 dev eth0 of table main leads them there",
                 "(ip route del 10.99.0.11/32)",
             ];
-            wait_for_words(&mut cluster.agents[0], &words);
+            wait_for_problem(&mut cluster.agents[0], &words);
             tool(&cluster.hosts[0].netns, "ip route del 10.99.0.11/32");
             cluster.agents.iter_mut().for_each(wait_for_path);
         }
@@ -182,7 +183,7 @@ fn main_table_route_to_a_peer_is_reported_and_the_advice_works() {
 #[test]
 fn bridged_underlay_interface_is_reported_with_the_bridge_to_select() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         cluster.restart(0, &["--iface", "eth0"])?;
         wait_for_path(&mut cluster.agents[0]);
         sh(
@@ -202,7 +203,7 @@ fn bridged_underlay_interface_is_reported_with_the_bridge_to_select() {
 #[test]
 fn changed_ttl_or_tos_of_the_vxlan_device_is_repaired() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         for change in ["ttl 1", "tos 0x10", "df set"] {
             let host = &cluster.hosts[0].netns;
             tool(host, &format!("ip link set gossamer.1 type vxlan id 1 {change}"));

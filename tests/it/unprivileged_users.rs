@@ -23,7 +23,7 @@ use crate::{
 const USER: &str = "setpriv --reuid 1234 --regid 1234 --clear-groups";
 
 /// Returns whether a user, or root, can send the content of a file as one datagram.
-fn sends(netns: &NetNs, as_whom: &str, file: &str, to: &str, port: u16) -> bool {
+fn try_send(netns: &NetNs, as_whom: &str, file: &str, to: &str, port: u16) -> bool {
     let script = format!("/bin/cat<{file}>/dev/udp/{to}/{port}");
     run(netns, &format!("{as_whom} bash -c {script}")).status.success()
 }
@@ -97,12 +97,12 @@ fn unprivileged_user_cannot_spoof_a_pod_and_reaches_pods() {
         let link = tool(&cluster.hosts[1].netns, "ip -br link show gossamer.1");
         let mac = link.split_whitespace().nth(2).expect("a MAC");
         let victim = pods[1].ip.octets();
-        let file = readable(&forged_packet(mac, victim))?;
+        let file = readable_file(&forged_packet(mac, victim))?;
         let path = file.path().display().to_string();
         let peer = cluster.hosts[1].ip.to_string();
 
         // Root can send it in any case, which proves that the forged packet works.
-        assert!(sends(host, "env", &path, &peer, 8472));
+        assert!(try_send(host, "env", &path, &peer, 8472));
         wait_until("the forged packet does not arrive from root", TIMEOUT, || {
             echoes(&pods[1].netns) == 1
         });
@@ -115,12 +115,12 @@ fn unprivileged_user_cannot_spoof_a_pod_and_reaches_pods() {
                 assert_eq!(way.contains("src 127.0.0.1"), is_back, "{way}");
             }
         }
-        sends(host, USER, &path, &peer, 8472);
+        try_send(host, USER, &path, &peer, 8472);
         status_where(&mut cluster.agents[0], |status| {
             status["kernel"]["non_members_dropped"].as_u64() == Some(1)
         });
-        assert!(sends(host, USER, &path, &peer, 8474));
-        assert!(sends(host, USER, &path, &pods[1].ip.to_string(), 9));
+        assert!(try_send(host, USER, &path, &peer, 8474));
+        assert!(try_send(host, USER, &path, &pods[1].ip.to_string(), 9));
         assert!(run(host, &format!("{USER} ping -c 1 -W 2 {}", pods[1].ip)).status.success());
         assert_eq!(echoes(&pods[1].netns), 2);
 
@@ -160,7 +160,7 @@ fn unprivileged_user_cannot_spoof_a_pod_and_reaches_pods() {
 }
 
 /// Returns a file with these bytes that users may read and send.
-fn readable(bytes: &[u8]) -> io::Result<tempfile::NamedTempFile> {
+fn readable_file(bytes: &[u8]) -> io::Result<tempfile::NamedTempFile> {
     let mut file = tempfile::Builder::new().tempfile()?;
     file.write_all(bytes)?;
     fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
@@ -201,10 +201,10 @@ fn packets_of_users_keep_the_class_set_by_foreign_rules() {
         tool(&other, "ip link set eth0 up");
         eventually(host, "bridge link show dev port9", |text| text.contains("state forwarding"));
         eventually(host, "nft list table inet gossamer.1", |text| text.contains("chain users"));
-        let file = readable(b"x")?;
+        let file = readable_file(b"x")?;
         let path = file.path().display().to_string();
         for port in [9, 7] {
-            assert!(sends(host, USER, &path, "10.9.0.2", port));
+            assert!(try_send(host, USER, &path, "10.9.0.2", port));
         }
         let seen = tool(host, "nft list table bridge seen");
         assert_eq!(seen.matches("counter packets 1 ").count(), 2, "{seen}");

@@ -100,7 +100,7 @@ fn network_manager(world: &mut World) -> anyhow::Result<()> {
         nmcli device; exit 1";
     restart_and_watch(&mut pair, "NetworkManager started", script)?;
     restart_and_watch(&mut pair, "NetworkManager restarted", "systemctl restart NetworkManager")?;
-    // To NetworkManager, a new pod's interface looks like a newly connected cable.
+    // To NetworkManager, a new pod's interface looks like a newly connected device.
     pair.pods[1] = add_pod(&mut pair.hosts[1], "late")?;
     let restart = "systemctl restart NetworkManager";
     restart_and_watch(&mut pair, "a pod that is added to NetworkManager's host", restart)?;

@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use crate::machine::{Machine, SOON};
 
-/// Creates hosts 1 to `count`, with addresses from 10.77.0.11 on and the identities that they need after
-/// a boot. Their state is on disk, everything else in memory.
+/// Creates hosts 1 to `count` with addresses from 10.77.0.11 on. Each boot needs this again: namespaces and
+/// interfaces are in memory, only the agents' states are on disk.
 pub fn add_hosts(machine: &mut Machine, count: u8) -> anyhow::Result<()> {
     machine
         .ok(&format!(

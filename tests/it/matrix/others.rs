@@ -23,13 +23,13 @@ use super::{STOP_TIMEOUT, Scene, Tracer};
 use crate::{
     cni::Runtime,
     common::{
-        TIMEOUT, eventually, freeze, has_problem, isolated, program, skipped, thaw, tool,
+        TIMEOUT, eventually, has_problem, isolated, program, resume, skipped, suspend, tool,
         wait_until,
     },
 };
 
 /// Makes each request of the kernel thread fail with this error.
-fn busy(agent: &Agent, error: &str) -> anyhow::Result<Tracer> {
+fn fail_kernel_requests(agent: &Agent, error: &str) -> anyhow::Result<Tracer> {
     let thread = thread_of(agent, "kernel");
     Tracer::start(&["-p", &thread.to_string()], "sendto", error)
 }
@@ -68,7 +68,7 @@ fn busy_kernel_in_each_phase_delays_only_repairs() {
         let mut scene = Scene::new(lab, |_| Ok(()))?;
         for error in ["EBUSY", "ENOBUFS"] {
             // While it runs: a stray route of gossamer's is to be removed.
-            let tracer = busy(&scene.cluster.agents[0], error)?;
+            let tracer = fail_kernel_requests(&scene.cluster.agents[0], error)?;
             let netns = &scene.cluster.hosts[0].netns;
             tool(netns, "ip route add unreachable 10.42.77.0/24 proto 73 metric 5");
             scene.wait_reported("netlink");
@@ -78,7 +78,7 @@ fn busy_kernel_in_each_phase_delays_only_repairs() {
             eventually(netns, "ip route show 10.42.77.0/24", str::is_empty);
             scene.recovers()?;
             // While it stops.
-            let tracer = busy(&scene.cluster.agents[0], error)?;
+            let tracer = fail_kernel_requests(&scene.cluster.agents[0], error)?;
             scene.ends()?;
             drop(tracer);
             // When it starts.
@@ -116,7 +116,7 @@ fn silent_peer_in_each_phase_delays_only_requests_to_it() {
     isolated(|lab| {
         let mut scene = Scene::new(lab, |_| Ok(()))?;
         let host = lab.host(3, "n3")?;
-        freeze(&scene.cluster.agents[1])?;
+        suspend(&scene.cluster.agents[1])?;
         // A joiner that knows only the silent peer.
         let seed = scene.cluster.hosts[1].ip.to_string();
         let token = scene.cluster.token.clone();
@@ -134,7 +134,7 @@ fn silent_peer_in_each_phase_delays_only_requests_to_it() {
         scene.starts()?;
         scene.cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         scene.assert_pods_connected("while the agent starts")?;
-        thaw(&scene.cluster.agents[1])?;
+        resume(&scene.cluster.agents[1])?;
         joiner.wait_converged(3, TIMEOUT)?;
         scene.cluster.converge_with(&mut joiner, 3)?;
         scene.assert_pods_connected("after the fault")
