@@ -1,4 +1,4 @@
-//! What is known of the way to each peer, in the status; what is wrong with it, and what helps, as sentences.
+//! The path to each peer in the status: its measurements, and problems with their remedies.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,10 +17,12 @@ use crate::{
     model::{NodeId, PathState},
 };
 
-/// No IPv4 path carries less (RFC 791 asks of hosts to take 576 bytes): a smaller MTU is no route's.
+/// Smallest MTU, in bytes, that is set on a route: no IPv4 path carries less (RFC 791 requires hosts to
+/// accept 576 bytes).
 const ROUTE_MTU_MIN: u32 = 576;
 
 impl Agent {
+    /// Returns the status of the path to each peer.
     pub(super) fn path_statuses(&self) -> Vec<PathStatus> {
         let status =
             |(node, state, round_trip): (NodeId, PathState, Option<Duration>)| PathStatus {
@@ -36,8 +38,9 @@ impl Agent {
         self.path_states().map(status).collect()
     }
 
-    /// Keeps packets to a peer to what its path carries: the kernel then says so to pods that send larger
-    /// ones (RFC 1191), where otherwise those are lost or fragmented in silence.
+    /// Lowers the MTU of the route to a peer to what its path carries. The kernel then reports larger
+    /// packets to the sending pods (RFC 1191); otherwise they would be lost or fragmented without
+    /// notice.
     pub(super) fn follow_path_mtus(&mut self) {
         let Some(view) = &self.kernel.wanted else { return };
         let device = self.underlay.tunnel_mtu;
@@ -46,7 +49,7 @@ impl Agent {
             let probed = self.prober.paths.narrower_by(*node);
             let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
             let host = peer.vtep.underlay;
-            // What a route of this host says needs no trial.
+            // An MTU set by a route of this host needs no probe.
             let by_route = self.kernel.routing.path_mtus.get(&host).filter(|path| !path.learned);
             let by_route = by_route.map(|path| path.mtu);
             let told = by_route.or_else(|| self.prober.reports.believed(host));
@@ -78,14 +81,15 @@ impl Agent {
         self.program();
     }
 
-    /// The way to each peer with a subnet, and how long the last answer took.
+    /// Returns the state of the path to each peer with a subnet, and the round-trip time of the last
+    /// answer.
     pub(super) fn path_states(
         &self,
     ) -> impl Iterator<Item = (NodeId, PathState, Option<Duration>)> + '_ {
         self.prober.paths.states(self.clock.now())
     }
 
-    /// What a translator between the two hosts does to the peer's address, if the agent's packets show one.
+    /// Describes an address translator between the two hosts if the agent's packets show one.
     fn translation(&self, node: NodeId, there: IpAddr) -> String {
         let seen = self.transport.remote(node).map(|remote| remote.ip().to_canonical());
         match seen.filter(|seen| *seen != there && seen.is_ipv4() == there.is_ipv4()) {
@@ -97,19 +101,19 @@ impl Agent {
         }
     }
 
-    /// Why nothing reaches a silent peer: this host sends its tunnel packets elsewhere.
+    /// Returns the problem that this host sends the tunnel packets to a silent peer elsewhere.
     fn detour_problem(&self, name: &str, here: IpAddr, there: IpAddr, port: u16) -> Option<String> {
         let detour = self.kernel.routing.detours.get(&there)?;
         Some(detour.sentence(name, [here, there], port, &self.underlay.name))
     }
 
-    /// Whether nothing that is asked of a peer is answered.
+    /// Returns whether no probe of a peer is answered.
     pub(super) const fn is_lost(&self, state: PathState) -> bool {
         let is_dead = matches!(state, PathState::Dead | PathState::Withdrawn);
         is_dead || matches!(state, PathState::Unanswered | PathState::OneWay)
     }
 
-    /// What is wrong, and what helps.
+    /// Returns the problem of a path, with its remedy.
     pub(super) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
         match self.path_words(node, state)? {
             Words::Problem(problem) => Some(problem),
@@ -117,7 +121,7 @@ impl Agent {
         }
     }
 
-    /// What may be wrong, and may as well harm no pod.
+    /// Returns what may be wrong without affecting any pod.
     pub(super) fn path_warnings(&self) -> impl Iterator<Item = String> + '_ {
         self.path_states().filter_map(|(node, state, _)| match self.path_words(node, state)? {
             Words::Problem(_) => None,
@@ -125,14 +129,16 @@ impl Agent {
         })
     }
 
-    /// Whether packets of pods get to a peer and back, though what is asked of its host is not answered.
+    /// Returns whether packets of pods reach a peer and return, although probes of its host are not
+    /// answered.
     pub(super) fn is_passed_by_pods(&self, node: NodeId, state: PathState) -> bool {
         matches!(state, PathState::Unanswered | PathState::OneWay)
             && self.kernel.far.answering.contains(&node)
     }
 
-    /// That nothing is answered, and no cause was found. Where packets of the peer arrive, its firewall may
-    /// drop the questions alone; then it is a problem only if packets of pods are known to be lost as well.
+    /// Returns the text for a path without answers and without a known cause. If packets of the peer
+    /// arrive, its firewall may drop only the probes, so it is a problem only if packets of pods are
+    /// known to be lost as well.
     fn unanswered(&self, node: NodeId, state: PathState, words: String) -> Option<Words> {
         let is_proven = self.kernel.far.closed.iter().any(|way| way.node == node);
         Some(match state {
@@ -152,7 +158,7 @@ impl Agent {
         let gossip = self.node.address_of(node)?.port();
         let (_, subnets) = peer.leases.first()?;
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
-        // Without a network there is no way to any peer: one cause, told once.
+        // Without an underlay, no peer is reachable: the cause is reported once.
         let is_silent = (self.is_lost(state) || !self.prober.paths.is_alive(node))
             && self.kernel.underlay_problem.is_none();
         if is_silent && let Some(problem) = self.moved_problem() {
@@ -165,7 +171,7 @@ impl Agent {
             return certain(false_report(name, there, told, self.underlay.carried));
         }
         let is_partly = state == PathState::PartlyLost;
-        // This host drops packets of new flows, whichever peer they go to.
+        // This host drops packets of new flows to every peer, which is reported elsewhere.
         if (lost || is_partly) && self.kernel.host.is_table_full {
             return None;
         }
@@ -178,19 +184,20 @@ impl Agent {
         if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_mute) {
             return certain(mute_problem(name, there, sign, [port, gossip]));
         }
-        // What goes on there, gossip says already.
+        // Gossip has already reported that the peer is down.
         if lost && !self.prober.paths.is_alive(node) {
             return None;
         }
-        // It never left, or its answer was lost here: that is told by its cause.
+        // The probe left by another interface, or its answer was lost on this host; that is reported by
+        // its cause.
         if lost && subnets.iter().any(|subnet| self.kernel.routing.diverted.contains(&subnet)) {
             return None;
         }
-        // Answers that come without a tunnel may be this host's own packets that a route turns round.
+        // Answers without a tunnel may be this host's own packets that a route returned.
         if state == PathState::Asymmetric && !self.kernel.routing.problems.is_empty() {
             return None;
         }
-        // An answer that came would be dropped by rules of this host, which are told by what they do to pods.
+        // Rules of this host would drop an answer; they are reported by their effect on pods.
         let ipv4 = subnets.first.addr().is_ipv4();
         if lost && self.kernel.forwarding.drops_incoming[usize::from(!ipv4)] {
             return None;
@@ -228,11 +235,11 @@ impl Agent {
                     view.own.subnets.first.network()
                 ));
             }
-            // Whoever is spoken to directly may answer as it likes.
+            // With direct routing, both packets with and without a tunnel are valid answers.
             Way::Direct { .. } if state == PathState::Asymmetric => return None,
             _ => {}
         }
-        // Filters of both ends count as well as the network's, and so do those that drop the answers.
+        // Filters of both hosts and of the network may drop probes or answers.
         let walls = match found.is_some_and(|found| found.leaves) {
             true => format!(
                 " (tunnel packets to it leave this host, so by the network, or by {name}: gossamer status \
@@ -249,17 +256,17 @@ impl Agent {
         let translated = self.translation(node, there);
         match state {
             PathState::Unanswered => self.unanswered(node, state, format!(
-                "nothing that is asked of {name} through the tunnel is answered, though its agent lives: \
+                "no probe of {name} through the tunnel is answered, though its agent is alive: \
                  either UDP {port} is closed on the way between {here} and {there}{walls}, or the firewall \
                  of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
             )),
             PathState::OneWay => self.unanswered(node, state, format!(
-                "nothing that is asked of {name} through the tunnel is answered, though its packets arrive: \
+                "no probe of {name} through the tunnel is answered, though its packets arrive: \
                  either UDP {port} is closed on the way from {here} to {there}{walls}, or the firewall of \
                  {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
             )),
             PathState::Asymmetric => certain(format!(
-                "packets to {name} go through the tunnel, and its answers come without: another route or \
+                "packets to {name} go through the tunnel, and its answers arrive without one: another route or \
                  another mode leads it here (there: ip route get {}); rp_filter and firewalls may drop that",
                 view.own.subnets.first.network()
             )),
@@ -285,7 +292,7 @@ impl Agent {
                 };
                 let lowered = match self.kernel.narrow.get(&node) {
                     Some(mtu) => format!(
-                        "; the MTU of its route is lowered to {mtu}, which pods that hear ICMP follow"
+                        "; the MTU of its route is lowered to {mtu}, which pods that receive ICMP errors follow"
                     ),
                     None => String::new(),
                 };
@@ -299,10 +306,11 @@ impl Agent {
     }
 }
 
-/// What is said of the way to a peer.
+/// The text about a path.
 enum Words {
+    /// A problem of pods.
     Problem(String),
-    /// It may harm no pod.
+    /// Something that may affect no pod.
     Warning(String),
 }
 
@@ -311,7 +319,7 @@ fn certain(words: String) -> Option<Words> {
     Some(Words::Problem(words))
 }
 
-/// That a machine with a peer's address was seen, though neither its agent nor its kernel answers.
+/// Describes a peer whose agent and kernel do not answer, although a machine with its address was seen.
 fn mute_problem(name: &str, there: IpAddr, sign: Sign, [port, gossip]: [u16; 2]) -> String {
     format!(
         "neither the agent of {name} ({there}) nor its tunnel answers, though a machine has that address: \
@@ -321,7 +329,7 @@ fn mute_problem(name: &str, there: IpAddr, sign: Sign, [port, gossip]: [u16; 2])
     )
 }
 
-/// A report that packets to a peer are too large, which comes again and again and is false.
+/// Describes a wrong path MTU report that keeps coming back.
 fn false_report(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
     let (family, icmp) = match there {
         IpAddr::V4(_) => ("ip", "ICMP type 3 code 4"),
@@ -334,17 +342,17 @@ fn false_report(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
     )
 }
 
-/// That packets to a peer go one way and its own come another, and nothing is answered.
+/// Describes packets that take different ways in both directions, without any answer.
 fn mixed_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
     let (go, come) = match is_direct {
         true => ("without a tunnel", "through one"),
         false => ("through the tunnel", "without one"),
     };
     format!(
-        "packets to {name} go {go}, its own come {come}, and nothing that is asked of it is answered: either \
+        "packets to {name} go {go}, its own come {come}, and no probe of it is answered: either \
          the two hosts have different modes, or a route of another program leads one of them (there: ip \
          route get {own}), and on one of the two a rule about the reverse path (rpfilter, fib) or rp_filter \
-         drops what comes by the other way: set the same mode on all nodes; a host that drops packets names \
+         drops packets that arrive by the other way: set the same mode on all nodes; a host that drops packets names \
          the rule (there: gossamer status)"
     )
 }

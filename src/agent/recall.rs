@@ -1,4 +1,4 @@
-//! What a node knows when it starts, whatever has become of its disk.
+//! Loads a node's memory from its state directory, even if its disk lost parts of it.
 
 use std::{
     collections::BTreeMap,
@@ -24,33 +24,35 @@ use crate::{
     worker::Thread,
 };
 
-/// A state directory that could not be read is read again after this.
+/// Time after which an unreadable state directory is read again.
 const RETRY: Duration = Duration::from_secs(1);
-/// No node writes as many batches; a copy that says so does not keep the count from rising.
+/// Upper limit of a batch count read from the copy. No node writes this many batches, and the limit
+/// leaves the counter room to grow if the copy contains a false number.
 const MAX_BATCHES: u64 = 1 << 48;
-/// What takes longer is said in the status.
+/// Reads that take longer are reported in the status.
 const USUAL: Duration = Duration::from_secs(2);
 
-/// What a node finds in its state directory.
+/// The content of a node's state directory.
 pub(super) struct Memory {
     pub(super) state: Arc<StateDir>,
     pub(super) key: NodeKey,
-    /// The node has started for the first time.
+    /// Whether the node starts for the first time.
     pub(super) is_fresh: bool,
     pub(super) saved: Option<Token>,
     pub(super) keyring: Option<Keyring>,
-    /// The address of this host and the MTU of its overlay, as they last were.
+    /// The last known underlay address of this host and MTU of the overlay in bytes.
     pub(super) underlay: Option<(IpAddr, u32)>,
     pub(super) is_same_boot: bool,
     pub(super) recalled: Recalled,
 }
 
-/// Reads the state directory, and waits for it while the system does not let a known node read or write it:
-/// none if a signal ends the agent first. A thread reads, so a disk that hangs keeps neither questions nor
-/// signals waiting.
+/// Reads the state directory. For a known node it waits while the system cannot read or write the
+/// directory. Returns `None` if a signal ends the agent first. A separate thread reads, so a hanging
+/// disk blocks neither requests nor signals.
 ///
 /// # Errors
-/// The directory cannot be this node's, or has what this program cannot use, or is of a new node and fails.
+/// Fails if the directory cannot belong to this node, has content that this program cannot use, or
+/// belongs to a new node and cannot be read or written.
 pub(super) async fn memory(
     config: &Config,
     waiting: &mut Waiting<'_>,
@@ -60,7 +62,7 @@ pub(super) async fn memory(
     loop {
         let (reply, answer) = oneshot::channel();
         let of_thread = config.clone();
-        // Not waited for: a disk that hangs would keep the agent.
+        // Not joined: a hanging disk would block the agent.
         let _thread = Thread::start("recall", move || _ = reply.send(read(&of_thread)))?;
         let mut answer = std::pin::pin!(answer);
         let read = loop {
@@ -68,13 +70,13 @@ pub(super) async fn memory(
             match turn {
                 None => return Ok(None),
                 Some(Ok(answer)) => break answer,
-                // In the same words each time: the log has it once.
+                // The text is the same each time, so it is logged once.
                 Some(Err(_)) => waiting.say(format!(
                     "waiting for the state directory: {path} does not answer: look at its disk (dmesg)"
                 )),
             }
         };
-        // A thread that panicked has logged it.
+        // The thread has logged its panic.
         let read = read.map_err(|_| StoreError::Database("it could not be read".to_owned()))?;
         match read {
             Err(StartFailure::Store(error)) if may_pass(config, &error) => {
@@ -93,8 +95,8 @@ pub(super) async fn memory(
     }
 }
 
-/// Whether a failure is of the disk or of this host's resources, and the state directory of a node that is
-/// known: its pods are there, and it goes on once the disk does.
+/// Returns whether the failure comes from the disk or this host's resources and the state directory
+/// belongs to a known node. The pods of such a node exist, and it continues as soon as the disk works.
 fn may_pass(config: &Config, error: &StoreError) -> bool {
     let StoreError::Directory { error, .. } = error else { return false };
     let is_of_disk = matches!(
@@ -146,17 +148,19 @@ fn read_node(
     Ok(Memory { state, key, is_fresh, saved, keyring, underlay, is_same_boot, recalled })
 }
 
-/// What a node begins with.
+/// The records that a node starts with.
 pub(super) struct Recalled {
+    /// The open database.
     pub(super) database: Database,
+    /// The records of the database, completed from the second copy.
     pub(super) records: Vec<(Key, Record)>,
-    /// The database is another one than that of the last run.
+    /// Whether the database is not the one of the last run.
     pub(super) is_new: bool,
 }
 
-/// Opens the database. One that was damaged, or is another node's, is moved aside: the other members know
-/// most of what was in it. A node that knows none of them takes the second copy of what makes a node. So does
-/// a node whose database has lost its last changes, for these.
+/// Opens the database. A database that is damaged or belongs to another node is moved aside: the other
+/// members have most of its records. A node that knows no other member uses the second copy of its
+/// essential records instead. If the database lost its last changes, the second copy completes it.
 fn recall(
     state: &StateDir,
     me: NodeId,
@@ -168,7 +172,7 @@ fn recall(
     let counted = database.batches();
     let mut is_new = quarantined.is_some();
     if let Some((aside, why)) = quarantined {
-        tracing::error!(%why, moved_to = %aside.display(), "the database is moved aside");
+        tracing::error!(%why, moved_to = %aside.display(), "database moved aside");
     }
     let has_cluster = |records: &[(Key, Record)]| {
         records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)))
@@ -185,13 +189,13 @@ fn recall(
                 tracing::error!(
                     batches,
                     counted,
-                    "the database has lost its last changes: this node goes on with the second copy of them"
+                    "database lost its last changes, completing it from the second copy"
                 );
                 complete(&database, &mut records, copy);
                 is_new = true;
             }
             Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "the second copy of the records cannot be read"),
+            Err(error) => tracing::warn!(%error, "second copy of the records unreadable"),
         }
         return Ok(Recalled { database, records, is_new });
     };
@@ -209,27 +213,24 @@ fn recall(
         let is_of_cluster =
             |record: &Record| matches!(record, Record::Cluster(known) if known.id == cluster);
         if copy.iter().any(|(_, record)| is_of_cluster(record)) {
-            tracing::warn!(
-                records = copy.len(),
-                "this node goes on with the second copy of its records"
-            );
+            tracing::warn!(records = copy.len(), "using the second copy of the records");
             records = copy;
         }
     }
     Ok(Recalled { database, records, is_new })
 }
 
-/// Adds to a database and to its records what the copy has of changes that were lost.
+/// Adds to the database and to `records` the lost changes that the copy contains.
 fn complete(database: &Database, records: &mut Vec<(Key, Record)>, copy: Vec<(Key, Record)>) {
-    // A pod that the copy lacks was disconnected. Slots and members merge.
+    // A pod that the copy lacks was disconnected. Slots and members are merged.
     let is_pod = |(key, _): &mut (Key, Record)| matches!(key, Key::Pod(_));
     let pods = records.extract_if(.., is_pod).map(|(key, _)| (key, Vec::new()));
     let mut missed: BTreeMap<Key, Vec<u8>> = pods.collect();
-    // The database has the slots of others beside this node's own.
+    // The database also has slots of other nodes, so the copy's slots do not replace its slots.
     let is_whole = |(key, _): &&(Key, Record)| !matches!(key, Key::Slots(_));
     missed.extend(copy.iter().filter(is_whole).map(|(key, record)| (*key, record.encode())));
     if let Err(error) = database.write(&missed) {
-        tracing::warn!(%error, "the lost changes are not in the database yet");
+        tracing::warn!(%error, "lost changes not yet written to the database");
     }
     records.extend(copy);
 }

@@ -1,33 +1,33 @@
-//! Packets of gossip that this host has taken in and the agent has not read in time.
+//! Gossip packets that this host received but the agent did not read in time.
 
 use std::time::{Duration, Instant};
 
 use super::recent::Recent;
 use crate::transport::ReceiveBuffer;
 
-/// Between two looks.
+/// Time between two readings of the drop counter.
 const LOOK: Duration = Duration::from_secs(10);
-/// Packets between two looks that are no problem: a burst on a busy host.
+/// Drops between two readings that are not a problem: a burst on a busy host.
 const USUAL: u64 = 100;
-/// So many looks after the last loss it is told.
+/// Number of readings for which a loss stays reported.
 const HOLD: u32 = 6;
 
-/// What was seen of the socket's buffer over some looks.
+/// The state of the gossip socket's drop counter over several readings.
 #[derive(Debug, Default)]
 pub(super) struct Unread {
     looked: Option<Instant>,
     dropped: u64,
-    /// Packets that were lost, where they were many.
+    /// Recent losses above [`TOLERATED_DROPS`].
     recent: Recent,
 }
 
 impl Unread {
-    /// Packets lost since the start.
+    /// Returns the number of packets dropped since the start.
     pub(super) const fn dropped(&self) -> u64 {
         self.dropped
     }
 
-    /// Looks at the socket, if it is time to.
+    /// Reads the socket's drop counter if [`RECHECK_INTERVAL`] has passed.
     pub(super) fn look(&mut self, now: Instant, buffer: ReceiveBuffer) {
         if self.looked.is_none_or(|at| now.duration_since(at) >= LOOK) {
             self.looked = Some(now);
@@ -41,7 +41,8 @@ impl Unread {
         self.recent.note((new > USUAL).then_some(new), HOLD);
     }
 
-    /// As a sentence with what helps.
+    /// Returns the problem with its remedy. `capped` is the buffer size in bytes if `net.core.rmem_max`
+    /// limited it.
     pub(super) fn problem(&self, port: u16, capped: Option<usize>) -> Option<String> {
         let count = self.recent.lost()?;
         let (seconds, wanted) = (LOOK.as_secs(), ReceiveBuffer::wanted());

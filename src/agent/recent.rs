@@ -1,15 +1,15 @@
-//! Losses that a counter of the kernel showed of late.
+//! Recent losses that a kernel counter reported.
 
-/// A loss that is told for some looks after it was seen.
+/// The last loss that a kernel counter reported, held for a number of readings.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
-    /// How much was lost when last something was, and the looks since.
+    /// The amount of the last loss, and the number of readings since.
     last: Option<(u64, u32)>,
 }
 
 impl Recent {
-    /// Takes note of a look, and of what was lost since the one before, if that counts. Forgets what was seen
-    /// more than `hold` looks ago.
+    /// Records one reading: the loss since the previous reading, or `None` if there was no relevant
+    /// loss. Drops a loss that is more than `hold` readings old.
     pub(super) fn note(&mut self, lost: Option<u64>, hold: u32) {
         self.last = match (lost, self.last) {
             (Some(lost), _) => Some((lost, 0)),
@@ -18,7 +18,7 @@ impl Recent {
         };
     }
 
-    /// The loss that is told now.
+    /// Returns the loss that is currently reported.
     pub(super) fn lost(&self) -> Option<u64> {
         self.last.map(|(lost, _)| lost)
     }

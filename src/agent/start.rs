@@ -1,5 +1,5 @@
-//! From a configuration to a running agent, in an order that leaves nothing half done: what can be
-//! refused is checked before anything is written, and what is written first is removed on refusal.
+//! Startup, from the configuration to a running agent. Everything that may be refused is checked before
+//! anything is written; what is written earlier is removed on refusal.
 
 use std::{
     io,
@@ -36,60 +36,82 @@ use crate::{
     wire::{Key, Keyring, Record, Secret, Token, TokenError},
 };
 
+/// Length of a new secret in bytes.
 const SECRET_LEN: usize = 32;
 
-/// Why an agent did not start. Each is one sentence with the cause and the fix.
+/// The reason why an agent did not start: one sentence with the cause and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum StartFailure {
+    /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The state directory or the database cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// No interface can carry tunnels.
     #[error(transparent)]
     Underlay(#[from] underlay::UnderlayError),
+    /// A kernel request failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The gossip port cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The core refused the configuration or the records.
     #[error(transparent)]
     Node(#[from] StartError),
+    /// The TLS credentials cannot be made.
     #[error(transparent)]
     Credentials(#[from] CredentialError),
+    /// The token or secret is invalid.
     #[error(transparent)]
     Secret(#[from] TokenError),
+    /// The node is to join a cluster without a token.
     #[error("join: a token is needed: pass --token-file with the output of `gossamer token`")]
     NoToken,
+    /// A cluster is to be created with the token of an existing one.
     #[error(
         "init: the token is of cluster {0}, which exists: enter it with --join, \
          or use a token made by `gossamer token --new`"
     )]
     TokenOfACluster(ClusterId),
+    /// The database of a member is lost, and no seed is known.
     #[error(
         "state_dir: this host is in cluster {0}, but its database is lost and no other member is known: \
          name one with --join, or remove the state directory to restart"
     )]
     LostDatabase(ClusterId),
+    /// The listening address does not receive packets to the underlay address.
     #[error(
         "listen: {listen} does not receive what is sent to the underlay address {underlay}: \
          leave it out, or set --advertise or --iface"
     )]
     Listen { listen: SocketAddr, underlay: IpAddr },
+    /// The podCIDR of this node cannot be determined.
     #[error("pod_cidr: {0}")]
     PodCidr(String),
+    /// The HTTP server cannot listen.
     #[error("http: {address}: {error}: choose another address, or leave it out")]
     Http { address: SocketAddr, error: io::Error },
+    /// The control socket cannot be opened.
     #[error(transparent)]
     Socket(#[from] api::SocketError),
-    #[error("the system gives no random bytes: {0}")]
+    /// The system's random number generator failed.
+    #[error("the system's random number generator failed: {0}")]
     Random(#[from] getrandom::Error),
+    /// A system call failed.
     #[error("{0}")]
     Io(#[from] io::Error),
 }
 
-/// Runs an agent until it ends. Must be called within a tokio runtime of its own, which takes the sockets
-/// along when it is dropped. After [`Ending::Restart`] and
-/// [`Ending::Reassigned`] it is to be called again. `plugin` is the socket of Docker's plugin, if the service
-/// manager has opened it. `reread` is called at SIGHUP.
+/// Runs an agent until it ends. Must be called within its own tokio runtime, which closes the sockets
+/// when it is dropped. Must be called again after [`Ending::Restart`] and [`Ending::Reassigned`].
+///
+/// `plugin` is the socket of Docker's plugin, if the service manager has opened it. `reread` is called
+/// at SIGHUP.
+///
+/// # Errors
+/// Fails if the agent cannot start.
 pub async fn run(
     config: Config,
     plugin: Option<net::UnixListener>,
@@ -122,14 +144,14 @@ pub async fn run(
     }
 }
 
-/// An agent whose loop can begin, and where its news comes from.
+/// An agent that is ready for its loop, and the receivers of its events.
 struct Prepared {
     agent: Agent,
     network: mpsc::Receiver<Event>,
     heard: mpsc::Receiver<IcmpEvent>,
 }
 
-/// Gives none if a signal ends the agent before it is ready.
+/// Prepares the agent. Returns `None` if a signal ends it before it is ready.
 async fn prepare(
     mut config: Config,
     memory: Memory,
@@ -161,7 +183,7 @@ async fn prepare(
         None => return Err(StartFailure::NoToken),
     };
     if token.is_none() {
-        // Of a cluster that is created now: the secret is on disk before the database can be.
+        // A cluster is being created: the secret must be on disk before the database.
         let seeds = Vec::new();
         state.save_token(&Token { cluster: ClusterId::UNKNOWN, secret: secret.clone(), seeds })?;
     }
@@ -171,7 +193,7 @@ async fn prepare(
     {
         tracing::warn!(
             secret = %given.secret.id(),
-            "the token of the configuration has a secret that the cluster has done with: replace it \
+            "the configured token has a secret that the cluster no longer uses: replace it \
              (gossamer token)"
         );
     }
@@ -197,7 +219,7 @@ async fn prepare(
         Err(error @ underlay::UnderlayError::Mtu { .. }) => return Err(error.into()),
         Err(error) => match remembered_underlay(memory.underlay, &records, key.id()) {
             Some(chosen) => {
-                tracing::warn!(%error, "this node starts without an underlay");
+                tracing::warn!(%error, "starting without an underlay");
                 chosen
             }
             None => match waiting.for_underlay(&config).await? {
@@ -234,14 +256,15 @@ async fn prepare(
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let mut pods = PodState::remember(&records, memory.is_same_boot, &found);
     if known_cluster.is_none() || is_new || !memory.is_same_boot {
-        // Pods outlive the state directory and the database. One whose record is gone from a database that is
-        // whole was disconnected: its veth pair is swept away.
+        // Pods outlive the state directory and the database. If the database is complete, a pod without
+        // a record was disconnected, and its veth pair is removed.
         pods.adopt(found);
     }
     pods.early = early;
     let fresh = fresh && pods.table.is_empty();
     pods.table.learn_macs(&macs);
-    // Bridges hold this host's containers, and pods that run keep their addresses, and so their subnet.
+    // Networks of bridges belong to this host's containers. Running pods keep their addresses, and so
+    // their subnet.
     let pool = known_cluster.map(|cluster| cluster.settings.pool);
     let addresses: Vec<IpAddr> = pods.table.iter().flat_map(|pod| pod.addresses.iter()).collect();
     let occupied = foreign.into_iter().filter(|found| {
@@ -279,7 +302,7 @@ async fn prepare(
     );
 
     if is_new {
-        // Once the loop runs it writes all that is known.
+        // The running loop then writes all known records.
         let _ = sender.send(LoopEvent::Disk(WriteEvent::Emptied));
     }
     let report = sender.clone();
@@ -300,7 +323,7 @@ async fn prepare(
     })?;
     pods.begin(&writer);
     if known_cluster.is_some() {
-        // All pods that are there are known, so the others are of nobody.
+        // All existing pods are known, so other veth pairs belong to no pod.
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
     let report = sender.clone();
@@ -361,7 +384,7 @@ async fn prepare(
     Ok(Some(Prepared { agent, network, heard }))
 }
 
-/// The end of the underlay that a member had when its host last had a network; none for a new node.
+/// Returns the underlay that a known member had when its host last had a network; `None` for a new node.
 fn remembered_underlay(
     saved: Option<(IpAddr, u32)>,
     records: &[(Key, Record)],
@@ -376,8 +399,8 @@ fn remembered_underlay(
     local.map(|local| underlay::ChosenUnderlay::remembered(local, mtu))
 }
 
-/// The cluster of nodes whose subnets are given from outside has no creator who could make up an id: it
-/// follows from what all of them know. Nodes with other settings are in another cluster, and hear so.
+/// Derives the id of a cluster whose subnets are assigned from outside. Such a cluster has no creator
+/// that could draw an id. Nodes with other settings compute another id, and are refused with the reason.
 fn common_id(secret: &Secret, settings: ClusterSettings) -> ClusterId {
     let record = Record::Cluster(ClusterRecord { id: ClusterId::UNKNOWN, settings }).encode();
     let mut hash = Sha256::new();
@@ -388,7 +411,7 @@ fn common_id(secret: &Secret, settings: ClusterSettings) -> ClusterId {
     ClusterId::from_bytes(std::array::from_fn(|i| hash[i]))
 }
 
-/// Where gossip listens; peers must be able to reach it at the underlay address.
+/// Returns the address on which gossip listens. Peers must be able to reach it at the underlay address.
 fn listen_address(config: &Config, underlay: IpAddr) -> Result<SocketAddr, StartFailure> {
     match config.listen {
         None if underlay.is_ipv4() => Ok((Ipv4Addr::UNSPECIFIED, config.port).into()),
@@ -400,14 +423,18 @@ fn listen_address(config: &Config, underlay: IpAddr) -> Result<SocketAddr, Start
     }
 }
 
-/// Whether what is sent to this host's underlay address comes in there.
+/// Returns whether packets to this host's underlay address arrive at this listening address.
 fn receives(listen: SocketAddr, underlay: IpAddr) -> bool {
     let families = listen.is_ipv6() || underlay.is_ipv4();
     families && (!listen.ip().is_loopback() || underlay.is_loopback())
 }
 
-/// Fills in what the last run knew. A host that was in a cluster never creates another one, not even when
-/// its database is gone: it finds the old one again.
+/// Completes the configuration from the last run. A host that was in a cluster never creates another
+/// one, even if its database is gone: it finds the cluster again.
+///
+/// # Errors
+/// Fails if the configuration contradicts the saved token, or no seed is known although the database is
+/// lost.
 fn remember(
     config: &mut Config,
     saved: Option<&Token>,
@@ -432,7 +459,10 @@ fn remember(
     Ok(())
 }
 
-/// Bytes from the operating system's generator.
+/// Returns bytes of the operating system's random number generator.
+///
+/// # Errors
+/// Fails if the generator fails.
 pub fn random<const N: usize>() -> Result<[u8; N], getrandom::Error> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes)?;

@@ -1,8 +1,9 @@
-//! Asking all members at once: whom they reach, and which secrets they know.
+//! Surveys: queries to many members at the same time about the peers they reach and the secrets they
+//! accept.
 //!
-//! One survey at a time for operators, and one for trials of packets between pods; a few members at
-//! once, each asked once and not waited for longer than that. Members that gossip does not hold as alive are
-//! not asked at all.
+//! One survey for operators and one for tests of packets between pods run at a time. A few members are
+//! queried simultaneously, each once and with a time limit. Members that gossip does not hold as alive
+//! are not queried.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -19,49 +20,52 @@ use crate::{
     wire::{Inquiry, PathReport, Report},
 };
 
-/// Members asked at once: each may take a handshake, which is a millisecond of CPU.
+/// Members queried at the same time: each query may need a handshake, which takes a millisecond of CPU.
 const AT_ONCE: usize = 16;
-/// Members asked in all.
+/// Maximum number of members in the matrix of all paths.
 const MAX_ASKED: usize = 256;
-/// What has not answered by then does not answer.
+/// Time limit of a survey.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// A picture of all paths this young is given again.
+/// A matrix younger than this is reused.
 const FRESH: Duration = Duration::from_secs(3);
-/// Surveys that wait.
+/// Maximum length of a queue of surveys.
 const MAX_WAITING: usize = 16;
 
-/// What each member said; none, if it said nothing.
+/// The report of each member; `None` if it did not answer.
 pub(super) type Findings = BTreeMap<NodeId, Option<Report>>;
 type Then = Box<dyn FnOnce(&mut Agent, Findings) + Send>;
 
+/// The queues of surveys, and the last matrix of all paths.
 #[derive(Default)]
 pub(super) struct Surveys {
-    /// Those for operators, and those of the agent's own trials. The first one of each is under way.
+    /// One queue for operators and one for the agent's own tests. The first survey of each is running.
     queues: [VecDeque<Survey>; 2],
     number: u64,
-    /// Who waits for the picture of all paths.
+    /// Requests that wait for the matrix of all paths.
     viewers: Vec<Sender<Bytes>>,
-    /// The last one, as it is sent.
+    /// The last matrix, serialized.
     matrix: Option<(Instant, Bytes)>,
 }
 
 struct Survey {
     number: u64,
     inquiry: Inquiry,
-    /// Not asked yet.
+    /// Members not queried yet.
     left: VecDeque<NodeId>,
     asked: BTreeSet<NodeId>,
     findings: Findings,
-    /// From the moment it is the first one.
+    /// Set when the survey starts.
     deadline: Option<Instant>,
     then: Then,
 }
 
 impl Surveys {
+    /// Returns when the next running survey times out.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.queues.iter().filter_map(|queue| queue.front()?.deadline).min()
     }
 
+    /// Appends a survey. Returns `false` if its queue is full.
     fn add(&mut self, survey: Survey) -> bool {
         let queue = &mut self.queues[usize::from(matches!(survey.inquiry, Inquiry::Arrivals(_)))];
         let has_room = queue.len() < MAX_WAITING;
@@ -71,7 +75,7 @@ impl Surveys {
         has_room
     }
 
-    /// The one with this number, if it is under way.
+    /// Returns the survey with this number if it is running.
     fn under_way(&mut self, number: u64) -> Option<&mut Survey> {
         let mut first = self.queues.iter_mut().filter_map(VecDeque::front_mut);
         first.find(|survey| survey.number == number)
@@ -79,7 +83,8 @@ impl Surveys {
 }
 
 impl Agent {
-    /// Asks these members, and goes on with what they say. False, if too many surveys wait already.
+    /// Queries these members and calls `then` with their reports. Returns `false` if too many surveys
+    /// are queued.
     pub(super) fn survey(
         &mut self,
         members: Vec<NodeId>,
@@ -104,7 +109,7 @@ impl Agent {
         is_added
     }
 
-    /// The way from each member to each other one.
+    /// Sends the matrix of all paths: from each member to each other member.
     pub(super) fn show_matrix(&mut self, reply: Sender<Bytes>) {
         if let Some((at, matrix)) = &self.surveys.matrix
             && at.elapsed() < FRESH
@@ -119,12 +124,12 @@ impl Agent {
         let omitted = members.len().saturating_sub(MAX_ASKED);
         members.truncate(MAX_ASKED);
         if !self.survey(members, Inquiry::Report, move |agent, found| agent.draw(found, omitted)) {
-            // They hear that they get no answer.
+            // Dropping the replies tells the clients that there is no answer.
             self.surveys.viewers.clear();
         }
     }
 
-    /// How this node is, for others.
+    /// Returns this node's report for other members.
     pub(super) fn own_report(&self) -> Report {
         let path = |(node, state, round_trip): (NodeId, _, Option<Duration>)| PathReport {
             node,
@@ -142,7 +147,7 @@ impl Agent {
         }
     }
 
-    /// Ends what has taken too long.
+    /// Ends surveys whose time limit has passed.
     pub(super) fn end_surveys(&mut self, now: Instant) {
         if self.surveys.deadline().is_some_and(|at| at <= now) {
             self.go_on_with_surveys();
@@ -150,6 +155,7 @@ impl Agent {
         }
     }
 
+    /// Stores the report of a member. `None` means that it did not answer.
     pub(super) fn on_reported(&mut self, node: NodeId, number: u64, report: Option<Box<Report>>) {
         let known = self.node.peers().count() + 1;
         let Some(survey) = self.surveys.under_way(number) else { return };
@@ -163,7 +169,7 @@ impl Agent {
         self.go_on_with_surveys();
     }
 
-    /// Asks the next ones, and ends surveys that are over.
+    /// Queries the next members, and ends surveys that are complete.
     pub(super) fn go_on_with_surveys(&mut self) {
         (0..self.surveys.queues.len()).for_each(|queue| self.go_on_with(queue));
     }
@@ -192,7 +198,7 @@ impl Agent {
         }
     }
 
-    /// What one member says of itself; nothing, if it does not answer.
+    /// Sends the report of one member, or `None` if it does not answer.
     pub(super) fn show_peer(
         &mut self,
         whom: &str,
@@ -222,6 +228,7 @@ impl Agent {
         }
     }
 
+    /// Serializes the matrix and sends it to all waiting requests.
     fn draw(&mut self, mut findings: Findings, omitted: usize) {
         findings.insert(self.node.id(), Some(self.own_report()));
         let mut rows: Vec<MatrixRow> =

@@ -1,9 +1,9 @@
-//! Threads of the agent that have ended though nothing told them to: by a panic, or where the system gave
-//! them no thread of their own.
+//! Detects threads of the agent that ended unexpectedly: by a panic, or because the system could not
+//! create them.
 //!
-//! A thread that only watches is named as a problem and started again. Without one of the others the agent
-//! does nothing of what it is for: it ends with an error, and the service manager starts it again. Packets
-//! of pods pass meanwhile.
+//! A monitoring thread is reported as a problem and restarted. If an essential thread has ended, the
+//! agent ends with an error, and the service manager restarts it. Packets of pods are forwarded
+//! meanwhile.
 
 use std::{
     collections::BTreeMap,
@@ -21,10 +21,10 @@ use super::{
 };
 use crate::api::{CheckState, CheckStatus};
 
-/// From the end of a thread to its next start: a panic that comes again takes little of a CPU.
+/// Time between the end of a thread and its restart, so that a repeated panic uses little CPU.
 const PAUSE: Duration = Duration::from_secs(20);
 
-/// Threads that watch, and on which nothing else depends.
+/// Monitoring threads, on which nothing else depends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Watcher {
     Forwarding,
@@ -33,19 +33,21 @@ pub(super) enum Watcher {
     Inquest,
 }
 
-/// Since when these do not run, or when they were last tried to be started.
+/// Threads that do not run, with the time of their end or of the last attempt to restart them.
 #[derive(Debug, Default)]
 pub(super) struct Ended(BTreeMap<Watcher, Instant>);
 
-/// What is to be done about a thread that does not run.
+/// What to do about a thread that does not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Measure {
-    /// What it found is not known any more.
+    /// Discard its findings.
     Forget,
+    /// Start it again.
     Revive,
 }
 
 impl Ended {
+    /// Records whether a thread has ended, and returns what to do about it.
     fn on_look(&mut self, now: Instant, watcher: Watcher, has_ended: bool) -> Option<Measure> {
         if !has_ended {
             self.0.remove(&watcher);
@@ -64,13 +66,13 @@ impl Ended {
         }
     }
 
-    /// As sentences with what helps.
+    /// Returns the problems, with their remedies.
     pub(super) fn problems(&self) -> impl Iterator<Item = String> {
         let pause = PAUSE.as_secs();
         self.0.keys().map(move |watcher| {
             format!(
-                "a thread of this agent has ended by an error in this program, so it is not known {}: it is \
-                 started again after {pause} s; if this stays, report what the log says of the thread",
+                "a thread of this agent has ended because of a bug, so it is unknown {}: it is \
+                 restarted after {pause} s; if the problem remains, report the thread's log lines",
                 watcher.task()
             )
         })
@@ -80,7 +82,7 @@ impl Ended {
 impl Watcher {
     const ALL: [Self; 4] = [Self::Forwarding, Self::FarPods, Self::Answers, Self::Inquest];
 
-    /// What it finds out.
+    /// Returns what the thread determines.
     const fn task(self) -> &'static str {
         match self {
             Self::Forwarding => "whether this host forwards packets of pods",
@@ -91,27 +93,31 @@ impl Watcher {
     }
 }
 
-/// What a thread tells goes to the loop.
+/// Sends events of the threads to the event loop.
 pub(super) type Sender = mpsc::UnboundedSender<LoopEvent>;
 
+/// Starts the forwarder thread.
 pub(super) fn start_forwarder(news: Sender) -> io::Result<Forwarder> {
     Forwarder::start(move |told| _ = news.send(LoopEvent::Forwarding(told)))
 }
 
+/// Starts the thread that tests paths to pods of other hosts.
 pub(super) fn start_far(news: Sender) -> io::Result<Far> {
     Far::start(move |told| _ = news.send(LoopEvent::Far(told)))
 }
 
+/// Starts the thread that checks whether pods answer.
 pub(super) fn start_asking(news: Sender) -> io::Result<Asking> {
     Asking::start(move |state| _ = news.send(LoopEvent::Answers(state)))
 }
 
+/// Starts the thread that investigates silent peers.
 pub(super) fn start_inquest(news: Sender) -> io::Result<Inquest> {
     Inquest::start(move |found| _ = news.send(LoopEvent::Found(found)))
 }
 
 impl Agent {
-    /// Looks for threads that have ended, and starts again what can be.
+    /// Detects threads that have ended, and restarts the monitoring threads.
     pub(super) fn watch_threads(&mut self, now: Instant) {
         let needed = [
             ("kernel", self.programmer.worker.has_ended()),
@@ -147,7 +153,7 @@ impl Agent {
         }
     }
 
-    /// What it told last is not known any more.
+    /// Discards the last findings of a thread.
     fn forget_findings(&mut self, watcher: Watcher) {
         match watcher {
             Watcher::Forwarding => {
@@ -200,7 +206,7 @@ mod tests {
         assert_eq!(look(PAUSE, true), Some(Measure::Forget));
         assert_eq!(look(PAUSE + PAUSE / 2, true), None);
         assert_eq!(look(PAUSE * 2, true), Some(Measure::Revive));
-        // It could not be started, or has ended at once.
+        // It could not be started, or ended immediately.
         assert_eq!(look(PAUSE * 2 + PAUSE / 2, true), None);
         assert_eq!(look(PAUSE * 3, true), Some(Measure::Revive));
         assert_eq!(ended.problems().filter(|problem| problem.contains("forwards")).count(), 1);

@@ -1,7 +1,8 @@
-//! Pods that are gone: those that ended while the agent was away, and those whose runtime has not said so.
+//! Frees addresses of pods that ended while the agent did not run, or whose runtime did not report their
+//! end.
 //!
-//! A veth pair goes with its namespace, so a pod without one uses its addresses no more. They are taken back
-//! when a later look confirms it, and at once where they are needed.
+//! A veth pair disappears together with its namespace, so a pod without one no longer uses its
+//! addresses. They are freed when a second check confirms it, and immediately if they are needed.
 
 use std::{
     collections::BTreeSet,
@@ -26,25 +27,28 @@ use crate::{
     pods::{NoAddress, wiring::link_name},
 };
 
-/// Between two looks for notes of the CNI plugin. It leaves them when an agent that runs does not answer.
+/// Time between two checks for notes of the CNI plugin. It leaves notes if a running agent does not
+/// answer.
 const NOTES_EVERY: Duration = Duration::from_secs(5);
 
-/// What waits for a look at the veth pairs.
+/// A request that waits for a check of the veth pairs.
 pub(super) enum Looking {
-    /// A pod for which there is no address, as long as all others are there.
+    /// A pod for which no address is free unless another pod is gone.
     Attach {
         request: AttachRequest,
         netns: Option<OwnedFd>,
         reply: Sender<Result<Attached, PodError>>,
     },
+    /// Docker's request for an address.
     Reserve(Reservation),
+    /// Docker's request to connect an endpoint.
     Join(Join),
-    Release {
-        reply: Sender<Result<Vec<PodStatus>, PodError>>,
-    },
+    /// The command that frees the addresses of pods that are gone.
+    Release { reply: Sender<Result<Vec<PodStatus>, PodError>> },
 }
 
 impl Looking {
+    /// Returns whether the request is about this attachment.
     pub(super) fn is_of(&self, attachment: &Attachment) -> bool {
         match self {
             Self::Attach { request, .. } => {
@@ -55,6 +59,7 @@ impl Looking {
         }
     }
 
+    /// Answers the request with an error.
     pub(super) fn refuse(self, error: PodError) {
         match self {
             Self::Attach { reply, .. } => _ = reply.send(Err(error)),
@@ -66,7 +71,7 @@ impl Looking {
 }
 
 impl Agent {
-    /// Does what the CNI plugin has noted while no agent answered it.
+    /// Carries out what the CNI plugin noted while no agent answered it.
     pub(super) fn catch_up(&mut self) {
         self.pods.catch_up_at = Some(Instant::now() + NOTES_EVERY);
         let spool = Spool::beside(&self.config.socket);
@@ -75,7 +80,7 @@ impl Agent {
         if notes.is_empty() {
             return;
         }
-        tracing::info!(count = notes.len(), "carrying out what the CNI plugin has noted");
+        tracing::info!(count = notes.len(), "carrying out notes of the CNI plugin");
         for note in &notes {
             let names = match note {
                 Note::Detach(name) => vec![name.clone()],
@@ -84,17 +89,18 @@ impl Agent {
             for AttachmentName { container, interface } in names {
                 match Attachment::new(&container, &interface) {
                     Ok(attachment) => self.detach_then(&attachment, None, |_| ()),
-                    Err(error) => tracing::warn!(%error, "a note of the CNI plugin"),
+                    Err(error) => tracing::warn!(%error, "note of the CNI plugin invalid"),
                 }
             }
         }
-        // Behind all of them.
+        // This write comes after the writes of all notes.
         let number = self.pods.next();
         self.pods.carried_out.insert(number, notes);
         self.writer.save(Vec::new(), number);
     }
 
-    /// A pod that is asked for is a new one: what was noted before is not about it.
+    /// Carries out earlier notes about a requested pod first: they concern its predecessor, not the new
+    /// pod.
     pub(super) fn catch_up_before(&mut self, request: &AttachRequest) {
         let (container, interface) = (request.container.clone(), request.interface.clone());
         let detach = Note::Detach(AttachmentName { container, interface });
@@ -105,30 +111,31 @@ impl Agent {
         }
     }
 
-    /// Drops notes when what they asked for is on disk.
+    /// Removes notes whose changes are on disk.
     pub(super) fn drop_notes(&mut self, number: u64) {
         let notes = self.pods.carried_out.remove(&number);
         let spool = Spool::beside(&self.config.socket);
         notes.iter().flatten().for_each(|note| spool.drop(note));
     }
 
+    /// Returns the pods of this owner that are not among `valid`.
     fn not_valid(&self, owner: &str, valid: &[AttachmentName]) -> Vec<AttachmentName> {
         let its = self.pods.table.iter().filter(|pod| pod.owner == owner);
         let names = its.map(|pod| AttachmentName::from(&pod.attachment));
         names.filter(|name| !valid.contains(name)).collect()
     }
 
-    /// Whether a pod is there, as far as is known.
+    /// Returns whether the pod's veth pair existed at the last check.
     pub(super) fn is_present(&self, pod: &Pod) -> bool {
         !self.pods.absent.contains(&link_name(&pod.attachment))
     }
 
-    /// Takes back the addresses of pods that are gone.
+    /// Frees the addresses of pods that are gone.
     pub(super) fn release_vanished(&mut self, reply: Sender<Result<Vec<PodStatus>, PodError>>) {
         self.look(Looking::Release { reply });
     }
 
-    /// Asks which pods are gone. [`Agent::on_looked`] has the answer.
+    /// Starts a check of which pods are gone. [`Agent::on_looked`] handles the result.
     pub(super) fn look(&mut self, looking: Looking) {
         let number = self.pods.next();
         let pods = self
@@ -139,16 +146,20 @@ impl Agent {
         self.wirer.ask(job);
     }
 
-    /// Pods that may be gone. What Docker has asked for and not plugged in yet has no veth pair.
+    /// Returns pods that may be gone. An endpoint that Docker has not connected yet has no veth pair.
     fn suspects(&self) -> impl Iterator<Item = &Pod> {
         let may_be = |pod: &&Pod| !pod.netns.is_empty() && !self.pods.is_attaching(&pod.attachment);
         self.pods.table.iter().filter(may_be)
     }
 
+    /// Handles the result of a check, and continues the request that waited for it.
     pub(super) fn on_looked(&mut self, number: u64, result: io::Result<Looked>) {
         let Some(looking) = self.pods.looking.remove(&number) else { return };
         let looked = result.map_err(|error| {
-            PodError::new(PodErrorKind::Failed, format!("looking for pods that are gone: {error}"))
+            PodError::new(
+                PodErrorKind::Failed,
+                format!("pods that are gone could not be determined: {error}"),
+            )
         });
         match (looking, looked) {
             (looking, Err(error)) => looking.refuse(error),
@@ -182,26 +193,27 @@ impl Agent {
         }
     }
 
-    /// What the bridge's keeper has seen. Pods that were gone a while ago too are forgotten.
+    /// Handles a check by the bridge thread. Frees pods that were already gone in an earlier check.
     pub(super) fn on_absent(&mut self, links: BTreeSet<String>, confirmed: &BTreeSet<String>) {
         self.pods.absent = links;
         self.take_back(confirmed);
     }
 
-    /// Forgets pods by their veth pairs; says which.
+    /// Frees the pods with these veth pairs and returns them.
     fn take_back(&mut self, links: &BTreeSet<String>) -> Vec<PodStatus> {
         let is_gone = |pod: &&Pod| links.contains(&link_name(&pod.attachment));
         let gone: Vec<Pod> = self.suspects().filter(is_gone).cloned().collect();
         for pod in &gone {
             let (name, address) = (&pod.attachment, pod.addresses.first);
-            tracing::info!(pod = %name, %address, "gone without notice: its addresses are free again");
+            tracing::info!(pod = %name, %address, "gone without notice, addresses freed");
             self.detach_then(name, None, |_| ());
         }
         gone.iter().map(|pod| PodStatus { orphan: true, ..status_of(pod) }).collect()
     }
 }
 
-/// Whether the kernel is removing a pod that is in the way.
+/// Returns whether the kernel is removing the pod that caused the error, so that a repetition may
+/// succeed.
 fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
     match error {
         NoAddress::Attached { attachment, .. } => going.contains(&link_name(attachment)),

@@ -1,7 +1,9 @@
-//! A node that cannot begin yet: it waits for its disk, its subnet or an underlay, and says for which.
+//! Waiting at startup for the state directory, the subnet's kernel objects, the gossip port or an
+//! underlay.
 //!
-//! Nothing can be agreed with peers before, and a member record without an address would mislead them. A
-//! node that is known already does not wait for an underlay: it serves the pods of its host at once.
+//! Before that, the node can agree on nothing with peers, and a member record without an address would
+//! mislead them. A node that already has a subnet does not wait for an underlay: it serves the pods of
+//! its host immediately.
 
 use std::{
     fmt::Display,
@@ -30,17 +32,17 @@ use crate::{
     transport::{BindError, Handshakes},
 };
 
-/// What an earlier process still holds is waited for so long: one whose disk hangs keeps its files and
-/// sockets for a while after it was killed.
+/// How long to wait for resources that an earlier process still holds: a process whose disk hangs keeps
+/// its files and sockets for a while after it was killed.
 pub(super) const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(10);
-/// The interfaces are looked at this often.
+/// Time between two attempts.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
-/// The problem of an agent that has not begun to wait.
+/// The problem shown before the agent waits for something.
 const STARTING: &str = "the agent is starting";
-/// The service manager and questions with a deadline are looked after this often.
+/// Interval at which the service manager and requests with a deadline are served.
 const TICK: Duration = Duration::from_millis(500);
 
-/// Answers questions and follows signals while the node waits.
+/// Answers requests and handles signals while the node waits.
 pub(super) struct Waiting<'a> {
     name: NodeName,
     node: NodeId,
@@ -48,9 +50,9 @@ pub(super) struct Waiting<'a> {
     signals: &'a mut Signals,
     questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     service: Service,
-    /// Questions for convergence wait on.
+    /// Requests that wait for convergence; they are answered after the start.
     waiters: Vec<Waiter>,
-    /// So does Docker.
+    /// Docker's requests with their time of arrival; they are answered after the start.
     docker: Vec<(Instant, docker::Request)>,
     problem: String,
 }
@@ -69,22 +71,22 @@ impl<'a> Waiting<'a> {
         Self { name, node, closed, signals, questions, service, waiters, docker, problem }
     }
 
-    /// The node's key was read.
+    /// Sets the node id, once the key has been read.
     pub(super) const fn identify(&mut self, node: NodeId) {
         self.node = node;
     }
 
-    /// Where no questions come in that should.
+    /// Returns the control sockets that could not be opened.
     pub(super) fn closed(&self) -> Closed {
         self.closed.clone()
     }
 
-    /// Questions that have had no answer: for convergence, and Docker's.
+    /// Returns the unanswered requests: those that wait for convergence, and Docker's.
     pub(super) fn into_questions(self) -> (Vec<Waiter>, Vec<(Instant, docker::Request)>) {
         (self.waiters, self.docker)
     }
 
-    /// Says in the status what is waited for, and in the log if that is news.
+    /// Sets the problem in the status, and logs it if it is new.
     pub(super) fn say(&mut self, problem: String) {
         if self.problem != problem {
             tracing::error!("{problem}");
@@ -92,23 +94,23 @@ impl<'a> Waiting<'a> {
         }
     }
 
-    /// Says what a process holds that may be an earlier one of this agent, on its way out.
+    /// Reports what another process holds, which may be an earlier process of this agent that is ending.
     pub(super) fn say_predecessor(&mut self, error: &impl Display) {
         let patience = PREDECESSOR_PATIENCE.as_secs();
         self.say(format!("waiting up to {patience} s for an earlier process to end: {error}"));
     }
 
-    /// Says in the status alone what is under way.
+    /// Sets the problem in the status without logging it.
     pub(super) fn begin(&mut self, what: &str) {
         what.clone_into(&mut self.problem);
     }
 
-    /// Does some work, and answers questions meanwhile; none if a signal ends the agent first.
+    /// Runs `work` and answers requests meanwhile. Returns `None` if a signal ends the agent first.
     pub(super) async fn until<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = std::pin::pin!(work);
         loop {
             let now = Instant::now();
-            // A start without anything to wait for is no news to the service manager.
+            // A start that waits for nothing is not reported to the service manager.
             if self.problem != STARTING && self.service.is_due(now) {
                 self.service.report(now, self.problem.clone());
             }
@@ -132,10 +134,10 @@ impl<'a> Waiting<'a> {
         }
     }
 
-    /// Waits until an interface can carry tunnels; none if a signal ends the agent first.
+    /// Waits until an interface can carry tunnels. Returns `None` if a signal ends the agent first.
     ///
     /// # Errors
-    /// A setting that no network can satisfy, or no netlink socket.
+    /// Fails if no network can satisfy the settings, or if no netlink socket can be opened.
     pub(super) async fn for_underlay(
         &mut self,
         config: &Config,
@@ -155,11 +157,11 @@ impl<'a> Waiting<'a> {
         }
     }
 
-    /// Binds the port of gossip, and waits a while for a process that has it; none if a signal ends the agent
-    /// first.
+    /// Binds the gossip port, waiting for a while if another process has it. Returns `None` if a signal
+    /// ends the agent first.
     ///
     /// # Errors
-    /// The port cannot be had.
+    /// Fails if the port cannot be bound.
     pub(super) async fn for_port<T>(
         &mut self,
         bind: impl Fn() -> Result<T, BindError>,
@@ -178,10 +180,11 @@ impl<'a> Waiting<'a> {
         }
     }
 
-    /// Asks the kernel until it is not merely busy; none if a signal ends the agent first.
+    /// Repeats a kernel request while it fails transiently. Returns `None` if a signal ends the agent
+    /// first.
     ///
     /// # Errors
-    /// What the kernel will not do in a moment either.
+    /// Fails if the request fails permanently.
     pub(super) async fn for_kernel<T>(
         &mut self,
         mut ask: impl FnMut() -> Result<T, KernelError>,
@@ -235,11 +238,11 @@ fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
     }
 }
 
-/// Answers what can be answered. A question for convergence is given back.
+/// Answers a request. Returns a request that waits for convergence to the caller.
 fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
     let why = || status.node.problems.first().cloned().unwrap_or_default();
     let not_ready = || PodError::new(PodErrorKind::NotReady, why());
-    // A client that is gone needs no answer.
+    // A failed reply means that the client is gone.
     match question {
         Question::Wait { seconds, members, reply } => {
             let deadline = Instant::now() + Duration::from_secs(seconds);
@@ -256,7 +259,7 @@ fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
         Question::Ping { reply, .. } => _ = reply.send(Err(why())),
         Question::History { reply } => _ = reply.send(Ok(Vec::new())),
         Question::Attach { reply, .. } => _ = reply.send(Err(not_ready())),
-        // The plugin notes it for later.
+        // The plugin stores a note and repeats the request later.
         Question::Detach { reply, .. } => _ = reply.send(Err(not_ready())),
         Question::Check { reply, .. } => _ = reply.send(Err(not_ready())),
         Question::Pods { reply } => _ = reply.send(Vec::new()),
@@ -264,7 +267,7 @@ fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
         Question::Events { reply } => _ = reply.send(Err(why())),
         Question::PastEvents { reply } => _ = reply.send(Vec::new()),
         Question::Samples { reply } => _ = reply.send(Vec::new()),
-        // Without an answer the client hears that the agent does not answer it.
+        // Dropping the reply tells the client that the agent does not answer.
         Question::Matrix { reply } => drop(reply),
         Question::Routes { reply } => _ = reply.send(Err(why())),
         Question::Peer { reply, .. } => _ = reply.send(Err(why())),

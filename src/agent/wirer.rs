@@ -1,7 +1,7 @@
-//! The threads that plug pods in and pull them out: the loop never waits for them.
+//! The threads that connect and disconnect pods, so that the event loop never waits for the kernel.
 //!
-//! What pods are plugged into is kept as it should be: this wakes when the kernel tells of a change to it,
-//! and by a slow timer.
+//! The first thread also repairs the bridge and its ports: on change notifications of the kernel, and
+//! every ten seconds.
 
 mod absent;
 mod guests;
@@ -36,46 +36,49 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// The bridge is looked at this often, whatever the kernel tells.
+/// Longest time between two repairs of the bridge.
 const LOOK: Duration = Duration::from_secs(10);
-/// At least so long between two repairs: what changes without end must not take a whole CPU.
+/// Shortest time between two repairs, so that endless changes cannot use a whole CPU.
 const GAP: Duration = Duration::from_millis(20);
 
-/// What is to be done, and the number under which it is answered.
+/// A task for the thread. Results are reported under the task's number.
 #[derive(Debug)]
 pub enum Job {
+    /// Connects a pod.
     Connect {
         number: u64,
         bridge: Bridge,
         pod: Pod,
-        /// None where another program gives it one that this process has not heard of.
+        /// The pod's MAC; `None` if another program assigns one that this process does not know.
         mac: Option<Mac>,
+        /// Where the other end of the veth pair goes.
         end: End,
     },
+    /// Disconnects a pod.
     Disconnect {
         number: u64,
         attachment: Attachment,
-        /// Its namespace, where it was opened already.
+        /// Its namespace, if it is already open.
         netns: Option<File>,
     },
-    /// Keeps a bridge as it is to be from now on, with the ports of all pods on it.
+    /// Sets the bridge to repair from now on, with the pods on it.
     Keep { bridge: Bridge, tenants: Tenants },
-    /// Looks whether pods could be plugged into a bridge that no pod has needed yet.
+    /// Checks whether pods could be connected to a bridge that does not exist yet.
     Expect(Bridge),
-    /// Removes what an agent that ended in the middle has left.
+    /// Removes veth pairs that a killed agent has left, except those in `keep`.
     Sweep { bridge: String, keep: BTreeSet<String> },
-    /// Answered by the thread itself, for nothing follows from it.
+    /// Checks a pod. The thread itself sends the reply.
     Check {
         pod: Pod,
-        /// Its namespace, where it was opened already.
+        /// Its namespace, if it is already open.
         netns: Option<File>,
-        /// What it is held to.
+        /// The MAC that it must have.
         mac: Option<Mac>,
         reply: Sender<Result<Vec<IpAddr>, PodError>>,
     },
-    /// Looks which of these pods are gone.
+    /// Checks which of these pods are gone.
     Look { number: u64, pods: Vec<Suspect> },
-    /// Answered by the thread itself.
+    /// Marks pods without a veth pair as orphans. The thread itself sends the reply.
     List { pods: Vec<PodStatus>, reply: Sender<Vec<PodStatus>> },
 }
 
@@ -88,65 +91,62 @@ pub struct Suspect {
     pub netns: String,
 }
 
-/// Which pods are gone, by the names of their veth pairs.
+/// Pods that are gone or about to be, by the names of their veth pairs.
 #[derive(Debug, Default)]
 pub struct Looked {
-    /// The kernel has no such veth pair.
+    /// The kernel has no such veth pair any more.
     pub gone: BTreeSet<String>,
-    /// The kernel still has the veth pair, but the path does not lead to its namespace any more: it may be
+    /// The veth pair exists, but the path does not lead to its namespace any more: the kernel may be
     /// removing both.
     pub going: BTreeSet<String>,
 }
 
-/// How it went.
+/// A result or an event of the threads.
 #[derive(Debug)]
 pub enum AttachResult {
-    Connected {
-        number: u64,
-        result: Result<ConnectedPod, WiringError>,
-    },
-    Disconnected {
-        number: u64,
-        attachment: Attachment,
-        result: io::Result<bool>,
-    },
-    Looked {
-        number: u64,
-        result: io::Result<Looked>,
-    },
-    /// Veth pairs of pods that the kernel does not have, and those of them that it did not have a while ago.
-    Absent {
-        links: BTreeSet<String>,
-        confirmed: BTreeSet<String>,
-    },
-    /// It has been looked whether pods could be plugged in. What was found came before.
+    /// A pod was connected, or could not be.
+    Connected { number: u64, result: Result<ConnectedPod, WiringError> },
+    /// A pod was disconnected. The result is `false` if it had no veth pair.
+    Disconnected { number: u64, attachment: Attachment, result: io::Result<bool> },
+    /// Which pods are gone.
+    Looked { number: u64, result: io::Result<Looked> },
+    /// Veth pairs of pods that are missing, and those among them that have been missing for
+    /// [`RECHECK_INTERVAL`].
+    Absent { links: BTreeSet<String>, confirmed: BTreeSet<String> },
+    /// The check of [`Job::Expect`] is complete. Its result was reported before.
     LookedAhead,
-    /// Why no pod can be plugged in; none, when pods can be again.
+    /// Why no pod can be connected; `None` once pods can be connected again.
     Refusal(Option<String>),
+    /// The bridge was repaired, or its problems have changed.
     Mended {
-        /// How much of the bridge and its ports was not as it should be, or why that is not known.
+        /// What was repaired at the bridge and its ports, or why it could not be.
         result: io::Result<RepairReport>,
-        /// What is wrong with them in the long run.
+        /// Lasting problems of the bridge and its ports.
         problems: Vec<String>,
-        /// Where sysctls let pods give this host routes.
+        /// Interfaces whose sysctls let pods change this host's routes.
         open: Vec<String>,
         /// A warning about ports of other programs.
         guests: Option<String>,
     },
 }
 
+/// Handle of the threads.
 pub struct Wirer {
     pub(super) worker: Worker<Job>,
 }
 
 impl Order for Job {
-    /// Each is answered, or is about a pod of its own.
+    /// Each task has a reply, or concerns another pod.
     fn supersedes(&self, _: &Self) -> bool {
         false
     }
 }
 
 impl Wirer {
+    /// Starts the threads. `report` receives their results.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened or a thread cannot be created.
     pub fn start(report: impl Fn(AttachResult) + Send + Sync + 'static) -> io::Result<Self> {
         let (wiring, reaper) = (Wiring::open()?, Wiring::open()?);
         let monitor = Monitor::of_interfaces()?;
@@ -188,57 +188,63 @@ impl Wirer {
         Ok(Self { worker })
     }
 
+    /// Queues a task.
     pub fn ask(&self, job: Job) {
         self.worker.order(job);
     }
 
-    /// Ends it after what is under way.
+    /// Ends the threads after the current task.
     pub fn end(self) -> Thread {
         self.worker.end()
     }
 }
 
-/// An interface that is to be removed, by its index: its name may be another's by then.
+/// A veth pair to remove, by its index: another interface may have its name by then.
 struct PendingDelete {
     number: u64,
     attachment: Attachment,
     index: u32,
 }
 
+/// The first thread: its tasks, and the state of the bridge.
 struct PodWorker<'a, F> {
     wiring: Wiring,
     monitor: Monitor,
     overruns: Overruns,
     jobs: Orders<Job>,
+    /// Veth pairs for the second thread.
     doomed: mpsc::Sender<PendingDelete>,
     report: &'a F,
-    /// What is to be kept right: since the first pod came.
+    /// The bridge to repair; set when the first pod is connected.
     kept: Option<Bridge>,
-    /// What pods will be plugged into, as long as there was none.
+    /// The bridge that pods will be connected to, while none is.
     expected: Option<Bridge>,
-    /// What the bridge was last found or made like. What another value changes about it is of this agent's
-    /// settings, and of no other program.
+    /// The settings with which the bridge was last found or made. A repair after a change of settings is
+    /// not counted as a change by another program.
     seen: Option<Bridge>,
     tenants: Tenants,
     tables: PodTables,
+    /// Whether the bridge or its ports have changed since the last repair.
     touched: bool,
+    /// Whether the tables of pods' addresses have changed since the last repair.
     table_touched: bool,
     looked: Instant,
-    /// As last told.
+    /// Why the last repair failed.
     failing: Option<String>,
-    /// As last told.
+    /// The last reported refusal.
     refusal: Option<String>,
     opponents: Opponents,
-    /// As last told.
+    /// The last reported problems.
     problems: Vec<String>,
-    /// As last told.
+    /// The last reported interfaces.
     open: Vec<String>,
-    /// As last told.
+    /// The last reported warning.
     guests: Option<String>,
     fetched: Fetched,
-    /// Since when veth pairs of pods are not there.
+    /// Missing veth pairs, and since when.
     absent: BTreeMap<String, Instant>,
-    /// What the kernel tells of our own work is read when those who wait for it have their answers.
+    /// When the last task ended. Notifications of the thread's own changes are read after all requests
+    /// have been answered.
     worked: Instant,
 }
 
@@ -255,7 +261,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         }
     }
 
-    /// Says whether the agent still runs.
+    /// Carries out all queued tasks. Returns `false` once the agent has ended.
     fn take_jobs(&mut self) -> bool {
         loop {
             match self.jobs.take() {
@@ -279,7 +285,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 if result.is_ok() {
                     self.seen = Some(bridge.clone());
                 }
-                // Ports of others may be on a bridge that has not been looked at.
+                // A bridge that has not been checked may have ports of other programs.
                 self.touched |= self.kept.as_ref() != Some(&bridge);
                 self.kept = Some(bridge);
                 self.fetched.0.remove(&veth);
@@ -301,7 +307,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                     self.tables.shut_out(&veth, tenant);
                     self.wiring.forget_neighbors(tenant.addresses);
                 }
-                // Its addresses are of the container's other veth pairs too.
+                // The container's other veth pairs share its addresses.
                 let is_its = |other: &Tenant| other.container == attachment.container();
                 self.touched |= self.tenants.values().any(is_its);
                 let gone = |result| {
@@ -314,7 +320,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 match self.wiring.index(&attachment) {
                     Ok(Some(index)) => {
                         self.hand_over(&attachment, tenant.as_ref(), netns.as_ref(), index);
-                        // The other thread lives as long as this one.
+                        // The other thread lives as long as this one, so sending cannot fail.
                         let _ = self.doomed.send(PendingDelete { number, attachment, index });
                     }
                     Ok(None) => gone(Ok(false)),
@@ -322,7 +328,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 }
             }
             Job::Keep { bridge, tenants } => {
-                // An agent that has just started was not there to see it.
+                // An agent that has just started did not see whether Docker fetched the ends.
                 let new = tenants.keys().filter(|veth| !self.tenants.contains_key(*veth));
                 self.fetched.0.extend(new.cloned());
                 (self.kept, self.tenants) = (Some(bridge), tenants);
@@ -335,8 +341,8 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             }
             Job::Sweep { bridge, keep } => match self.wiring.sweep(&bridge, &keep) {
                 Ok(0) => {}
-                Ok(count) => tracing::warn!(count, "removed interfaces of pods that nobody knows"),
-                Err(error) => tracing::error!(%error, "interfaces of pods not looked at"),
+                Ok(count) => tracing::warn!(count, "removed interfaces of unknown pods"),
+                Err(error) => tracing::error!(%error, "interfaces of unknown pods not removed"),
             },
             Job::Check { pod, netns, mac, reply } => {
                 let checked = self.wiring.check(&pod, netns.as_ref(), mac);
@@ -361,6 +367,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         }
     }
 
+    /// Repairs the bridge, its ports and the tables if it is time to, and reports changes.
     fn mend(&mut self) {
         if self.looked.elapsed() < self.pause() {
             return;
@@ -387,7 +394,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             if !as_before {
                 self.seen = Some(bridge.clone());
                 if mended.count() > 0 {
-                    tracing::info!(bridge = %bridge.name, "the pods' bridge is as the settings want it");
+                    tracing::info!(bridge = %bridge.name, "bridge changed to the new settings");
                 }
                 mended.reset_counts();
             }
@@ -422,17 +429,17 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         self.tell_refusal(refusal);
     }
 
-    /// Looks at the place of a bridge that may not be needed yet.
+    /// Checks the place of a bridge that no pod has needed yet.
     fn look_ahead(&mut self) {
         let Some(bridge) = &self.expected else { return };
         match self.wiring.obstacle(bridge) {
             Ok(obstacle) => self.tell_refusal(obstacle),
-            Err(error) => tracing::debug!(%error, "the pods' bridge not looked at"),
+            Err(error) => tracing::debug!(%error, "bridge not checked"),
         }
     }
 
-    /// Why no pod can be plugged in, after a look at the bridge that failed with `why`. What fails once may
-    /// do the next time, unless another interface has the bridge's name.
+    /// Returns why no pod can be connected, after a repair that failed with `why`. A first failure may
+    /// be temporary, unless another interface has the bridge's name.
     fn refusal_of(&mut self, why: Option<&str>) -> Option<String> {
         let (why, bridge) = (why?, self.kept.as_ref()?);
         let obstacle = self.wiring.obstacle(bridge).ok().flatten();
@@ -448,7 +455,8 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         }
     }
 
-    /// Between two looks at the bridge. One that another program fights about is looked at more rarely.
+    /// Returns the time between two repairs of the bridge. It is longer while another program keeps
+    /// changing it.
     fn pause(&self) -> Duration {
         let after = |touched: bool, kind| touched.then(|| GAP.max(self.opponents.pause(kind)));
         let bridge = after(self.touched, Kind::Bridge);
@@ -472,7 +480,8 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     }
 }
 
-/// The kernel takes ten times as long to remove an interface as to make one: nobody waits behind that.
+/// Removes veth pairs. The kernel takes ten times as long to remove an interface as to make one, so a
+/// second thread does it.
 fn reap(mut wiring: Wiring, doomed: mpsc::Receiver<PendingDelete>, report: &impl Fn(AttachResult)) {
     for PendingDelete { number, attachment, index } in doomed {
         let result = wiring.delete(index);

@@ -1,4 +1,4 @@
-//! Chains of others: what they do with our ports, and with packets of pods.
+//! Checks of other programs' chains: what they drop at gossamer's ports, and of packets of pods.
 
 use ipnet::IpNet;
 use serde_json::Value;
@@ -6,6 +6,7 @@ use serde_json::Value;
 use super::{Examination, Finding, Verdict};
 use crate::dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port};
 
+/// Runs the checks `firewall`, `forwarding` and `docker`.
 pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     let numbers = patient.numbers();
     let ports = [numbers.gossip_port, numbers.vxlan_port];
@@ -20,7 +21,7 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
             return findings.extend(checks.map(|check| Finding::skipped(check, &*seen)));
         }
     };
-    // Where packets are known to get in, reading rules has missed what lets them.
+    // If packets are known to arrive, the reading of the rules has missed one that accepts them.
     let is_tunnel = |port: u16| port == numbers.vxlan_port;
     let paths =
         || patient.status().and_then(|status| status["paths"].as_array()).into_iter().flatten();
@@ -28,13 +29,13 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     let tunnels_work = paths().count() > 0 && paths().all(is_open);
     let gossip_works =
         patient.status().is_some_and(|status| status["connections"].as_u64() > Some(0));
-    // Gossip is so little that no limit is reached by it.
+    // Gossip sends so few packets that no rate limit affects it.
     for limited in closed.iter().filter(|closed| closed.limited && is_tunnel(closed.port)) {
         let ClosedPort { chain, port, .. } = limited;
         findings.push(Finding::warning(
             "firewall",
-            format!("chain {chain} drops UDP {port} above some number of packets a second"),
-            "all that pods of two hosts say to each other are packets to that port: under load many are lost",
+            format!("chain {chain} drops UDP {port} above some rate"),
+            "all traffic between pods of two hosts uses that port: under load many packets are lost",
             open_port(chain, *port),
         ));
     }
@@ -46,7 +47,7 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
         let fix = open_port(chain, *port);
         findings.push(if works && !by_port {
             let why =
-                format!("that is the port of {what}, by the form of its rules; so far they get in");
+                format!("that is the port of {what}, according to its rules; so far they arrive");
             Finding::warning("firewall", seen, why, fix)
         } else {
             let why = format!("that is the port of {what}: members do not reach this host");
@@ -54,8 +55,10 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
         });
     }
     if closed.is_empty() {
-        findings
-            .push(Finding::ok("firewall", format!("UDP {} and {} are let in", ports[0], ports[1])));
+        findings.push(Finding::ok(
+            "firewall",
+            format!("UDP {} and {} are accepted", ports[0], ports[1]),
+        ));
     }
     let warnings = patient.warnings().map(|warning| Finding {
         verdict: Verdict::Warning,
@@ -63,7 +66,7 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     });
     let warnings: Vec<Finding> = warnings.collect();
     let found = forwarding(patient, &chains, &numbers.networks);
-    // The agent has said why, and what is likely in the way.
+    // The agent's warning already contains the reason and the likely cause.
     let is_told =
         |finding: &Finding| !warnings.is_empty() && matches!(finding.verdict, Verdict::Warning);
     findings.extend(found.into_iter().filter(|finding| !is_told(finding)));
@@ -72,20 +75,20 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
         findings.push(Finding::problem(
             "docker",
             format!("chain {chain} drops what other hosts send to containers"),
-            "Docker 28 and later let nobody but their own bridge speak to a container's address",
+            "Docker 28 and later let only their own bridge reach a container's address",
             "start dockerd with --allow-direct-routing, or make the network with -d gossamer",
         ));
     }
     if chains.dropping.is_empty() {
-        findings.push(Finding::ok("docker", "containers may be spoken to directly"));
+        findings.push(Finding::ok("docker", "containers are reachable directly"));
     }
 }
 
-/// What the agent has found by trying; where it could not try, a guess by what chains look like.
+/// Returns the results of the agent's trials; without them, a guess from the chains.
 fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet]) -> Vec<Finding> {
     let tried = patient.status().map(|status| &status["kernel"]["forwarding"]);
-    let detail = tried.and_then(|tried| tried["detail"].as_str()).unwrap_or("no agent tries it");
-    let detail = if detail.is_empty() { "it has not been tried yet" } else { detail };
+    let detail = tried.and_then(|tried| tried["detail"].as_str()).unwrap_or("no agent tests it");
+    let detail = if detail.is_empty() { "not tested yet" } else { detail };
     match tried.and_then(|tried| tried["state"].as_str()) {
         Some("ok") => return vec![Finding::ok("forwarding", detail)],
         Some("failing") => {
@@ -96,7 +99,7 @@ fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet])
                     "do not find their gateway",
                     "do not find each other",
                     "leave under the address",
-                    "do not hear that a packet",
+                    "do not learn that a packet",
                     "do not leave this host inside",
                     "not answer ARP",
                     "not answer neighbor discovery",
@@ -108,11 +111,11 @@ fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet])
             let findings = problems.filter_map(|problem| problem.split_once(": "));
             let findings = findings.map(|(seen, fix)| {
                 let why = if seen.contains("leave under") {
-                    "every container has an address of its own, by which others know it"
+                    "other containers identify a container by its address"
                 } else if seen.contains("too large") {
-                    "small packets pass, and connections hang at the first large one"
+                    "small packets pass, but connections hang at the first large one"
                 } else {
-                    "pods here do not reach others, or are not reached by them"
+                    "pods here do not reach other pods, or other pods do not reach them"
                 };
                 Finding::problem("forwarding", seen, why, fix)
             });
@@ -132,10 +135,10 @@ fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet])
             |network: &&IpNet| network.addr().is_ipv6() == chain.chain.starts_with("ip6 ");
         let network = networks.iter().find(of_family).or(networks.first());
         let fix =
-            network.map_or_else(|| "let the overlay's network pass".to_owned(), |n| chain.fix(*n));
+            network.map_or_else(|| "accept the overlay's network".to_owned(), |n| chain.fix(*n));
         Finding::warning(
             "forwarding",
-            format!("{chain}, and no rule in it seems to let pods' packets pass"),
+            format!("{chain}, and no rule in it seems to accept packets of pods"),
             "a guess by the form of its rules: each chain has to let a packet pass",
             fix,
         )

@@ -1,4 +1,4 @@
-//! Where the kernel sends packets to peers: what the agent has heard from it, or what it says now.
+//! Checks where the kernel sends packets to peers: the agent's results, or route lookups of its own.
 
 use ipnet::IpNet;
 
@@ -9,9 +9,10 @@ use crate::{
     pods::gateway,
 };
 
-/// Routes of an agent that does not run, of which so many are asked about.
+/// Maximum number of routes that are checked if no agent runs.
 const ASKED: usize = 64;
 
+/// Runs the check `routing`.
 pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     let Some(status) = patient.status() else {
         return findings.push(without_agent(&device_name(patient.numbers().vni)));
@@ -31,20 +32,21 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
             findings.extend(told);
         }
         _ if detail.is_empty() => {
-            findings.push(Finding::skipped("routing", "the kernel has not been asked yet"));
+            findings.push(Finding::skipped("routing", "not checked yet"));
         }
         _ => findings.push(Finding::skipped("routing", detail)),
     }
 }
 
-/// What an agent has left in the kernel goes on working, unless something outranks it.
+/// Checks the routes of an agent that does not run. They keep working unless a policy rule overrides
+/// them.
 fn without_agent(device: &str) -> Finding {
     let asked = Kernel::open().and_then(|mut kernel| {
         let mut netlink = Netlink::open()?;
         let Some(link) = netlink.link(device)? else { return Ok(None) };
         let routes = kernel.leftovers()?.routes;
         let addresses = netlink.addresses()?;
-        // The gateway of this host's own subnet is an address of its bridge.
+        // An address of the bridge is in this host's own subnet.
         let is_own = |subnet: &IpNet| {
             let mut own = addresses.iter().filter(|address| address.link == link.index);
             own.any(|address| subnet.contains(&address.ip))
@@ -66,7 +68,7 @@ fn without_agent(device: &str) -> Finding {
         Err(error) => Finding::skipped("routing", format!("netlink: {error}")),
         Ok(None | Some((0, _))) => Finding::skipped("routing", "there are no routes to peers"),
         Ok(Some((count, elsewhere))) if elsewhere.is_empty() => {
-            Finding::ok("routing", format!("{count} subnets of peers are routed to"))
+            Finding::ok("routing", format!("{count} subnets of peers have routes"))
         }
         Ok(Some((_, elsewhere))) => Finding::problem(
             "routing",
@@ -77,7 +79,7 @@ fn without_agent(device: &str) -> Finding {
     }
 }
 
-/// `RT_TABLE_MAIN`
+/// `RT_TABLE_MAIN` of linux/rtnetlink.h.
 const MAIN: u32 = 254;
 
 fn is_single(subnet: &IpNet) -> bool {

@@ -277,7 +277,7 @@ fn without_an_agent_it_says_what_would_keep_one_from_starting() {
         let whole = bytes.clone();
         bytes.iter_mut().for_each(|byte| *byte ^= 0x5a);
         fs::write(&database, &bytes)?;
-        assert_named(host, "", "state", "knows of no cluster");
+        assert_named(host, "", "state", "contains no cluster");
         assert_eq!(fs::read(&database)?, bytes, "nothing was changed");
         fs::write(&database, whole)?;
         assert!(complaints(host, "").iter().all(|finding| finding["check"] != "state"));

@@ -182,7 +182,7 @@ fn rule_about_the_reverse_path_is_named_on_the_hosts_that_have_it_where_modes_di
         tool(&cluster.hosts[0].netns, advice);
         wait_until("the advice does not help", NAMED, || {
             !has_problem(&mut cluster.agents[0], "chain ip rpf pre")
-                && has_problem(&mut cluster.agents[1], "its answers come without")
+                && has_problem(&mut cluster.agents[1], "its answers arrive without")
         });
         Ok(())
     });

@@ -59,14 +59,14 @@ fn rule_that_keeps_pods_from_hearing_that_packets_are_too_large_is_named() {
             ],
         );
         let fix = "nft insert rule ip quiet out icmp type destination-unreachable accept";
-        let said = "pods do not hear that a packet is too large for the tunnel (IPv4)";
+        let said = "pods do not learn that a packet is too large for the tunnel (IPv4)";
         wait_until("it is not named", TIMEOUT, || {
             [said, "a rule of chain ip quiet out (handle ", fix]
                 .iter()
                 .all(|words| has_problem(agent, words))
         });
         let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
-        assert!(doctor.contains("PROBLEM   forwarding     pods do not hear"), "{doctor}");
+        assert!(doctor.contains("PROBLEM   forwarding     pods do not learn"), "{doctor}");
         tool(&host.netns, fix);
         status_where(agent, |status| status["problems"] == serde_json::json!([]));
         Ok(())

@@ -390,7 +390,7 @@ fn answers_that_come_by_another_way_are_named() {
         let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let (here, there) = (cluster.hosts[0].ip, &cluster.hosts[1].netns);
         tool(there, &format!("ip route add {}/32 via {here} dev eth0", subnet.network()));
-        let said = "its answers come without";
+        let said = "its answers arrive without";
         wait_until("it is not named", TIMEOUT, || has_problem(&mut cluster.agents[0], said));
         assert!(path(&mut cluster.agents[0], "n2").contains("asymmetric"));
         tool(there, &format!("ip route del {}/32", subnet.network()));

@@ -298,7 +298,7 @@ fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
                 tool(&spaces[0], &format!("ping -c 1 -W 5 {gateway}"));
             }
         }
-        assert!(!agent.log().contains("removed interfaces of pods"), "{}", agent.log());
+        assert!(!agent.log().contains("removed interfaces of unknown pods"), "{}", agent.log());
         Ok(())
     });
 }

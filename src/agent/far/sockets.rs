@@ -1,4 +1,5 @@
-//! Sockets inside the agent's own pod: for questions of others, and for our own.
+//! Sockets in the network namespace of the agent's own pod: they answer trials of other hosts and send
+//! this host's trials.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -30,76 +31,74 @@ use crate::{
     pods::standin::Room,
 };
 
-/// Larger than any datagram.
+/// Buffer size in bytes, larger than any datagram.
 const LONGEST: usize = 1 << 16;
-/// Enough of a packet with a segment in it.
+/// Bytes read of a packet with a TCP segment: all of its headers.
 const HEADERS: usize = 128;
-/// Packets that are taken from a socket at once, and connections.
+/// Maximum number of packets or connections taken from a socket in one pass.
 const AT_ONCE: usize = 256;
-/// Bytes of packets for which a socket has room.
+/// Receive buffer of a socket in bytes.
 const BUFFER: usize = 2 << 20;
-/// The kernel counts a packet for less than this and twice its length.
+/// Upper limit of the kernel's accounting overhead per packet in bytes, added to twice the packet's
+/// length.
 const EACH: usize = 1280;
-/// Connections that may be half open. An answer that is lost, or whose refusal is, keeps one for a minute.
+/// Maximum number of half-open connections. A lost answer or reset keeps one of them for a minute.
 const BACKLOG: i32 = 1024;
 
-/// What has come.
+/// A received packet, or the state of a connection.
 pub enum SocketEvent {
-    Question {
-        from: IpAddr,
-        round: u32,
-        sort: Sort,
-    },
-    Answer {
-        from: IpAddr,
-        round: u32,
-        kind: Kind,
-    },
-    /// A connection to there is made, and carries data.
-    Connected {
-        to: IpAddr,
-        round: u32,
-    },
-    /// Packets that the kernel had no room for.
+    /// A probe of another host's trial.
+    Question { from: IpAddr, round: u32, sort: Sort },
+    /// An answer to a probe of this host's trial.
+    Answer { from: IpAddr, round: u32, kind: Kind },
+    /// A connection to this address is established and carries data.
+    Connected { to: IpAddr, round: u32 },
+    /// The kernel had no room for some packets.
     Overflow,
 }
 
-/// Those of the pod, which has an address of each family.
+/// Sockets of the pod, which has an address of each family.
 pub struct RoomSockets {
     room: Room,
     families: Vec<FamilySockets>,
-    /// From where questions come.
+    /// Addresses from which probes are accepted.
     sources: Vec<Sources>,
     round: Option<u32>,
     buffer: Vec<u8>,
 }
 
+/// Sockets of one address family.
 struct FamilySockets {
     address: IpAddr,
-    /// Where questions come in.
+    /// Receives and answers probes.
     echoes: UdpSocket,
     echoes_taken: Taken,
-    /// Of this round.
+    /// Sends the probes of the current round and receives their answers.
     asking: UdpSocket,
     segments: Socket,
     segments_taken: Taken,
-    /// Makes the kernel accept connections, as services of pods do: firewalls may drop refusals alone.
+    /// Makes the kernel accept connections as services in pods do: firewalls may drop resets only.
     listener: Socket,
-    /// Connections with data: those that are made here, and those of others.
+    /// Connections with data made by this host.
     calls: Calls,
+    /// Connections with data made by other hosts.
     guests: Guests,
 }
 
-/// What was taken from a socket since it was last empty. The kernel's own count of packets for which there
-/// was no room holds those that the filter has dropped as well.
+/// Bytes taken from a socket since it was last empty. The kernel's drop counter is unsuitable, because
+/// it includes packets that the socket filter rejected.
 struct Taken {
+    /// Bytes of buffer space that the taken packets used.
     bytes: usize,
-    /// A buffer that was full held more.
+    /// Size of the buffer: more taken bytes than this show that it was full.
     limit: usize,
 }
 
 impl RoomSockets {
-    /// Questions from other addresses than these are dropped by the kernel.
+    /// Opens the sockets. The kernel drops probes from addresses other than `sources`.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened or configured.
     pub fn open(room: Room, sources: &[Sources]) -> io::Result<Self> {
         let open = |address: IpAddr| {
             let (echoes, segments) = (datagrams(address, FAR_PORT)?, segments(address)?);
@@ -124,13 +123,19 @@ impl RoomSockets {
         Ok(opened)
     }
 
-    /// Takes questions from these addresses alone from now on.
+    /// Replaces the addresses from which probes are accepted.
+    ///
+    /// # Errors
+    /// Fails if a filter cannot be attached.
     pub fn admit(&mut self, sources: &[Sources]) -> io::Result<()> {
         self.sources = sources.to_vec();
         self.families.iter().try_for_each(|family| family.admit(sources, self.round))
     }
 
-    /// Asks from other ports from now on, and hears answers of this round alone.
+    /// Starts a round: sends from new ports, and accepts answers of this round only.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened or configured.
     pub fn renew(&mut self, round: u32) -> io::Result<()> {
         let Self { room, families, .. } = self;
         self.round = Some(round);
@@ -145,6 +150,7 @@ impl RoomSockets {
         })
     }
 
+    /// Returns the descriptors to poll for reading.
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.families.iter().flat_map(|sockets| {
             let FamilySockets { echoes, asking, segments, listener, calls, guests, .. } = sockets;
@@ -153,7 +159,7 @@ impl RoomSockets {
         })
     }
 
-    /// Those that wait for room to send.
+    /// Returns the descriptors of connections that wait to send.
     pub fn writable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.families.iter().flat_map(|sockets| {
             let FamilySockets { calls, guests, .. } = sockets;
@@ -161,7 +167,11 @@ impl RoomSockets {
         })
     }
 
-    /// What cannot be sent does not arrive, and so is seen.
+    /// Sends a probe. `size` is the size of a datagram or stream in bytes; `None` sends a TCP segment. A
+    /// probe that cannot be sent does not arrive, and is detected that way.
+    ///
+    /// # Errors
+    /// Fails if the probe cannot be sent.
     pub fn send(
         &mut self,
         to: IpAddr,
@@ -191,7 +201,7 @@ impl RoomSockets {
         sent.inspect_err(|error| tracing::trace!(%error, %to, ?kind, "not sent"))
     }
 
-    /// Gives all that has come, and answers a question if the answer is yes.
+    /// Passes everything received to `give`, and answers a probe if `give` returns `true`.
     pub fn hear(&mut self, mut give: impl FnMut(SocketEvent) -> bool) {
         for sockets in &mut self.families {
             let FamilySockets { address, echoes, asking, segments, listener, .. } = sockets;
@@ -235,7 +245,7 @@ impl RoomSockets {
             }
             for _ in 0..AT_ONCE {
                 let Ok((connection, _)) = listener.accept() else { break };
-                // Reset, so that the kernel remembers nothing of it.
+                // Closed with a reset, so that the kernel keeps no state of it.
                 let _ = connection.set_linger(Some(Duration::ZERO));
             }
             for _ in 0..AT_ONCE {
@@ -249,7 +259,7 @@ impl RoomSockets {
                 let packet = &packet[..length.min(HEADERS)];
                 let kind = Kind::Segment;
                 match raw_tcp::segment(*address, packet).and_then(far_segment) {
-                    // The kernel answers.
+                    // The kernel itself answers the segment.
                     Some(Segment::Question(round)) => {
                         give(SocketEvent::Question { from, round, sort: Sort { ipv4, kind } });
                     }
@@ -278,7 +288,7 @@ impl RoomSockets {
 }
 
 impl FamilySockets {
-    /// Whatever else is sent to the sockets must not fill their buffers, nor the queue of connections.
+    /// Attaches filters so that unrelated packets fill neither the buffers nor the connection queue.
     fn admit(&self, sources: &[Sources], round: Option<u32>) -> io::Result<()> {
         let is_of_family = |sources: &&Sources| sources.is_ipv4() == self.address.is_ipv4();
         let from = sources.iter().find(is_of_family).map(Condition::From);
@@ -299,7 +309,7 @@ impl FamilySockets {
     fn first_segment(&self, to: IpAddr, round: u32) -> Vec<u8> {
         let mut nonce = [0; NONCE_LEN];
         nonce[..4].copy_from_slice(&round.to_be_bytes());
-        // Another one in each round, as connections have it.
+        // A different source port in each round, as new connections have.
         let port = round as u16 | 0x8000;
         let (from, ports) = (self.address, [port, FAR_PORT]);
         Probe { transport: Transport::Tcp, from, to, ports, nonce }.segment()
@@ -328,23 +338,24 @@ fn segments(address: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// A packet read from a socket.
 struct Received {
-    /// Of the packet, also where it is longer than what it was read into.
+    /// Length of the packet in bytes, even if it exceeds the buffer.
     length: usize,
     from: Option<SocketAddr>,
-    /// Bytes of each of several datagrams that came in one packet.
+    /// Size in bytes of each datagram if the packet contains several (UDP GRO).
     segment: Option<usize>,
 }
 
-/// Has the kernel give several datagrams that came in one packet at once, where it can.
+/// Enables UDP GRO if possible: the kernel then delivers several datagrams of one packet together.
 fn whole(socket: UdpSocket) -> UdpSocket {
     if let Err(error) = setsockopt(&socket, UdpGroSegment, &true) {
-        tracing::debug!(%error, "packets of several datagrams come in parts");
+        tracing::debug!(%error, "UDP GRO unavailable");
     }
     socket
 }
 
-/// Sends datagrams of this size in one packet. The last one may be smaller.
+/// Sends datagrams of `size` bytes as one packet (UDP GSO). The last one may be smaller.
 fn send_in(socket: &UdpSocket, payload: &[u8], to: SocketAddr, size: usize) -> io::Result<()> {
     if payload.len() <= size {
         return socket.send_to(payload, to).map(drop);
@@ -358,7 +369,8 @@ fn send_in(socket: &UdpSocket, payload: &[u8], to: SocketAddr, size: usize) -> i
 }
 
 impl Taken {
-    /// Gives a socket a large buffer. Without the right to that the kernel gives as much as it may.
+    /// Enlarges a socket's receive buffer. Without the privilege to force the size, the kernel grants as
+    /// much as `net.core.rmem_max` allows.
     fn of(socket: &impl AsFd) -> io::Result<Self> {
         let given = SockRef::from(socket);
         if setsockopt(socket, RcvBufForce, &BUFFER).is_err() {
@@ -367,7 +379,7 @@ impl Taken {
         Ok(Self { bytes: 0, limit: given.recv_buffer_size()? / 2 })
     }
 
-    /// Says whether packets may have come for which there was no room.
+    /// Records the result of a read, and returns whether packets may have been lost for lack of room.
     fn note(&mut self, received: &io::Result<Received>) -> bool {
         match received {
             Ok(Received { length, .. }) => self.bytes += EACH + 2 * length,

@@ -1,7 +1,7 @@
-//! Connections of trials that carry data: those that this pod makes, and those that it answers.
+//! TCP connections of trials that carry data, in both directions.
 //!
-//! What is carried is a small segment and full-size ones after it, and the same comes back. Neither end keeps
-//! a connection longer than a round takes.
+//! A connection carries a small segment followed by full-size ones, and the receiver returns the same
+//! data. Neither end keeps a connection longer than a round.
 
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
@@ -16,59 +16,66 @@ use crate::dataplane::forwarding::{
     FAR_DATA_PORT, SMALL, Said, answer, read_stream, stream_question,
 };
 
-/// Connections that are answered at once.
+/// Maximum number of simultaneous incoming connections.
 const AT_ONCE: usize = 64;
-/// A connection that is not at its end by then does not get there.
+/// Lifetime of an incoming connection.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// Maximum number of connections that wait to be accepted.
 const BACKLOG: i32 = 64;
-/// Bytes that are read at once.
+/// Bytes per read.
 const PART: usize = 1 << 14;
 
-/// What has become of a connection.
+/// A change of an outgoing connection. The fields are the peer's address and the round.
 pub enum Event {
-    /// It is made, and data is on its way.
+    /// The connection is established and data was sent.
     Connected(IpAddr, u32),
-    /// All has come back.
+    /// All data has been returned.
     Answered(IpAddr, u32),
 }
 
-/// A question that this pod sends.
+/// An outgoing connection of this host's trial.
 struct Call {
     socket: Socket,
     to: IpAddr,
     round: u32,
     question: Vec<u8>,
+    /// Bytes of the probe that were sent.
     sent: usize,
+    /// Bytes received.
     carried: Vec<u8>,
 }
 
-/// Those of one address of the pod.
+/// The outgoing connections of one address of the pod.
 #[derive(Default)]
 pub struct Calls(Vec<Call>);
 
-/// A connection that another pod has made.
+/// An incoming connection from another host's pod.
 struct Guest {
     socket: Socket,
     from: IpAddr,
     since: Instant,
+    /// Bytes received; the answer after it has been prepared.
     carried: Vec<u8>,
-    /// How much of it has been sent back; none as long as it is not known that it is to be.
+    /// Number of answer bytes sent; `None` until the whole probe has arrived.
     answered: Option<usize>,
 }
 
-/// Those that come to one address of the pod.
+/// The listener and incoming connections of one address of the pod.
 pub struct Guests {
     listener: Socket,
     guests: Vec<Guest>,
 }
 
 impl Calls {
-    /// Of former rounds nothing is of interest any more.
+    /// Closes connections of earlier rounds.
     pub fn forget(&mut self) {
         self.0.clear();
     }
 
-    /// Makes a connection with a socket of the pod, unless there is one.
+    /// Starts a connection with a new socket of the pod, unless one to this peer exists in this round.
+    ///
+    /// # Errors
+    /// Fails if the socket cannot be opened or refuses to connect.
     pub fn begin(
         &mut self,
         to: IpAddr,
@@ -89,21 +96,23 @@ impl Calls {
         Ok(())
     }
 
-    /// Goes on with each as far as it goes.
+    /// Advances each connection as far as possible without blocking.
     pub fn go_on(&mut self, mut give: impl FnMut(Event)) {
         self.0.retain_mut(|call| match call.go_on(&mut give) {
             Ok(is_open) => is_open,
             Err(error) => {
-                tracing::trace!(%error, to = %call.to, "a connection has failed");
+                tracing::trace!(%error, to = %call.to, "connection failed");
                 false
             }
         });
     }
 
+    /// Returns the descriptors to poll for reading.
     pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.0.iter().map(|call| call.socket.as_fd())
     }
 
+    /// Returns the descriptors of connections with unsent bytes.
     pub fn writable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let unsent = self.0.iter().filter(|call| call.sent < call.question.len());
         unsent.map(|call| call.socket.as_fd())
@@ -111,10 +120,10 @@ impl Calls {
 }
 
 impl Call {
-    /// Says whether it goes on.
+    /// Advances the connection, and returns whether it stays open.
     fn go_on(&mut self, give: &mut impl FnMut(Event)) -> io::Result<bool> {
         while self.sent < self.question.len() {
-            // The small segment is one of its own.
+            // The small segment is sent separately.
             let end = if self.sent < SMALL { SMALL } else { self.question.len() };
             let Some(sent) = done((&self.socket).write(&self.question[self.sent..end]))? else {
                 break;
@@ -139,7 +148,10 @@ impl Call {
 }
 
 impl Guests {
-    /// At a port of this address, inside the pod.
+    /// Listens on the data port of this address. Must be called inside the pod's namespace.
+    ///
+    /// # Errors
+    /// Fails if the socket cannot be opened or bound.
     pub fn listen(address: IpAddr) -> io::Result<Self> {
         let at = SocketAddr::new(address, FAR_DATA_PORT);
         let listener = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::TCP))?;
@@ -150,12 +162,14 @@ impl Guests {
         Ok(Self { listener, guests: Vec::new() })
     }
 
+    /// Returns the listening socket.
     pub const fn listener(&self) -> &Socket {
         &self.listener
     }
 
-    /// Goes on with each as far as it goes. A question of which all has come is answered if the answer of
-    /// `give` to its sender and its round is yes. Says whether one was turned away.
+    /// Advances each connection as far as possible without blocking. A complete probe is answered if
+    /// `give` returns `true` for its sender and round. Returns whether the limit of connections was
+    /// reached.
     pub fn go_on(&mut self, mut give: impl FnMut(IpAddr, u32) -> bool) -> bool {
         self.guests.retain(|guest| guest.since.elapsed() < TIMEOUT);
         while self.guests.len() < AT_ONCE
@@ -166,17 +180,19 @@ impl Guests {
         self.guests.retain_mut(|guest| guest.go_on(&mut give).unwrap_or(false));
         let is_full = self.guests.len() >= AT_ONCE;
         if is_full {
-            // The oldest one makes room.
+            // The oldest connection is closed to make room.
             self.guests.remove(0);
         }
         is_full
     }
 
+    /// Returns the descriptors to poll for reading.
     pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let guests = self.guests.iter().map(|guest| guest.socket.as_fd());
         guests.chain([self.listener.as_fd()])
     }
 
+    /// Returns the descriptors of connections with unsent bytes.
     pub fn writable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let unsent = |guest: &&Guest| guest.answered.is_some_and(|sent| sent < guest.carried.len());
         self.guests.iter().filter(unsent).map(|guest| guest.socket.as_fd())
@@ -192,7 +208,8 @@ impl Guest {
         Some(Self { socket, from, since, carried: Vec::new(), answered: None })
     }
 
-    /// Says whether it goes on: until the other end has ended it.
+    /// Advances the connection. Returns whether it stays open, which it does until the other end closes
+    /// it.
     fn go_on(&mut self, give: &mut impl FnMut(IpAddr, u32) -> bool) -> io::Result<bool> {
         let limit = match (self.answered, read_stream(&self.carried)) {
             (Some(_), _) => self.carried.len(),
@@ -206,7 +223,7 @@ impl Guest {
         let read = read_stream(&self.carried).map_err(|_| ErrorKind::InvalidData)?;
         if let (None, Some((_, round, size))) = (self.answered, read) {
             if self.carried.len() < size {
-                // More may wait than the first part.
+                // Bytes beyond the first part may be available already.
                 return if limit == size { Ok(true) } else { self.go_on(give) };
             }
             if !give(self.from, round) {
@@ -223,7 +240,10 @@ impl Guest {
     }
 }
 
-/// A socket of this address that does not wait. It is to be made inside the pod.
+/// Opens a nonblocking socket bound to this address. Must be called inside the pod's namespace.
+///
+/// # Errors
+/// Fails if the socket cannot be opened or bound.
 pub fn caller(address: IpAddr) -> io::Result<Socket> {
     let from = SocketAddr::new(address, 0);
     let socket = Socket::new(Domain::for_address(from), Type::STREAM, Some(Protocol::TCP))?;
@@ -233,17 +253,19 @@ pub fn caller(address: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// So that the kernel remembers nothing of it, and sends each part at once.
+/// Makes closing reset the connection, so that the kernel keeps no state of it, and sends each part
+/// immediately.
 fn reset_at_end(socket: &Socket) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_tcp_nodelay(true)
 }
 
-/// Takes what has come, up to so many bytes in all. Says whether more may come.
+/// Reads available bytes up to a total of `limit`. Returns whether the connection is still open.
 fn take(socket: &Socket, carried: &mut Vec<u8>, limit: usize) -> io::Result<bool> {
     let mut buffer = [0; PART];
     loop {
-        // At the limit nothing more is expected: that shows whether the other end is still there.
+        // At the limit nothing more is expected, but a read shows whether the other end is still
+        // connected.
         let room = (limit - carried.len().min(limit)).clamp(1, PART);
         match done((&*socket).read(&mut buffer[..room]))? {
             None => return Ok(true),
@@ -257,7 +279,7 @@ fn take(socket: &Socket, carried: &mut Vec<u8>, limit: usize) -> io::Result<bool
     }
 }
 
-/// None where it has to wait.
+/// Converts "would block" to `None`.
 fn done(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Ok(length) => Ok(Some(length)),
@@ -266,7 +288,7 @@ fn done(result: io::Result<usize>) -> io::Result<Option<usize>> {
     }
 }
 
-/// Not yet done, and no failure.
+/// Returns whether the operation is incomplete rather than failed.
 fn is_under_way(error: &io::Error) -> bool {
     const EINPROGRESS: i32 = 115;
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)

@@ -1,4 +1,4 @@
-//! What is said of packets that are lost between pods of this host and those of others.
+//! Texts about packets that are lost between pods of this host and pods of other hosts.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,11 +9,11 @@ use crate::{
     model::{NodeId, PathState},
 };
 
-/// Peers that are named at once.
+/// Maximum number of peers named in one text.
 const NAMED: usize = 3;
 
 impl Agent {
-    /// What is known of packets of pods, with this.
+    /// Adds the results for pods of other hosts to the status of forwarding.
     pub(in crate::agent) fn far_added_to(&self, known: CheckStatus) -> CheckStatus {
         let CheckStatus { state, mut detail } = known;
         if !self.kernel.far.overrun.is_empty() {
@@ -38,8 +38,8 @@ impl Agent {
         }
     }
 
-    /// Sentences about packets that do not come to pods of other hosts, or whose answers do not come back.
-    /// Peers of which the same is true are told of together.
+    /// Returns the problems about packets that do not reach pods of other hosts, or whose answers do not
+    /// return. Peers with the same losses share a sentence.
     pub(in crate::agent) fn far_problems(&self) -> Vec<String> {
         let mut alike: BTreeMap<Vec<(Half, Sort)>, Vec<NodeId>> = BTreeMap::new();
         for (node, lost) in self.far_lost() {
@@ -56,7 +56,8 @@ impl Agent {
         alike.into_iter().map(sentence).collect()
     }
 
-    /// Sentences about packets of which a part is lost by chance, with the share and the direction.
+    /// Returns the warnings about packets of which a part is lost at random, with the share and the
+    /// direction.
     pub(in crate::agent) fn far_warnings(&self) -> Vec<String> {
         let tried = self.kernel.far.answering.len();
         let of = |half: Half| {
@@ -75,8 +76,9 @@ impl Agent {
         [Half::There, Half::Back].into_iter().filter_map(of).collect()
     }
 
-    /// What is lost to or from pods of each peer. Where nothing gets through, the path as a whole is bad, and
-    /// where full packets do not, it may be narrow: that is told by what the path is found to be.
+    /// Returns what is lost to or from the pods of each peer. Excludes peers that receive nothing,
+    /// because the status of the path reports those, and large packets while the path MTU is being
+    /// measured.
     fn far_lost(&self) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
         let answering = &self.kernel.far.answering;
         let unanswered: BTreeSet<NodeId> = self
@@ -96,6 +98,7 @@ impl Agent {
         lost
     }
 
+    /// Joins the names of the first [`NAMED`] peers and the number of the others.
     fn names(&self, nodes: &[NodeId]) -> String {
         let named = nodes.iter().take(NAMED).map(|node| self.node.name_of(*node).to_owned());
         let mut named: Vec<String> = named.collect();
@@ -169,13 +172,13 @@ fn loss_sentence(half: Half, names: &str, share: &str, link: &str, is_all: bool)
     )
 }
 
-/// Sorts of packets, by family; all of a family as the family alone.
+/// Lists kinds of packets by family. A family that loses all kinds is named without them.
 fn list(sorts: &[Sort]) -> String {
     let of_family = |ipv4: bool| {
         let kinds: Vec<Kind> =
             sorts.iter().filter(|sort| sort.ipv4 == ipv4).map(|sort| sort.kind).collect();
         let family = if ipv4 { "IPv4" } else { "IPv6" };
-        // Where single large packets do not pass, several in one do not either, and data takes connections.
+        // Lost large packets imply lost aggregates, and lost TCP segments imply lost data.
         let [has_large, has_first] = [Kind::Large, Kind::Segment].map(|kind| kinds.contains(&kind));
         let named = kinds.iter().filter_map(|kind| match kind {
             Kind::Segment => Some("TCP"),

@@ -1,6 +1,6 @@
-//! What becomes of packets of a trial inside tunnel packets. Output rules of this host see those, and may let
-//! them pass by the program that has sent what is inside: a packet of a pod has none. And policy rules may
-//! lead them elsewhere by a mark, which a tunnel packet inherits from what is inside.
+//! The fate of trial packets inside tunnel packets. Output rules of this host see tunnel packets, and
+//! may accept them by the program that sent the inner packet; a packet of a pod has no such program.
+//! Policy rules may divert them by a mark, which a tunnel packet inherits from the inner packet.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,22 +9,23 @@ use std::{
 
 use crate::dataplane::forwarding::Seen;
 
-/// What was seen, by destination inside the tunnel.
+/// What was captured, by destination inside the tunnel.
 #[derive(Debug, Default)]
 pub struct Carried {
-    /// Packets of the pod that have come to the VXLAN device.
+    /// Destinations of the pod's packets that reached the VXLAN device.
     pub entered: BTreeSet<IpAddr>,
-    /// Those that have left inside tunnel packets, with the indexes of the interfaces by which they have:
-    /// of a VLAN or a bond and of what is below it.
+    /// Destinations of the pod's packets that left inside tunnel packets, with the indexes of the
+    /// interfaces: those of a VLAN or bond and of the devices below it.
     pub left: BTreeMap<IpAddr, BTreeSet<u32>>,
-    /// Packets of this host itself that have.
+    /// The same for packets of this host itself.
     pub own: BTreeMap<IpAddr, BTreeSet<u32>>,
-    /// Destinations to which several next hops lead: packets may leave by any of their interfaces.
+    /// Destinations with several next hops: packets may leave by any of their interfaces.
     pub spread: BTreeSet<IpAddr>,
 }
 
 impl Carried {
-    /// Where none of this host's own is seen either, something else takes them (IPsec), or there is no way.
+    /// Returns the verdict. If no packet of this host was captured either, something else takes them
+    /// (IPsec), or no route exists.
     pub fn seen(&self) -> Seen {
         let mut comparable = self.own.iter().filter(|(to, _)| self.entered.contains(to)).peekable();
         if comparable.peek().is_none() && self.left.is_empty() {
@@ -37,7 +38,8 @@ impl Carried {
         if has_left { Seen::Passed } else { Seen::Lost }
     }
 
-    /// The interface by which a packet of the pod has left, where this host's own leave by another.
+    /// Returns the interface by which a packet of the pod left, if this host's own packets leave by
+    /// another.
     pub fn stray(&self) -> Option<u32> {
         self.left.iter().find_map(|(to, left)| {
             let own = self.own.get(to).filter(|own| left.is_disjoint(own));

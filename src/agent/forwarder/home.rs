@@ -1,8 +1,8 @@
-//! Tries packets between the pod that is the agent's own and this host itself: input rules may drop what pods
-//! send to their host, and output rules what the host sends to pods, a kubelet's probes among it.
+//! Trials between the agent's own pod and this host: input rules may drop what pods send to their host,
+//! and output rules what the host sends to pods, for example a kubelet's probes.
 //!
-//! Many hosts let pods at some of their ports only, on purpose. So what comes to this host counts as lost
-//! only where an echo, a datagram and the first segment of a connection are all without effect.
+//! Many hosts intentionally admit pods at some ports only. So packets to this host count as lost only if
+//! an echo, a datagram and the first segment of a connection all have no effect.
 
 use std::{
     collections::BTreeSet,
@@ -32,49 +32,59 @@ use crate::{
     },
 };
 
-/// What has not come by then is lost.
+/// Time limit of a trial.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sockets of both families, in the pod and on this host.
 pub struct Home(Vec<Ends>);
 
+/// The sockets of one family.
 struct Ends {
     family: Family,
     pod: IpAddr,
     gateway: IpAddr,
-    /// Inside the pod.
+    /// Echo socket inside the pod.
     echo: Socket,
+    /// UDP socket inside the pod.
     inside: Socket,
+    /// Raw TCP socket inside the pod.
     segments: Socket,
-    /// On this host, under the gateway's address.
+    /// UDP socket on this host, bound to the gateway's address.
     outside: Socket,
-    /// Only sends.
+    /// Raw TCP socket on this host; only sends.
     sender: Socket,
 }
 
-/// What is sent, and what has been seen of it.
+/// A trial of one family and its results.
 struct Check<'a> {
     ends: &'a Ends,
     asker: ProbeIdentity,
     nonce: [u8; NONCE_LEN],
     /// Source port of the segment to this host.
     fresh: u16,
+    /// Whether anything has returned from this host to the pod.
     heard: bool,
+    /// Packets from this host that have arrived in the pod.
     arrived: BTreeSet<Transport>,
 }
 
 impl Home {
-    /// Leaves out a family whose gateway is not there.
+    /// Opens the sockets. A family whose gateway address is missing is skipped.
     pub fn open(standin: &StandIn, shape: &Shape) -> Self {
         let pairs = shape.addresses.iter().zip(shape.subnets.iter());
         let opened = pairs.map(|(pod, subnet)| Ends::open(standin, pod, gateway(subnet)));
         let logged = opened.map(|ends| {
-            ends.inspect_err(|error| tracing::debug!(%error, "pods and their host: not tried"))
+            ends.inspect_err(
+                |error| tracing::debug!(%error, "packets between pods and this host not tested"),
+            )
         });
         Self(logged.filter_map(Result::ok).collect())
     }
 
-    /// Waits by `wait`, which says whether to go on; gives nothing if not.
+    /// Runs a trial. `wait` polls and returns whether to continue; otherwise the result is empty.
+    ///
+    /// # Errors
+    /// Fails if the trial cannot be prepared.
     pub fn run(
         &self,
         mut wait: impl FnMut(&[BorrowedFd<'_>], Duration) -> bool,
@@ -105,7 +115,7 @@ impl Ends {
             io::Result::Ok(Socket::from(socket))
         };
         let sender = raw_tcp::open(gateway)?;
-        // It would be given each segment that comes to this host.
+        // Without this filter the socket would receive every segment sent to this host.
         only(&sender, Shown::raw(gateway), &[])?;
         let outside = datagrams(gateway)?;
         standin.inside(|| {
@@ -143,13 +153,13 @@ impl<'a> Check<'a> {
         Ok(Self { ends, asker, nonce: *nonce, fresh, heard, arrived })
     }
 
-    /// The segment from this host to the pod, or the other way.
+    /// Returns the segment from this host to the pod, or the reverse.
     fn segment(&self, from: IpAddr, to: IpAddr) -> Probe {
         let ports = [self.fresh, UNUSED];
         Probe { transport: Transport::Tcp, from, to, ports, nonce: self.nonce }
     }
 
-    /// What cannot be sent is not seen.
+    /// Sends all packets. A packet that cannot be sent does not arrive, and is detected that way.
     fn send(&self) {
         let Ends { family, pod, gateway, echo, inside, segments, outside, sender } = self.ends;
         let payload = Probe::payload(self.nonce);
@@ -165,6 +175,7 @@ impl<'a> Check<'a> {
         let _ = sender.send_to(&self.segment(*gateway, *pod).segment(), &at(*pod));
     }
 
+    /// Records what has arrived.
     fn hear(&mut self) {
         let Ends { family, pod, gateway, echo, inside, segments, outside, .. } = self.ends;
         while let Ok(heard) = family.receive(echo, self.asker) {
@@ -178,7 +189,7 @@ impl<'a> Check<'a> {
             }
         });
         let to_pod = self.segment(*gateway, *pod);
-        // This host refuses the connection, for nothing listens there.
+        // This host resets the connection, because nothing listens on the port.
         let refused = [UNUSED, self.fresh].map(u16::to_be_bytes).concat();
         drain(segments, |packet, _| {
             let segment = raw_tcp::segment(*pod, packet).unwrap_or_default();

@@ -1,52 +1,54 @@
-//! When a change of the underlay counts.
+//! Decides when a change of the underlay counts.
 //!
-//! An address that is away for less than a second (DHCP renewal, a restarted network manager) changes
-//! nothing, and a better default route counts when it has stayed for two. Whatever makes the present
-//! address work again counts at once. No clock, no kernel: looks come in, changes go out.
+//! An address that is missing for less than a second (DHCP renewal, a restarted network manager) changes
+//! nothing, and a better default route counts after two seconds. A change that makes the present address
+//! work again counts immediately. Pure: it reads no clock and no kernel.
 
 use std::time::{Duration, Instant};
 
 use super::{ChosenUnderlay, Look, UnderlayError};
 
-/// An address may be away for so long.
+/// Time for which the address may be missing.
 const GRACE: Duration = Duration::from_secs(1);
-/// A better interface has to be there for so long.
+/// Time for which a better interface must exist.
 const SETTLE: Duration = Duration::from_secs(2);
-/// Without an underlay, or with another one in sight, the interfaces are looked at this often, whatever the
-/// kernel tells.
+/// Time between two checks of the interfaces while there is no underlay or another one has appeared, in
+/// addition to change notifications.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
-/// The state between looks.
+/// The present underlay and pending changes.
 #[derive(Debug)]
 pub struct Watch {
     present: ChosenUnderlay,
-    /// Since when the present address is gone.
+    /// Since when the present address is missing.
     lost: Option<Instant>,
-    /// What is about to replace the present choice, and since when it is there.
+    /// A candidate to replace the present underlay, and since when it exists.
     coming: Option<(ChosenUnderlay, Instant)>,
-    /// The problem that was told last.
+    /// The last reported problem.
     told: Option<UnderlayError>,
+    /// When to check again regardless of notifications.
     look_at: Option<Instant>,
 }
 
 impl Watch {
-    /// Begins with the choice of the start. One that is only remembered is replaced as soon as there is
-    /// another.
+    /// Starts with the underlay chosen at startup. A remembered one is replaced as soon as another
+    /// exists.
     pub fn new(now: Instant, present: ChosenUnderlay) -> Self {
         let look_at = (!present.is_present()).then_some(now);
         Self { present, lost: None, coming: None, told: None, look_at }
     }
 
+    /// Returns the present underlay.
     pub const fn present(&self) -> &ChosenUnderlay {
         &self.present
     }
 
-    /// When the interfaces are to be looked at, whatever the kernel tells.
+    /// Returns when to check the interfaces regardless of notifications.
     pub const fn due(&self) -> Option<Instant> {
         self.look_at
     }
 
-    /// Takes in a look at the interfaces. Gives what has changed: the new choice, or a problem.
+    /// Processes a check of the interfaces. Returns a change: the new underlay, or a problem.
     pub fn step(
         &mut self,
         now: Instant,
@@ -86,7 +88,7 @@ impl Watch {
             .coming
             .take_if(|(coming, _)| coming.local == found.local && coming.name == found.name)
             .unwrap_or((found.clone(), now));
-        // While there is nothing to lose the new one need not prove itself.
+        // Without a working address, the candidate need not exist for any time itself.
         let since = if present_holds { there_since } else { self.lost.unwrap_or(there_since) };
         if now.saturating_duration_since(since) < wait {
             self.coming = Some((found, there_since));

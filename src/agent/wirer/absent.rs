@@ -1,4 +1,4 @@
-//! Veth pairs of pods that are not there any more, and veth pairs that no container uses.
+//! Veth pairs of pods that are missing, and veth pairs that no container uses.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,14 +13,14 @@ use crate::pods::{
     wiring::{Wiring, loose_end},
 };
 
-/// Veth pairs whose loose ends Docker has fetched. It puts an end back on this host when the container has
-/// ended or has left the network, and tells the agent, if that runs.
+/// Veth pairs whose loose ends Docker has fetched. Docker returns an end to this host when the container
+/// has ended or left the network, and reports it to the agent if that runs.
 #[derive(Default)]
 pub(super) struct Fetched(pub(super) BTreeSet<String>);
 
 impl Fetched {
-    /// Veth pairs that are of no container any more: those that are not there, and those with a loose end
-    /// again.
+    /// Returns the veth pairs that belong to no container any more: missing ones, and those whose loose
+    /// end has returned.
     pub(super) fn gone(&mut self, tenants: &Tenants, seen: &RepairReport) -> BTreeSet<String> {
         let is_fetched =
             |veth: &&String| !seen.absent.contains(*veth) && !seen.loose.contains(*veth);
@@ -30,8 +30,8 @@ impl Fetched {
     }
 }
 
-/// Tells of veth pairs that are not there, as often as that changes, and of those that have not been there
-/// for long enough.
+/// Reports missing veth pairs whenever they change, and those that have been missing for
+/// [`RECHECK_INTERVAL`].
 pub(super) fn note_absent(
     known: &mut BTreeMap<String, Instant>,
     absent: &BTreeSet<String>,
@@ -55,7 +55,7 @@ pub(super) fn note_absent(
     }
 }
 
-/// Sorts pods by what the kernel and the file system still have of them.
+/// Classifies pods by the kernel's veth pairs and the paths of their namespaces.
 pub(super) fn look(
     pods: Vec<Suspect>,
     wiring: &mut Wiring,

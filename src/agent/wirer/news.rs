@@ -1,4 +1,4 @@
-//! What the kernel tells of interfaces, and of the tables about pods' addresses.
+//! Change notifications of interfaces and of the tables of pods' addresses.
 
 use std::{thread, time::Instant};
 
@@ -6,7 +6,7 @@ use super::{AttachResult, GAP, PodWorker};
 use crate::pods::link_updates::LinkUpdates;
 
 impl<F: Fn(AttachResult)> PodWorker<'_, F> {
-    /// Reads what has changed, and takes note of whether the bridge or the tables are to be looked at.
+    /// Reads the notifications, and records whether the bridge or the tables must be checked.
     pub(super) fn listen(&mut self) {
         let awaited = match &self.kept {
             Some(bridge) => self.refusal.as_ref().map(|_| bridge),
@@ -20,14 +20,14 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         match read {
             Ok(overrun) => self.overruns.note(overrun),
             Err(error) => {
-                tracing::error!(%error, "cannot hear of changes of interfaces");
+                tracing::error!(%error, "interface notifications not read");
                 thread::sleep(GAP);
             }
         }
         self.touched |= named || news.needs_repair() || self.overruns.take(Instant::now());
         match self.tables.touched() {
             Ok(touched) => self.table_touched |= touched,
-            Err(error) => tracing::debug!(%error, "cannot hear of changes of nftables"),
+            Err(error) => tracing::debug!(%error, "nftables notifications not read"),
         }
     }
 }
