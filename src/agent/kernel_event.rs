@@ -23,6 +23,8 @@ pub enum KernelEvent {
     /// The interface that carries the tunnels has changed, or its address or MTU has; or no interface is
     /// suitable.
     Underlay(Result<ChosenUnderlay, UnderlayError>),
+    /// The carrier of that interface flaps, as a sentence; `None` once it no longer does.
+    Flapping(Option<String>),
     /// The difference between where the kernel sends packets and where it should has changed.
     Routing(Routing),
     /// Addresses of this host inside the overlay's networks, as sentences.

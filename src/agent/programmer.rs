@@ -20,7 +20,7 @@ use super::{
     kernel_event::{DemandState, KernelEvent, Outcome},
     overruns::Overruns,
     surroundings::Surroundings,
-    underlay::{ChosenUnderlay, Watch},
+    underlay::{ChosenUnderlay, Flaps, Watch},
 };
 use crate::{
     config::Config,
@@ -110,6 +110,8 @@ impl Programmer {
             netlink,
             config,
             underlay: Watch::new(Instant::now(), chosen),
+            flaps: Flaps::default(),
+            flapping: None,
             looked: None,
             orders,
             tell,
@@ -163,6 +165,9 @@ struct Reconciler<F> {
     netlink: Netlink,
     config: Config,
     underlay: Watch,
+    flaps: Flaps,
+    /// As last told.
+    flapping: Option<String>,
     /// When the interfaces were last looked at.
     looked: Option<Instant>,
     orders: Orders<Task>,

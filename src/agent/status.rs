@@ -132,6 +132,7 @@ impl Agent {
         problems.extend(self.flood_problem().into_iter().chain(self.crowd_problem()));
         let capped = self.transport.receive_buffer().capped;
         problems.extend(self.unread.problem(self.node.address().port(), capped));
+        problems.extend(kernel.flapping.clone());
         problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());
@@ -195,9 +196,9 @@ impl Agent {
         let port = self.node.address().port();
         Some(format!(
             "{packets} handshakes a minute on UDP {port}, some of them from {example}, find no place or lose \
-             it, because earlier ones are not finished: joins may take longer, and so may gossip of a member \
-             at that address; see which program at {example} sends to UDP {port} (ss -unp), and let a \
-             firewall drop UDP {port} of hosts that are no members"
+             it, because earlier ones are not finished, or repeat a first packet: they take CPU time here, \
+             and handshakes of hosts with the cluster's secret come first; see which program at {example} \
+             sends to UDP {port} (ss -unp), and let a firewall drop UDP {port} of hosts that are no members"
         ))
     }
 

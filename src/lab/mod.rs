@@ -13,6 +13,7 @@ mod host;
 mod netns;
 mod ping;
 mod plugin;
+mod replay;
 mod show;
 mod silence;
 
@@ -26,5 +27,6 @@ pub use host::{Host, Lab, Pod};
 pub use netns::NetNs;
 pub use ping::Pinger;
 pub use plugin::{PLUGINS, PluginResult, call_plugin};
+pub use replay::Replay;
 pub use show::tables;
 pub use silence::StalledHandshakes;

@@ -4,6 +4,8 @@
 //! operator changes them (`bridge link set`, `ip link set type bridge_slave`), the kernel drops packets of
 //! the pod without counting them.
 
+use std::fmt;
+
 use rtnetlink::{
     LinkMessageBuilder, LinkUnspec,
     packet_core::{DefaultNla, Nla},
@@ -47,6 +49,41 @@ const SETTINGS: [(u16, u8, &str); 16] = [
 /// Returns whether the bridge forwards packets from and to a port.
 pub(super) fn is_open(port: &Link) -> bool {
     port.is_operational() && reported_settings(port).contains(&(STATE, FORWARDING))
+}
+
+/// State of a bridge port (`BR_STATE_*` of linux/if_bridge.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortState {
+    Disabled,
+    Listening,
+    Learning,
+    Forwarding,
+    Blocking,
+}
+
+impl fmt::Display for PortState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Disabled => "disabled",
+            Self::Listening => "listening",
+            Self::Learning => "learning",
+            Self::Forwarding => "forwarding",
+            Self::Blocking => "blocking",
+        })
+    }
+}
+
+/// Returns the state of a port of any bridge. `None` if the kernel does not report it.
+pub fn state(port: &Link) -> Option<PortState> {
+    let states = [
+        PortState::Disabled,
+        PortState::Listening,
+        PortState::Learning,
+        PortState::Forwarding,
+        PortState::Blocking,
+    ];
+    let (_, value) = reported_settings(port).into_iter().find(|(kind, _)| *kind == STATE)?;
+    states.get(usize::from(value)).copied()
 }
 
 /// Returns whether all settings that the kernel reports are correct.

@@ -150,7 +150,7 @@ fn rule_that_drops_large_datagrams_is_named_and_no_error_is_missed() {
                 .iter()
                 .all(|words| has_problem(agent, words))
         });
-        assert!(!has_problem(agent, "pods do not hear"), "an error that nothing was sent for");
+        assert!(!has_problem(agent, "pods do not learn"), "an error that nothing was sent for");
         tool(&host.netns, fix);
         status_where(agent, |status| status["problems"] == serde_json::json!([]));
         Ok(())
