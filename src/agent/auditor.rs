@@ -1,8 +1,8 @@
-//! Asks the kernel for the way of packets, as [`crate::dataplane::audit`] wants it, and finds out why one
-//! does not go as it should.
+//! Looks up the routes of packets that [`crate::dataplane::audit`] selects, and determines why a packet
+//! does not take its intended way.
 //!
-//! Part of the kernel's thread (`programmer`). Bounded: so many lookups per pass, and no more than one part
-//! in fifty of the time.
+//! Part of the kernel thread (`programmer`). The lookups per pass are limited, and they take at most a
+//! fiftieth of the time.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -40,16 +40,17 @@ use crate::{
     pods::bridge::ALIAS,
 };
 
-/// Between two passes while all is well.
+/// Time between two passes while nothing is wrong.
 const CALM: Duration = Duration::from_secs(10);
-/// The same while something is not certain.
+/// Time between two passes while a result is uncertain.
 const ANXIOUS: Duration = Duration::from_secs(1);
-/// After a change: what belongs together should be over.
+/// Time from a change to the next pass, so that related changes are complete.
 const SETTLE: Duration = Duration::from_millis(300);
-/// A pass takes no more than one part in so many of the time, unless the wait would be longer than this.
+/// A pass takes at most this fraction (1/n) of the time, unless the pause would exceed [`LONGEST`].
 const SHARE: u32 = 50;
-/// Paths whose MTU is asked for in one pass.
+/// Maximum number of hosts whose path MTU is looked up in one pass.
 const PATHS: usize = 256;
+/// Longest pause between two passes.
 const LONGEST: Duration = Duration::from_secs(3);
 
 const EACCES: i32 = 13;
@@ -57,29 +58,32 @@ const EINVAL: i32 = 22;
 const ENETUNREACH: i32 = 101;
 const EHOSTUNREACH: i32 = 113;
 
-/// What was found.
+/// The result of the audit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routing {
-    /// Why packets do not go as they should, with what helps.
+    /// Why packets do not take their intended way, with remedies.
     pub problems: Vec<String>,
     /// Subnets of peers whose packets take a wrong way.
     pub diverted: BTreeSet<IpNet>,
-    /// MTU of the underlay's path to these hosts, where it is smaller than that of the interface: a router
-    /// has said so, or a route has it.
+    /// MTU of the path to these hosts, if it is smaller than that of the underlay interface because of a
+    /// router's report or a route.
     pub path_mtus: BTreeMap<IpAddr, PathMtu>,
-    /// Hosts whose tunnel packets do not leave by the underlay's interface.
+    /// Hosts whose tunnel packets do not leave by the underlay interface.
     pub detours: BTreeMap<IpAddr, Detour>,
+    /// The state of the check for the status.
     pub status: CheckStatus,
 }
 
-/// What the path to a host carries, as far as the kernel says.
+/// The MTU of the path to a host, according to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PathMtu {
+    /// In bytes.
     pub mtu: u32,
-    /// A router has told it; otherwise a route has it.
+    /// Whether a router reported it; otherwise a route sets it.
     pub learned: bool,
 }
 
+/// The state of the audit between passes.
 #[derive(Debug)]
 pub struct Auditor {
     audit: Audit,
@@ -87,37 +91,41 @@ pub struct Auditor {
     not_before: Instant,
     path_mtus: BTreeMap<IpAddr, PathMtu>,
     detours: BTreeMap<IpAddr, Detour>,
-    /// By which tunnel packets to each host leave.
+    /// Next hop of tunnel packets to each host.
     next_hops: BTreeMap<IpAddr, Hop>,
-    /// The host whose path was asked for last.
+    /// The host whose path was looked up last.
     path_asked: Option<IpAddr>,
-    /// Subnets of peers for which routes of others have been read.
+    /// Subnets of peers for which routes of other programs have been read.
     read_for: BTreeSet<IpNet>,
-    /// Before this they are not read again.
+    /// Earliest time to read them again.
     read_at: Instant,
-    /// What routes of others select that ask for more than the destination.
+    /// Selectors of other programs' routes that depend on more than the destination.
     conditional: BTreeSet<Selector>,
-    /// Selectors of policy rules and of such routes with which no packets are tried.
+    /// Numbers of policy rules and of such routes whose selectors are not tested.
     unread: [usize; 2],
+    /// The last reported result.
     told: Routing,
 }
 
-/// Where this host stands.
+/// The interfaces and addresses of this host.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
     /// Index of the VXLAN device.
     pub device: u32,
-    /// Index and address of the underlay interface.
+    /// Index of the underlay interface.
     pub underlay: u32,
+    /// Address of this host on the underlay.
     pub local: IpAddr,
-    /// Its MTU.
+    /// MTU of the underlay interface in bytes.
     pub carried: u32,
-    /// Networks of the interface.
+    /// Networks of the underlay interface.
     pub networks: &'a [IpNet],
+    /// Whether the firewall masquerades packets of pods.
     pub masquerade: bool,
 }
 
 impl<'a> Place<'a> {
+    /// Combines the device, the underlay and the firewall.
     pub fn new(device: u32, underlay: &'a ChosenUnderlay, firewall: &Firewall) -> Self {
         let masquerade = !firewall.masquerade.is_empty();
         let ChosenUnderlay { link, local, carried, ref networks, .. } = *underlay;
@@ -126,6 +134,7 @@ impl<'a> Place<'a> {
 }
 
 impl Auditor {
+    /// Returns an auditor whose first pass is due at `now`.
     pub fn new(now: Instant) -> Self {
         Self {
             audit: Audit::default(),
@@ -143,7 +152,8 @@ impl Auditor {
         }
     }
 
-    /// Something has changed that may lead packets elsewhere: these routes, for one.
+    /// Schedules a pass after a change that may divert packets, including these routes of other
+    /// programs.
     pub fn touch(&mut self, now: Instant, routes: ForeignRoutes) {
         self.audit.begin();
         self.audit.suspect(routes.to);
@@ -153,21 +163,22 @@ impl Auditor {
         self.due = self.due.min((now + SETTLE).max(self.not_before));
     }
 
-    /// There is nothing to ask about yet.
+    /// Postpones the pass, because nothing is programmed yet.
     pub fn put_off(&mut self, now: Instant) {
         self.due = now + CALM;
     }
 
+    /// Returns when the next pass is due.
     pub const fn due(&self) -> Instant {
         self.due
     }
 
-    /// To which tunnel packets are sent.
+    /// Returns the next hops of tunnel packets.
     pub fn next_hops(&self) -> BTreeSet<Hop> {
         self.next_hops.values().copied().collect()
     }
 
-    /// One pass, if it is due. Gives what is known, if it is something else than before.
+    /// Runs a pass if it is due. Returns the result if it has changed.
     pub fn look(
         &mut self,
         begun: Instant,
@@ -179,11 +190,11 @@ impl Auditor {
             return None;
         }
         if let Err(error) = self.read_routes(begun, netlink, desired) {
-            tracing::debug!(%error, "routes of other programs were not read");
+            tracing::debug!(%error, "routes of other programs not read");
         }
         match self.pass(netlink, desired, place) {
             Ok(()) => {}
-            Err(error) => tracing::debug!(%error, "the kernel was not asked for routes"),
+            Err(error) => tracing::debug!(%error, "routes not looked up"),
         }
         let rest = (begun.elapsed() * SHARE).min(LONGEST);
         let pause = if self.audit.is_unfinished() { ANXIOUS } else { CALM };
@@ -191,7 +202,7 @@ impl Auditor {
         self.due = begun + pause.max(rest);
         let problems = self.audit.sentences(desired.pool.networks());
         let (state, detail) = match (self.audit.subjects(), problems.as_slice()) {
-            (0, _) => (CheckState::Skipped, "there is no peer to ask about".to_owned()),
+            (0, _) => (CheckState::Skipped, "there is no peer".to_owned()),
             (count, []) => (CheckState::Ok, policy::detail(count, self.unread)),
             (_, problems) => (CheckState::Failing, problems.join("; ")),
         };
@@ -230,7 +241,7 @@ impl Auditor {
         Ok(())
     }
 
-    /// Asks for the way of tunnel packets to each peer's host, and its MTU, as far as one pass gets.
+    /// Looks up the route of tunnel packets to each peer's host, and its MTU, for up to [`PATHS`] hosts.
     fn ask_paths(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place<'_>) {
         let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
         self.path_mtus.retain(|host, _| hosts.contains(host));
@@ -283,9 +294,9 @@ impl Auditor {
     }
 }
 
-/// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.
-/// Where there are several, ours is the right one. The second is how many selectors of rules, and of routes,
-/// are left out.
+/// Determines the interface of the pods by its addresses: gossamer's bridge, Docker's, or one made by
+/// hand. If there are several, gossamer's is preferred. The second value is the numbers of selectors of
+/// rules and routes that are not tested.
 fn ground(
     netlink: &mut Netlink,
     desired: &Desired,
@@ -322,7 +333,7 @@ fn ground(
     Ok((Ground { device, underlay, local, own, has, masquerade, selected }, unread))
 }
 
-/// With IPv6 the kernel shows such a route, with IPv4 it gives its error.
+/// Converts a rejecting route to an error number: IPv6 lookups return the route, IPv4 lookups fail.
 const fn refusal(kind: RouteType) -> Option<i32> {
     match kind {
         RouteType::Unreachable => Some(EHOSTUNREACH),
@@ -333,7 +344,7 @@ const fn refusal(kind: RouteType) -> Option<i32> {
     }
 }
 
-/// As the kernel's users know it.
+/// Returns the text of an error number.
 fn reason(errno: i32) -> String {
     io::Error::from_raw_os_error(errno).to_string()
 }

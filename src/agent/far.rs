@@ -1,7 +1,8 @@
-//! The thread that tries whether packets of pods come to pods of other hosts, and answers those of others.
+//! The thread that tests whether packets of pods reach pods of other hosts, and answers such tests of
+//! other hosts.
 //!
-//! It has sockets in the pod that is the agent's own, for as long as there is one. What follows from what it
-//! sees is decided in [`crate::dataplane::forwarding::FarPods`]. What came to it is told to agents that ask.
+//! It has sockets in the agent's own pod while that exists. [`crate::dataplane::forwarding::FarPods`]
+//! draws the conclusions. Agents of other hosts can query which of their packets arrived.
 
 mod sockets;
 mod streams;
@@ -31,23 +32,24 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// So long after their time entries on demand that are not used any more are gone, and trials of both sides
-/// are over.
+/// Time after a peer was last needed until its entries on demand are removed and trials of both hosts
+/// have ended.
 const UNTIL_AGED: Duration = Duration::from_secs(120);
 
-/// Whom there is to try, and who may ask.
+/// The peers to test, and the addresses from which probes are answered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Setting {
+    /// The peers to test.
     subjects: Vec<Subject>,
-    /// What this host drops itself.
+    /// Ways on which this host itself drops packets.
     lost_here: Vec<Way>,
-    /// For how long a peer is left alone after a trial in which all was well, if that has a price.
+    /// How long a peer is not tested after a trial without losses; `None` if testing costs nothing.
     rest: Option<Duration>,
-    /// Addresses of members' own pods, and those that their hosts may give them.
+    /// Addresses of members' own pods and of their hosts, from which probes are answered.
     askers: BTreeMap<IpAddr, NodeId>,
-    /// The same as far as the kernel can tell them.
+    /// The same addresses as socket filters.
     sources: Vec<Sources>,
-    /// Those of this host and others that its rules may have put in the place of a member's.
+    /// Addresses that rules of this host may have put in place of a member's.
     own: BTreeSet<IpAddr>,
 }
 
@@ -56,43 +58,49 @@ impl Setting {
         self.askers.contains_key(&from) || self.own.contains(&from)
     }
 
-    /// Whether what came from an address may be a member's. A round's number is known to that one alone.
+    /// Returns whether a packet from an address may be this member's. Only that member knows a round's
+    /// number.
     fn may_be_of(&self, from: IpAddr, node: NodeId) -> bool {
         self.askers.get(&from).map_or(self.own.contains(&from), |asker| *asker == node)
     }
 }
 
-/// What is known.
+/// The results.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FarState {
+    /// Ways on which packets are lost.
     pub closed: Vec<FarWay>,
-    /// Peers from whose pods answers come.
+    /// Peers whose pods have answered.
     pub answering: BTreeSet<NodeId>,
-    /// Peers to which more came than they answer, so that nothing is known of them.
+    /// Peers that receive more probes than they answer, so that nothing is known about them.
     pub overrun: Vec<NodeId>,
-    /// What is lost by chance.
+    /// Random partial losses.
     pub losses: Vec<FarLoss>,
-    /// Something was lost when it was last tried.
+    /// Whether something was lost in the last trial.
     pub is_in_doubt: bool,
-    /// Peers to which large packets were lost then, and small ones were not.
+    /// Peers to which only large packets were lost in the last trial.
     pub losing_large: BTreeSet<NodeId>,
 }
 
-/// What the thread tells.
+/// An event of the thread.
 pub enum FarEvent {
+    /// The results have changed.
     State(FarState),
-    /// These members are to be asked what has come of a round.
+    /// These members must be queried for arrivals of this round.
     Ask(u32, Vec<NodeId>),
-    /// What has come, for a member that has asked; none where there is no pod.
+    /// The arrivals that a member queried; `None` without a pod.
     Testimony(ReplyId, Option<Arrivals>),
 }
 
+/// An order for the thread.
 pub(super) enum Command {
+    /// The agent's own pod has changed.
     Room(Option<Room>),
+    /// The peers have changed.
     Setting(Setting),
-    /// This member asks about this round.
+    /// A member queries the arrivals of this round.
     Testify(ReplyId, NodeId, u32),
-    /// What members have told of a round.
+    /// Arrivals of a round that members have reported.
     Arrivals(u32, BTreeMap<NodeId, Arrivals>),
 }
 
@@ -105,14 +113,20 @@ impl Order for Command {
     }
 }
 
+/// Handle of the thread.
 pub struct Far {
     pub(super) worker: Worker<Command>,
+    /// The last setting that was passed to the thread.
     told: Setting,
-    /// The pod where it listens.
+    /// The pod that has the sockets.
     room: Option<Room>,
 }
 
 impl Far {
+    /// Starts the thread. `tell` receives its events.
+    ///
+    /// # Errors
+    /// Fails if the thread cannot be created.
     pub fn start(tell: impl Fn(FarEvent) + Send + 'static) -> io::Result<Self> {
         let worker = Worker::start("far pods", move |orders| {
             let runner = Runner {
@@ -129,16 +143,18 @@ impl Far {
         Ok(Self { worker, told: Setting::default(), room: None })
     }
 
+    /// Sets the pod in which the thread has its sockets.
     pub fn set_room(&mut self, room: Option<Room>) {
         self.room.clone_from(&room);
         self.worker.order(Command::Room(room));
     }
 
+    /// Returns the pod in which the thread has its sockets.
     pub fn room(&self) -> Option<Room> {
         self.room.clone()
     }
 
-    /// Answers a member that asks what has come of a round.
+    /// Queues the answer to a member that queries the arrivals of a round.
     pub fn testify(&self, reply: ReplyId, from: NodeId, round: u32) {
         self.worker.order(Command::Testify(reply, from, round));
     }
@@ -150,21 +166,24 @@ impl Far {
         }
     }
 
+    /// Passes the arrivals that members have reported to the thread.
     fn hear(&self, round: u32, told: BTreeMap<NodeId, Arrivals>) {
         self.worker.order(Command::Arrivals(round, told));
     }
 
+    /// Ends the thread.
     pub fn end(self) -> Thread {
         self.worker.end()
     }
 }
 
-/// Where it listens, and what came there.
+/// The sockets, and what has arrived there.
 struct Place {
     sockets: RoomSockets,
     witness: Witness,
 }
 
+/// The state of the thread.
 struct Runner<F> {
     orders: Orders<Command>,
     tell: F,
@@ -190,7 +209,7 @@ impl<F: Fn(FarEvent)> Runner<F> {
         }
     }
 
-    /// Says whether the agent still runs.
+    /// Carries out all queued orders. Returns `false` once the agent has ended.
     fn take_orders(&mut self) -> bool {
         loop {
             match self.orders.take() {
@@ -201,12 +220,12 @@ impl<F: Fn(FarEvent)> Runner<F> {
                     if let Some(place) = &mut self.place {
                         place.witness.keep(|from| self.setting.may_ask(from));
                         if let Err(error) = place.sockets.admit(&self.setting.sources) {
-                            tracing::debug!(%error, "no filter of questions");
+                            tracing::debug!(%error, "socket filters not set");
                         }
                     }
                 }
                 Ok(Command::Testify(reply, node, round)) => {
-                    // What waits to be read has come, too.
+                    // Unread packets have arrived, too.
                     self.hear();
                     let now = self.clock.now();
                     let is_its = |from| self.setting.may_be_of(from, node);
@@ -224,7 +243,7 @@ impl<F: Fn(FarEvent)> Runner<F> {
         }
     }
 
-    /// Nothing that was known in another pod counts.
+    /// Moves to another pod. Results of the previous one are discarded.
     fn settle(&mut self, room: Option<Room>) {
         self.place = None;
         self.far = FarPods::default();
@@ -234,7 +253,7 @@ impl<F: Fn(FarEvent)> Runner<F> {
             Ok(sockets) => {
                 self.place = Some(Place { sockets, witness: Witness::new(self.clock.now()) });
             }
-            Err(error) => tracing::debug!(%error, "pods of other hosts are not tried"),
+            Err(error) => tracing::debug!(%error, "pods of other hosts not tested"),
         }
     }
 
@@ -243,7 +262,7 @@ impl<F: Fn(FarEvent)> Runner<F> {
         self.far.update(&self.setting.subjects, &self.setting.lost_here);
     }
 
-    /// Takes what has come.
+    /// Reads everything received.
     fn hear(&mut self) {
         let Some(Place { sockets, witness }) = &mut self.place else { return };
         let (far, setting, clock) = (&mut self.far, &self.setting, &self.clock);
@@ -274,20 +293,21 @@ impl<F: Fn(FarEvent)> Runner<F> {
         });
     }
 
+    /// Carries out what the trials require.
     fn act(&mut self) {
         let Some(Place { sockets, .. }) = &mut self.place else { return };
-        // Without luck there is no round.
+        // A round needs an unpredictable number.
         let Ok(luck) = random() else { return };
         while let Some(output) = self.far.poll(self.clock.now(), u32::from_ne_bytes(luck)) {
             match output {
                 FarOutput::Begin(round) => {
                     if let Err(error) = sockets.renew(round) {
-                        tracing::debug!(%error, "no fresh port");
+                        tracing::debug!(%error, "sockets not renewed");
                     }
                 }
                 FarOutput::Send { to, kind, number, size } => {
                     let sent = sockets.send(to, kind, number, size);
-                    // The kernel may be too old, or the offload it needs be off.
+                    // The kernel may be too old, or the required offload may be off.
                     if sent.is_err() && kind.segments() > 1 {
                         self.far.on_unsent(to, kind, number);
                     }
@@ -297,6 +317,7 @@ impl<F: Fn(FarEvent)> Runner<F> {
         }
     }
 
+    /// Reports the results if they have changed.
     fn report(&mut self) {
         let now = FarState {
             closed: self.far.closed(),
@@ -313,31 +334,32 @@ impl<F: Fn(FarEvent)> Runner<F> {
     }
 }
 
-/// Under which a member's own pod may ask: its own, or one of its host's, should that translate them. Not
-/// those of other pods.
+/// Returns the addresses from which a member's own pod may send probes: its own, and those of its host,
+/// in case the host translates them; not those of other pods.
 fn askers(subnets: Subnets, underlay: IpAddr) -> impl Iterator<Item = IpAddr> {
     subnets.iter().flat_map(move |subnet| ends(subnets, subnet)).chain([underlay])
 }
 
-/// The same in all subnets of the overlay's networks, of which these are this host's.
+/// Returns filters for these addresses in all subnets of the overlay. `own` are this host's subnets.
 fn sources(networks: Subnets, own: Subnets) -> Vec<Sources> {
     let pairs = networks.iter().zip(own.iter());
     pairs.map(|(network, subnet)| Sources::new(network, subnet, ends(own, subnet))).collect()
 }
 
-/// Addresses in one of a host's subnets: those of the host, and that of the agent's own pod.
+/// Returns the addresses of a host and of the agent's own pod in one of the host's subnets.
 fn ends(subnets: Subnets, subnet: IpNet) -> impl Iterator<Item = IpAddr> {
     let own = last_addresses(subnets).iter().filter(move |ip| subnet.contains(ip));
     [subnet.network(), gateway(subnet)].into_iter().chain(own)
 }
 
 impl Agent {
+    /// Handles an event of the thread.
     pub(super) fn on_far(&mut self, told: FarEvent) {
         match told {
             FarEvent::State(state) => {
                 let words = |agent: &Self| [agent.far_problems(), agent.far_warnings()].concat();
                 let before = words(self);
-                // A link on the way may carry less than before.
+                // A link of the path may carry less than before.
                 let clock = self.clock.now();
                 for node in state.losing_large.difference(&self.kernel.far.losing_large) {
                     self.prober.paths.doubt_size(clock, *node);
@@ -364,7 +386,7 @@ impl Agent {
         }
     }
 
-    /// Tells the thread whom to try, if that has changed.
+    /// Passes the peers to test to the thread if they have changed.
     pub(super) fn update_far(&mut self) {
         let setting = self.far_setting().unwrap_or_default();
         self.far.set(setting);
@@ -383,21 +405,21 @@ impl Agent {
         let askers = view.peers.iter().filter_map(askers_of).flatten().collect();
         let sources = sources(view.settings.pool.networks(), view.own.subnets);
         let lost_here = self.kernel.forwarding.closed.clone();
-        // Where entries are there on demand, peers without any are not tried: each trial is a use.
+        // With entries on demand, peers without entries are not tested, because a test counts as a use.
         let in_use = self.kernel.demand.in_use.as_ref();
         let rest = in_use.map(|_| self.config.idle_after + UNTIL_AGED);
-        // Where nothing gets to any peer, that is told already.
+        // That no peer is reachable is already reported.
         let is_told = self.kernel.underlay_problem.is_some() || self.kernel.host.is_table_full;
         if is_told {
             return Some(Setting { subjects: Vec::new(), lost_here, rest, askers, sources, own });
         }
         let underlay = self.underlay.with_mode(self.config.mode);
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
-            // Firewalls may drop what is asked of a host, and none of its pods' packets.
+            // Firewalls may drop probes of a host, but pass packets of its pods.
             let is_doubted = matches!(state, PathState::Unanswered | PathState::OneWay);
             let is_usable = is_doubted
                 || matches!(state, PathState::Ok | PathState::Asymmetric | PathState::MtuTooLarge);
-            // Those in use that live are not asked: so little is known.
+            // Peers in use that are alive are not probed, so their state may be unknown.
             let is_usable = is_usable || in_use.is_some() && state == PathState::Unknown;
             let peer = view.peers.get(&node)?;
             let is_in_use = in_use.is_none_or(|macs| macs.contains(&peer.vtep.mac));

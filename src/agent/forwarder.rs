@@ -1,8 +1,9 @@
-//! The thread that tries whether this host forwards packets of pods, and finds out what drops them if not.
+//! The thread that tests whether this host forwards packets of pods, and determines what drops them if
+//! not.
 //!
-//! It has a pod of its own on the bridge (`pods::standin`), for as long as there are pods and none needs its
-//! address. What follows from what it sees is decided in [`crate::dataplane::forwarding`]. Nothing waits
-//! for it, and each step is bounded.
+//! It has its own pod on the bridge (`pods::standin`) while there are pods and none needs its address.
+//! [`crate::dataplane::forwarding`] draws the conclusions. Nothing waits for this thread, and each step
+//! has a time limit.
 
 mod capture;
 mod carried;
@@ -45,52 +46,56 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// Rules of nftables have changed: what belongs together should be over.
+/// Time from a change of nftables rules to the next trial, so that related changes are complete.
 const SETTLE: Duration = Duration::from_millis(200);
-/// At least so long between two trials that changes of rules have caused.
+/// Shortest time between two trials after changes of rules.
 const GAP: Duration = Duration::from_secs(2);
-/// So many trials in a row that cannot be made are told.
+/// Number of consecutive failures to make a trial that is reported.
 const FAILURES: u32 = 3;
-/// Where nothing can be tried, it is looked again whether it can.
+/// Time until the next attempt if no trial is possible.
 const LOOK: Duration = Duration::from_secs(15);
-/// The same where a first pod is about to bring the bridge.
+/// The same if a first pod is about to create the bridge.
 const LOOK_SOON: Duration = Duration::from_secs(1);
-/// Rules are read again after so long, while they are in the way.
+/// Shortest time between two readings of the rules while packets are lost.
 const READ: Duration = Duration::from_secs(10);
-/// They may be very many: reading them takes no more than one part in so many of the time.
+/// There may be very many rules: reading them takes at most this fraction (1/n) of the time.
 const SHARE: u32 = 100;
-/// What is known.
+/// The results.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Forwarding {
+    /// The state of the check for the status.
     pub status: CheckStatus,
-    /// As sentences with what helps.
+    /// Problems, with remedies.
     pub problems: Vec<String>,
-    /// What may hurt some packets, or keeps this host from knowing; the same.
+    /// Warnings about losses of some packets, or about a missing test, with remedies.
     pub warnings: Vec<String>,
-    /// Why tunnel packets of members do not get in.
+    /// Why tunnel packets of members do not arrive.
     pub input: Vec<String>,
-    /// Whatever comes out of the tunnel is dropped here, for this host itself too, as one of the problems
-    /// says: with IPv4, and with IPv6.
+    /// Whether this host drops everything that comes out of the tunnel, even packets to itself, as one
+    /// of the problems says; for IPv4 and IPv6.
     pub drops_incoming: [bool; 2],
-    /// Pods do not find their gateway, as one of the problems says.
+    /// Whether pods cannot resolve their gateway, as one of the problems says.
     pub lacks_gateway: bool,
-    /// Ways that packets do not pass.
+    /// Ways on which packets are lost.
     pub closed: Vec<Way>,
-    /// Under which packets of other hosts' pods arrive at pods here in place of their own.
+    /// Source addresses that replace those of other hosts' pods in incoming packets.
     pub arriving: BTreeSet<IpAddr>,
-    /// What may drop packets of pods to other hosts, or answers to them, where such are lost.
+    /// Rules that may drop packets of pods to other hosts or answers to them, if such packets are lost.
     pub suspects: Vec<String>,
 }
 
-/// What the thread tells.
+/// An event of the thread.
 pub enum ForwarderNews {
+    /// The results have changed.
     State(Forwarding),
-    /// Its pod is there now, or is not any more.
+    /// Its pod was created or removed.
     Room(Option<Room>),
 }
 
+/// Handle of the thread.
 pub struct Forwarder {
     pub(super) worker: Worker<Option<Setting>>,
+    /// The last setting that was passed to the thread.
     told: Option<Setting>,
 }
 
@@ -101,6 +106,10 @@ impl Order for Option<Setting> {
 }
 
 impl Forwarder {
+    /// Starts the thread. `tell` receives its events.
+    ///
+    /// # Errors
+    /// Fails if a netlink socket cannot be opened or the thread cannot be created.
     pub fn start(tell: impl Fn(ForwarderNews) + Send + 'static) -> io::Result<Self> {
         let netlink = Netlink::open()?;
         let begin = |orders| TrialRunner {
@@ -130,6 +139,7 @@ impl Forwarder {
         Ok(Self { worker, told: None })
     }
 
+    /// Passes a setting to the thread if it has changed.
     fn set(&mut self, setting: Option<Setting>) {
         if self.told == setting {
             return;
@@ -138,41 +148,45 @@ impl Forwarder {
         self.worker.order(setting);
     }
 
-    /// Ends it after the step under way. Once the thread has ended its pod is gone.
+    /// Ends the thread after the current step. It removes its pod before it ends.
     pub fn end(self) -> Thread {
         self.worker.end()
     }
 }
 
+/// The state of the thread.
 struct TrialRunner<F> {
     netlink: Netlink,
     changes: Option<Changes>,
     orders: Orders<Option<Setting>>,
     tell: F,
     setting: Option<Setting>,
-    /// It is another one than that of the last trial.
+    /// Whether the setting has changed since the last trial.
     is_new: bool,
     stage: Option<Stage>,
     trials: Trials,
-    /// Which address packets of pods leave under in place of theirs, by whether it is IPv4.
+    /// Source address that replaces the pod's in outgoing packets, by whether it is IPv4.
     translated: BTreeMap<bool, IpAddr>,
-    /// The same of packets that come in, under which they arrive at pods.
+    /// Source address that replaces the sender's in incoming packets, by whether it is IPv4.
     arriving: BTreeMap<bool, IpAddr>,
     /// Why there was no trial; empty if there was one.
     skipped: String,
-    /// Trials in a row that could not be made.
+    /// Number of consecutive trials that could not be made.
     failures: u32,
     warnings: Vec<String>,
-    /// Before this, rules that are warned of are not read again.
+    /// Earliest time to read the rules behind the warnings again.
     warnings_read: Option<Instant>,
+    /// Number of the last trial.
     turn: usize,
     due: Instant,
+    /// Time of the last trial.
     tried: Option<Instant>,
-    /// Before this, rules are not read again.
+    /// Earliest time to read the rules again.
     read_at: Option<Instant>,
-    /// What may drop packets, by what was last read.
+    /// Possible causes of losses, from the last reading of the rules.
     reasons: Reasons,
     input: Vec<String>,
+    /// The last reported results.
     told: Forwarding,
 }
 
@@ -196,7 +210,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         self.give_up();
     }
 
-    /// Says whether the agent still runs.
+    /// Takes all queued settings. Returns `false` once the agent has ended.
     fn take_orders(&mut self) -> bool {
         loop {
             match self.orders.take() {
@@ -219,12 +233,13 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     fn have_rules_changed(&mut self) -> bool {
         let changed = self.changes.as_mut().map_or(Ok(false), Changes::any);
         changed.unwrap_or_else(|error| {
-            tracing::debug!(%error, "cannot hear of changes of nftables");
+            tracing::debug!(%error, "nftables notifications not read");
             self.changes = None;
             false
         })
     }
 
+    /// Makes a trial, and reads the rules if packets are lost.
     fn look(&mut self, now: Instant) {
         self.is_new = false;
         let Some(setting) = self.setting.clone() else {
@@ -245,7 +260,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
                 self.due = now + if is_coming { LOOK_SOON } else { LOOK };
             }
             Err(Untried::Failed(error)) => {
-                tracing::debug!(%error, "forwarding was not tried");
+                tracing::debug!(%error, "forwarding not tested");
                 self.failures = self.failures.saturating_add(1);
                 let is_certain = self.failures >= FAILURES;
                 if is_certain {
@@ -263,7 +278,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         self.read_warnings(&setting);
     }
 
-    /// What the trial could not see.
+    /// Reads rules for warnings about what a trial cannot detect.
     fn read_warnings(&mut self, setting: &Setting) {
         let begun = Instant::now();
         if self.warnings_read.is_some_and(|at| at > begun) {
@@ -288,18 +303,18 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         self.warnings_read = Some(begun + begun.elapsed() * SHARE);
     }
 
-    /// One trial of each way.
+    /// Makes one trial of each way.
     ///
     /// # Errors
-    /// Why there was none.
+    /// Fails with the reason if no trial is possible.
     fn try_it(&mut self, setting: &Setting) -> Result<(), Untried> {
         let idle = |why: &str| Untried::Idle(why.to_owned());
         let Some(shape) = &setting.shape else {
-            return Err(idle("a pod has the address that it is tried from"));
+            return Err(idle("a pod has the address that the test needs"));
         };
         if setting.peers.is_empty() && !setting.has_pods {
             self.give_up();
-            return Err(idle("there are no pods, and no peer to try it with"));
+            return Err(idle("there are no pods, and no peer to test with"));
         }
         let between = explain::are_bridged_filtered(&mut self.netlink, setting);
         let with_mate = between.contains(&true);
@@ -320,10 +335,10 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         self.turn = self.turn.wrapping_add(1);
         let turn = self.turn;
         let found = stage.gateway.find(|pause| self.wait(&[], pause));
-        // Without a gateway nothing else can be found out.
+        // Without a gateway, nothing else can be tested.
         let has_gateway = found.is_empty() || found.iter().any(|(_, seen)| *seen != Seen::Lost);
         found.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
-        // What is not tried any more is not known any more.
+        // Results of ways that are no longer tested are discarded.
         self.trials.keep(|way| match way.direction {
             Direction::Between(_) | Direction::Finding => between[usize::from(!way.ipv4)],
             Direction::Out(_) | Direction::In(_) => !setting.peers.is_empty(),
@@ -334,7 +349,9 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         });
         if has_gateway && !self.is_new {
             let seen = stage.home.run(|fds, pause| self.wait(fds, pause));
-            let seen = seen.inspect_err(|error| tracing::debug!(%error, "not tried"));
+            let seen = seen.inspect_err(
+                |error| tracing::debug!(%error, "packets between pods and this host not tested"),
+            );
             let seen = seen.unwrap_or_default().into_iter();
             seen.for_each(|(way, seen)| self.trials.note(way, seen));
         }
@@ -374,7 +391,8 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         Ok(())
     }
 
-    /// Peers to whose tunnels several next hops lead, so that packets leave by any of these.
+    /// Returns peers to whose underlay addresses several next hops lead, so that packets leave by any of
+    /// them.
     fn spread(&mut self, setting: &Setting) -> BTreeSet<IpAddr> {
         let hosts = setting.peers.iter().filter(|peer| peer.tunnelled).map(|peer| peer.underlay);
         let query = |host| Query {
@@ -388,12 +406,13 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         hosts.filter(leads_to_several).collect()
     }
 
-    /// Says whether to go on: what wants something else does not wait for the end of a trial.
+    /// Waits and returns whether to continue: a new order does not wait for the end of a trial.
     fn wait(&mut self, fds: &[BorrowedFd<'_>], pause: Duration) -> bool {
         self.orders.sleeper.wait(fds.iter().copied(), Some(pause));
         self.take_orders() && !self.is_new
     }
 
+    /// Discards all results, for this reason.
     fn skip(&mut self, why: String) {
         self.trials.forget();
         self.translated.clear();
@@ -401,6 +420,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         self.skipped = why;
     }
 
+    /// Removes the pods and sockets of the trials.
     fn give_up(&mut self) {
         if let Some(stage) = self.stage.take() {
             (self.tell)(ForwarderNews::Room(None));
@@ -408,7 +428,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         }
     }
 
-    /// What may be in the way, where something is.
+    /// Reads the rules if packets are lost.
     fn read_rules(&mut self, setting: &Setting) {
         let closed = self.trials.closed();
         self.reasons.keep(&closed, setting.is_far_lost);
@@ -439,8 +459,9 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
 
 /// Why a trial was not made.
 enum Untried {
-    /// There is nothing to try.
+    /// There is nothing to test.
     Idle(String),
+    /// It failed.
     Failed(io::Error),
 }
 
@@ -452,12 +473,12 @@ impl From<io::Error> for Untried {
 
 fn cannot(error: &io::Error) -> String {
     let why = match error.kind() {
-        io::ErrorKind::PermissionDenied => "that takes CAP_SYS_ADMIN and CAP_NET_RAW".to_owned(),
+        io::ErrorKind::PermissionDenied => "it needs CAP_SYS_ADMIN and CAP_NET_RAW".to_owned(),
         // user_namespaces(7)
         io::ErrorKind::StorageFull => "no more network namespaces can be made: raise \
-                                       user.max_net_namespaces (sysctl), or end what makes so many"
+                                       user.max_net_namespaces (sysctl), or end the program that makes so many"
             .to_owned(),
         _ => error.to_string(),
     };
-    format!("it cannot be tried: {why}")
+    format!("no test is possible: {why}")
 }

@@ -1,8 +1,8 @@
-//! The shell: one loop that feeds the core and carries out what it asks for.
+//! The agent: one loop that passes events to the core and carries out its outputs.
 //!
-//! Events (network, disk, kernel, operator, clock, signals) come in one at a time, become inputs of the
-//! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
-//! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
+//! Events (network, disk, kernel, operator, clock, signals) are processed one at a time and become
+//! inputs of the core. The loop owns all state; there are no locks. The core decides; this module does
+//! the IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
 mod answers;
 mod archive;
@@ -112,11 +112,11 @@ pub use signals::guard;
 pub use start::{StartFailure, random, run};
 pub use underlay::choose as choose_underlay;
 
-/// A turn of the loop that takes longer is logged: everything else waits for it.
+/// A longer turn of the loop is logged, because everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);
-/// How long the end waits for answers to Docker.
+/// Time that the end waits for answers to Docker.
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
-/// Events taken in one turn before the outputs are carried out.
+/// Maximum number of rounds of events in one turn, before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
 
 /// The agent between start and end.
@@ -140,38 +140,43 @@ struct Agent {
     underlay: ChosenUnderlay,
     config: Config,
     state: Arc<StateDir>,
-    /// Of the settings alone.
+    /// Seeds of the configuration only.
     given_seeds: Vec<String>,
-    /// The token as it was last saved.
+    /// The last saved token.
     saved_token: Option<Token>,
     archive: Archive,
     keyring: Keyring,
-    /// Steps with secrets that are not on disk yet.
+    /// Changes of the keyring that are not on disk yet.
     steps: Steps,
     /// Whether this process created the state, so that a refusal may remove it.
     fresh: bool,
-    /// Who waits for convergence, and for how many members.
+    /// Requests that wait for convergence with a number of members.
     waiters: Vec<Waiter>,
     /// Pings that wait for answers.
     rounds: Vec<Round>,
+    /// The operator's request to leave, until it is answered.
     leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
+    /// Why the disk cannot be written.
     store_failure: Option<String>,
     service: Service,
     journal: Journal,
-    /// Where no questions come in that should.
+    /// Control sockets that could not be opened.
     closed: Closed,
     surveys: Surveys,
-    /// Where the subnet of this node is said, if that is outside the cluster.
+    /// Where the subnet of this node comes from, if it is assigned from outside the cluster.
     source: Option<Source>,
-    /// Set when the kernel refuses the device of a node that has only just come.
+    /// Set when the kernel refuses the device of a new node: the reason, and when the agent ends.
     giving_up: Option<(String, Instant)>,
-    /// Where threads that are started later tell what they find.
+    /// Sends events of threads that are started later.
     news: threads::Sender,
+    /// Monitoring threads that have ended.
     ended: threads::Ended,
+    /// How the agent ends; set once it is to end.
     ending: Option<Ending>,
 }
 
 impl Agent {
+    /// Runs the loop until the agent ends.
     async fn run(
         mut self,
         mut signals: Signals,
@@ -211,7 +216,7 @@ impl Agent {
             self.watch(turn);
             let took = turn.elapsed();
             if took > SLOW_TURN {
-                tracing::warn!(?took, "a turn of the event loop was slow");
+                tracing::warn!(?took, "slow turn of the event loop");
             }
         }
         if self.ending == Some(Ending::Stopped) {
@@ -220,7 +225,7 @@ impl Agent {
         self.finish().await
     }
 
-    /// Answers what Docker has asked before the end: what is lost it repeats without the request's body.
+    /// Answers Docker's requests before the end: Docker repeats a lost request without its body.
     async fn answer_docker_to_the_end(
         &mut self,
         arrivals: &mut Arrivals,
@@ -242,6 +247,7 @@ impl Agent {
         }
     }
 
+    /// Passes an event to its handler.
     fn on_arrival(&mut self, arrival: Arrival, now: Instant, reread: &Reread) {
         match arrival {
             Arrival::Deadline => self.on_deadline(now),
@@ -252,6 +258,7 @@ impl Agent {
         }
     }
 
+    /// Returns when the loop must run again without an event.
     fn next_deadline(&self) -> Instant {
         let far = Instant::now() + Duration::from_secs(3600);
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
@@ -272,6 +279,7 @@ impl Agent {
             .fold(far, Instant::min)
     }
 
+    /// Handles the passing of deadlines.
     fn on_deadline(&mut self, now: Instant) {
         if self.node.poll_timeout().is_some_and(|at| self.clock.instant(at) <= now) {
             self.input(Input::Timeout);
@@ -301,22 +309,22 @@ impl Agent {
     fn on_loop_event(&mut self, news: LoopEvent) {
         match news {
             LoopEvent::Disk(WriteEvent::Durable(seq)) => {
-                // Not before: a token that names a cluster says that the database knew it.
+                // Not earlier: a token that names a cluster implies that the database contains it.
                 self.save_token();
                 for output in self.gate.open(seq) {
                     self.execute(output);
                 }
             }
             LoopEvent::Disk(WriteEvent::Failing(why)) => {
-                tracing::error!(%why, "cannot write to the state directory: nothing new is granted");
+                tracing::error!(%why, "state directory not writable, nothing new is granted");
                 self.store_failure = Some(why);
             }
             LoopEvent::Disk(WriteEvent::Recovered) => {
-                tracing::info!("the state directory can be written again");
+                tracing::info!("state directory writable again");
                 self.store_failure = None;
             }
             LoopEvent::Disk(WriteEvent::Emptied) => {
-                tracing::error!("the database was lost and is rewritten");
+                tracing::error!("database lost, rewriting it");
                 self.input(Input::Command(Command::SaveAll));
                 self.save_pods();
             }
@@ -329,7 +337,7 @@ impl Agent {
             LoopEvent::Pods(wired) => self.on_attach_result(wired),
             LoopEvent::Api(request) => self.on_api(request),
             LoopEvent::Docker(request) => self.on_docker(request),
-            // Who waits for convergence is served at the end of the turn.
+            // Requests that wait for convergence are answered at the end of the turn.
             LoopEvent::Kept(Kept::Subnet) => {}
             LoopEvent::Kept(Kept::Secrets(result)) => self.on_secrets_kept(result),
             LoopEvent::Node(heard) => self.on_node_report(heard),
@@ -340,6 +348,7 @@ impl Agent {
         self.node.handle(self.clock.now(), input);
     }
 
+    /// Carries out the core's outputs. The gate holds those that depend on an unfinished write.
     fn carry_out(&mut self) {
         while let Some(output) = self.node.poll_output() {
             if let Some(output) = self.gate.pass(output) {
@@ -409,7 +418,7 @@ impl Agent {
                 let _ = reply.send(self.token(seeds).map(|token| token.to_string()));
             }
             Question::Leave { reply } if self.leave_reply.is_some() => {
-                let _ = reply.send(Err("it is leaving already".to_owned()));
+                let _ = reply.send(Err("this node is already leaving".to_owned()));
             }
             Question::Leave { reply } => {
                 self.leave_reply = Some(reply);

@@ -1,9 +1,9 @@
-//! The thread that owns the kernel: it makes it equal to the latest view, keeps it so, and says how that
-//! went.
+//! The thread that programs the kernel: it makes the kernel equal to the latest desired state, repairs
+//! it, and reports the results.
 //!
-//! Netlink calls block, so they have a thread of their own. It wakes for a new goal, for a change that
-//! somebody else made to our part of the kernel, and by a slow timer. Only the newest goal counts: those that
-//! piled up behind a slow kernel are skipped.
+//! Netlink calls block, so they have their own thread. It runs for a new desired state, for a change by
+//! another program to gossamer's part of the kernel, and by a slow timer. Only the newest desired state
+//! counts: older ones that queue up behind a slow kernel are skipped.
 
 mod looks;
 
@@ -37,31 +37,40 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// The kernel is compared with the goal at least this often with up to so many routes. With more of them it
-/// takes longer, and is done less often.
+/// Interval of comparisons of the kernel with the desired state, for up to [`RECONCILED`] routes. The
+/// interval grows in proportion to further routes.
 const RECONCILE: Duration = Duration::from_secs(10);
+/// Number of routes up to which the interval is [`RECONCILE`].
 const RECONCILED: f64 = 250.0;
+/// Longest interval of comparisons.
 const RECONCILE_MAX: Duration = Duration::from_secs(60);
-/// Again after a failure.
+/// Time until the next attempt after a failure.
 const RETRY: Duration = Duration::from_secs(1);
-/// At least so long between two looks at the interfaces: containers come and go in crowds.
+/// Shortest time between two checks of the interfaces: many containers may start at once.
 const LOOK_GAP: Duration = Duration::from_millis(100);
-/// At least so long between two repairs: what changes without end must not take a whole CPU.
+/// Shortest time between two repairs, so that endless changes cannot use a whole CPU.
 const REPAIR_GAP: Duration = Duration::from_millis(20);
 
-/// What to make the kernel equal to; the number tells the answers apart.
+/// A state to establish in the kernel.
 pub struct DesiredState {
+    /// Number that identifies the results.
     pub number: u64,
+    /// The state.
     pub state: State,
 }
 
-/// The tables as they should be, and what is there.
+/// The desired tables and those of the kernel.
 pub type Tables = (desired::Tables, Actual);
+/// Receives the tables.
 type Look = Box<dyn FnOnce(Result<Tables, String>) + Send>;
 
+/// A task for the thread.
 pub(super) enum Task {
+    /// Establish a desired state.
     DesiredState(DesiredState),
+    /// Read the tables.
     Look(Look),
+    /// Read the packet counters of members.
     Count,
 }
 
@@ -74,21 +83,30 @@ impl Order for Task {
     }
 }
 
+/// What the kernel has to hold.
 pub enum State {
+    /// The device, the entries and the firewall table.
     Overlay(Box<Desired>, Box<Firewall>),
-    /// No device of this name, no entry on it, no table of nftables that is called like it, and no route of
-    /// ours into this pool's networks.
+    /// No device of this name, no entry on it, no nftables table of that name, and no route of
+    /// gossamer's into this pool's networks.
     Nothing {
+        /// Name of the VXLAN device.
         device: String,
+        /// The cluster's pool.
         pool: Pool,
     },
 }
 
+/// Handle of the kernel thread.
 pub struct Programmer {
     pub(super) worker: Worker<Task>,
 }
 
 impl Programmer {
+    /// Starts the thread. `tell` receives its events.
+    ///
+    /// # Errors
+    /// Fails if a netlink socket cannot be opened or the thread cannot be created.
     pub fn start(
         kernel: Kernel,
         config: Config,
@@ -130,61 +148,69 @@ impl Programmer {
         Ok(Self { worker: Worker::start("kernel", move |orders| begin(orders).run())? })
     }
 
+    /// Queues a desired state.
     pub fn program(&self, desired_state: DesiredState) {
         self.worker.order(Task::DesiredState(desired_state));
     }
 
-    /// Reads the kernel's tables, once what was ordered before is under way.
+    /// Reads the kernel's tables after the tasks queued before, and passes them to `then`.
     pub fn look(&self, then: impl FnOnce(Result<Tables, String>) + Send + 'static) {
         self.worker.order(Task::Look(Box::new(then)));
     }
 
-    /// Reads how many tunnel packets have come from each member.
+    /// Reads the number of tunnel packets from each member.
     pub fn count(&self) {
         self.worker.order(Task::Count);
     }
 
-    /// Ends it after the pass under way. Once the thread has ended nothing touches the kernel any more.
+    /// Ends the thread after the current pass. Afterwards nothing changes the kernel.
     pub fn end(self) -> Thread {
         self.worker.end()
     }
 }
 
+/// The state of the thread.
 struct Reconciler<F> {
     kernel: Kernel,
     demand: Demand,
-    /// What of the goal is to be in the kernel now; none, if that is all of it.
+    /// The part of the desired state that is needed now; `None` if all of it is.
     part: Option<Box<Desired>>,
-    /// It is another one than the kernel was last made equal to.
+    /// Whether the part has changed since the kernel last equaled it.
     part_is_new: bool,
+    /// Whether the entries of an earlier process have been read.
     adopted: bool,
+    /// The last reported state, and when it was reported.
     demand_told: DemandState,
     demand_told_at: Instant,
     surroundings: Surroundings,
+    /// Whether the nftables table has changed since its last repair.
     table_touched: bool,
     netlink: Netlink,
     config: Config,
     underlay: Watch,
     flaps: Flaps,
-    /// As last told.
+    /// The last reported problem.
     flapping: Option<String>,
-    /// When the interfaces were last looked at.
+    /// When the interfaces were last checked.
     looked: Option<Instant>,
     orders: Orders<Task>,
-    /// Who wants to see the tables.
+    /// Requests for the tables.
     lookers: Vec<Look>,
+    /// Whether the packet counters are requested.
     count: bool,
     tell: F,
     desired_state: Option<DesiredState>,
-    /// The kernel has been equal to the goal.
+    /// Whether the kernel has equaled the desired state.
     reached: bool,
     touched: Touched,
     overruns: Overruns,
-    /// As last told.
+    /// The last reported overlaps.
     overlaps: Vec<String>,
     auditor: Auditor,
     next_hops: NextHops,
+    /// When to compare next.
     due: Option<Instant>,
+    /// Time of the last repair.
     worked: Option<Instant>,
 }
 
@@ -192,7 +218,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
     fn run(mut self) {
         while self.take_orders() {
             if let Err(error) = self.listen() {
-                tracing::error!(%error, "cannot hear of changes in the kernel");
+                tracing::error!(%error, "kernel notifications not read");
                 self.touched = Touched::EVERYTHING;
                 thread::sleep(RETRY);
             }
@@ -229,17 +255,18 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
-    /// Before this nothing of that kind is repaired once more.
+    /// Returns the earliest time of the next repair of this kind.
     fn repair_at(&self, kind: Kind) -> Option<Instant> {
         let gap = REPAIR_GAP.max(self.surroundings.opponents.pause(kind));
         self.worked.map(|worked| worked + gap)
     }
 
+    /// Answers the requests for the tables.
     fn show_tables(&mut self) {
         for then in std::mem::take(&mut self.lookers) {
             let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state
             else {
-                then(Err("this node has nothing in the kernel yet".to_owned()));
+                then(Err("this node has not programmed the kernel yet".to_owned()));
                 continue;
             };
             let desired = self.part.as_ref().unwrap_or(all);
@@ -249,6 +276,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
+    /// Reports the packet counters of members.
     fn count_packets(&mut self) {
         let Some(DesiredState { state: State::Overlay(_, firewall), .. }) = &self.desired_state
         else {
@@ -259,7 +287,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
-    /// Says whether the agent still runs.
+    /// Takes all queued tasks. Returns `false` once the agent has ended.
     fn take_orders(&mut self) -> bool {
         loop {
             match self.orders.take() {
@@ -268,7 +296,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
                 Ok(Task::DesiredState(desired_state)) => {
                     let had_peers = self.underlays().next().is_some();
                     self.desired_state = Some(desired_state);
-                    // Which uplink leads to them is known only now.
+                    // Only now is it known which uplink leads to the peers.
                     self.touched.underlay |= !had_peers && self.underlays().next().is_some();
                     self.choose_part();
                     self.reached = false;
@@ -280,10 +308,11 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
+    /// Reads the kernel's change notifications and requests for missing entries.
     fn listen(&mut self) -> io::Result<()> {
         let Some(DesiredState { state: State::Overlay(all, firewall), .. }) = &self.desired_state
         else {
-            // Read all the same: what is not read wakes this thread again and again.
+            // Unread notifications would wake this thread again and again.
             self.surroundings.touched("")?;
             let heard = self.kernel.listen(None)?;
             self.touched.merge(heard.touched);
@@ -306,7 +335,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         answered
     }
 
-    /// With entries on demand only a part of the goal is to be in the kernel.
+    /// Chooses the needed part of the desired state, if entries are made on demand.
     fn choose_part(&mut self) {
         let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
             self.part = None;
@@ -321,7 +350,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.part = Some(Box::new(part));
     }
 
-    /// Peers that an earlier process had in use. Until they are known nothing is removed.
+    /// Adopts the peers that an earlier process had in use. No entry is removed before that.
     fn adopt(&mut self) -> Result<(), KernelError> {
         let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
             return Ok(());
@@ -336,10 +365,11 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         Ok(())
     }
 
+    /// Reports the counters and the peers in use if they have changed.
     fn tell_demand(&mut self) {
         let Demand { answered, unknown, .. } = self.demand;
         let state = DemandState { answered, unknown, in_use: self.demand.in_use().cloned() };
-        // Questions about nobody may come in any number.
+        // Requests for unknown addresses may be very frequent.
         let only_unknown = DemandState { unknown, ..self.demand_told.clone() } == state;
         if state == self.demand_told || only_unknown && self.demand_told_at.elapsed() < RETRY {
             return;
@@ -349,14 +379,14 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         (self.tell)(KernelEvent::Demand(state));
     }
 
-    /// Takes away what nobody needs any more.
+    /// Removes entries that are no longer used.
     fn age(&mut self) -> io::Result<()> {
         if self.demand.in_use().is_none() {
             return Ok(());
         }
         let idle = self.kernel.idle(self.config.idle_after)?;
         self.demand.age(idle.into_iter());
-        // Those that let a first packet go, and those that nobody could answer: a pod that tries all
+        // Removes neighbor entries for first packets and for unknown addresses: a pod that tries all
         // addresses must not fill the kernel's table.
         let passing: Vec<Op> =
             self.kernel.passing()?.into_iter().map(Op::RemoveNeighbour).collect();
@@ -366,8 +396,8 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         Ok(())
     }
 
-    /// Before the tunnels: a new member is let in before it is spoken to. It does not wait for the whole
-    /// table to be read.
+    /// Writes or verifies the nftables table. This happens before the tunnels are programmed, so that a
+    /// new member is admitted before packets are sent to it.
     fn see_to_table(&mut self, verify: bool) {
         let Some(DesiredState { state: State::Overlay(_, firewall), .. }) = &self.desired_state
         else {
@@ -385,6 +415,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.tell_host();
     }
 
+    /// Checks the host (sysctls, chains) and overlaps.
     fn look_around(&mut self) {
         let Some(DesiredState { state: State::Overlay(desired, _), .. }) = &self.desired_state
         else {
@@ -394,16 +425,18 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.surroundings.look(desired, &bridge, &self.underlay.present().name);
         self.tell_host();
         self.look_for_overlaps();
-        // An event may have been lost.
+        // A notification may have been lost.
         self.touched.underlay = true;
     }
 
+    /// Reports the host checks if they have changed.
     fn tell_host(&mut self) {
         if let Some(state) = self.surroundings.news() {
             (self.tell)(KernelEvent::Host(state));
         }
     }
 
+    /// Makes the kernel equal to the desired state and reports the result.
     fn work(&mut self) {
         self.touched.ours = false;
         let result = self.adopt().and_then(|()| self.bring_about());
@@ -418,9 +451,9 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let pause = RECONCILE.mul_f64(routes as f64 / RECONCILED);
         let pause = pause.clamp(RECONCILE, RECONCILE_MAX);
         let next = now + if clean { pause } else { RETRY };
-        // Repairs that follow one another must not put off what is looked at by the clock alone.
+        // Consecutive repairs must not postpone the checks that only the timer starts.
         self.due = Some(self.due.filter(|due| *due > now).map_or(next, |due| due.min(next)));
-        // What follows from another part of the goal is nobody's doing.
+        // A change of the needed part is not a change by another program.
         let repair = self.reached && !std::mem::take(&mut self.part_is_new);
         self.touched.routing |= !self.reached;
         self.reached |= result.is_ok();
@@ -433,14 +466,16 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.tell_host();
     }
 
+    /// Programs the kernel once.
     fn bring_about(&mut self) -> Result<Report, KernelError> {
         if let Err(error) = self.age() {
-            tracing::debug!(%error, "peers that are not used any more not found out");
+            tracing::debug!(%error, "unused peers not determined");
         }
         match &self.desired_state {
             Some(DesiredState { state: State::Overlay(all, _), .. }) => {
                 let report = self.kernel.reconcile(self.part.as_ref().unwrap_or(all))?;
-                // Without it only events tell of missing entries; on demand there would be none at all.
+                // Without requests for missing entries, only notifications reveal them; entries on
+                // demand would not work.
                 match self.kernel.be_asked() {
                     Err(error) if self.demand.in_use().is_some() => Err(error.into()),
                     _ => Ok(report),
@@ -448,10 +483,10 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             }
             Some(DesiredState { state: State::Nothing { device, pool }, .. }) => {
                 if let Err(error) = self.surroundings.remove(device) {
-                    tracing::error!(%error, "the table of nftables was not removed");
+                    tracing::error!(%error, "nftables table not removed");
                 }
                 if let Err(error) = self.next_hops.keep(&mut self.netlink, &BTreeSet::new()) {
-                    tracing::error!(%error, "neighbor entries of next hops were not given back");
+                    tracing::error!(%error, "neighbor entries of next hops not released");
                 }
                 self.kernel.remove(device, pool).map(|()| Report::default())
             }

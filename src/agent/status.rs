@@ -1,4 +1,4 @@
-//! Filling in the status: what the core says, and the shell's part: kernel, disk, connections.
+//! Builds the status from the core's part and the agent's: kernel, disk, connections.
 
 use std::{
     collections::BTreeSet,
@@ -16,19 +16,21 @@ use crate::{
     wire::visible,
 };
 
-/// Who waits for convergence; more are answered at once.
+/// Maximum number of requests that wait for convergence; further ones are answered immediately.
 const MAX_WAITERS: usize = 64;
 /// A disk that has not answered for longer is a problem.
 pub(super) const DISK_PATIENCE: Duration = Duration::from_secs(3);
 
-/// Wants to hear once this node has converged with so many members, or when the time is over.
+/// A request that waits until this node has converged with a number of members, or until a deadline.
 pub(super) struct Waiter {
+    /// Number of live members required, including this one.
     pub(super) members: usize,
     pub(super) deadline: Instant,
     pub(super) reply: oneshot::Sender<AgentStatus>,
 }
 
 impl Agent {
+    /// Stores a request that waits for convergence.
     pub(super) fn add_waiter(&mut self, waiter: Waiter) {
         if self.waiters.len() < MAX_WAITERS {
             self.waiters.push(waiter);
@@ -37,10 +39,11 @@ impl Agent {
         }
     }
 
+    /// Answers requests whose condition is met or whose deadline has passed.
     pub(super) fn serve_waiters(&mut self) {
         self.waiters.retain(|waiter| !waiter.reply.is_closed());
         let now = Instant::now();
-        // The status of a large cluster is long: it is made only where it may be an answer.
+        // The status of a large cluster is long, so it is built only if it may be an answer.
         let (is_converged, active) = (self.is_converged(), self.node.active_count());
         let may_be_served =
             |waiter: &Waiter| is_converged && active >= waiter.members || waiter.deadline <= now;
@@ -58,6 +61,7 @@ impl Agent {
         }
     }
 
+    /// Reports to the service manager if it is time to.
     pub(super) fn report_to_service(&mut self, now: Instant) {
         if !self.service.is_due(now) {
             return;
@@ -69,6 +73,7 @@ impl Agent {
         self.service.report(now, format!("{subnet}, {alive} of {all} members alive{problem}"));
     }
 
+    /// Returns the status.
     pub(super) fn status(&self) -> AgentStatus {
         let mut node = self.node.status();
         node.problems = self.problems();
@@ -107,20 +112,20 @@ impl Agent {
         }
     }
 
-    /// Why changes do not get onto the disk.
+    /// Returns why the disk cannot be written.
     pub(super) fn store_problem(&self) -> Option<String> {
         let is_silent = self.writer.silent_for().is_some_and(|silent| silent > DISK_PATIENCE);
         let silence = || {
             let patience = DISK_PATIENCE.as_secs();
             format!(
-                "the disk has not answered for more than {patience} s, so pods and leases do not change: \
-                 look at it (dmesg)"
+                "the disk has not answered for more than {patience} s, so pods and leases cannot change: \
+                 check it (dmesg)"
             )
         };
         self.store_failure.clone().or_else(|| is_silent.then(silence))
     }
 
-    /// Everything that is wrong, as sentences with what helps.
+    /// Returns all problems, with their remedies.
     pub(super) fn problems(&self) -> Vec<String> {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
@@ -136,12 +141,12 @@ impl Agent {
         problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());
-        // What is sent elsewhere is not forwarded either: one cause, one problem.
+        // Diverted packets are not forwarded either: one cause, one problem.
         if !self.is_all_diverted() {
             problems.extend(kernel.forwarding.problems.iter().cloned());
             problems.extend(self.far_problems());
         }
-        // Where no pod gets an answer of this host, what drops that drops answers of pods as well.
+        // If pods cannot resolve the gateway, the same cause drops other answers of pods as well.
         if !kernel.forwarding.lacks_gateway {
             problems.extend(kernel.answers.problems.iter().cloned());
         }
@@ -163,14 +168,14 @@ impl Agent {
         }
         let states = self.path_states();
         problems.extend(states.filter_map(|(node, state, _)| self.path_problem(node, state)));
-        // A cause may concern several peers.
+        // One cause may concern several peers.
         let mut told = BTreeSet::new();
         problems.retain(|problem| told.insert(problem.clone()));
-        // Some repeat what others said.
+        // Some problems contain text received from other hosts.
         problems.iter().map(|problem| visible(problem)).collect()
     }
 
-    /// What may hurt some packets, or keeps this node from knowing, as sentences with what helps.
+    /// Returns warnings about losses of some packets or missing tests, with remedies.
     fn warnings(&self) -> Vec<String> {
         let kernel = &self.kernel;
         let known = kernel.forwarding.warnings.iter().chain(&kernel.answers.warnings);
@@ -179,7 +184,7 @@ impl Agent {
         known.map(|warning| visible(&warning)).collect()
     }
 
-    /// Non-members that flood the gossip port, as a sentence.
+    /// Describes non-members that flood the gossip port.
     fn flood_problem(&self) -> Option<String> {
         let Flood { packets, example } = self.transport.flood()?;
         let port = self.node.address().port();
@@ -190,7 +195,7 @@ impl Agent {
         ))
     }
 
-    /// Programs that take the places of handshakes, as a sentence.
+    /// Describes programs that use up the capacity for handshakes.
     fn crowd_problem(&self) -> Option<String> {
         let Flood { packets, example } = self.transport.crowd()?;
         let port = self.node.address().port();
@@ -202,7 +207,7 @@ impl Agent {
         ))
     }
 
-    /// Whether packets to every peer take a wrong way.
+    /// Returns whether packets to every peer take a wrong way.
     fn is_all_diverted(&self) -> bool {
         let diverted = &self.kernel.routing.diverted;
         let peers = self.kernel.wanted.iter().flat_map(|view| view.peers.values());
@@ -211,6 +216,7 @@ impl Agent {
             && subnets.all(|subnets| subnets.iter().any(|subnet| diverted.contains(&subnet)))
     }
 
+    /// Returns whether the node has converged (see the glossary).
     pub(super) fn is_converged(&self) -> bool {
         self.node.phase() == Phase::Member
             && self.node.is_settled()
@@ -219,21 +225,23 @@ impl Agent {
             && self.archive.is_subnet_told()
     }
 
-    /// Whether there may be other nodes of which this one has not heard.
+    /// Returns whether other nodes may exist that this node does not know of.
     fn is_in_the_dark(&self) -> bool {
         self.node.is_alone() && self.source.as_ref().is_some_and(Source::lacks_list)
     }
 
+    /// Returns whether the kernel equals the desired state.
     fn is_in_sync(&self) -> bool {
         let kernel = &self.kernel;
         kernel.wanted.is_some()
             && kernel.answered == kernel.requested
             && kernel.programmed_once
             && kernel.problem.is_none()
-            // Pods are a part of what the kernel is to reach.
+            // Pods are part of the desired state.
             && self.takes_pods()
     }
 
+    /// Returns the number of pods with addresses outside this node's subnet.
     fn pods_outside(&self) -> usize {
         let subnets = self.kernel.wanted.as_ref().map(|view| view.own.subnets);
         let outside = self.pods.table.outside(subnets);

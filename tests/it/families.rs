@@ -173,7 +173,7 @@ fn mtu_too_small_for_ipv6_in_the_settings_is_named_and_ends_no_start() {
         let mut agent = Agent::start(program(), &host, &["--mtu", "1200"])?;
         let status = agent.wait_converged(1, TIMEOUT)?;
         let problems = status["problems"].to_string();
-        assert!(problems.contains("settings is 1200 (IPv4 goes on)"), "{status:#}");
+        assert!(problems.contains("settings is 1200 (IPv4 continues)"), "{status:#}");
         Ok(())
     });
 }

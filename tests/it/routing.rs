@@ -306,7 +306,7 @@ fn policy_rule_behind_many_is_named_and_how_many_are_not_looked_at_is_told() {
         for number in 0..36 {
             add(5_000 + number, &format!("from 10.42.1.{}", 100 + number), "main");
         }
-        let words = "5 policy rules that may select packets of pods were not looked at";
+        let words = "5 policy rules that may select packets of pods were not tested";
         let status = status_where(agent, |status| detail(status).contains(words));
         assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");
         Ok(())

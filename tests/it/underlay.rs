@@ -191,7 +191,7 @@ fn carrier_that_comes_and_goes_is_named_and_stays_so_where_it_is_back() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let agent = &mut cluster.agents[1];
-        let words = "the carrier of eth0 comes and goes: it was lost";
+        let words = "the carrier of eth0 flaps: it was lost";
         for _ in 0..2 {
             outside("ip link set port2 down");
             outside("ip link set port2 up");

@@ -1,4 +1,5 @@
-//! Tunnel packets that do not leave by the underlay's interface, or not directly: which route leads them.
+//! Tunnel packets that do not leave by the underlay interface, or not directly, and the route that
+//! causes it.
 
 use std::net::IpAddr;
 
@@ -14,38 +15,38 @@ use crate::{
     },
 };
 
-/// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`: every host has them, whatever runs there.
+/// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`: tables that exist on every host.
 const TABLES: [(u32, &str); 3] = [(253, "default"), (254, "main"), (255, "local")];
 
-/// Where the tunnel packets to a host go instead. It may be right (a host with several uplinks), and is told
-/// only where no answer comes.
+/// The actual way of tunnel packets to a host. It may be intended (a host with several uplinks), and is
+/// reported only if the host does not answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Detour {
     /// By this interface.
     By { interface: String, lead: Lead },
-    /// By a gateway, though the host is in the underlay's own network.
+    /// By a gateway, although the host is in the underlay's own network.
     Gateway { gateway: IpAddr, lead: Lead },
-    /// By a gateway that an ICMP redirect has named.
+    /// By a gateway that an ICMP redirect announced.
     Redirected { gateway: IpAddr },
-    /// Nowhere: the kernel's error.
+    /// Rejected, with the kernel's error.
     Refused(String),
 }
 
-/// What leads packets there.
+/// The route that leads packets there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lead {
     table: u32,
     /// Priority of the first policy rule that leads to the table.
     rule: Option<u32>,
-    /// The route's destination, if it is none of the kernel's defaults and is known.
+    /// The route's destination; `None` if it is a default route or unknown.
     route: Option<IpNet>,
     gateway: Option<IpAddr>,
-    /// It follows from an address of the interface.
+    /// Whether the kernel made the route for an address of the interface.
     by_address: bool,
 }
 
-/// Whether packets to a host take a gateway because of an ICMP redirect, or though it is in one of these
-/// networks.
+/// Returns a detour if packets to a host use a gateway because of an ICMP redirect, or although the host
+/// is in one of these networks.
 pub fn around(
     netlink: &mut Netlink,
     query: &Query,
@@ -60,8 +61,8 @@ pub fn around(
     is_beside.then(|| Detour::Gateway { gateway, lead: lead(netlink, query, found) })
 }
 
-/// Whether packets leave by another interface than the one that has this host's address. From an address of
-/// the loopback interface they always do.
+/// Returns a detour if packets leave by another interface than the one with this host's address. If that
+/// is the loopback interface, they always do, and no detour is reported.
 pub fn elsewhere(
     netlink: &mut Netlink,
     query: &Query,
@@ -75,8 +76,9 @@ pub fn elsewhere(
     Some(Detour::By { interface: interface.name.clone(), lead: lead(netlink, query, found) })
 }
 
+/// Determines the route behind a lookup.
 fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
-    // Kernels before 4.17 do not tell.
+    // Kernels before 4.17 do not support this lookup.
     let entry = netlink.route_entry(query).ok().filter(|entry| entry.table == found.table);
     let network = |entry: &Entry| {
         let network = IpNet::new(entry.destination?, entry.prefix_len).ok()?;
@@ -94,7 +96,7 @@ fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
 }
 
 impl Detour {
-    /// The sentence about it, where tunnel packets to this port of a host get no answer.
+    /// Describes the detour, for a host that does not answer tunnel packets to this port.
     pub fn sentence(
         &self,
         name: &str,

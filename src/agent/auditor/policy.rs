@@ -1,4 +1,4 @@
-//! Policy rules and routes of this host that may take some packets of pods.
+//! Policy rules and conditional routes of this host that may match some packets of pods.
 
 use std::{collections::BTreeSet, io};
 
@@ -14,23 +14,24 @@ use crate::{
     netlink::{Netlink, route::Rule},
 };
 
-/// Selectors of a family that packets are tried with.
+/// Maximum number of tested selectors per family.
 const MOST: usize = 32;
 
-/// What policy rules and routes select that may be packets between pods.
+/// Selectors of policy rules and routes that may match packets between pods.
 #[derive(Debug, Default)]
 pub struct Found {
+    /// Selectors to test.
     pub selected: Vec<Selected>,
-    /// Further selectors of rules, and of routes, with which no packets are tried.
+    /// Numbers of further selectors of rules and of routes, which are not tested.
     pub unread: [usize; 2],
 }
 
-/// What the policy rules of both families select that may be packets between pods, apart from what every
-/// packet meets; and the same of these routes. Marks cannot be known from here. Packets of pods come in by
-/// these links.
+/// Returns the selectors of both families' policy rules and of these routes that may match packets
+/// between pods, without rules that match every packet. Rules with marks are skipped, because marks are
+/// unknown here. `links` are the interfaces by which packets of pods arrive.
 ///
 /// # Errors
-/// The kernel does not show its rules.
+/// Fails if the policy rules cannot be read.
 pub fn selected(
     netlink: &mut Netlink,
     own: &[Own],
@@ -51,7 +52,8 @@ pub fn selected(
                 continue;
             }
             let input = match &rule.input {
-                // What a negated rule names meets the rules behind it, by whichever interface it came.
+                // A packet that a negated rule names continues with the next rules, whatever its
+                // interface.
                 Some(name) if !rule.inverted => match netlink.link(name)? {
                     Some(link) if links.contains(&link.index) => Some(link.index),
                     _ => continue,
@@ -75,21 +77,21 @@ pub fn selected(
     Ok(found)
 }
 
-/// That nothing takes a wrong way, and how many rules and routes were not tried.
+/// Describes a result without diverted packets, and how many rules and routes were not tested.
 pub fn detail(subnets: usize, unread: [usize; 2]) -> String {
     let untried =
         ["policy rule", "route"].into_iter().zip(unread).map(|(what, count)| match count {
             0 => String::new(),
-            1 => format!("; 1 {what} that may select packets of pods was not looked at"),
+            1 => format!("; 1 {what} that may select packets of pods was not tested"),
             count => {
-                format!("; {count} {what}s that may select packets of pods were not looked at")
+                format!("; {count} {what}s that may select packets of pods were not tested")
             }
         });
-    format!("{subnets} subnets of peers are routed to{}", untried.collect::<String>())
+    format!("{subnets} subnets of peers have routes{}", untried.collect::<String>())
 }
 
-/// Rules that select alike are met by the same packets: of these the first is enough. The second is how many
-/// are left out.
+/// Keeps one of several selectors that match the same packets, and at most [`MOST`]. The second value is
+/// the number of omitted ones.
 fn few(selected: Vec<Selected>) -> (Vec<Selected>, usize) {
     let (mut few, mut unread) = (Vec::new(), 0);
     let mut known = BTreeSet::new();
@@ -107,7 +109,7 @@ fn few(selected: Vec<Selected>) -> (Vec<Selected>, usize) {
     (few, unread)
 }
 
-/// Whether it may select packets between pods here, in this subnet, and others of the overlay.
+/// Returns whether the selector may match packets between pods of this subnet and others of the overlay.
 fn meets(selector: &Selector, own: IpNet, all: IpNet) -> bool {
     let touches = |wanted: Option<IpNet>, network: IpNet| {
         wanted.is_none_or(|wanted| wanted.contains(&network) || network.contains(&wanted))
@@ -116,8 +118,8 @@ fn meets(selector: &Selector, own: IpNet, all: IpNet) -> bool {
     touches(from, own) && touches(to, all) || touches(from, all) && touches(to, own)
 }
 
-/// Whether it is another program's and concerns some packets, and which ones is known. A rule with `not`
-/// concerns those that it names, too: it leaves them to the rules behind it.
+/// Returns whether the rule belongs to another program and matches a known part of the packets. A rule
+/// with `not` also affects the packets that it names: it leaves them to the next rules.
 fn selects(rule: &Rule) -> bool {
     let Rule { selector, mark, protocol, .. } = rule;
     let is_ours = *protocol == Some(RouteProtocol::Other(ROUTE_PROTOCOL));

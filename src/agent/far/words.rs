@@ -166,7 +166,7 @@ fn loss_sentence(half: Half, names: &str, share: &str, link: &str, is_all: bool)
     };
     format!(
         "{seen}, so their connections are slow (small packets were counted): {place}: errors and drops of \
-         interfaces (ip -s -s link show dev {link}; ethtool -S {link}), veth pairs, radio links and switches, \
+         interfaces (ip -s -s link show dev {link}; ethtool -S {link}), cables, radio links and switches, \
          queues that are full (tc -s qdisc show dev {link}), and rules that drop by chance or by rate (nft \
          list ruleset)"
     )

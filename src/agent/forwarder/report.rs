@@ -1,4 +1,4 @@
-//! What the thread tells: a verdict, and sentences.
+//! The verdict and the problems that the forwarder thread reports.
 
 use super::{ForwarderNews, Forwarding, TrialRunner, explain};
 use crate::{
@@ -7,15 +7,15 @@ use crate::{
 };
 
 impl<F: Fn(ForwarderNews)> TrialRunner<F> {
-    /// Tells what is known, if it is something else than before.
+    /// Reports the results if they have changed.
     pub(super) fn report(&mut self) {
         let mut closed: Vec<Way> = self.trials.closed();
-        // That is told as a warning.
+        // These are reported as warnings.
         closed.retain(|way| !way.direction.is_of_host());
         let open = self.trials.open();
         let (state, detail) = match (closed.as_slice(), open.as_slice()) {
             ([], []) if self.skipped.is_empty() => {
-                (CheckState::Skipped, "no trial has ended so far".to_owned())
+                (CheckState::Skipped, "no test has ended so far".to_owned())
             }
             ([], []) => (CheckState::Skipped, self.skipped.clone()),
             ([], open) if self.translated.is_empty() => {
@@ -29,7 +29,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
             (closed, _) => (CheckState::Failing, format!("lost: {}", list(closed))),
         };
         let mut problems = self.reasons.gateway.values().cloned().collect::<Vec<_>>();
-        // Where it is turned off, that is told by the sysctl; and without a gateway no way leads out.
+        // If forwarding is off, the sysctl's problem says so; and without a gateway no way leads out.
         let is_told = |way: &Way| {
             let has_gateway = !self.reasons.gateway.contains_key(&way.ipv4);
             way.direction.is_through() && has_gateway && explain::is_forwarding_on(way.ipv4)
@@ -75,7 +75,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     }
 }
 
-/// What is missing where no peer was there, or has answered.
+/// Returns a note if no peer was there or has answered.
 fn untried(open: &[Way]) -> &'static str {
     if open.iter().any(|way| way.direction.is_through()) {
         ""

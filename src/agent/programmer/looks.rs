@@ -1,4 +1,4 @@
-//! What the kernel's thread looks at beside its tables: the underlay, overlaps, and the ways of packets.
+//! Checks of the kernel thread besides its tables: the underlay, overlaps, and routes of packets.
 
 use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
@@ -9,12 +9,14 @@ use crate::{
 };
 
 impl<F: Fn(KernelEvent)> Reconciler<F> {
+    /// Returns when to check the underlay next.
     pub(super) fn underlay_due(&self, now: Instant) -> Option<Instant> {
         let earliest = self.looked.map_or(now, |looked| looked + LOOK_GAP);
         let touched = self.touched.underlay.then_some(earliest);
         touched.into_iter().chain(self.underlay.due()).chain(self.flaps.due()).min()
     }
 
+    /// Checks the underlay and reports changes.
     pub(super) fn look_at_underlay(&mut self, now: Instant) {
         self.touched.underlay = false;
         self.looked = Some(now);
@@ -25,16 +27,17 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             (self.tell)(KernelEvent::Underlay(change));
         }
         self.look_for_flaps(now);
-        // What has changed may be an address inside the overlay's networks.
+        // A change may be an address inside the overlay's networks.
         self.look_for_overlaps();
     }
 
+    /// Checks whether the carrier of the underlay interface flaps.
     fn look_for_flaps(&mut self, now: Instant) {
         let name = &self.underlay.present().name;
         match self.netlink.link(name) {
             Ok(Some(link)) => self.flaps.look(now, &link),
             Ok(None) => {}
-            Err(error) => tracing::debug!(%error, "the underlay's carrier not looked at"),
+            Err(error) => tracing::debug!(%error, "underlay carrier not read"),
         }
         let flapping = self.flaps.problem(name);
         if flapping != self.flapping {
@@ -43,7 +46,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
-    /// Underlay addresses of the peers.
+    /// Returns the underlay addresses of the peers.
     pub(super) fn underlays(&self) -> impl Iterator<Item = IpAddr> + '_ {
         let all =
             self.desired_state.iter().filter_map(|desired_state| match &desired_state.state {
@@ -53,6 +56,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         all.flatten()
     }
 
+    /// Reports addresses of this host inside the overlay's networks if they have changed.
     pub(super) fn look_for_overlaps(&mut self) {
         let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
             return;
@@ -72,7 +76,8 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
-    /// Asks where the kernel sends packets. What is not programmed yet goes diverted by design.
+    /// Looks up the routes of packets. Unprogrammed packets are diverted by design, so it waits for the
+    /// entries.
     pub(super) fn audit(&mut self) {
         let now = Instant::now();
         if std::mem::take(&mut self.touched.routing) {
@@ -93,7 +98,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         if is_due
             && let Err(error) = self.next_hops.keep(&mut self.netlink, &self.auditor.next_hops())
         {
-            tracing::debug!(%error, "neighbor entries of next hops not looked at");
+            tracing::debug!(%error, "neighbor entries of next hops not updated");
         }
     }
 }
