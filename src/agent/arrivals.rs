@@ -3,8 +3,8 @@
 use tokio::sync::mpsc;
 
 use super::{
-    answers::Answers, archive::Kept, far, forwarder::ForwarderNews, inquest::Found,
-    kernel_event::KernelEvent, kubernetes::NodeReport, wirer::AttachResult,
+    answers::Answers, archive::Kept, attach_worker::AttachResult, forwarder::ForwarderEvent,
+    inquest::Found, kernel_event::KernelEvent, kubernetes::NodeReport, remote_pods,
 };
 use crate::{
     api::Question, docker as docker_plugin, icmp::IcmpEvent, store::WriteEvent, transport::Event,
@@ -24,8 +24,8 @@ pub(super) enum Arrival {
 pub(super) enum LoopEvent {
     Disk(WriteEvent),
     Kernel(KernelEvent),
-    Forwarding(ForwarderNews),
-    Far(far::FarEvent),
+    Forwarding(ForwarderEvent),
+    RemotePods(remote_pods::RemotePodsEvent),
     Answers(Answers),
     Found(Found),
     Pods(AttachResult),

@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use rtnetlink::packet_route::route::RouteType;
 
 mod detour;
-mod others;
+mod foreign_routes;
 mod policy;
 mod witness;
 
@@ -41,17 +41,17 @@ use crate::{
 };
 
 /// Time between two passes while nothing is wrong.
-const CALM: Duration = Duration::from_secs(10);
+const PASS_INTERVAL: Duration = Duration::from_secs(10);
 /// Time between two passes while a result is uncertain.
-const ANXIOUS: Duration = Duration::from_secs(1);
+const UNCERTAIN_PASS_INTERVAL: Duration = Duration::from_secs(1);
 /// Time from a change to the next pass, so that related changes are complete.
-const SETTLE: Duration = Duration::from_millis(300);
-/// A pass takes at most this fraction (1/n) of the time, unless the pause would exceed [`LONGEST`].
-const SHARE: u32 = 50;
+const SETTLE_TIME: Duration = Duration::from_millis(300);
+/// A pass takes at most this fraction (1/n) of the time, unless the pause would exceed [`MAX_PAUSE`].
+const TIME_SHARE: u32 = 50;
 /// Maximum number of hosts whose path MTU is looked up in one pass.
-const PATHS: usize = 256;
+const MAX_PATHS: usize = 256;
 /// Longest pause between two passes.
-const LONGEST: Duration = Duration::from_secs(3);
+const MAX_PAUSE: Duration = Duration::from_secs(3);
 
 const EACCES: i32 = 13;
 const EINVAL: i32 = 22;
@@ -94,7 +94,7 @@ pub struct Auditor {
     /// Next hop of tunnel packets to each host.
     next_hops: BTreeMap<IpAddr, Hop>,
     /// The host whose path was looked up last.
-    path_asked: Option<IpAddr>,
+    last_path: Option<IpAddr>,
     /// Subnets of peers for which routes of other programs have been read.
     read_for: BTreeSet<IpNet>,
     /// Earliest time to read them again.
@@ -104,7 +104,7 @@ pub struct Auditor {
     /// Numbers of policy rules and of such routes whose selectors are not tested.
     unread: [usize; 2],
     /// The last reported result.
-    told: Routing,
+    reported: Routing,
 }
 
 /// The interfaces and addresses of this host.
@@ -143,29 +143,29 @@ impl Auditor {
             path_mtus: BTreeMap::new(),
             detours: BTreeMap::new(),
             next_hops: BTreeMap::new(),
-            path_asked: None,
+            last_path: None,
             read_for: BTreeSet::new(),
             read_at: now,
             conditional: BTreeSet::new(),
             unread: [0; 2],
-            told: Routing::default(),
+            reported: Routing::default(),
         }
     }
 
     /// Schedules a pass after a change that may divert packets, including these routes of other
     /// programs.
-    pub fn touch(&mut self, now: Instant, routes: ForeignRoutes) {
+    pub fn on_change(&mut self, now: Instant, routes: ForeignRoutes) {
         self.audit.begin();
         self.audit.suspect(routes.to);
         if routes.has_conditional {
             self.read_for.clear();
         }
-        self.due = self.due.min((now + SETTLE).max(self.not_before));
+        self.due = self.due.min((now + SETTLE_TIME).max(self.not_before));
     }
 
     /// Postpones the pass, because nothing is programmed yet.
-    pub fn put_off(&mut self, now: Instant) {
-        self.due = now + CALM;
+    pub fn postpone(&mut self, now: Instant) {
+        self.due = now + PASS_INTERVAL;
     }
 
     /// Returns when the next pass is due.
@@ -179,7 +179,7 @@ impl Auditor {
     }
 
     /// Runs a pass if it is due. Returns the result if it has changed.
-    pub fn look(
+    pub fn run_pass(
         &mut self,
         begun: Instant,
         netlink: &mut Netlink,
@@ -196,9 +196,10 @@ impl Auditor {
             Ok(()) => {}
             Err(error) => tracing::debug!(%error, "routes not looked up"),
         }
-        let rest = (begun.elapsed() * SHARE).min(LONGEST);
-        let pause = if self.audit.is_unfinished() { ANXIOUS } else { CALM };
-        self.not_before = begun + rest.max(ANXIOUS);
+        let rest = (begun.elapsed() * TIME_SHARE).min(MAX_PAUSE);
+        let pause =
+            if self.audit.is_unfinished() { UNCERTAIN_PASS_INTERVAL } else { PASS_INTERVAL };
+        self.not_before = begun + rest.max(UNCERTAIN_PASS_INTERVAL);
         self.due = begun + pause.max(rest);
         let problems = self.audit.sentences(desired.pool.networks());
         let (state, detail) = match (self.audit.subjects(), problems.as_slice()) {
@@ -213,12 +214,12 @@ impl Auditor {
             }
             _ => (state, detail),
         };
-        self.ask_paths(netlink, desired, place);
+        self.look_up_paths(netlink, desired, place);
         let (path_mtus, detours) = (self.path_mtus.clone(), self.detours.clone());
         let status = CheckStatus { state, detail };
         let state = Routing { problems, diverted, path_mtus, detours, status };
-        let is_news = state != self.told;
-        self.told.clone_from(&state);
+        let is_news = state != self.reported;
+        self.reported.clone_from(&state);
         is_news.then_some(state)
     }
 
@@ -241,18 +242,18 @@ impl Auditor {
         Ok(())
     }
 
-    /// Looks up the route of tunnel packets to each peer's host, and its MTU, for up to [`PATHS`] hosts.
-    fn ask_paths(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place<'_>) {
+    /// Looks up the route of tunnel packets to each peer's host, and its MTU, for up to [`MAX_PATHS`] hosts.
+    fn look_up_paths(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place<'_>) {
         let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
         self.path_mtus.retain(|host, _| hosts.contains(host));
         self.detours.retain(|host, _| hosts.contains(host));
         self.next_hops.retain(|host, _| hosts.contains(host));
-        let begin = self.path_asked.map_or(Bound::Unbounded, Bound::Excluded);
+        let begin = self.last_path.map_or(Bound::Unbounded, Bound::Excluded);
         let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
         let output = Some(desired.device.link).filter(|link| *link != 0);
         let mut links = None;
-        for host in next.take(hosts.len().min(PATHS)).copied().collect::<Vec<_>>() {
-            self.path_asked = Some(host);
+        for host in next.take(hosts.len().min(MAX_PATHS)).copied().collect::<Vec<_>>() {
+            self.last_path = Some(host);
             let transport = Some(Transport::udp_to(desired.device.port));
             let from = Some(desired.device.local).filter(|local| local.is_ipv4() == host.is_ipv4());
             let query = Query { output, from, transport, ..Query::to(host) };
@@ -261,12 +262,12 @@ impl Auditor {
                 Ok(found) => match refusal(found.kind) {
                     Some(errno) => Some(Detour::Refused(reason(errno))),
                     None if found.link == place.underlay => {
-                        detour::around(netlink, &query, found, place.networks)
+                        detour::gateway_detour(netlink, &query, found, place.networks)
                     }
                     None => {
                         let links =
                             links.get_or_insert_with(|| netlink.links().unwrap_or_default());
-                        detour::elsewhere(netlink, &query, links, found, place.underlay)
+                        detour::interface_detour(netlink, &query, links, found, place.underlay)
                     }
                 },
                 Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),

@@ -1,6 +1,6 @@
 //! The loop's side of the pods' bridge: what it is to be like, and whether pods can be plugged into it.
 
-use super::{Agent, wirer::Job};
+use super::{Agent, attach_worker::Job};
 use crate::{core::View, dataplane::desired::device_name, pods::bridge::Bridge};
 
 impl Agent {
@@ -12,7 +12,7 @@ impl Agent {
         }
         self.pods.bridge.clone_from(&bridge);
         if let Some(bridge) = bridge {
-            self.wirer.ask(Job::Keep { bridge, tenants: self.pods.tenants() });
+            self.attach_worker.ask(Job::Keep { bridge, tenants: self.pods.tenants() });
         }
     }
 
@@ -22,7 +22,7 @@ impl Agent {
         if let Some(bridge) = bridge.filter(|bridge| self.pods.expected.as_ref() != Some(bridge)) {
             self.pods.expected = Some(bridge.clone());
             self.pods.looks_ahead += 1;
-            self.wirer.ask(Job::Expect(bridge));
+            self.attach_worker.ask(Job::Expect(bridge));
         }
     }
 

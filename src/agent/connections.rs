@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use super::recent::Recent;
+use super::recent_loss::RecentLoss;
 
 /// So many looks after the last packet that was dropped the table is taken for full.
 const HOLD: u32 = 3;
@@ -24,7 +24,7 @@ struct Table {
 pub struct Connections {
     dropped: Option<u64>,
     /// Packets that were dropped for want of room.
-    recent: Recent,
+    recent: RecentLoss,
 }
 
 impl Connections {

@@ -19,12 +19,12 @@ use super::{
     answers::Answers,
     archive::Saved,
     auditor::Routing,
-    far::FarState,
-    forwarder::{ForwarderNews, Forwarding},
+    forwarder::{ForwarderEvent, Forwarding},
+    host_checks::HostState,
     kernel_event::{DemandState, KernelEvent, Outcome},
     programmer::{DesiredState, State},
+    remote_pods::RemotePodsState,
     subnet_env::SubnetFile,
-    surroundings::HostState,
     underlay::{ChosenUnderlay, UnderlayError},
 };
 use crate::{
@@ -44,7 +44,7 @@ use crate::{
 };
 
 /// Time limit for a node that cannot use the kernel to return its new subnet before it ends.
-const GIVE_BACK: Duration = Duration::from_secs(5);
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The event loop's knowledge of the kernel.
 #[derive(Default)]
@@ -85,7 +85,7 @@ pub(super) struct KernelState {
     /// Whether packets of pods are forwarded.
     pub(super) forwarding: Forwarding,
     /// Whether packets of pods reach pods of other hosts, and answers return.
-    pub(super) far: FarState,
+    pub(super) remote_pods: RemotePodsState,
     /// Whether pods of this host answer.
     pub(super) answers: Answers,
     /// Kernel requests for missing entries, and the peers in use.
@@ -180,7 +180,7 @@ impl Agent {
                     tracing::debug!(operations, "kernel programmed");
                 }
                 self.note_kernel_failures(&report.failed);
-                self.tell_what_is_in_use();
+                self.report_kernel_subnet();
                 if self.kernel.withdrawn {
                     let _ = std::fs::remove_file(&self.config.subnet_file);
                     return;
@@ -197,10 +197,10 @@ impl Agent {
     }
 
     /// Handles an event of the forwarder thread.
-    pub(super) fn on_forwarding(&mut self, news: ForwarderNews) {
+    pub(super) fn on_forwarding(&mut self, news: ForwarderEvent) {
         let state = match news {
-            ForwarderNews::State(state) => state,
-            ForwarderNews::Room(room) => return self.far.set_room(room),
+            ForwarderEvent::State(state) => state,
+            ForwarderEvent::Room(room) => return self.remote_pods.set_room(room),
         };
         let before = &self.kernel.forwarding;
         let of = |state: &Forwarding| {
@@ -213,7 +213,7 @@ impl Agent {
             .filter(|problem| !known(problem))
             .for_each(|problem| tracing::warn!("{problem}"));
         self.kernel.forwarding = state;
-        self.update_far();
+        self.update_remote_pods();
     }
 
     /// Counts kernel requests for missing entries, and updates the paths if the peers in use have
@@ -305,7 +305,7 @@ impl Agent {
 
     /// Passes to the core which subnet the kernel uses. The core gives a subnet away only when it is not
     /// in use.
-    fn tell_what_is_in_use(&mut self) {
+    fn report_kernel_subnet(&mut self) {
         if self.kernel.answered != self.kernel.requested {
             return;
         }
@@ -379,7 +379,7 @@ impl Agent {
         }
         if self.fresh {
             tracing::info!("returning the subnet");
-            self.giving_up = Some((why, Instant::now() + GIVE_BACK));
+            self.giving_up = Some((why, Instant::now() + LEAVE_TIMEOUT));
             // The refused entries do not exist.
             self.input(Input::KernelSubnet(None));
             self.input(Input::Command(Command::Leave));

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Agent, pods::Attaching, status::DISK_PATIENCE, wirer::Job};
+use super::{Agent, attach_worker::Job, pods::Attaching, status::DISK_TIMEOUT};
 use crate::{
     api::{PodError, PodErrorKind},
     docker,
@@ -24,7 +24,7 @@ impl Agent {
         let waits = !self.pods.saving.is_empty()
             || self.pods.attaching.values().any(|attaching| !attaching.saved);
         let silent = self.writer.silent_for().filter(|_| waits)?;
-        let left = (DISK_PATIENCE + Duration::from_millis(1)).saturating_sub(silent);
+        let left = (DISK_TIMEOUT + Duration::from_millis(1)).saturating_sub(silent);
         Some(Instant::now() + left)
     }
 
@@ -43,7 +43,7 @@ impl Agent {
             if pod.owner == docker::OWNER {
                 // Docker gives the address back by itself.
                 let number = self.pods.next();
-                self.wirer.ask(Job::Disconnect { number, attachment, netns: None });
+                self.attach_worker.ask(Job::Disconnect { number, attachment, netns: None });
             } else {
                 self.detach_then(&attachment, None, |_| ());
             }

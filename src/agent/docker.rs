@@ -13,7 +13,7 @@ use std::{
 use ipnet::IpNet;
 use tokio::sync::oneshot::Sender;
 
-use super::{Agent, pod_address::NotGiven, pods::record, vanished::Looking};
+use super::{Agent, pod_address::NotGiven, pods::record, vanished_pods::PendingRequest};
 use crate::{
     api::{PodError, PodErrorKind},
     docker::{self, Endpoint, EndpointInterface, OWNER, Request},
@@ -121,7 +121,7 @@ impl Agent {
         match self.find_or_reserve(&reservation) {
             // A container that is gone may stand in the way: one that did not survive a power cut.
             Err(NotGiven::Address(error)) if error.is_pod_conflict() => {
-                self.look(Looking::Reserve(reservation));
+                self.check_gone_pods(PendingRequest::Reserve(reservation));
             }
             result => self.answer_reservation(reservation, result),
         }
@@ -259,7 +259,7 @@ impl Agent {
     fn join(&mut self, join: Join) {
         // It may be one that Docker has taken the container out of, while no agent ran.
         if self.other_in_sandbox(&join).is_some() {
-            self.look(Looking::Join(join));
+            self.check_gone_pods(PendingRequest::Join(join));
         } else {
             self.join_now(join);
         }

@@ -70,10 +70,10 @@ impl Agent {
         let threads = [
             self.programmer.end(),
             self.forwarder.end(),
-            self.far.end(),
+            self.remote_pods.end(),
             self.asking.end(),
             self.inquest.end(),
-            self.wirer.end(),
+            self.attach_worker.end(),
             self.writer.end(),
             self.archive.end(),
         ];

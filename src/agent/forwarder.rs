@@ -8,15 +8,15 @@
 mod capture;
 mod carried;
 mod explain;
-mod finding;
 mod gateway;
-mod home;
 mod ipsec;
 mod marks;
 mod output;
+mod own_host;
 mod partial;
 mod pod;
 mod report;
+mod resolution;
 mod setting;
 mod stage;
 mod trial;
@@ -47,19 +47,19 @@ use crate::{
 };
 
 /// Time from a change of nftables rules to the next trial, so that related changes are complete.
-const SETTLE: Duration = Duration::from_millis(200);
+const SETTLE_TIME: Duration = Duration::from_millis(200);
 /// Shortest time between two trials after changes of rules.
-const GAP: Duration = Duration::from_secs(2);
+const MIN_TRIAL_INTERVAL: Duration = Duration::from_secs(2);
 /// Number of consecutive failures to make a trial that is reported.
-const FAILURES: u32 = 3;
+const FAILURES_UNTIL_REPORTED: u32 = 3;
 /// Time until the next attempt if no trial is possible.
-const LOOK: Duration = Duration::from_secs(15);
+const RETRY_INTERVAL: Duration = Duration::from_secs(15);
 /// The same if a first pod is about to create the bridge.
-const LOOK_SOON: Duration = Duration::from_secs(1);
+const SHORT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Shortest time between two readings of the rules while packets are lost.
-const READ: Duration = Duration::from_secs(10);
+const MIN_READ_INTERVAL: Duration = Duration::from_secs(10);
 /// There may be very many rules: reading them takes at most this fraction (1/n) of the time.
-const SHARE: u32 = 100;
+const READ_SHARE: u32 = 100;
 /// The results.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Forwarding {
@@ -85,7 +85,7 @@ pub struct Forwarding {
 }
 
 /// An event of the thread.
-pub enum ForwarderNews {
+pub enum ForwarderEvent {
     /// The results have changed.
     State(Forwarding),
     /// Its pod was created or removed.
@@ -96,7 +96,7 @@ pub enum ForwarderNews {
 pub struct Forwarder {
     pub(super) worker: Worker<Option<Setting>>,
     /// The last setting that was passed to the thread.
-    told: Option<Setting>,
+    reported: Option<Setting>,
 }
 
 impl Order for Option<Setting> {
@@ -110,7 +110,7 @@ impl Forwarder {
     ///
     /// # Errors
     /// Fails if a netlink socket cannot be opened or the thread cannot be created.
-    pub fn start(tell: impl Fn(ForwarderNews) + Send + 'static) -> io::Result<Self> {
+    pub fn start(tell: impl Fn(ForwarderEvent) + Send + 'static) -> io::Result<Self> {
         let netlink = Netlink::open()?;
         let begin = |orders| TrialRunner {
             netlink,
@@ -126,25 +126,25 @@ impl Forwarder {
             skipped: String::new(),
             failures: 0,
             warnings: Vec::new(),
-            warnings_read: None,
+            next_warnings: None,
             turn: 0,
             due: Instant::now(),
-            tried: None,
-            read_at: None,
+            last_trial: None,
+            next_reading: None,
             reasons: Reasons::default(),
             input: Vec::new(),
-            told: Forwarding::default(),
+            reported: Forwarding::default(),
         };
         let worker = Worker::start("forwarding", move |orders| begin(orders).run())?;
-        Ok(Self { worker, told: None })
+        Ok(Self { worker, reported: None })
     }
 
     /// Passes a setting to the thread if it has changed.
     fn set(&mut self, setting: Option<Setting>) {
-        if self.told == setting {
+        if self.reported == setting {
             return;
         }
-        self.told.clone_from(&setting);
+        self.reported.clone_from(&setting);
         self.worker.order(setting);
     }
 
@@ -175,39 +175,39 @@ struct TrialRunner<F> {
     failures: u32,
     warnings: Vec<String>,
     /// Earliest time to read the rules behind the warnings again.
-    warnings_read: Option<Instant>,
+    next_warnings: Option<Instant>,
     /// Number of the last trial.
     turn: usize,
     due: Instant,
     /// Time of the last trial.
-    tried: Option<Instant>,
+    last_trial: Option<Instant>,
     /// Earliest time to read the rules again.
-    read_at: Option<Instant>,
+    next_reading: Option<Instant>,
     /// Possible causes of losses, from the last reading of the rules.
     reasons: Reasons,
     input: Vec<String>,
     /// The last reported results.
-    told: Forwarding,
+    reported: Forwarding,
 }
 
-impl<F: Fn(ForwarderNews)> TrialRunner<F> {
+impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     fn run(mut self) {
         while self.take_orders() {
             let now = Instant::now();
             if self.have_rules_changed() {
-                let earliest = self.tried.map_or(now, |tried| tried + GAP);
-                self.due = self.due.min(earliest.max(now + SETTLE));
-                (self.read_at, self.warnings_read) = (None, None);
+                let earliest = self.last_trial.map_or(now, |tried| tried + MIN_TRIAL_INTERVAL);
+                self.due = self.due.min(earliest.max(now + SETTLE_TIME));
+                (self.next_reading, self.next_warnings) = (None, None);
             }
             if self.due <= now {
-                self.look(now);
+                self.run_due(now);
                 self.report();
             }
             let pause = self.due.saturating_duration_since(Instant::now());
             let changes = self.changes.as_ref().map(|changes| changes.as_fd());
             self.orders.sleeper.wait(changes, Some(pause));
         }
-        self.give_up();
+        self.remove_stage();
     }
 
     /// Takes all queued settings. Returns `false` once the agent has ended.
@@ -221,7 +221,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
                     let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
                     if shape.is_none() {
                         // A pod needs the address now.
-                        self.give_up();
+                        self.remove_stage();
                     }
                 }
                 Err(TryRecvError::Empty) => return true,
@@ -240,40 +240,40 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     }
 
     /// Makes a trial, and reads the rules if packets are lost.
-    fn look(&mut self, now: Instant) {
+    fn run_due(&mut self, now: Instant) {
         self.is_new = false;
         let Some(setting) = self.setting.clone() else {
-            self.give_up();
-            self.skip("this node has no subnet in use".to_owned());
-            self.due = now + LOOK;
+            self.remove_stage();
+            self.discard_results("this node has no subnet in use".to_owned());
+            self.due = now + RETRY_INTERVAL;
             return;
         };
-        match self.try_it(&setting) {
+        match self.run_trial(&setting) {
             Ok(()) => {
                 self.failures = 0;
                 self.due = now + self.trials.pause();
             }
-            Err(Untried::Idle(why)) => {
+            Err(NoTrial::Idle(why)) => {
                 self.failures = 0;
-                self.skip(why);
+                self.discard_results(why);
                 let is_coming = setting.has_pods && setting.shape.is_some();
-                self.due = now + if is_coming { LOOK_SOON } else { LOOK };
+                self.due = now + if is_coming { SHORT_RETRY_INTERVAL } else { RETRY_INTERVAL };
             }
-            Err(Untried::Failed(error)) => {
+            Err(NoTrial::Failed(error)) => {
                 tracing::debug!(%error, "forwarding not tested");
                 self.failures = self.failures.saturating_add(1);
-                let is_certain = self.failures >= FAILURES;
+                let is_certain = self.failures >= FAILURES_UNTIL_REPORTED;
                 if is_certain {
-                    self.skip(cannot(&error));
+                    self.discard_results(no_trial_reason(&error));
                 }
-                self.due = now + if is_certain { LOOK } else { LOOK_SOON };
+                self.due = now + if is_certain { RETRY_INTERVAL } else { SHORT_RETRY_INTERVAL };
             }
         }
         if self.is_new {
             self.due = now;
             return;
         }
-        self.tried = Some(now);
+        self.last_trial = Some(now);
         self.read_rules(&setting);
         self.read_warnings(&setting);
     }
@@ -281,11 +281,11 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     /// Reads rules for warnings about what a trial cannot detect.
     fn read_warnings(&mut self, setting: &Setting) {
         let begun = Instant::now();
-        if self.warnings_read.is_some_and(|at| at > begun) {
+        if self.next_warnings.is_some_and(|at| at > begun) {
             return;
         }
         self.warnings.clear();
-        if self.failures >= FAILURES {
+        if self.failures >= FAILURES_UNTIL_REPORTED {
             self.warnings.extend(warnings::untried(setting, &self.skipped));
         }
         let closed = self.trials.closed();
@@ -300,20 +300,20 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         for (ipv4, address) in &self.arriving {
             self.warnings.push(warnings::arriving(setting, *ipv4, *address));
         }
-        self.warnings_read = Some(begun + begun.elapsed() * SHARE);
+        self.next_warnings = Some(begun + begun.elapsed() * READ_SHARE);
     }
 
     /// Makes one trial of each way.
     ///
     /// # Errors
     /// Fails with the reason if no trial is possible.
-    fn try_it(&mut self, setting: &Setting) -> Result<(), Untried> {
-        let idle = |why: &str| Untried::Idle(why.to_owned());
+    fn run_trial(&mut self, setting: &Setting) -> Result<(), NoTrial> {
+        let idle = |why: &str| NoTrial::Idle(why.to_owned());
         let Some(shape) = &setting.shape else {
             return Err(idle("a pod has the address that the test needs"));
         };
         if setting.peers.is_empty() && !setting.has_pods {
-            self.give_up();
+            self.remove_stage();
             return Err(idle("there are no pods, and no peer to test with"));
         }
         let between = explain::are_bridged_filtered(&mut self.netlink, setting);
@@ -323,10 +323,10 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
             None => false,
         };
         if !is_right {
-            self.give_up();
+            self.remove_stage();
             let set = Stage::set(&mut self.netlink, shape, with_mate)?;
             if let Some(stage) = &set {
-                (self.tell)(ForwarderNews::Room(Some(stage.room())));
+                (self.tell)(ForwarderEvent::Room(Some(stage.room())));
             }
             self.stage = set;
         }
@@ -348,7 +348,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
             Direction::Gateway | Direction::ToHost | Direction::FromHost(_) => true,
         });
         if has_gateway && !self.is_new {
-            let seen = stage.home.run(|fds, pause| self.wait(fds, pause));
+            let seen = stage.own_host.run(|fds, pause| self.wait(fds, pause));
             let seen = seen.inspect_err(
                 |error| tracing::debug!(%error, "packets between pods and this host not tested"),
             );
@@ -365,7 +365,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
                     seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
                     self.translated = translated;
                     if self.arriving != arriving {
-                        (self.arriving, self.warnings_read) = (arriving, None);
+                        (self.arriving, self.next_warnings) = (arriving, None);
                     }
                     if let Some(index) = stray {
                         let links = self.netlink.links().unwrap_or_default();
@@ -384,7 +384,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         let is_wanted = shape.is_some();
         self.stage = Some(stage);
         if !is_wanted {
-            self.give_up();
+            self.remove_stage();
         }
         tried?;
         self.skipped.clear();
@@ -413,7 +413,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     }
 
     /// Discards all results, for this reason.
-    fn skip(&mut self, why: String) {
+    fn discard_results(&mut self, why: String) {
         self.trials.forget();
         self.translated.clear();
         self.arriving.clear();
@@ -421,9 +421,9 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     }
 
     /// Removes the pods and sockets of the trials.
-    fn give_up(&mut self) {
+    fn remove_stage(&mut self) {
         if let Some(stage) = self.stage.take() {
-            (self.tell)(ForwarderNews::Room(None));
+            (self.tell)(ForwarderEvent::Room(None));
             stage.remove(&mut self.netlink);
         }
     }
@@ -431,19 +431,19 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     /// Reads the rules if packets are lost.
     fn read_rules(&mut self, setting: &Setting) {
         let closed = self.trials.closed();
-        self.reasons.keep(&closed, setting.is_far_lost);
+        self.reasons.keep(&closed, setting.is_remote_lost);
         if !setting.unanswered {
             self.input.clear();
         }
         let begun = Instant::now();
         let translated = &self.translated;
         let is_explained = self.reasons.explain(&closed, translated)
-            && setting.is_far_lost == self.reasons.far.is_some();
-        let is_early = self.read_at.is_some_and(|at| at > begun) && is_explained;
+            && setting.is_remote_lost == self.reasons.remote.is_some();
+        let is_early = self.next_reading.is_some_and(|at| at > begun) && is_explained;
         let is_well = closed.is_empty()
             && translated.is_empty()
             && !setting.unanswered
-            && !setting.is_far_lost;
+            && !setting.is_remote_lost;
         if is_well || is_early {
             return;
         }
@@ -453,30 +453,31 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         if setting.unanswered {
             self.input = explain::input(setting);
         }
-        self.read_at = Some(begun + READ.max(begun.elapsed() * SHARE));
+        self.next_reading = Some(begun + MIN_READ_INTERVAL.max(begun.elapsed() * READ_SHARE));
     }
 }
 
 /// Why a trial was not made.
-enum Untried {
+enum NoTrial {
     /// There is nothing to test.
     Idle(String),
     /// It failed.
     Failed(io::Error),
 }
 
-impl From<io::Error> for Untried {
+impl From<io::Error> for NoTrial {
     fn from(error: io::Error) -> Self {
         Self::Failed(error)
     }
 }
 
-fn cannot(error: &io::Error) -> String {
+fn no_trial_reason(error: &io::Error) -> String {
     let why = match error.kind() {
         io::ErrorKind::PermissionDenied => "it needs CAP_SYS_ADMIN and CAP_NET_RAW".to_owned(),
         // user_namespaces(7)
         io::ErrorKind::StorageFull => "no more network namespaces can be made: raise \
-                                       user.max_net_namespaces (sysctl), or end the program that makes so many"
+                                       user.max_net_namespaces (sysctl), or end the program that \
+                                       makes so many"
             .to_owned(),
         _ => error.to_string(),
     };

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     auditor::Routing,
-    surroundings::HostState,
+    host_checks::HostState,
     underlay::{ChosenUnderlay, UnderlayError},
 };
 use crate::{

@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn an_mtu_below_that_of_quic_is_named_with_the_interface_and_the_minimum() {
+    fn mtu_below_quic_minimum_is_reported_with_interface_and_minimum() {
         for (local, minimum) in [("192.0.2.1", 1_228), ("2001:db8::1", 1_248)] {
             assert!(limits(&chosen(local, minimum), None).is_empty());
             let said = limits(&chosen(local, minimum - 1), None).join("");
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn an_mtu_too_small_for_ipv6_is_named_where_the_cluster_has_ipv6() {
+    fn mtu_below_ipv6_minimum_is_reported_if_cluster_has_ipv6() {
         let ipv4 = PoolSpec::of("10.42.0.0/16".parse().expect("a network"));
         let pool = Pool::new(&PoolSpec { network6: "fd42::/48".parse().ok(), ..ipv4 });
         let pool = pool.expect("a pool");

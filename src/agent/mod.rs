@@ -7,6 +7,7 @@
 mod answers;
 mod archive;
 mod arrivals;
+mod attach_worker;
 mod auditor;
 mod bridge;
 mod clock;
@@ -18,9 +19,9 @@ mod docker;
 mod doors;
 mod ending;
 mod events;
-mod far;
 mod forwarder;
 mod hooks;
+mod host_checks;
 mod host_view;
 mod inquest;
 mod kernel_event;
@@ -28,38 +29,37 @@ mod knock;
 mod kubernetes;
 mod legacy;
 mod limits;
+mod memory;
 mod neighbor_tables;
 mod opponents;
 mod overruns;
 mod owners;
 mod packet_filter;
-mod path_words;
+mod path_mtu;
+mod path_status;
 mod ping;
 mod pod_address;
 mod pods;
 mod probe;
 mod programmer;
 mod raw_tcp;
-mod recall;
 mod receive_buffer;
-mod recent;
+mod recent_loss;
 mod reload;
-mod reports;
+mod remote_pods;
 mod routes;
 mod secrets;
 mod service;
 mod signals;
 mod start;
+mod startup_wait;
 mod status;
 mod subnet_env;
-mod surroundings;
 mod survey;
 mod tap;
 mod threads;
 mod underlay;
-mod vanished;
-mod waiting;
-mod wirer;
+mod vanished_pods;
 
 use std::{
     pin::pin,
@@ -73,12 +73,12 @@ use self::{
     answers::Asking,
     archive::{Archive, Kept},
     arrivals::{Arrival, Arrivals, LoopEvent},
+    attach_worker::AttachWorker,
     clock::Clock,
     company::Company,
     data_plane::KernelState,
     doors::{Closed, Doors},
     events::Journal,
-    far::Far,
     forwarder::Forwarder,
     inquest::Inquest,
     kubernetes::Source,
@@ -86,14 +86,14 @@ use self::{
     pods::PodState,
     probe::Prober,
     programmer::Programmer,
-    receive_buffer::Unread,
+    receive_buffer::ReceiveDrops,
+    remote_pods::RemotePods,
     secrets::Steps,
     service::Service,
     signals::Signals,
     status::Waiter,
     survey::Surveys,
     underlay::ChosenUnderlay,
-    wirer::Wirer,
 };
 use crate::{
     api::Question,
@@ -107,7 +107,7 @@ use crate::{
 pub use ending::Ending;
 pub use knock::{is_own, knock, own_sentence};
 pub use limits::LACKS_IPV6;
-pub use reload::Reread;
+pub use reload::SettingsReader;
 pub use signals::guard;
 pub use start::{StartFailure, random, run};
 pub use underlay::choose as choose_underlay;
@@ -115,7 +115,7 @@ pub use underlay::choose as choose_underlay;
 /// A longer turn of the loop is logged, because everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);
 /// Time that the end waits for answers to Docker.
-const LAST_ANSWERS: Duration = Duration::from_millis(500);
+const DOCKER_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 /// Maximum number of rounds of events in one turn, before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
 
@@ -128,20 +128,20 @@ struct Agent {
     gate: Gate,
     programmer: Programmer,
     forwarder: Forwarder,
-    far: Far,
+    remote_pods: RemotePods,
     asking: Asking,
     inquest: Inquest,
     kernel: KernelState,
     prober: Prober,
     company: Company,
-    unread: Unread,
+    receive_drops: ReceiveDrops,
     pods: PodState,
-    wirer: Wirer,
+    attach_worker: AttachWorker,
     underlay: ChosenUnderlay,
     config: Config,
     state: Arc<StateDir>,
     /// Seeds of the configuration only.
-    given_seeds: Vec<String>,
+    configured_seeds: Vec<String>,
     /// The last saved token.
     saved_token: Option<Token>,
     archive: Archive,
@@ -181,11 +181,11 @@ impl Agent {
         mut self,
         mut signals: Signals,
         mut arrivals: Arrivals,
-        reread: &Reread,
+        read_settings: &SettingsReader,
         doors: &Doors,
     ) -> Ending {
         self.carry_out();
-        self.catch_up();
+        self.apply_notes();
         while self.ending.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_deadline());
             let first = tokio::select! {
@@ -197,13 +197,13 @@ impl Agent {
                 arrival = arrivals.next() => arrival,
             };
             let turn = Instant::now();
-            self.on_arrival(first, turn, reread);
+            self.on_arrival(first, turn, read_settings);
             for _ in 0..EVENTS_PER_TURN {
                 let mut more = arrivals.take().peekable();
                 if more.peek().is_none() {
                     break;
                 }
-                more.for_each(|arrival| self.on_arrival(arrival, turn, reread));
+                more.for_each(|arrival| self.on_arrival(arrival, turn, read_settings));
             }
             self.carry_out();
             self.restore_paths();
@@ -211,7 +211,7 @@ impl Agent {
             self.answer_early();
             self.end_waiting_for_disk();
             self.end_rounds();
-            self.end_surveys(turn);
+            self.end_overdue_surveys(turn);
             self.report_to_service(turn);
             self.watch(turn);
             let took = turn.elapsed();
@@ -220,7 +220,7 @@ impl Agent {
             }
         }
         if self.ending == Some(Ending::Stopped) {
-            self.answer_docker_to_the_end(&mut arrivals, reread, doors).await;
+            self.answer_docker_to_the_end(&mut arrivals, read_settings, doors).await;
         }
         self.finish().await
     }
@@ -229,11 +229,11 @@ impl Agent {
     async fn answer_docker_to_the_end(
         &mut self,
         arrivals: &mut Arrivals,
-        reread: &Reread,
+        read_settings: &SettingsReader,
         doors: &Doors,
     ) {
         let mut answered = pin!(doors.close_plugin());
-        let mut deadline = pin!(tokio::time::sleep(LAST_ANSWERS));
+        let mut deadline = pin!(tokio::time::sleep(DOCKER_DRAIN_TIMEOUT));
         loop {
             let arrival = tokio::select! {
                 biased;
@@ -241,17 +241,17 @@ impl Agent {
                 () = &mut deadline => return,
                 arrival = arrivals.next() => arrival,
             };
-            self.on_arrival(arrival, Instant::now(), reread);
+            self.on_arrival(arrival, Instant::now(), read_settings);
             self.carry_out();
             self.answer_early();
         }
     }
 
     /// Passes an event to its handler.
-    fn on_arrival(&mut self, arrival: Arrival, now: Instant, reread: &Reread) {
+    fn on_arrival(&mut self, arrival: Arrival, now: Instant, read_settings: &SettingsReader) {
         match arrival {
             Arrival::Deadline => self.on_deadline(now),
-            Arrival::Hangup => self.reload(reread),
+            Arrival::Hangup => self.reload(read_settings),
             Arrival::LoopEvent(news) => self.on_loop_event(news),
             Arrival::Network(event) => self.on_network(event),
             Arrival::Icmp(heard) => self.on_icmp_event(heard),
@@ -260,7 +260,7 @@ impl Agent {
 
     /// Returns when the loop must run again without an event.
     fn next_deadline(&self) -> Instant {
-        let far = Instant::now() + Duration::from_secs(3600);
+        let latest = Instant::now() + Duration::from_secs(3600);
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
         let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
         let rounds = self.rounds.iter().map(Round::deadline);
@@ -273,10 +273,10 @@ impl Agent {
             .chain(waiters)
             .chain(rounds)
             .chain(giving_up)
-            .chain(self.pods.catch_up_at)
+            .chain(self.pods.next_notes_check)
             .chain(self.end_of_waiting_for_disk())
             .chain(self.source.iter().filter_map(Source::next))
-            .fold(far, Instant::min)
+            .fold(latest, Instant::min)
     }
 
     /// Handles the passing of deadlines.
@@ -287,13 +287,13 @@ impl Agent {
         if self.next_probe().is_some_and(|at| at <= now) {
             self.probe();
             self.update_forwarder();
-            self.update_far();
+            self.update_remote_pods();
             self.look_for_pods();
             self.update_inquest();
         }
         self.ask_about_node(now);
-        if self.pods.catch_up_at.is_some_and(|at| at <= now) {
-            self.catch_up();
+        if self.pods.next_notes_check.is_some_and(|at| at <= now) {
+            self.apply_notes();
         }
         if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
             self.ending = Some(Ending::Failed(why));
@@ -331,7 +331,7 @@ impl Agent {
             LoopEvent::Disk(WriteEvent::Saved(number)) => self.on_saved(number),
             LoopEvent::Kernel(told) => self.on_kernel_event(told),
             LoopEvent::Forwarding(news) => self.on_forwarding(news),
-            LoopEvent::Far(told) => self.on_far(told),
+            LoopEvent::RemotePods(told) => self.on_remote_pods(told),
             LoopEvent::Answers(state) => self.on_answers(state),
             LoopEvent::Found(found) => self.on_found(found),
             LoopEvent::Pods(wired) => self.on_attach_result(wired),
@@ -339,7 +339,7 @@ impl Agent {
             LoopEvent::Docker(request) => self.on_docker(request),
             // Requests that wait for convergence are answered at the end of the turn.
             LoopEvent::Kept(Kept::Subnet) => {}
-            LoopEvent::Kept(Kept::Secrets(result)) => self.on_secrets_kept(result),
+            LoopEvent::Kept(Kept::Secrets(result)) => self.on_secrets_saved(result),
             LoopEvent::Node(heard) => self.on_node_report(heard),
         }
     }
@@ -395,11 +395,9 @@ impl Agent {
             }
             Output::PingResult { node, answered } => self.on_answered(node, answered),
             Output::InquiryReceived { reply, from, inquiry } => {
-                self.on_inquired(reply, from, inquiry)
+                self.on_inquiry(reply, from, inquiry)
             }
-            Output::InquiryResult { node, number, report } => {
-                self.on_reported(node, number, report)
-            }
+            Output::InquiryResult { node, number, report } => self.on_report(node, number, report),
             Output::Stop(stop) => self.on_stop(stop),
         }
     }

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use super::recent::Recent;
+use super::recent_loss::RecentLoss;
 use crate::netlink::{Netlink, neighbour::NeighborTable};
 
 /// So many looks after the last neighbor that found no room a table is taken for full.
@@ -19,7 +19,7 @@ pub struct NeighborTables {
 struct Seen {
     refused: Option<u64>,
     /// Neighbors that found no room.
-    recent: Recent,
+    recent: RecentLoss,
 }
 
 impl NeighborTables {

@@ -16,10 +16,10 @@ use tokio::sync::oneshot::Sender;
 use super::{
     Agent,
     archive::Saved,
+    attach_worker::{AttachResult, Job},
     docker::is_of_a_network,
     pod_address::NotGiven,
-    vanished::Looking,
-    wirer::{AttachResult, Job},
+    vanished_pods::PendingRequest,
 };
 use crate::{
     api::{
@@ -69,7 +69,7 @@ pub(super) struct PodState {
     /// Why no pod can be plugged in.
     pub(super) refusal: Option<String>,
     /// What waits for a look at the veth pairs.
-    pub(super) looking: BTreeMap<u64, Looking>,
+    pub(super) looking: BTreeMap<u64, PendingRequest>,
     number: u64,
     pub(super) attaching: BTreeMap<u64, Attaching>,
     /// What is said when the disk has it, or when it is silent for too long.
@@ -77,7 +77,7 @@ pub(super) struct PodState {
     /// Under which number the disk has what this start of the host has changed.
     boot_number: Option<u64>,
     /// When to look for notes of the CNI plugin again.
-    pub(super) catch_up_at: Option<Instant>,
+    pub(super) next_notes_check: Option<Instant>,
     /// Notes that are kept until the disk has what they asked for.
     pub(super) carried_out: BTreeMap<u64, Vec<Note>>,
     /// Answers that wait for the kernel: pods that are not known may have an interface all the same.
@@ -183,11 +183,11 @@ impl Agent {
         if reply.is_closed() {
             return;
         }
-        self.catch_up_before(&request);
+        self.apply_notes_before(&request);
         match self.give_address(&request) {
             // A pod that is gone may stand in the way.
             Err(NotGiven::Address(error)) if error.is_pod_conflict() => {
-                self.look(Looking::Attach { request, netns, reply });
+                self.check_gone_pods(PendingRequest::Attach { request, netns, reply });
             }
             given => self.attach_with(given, &request, netns, reply),
         }
@@ -223,7 +223,7 @@ impl Agent {
         let mac = mac_of(&pod);
         // The disk first: it takes longest, and its thread leaves the processor to the kernel's work.
         self.writer.save(vec![record(&pod)], number);
-        self.wirer.ask(Job::Connect { number, bridge: on, pod: one, mac, end });
+        self.attach_worker.ask(Job::Connect { number, bridge: on, pod: one, mac, end });
         self.pods.bridge = Some(bridge.clone());
         let attaching = Attaching { bridge, pod, saved: false, connected: None, reply };
         self.pods.attaching.insert(number, attaching);
@@ -295,7 +295,7 @@ impl Agent {
         } else {
             self.pods.unplugging.insert(number, Box::new(answer));
         }
-        self.wirer.ask(Job::Disconnect { number, attachment: attachment.clone(), netns });
+        self.attach_worker.ask(Job::Disconnect { number, attachment: attachment.clone(), netns });
     }
 
     /// Who asked for it does not want it any more.
@@ -335,7 +335,7 @@ impl Agent {
             Ok(pod) => {
                 let netns = netns.map(File::from);
                 let mac = mac_of(&pod).filter(|_| self.config.anti_spoofing);
-                self.wirer.ask(Job::Check { pod, netns, mac, reply });
+                self.attach_worker.ask(Job::Check { pod, netns, mac, reply });
             }
         }
     }
@@ -358,13 +358,13 @@ impl Agent {
                 }
                 reply(Err(error.into()));
             }
-            AttachResult::Looked { number, result } => self.on_looked(number, result),
+            AttachResult::GonePods { number, result } => self.on_gone_pods(number, result),
             AttachResult::Absent { links, confirmed } => self.on_absent(links, &confirmed),
-            AttachResult::LookedAhead => {
+            AttachResult::PlaceChecked => {
                 self.pods.looks_ahead = self.pods.looks_ahead.saturating_sub(1)
             }
             AttachResult::Refusal(refusal) => self.on_refusal(refusal),
-            AttachResult::Mended { result, problems, open, guests } => {
+            AttachResult::BridgeRepaired { result, problems, open, guests } => {
                 match result {
                     Ok(mended) => {
                         self.note_repair("bridge", mended.bridge + mended.ports);
@@ -469,7 +469,7 @@ impl Agent {
     /// Which of them the kernel still has is for the thread to say.
     pub(super) fn list_pods(&self, reply: Sender<Vec<PodStatus>>) {
         let pods = self.pods.table.iter().map(status_of).collect();
-        self.wirer.ask(Job::List { pods, reply });
+        self.attach_worker.ask(Job::List { pods, reply });
     }
 }
 

@@ -234,9 +234,9 @@ impl Agent {
             self.update_paths();
             self.ask_other_witnesses();
             self.judge_offload();
-            self.judge_reports();
+            self.check_path_mtu_reports();
         }
-        self.unread.look(now, self.transport.receive_buffer());
+        self.receive_drops.look(now, self.transport.receive_buffer());
         let now = self.clock.now();
         while let Some(probe) = self.prober.paths.poll(now) {
             let from = self.probe_source(probe.node);

@@ -5,7 +5,7 @@
 //! another program to gossamer's part of the kernel, and by a slow timer. Only the newest desired state
 //! counts: older ones that queue up behind a slow kernel are skipped.
 
-mod looks;
+mod checks;
 
 use std::{
     collections::BTreeSet,
@@ -17,9 +17,9 @@ use std::{
 
 use super::{
     auditor::Auditor,
+    host_checks::HostChecks,
     kernel_event::{DemandState, KernelEvent, Outcome},
     overruns::Overruns,
-    surroundings::Surroundings,
     underlay::{ChosenUnderlay, Flaps, Watch},
 };
 use crate::{
@@ -37,19 +37,19 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// Interval of comparisons of the kernel with the desired state, for up to [`RECONCILED`] routes. The
+/// Interval of comparisons of the kernel with the desired state, for up to [`RECONCILE_ROUTES`] routes. The
 /// interval grows in proportion to further routes.
-const RECONCILE: Duration = Duration::from_secs(10);
-/// Number of routes up to which the interval is [`RECONCILE`].
-const RECONCILED: f64 = 250.0;
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(10);
+/// Number of routes up to which the interval is [`RECONCILE_INTERVAL`].
+const RECONCILE_ROUTES: f64 = 250.0;
 /// Longest interval of comparisons.
-const RECONCILE_MAX: Duration = Duration::from_secs(60);
+const RECONCILE_MAX_INTERVAL: Duration = Duration::from_secs(60);
 /// Time until the next attempt after a failure.
-const RETRY: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Shortest time between two checks of the interfaces: many containers may start at once.
-const LOOK_GAP: Duration = Duration::from_millis(100);
+const MIN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// Shortest time between two repairs, so that endless changes cannot use a whole CPU.
-const REPAIR_GAP: Duration = Duration::from_millis(20);
+const MIN_REPAIR_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A state to establish in the kernel.
 pub struct DesiredState {
@@ -62,14 +62,14 @@ pub struct DesiredState {
 /// The desired tables and those of the kernel.
 pub type Tables = (desired::Tables, Actual);
 /// Receives the tables.
-type Look = Box<dyn FnOnce(Result<Tables, String>) + Send>;
+type TableRequest = Box<dyn FnOnce(Result<Tables, String>) + Send>;
 
 /// A task for the thread.
 pub(super) enum Task {
     /// Establish a desired state.
     DesiredState(DesiredState),
     /// Read the tables.
-    Look(Look),
+    TableRequest(TableRequest),
     /// Read the packet counters of members.
     Count,
 }
@@ -114,15 +114,15 @@ impl Programmer {
         tell: impl Fn(KernelEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let netlink = Netlink::open()?;
-        let surroundings = Surroundings::open(config.mode, config.set_sysctls);
+        let host_checks = HostChecks::open(config.mode, config.set_sysctls);
         let begin = |orders| Reconciler {
             demand: Demand::new(config.program),
             part: None,
             part_is_new: false,
-            adopted: false,
-            demand_told: DemandState::default(),
-            demand_told_at: Instant::now(),
-            surroundings,
+            has_adopted: false,
+            reported_demand: DemandState::default(),
+            demand_reported_at: Instant::now(),
+            host_checks,
             table_touched: false,
             kernel,
             netlink,
@@ -130,10 +130,10 @@ impl Programmer {
             underlay: Watch::new(Instant::now(), chosen),
             flaps: Flaps::default(),
             flapping: None,
-            looked: None,
+            underlay_checked_at: None,
             orders,
             tell,
-            lookers: Vec::new(),
+            table_requests: Vec::new(),
             count: false,
             desired_state: None,
             reached: false,
@@ -143,7 +143,7 @@ impl Programmer {
             auditor: Auditor::new(Instant::now()),
             next_hops: NextHops::default(),
             due: None,
-            worked: None,
+            last_repair: None,
         };
         Ok(Self { worker: Worker::start("kernel", move |orders| begin(orders).run())? })
     }
@@ -154,8 +154,8 @@ impl Programmer {
     }
 
     /// Reads the kernel's tables after the tasks queued before, and passes them to `then`.
-    pub fn look(&self, then: impl FnOnce(Result<Tables, String>) + Send + 'static) {
-        self.worker.order(Task::Look(Box::new(then)));
+    pub fn read_tables(&self, then: impl FnOnce(Result<Tables, String>) + Send + 'static) {
+        self.worker.order(Task::TableRequest(Box::new(then)));
     }
 
     /// Reads the number of tunnel packets from each member.
@@ -178,11 +178,11 @@ struct Reconciler<F> {
     /// Whether the part has changed since the kernel last equaled it.
     part_is_new: bool,
     /// Whether the entries of an earlier process have been read.
-    adopted: bool,
+    has_adopted: bool,
     /// The last reported state, and when it was reported.
-    demand_told: DemandState,
-    demand_told_at: Instant,
-    surroundings: Surroundings,
+    reported_demand: DemandState,
+    demand_reported_at: Instant,
+    host_checks: HostChecks,
     /// Whether the nftables table has changed since its last repair.
     table_touched: bool,
     netlink: Netlink,
@@ -192,10 +192,10 @@ struct Reconciler<F> {
     /// The last reported problem.
     flapping: Option<String>,
     /// When the interfaces were last checked.
-    looked: Option<Instant>,
+    underlay_checked_at: Option<Instant>,
     orders: Orders<Task>,
     /// Requests for the tables.
-    lookers: Vec<Look>,
+    table_requests: Vec<TableRequest>,
     /// Whether the packet counters are requested.
     count: bool,
     tell: F,
@@ -211,23 +211,23 @@ struct Reconciler<F> {
     /// When to compare next.
     due: Option<Instant>,
     /// Time of the last repair.
-    worked: Option<Instant>,
+    last_repair: Option<Instant>,
 }
 
 impl<F: Fn(KernelEvent)> Reconciler<F> {
     fn run(mut self) {
         while self.take_orders() {
-            if let Err(error) = self.listen() {
+            if let Err(error) = self.read_notifications() {
                 tracing::error!(%error, "kernel notifications not read");
                 self.touched = Touched::EVERYTHING;
-                thread::sleep(RETRY);
+                thread::sleep(RETRY_INTERVAL);
             }
             let now = Instant::now();
             if self.overruns.take(now) {
                 self.touched = Touched::EVERYTHING;
             }
             if self.underlay_due(now).is_some_and(|due| due <= now) {
-                self.look_at_underlay(now);
+                self.check_underlay(now);
             }
             let is_due = self.due.is_some_and(|due| due <= now);
             let may_repair = |kind| self.repair_at(kind).is_none_or(|at| now >= at);
@@ -235,19 +235,19 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             let verify = firewall_touched && may_repair(Kind::Firewall) || is_due && self.reached;
             let may_repair = may_repair(Kind::Entries);
             if is_due || verify {
-                self.see_to_table(verify);
+                self.update_table(verify);
             }
             if is_due || (self.touched.ours && may_repair) {
-                self.work();
+                self.reconcile();
             }
-            if is_due && self.surroundings.is_table_unread() {
-                self.see_to_table(true);
+            if is_due && self.host_checks.is_table_unread() {
+                self.update_table(true);
             }
             if is_due {
-                self.look_around();
+                self.check_host();
             }
             self.audit();
-            self.show_tables();
+            self.answer_table_requests();
             if std::mem::take(&mut self.count) {
                 self.count_packets();
             }
@@ -257,13 +257,13 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
 
     /// Returns the earliest time of the next repair of this kind.
     fn repair_at(&self, kind: Kind) -> Option<Instant> {
-        let gap = REPAIR_GAP.max(self.surroundings.opponents.pause(kind));
-        self.worked.map(|worked| worked + gap)
+        let gap = MIN_REPAIR_INTERVAL.max(self.host_checks.opponents.pause(kind));
+        self.last_repair.map(|last_repair| last_repair + gap)
     }
 
     /// Answers the requests for the tables.
-    fn show_tables(&mut self) {
-        for then in std::mem::take(&mut self.lookers) {
+    fn answer_table_requests(&mut self) {
+        for then in std::mem::take(&mut self.table_requests) {
             let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state
             else {
                 then(Err("this node has not programmed the kernel yet".to_owned()));
@@ -282,7 +282,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         else {
             return;
         };
-        if let Some(counted) = self.surroundings.count_packets(&firewall.table) {
+        if let Some(counted) = self.host_checks.count_packets(&firewall.table) {
             (self.tell)(KernelEvent::Counted(counted));
         }
     }
@@ -291,7 +291,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
     fn take_orders(&mut self) -> bool {
         loop {
             match self.orders.take() {
-                Ok(Task::Look(then)) => self.lookers.push(then),
+                Ok(Task::TableRequest(then)) => self.table_requests.push(then),
                 Ok(Task::Count) => self.count = true,
                 Ok(Task::DesiredState(desired_state)) => {
                     let had_peers = self.underlays().next().is_some();
@@ -309,11 +309,11 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
     }
 
     /// Reads the kernel's change notifications and requests for missing entries.
-    fn listen(&mut self) -> io::Result<()> {
+    fn read_notifications(&mut self) -> io::Result<()> {
         let Some(DesiredState { state: State::Overlay(all, firewall), .. }) = &self.desired_state
         else {
             // Unread notifications would wake this thread again and again.
-            self.surroundings.touched("")?;
+            self.host_checks.touched("")?;
             let heard = self.kernel.listen(None)?;
             self.touched.merge(heard.touched);
             self.overruns.note(heard.overrun);
@@ -323,7 +323,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let heard = self.kernel.listen(Some(desired))?;
         self.touched.merge(heard.touched);
         self.overruns.note(heard.overrun);
-        self.table_touched |= self.surroundings.touched(&firewall.table)?;
+        self.table_touched |= self.host_checks.touched(&firewall.table)?;
         if heard.misses.is_empty() {
             return Ok(());
         }
@@ -331,7 +331,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             heard.misses.into_iter().flat_map(|miss| self.demand.answer(all, miss)).collect();
         let answered = self.kernel.answer(&ops);
         self.choose_part();
-        self.tell_demand();
+        self.report_demand();
         answered
     }
 
@@ -355,32 +355,34 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
             return Ok(());
         };
-        if self.adopted || self.demand.in_use().is_none() {
+        if self.has_adopted || self.demand.in_use().is_none() {
             return Ok(());
         }
         let actual = self.kernel.observe(&all.device.name, None)?;
         self.demand.adopt(actual.fdb.iter().map(|(mac, _)| *mac));
-        self.adopted = true;
+        self.has_adopted = true;
         self.choose_part();
         Ok(())
     }
 
     /// Reports the counters and the peers in use if they have changed.
-    fn tell_demand(&mut self) {
+    fn report_demand(&mut self) {
         let Demand { answered, unknown, .. } = self.demand;
         let state = DemandState { answered, unknown, in_use: self.demand.in_use().cloned() };
         // Requests for unknown addresses may be very frequent.
-        let only_unknown = DemandState { unknown, ..self.demand_told.clone() } == state;
-        if state == self.demand_told || only_unknown && self.demand_told_at.elapsed() < RETRY {
+        let only_unknown = DemandState { unknown, ..self.reported_demand.clone() } == state;
+        if state == self.reported_demand
+            || only_unknown && self.demand_reported_at.elapsed() < RETRY_INTERVAL
+        {
             return;
         }
-        self.demand_told = state.clone();
-        self.demand_told_at = Instant::now();
+        self.reported_demand = state.clone();
+        self.demand_reported_at = Instant::now();
         (self.tell)(KernelEvent::Demand(state));
     }
 
     /// Removes entries that are no longer used.
-    fn age(&mut self) -> io::Result<()> {
+    fn remove_idle(&mut self) -> io::Result<()> {
         if self.demand.in_use().is_none() {
             return Ok(());
         }
@@ -392,65 +394,44 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             self.kernel.passing()?.into_iter().map(Op::RemoveNeighbour).collect();
         self.kernel.answer(&passing)?;
         self.choose_part();
-        self.tell_demand();
+        self.report_demand();
         Ok(())
     }
 
     /// Writes or verifies the nftables table. This happens before the tunnels are programmed, so that a
     /// new member is admitted before packets are sent to it.
-    fn see_to_table(&mut self, verify: bool) {
+    fn update_table(&mut self, verify: bool) {
         let Some(DesiredState { state: State::Overlay(_, firewall), .. }) = &self.desired_state
         else {
             return;
         };
         if verify {
             self.table_touched = false;
-            self.surroundings.verify_table(firewall);
+            self.host_checks.verify_table(firewall);
         } else {
-            self.surroundings.write_table(firewall);
+            self.host_checks.write_table(firewall);
         }
         self.touched.rules = false;
-        self.surroundings.keep_users_out(firewall);
-        self.worked = Some(Instant::now());
-        self.tell_host();
-    }
-
-    /// Checks the host (sysctls, chains) and overlaps.
-    fn look_around(&mut self) {
-        let Some(DesiredState { state: State::Overlay(desired, _), .. }) = &self.desired_state
-        else {
-            return;
-        };
-        let bridge = self.config.bridge_name(desired.device.vni);
-        self.surroundings.look(desired, &bridge, &self.underlay.present().name);
-        self.tell_host();
-        self.look_for_overlaps();
-        // A notification may have been lost.
-        self.touched.underlay = true;
-    }
-
-    /// Reports the host checks if they have changed.
-    fn tell_host(&mut self) {
-        if let Some(state) = self.surroundings.news() {
-            (self.tell)(KernelEvent::Host(state));
-        }
+        self.host_checks.block_users(firewall);
+        self.last_repair = Some(Instant::now());
+        self.report_host();
     }
 
     /// Makes the kernel equal to the desired state and reports the result.
-    fn work(&mut self) {
+    fn reconcile(&mut self) {
         self.touched.ours = false;
-        let result = self.adopt().and_then(|()| self.bring_about());
+        let result = self.adopt().and_then(|()| self.program_kernel());
         let now = Instant::now();
-        self.worked = Some(now);
+        self.last_repair = Some(now);
         let Some(DesiredState { number, state }) = &self.desired_state else { return };
         let clean = result.as_ref().is_ok_and(|report| report.failed.is_empty());
         let routes = match state {
             State::Overlay(all, _) => self.part.as_ref().unwrap_or(all).tables.routes.len(),
             State::Nothing { .. } => 0,
         };
-        let pause = RECONCILE.mul_f64(routes as f64 / RECONCILED);
-        let pause = pause.clamp(RECONCILE, RECONCILE_MAX);
-        let next = now + if clean { pause } else { RETRY };
+        let pause = RECONCILE_INTERVAL.mul_f64(routes as f64 / RECONCILE_ROUTES);
+        let pause = pause.clamp(RECONCILE_INTERVAL, RECONCILE_MAX_INTERVAL);
+        let next = now + if clean { pause } else { RETRY_INTERVAL };
         // Consecutive repairs must not postpone the checks that only the timer starts.
         self.due = Some(self.due.filter(|due| *due > now).map_or(next, |due| due.min(next)));
         // A change of the needed part is not a change by another program.
@@ -460,15 +441,15 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let done = result.as_ref().ok().filter(|report| repair && !report.done.is_empty());
         if let Some(report) = done {
             let kinds: Vec<&str> = report.done.keys().copied().collect();
-            self.surroundings.opponents.note(Kind::Entries, &kinds.join(", "), report.device);
+            self.host_checks.opponents.note(Kind::Entries, &kinds.join(", "), report.device);
         }
         (self.tell)(KernelEvent::Outcome(Outcome { number: *number, repair, result }));
-        self.tell_host();
+        self.report_host();
     }
 
     /// Programs the kernel once.
-    fn bring_about(&mut self) -> Result<Report, KernelError> {
-        if let Err(error) = self.age() {
+    fn program_kernel(&mut self) -> Result<Report, KernelError> {
+        if let Err(error) = self.remove_idle() {
             tracing::debug!(%error, "unused peers not determined");
         }
         match &self.desired_state {
@@ -482,7 +463,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
                 }
             }
             Some(DesiredState { state: State::Nothing { device, pool }, .. }) => {
-                if let Err(error) = self.surroundings.remove(device) {
+                if let Err(error) = self.host_checks.remove(device) {
                     tracing::error!(%error, "nftables table not removed");
                 }
                 if let Err(error) = self.next_hops.keep(&mut self.netlink, &BTreeSet::new()) {
@@ -503,7 +484,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let until = self.due.into_iter().chain(repairs).chain(self.underlay_due(now));
         let until = until.chain(self.overruns.due(now)).chain([self.auditor.due()]).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
-        let changes = [Some(self.kernel.changes()), self.surroundings.changes()];
+        let changes = [Some(self.kernel.changes()), self.host_checks.changes()];
         self.orders.sleeper.wait(changes.into_iter().flatten(), pause);
     }
 }

@@ -12,12 +12,12 @@ use crate::{
 
 /// Re-reads the settings and applies the log filter; returns what is wrong with the settings if they are
 /// invalid.
-pub type Reread = Box<dyn Fn() -> Result<Config, String> + Send + Sync>;
+pub type SettingsReader = Box<dyn Fn() -> Result<Config, String> + Send + Sync>;
 
 impl Agent {
     /// Handles SIGHUP.
-    pub(super) fn reload(&mut self, reread: &Reread) {
-        let config = match reread() {
+    pub(super) fn reload(&mut self, read_settings: &SettingsReader) {
+        let config = match read_settings() {
             Ok(config) => config,
             Err(why) => {
                 tracing::error!(%why, "settings invalid, nothing changed");
@@ -37,8 +37,10 @@ impl Agent {
         let id = secret.id();
         // The new seeds are used only after the new secret: a seed of another cluster would refuse this
         // node.
-        self.obey(SecretOrder::Add(secret), move |agent, added| match added {
-            Ok(()) => agent.obey(SecretOrder::Use(id), |agent, used| agent.end_reload(used, seeds)),
+        self.apply_order(SecretOrder::Add(secret), move |agent, added| match added {
+            Ok(()) => {
+                agent.apply_order(SecretOrder::Use(id), |agent, used| agent.end_reload(used, seeds))
+            }
             Err(why) => agent.end_reload(Err(why), seeds),
         });
     }
@@ -52,11 +54,11 @@ impl Agent {
 
     /// Replaces the configured seeds.
     fn take_seeds(&mut self, seeds: Vec<String>) {
-        if seeds != self.given_seeds {
+        if seeds != self.configured_seeds {
             // Seeds of the saved token and of Kubernetes remain.
-            let given = std::mem::replace(&mut self.given_seeds, seeds);
+            let given = std::mem::replace(&mut self.configured_seeds, seeds);
             let others = self.config.seeds.iter().filter(|seed| !given.contains(seed));
-            let seeds = self.given_seeds.iter().chain(others).cloned().collect();
+            let seeds = self.configured_seeds.iter().chain(others).cloned().collect();
             self.config.seeds = seeds;
             self.node.set_seeds(self.clock.now(), self.config.seeds.len());
         }

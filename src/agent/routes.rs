@@ -22,7 +22,7 @@ impl Agent {
                 names.insert(Key::Neighbour(subnet.network()), name.to_owned());
             }
         }
-        self.programmer.look(move |tables: Result<Tables, String>| {
+        self.programmer.read_tables(move |tables: Result<Tables, String>| {
             let _ = reply.send(tables.map(|(wanted, actual)| {
                 let entries = compare(&wanted, &actual);
                 entries.into_iter().map(|(key, entry)| row(key, entry, &names)).collect()

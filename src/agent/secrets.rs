@@ -21,8 +21,8 @@ use crate::{
 type Reply = Sender<Result<Value, String>>;
 
 /// Refusal of secret changes with subnets assigned from outside.
-const ASSIGNED: &str = "with lease_source = \"podcidr\" the cluster's id follows from its secret: change \
-                        it where all agents get it from, and restart them together";
+const REFUSED_WITH_POD_CIDR: &str = "with lease_source = \"podcidr\" the cluster's id follows \
+                        from its secret: change it where all agents get it from, and restart them together";
 
 /// Maximum number of saved seeds: configured seeds first, then members.
 const MAX_SAVED_SEEDS: usize = 8;
@@ -69,17 +69,17 @@ impl Agent {
     /// Carries out an operator's step on all members.
     pub(super) fn change_secret(&mut self, step: SecretStep, force: bool, reply: Reply) {
         if self.config.pod_cidr.is_some() {
-            return drop(reply.send(Err(ASSIGNED.to_owned())));
+            return drop(reply.send(Err(REFUSED_WITH_POD_CIDR.to_owned())));
         }
         let members: Vec<NodeId> = self.node.peers().collect();
         match step {
-            SecretStep::List => self.tell_secrets(Vec::new(), reply),
+            SecretStep::List => self.list_secrets(Vec::new(), reply),
             SecretStep::Add(secret) => {
                 // Without a new secret, every member receives the secrets that this node accepts.
                 let all = self.keyring.accepted();
                 let orders = secret.map_or_else(|| all.to_vec(), |secret| vec![secret]);
                 let orders: Vec<SecretOrder> = orders.into_iter().map(SecretOrder::Add).collect();
-                self.give(members, orders, Vec::new(), reply);
+                self.send_orders(members, orders, Vec::new(), reply);
             }
             SecretStep::Use(id) => {
                 if !self.keyring.accepts(id) {
@@ -89,7 +89,7 @@ impl Agent {
                 }
                 let ready = move |report: &Report| report.secrets.contains(&id);
                 let lack = format!("do not have secret {id} (run `gossamer secret add` again)");
-                self.when_ready(members, ready, lack, force, SecretOrder::Use(id), reply);
+                self.send_if_ready(members, ready, lack, force, SecretOrder::Use(id), reply);
             }
             SecretStep::Drop(id) => {
                 if self.keyring.in_use().id() == id {
@@ -98,20 +98,23 @@ impl Agent {
                 }
                 let ready = move |report: &Report| report.secrets.first() != Some(&id);
                 let lack = format!("still use secret {id} (run `gossamer secret use` again)");
-                self.when_ready(members, ready, lack, force, SecretOrder::Drop(id), reply);
+                self.send_if_ready(members, ready, lack, force, SecretOrder::Drop(id), reply);
             }
         }
     }
 
     /// Answers a query of another member's agent.
-    pub(super) fn on_inquired(&mut self, reply: ReplyId, from: NodeId, inquiry: Inquiry) {
+    pub(super) fn on_inquiry(&mut self, reply: ReplyId, from: NodeId, inquiry: Inquiry) {
         let refused = match inquiry {
             Inquiry::Report => None,
-            Inquiry::Arrivals(round) => return self.far.testify(reply, from, round),
-            Inquiry::Secret(_) if self.config.pod_cidr.is_some() => Some(ASSIGNED.to_owned()),
+            Inquiry::Arrivals(round) => return self.remote_pods.testify(reply, from, round),
+            Inquiry::Secret(_) if self.config.pod_cidr.is_some() => {
+                Some(REFUSED_WITH_POD_CIDR.to_owned())
+            }
             Inquiry::Secret(order) => {
-                return self
-                    .obey(order, move |agent, done| agent.answer_inquiry(reply, done.err()));
+                return self.apply_order(order, move |agent, done| {
+                    agent.answer_inquiry(reply, done.err())
+                });
             }
         };
         self.answer_inquiry(reply, refused);
@@ -124,7 +127,7 @@ impl Agent {
     }
 
     /// Sends a step to all members if all are ready for it.
-    fn when_ready(
+    fn send_if_ready(
         &mut self,
         members: Vec<NodeId>,
         ready: impl Fn(&Report) -> bool + Send + 'static,
@@ -156,31 +159,31 @@ impl Agent {
                     reply.send(Err(format!("not all members are ready: {}", why.join("; ")))),
                 );
             }
-            agent.give(all, vec![order], Vec::new(), reply);
+            agent.send_orders(all, vec![order], Vec::new(), reply);
         };
         self.survey(members, Inquiry::Report, then);
     }
 
     /// Sends the steps to all members one after the other, carries them out here, and answers with the
     /// result.
-    fn give(
+    fn send_orders(
         &mut self,
         members: Vec<NodeId>,
         mut orders: Vec<SecretOrder>,
         refused: Vec<String>,
         reply: Reply,
     ) {
-        let Some(order) = orders.pop() else { return self.tell_secrets(refused, reply) };
+        let Some(order) = orders.pop() else { return self.list_secrets(refused, reply) };
         if !matches!(order, SecretOrder::Add(_)) {
-            return self.give_one(members, order, orders, refused, reply);
+            return self.send_order(members, order, orders, refused, reply);
         }
-        self.obey(order.clone(), move |agent, done| match done {
-            Ok(()) => agent.give_one(members, order, orders, refused, reply),
+        self.apply_order(order.clone(), move |agent, done| match done {
+            Ok(()) => agent.send_order(members, order, orders, refused, reply),
             Err(why) => drop(reply.send(Err(why))),
         });
     }
 
-    fn give_one(
+    fn send_order(
         &mut self,
         members: Vec<NodeId>,
         order: SecretOrder,
@@ -197,15 +200,15 @@ impl Agent {
             }));
             // This node carries out the step after the members: until the last node has done so, all
             // nodes still understand each other.
-            agent.obey(order, move |agent, done| match done {
-                Ok(()) => agent.give(all, orders, refused, reply),
+            agent.apply_order(order, move |agent, done| match done {
+                Ok(()) => agent.send_orders(all, orders, refused, reply),
                 Err(why) => drop(reply.send(Err(why))),
             });
         });
     }
 
     /// Carries out a step on this node after all earlier ones: on disk first, then on the network.
-    pub(super) fn obey(
+    pub(super) fn apply_order(
         &mut self,
         order: SecretOrder,
         then: impl FnOnce(&mut Self, Result<(), String>) + Send + 'static,
@@ -215,10 +218,10 @@ impl Agent {
             return then(self, Err(why));
         }
         self.steps.queue.push_back((order, Box::new(then)));
-        self.next_step();
+        self.run_next_step();
     }
 
-    fn next_step(&mut self) {
+    fn run_next_step(&mut self) {
         while self.steps.written.is_none()
             && let Some((order, then)) = self.steps.queue.pop_front()
         {
@@ -235,11 +238,11 @@ impl Agent {
     }
 
     /// Handles the result of writing the pending keyring. `kept` contains the seed of the node's key.
-    pub(super) fn on_secrets_kept(&mut self, kept: Result<[u8; 32], String>) {
+    pub(super) fn on_secrets_saved(&mut self, kept: Result<[u8; 32], String>) {
         let Some((keyring, order, then)) = self.steps.written.take() else { return };
         let done = kept.and_then(|seed| self.use_keyring(keyring, &order, seed));
         then(self, done);
-        self.next_step();
+        self.run_next_step();
     }
 
     fn use_keyring(
@@ -266,12 +269,12 @@ impl Agent {
     }
 
     /// Sends which members accept and use which secrets.
-    fn tell_secrets(&mut self, refused: Vec<String>, reply: Reply) {
+    fn list_secrets(&mut self, refused: Vec<String>, reply: Reply) {
         let members = self.node.peers().collect();
         self.survey(members, Inquiry::Report, move |agent, mut found| {
             found.insert(agent.node.id(), Some(agent.own_report()));
             let name = |node: &NodeId| agent.node.name_of(*node).to_owned();
-            let who = |which: &dyn Fn(&Report) -> bool| -> Vec<String> {
+            let members_where = |which: &dyn Fn(&Report) -> bool| -> Vec<String> {
                 let fits = found.iter().filter(|(_, r)| r.as_ref().is_some_and(which));
                 fits.map(|(node, _)| name(node)).collect()
             };
@@ -282,9 +285,9 @@ impl Agent {
             let secret = |id: &SecretId| {
                 json!({
                     "secret": id.to_string(),
-                    "used_by": who(&|report| report.secrets.first() == Some(id)),
-                    "accepted_by": who(&|report| report.secrets.contains(id)),
-                    "lacked_by": who(&|report| !report.secrets.contains(id)),
+                    "used_by": members_where(&|report| report.secrets.first() == Some(id)),
+                    "accepted_by": members_where(&|report| report.secrets.contains(id)),
+                    "lacked_by": members_where(&|report| !report.secrets.contains(id)),
                 })
             };
             let silent: Vec<String> =

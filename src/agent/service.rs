@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use sd_notify::NotifyState;
 
 /// Time between two reports if no watchdog requires more.
-const REPORT: Duration = Duration::from_secs(10);
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The connection with the service manager.
 pub(super) struct Service {
@@ -16,17 +16,17 @@ pub(super) struct Service {
     next: Option<Instant>,
     pause: Duration,
     ready: bool,
-    said: String,
+    last_status: String,
 }
 
 impl Service {
     /// Reads the environment variables of sd_notify(3).
     pub(super) fn new(now: Instant) -> Self {
-        let listened = std::env::var_os("NOTIFY_SOCKET").is_some();
+        let has_manager = std::env::var_os("NOTIFY_SOCKET").is_some();
         // Half of the watchdog timeout, as sd_watchdog_enabled(3) recommends.
-        let watched = sd_notify::watchdog_enabled().map_or(REPORT, |limit| limit / 2);
-        let pause = watched.min(REPORT);
-        Self { next: listened.then_some(now), pause, ready: false, said: String::new() }
+        let watched = sd_notify::watchdog_enabled().map_or(REPORT_INTERVAL, |limit| limit / 2);
+        let pause = watched.min(REPORT_INTERVAL);
+        Self { next: has_manager.then_some(now), pause, ready: false, last_status: String::new() }
     }
 
     /// Returns the time of the next report.
@@ -47,11 +47,11 @@ impl Service {
         if !self.ready {
             states.push(NotifyState::Ready);
         }
-        if status != self.said {
+        if status != self.last_status {
             states.push(NotifyState::Status(&status));
         }
         match sd_notify::notify(&states) {
-            Ok(()) => (self.ready, self.said) = (true, status),
+            Ok(()) => (self.ready, self.last_status) = (true, status),
             Err(error) => tracing::debug!(%error, "notification of the service manager failed"),
         }
     }

@@ -12,16 +12,17 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Archive, Arrivals, Clock, Company, Ending, Gate, Journal, KernelState, LoopEvent,
-    PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys, Unread, Wirer,
+    Agent, Archive, Arrivals, AttachWorker, Clock, Company, Ending, Gate, Journal, KernelState,
+    LoopEvent, PodState, Prober, Programmer, ReceiveDrops, Service, SettingsReader, Signals,
+    Source, Surveys,
+    attach_worker::Job,
     doors::Doors,
     host_view::{self, HostView},
     kubernetes,
-    recall::{self, Memory, Recalled},
+    memory::{self, Memory, StoredRecords},
     secrets::Steps,
+    startup_wait::StartupWait,
     threads, underlay,
-    waiting::Waiting,
-    wirer::Job,
 };
 use crate::{
     api,
@@ -107,7 +108,7 @@ pub enum StartFailure {
 /// Runs an agent until it ends. Must be called within its own tokio runtime, which closes the sockets
 /// when it is dropped. Must be called again after [`Ending::Restart`] and [`Ending::Reassigned`].
 ///
-/// `plugin` is the socket of Docker's plugin, if the service manager has opened it. `reread` is called
+/// `plugin` is the socket of Docker's plugin, if the service manager has opened it. `read_settings` is called
 /// at SIGHUP.
 ///
 /// # Errors
@@ -115,13 +116,14 @@ pub enum StartFailure {
 pub async fn run(
     config: Config,
     plugin: Option<net::UnixListener>,
-    reread: &Reread,
+    read_settings: &SettingsReader,
 ) -> Result<Ending, StartFailure> {
     let mut signals = Signals::catch()?;
     let (sender, mut threads) = mpsc::unbounded_channel();
     let doors = Doors::open(&config, plugin, &sender)?;
-    let mut waiting = Waiting::new(config.name.clone(), doors.closed(), &mut signals, &mut threads);
-    let Some(memory) = recall::memory(&config, &mut waiting).await? else {
+    let mut waiting =
+        StartupWait::new(config.name.clone(), doors.closed(), &mut signals, &mut threads);
+    let Some(memory) = memory::load(&config, &mut waiting).await? else {
         return Ok(Ending::Stopped);
     };
     let (state, fresh) = (memory.state.clone(), memory.is_fresh);
@@ -129,7 +131,7 @@ pub async fn run(
         Ok(None) => Ok(Ending::Stopped),
         Ok(Some(Prepared { agent, network, heard })) => {
             let arrivals = Arrivals { threads, network, heard };
-            let ending = agent.run(signals, arrivals, reread, &doors).await;
+            let ending = agent.run(signals, arrivals, read_settings, &doors).await;
             if ending == Ending::Restart {
                 state.new_identity(&random()?)?;
             }
@@ -155,20 +157,20 @@ struct Prepared {
 async fn prepare(
     mut config: Config,
     memory: Memory,
-    mut waiting: Waiting<'_>,
+    mut waiting: StartupWait<'_>,
     sender: mpsc::UnboundedSender<LoopEvent>,
 ) -> Result<Option<Prepared>, StartFailure> {
     waiting.identify(memory.key.id());
     let Memory { state, key, is_fresh: fresh, saved, keyring: kept, .. } = memory;
-    let Recalled { database, records, is_new } = memory.recalled;
-    let given_seeds = config.seeds.clone();
+    let StoredRecords { database, records, is_new } = memory.stored;
+    let configured_seeds = config.seeds.clone();
     let known_cluster = records.iter().find_map(|(_, record)| match record {
         Record::Cluster(cluster) => Some(*cluster),
         _ => None,
     });
     let is_assigned = config.pod_cidr.is_some();
     if !is_assigned {
-        remember(&mut config, saved.as_ref(), known_cluster.is_some())?;
+        complete_config(&mut config, saved.as_ref(), known_cluster.is_some())?;
     } else if config.seeds.is_empty() {
         config.seeds.extend(saved.iter().flat_map(|token| token.seeds.clone()));
     }
@@ -217,12 +219,12 @@ async fn prepare(
     let chosen = match underlay::choose(&mut Netlink::open()?, &config, peers) {
         Ok(chosen) => chosen,
         Err(error @ underlay::UnderlayError::Mtu { .. }) => return Err(error.into()),
-        Err(error) => match remembered_underlay(memory.underlay, &records, key.id()) {
+        Err(error) => match saved_underlay(memory.underlay, &records, key.id()) {
             Some(chosen) => {
                 tracing::warn!(%error, "starting without an underlay");
                 chosen
             }
-            None => match waiting.for_underlay(&config).await? {
+            None => match waiting.wait_for_underlay(&config).await? {
                 Some(found) => found,
                 None => return Ok(None),
             },
@@ -244,11 +246,13 @@ async fn prepare(
             .map(|s| s.pool),
         bridge: &bridge,
     };
-    let Some(view) = waiting.for_kernel(|| host_view::look(&plan)).await? else { return Ok(None) };
+    let Some(view) = waiting.retry_kernel(|| host_view::look(&plan)).await? else {
+        return Ok(None);
+    };
     let HostView { kernel, foreign, pods: found, macs } = view;
     let listen = listen_address(&config, chosen.local)?;
     let credentials = Credentials::new(keyring.accepted(), &key)?;
-    let bound = waiting.for_port(|| Transport::bind(listen, &credentials)).await?;
+    let bound = waiting.bind_port(|| Transport::bind(listen, &credentials)).await?;
     let Some((transport, network)) = bound else { return Ok(None) };
     let closed = waiting.closed();
     let (waiters, early) = waiting.into_questions();
@@ -314,17 +318,17 @@ async fn prepare(
         let _ = report.send(LoopEvent::Kernel(told));
     })?;
     let forwarder = threads::start_forwarder(sender.clone())?;
-    let far = threads::start_far(sender.clone())?;
+    let remote_pods = threads::start_remote_pods(sender.clone())?;
     let asking = threads::start_asking(sender.clone())?;
     let inquest = threads::start_inquest(sender.clone())?;
     let report = sender.clone();
-    let wirer = Wirer::start(move |wired| {
+    let attach_worker = AttachWorker::start(move |wired| {
         let _ = report.send(LoopEvent::Pods(wired));
     })?;
     pods.begin(&writer);
     if known_cluster.is_some() {
         // All existing pods are known, so other veth pairs belong to no pod.
-        wirer.ask(Job::Sweep { bridge, keep: pods.links() });
+        attach_worker.ask(Job::Sweep { bridge, keep: pods.links() });
     }
     let report = sender.clone();
     let archive = Archive::start(state.clone(), move |kept| {
@@ -346,18 +350,18 @@ async fn prepare(
         gate: Gate::default(),
         programmer,
         forwarder,
-        far,
+        remote_pods,
         asking,
         inquest,
         kernel: KernelState::default(),
         prober,
         company,
-        unread: Unread::default(),
+        receive_drops: ReceiveDrops::default(),
         pods,
-        wirer,
+        attach_worker,
         underlay: chosen,
         config,
-        given_seeds,
+        configured_seeds,
         archive,
         state,
         saved_token: token.filter(|_| known_cluster.is_some()),
@@ -385,7 +389,7 @@ async fn prepare(
 }
 
 /// Returns the underlay that a known member had when its host last had a network; `None` for a new node.
-fn remembered_underlay(
+fn saved_underlay(
     saved: Option<(IpAddr, u32)>,
     records: &[(Key, Record)],
     me: NodeId,
@@ -416,7 +420,7 @@ fn listen_address(config: &Config, underlay: IpAddr) -> Result<SocketAddr, Start
     match config.listen {
         None if underlay.is_ipv4() => Ok((Ipv4Addr::UNSPECIFIED, config.port).into()),
         None => Ok((Ipv6Addr::UNSPECIFIED, config.port).into()),
-        Some(listen) if config.advertise.is_none() && !receives(listen, underlay) => {
+        Some(listen) if config.advertise.is_none() && !is_reached_by(listen, underlay) => {
             Err(StartFailure::Listen { listen, underlay })
         }
         Some(listen) => Ok(listen),
@@ -424,7 +428,7 @@ fn listen_address(config: &Config, underlay: IpAddr) -> Result<SocketAddr, Start
 }
 
 /// Returns whether packets to this host's underlay address arrive at this listening address.
-fn receives(listen: SocketAddr, underlay: IpAddr) -> bool {
+fn is_reached_by(listen: SocketAddr, underlay: IpAddr) -> bool {
     let families = listen.is_ipv6() || underlay.is_ipv4();
     families && (!listen.ip().is_loopback() || underlay.is_loopback())
 }
@@ -435,7 +439,7 @@ fn receives(listen: SocketAddr, underlay: IpAddr) -> bool {
 /// # Errors
 /// Fails if the configuration contradicts the saved token, or no seed is known although the database is
 /// lost.
-fn remember(
+fn complete_config(
     config: &mut Config,
     saved: Option<&Token>,
     knows_cluster: bool,

@@ -19,7 +19,7 @@ use crate::{
 /// Maximum number of requests that wait for convergence; further ones are answered immediately.
 const MAX_WAITERS: usize = 64;
 /// A disk that has not answered for longer is a problem.
-pub(super) const DISK_PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const DISK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A request that waits until this node has converged with a number of members, or until a deadline.
 pub(super) struct Waiter {
@@ -99,7 +99,8 @@ impl Agent {
                 misses_answered: kernel.demand.answered,
                 misses_unknown: kernel.demand.unknown,
                 routing: kernel.routing.status.clone(),
-                forwarding: self.far_added_to(kernel.answers.added_to(&kernel.forwarding.status)),
+                forwarding: self
+                    .add_remote_pods_status(kernel.answers.added_to(&kernel.forwarding.status)),
             },
             paths: self.path_statuses(),
             pods: self.pods.table.iter().filter(|pod| self.is_present(pod)).count(),
@@ -107,16 +108,16 @@ impl Agent {
             pods_refused: self.refuses_pods(),
             connections: self.transport.connections(),
             handshakes: self.transport.handshakes(),
-            gossip_dropped: self.unread.dropped(),
+            gossip_dropped: self.receive_drops.dropped(),
             node,
         }
     }
 
     /// Returns why the disk cannot be written.
     pub(super) fn store_problem(&self) -> Option<String> {
-        let is_silent = self.writer.silent_for().is_some_and(|silent| silent > DISK_PATIENCE);
+        let is_silent = self.writer.silent_for().is_some_and(|silent| silent > DISK_TIMEOUT);
         let silence = || {
-            let patience = DISK_PATIENCE.as_secs();
+            let patience = DISK_TIMEOUT.as_secs();
             format!(
                 "the disk has not answered for more than {patience} s, so pods and leases cannot change: \
                  check it (dmesg)"
@@ -134,9 +135,9 @@ impl Agent {
         problems.extend(self.company_problem());
         problems.extend(self.ended.problems());
         problems.extend(self.inquest.claim().cloned());
-        problems.extend(self.flood_problem().into_iter().chain(self.crowd_problem()));
+        problems.extend(self.flood_problem().into_iter().chain(self.handshake_problem()));
         let capped = self.transport.receive_buffer().capped;
-        problems.extend(self.unread.problem(self.node.address().port(), capped));
+        problems.extend(self.receive_drops.problem(self.node.address().port(), capped));
         problems.extend(kernel.flapping.clone());
         problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
         problems.extend(self.underlay_limits());
@@ -144,7 +145,7 @@ impl Agent {
         // Diverted packets are not forwarded either: one cause, one problem.
         if !self.is_all_diverted() {
             problems.extend(kernel.forwarding.problems.iter().cloned());
-            problems.extend(self.far_problems());
+            problems.extend(self.remote_pod_problems());
         }
         // If pods cannot resolve the gateway, the same cause drops other answers of pods as well.
         if !kernel.forwarding.lacks_gateway {
@@ -180,7 +181,7 @@ impl Agent {
         let kernel = &self.kernel;
         let known = kernel.forwarding.warnings.iter().chain(&kernel.answers.warnings);
         let known = known.chain(&self.pods.guests);
-        let known = known.cloned().chain(self.path_warnings()).chain(self.far_warnings());
+        let known = known.cloned().chain(self.path_warnings()).chain(self.remote_pod_warnings());
         known.map(|warning| visible(&warning)).collect()
     }
 
@@ -196,7 +197,7 @@ impl Agent {
     }
 
     /// Describes programs that use up the capacity for handshakes.
-    fn crowd_problem(&self) -> Option<String> {
+    fn handshake_problem(&self) -> Option<String> {
         let Flood { packets, example } = self.transport.crowd()?;
         let port = self.node.address().port();
         Some(format!(
@@ -221,12 +222,12 @@ impl Agent {
         self.node.phase() == Phase::Member
             && self.node.is_settled()
             && self.is_in_sync()
-            && !self.is_in_the_dark()
+            && !self.may_lack_members()
             && self.archive.is_subnet_told()
     }
 
     /// Returns whether other nodes may exist that this node does not know of.
-    fn is_in_the_dark(&self) -> bool {
+    fn may_lack_members(&self) -> bool {
         self.node.is_alone() && self.source.as_ref().is_some_and(Source::lacks_list)
     }
 

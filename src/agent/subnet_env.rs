@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_is_flannels_to_the_letter() {
+    fn subnet_file_has_flannels_format_and_is_not_rewritten() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("run/subnet.env");
         let networks = subnets("10.42.0.0/16", None);
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn ipv6_has_lines_of_its_own_beside_ipv4_or_alone() {
+    fn subnet_file_has_separate_ipv6_lines() {
         let dual = contents(
             subnets("10.42.0.0/16", Some("fd42::/48")),
             subnets("10.42.64.0/24", Some("fd42:0:0:40::/64")),

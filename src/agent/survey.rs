@@ -21,15 +21,15 @@ use crate::{
 };
 
 /// Members queried at the same time: each query may need a handshake, which takes a millisecond of CPU.
-const AT_ONCE: usize = 16;
+const MAX_PARALLEL_QUERIES: usize = 16;
 /// Maximum number of members in the matrix of all paths.
-const MAX_ASKED: usize = 256;
+const MAX_MATRIX_MEMBERS: usize = 256;
 /// Time limit of a survey.
-const TIMEOUT: Duration = Duration::from_secs(2);
+const SURVEY_TIMEOUT: Duration = Duration::from_secs(2);
 /// A matrix younger than this is reused.
-const FRESH: Duration = Duration::from_secs(3);
+const MATRIX_MAX_AGE: Duration = Duration::from_secs(3);
 /// Maximum length of a queue of surveys.
-const MAX_WAITING: usize = 16;
+const MAX_QUEUED: usize = 16;
 
 /// The report of each member; `None` if it did not answer.
 pub(super) type Findings = BTreeMap<NodeId, Option<Report>>;
@@ -42,7 +42,7 @@ pub(super) struct Surveys {
     queues: [VecDeque<Survey>; 2],
     number: u64,
     /// Requests that wait for the matrix of all paths.
-    viewers: Vec<Sender<Bytes>>,
+    matrix_replies: Vec<Sender<Bytes>>,
     /// The last matrix, serialized.
     matrix: Option<(Instant, Bytes)>,
 }
@@ -68,7 +68,7 @@ impl Surveys {
     /// Appends a survey. Returns `false` if its queue is full.
     fn add(&mut self, survey: Survey) -> bool {
         let queue = &mut self.queues[usize::from(matches!(survey.inquiry, Inquiry::Arrivals(_)))];
-        let has_room = queue.len() < MAX_WAITING;
+        let has_room = queue.len() < MAX_QUEUED;
         if has_room {
             queue.push_back(survey);
         }
@@ -76,7 +76,7 @@ impl Surveys {
     }
 
     /// Returns the survey with this number if it is running.
-    fn under_way(&mut self, number: u64) -> Option<&mut Survey> {
+    fn running(&mut self, number: u64) -> Option<&mut Survey> {
         let mut first = self.queues.iter_mut().filter_map(VecDeque::front_mut);
         first.find(|survey| survey.number == number)
     }
@@ -104,7 +104,7 @@ impl Agent {
             then: Box::new(then),
         });
         if is_added {
-            self.go_on_with_surveys();
+            self.advance_surveys();
         }
         is_added
     }
@@ -112,20 +112,22 @@ impl Agent {
     /// Sends the matrix of all paths: from each member to each other member.
     pub(super) fn show_matrix(&mut self, reply: Sender<Bytes>) {
         if let Some((at, matrix)) = &self.surveys.matrix
-            && at.elapsed() < FRESH
+            && at.elapsed() < MATRIX_MAX_AGE
         {
             return drop(reply.send(matrix.clone()));
         }
-        self.surveys.viewers.push(reply);
-        if self.surveys.viewers.len() > 1 {
+        self.surveys.matrix_replies.push(reply);
+        if self.surveys.matrix_replies.len() > 1 {
             return;
         }
         let mut members: Vec<NodeId> = self.node.peers().collect();
-        let omitted = members.len().saturating_sub(MAX_ASKED);
-        members.truncate(MAX_ASKED);
-        if !self.survey(members, Inquiry::Report, move |agent, found| agent.draw(found, omitted)) {
+        let omitted = members.len().saturating_sub(MAX_MATRIX_MEMBERS);
+        members.truncate(MAX_MATRIX_MEMBERS);
+        if !self
+            .survey(members, Inquiry::Report, move |agent, found| agent.send_matrix(found, omitted))
+        {
             // Dropping the replies tells the clients that there is no answer.
-            self.surveys.viewers.clear();
+            self.surveys.matrix_replies.clear();
         }
     }
 
@@ -148,17 +150,17 @@ impl Agent {
     }
 
     /// Ends surveys whose time limit has passed.
-    pub(super) fn end_surveys(&mut self, now: Instant) {
+    pub(super) fn end_overdue_surveys(&mut self, now: Instant) {
         if self.surveys.deadline().is_some_and(|at| at <= now) {
-            self.go_on_with_surveys();
+            self.advance_surveys();
             self.carry_out();
         }
     }
 
     /// Stores the report of a member. `None` means that it did not answer.
-    pub(super) fn on_reported(&mut self, node: NodeId, number: u64, report: Option<Box<Report>>) {
+    pub(super) fn on_report(&mut self, node: NodeId, number: u64, report: Option<Box<Report>>) {
         let known = self.node.peers().count() + 1;
-        let Some(survey) = self.surveys.under_way(number) else { return };
+        let Some(survey) = self.surveys.running(number) else { return };
         if survey.asked.remove(&node) {
             let report = report.map(|mut report| {
                 report.paths.truncate(known);
@@ -166,19 +168,19 @@ impl Agent {
             });
             survey.findings.insert(node, report);
         }
-        self.go_on_with_surveys();
+        self.advance_surveys();
     }
 
     /// Queries the next members, and ends surveys that are complete.
-    pub(super) fn go_on_with_surveys(&mut self) {
-        (0..self.surveys.queues.len()).for_each(|queue| self.go_on_with(queue));
+    pub(super) fn advance_surveys(&mut self) {
+        (0..self.surveys.queues.len()).for_each(|queue| self.advance_queue(queue));
     }
 
-    fn go_on_with(&mut self, queue: usize) {
+    fn advance_queue(&mut self, queue: usize) {
         let now = Instant::now();
         while let Some(survey) = self.surveys.queues[queue].front_mut() {
-            let is_late = *survey.deadline.get_or_insert(now + TIMEOUT) <= now;
-            while survey.asked.len() < AT_ONCE
+            let is_late = *survey.deadline.get_or_insert(now + SURVEY_TIMEOUT) <= now;
+            while survey.asked.len() < MAX_PARALLEL_QUERIES
                 && !is_late
                 && let Some(node) = survey.left.pop_front()
             {
@@ -229,7 +231,7 @@ impl Agent {
     }
 
     /// Serializes the matrix and sends it to all waiting requests.
-    fn draw(&mut self, mut findings: Findings, omitted: usize) {
+    fn send_matrix(&mut self, mut findings: Findings, omitted: usize) {
         findings.insert(self.node.id(), Some(self.own_report()));
         let mut rows: Vec<MatrixRow> =
             findings.into_iter().map(|(node, report)| self.row(node, report)).collect();
@@ -237,7 +239,7 @@ impl Agent {
         let matrix = serde_json::to_vec(&Matrix { rows, omitted }).unwrap_or_default();
         let matrix = Bytes::from(matrix);
         self.surveys.matrix = Some((Instant::now(), matrix.clone()));
-        for viewer in self.surveys.viewers.drain(..) {
+        for viewer in self.surveys.matrix_replies.drain(..) {
             let _ = viewer.send(matrix.clone());
         }
     }
@@ -248,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_surveys_of_operators_leave_room_for_one_of_a_trial() {
+    fn full_operator_queue_leaves_room_for_trial_survey() {
         let survey = |number, inquiry| Survey {
             number,
             inquiry,
@@ -260,9 +262,9 @@ mod tests {
         };
         let mut surveys = Surveys::default();
         let added = (0..100).filter(|number| surveys.add(survey(*number, Inquiry::Report)));
-        assert_eq!(added.count(), MAX_WAITING);
+        assert_eq!(added.count(), MAX_QUEUED);
         assert!(surveys.add(survey(100, Inquiry::Arrivals(7))));
-        assert!(surveys.under_way(0).is_some() && surveys.under_way(100).is_some());
-        assert!(surveys.under_way(1).is_none());
+        assert!(surveys.running(0).is_some() && surveys.running(100).is_some());
+        assert!(surveys.running(1).is_none());
     }
 }

@@ -33,22 +33,22 @@ use crate::{
 };
 
 /// `ETH_P_ALL`
-const EVERYTHING: u16 = 3;
+const ETH_P_ALL: u16 = 3;
 /// Offset of the protocol number: `SKF_AD_OFF + SKF_AD_PROTOCOL` of linux/filter.h.
 /// Offset of the packet type (`PACKET_OUTGOING` etc.): `SKF_AD_OFF + SKF_AD_PKTTYPE` of linux/filter.h.
 const PROTOCOL: u32 = 0xffff_f000;
-const KIND: u32 = 0xffff_f004;
+const PACKET_TYPE: u32 = 0xffff_f004;
 /// `SKF_LL_OFF` of linux/filter.h: the start of the frame header, which begins with the destination MAC.
-const FRAME: u32 = 0xffe0_0000;
+const FRAME_HEADER: u32 = 0xffe0_0000;
 /// Bytes read of each packet: all headers up to the frame inside a tunnel packet.
-const READ: u32 = 128;
+const READ_LEN: u32 = 128;
 /// Larger packets, in bytes, are not captured: they carry data of pods, may be very many, and show
 /// nothing that small packets do not show.
-const SMALL: u32 = 300;
+const MAX_CAPTURED: u32 = 300;
 /// Size of the receive buffer in bytes.
-const BUFFER: usize = 1 << 20;
+const RECEIVE_BUFFER: usize = 1 << 20;
 /// No datagram is sent to this port (RFC 768 reserves it).
-const NO_PORT: u16 = 0;
+const UNUSED_PORT: u16 = 0;
 
 /// A packet socket that captures such packets.
 pub struct Tap {
@@ -64,7 +64,7 @@ impl Tap {
     /// # Errors
     /// Fails if the socket cannot be opened or its filter cannot be attached.
     pub fn open(port: u16) -> io::Result<Self> {
-        let socket = packet_socket(Type::DGRAM, EVERYTHING)?;
+        let socket = packet_socket(Type::DGRAM, ETH_P_ALL)?;
         socket.attach_filter(&program(port))?;
         let tap = Self::of(socket);
         // Discards what arrived before the filter was attached.
@@ -86,7 +86,7 @@ impl Tap {
     /// Fails if the socket cannot be opened or its filter cannot be attached.
     pub fn of_discovery() -> io::Result<Self> {
         let socket = packet_socket(Type::DGRAM, IPV6)?;
-        socket.attach_filter(&program(NO_PORT))?;
+        socket.attach_filter(&program(UNUSED_PORT))?;
         Ok(Self::of(socket))
     }
 
@@ -97,9 +97,10 @@ impl Tap {
     /// # Errors
     /// Fails if the socket cannot be opened or its filter cannot be attached.
     pub fn of_neighbors(to: Mac) -> io::Result<Self> {
-        let socket = packet_socket(Type::DGRAM, EVERYTHING)?;
-        socket
-            .attach_filter(&to_mac(to).into_iter().chain(program(NO_PORT)).collect::<Vec<_>>())?;
+        let socket = packet_socket(Type::DGRAM, ETH_P_ALL)?;
+        socket.attach_filter(
+            &to_mac(to).into_iter().chain(program(UNUSED_PORT)).collect::<Vec<_>>(),
+        )?;
         let tap = Self::of(socket);
         // Discards what arrived before the filter was attached.
         while tap.next(|_| ())?.is_some() {}
@@ -109,9 +110,10 @@ impl Tap {
     fn of(socket: Socket) -> Self {
         // A packet missed in a storm of ARP would be taken for lost. Without the privilege to force the
         // size, the kernel grants as much as `net.core.rmem_max` allows.
-        let forced = setsockopt(&socket, RcvBufForce, &BUFFER);
-        let given =
-            forced.map_err(io::Error::from).or_else(|_| socket.set_recv_buffer_size(BUFFER));
+        let forced = setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER);
+        let given = forced
+            .map_err(io::Error::from)
+            .or_else(|_| socket.set_recv_buffer_size(RECEIVE_BUFFER));
         let told = setsockopt(&socket, RxqOvfl, &1);
         if let Err(error) = given.and(told.map_err(io::Error::from)) {
             tracing::debug!(%error, "a packet socket may miss packets");
@@ -129,7 +131,7 @@ impl Tap {
     /// # Errors
     /// Fails if the socket cannot be read.
     pub fn next<T>(&self, see: impl FnOnce(&Packet<'_>) -> T) -> io::Result<Option<T>> {
-        let mut buffer = [0; READ as usize];
+        let mut buffer = [0; READ_LEN as usize];
         let mut control = cmsg_space!(u32);
         let mut slices = [IoSliceMut::new(&mut buffer)];
         let descriptor = self.socket.as_raw_fd();
@@ -212,11 +214,11 @@ impl Asker {
 fn to_mac(mac: Mac) -> [SockFilter; 7] {
     let [a, b, c, d, e, f] = *mac.as_bytes();
     [
-        step(BPF_LD | BPF_B | BPF_ABS, KIND),
+        step(BPF_LD | BPF_B | BPF_ABS, PACKET_TYPE),
         when(LEAVING.into(), 5, 0),
-        step(BPF_LD | BPF_W | BPF_ABS, FRAME),
+        step(BPF_LD | BPF_W | BPF_ABS, FRAME_HEADER),
         when(u32::from_be_bytes([a, b, c, d]), 0, 2),
-        step(BPF_LD | BPF_H | BPF_ABS, FRAME + 4),
+        step(BPF_LD | BPF_H | BPF_ABS, FRAME_HEADER + 4),
         when(u32::from_be_bytes([0, 0, e, f]), 1, 0),
         step(BPF_RET, 0),
     ]
@@ -250,8 +252,8 @@ fn program(port: u16) -> [SockFilter; 23] {
         step(BPF_LD | BPF_H | BPF_ABS, 42),
         when(BPF_JEQ, port, 0, 3),
         step(BPF_LD | BPF_W | BPF_LEN, 0),
-        when(BPF_JGT, SMALL, 1, 0),
-        step(BPF_RET, READ),
+        when(BPF_JGT, MAX_CAPTURED, 1, 0),
+        step(BPF_RET, READ_LEN),
         step(BPF_RET, 0),
     ]
 }

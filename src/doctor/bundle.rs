@@ -32,9 +32,9 @@ const COMMANDS: [(&str, &str); 12] = [
     ("log.txt", "journalctl -u gossamer -n 2000 --no-pager"),
 ];
 /// Maximum size of a file in the archive in bytes; the beginning of a longer text is cut off.
-const MAX_FILE: usize = 4 << 20;
+const MAX_FILE_BYTES: usize = 4 << 20;
 /// Files of the host that are copied into the archive.
-const MEMBERS: [&str; 3] = ["/etc/os-release", "/proc/meminfo", "/run/gossamer/subnet.env"];
+const HOST_FILES: [&str; 3] = ["/etc/os-release", "/proc/meminfo", "/run/gossamer/subnet.env"];
 
 /// Writes a `.tar.gz` archive that only its owner can read.
 ///
@@ -42,19 +42,19 @@ const MEMBERS: [&str; 3] = ["/etc/os-release", "/proc/meminfo", "/run/gossamer/s
 /// Fails with one sentence if the archive exists or cannot be written.
 pub fn write(
     path: &Path,
-    patient: &Examination,
+    examination: &Examination,
     findings: &[Finding],
     config: Option<&Path>,
 ) -> Result<(), String> {
     let fail = |error: io::Error| format!("bundle: {}: {error}", path.display());
     let file =
         fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(fail)?;
-    pack(file, patient, findings, config).map_err(fail)
+    pack(file, examination, findings, config).map_err(fail)
 }
 
 fn pack(
     file: File,
-    patient: &Examination,
+    examination: &Examination,
     findings: &[Finding],
     config: Option<&Path>,
 ) -> io::Result<()> {
@@ -64,7 +64,7 @@ fn pack(
     let mut add = |name: &str, text: &str| {
         let text = visible_lines(text);
         let text = token.replace_all(&text, "gsm1.REDACTED");
-        let from = text.len().saturating_sub(MAX_FILE);
+        let from = text.len().saturating_sub(MAX_FILE_BYTES);
         let bytes = text.as_bytes().get(from..).unwrap_or_default();
         let mut header = tar::Header::new_gnu();
         header.set_size(bytes.len() as u64);
@@ -74,12 +74,12 @@ fn pack(
     let pretty = |value: &Value| format!("{value:#}\n");
     add("doctor.json", &pretty(&serde_json::to_value(findings)?))?;
     add("version.txt", concat!(env!("CARGO_PKG_VERSION"), "\n"))?;
-    if let Some(agent) = &patient.agent {
+    if let Some(agent) = &examination.agent {
         add("status.json", &pretty(&agent.status))?;
         add("kernel-entries.json", &pretty(&agent.routes))?;
         add("events.json", &pretty(&agent.events))?;
     }
-    for path in MEMBERS {
+    for path in HOST_FILES {
         if let Ok(text) = files::read_text(Path::new(path), files::SMALL) {
             add(&path.trim_start_matches('/').replace('/', "-"), &text)?;
         }

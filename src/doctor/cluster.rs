@@ -14,23 +14,23 @@ use crate::{
 };
 
 /// A member with this many "down" events among the stored ones is reported as flapping.
-const FLAPS: usize = 3;
+const DOWNS_UNTIL_FLAPPING: usize = 3;
 
 /// Runs the checks of the cluster.
-pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
-    let Some(agent) = &patient.agent else {
-        findings.push(no_agent(patient));
-        findings.extend(seeds(patient));
+pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
+    let Some(agent) = &examination.agent else {
+        findings.push(no_agent(examination));
+        findings.extend(seeds(examination));
         return;
     };
     let Agent { status, routes, events } = agent;
-    let mut told: Vec<&str> = Vec::new();
-    let paths = paths(status, &mut told);
-    let identity = identity(status, &mut told);
-    let members = members(status, events, &mut told);
+    let mut reported: Vec<&str> = Vec::new();
+    let paths = paths(status, &mut reported);
+    let identity = identity(status, &mut reported);
+    let members = members(status, events, &mut reported);
     findings
         .push(Finding::ok("seeds", format!("{} connections to members", status["connections"])));
-    findings.extend(complaints(status, &told, findings));
+    findings.extend(agent_problems(status, &reported, findings));
     findings.extend(members);
     findings.extend(paths);
     findings.extend(addresses(status));
@@ -47,31 +47,31 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap_or_default()
 }
 
-fn no_agent(patient: &Examination) -> Finding {
+fn no_agent(examination: &Examination) -> Finding {
     Finding::problem(
         "agent",
-        patient.agent_error.clone().unwrap_or_else(|| "no agent answers".to_owned()),
+        examination.agent_error.clone().unwrap_or_else(|| "no agent answers".to_owned()),
         "its kernel entries keep working, but nothing is repaired and new members are not reached",
         "start it: systemctl start gossamer, or gossamer agent",
     )
 }
 
 /// Returns the agent's problems that no other check has reported.
-fn complaints(status: &Value, told: &[&str], findings: &[Finding]) -> Vec<Finding> {
+fn agent_problems(status: &Value, reported: &[&str], findings: &[Finding]) -> Vec<Finding> {
     let is_told = |problem: &str| {
-        told.contains(&problem)
+        reported.contains(&problem)
             || findings
                 .iter()
                 .any(|finding| finding.fix.is_some() && problem.starts_with(finding.seen.as_str()))
             || findings.iter().any(|finding| finding.seen == problem)
     };
     let problems = each(status, "problems").filter_map(Value::as_str);
-    let mut complaints: Vec<Finding> = problems
+    let mut agent_problems: Vec<Finding> = problems
         .filter(|problem| !is_told(problem))
         .map(|problem| Finding::sentence("agent", problem))
         .collect();
-    if status["converged"] != true && complaints.is_empty() {
-        complaints.push(Finding::problem(
+    if status["converged"] != true && agent_problems.is_empty() {
+        agent_problems.push(Finding::problem(
             "agent",
             format!("it has not converged (it is {})", text(status, "phase")),
             "until then some members cannot reach its pods",
@@ -79,7 +79,7 @@ fn complaints(status: &Value, told: &[&str], findings: &[Finding]) -> Vec<Findin
         ));
     }
     if text(status, "version") != env!("CARGO_PKG_VERSION") {
-        complaints.push(Finding::warning(
+        agent_problems.push(Finding::warning(
             "agent",
             format!(
                 "it runs version {}, this is {}",
@@ -90,20 +90,20 @@ fn complaints(status: &Value, told: &[&str], findings: &[Finding]) -> Vec<Findin
             "restart it, which interrupts no traffic: systemctl restart gossamer",
         ));
     }
-    if complaints.is_empty() {
-        complaints
+    if agent_problems.is_empty() {
+        agent_problems
             .push(Finding::ok("agent", format!("converged, with {}", text(status, "subnet"))));
     }
-    complaints
+    agent_problems
 }
 
-fn members<'a>(status: &'a Value, events: &Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
+fn members<'a>(status: &'a Value, events: &Value, reported: &mut Vec<&'a str>) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut problems = each(status, "problems").filter_map(Value::as_str);
     // This problem names all members and says more.
     let of_all = problems.find(|problem| problem.starts_with("no other member answers"));
     if let Some(problem) = of_all {
-        told.push(problem);
+        reported.push(problem);
         findings.push(Finding::sentence("members", problem));
     }
     let present = || {
@@ -128,7 +128,7 @@ fn members<'a>(status: &'a Value, events: &Value, told: &mut Vec<&'a str>) -> Ve
             *downs.entry(name).or_default() += 1;
         }
     }
-    for (name, count) in downs.into_iter().filter(|(_, count)| *count >= FLAPS) {
+    for (name, count) in downs.into_iter().filter(|(_, count)| *count >= DOWNS_UNTIL_FLAPPING) {
         findings.push(Finding::warning(
             "members",
             format!("{name} was down {count} times"),
@@ -163,16 +163,16 @@ fn remedy(status: &Value, name: &str) -> String {
     )
 }
 
-fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
+fn paths<'a>(status: &'a Value, reported: &mut Vec<&'a str>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for path in each(status, "paths") {
         let (name, state) = (text(path, "name"), text(path, "state"));
         if let Some(problem) = path["problem"].as_str() {
             // One cause may concern several peers.
-            if told.contains(&problem) {
+            if reported.contains(&problem) {
                 continue;
             }
-            told.push(problem);
+            reported.push(problem);
             findings.push(Finding::sentence("paths", problem));
         } else if matches!(state, "dead" | "withdrawn") {
             findings.push(Finding::problem(
@@ -197,9 +197,9 @@ fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
                 let why = match state {
                     // Mixed modes may be intentional.
                     "asymmetric" => {
-                        "its answers arrive through the tunnel, packets to it go without one, as with several \
-                         modes in one cluster: rp_filter or a rule with rpfilter or fib may drop that; set \
-                         the same mode on all nodes"
+                        "its answers arrive through the tunnel, packets to it go without one, as \
+                         with several modes in one cluster: rp_filter or a rule with rpfilter or \
+                         fib may drop that; set the same mode on all nodes"
                     }
                     _ => "see the other checks",
                 };
@@ -251,12 +251,12 @@ fn addresses(status: &Value) -> Vec<Finding> {
     findings
 }
 
-fn identity<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Finding {
+fn identity<'a>(status: &'a Value, reported: &mut Vec<&'a str>) -> Finding {
     let mut problems = each(status, "problems").filter_map(Value::as_str);
     let about = |problem: &&str| problem.contains("state directory was");
     match problems.find(about) {
         Some(problem) => {
-            told.push(problem);
+            reported.push(problem);
             Finding::sentence("identity", problem)
         }
         None => Finding::ok("identity", format!("this node alone is {}", text(status, "node"))),
@@ -303,8 +303,8 @@ fn tables(routes: &Value) -> Finding {
 }
 
 /// Checks whether the configured or saved seeds can be joined.
-fn seeds(patient: &Examination) -> Vec<Finding> {
-    let Ok(config) = &patient.config else { return Vec::new() };
+fn seeds(examination: &Examination) -> Vec<Finding> {
+    let Ok(config) = &examination.config else { return Vec::new() };
     // The agent falls back on the saved token, too.
     let saved = read_token(&config.state_dir).ok().flatten();
     let mut seeds = config.seeds.clone();
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_and_names_that_two_members_have_are_named_once() {
+    fn shared_address_or_name_is_reported_once() {
         let members = [member("a", "192.0.2.1:8473"), member("b", "192.0.2.1:8473")];
         let found = addresses(&json!({ "members": members }));
         assert!(found.len() == 1 && is_bad(&found[0], "the address 192.0.2.1:8473"), "{found:?}");
@@ -387,24 +387,27 @@ mod tests {
     }
 
     #[test]
-    fn a_member_that_comes_and_goes_is_named() {
+    fn flapping_member_is_reported() {
         let status = json!({ "members": [member("a", "192.0.2.1:8473")] });
         let down = json!({ "kind": "member", "text": "a is down" });
         let events = |count| json!({ "events": vec![down.clone(); count] });
-        assert_eq!(members(&status, &events(FLAPS - 1), &mut Vec::new())[0].verdict, Verdict::Ok);
+        assert_eq!(
+            members(&status, &events(DOWNS_UNTIL_FLAPPING - 1), &mut Vec::new())[0].verdict,
+            Verdict::Ok
+        );
         assert!(is_bad(
-            &members(&status, &events(FLAPS), &mut Vec::new())[0],
+            &members(&status, &events(DOWNS_UNTIL_FLAPPING), &mut Vec::new())[0],
             "a was down 3 times"
         ));
     }
 
     #[test]
-    fn copies_cards_and_entries_that_are_wrong_are_named() {
+    fn duplicate_identity_bad_offload_and_wrong_entries_are_reported() {
         let problem = "this node's key is in use twice: its state directory was copied";
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         let status = json!({ "problems": [problem] });
-        assert!(is_bad(&identity(&status, &mut told), problem));
-        assert_eq!(told, [problem], "and no other check reports it again");
+        assert!(is_bad(&identity(&status, &mut reported), problem));
+        assert_eq!(reported, [problem], "and no other check reports it again");
         let status = json!({ "kernel": { "checksum_offload_fails": true } });
         assert!(is_bad(&offload(&status), "checksums"));
         let entry = json!({ "table": "fdb", "key": "aa", "verdict": "missing" });

@@ -7,8 +7,8 @@ use super::{Examination, Finding, Verdict};
 use crate::dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port};
 
 /// Runs the checks `firewall`, `forwarding` and `docker`.
-pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
-    let numbers = patient.numbers();
+pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
+    let numbers = examination.numbers();
     let ports = [numbers.gossip_port, numbers.vxlan_port];
     let read = FirewallTable::open().and_then(|mut table| {
         Ok((table.foreign_chains(&numbers.networks)?, table.closed_ports(&ports)?))
@@ -24,11 +24,11 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     // If packets are known to arrive, the reading of the rules has missed one that accepts them.
     let is_tunnel = |port: u16| port == numbers.vxlan_port;
     let paths =
-        || patient.status().and_then(|status| status["paths"].as_array()).into_iter().flatten();
+        || examination.status().and_then(|status| status["paths"].as_array()).into_iter().flatten();
     let is_open = |path: &Value| path["state"] == "ok" || path["pods_answer"] == true;
     let tunnels_work = paths().count() > 0 && paths().all(is_open);
     let gossip_works =
-        patient.status().is_some_and(|status| status["connections"].as_u64() > Some(0));
+        examination.status().is_some_and(|status| status["connections"].as_u64() > Some(0));
     // Gossip sends so few packets that no rate limit affects it.
     for limited in closed.iter().filter(|closed| closed.limited && is_tunnel(closed.port)) {
         let ClosedPort { chain, port, .. } = limited;
@@ -60,12 +60,12 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
             format!("UDP {} and {} are accepted", ports[0], ports[1]),
         ));
     }
-    let warnings = patient.warnings().map(|warning| Finding {
+    let warnings = examination.warnings().map(|warning| Finding {
         verdict: Verdict::Warning,
         ..Finding::sentence("forwarding", warning)
     });
     let warnings: Vec<Finding> = warnings.collect();
-    let found = forwarding(patient, &chains, &numbers.networks);
+    let found = forwarding(examination, &chains, &numbers.networks);
     // The agent's warning already contains the reason and the likely cause.
     let is_told =
         |finding: &Finding| !warnings.is_empty() && matches!(finding.verdict, Verdict::Warning);
@@ -85,8 +85,12 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
 }
 
 /// Returns the results of the agent's trials; without them, a guess from the chains.
-fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet]) -> Vec<Finding> {
-    let tried = patient.status().map(|status| &status["kernel"]["forwarding"]);
+fn forwarding(
+    examination: &Examination,
+    chains: &ForeignChains,
+    networks: &[IpNet],
+) -> Vec<Finding> {
+    let tried = examination.status().map(|status| &status["kernel"]["forwarding"]);
     let detail = tried.and_then(|tried| tried["detail"].as_str()).unwrap_or("no agent tests it");
     let detail = if detail.is_empty() { "not tested yet" } else { detail };
     match tried.and_then(|tried| tried["state"].as_str()) {
@@ -107,7 +111,7 @@ fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet])
                 .iter()
                 .any(|words| problem.contains(words))
             };
-            let problems = patient.problems().filter(is_about_it);
+            let problems = examination.problems().filter(is_about_it);
             let findings = problems.filter_map(|problem| problem.split_once(": "));
             let findings = findings.map(|(seen, fix)| {
                 let why = if seen.contains("leave under") {

@@ -134,14 +134,14 @@ pub struct Agent {
 }
 
 /// Runs all checks. Must be called outside of a runtime. Takes a few seconds if a seed does not answer.
-pub fn examine(patient: &Examination) -> Vec<Finding> {
+pub fn examine(examination: &Examination) -> Vec<Finding> {
     let mut findings = Vec::new();
-    state::configuration(patient, &mut findings);
-    host::examine(patient, &mut findings);
-    firewall::examine(patient, &mut findings);
-    routing::examine(patient, &mut findings);
-    state::examine(patient, &mut findings);
-    cluster::examine(patient, &mut findings);
+    state::configuration(examination, &mut findings);
+    host::examine(examination, &mut findings);
+    firewall::examine(examination, &mut findings);
+    routing::examine(examination, &mut findings);
+    state::examine(examination, &mut findings);
+    cluster::examine(examination, &mut findings);
     let place = |finding: &Finding| CHECKS.iter().position(|(name, _)| *name == finding.check);
     findings.sort_by_key(place);
     findings

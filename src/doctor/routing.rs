@@ -10,26 +10,26 @@ use crate::{
 };
 
 /// Maximum number of routes that are checked if no agent runs.
-const ASKED: usize = 64;
+const MAX_ROUTES: usize = 64;
 
 /// Runs the check `routing`.
-pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
-    let Some(status) = patient.status() else {
-        return findings.push(without_agent(&device_name(patient.numbers().vni)));
+pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
+    let Some(status) = examination.status() else {
+        return findings.push(without_agent(&device_name(examination.numbers().vni)));
     };
     let check = &status["kernel"]["routing"];
     let detail = check["detail"].as_str().unwrap_or("the agent is of another version");
     match check["state"].as_str() {
         Some("ok") => findings.push(Finding::ok("routing", detail)),
         Some("failing") => {
-            let told = patient.problems().filter(|problem| detail.contains(problem));
-            let told: Vec<Finding> =
-                told.map(|problem| Finding::sentence("routing", problem)).collect();
-            if told.is_empty() {
+            let problems = examination.problems().filter(|problem| detail.contains(problem));
+            let problems: Vec<Finding> =
+                problems.map(|problem| Finding::sentence("routing", problem)).collect();
+            if problems.is_empty() {
                 let seen = format!("{detail}: see the other checks");
                 findings.push(Finding::skipped("routing", seen));
             }
-            findings.extend(told);
+            findings.extend(problems);
         }
         _ if detail.is_empty() => {
             findings.push(Finding::skipped("routing", "not checked yet"));
@@ -41,7 +41,7 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
 /// Checks the routes of an agent that does not run. They keep working unless a policy rule overrides
 /// them.
 fn without_agent(device: &str) -> Finding {
-    let asked = Kernel::open().and_then(|mut kernel| {
+    let checked = Kernel::open().and_then(|mut kernel| {
         let mut netlink = Netlink::open()?;
         let Some(link) = netlink.link(device)? else { return Ok(None) };
         let routes = kernel.leftovers()?.routes;
@@ -55,7 +55,7 @@ fn without_agent(device: &str) -> Finding {
         let mut count = 0;
         let subnets = routes.iter().map(|(subnet, _)| subnet);
         let of_peers = subnets.filter(|subnet| !is_single(subnet) && !is_own(subnet));
-        for subnet in of_peers.take(ASKED) {
+        for subnet in of_peers.take(MAX_ROUTES) {
             let Ok(found) = netlink.route(&Query::to(gateway(*subnet))) else { continue };
             count += 1;
             if found.link != link.index && found.table != MAIN {
@@ -64,7 +64,7 @@ fn without_agent(device: &str) -> Finding {
         }
         Ok(Some((count, elsewhere)))
     });
-    match asked {
+    match checked {
         Err(error) => Finding::skipped("routing", format!("netlink: {error}")),
         Ok(None | Some((0, _))) => Finding::skipped("routing", "there are no routes to peers"),
         Ok(Some((count, elsewhere))) if elsewhere.is_empty() => {

@@ -19,30 +19,30 @@ use crate::{
 };
 
 /// With less free space than this, in bytes, a database of some thousand records may not be writable.
-const SPACE: u64 = 16 << 20;
+const MIN_FREE_BYTES: u64 = 16 << 20;
 /// A clock before this time (2025-01-01, since the Unix epoch) is wrong on any host.
 const EARLIEST: Duration = Duration::from_secs(1_735_689_600);
 /// A change of ownership recorded more than this many seconds in the future was made by another clock.
-const TOLERANCE: u64 = 300;
+const CLOCK_TOLERANCE_SECS: u64 = 300;
 
 /// Runs the check `configuration`.
-pub fn configuration(patient: &Examination, findings: &mut Vec<Finding>) {
-    findings.push(match &patient.config {
+pub fn configuration(examination: &Examination, findings: &mut Vec<Finding>) {
+    findings.push(match &examination.config {
         Ok(_) => Finding::ok("configuration", "all settings are consistent"),
         Err(error) => Finding::sentence("configuration", &error.to_string()),
     });
 }
 
 /// Runs the checks `clock`, `state` and `token`.
-pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
-    let Ok(config) = &patient.config else {
+pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
+    let Ok(config) = &examination.config else {
         let seen = "the settings are invalid";
         return findings.extend(["clock", "state", "token"].map(|c| Finding::skipped(c, seen)));
     };
     findings.push(clock(&config.state_dir));
     let before = findings.len();
     directory(&config.state_dir, findings);
-    if patient.agent.is_none() && findings.len() == before {
+    if examination.agent.is_none() && findings.len() == before {
         findings.extend(database(&config.state_dir));
     }
     if findings.len() == before {
@@ -52,7 +52,7 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
         };
         findings.push(Finding::ok("state", seen));
     }
-    findings.push(token(patient, config));
+    findings.push(token(examination, config));
 }
 
 fn clock(state_dir: &Path) -> Finding {
@@ -67,7 +67,7 @@ fn clock(state_dir: &Path) -> Finding {
     }
     let lines = History::new(state_dir).read().unwrap_or_default();
     let last = lines.iter().filter_map(|line| line["at"].as_u64()).max().unwrap_or(0);
-    if last > now.as_secs() + TOLERANCE {
+    if last > now.as_secs() + CLOCK_TOLERANCE_SECS {
         let seen = format!(
             "it is {}, but this host recorded a change of subnets at {}",
             text(now),
@@ -104,7 +104,7 @@ fn directory(path: &Path, findings: &mut Vec<Finding>) {
     }
     if let Ok(space) = statvfs(path) {
         let free = space.blocks_available() * space.fragment_size();
-        if free < SPACE {
+        if free < MIN_FREE_BYTES {
             findings.push(Finding::problem(
                 "state",
                 format!("{} KiB free on the file system of {shown}", free >> 10),
@@ -132,13 +132,13 @@ fn database(state_dir: &Path) -> Option<Finding> {
     // Without a key the database belongs to no node; the directory's check reports that.
     let key = NodeKey::from_seed(node_key(state_dir).ok()??).ok()?;
     let token = read_token(state_dir).ok().flatten();
-    let was_in_one = token.as_ref().and_then(Token::known_cluster).is_some();
-    let opened = Copy::of(&original).and_then(|copy| {
+    let was_member = token.as_ref().and_then(Token::known_cluster).is_some();
+    let opened = DatabaseCopy::of(&original).and_then(|copy| {
         let opened = Database::open(&copy.database(), key.id()).map_err(io::Error::other);
         opened.map(|LoadedDatabase { quarantined, records, .. }| {
             let knows = records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)));
             quarantined.map(|(_, why)| format!("cannot be read: {why}")).or_else(|| {
-                (!knows && was_in_one).then(|| "contains no cluster any more".to_owned())
+                (!knows && was_member).then(|| "contains no cluster any more".to_owned())
             })
         })
     });
@@ -161,9 +161,9 @@ fn database(state_dir: &Path) -> Option<Finding> {
 
 /// A copy of the database in a directory with an unpredictable name that other users cannot enter.
 /// Removed when dropped.
-struct Copy(PathBuf);
+struct DatabaseCopy(PathBuf);
 
-impl Copy {
+impl DatabaseCopy {
     fn of(original: &Path) -> io::Result<Self> {
         let name = u64::from_ne_bytes(random().map_err(io::Error::other)?);
         let directory = std::env::temp_dir().join(format!("gossamer-doctor-{name:016x}"));
@@ -178,7 +178,7 @@ impl Copy {
     }
 }
 
-impl Drop for Copy {
+impl Drop for DatabaseCopy {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -198,7 +198,7 @@ fn copy_all(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn token(patient: &Examination, config: &Config) -> Finding {
+fn token(examination: &Examination, config: &Config) -> Finding {
     let saved: Result<Option<Token>, _> = read_token(&config.state_dir);
     let saved = match saved {
         Ok(saved) => saved,
@@ -211,7 +211,7 @@ fn token(patient: &Examination, config: &Config) -> Finding {
             );
         }
     };
-    let in_cluster = patient.status().and_then(|status| status["cluster"].as_str());
+    let in_cluster = examination.status().and_then(|status| status["cluster"].as_str());
     let given = config.token.as_ref().and_then(Token::known_cluster);
     let known = saved.as_ref().and_then(Token::known_cluster);
     let ours = in_cluster.map(str::to_owned).or(known.map(|cluster| cluster.to_string()));
@@ -224,7 +224,7 @@ fn token(patient: &Examination, config: &Config) -> Finding {
         ),
         (_, Some(ours)) => Finding::ok("token", format!("of cluster {ours}")),
         _ if config.token.is_some() || saved.is_some() => Finding::ok("token", "present"),
-        _ if patient.status().is_some() => Finding::ok("token", "the agent has one"),
+        _ if examination.status().is_some() => Finding::ok("token", "the agent has one"),
         _ if config.create.is_some() => Finding::ok("token", "this host creates one (init)"),
         _ => Finding::problem(
             "token",

@@ -47,7 +47,7 @@ pub struct Lead {
 
 /// Returns a detour if packets to a host use a gateway because of an ICMP redirect, or although the host
 /// is in one of these networks.
-pub fn around(
+pub fn gateway_detour(
     netlink: &mut Netlink,
     query: &Query,
     found: &RouteLookup,
@@ -63,7 +63,7 @@ pub fn around(
 
 /// Returns a detour if packets leave by another interface than the one with this host's address. If that
 /// is the loopback interface, they always do, and no detour is reported.
-pub fn elsewhere(
+pub fn interface_detour(
     netlink: &mut Netlink,
     query: &Query,
     links: &[Link],
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn route_of_the_main_table_is_named_with_the_command_that_removes_it() {
+    fn detour_by_main_table_names_route_and_delete_command() {
         let host = said(254, Some("10.99.0.12/32"), false);
         let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main leads them there; take \
                      it away (ip route del 10.99.0.12/32) (";
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn network_of_an_interface_that_takes_in_the_peer_and_default_routes_are_named_as_such() {
+    fn detour_names_interface_network_or_default_route() {
         let network = said(254, Some("10.99.0.8/29"), true);
         assert!(
             network.contains("the network 10.99.0.8/29 of up1 takes in 10.99.0.12"),
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn redirect_of_a_router_is_named_with_the_settings_that_refuse_it() {
+    fn detour_by_redirect_names_sysctls() {
         let between = [[10, 99, 0, 11].into(), [10, 99, 0, 12].into()];
         let said = Detour::Redirected { gateway: [10, 99, 0, 77].into() };
         let said = said.sentence("n2", between, 8472, "eth0.5");
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn table_of_another_program_is_named_with_its_rule_and_the_likely_program() {
+    fn detour_by_foreign_table_names_rule_and_program() {
         let advice = "ip rule add to 10.99.0.12 lookup main priority 5269";
         for (interface, table, words) in [
             ("up1", 77, "table 77 leads them there (ip rule 5270), probably of another program"),

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Maximum number of tested selectors per family.
-const MOST: usize = 32;
+const MAX_SELECTORS: usize = 32;
 
 /// Selectors of policy rules and routes that may match packets between pods.
 #[derive(Debug, Default)]
@@ -67,11 +67,11 @@ pub fn selected(
         let routes = conditional.iter().filter(of_family);
         let routes = routes.filter(|selector| meets(selector, own.subnet, all));
         let routes = routes.map(|selector| Selected { selector: *selector, input: None, ipv4 });
-        for (few, unread) in
-            [few(selected), few(routes.collect())].into_iter().zip(&mut found.unread)
+        for (distinct, unread) in
+            [distinct(selected), distinct(routes.collect())].into_iter().zip(&mut found.unread)
         {
-            found.selected.extend(few.0);
-            *unread += few.1;
+            found.selected.extend(distinct.0);
+            *unread += distinct.1;
         }
     }
     Ok(found)
@@ -90,23 +90,23 @@ pub fn detail(subnets: usize, unread: [usize; 2]) -> String {
     format!("{subnets} subnets of peers have routes{}", untried.collect::<String>())
 }
 
-/// Keeps one of several selectors that match the same packets, and at most [`MOST`]. The second value is
-/// the number of omitted ones.
-fn few(selected: Vec<Selected>) -> (Vec<Selected>, usize) {
-    let (mut few, mut unread) = (Vec::new(), 0);
+/// Keeps one of several selectors that match the same packets, and at most [`MAX_SELECTORS`]. The second
+/// value is the number of omitted ones.
+fn distinct(selected: Vec<Selected>) -> (Vec<Selected>, usize) {
+    let (mut distinct, mut unread) = (Vec::new(), 0);
     let mut known = BTreeSet::new();
     for one in selected {
         let selects = Selector { priority: None, ..one.selector };
         if !known.insert((selects, one.input)) {
             continue;
         }
-        if few.len() < MOST {
-            few.push(one);
+        if distinct.len() < MAX_SELECTORS {
+            distinct.push(one);
         } else {
             unread += 1;
         }
     }
-    (few, unread)
+    (distinct, unread)
 }
 
 /// Returns whether the selector may match packets between pods of this subnet and others of the overlay.
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_for_other_networks_and_other_hosts_do_not_count() {
+    fn rules_for_other_networks_are_not_tested() {
         let [own, all] =
             ["10.42.1.0/24", "10.42.0.0/16"].map(|text| text.parse().expect("a network"));
         let is_met = |from, to| meets(&selector(1, from, to), own, all);
@@ -167,16 +167,16 @@ mod tests {
     }
 
     #[test]
-    fn rules_that_select_alike_count_once_and_those_above_the_bound_are_counted() {
+    fn equal_selectors_count_once_and_excess_ones_are_counted() {
         let of = |number: u8, priority| {
             let from = IpNet::new([10, 42, 1, number].into(), 32).ok();
             Selected { selector: selector(priority, from, None), input: None, ipv4: true }
         };
         let alike = (0..100).map(|priority| of(7, priority));
         let others = (100..150).map(|number| of(number, number.into()));
-        let (selected, unread) = few(alike.chain(others).collect());
-        assert_eq!((selected.len(), unread), (MOST, 51 - MOST));
+        let (selected, unread) = distinct(alike.chain(others).collect());
+        assert_eq!((selected.len(), unread), (MAX_SELECTORS, 51 - MAX_SELECTORS));
         assert_eq!(selected[..2], [of(7, 0), of(100, 100)]);
-        assert_eq!(few(Vec::new()).1, 0);
+        assert_eq!(distinct(Vec::new()).1, 0);
     }
 }

@@ -26,11 +26,11 @@ const STRICT: u8 = 1;
 pub(super) struct Witness<'a> {
     netlink: &'a mut Netlink,
     desired: &'a Desired,
-    facts: Option<Facts>,
+    host_facts: Option<HostFacts>,
 }
 
 /// Links, addresses and rules of this host.
-struct Facts {
+struct HostFacts {
     links: Vec<Link>,
     /// Addresses of this host.
     has: Vec<IpAddr>,
@@ -45,7 +45,7 @@ struct Facts {
 impl<'a> Witness<'a> {
     /// Returns a witness for one pass.
     pub(super) const fn new(netlink: &'a mut Netlink, desired: &'a Desired) -> Self {
-        Self { netlink, desired, facts: None }
+        Self { netlink, desired, host_facts: None }
     }
 
     /// Returns why the kernel diverts a packet or limits it to a smaller size; `None` if it does
@@ -75,7 +75,7 @@ impl<'a> Witness<'a> {
         };
         if question.agrees(answer) && !found.is_some_and(|found| found.rewrites) {
             return match found {
-                Some(found) => self.unseen(question, &query, found),
+                Some(found) => self.route_problem(question, &query, found),
                 None => Ok(None),
             };
         }
@@ -89,7 +89,7 @@ impl<'a> Witness<'a> {
 
     /// Returns problems of another program's route that one lookup does not show: a wrong next hop among
     /// several, or a smaller MTU than that of gossamer's route.
-    fn unseen(
+    fn route_problem(
         &mut self,
         question: &Question,
         query: &Query,
@@ -148,15 +148,15 @@ impl<'a> Witness<'a> {
             Some((to, entry.metric))
         });
         let back = question.from.and_then(|from| self.netlink.route(&Query::to(from)).ok());
-        let facts = match &mut self.facts {
-            Some(facts) => facts,
-            none => none.insert(Facts::gather(self.netlink)?),
+        let host_facts = match &mut self.host_facts {
+            Some(host_facts) => host_facts,
+            none => none.insert(HostFacts::read(self.netlink)?),
         };
         // The remote address of a point-to-point link is no address of this host.
-        let connected =
-            is_kernels && entry.is_some_and(|(to, _)| facts.has.iter().any(|ip| to.contains(ip)));
+        let connected = is_kernels
+            && entry.is_some_and(|(to, _)| host_facts.has.iter().any(|ip| to.contains(ip)));
         let family = usize::from(query.to.is_ipv6());
-        let refusals = facts.refusals[family].iter();
+        let refusals = host_facts.refusals[family].iter();
         let others = refusals.filter(|refusal| {
             let is_ours = refusal.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
             // In other tables, a throw route continues with the next rule.
@@ -164,16 +164,16 @@ impl<'a> Witness<'a> {
             !is_ours && is_end && refusal.condition.takes(query.from, query.tos)
         });
         // The rule whose packets are tested has led them there, not another rule with the same table.
-        let mut rules = facts.rules[family].clone();
+        let mut rules = host_facts.rules[family].clone();
         rules.sort_by_key(|(priority, ..)| {
             let of_rule = question.selector.and_then(|selector| selector.priority);
             of_rule.is_some_and(|of_rule| of_rule != *priority)
         });
         Ok(Evidence {
-            input: query.input.and_then(|index| facts.of(index)),
-            output: output.and_then(|index| facts.of(index)),
+            input: query.input.and_then(|index| host_facts.of(index)),
+            output: output.and_then(|index| host_facts.of(index)),
             wanted: match question.expected {
-                Expected::Way { link, .. } => facts.of(link),
+                Expected::Way { link, .. } => host_facts.of(link),
                 Expected::Nowhere | Expected::Unfiltered => None,
             },
             back: back.map(|found| found.link),
@@ -185,7 +185,7 @@ impl<'a> Witness<'a> {
             connected,
             ours: self.desired.tables.routes.get(&question.subject).map(|hop| hop.metric),
             rules,
-            without_main: facts.without_main[family],
+            without_main: host_facts.without_main[family],
             refusals: others.map(|r| (r.destination, r.kind, r.table, r.condition)).collect(),
             forwards: match query.to {
                 IpAddr::V4(_) => is_on("ipv4/ip_forward"),
@@ -196,8 +196,8 @@ impl<'a> Witness<'a> {
     }
 }
 
-impl Facts {
-    fn gather(netlink: &mut Netlink) -> io::Result<Self> {
+impl HostFacts {
+    fn read(netlink: &mut Netlink) -> io::Result<Self> {
         let mut read = |ipv4| {
             let mut rules = netlink.rules(ipv4).unwrap_or_default();
             rules.retain(|rule| rule.protocol != Some(RouteProtocol::Other(ROUTE_PROTOCOL)));

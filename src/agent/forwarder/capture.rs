@@ -17,11 +17,11 @@ use crate::{
 };
 
 /// `ETH_P_ALL`, in network byte order.
-const EVERYTHING: u16 = 3_u16.to_be();
+const ETH_P_ALL: u16 = 3_u16.to_be();
 /// `SKF_AD_OFF + SKF_AD_IFINDEX` of linux/filter.h.
 const INTERFACE: u32 = 0xffff_f000 + 8;
 /// `SKF_AD_OFF + SKF_AD_PKTTYPE` of linux/filter.h.
-const KIND: u32 = 0xffff_f000 + 4;
+const PACKET_TYPE: u32 = 0xffff_f000 + 4;
 /// `PACKET_OUTGOING` of linux/if_packet.h.
 const OUTGOING: u32 = 4;
 /// Length of the IPv4 header without options.
@@ -37,7 +37,7 @@ const UDP: u32 = 17;
 /// Protocol number.
 const TCP: u32 = 6;
 /// Bytes read of a packet: more than any packet of a trial has, even inside a tunnel packet.
-const LONGEST: usize = 192;
+const MAX_READ: usize = 192;
 
 /// A packet socket with a filter for packets of one trial.
 pub struct Capture(Socket);
@@ -61,13 +61,13 @@ impl Capture {
     }
 
     fn with(program: &[SockFilter]) -> io::Result<Self> {
-        let protocol = Protocol::from(i32::from(EVERYTHING));
+        let protocol = Protocol::from(i32::from(ETH_P_ALL));
         let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol))?;
         socket.attach_filter(program)?;
         socket.set_nonblocking(true)?;
         // Discards what arrived before the filter was attached.
         let mut capture = Self(socket);
-        while capture.next(&mut [0; LONGEST])?.is_some() {}
+        while capture.next(&mut [0; MAX_READ])?.is_some() {}
         Ok(capture)
     }
 
@@ -78,13 +78,13 @@ impl Capture {
 
     /// Passes each captured packet to `give`, with the index of the interface.
     pub fn take(&mut self, mut give: impl FnMut(&[u8], u32)) {
-        let mut buffer = [0; LONGEST];
+        let mut buffer = [0; MAX_READ];
         while let Ok(Some((length, interface))) = self.next(&mut buffer) {
             give(&buffer[..length], interface);
         }
     }
 
-    fn next(&mut self, buffer: &mut [u8; LONGEST]) -> io::Result<Option<(usize, u32)>> {
+    fn next(&mut self, buffer: &mut [u8; MAX_READ]) -> io::Result<Option<(usize, u32)>> {
         match recvfrom::<LinkAddr>(self.0.as_raw_fd(), buffer) {
             Ok((length, from)) => {
                 let interface = from.map_or(0, |from| from.ifindex());
@@ -125,7 +125,7 @@ fn program(interface: u32, numbers: &[u32]) -> Vec<SockFilter> {
 fn program_of_tunnels(numbers: &[u32]) -> Vec<SockFilter> {
     /// Length of the UDP, VXLAN and Ethernet headers.
     const AROUND: u32 = 8 + 8 + 14;
-    let mut program = vec![word(KIND), when(OUTGOING, 1, 0), refuse(), byte(0), and(0xf0)];
+    let mut program = vec![word(PACKET_TYPE), when(OUTGOING, 1, 0), refuse(), byte(0), and(0xf0)];
     let of_family = |protocol, header| {
         let mut steps = vec![byte(protocol), when(UDP, 1, 0), refuse()];
         for inner in [IPV4, IPV6] {
@@ -184,7 +184,7 @@ mod tests {
         let (to, from) = UnixDatagram::pair().expect("sockets");
         from.set_nonblocking(true).expect("a socket");
         SockRef::from(&from).attach_filter(program).expect("a filter");
-        to.send(packet).is_ok() && from.recv(&mut [0; LONGEST]).is_ok()
+        to.send(packet).is_ok() && from.recv(&mut [0; MAX_READ]).is_ok()
     }
 
     /// Returns a packet with headers of this family and protocol, followed by a number.
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn packets_without_a_number_of_the_trial_do_not_fill_the_buffer() {
+    fn filter_rejects_packets_without_trial_number() {
         // A packet sent to this socket has no interface, so the test of the interface is cut off.
         let filter = &program(7, &NUMBERS)[3..];
         for (version, protocol) in [(4, UDP), (4, TCP), (6, UDP), (6, TCP)] {
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn tunnel_packets_without_a_number_of_the_trial_do_not_fill_the_buffer() {
+    fn filter_rejects_tunnel_packets_without_trial_number() {
         // A packet sent to this socket is never outgoing, so the test of the direction is cut off.
         let filter = &program_of_tunnels(&NUMBERS)[3..];
         for (outer, inner) in [(4, 4), (4, 6), (6, 4), (6, 6)] {

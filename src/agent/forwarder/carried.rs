@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packets_count_as_lost_only_beside_own_ones_to_the_same_peer_that_left() {
+    fn pod_packets_count_as_lost_only_if_own_ones_to_same_peer_left() {
         let [a, b] = [1, 2].map(|last| IpAddr::from([10, 42, last, 0]));
         let seen = |entered: &[IpAddr], left: &[IpAddr], own: &[IpAddr]| {
             let [left, own] =
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn packets_that_leave_by_none_of_the_interfaces_of_own_ones_are_lost() {
+    fn pod_packets_that_leave_by_other_interfaces_than_own_ones_are_lost() {
         let to = IpAddr::from([10, 42, 1, 0]);
         let seen = |left: &[u32], own: &[u32], spread: bool| {
             let by = |links: &[u32]| BTreeMap::from([(to, links.iter().copied().collect())]);

@@ -39,7 +39,7 @@ pub struct Reasons {
     /// Whether a cause acts before routing has decided between pods and this host.
     pub takes_all: bool,
     /// Causes for packets to pods of other hosts and for answers; `None` if not read.
-    pub far: Option<Vec<String>>,
+    pub remote: Option<Vec<String>>,
     /// Sentences about pods that cannot resolve their gateway, by whether it is the IPv4 one.
     pub gateway: BTreeMap<bool, String>,
     /// Why rules see packets between pods, by whether it concerns IPv4.
@@ -77,7 +77,7 @@ impl Reasons {
         for ipv4 in translated.keys() {
             reasons.translating.insert(*ipv4, translating(setting, *ipv4));
         }
-        let needs_rules = setting.is_far_lost || closed.iter().any(needs_rules);
+        let needs_rules = setting.is_remote_lost || closed.iter().any(needs_rules);
         let (found, takes_all) =
             if needs_rules { suspects(netlink, setting, port, closed) } else { Default::default() };
         for Way { direction, ipv4 } in closed {
@@ -111,12 +111,12 @@ impl Reasons {
                 reasons.bridged.insert(*ipv4, bridged);
             }
         }
-        reasons.far = setting.is_far_lost.then_some(found);
+        reasons.remote = setting.is_remote_lost.then_some(found);
         reasons
     }
 
     /// Removes causes of ways that are not closed any more.
-    pub fn keep(&mut self, closed: &[Way], is_far_lost: bool) {
+    pub fn keep(&mut self, closed: &[Way], is_remote_lost: bool) {
         let is_closed = |is: fn(Direction) -> bool, ipv4| {
             closed.iter().any(|way| is(way.direction) && way.ipv4 == ipv4)
         };
@@ -132,7 +132,7 @@ impl Reasons {
         if !closed.iter().any(needs_rules) {
             self.rules.clear();
         }
-        self.far.take_if(|_| !is_far_lost);
+        self.remote.take_if(|_| !is_remote_lost);
     }
 
     /// Returns whether a cause is known for each of these ways.
@@ -367,7 +367,7 @@ fn suspects(
         link.index == setting.device
             || link.name == bridge_name(setting)
             || Some(link.index) == port
-            || setting.is_far_lost && link.index == setting.underlay
+            || setting.is_remote_lost && link.index == setting.underlay
     };
     for link in links.iter().filter(is_on_the_way) {
         let sides = [Side::Ingress, Side::Egress];
@@ -391,8 +391,8 @@ fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) ->
             _ => {}
         }
     }
-    transports.extend(&setting.far_lost);
-    if transports.is_empty() || setting.is_far_lost && setting.far_lost.is_empty() {
+    transports.extend(&setting.lost_transports);
+    if transports.is_empty() || setting.is_remote_lost && setting.lost_transports.is_empty() {
         transports.extend(Transport::ALL);
     }
     let is_on_the_way = |link: &&Link| {

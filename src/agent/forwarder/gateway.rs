@@ -69,7 +69,7 @@ impl Gateway {
         let mut seen = Vec::new();
         let way = |ip: &IpAddr| Way { direction: Direction::Gateway, ipv4: ip.is_ipv4() };
         let mut open: Vec<IpAddr> = self.addresses.iter().map(|(ip, _)| *ip).collect();
-        open.retain(|ip| match self.ask(*ip) {
+        open.retain(|ip| match self.send_request(*ip) {
             Ok(()) => true,
             Err(error) => {
                 tracing::debug!(%error, %ip, "request for the gateway not sent");
@@ -80,7 +80,7 @@ impl Gateway {
         let until = Instant::now() + TIMEOUT;
         let mut pause = FIRST_PAUSE;
         loop {
-            open.retain(|ip| match self.look(*ip) {
+            open.retain(|ip| match self.check_entry(*ip) {
                 Some(found) => {
                     seen.push((way(ip), found));
                     false
@@ -100,19 +100,19 @@ impl Gateway {
     }
 
     /// Removes the neighbor entry and sends a packet, so that the kernel resolves the gateway.
-    fn ask(&mut self, ip: IpAddr) -> io::Result<()> {
+    fn send_request(&mut self, ip: IpAddr) -> io::Result<()> {
         self.netlink.remove_neighbor(self.link, ip)?;
         let mut sockets = self.addresses.iter().filter(|(gateway, _)| *gateway == ip);
         sockets.try_for_each(|(_, socket)| socket.send_to(&[], (ip, UNUSED)).map(drop))
     }
 
     /// Returns the result from the neighbor entry; `None` while it is incomplete.
-    fn look(&mut self, ip: IpAddr) -> Option<Seen> {
+    fn check_entry(&mut self, ip: IpAddr) -> Option<Seen> {
         match self.netlink.neighbour(self.link, ip) {
             Ok(Some(NeighbourState::Reachable)) => Some(Seen::Passed),
             Ok(Some(NeighbourState::Failed)) => Some(Seen::Lost),
             Ok(Some(NeighbourState::Incomplete)) => None,
-            Ok(_) => self.ask(ip).err().map(|_| Seen::Unclear),
+            Ok(_) => self.send_request(ip).err().map(|_| Seen::Unclear),
             Err(_) => Some(Seen::Unclear),
         }
     }

@@ -88,7 +88,7 @@ mod tests {
     const TUNNEL: (bool, bool) = (false, true);
 
     #[test]
-    fn policy_for_some_packets_between_pods_is_told_unless_an_earlier_one_lets_them_pass() {
+    fn policy_for_some_pod_packets_is_reported_unless_earlier_policy_exempts_them() {
         let network: IpNet = "10.42.0.0/16".parse().expect("a network");
         let told = |policies: &[Policy]| sentences(policies, &[network]);
         let block = policy("10.42.1.3/32", "10.42.0.0/16", BLOCK, 20);

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Bytes read of a packet of a trial.
-const LONGEST: usize = 128;
+const MAX_READ: usize = 128;
 const EPERM: i32 = 1;
 const EMSGSIZE: i32 = 90;
 
@@ -105,12 +105,12 @@ impl PodSockets {
                 self.segments.send_to(&probe.segment(), &to.into())
             }
         };
-        permitted(&sent)
+        check_permission(&sent)
     }
 
     /// Adds the transports of the probes that have arrived to `arrived`. Returns the source address of a
     /// segment if it differs from the probe's. Passes each segment with its source to `give`.
-    pub fn hear<'a>(
+    pub fn receive<'a>(
         &self,
         probes: impl Iterator<Item = &'a Probe> + Clone,
         arrived: &mut BTreeSet<Transport>,
@@ -139,7 +139,7 @@ impl PodSockets {
 ///
 /// # Errors
 /// Fails if the kernel forbids this process to send.
-fn permitted(sent: &io::Result<usize>) -> io::Result<()> {
+fn check_permission(sent: &io::Result<usize>) -> io::Result<()> {
     let errno = sent.as_ref().err().and_then(io::Error::raw_os_error);
     if errno == Some(EPERM) { Err(io::Error::other(MAY_NOT_SEND)) } else { Ok(()) }
 }
@@ -165,14 +165,14 @@ pub fn only_with(
 }
 
 /// Returns whether the kernel reported that a packet sent was too large.
-pub fn hears_too_large(socket: &UdpSocket) -> bool {
+pub fn has_too_large_error(socket: &UdpSocket) -> bool {
     let error = socket.take_error().ok().flatten();
     error.is_some_and(|error| error.raw_os_error() == Some(EMSGSIZE))
 }
 
 /// Passes each queued packet to `give`, with its source.
 pub fn drain(socket: &Socket, mut give: impl FnMut(&[u8], Option<IpAddr>)) {
-    let mut buffer = [0; LONGEST];
+    let mut buffer = [0; MAX_READ];
     while let Ok((length, from)) = recvfrom::<SockaddrStorage>(socket.as_raw_fd(), &mut buffer) {
         let of_v4 = |from: &SockaddrStorage| Some(IpAddr::V4(from.as_sockaddr_in()?.ip()));
         let of_v6 = |from: &SockaddrStorage| Some(IpAddr::V6(from.as_sockaddr_in6()?.ip()));
@@ -181,7 +181,7 @@ pub fn drain(socket: &Socket, mut give: impl FnMut(&[u8], Option<IpAddr>)) {
 }
 
 /// Sends a packet of `size` bytes without fragmentation. Failures are ignored.
-pub fn send_whole(socket: &UdpSocket, to: IpAddr, size: u32, begin: &[u8]) {
+pub fn send_unfragmented(socket: &UdpSocket, to: IpAddr, size: u32, begin: &[u8]) {
     // Discards the error of the previous trial.
     let _ = socket.take_error();
     let length = size.saturating_sub(Family::of(to).headers()) as usize;
@@ -197,11 +197,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn trial_whose_packets_the_kernel_refuses_says_so_and_one_that_finds_no_way_goes_on() {
-        let refused = permitted(&Err(io::Error::from_raw_os_error(EPERM)));
+    fn eperm_fails_trial_and_unreachable_network_does_not() {
+        let refused = check_permission(&Err(io::Error::from_raw_os_error(EPERM)));
         let said = refused.expect_err("no trial").to_string();
         assert!(said.contains("refuses what the agent sends (EPERM)"), "{said}");
-        assert!(permitted(&Err(io::Error::from_raw_os_error(101))).is_ok());
-        assert!(permitted(&Ok(7)).is_ok());
+        assert!(check_permission(&Err(io::Error::from_raw_os_error(101))).is_ok());
+        assert!(check_permission(&Ok(7)).is_ok());
     }
 }

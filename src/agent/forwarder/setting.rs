@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use super::trial::{EXCESS, LARGEST};
+use super::trial::{MAX_MTU, MTU_EXCESS};
 use crate::{
     agent::Agent,
     dataplane::{
@@ -56,9 +56,9 @@ pub struct Setting {
     pub unanswered: bool,
     /// Whether packets to pods of other hosts or their answers are lost, or all packets to a host
     /// without a tunnel.
-    pub is_far_lost: bool,
+    pub is_remote_lost: bool,
     /// Transports of the lost packets, as far as known.
-    pub far_lost: BTreeSet<Transport>,
+    pub lost_transports: BTreeSet<Transport>,
 }
 
 /// A peer, as trials need it.
@@ -96,7 +96,7 @@ impl Agent {
             subnets,
             addresses,
             mate: last_but_one(subnets),
-            mtu: (self.underlay.tunnel_mtu + EXCESS).min(LARGEST),
+            mtu: (self.underlay.tunnel_mtu + MTU_EXCESS).min(MAX_MTU),
             route_mtu: self.underlay.tunnel_mtu,
         });
         let underlay = self.underlay.with_mode(self.config.mode);
@@ -130,12 +130,16 @@ impl Agent {
             carried: self.underlay.tunnel_mtu,
             peers: peers.take(MAX_PEERS).collect(),
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
-            is_far_lost: self.kernel.far.is_in_doubt || self.is_lost_without_tunnel(),
-            far_lost: match self.is_lost_without_tunnel() {
+            is_remote_lost: self.kernel.remote_pods.is_in_doubt || self.is_lost_without_tunnel(),
+            lost_transports: match self.is_lost_without_tunnel() {
                 true => Transport::ALL.into(),
-                false => {
-                    self.kernel.far.closed.iter().map(|way| way.sort.kind.transport()).collect()
-                }
+                false => self
+                    .kernel
+                    .remote_pods
+                    .closed
+                    .iter()
+                    .map(|way| way.sort.kind.transport())
+                    .collect(),
             },
         })
     }

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use super::{gateway::Gateway, home::Home, trial::Sockets};
+use super::{gateway::Gateway, own_host::HostTrial, trial::Sockets};
 use crate::{
     netlink::Netlink,
     pods::standin::{Room, Shape, StandIn},
@@ -18,7 +18,7 @@ pub struct Stage {
     /// Sockets that resolve the gateway.
     pub gateway: Gateway,
     /// Sockets for packets between the pod and this host.
-    pub home: Home,
+    pub own_host: HostTrial,
 }
 
 impl Stage {
@@ -42,8 +42,8 @@ impl Stage {
         });
         match opened {
             Ok((mate, (sockets, gateway))) => {
-                let home = Home::open(&standin, shape);
-                Ok(Some(Self { standin, mate, sockets, gateway, home }))
+                let own_host = HostTrial::open(&standin, shape);
+                Ok(Some(Self { standin, mate, sockets, gateway, own_host }))
             }
             Err(error) => {
                 standin.remove(netlink);

@@ -14,8 +14,8 @@ use super::{
     Peer, Setting,
     capture::Capture,
     carried::Carried,
-    finding::Finding,
-    pod::{PodSockets, hears_too_large, send_whole},
+    pod::{PodSockets, has_too_large_error, send_unfragmented},
+    resolution::Resolution,
 };
 use crate::{
     agent::start::random,
@@ -34,11 +34,11 @@ use crate::{
 /// Time limit; packets that have not arrived by then are lost.
 const TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of peers per trial.
-const ASKED: usize = 3;
+const MAX_PEERS_PER_TRIAL: usize = 3;
 /// By this many bytes the MTU of the agent's own pod exceeds that of the tunnel.
-pub const EXCESS: u32 = 64;
+pub const MTU_EXCESS: u32 = 64;
 /// Largest MTU of an interface in bytes.
-pub const LARGEST: u32 = 65_535;
+pub const MAX_MTU: u32 = 65_535;
 
 /// Sockets of the pods and of this host.
 pub struct Sockets(Vec<FamilySockets>);
@@ -50,7 +50,7 @@ struct FamilySockets {
     /// Sends this host's own echo requests.
     home: Socket,
     /// A second pod, to which the first one sends packets and address resolution frames.
-    mate: Option<(PodSockets, Finding)>,
+    mate: Option<(PodSockets, Resolution)>,
 }
 
 /// The input of one trial.
@@ -94,7 +94,7 @@ struct Check<'a> {
     /// Packets to all chosen peers.
     outgoing: Vec<Probe>,
     /// Packets to the second pod; empty if those are not tested.
-    beside: Vec<Probe>,
+    to_mate: Vec<Probe>,
     /// Whether a peer has answered this host's own echo request.
     answered: bool,
     /// A packet that just fits into the tunnel to a peer, with its size in bytes.
@@ -104,17 +104,17 @@ struct Check<'a> {
     /// Destination and size of a packet that does not fit.
     too_large: Option<(IpAddr, u32)>,
     /// Whether the ICMP error for it arrived.
-    told: bool,
+    error_arrived: bool,
     /// Outgoing packets captured on the device.
     left: BTreeSet<Transport>,
     /// Incoming packets captured on the device.
-    come: BTreeSet<Transport>,
+    captured_in: BTreeSet<Transport>,
     /// Incoming packets that arrived at the pod.
     arrived: BTreeSet<Transport>,
     /// Packets that arrived at the second pod.
-    arrived_beside: BTreeSet<Transport>,
+    arrived_at_mate: BTreeSet<Transport>,
     /// Address resolution frames that arrived at the second pod.
-    found_beside: [bool; 2],
+    resolved_at_mate: [bool; 2],
     /// Source address that replaced the pod's.
     translated: Option<IpAddr>,
     /// Source address that replaced the sender's.
@@ -135,10 +135,10 @@ impl Sockets {
             let home = family.open()?;
             home.set_nonblocking(true)?;
             let of_family = |ip: &IpAddr| ip.is_ipv4() == address.is_ipv4();
-            let beside = shape.mate.into_iter().flat_map(Addresses::iter).find(of_family);
-            let mate = mate.zip(beside).map(|(mate, to)| {
-                let finding = Finding::open(standin, mate, address, to)?;
-                io::Result::Ok((PodSockets::open(mate, to)?, finding))
+            let to_mate = shape.mate.into_iter().flat_map(Addresses::iter).find(of_family);
+            let mate = mate.zip(to_mate).map(|(mate, to)| {
+                let resolution = Resolution::open(standin, mate, address, to)?;
+                io::Result::Ok((PodSockets::open(mate, to)?, resolution))
             });
             Ok(FamilySockets { family, pod, home, mate: mate.transpose()? })
         };
@@ -174,7 +174,7 @@ impl Trial<'_> {
             if !pause.is_zero() && !wait(&fds, pause) {
                 return Ok(None);
             }
-            checks.iter_mut().for_each(Check::hear);
+            checks.iter_mut().for_each(Check::receive);
             capture.take(|packet, _| checks.iter_mut().for_each(|check| check.on_device(packet)));
             tunnels.take(|packet, link| {
                 checks.iter_mut().for_each(|check| _ = check.on_wire(packet, link));
@@ -209,9 +209,13 @@ impl Trial<'_> {
             if peers.is_empty() && mate.is_none() {
                 continue;
             }
-            let start = self.turn.wrapping_mul(ASKED) % peers.len().max(1);
-            let chosen: Vec<_> =
-                peers.iter().cycle().skip(start).take(ASKED.min(peers.len())).collect();
+            let start = self.turn.wrapping_mul(MAX_PEERS_PER_TRIAL) % peers.len().max(1);
+            let chosen: Vec<_> = peers
+                .iter()
+                .cycle()
+                .skip(start)
+                .take(MAX_PEERS_PER_TRIAL.min(peers.len()))
+                .collect();
             let [a, b, ..] = random()?;
             let asker = ProbeIdentity { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
             family.filter(home, asker, false)?;
@@ -224,7 +228,7 @@ impl Trial<'_> {
             let probe =
                 |transport, from, to, ports, nonce| Probe { transport, from, to, ports, nonce };
             // Size of a packet from the pod that does not fit.
-            let carried = self.setting.carried + EXCESS / 2;
+            let carried = self.setting.carried + MTU_EXCESS / 2;
             let through = chosen.iter().find(|(peer, _)| peer.tunnelled);
             let incoming = through.into_iter().flat_map(|(peer, vtep)| {
                 let ports = [[UNUSED, pod.port], [fresh, UNUSED]];
@@ -241,7 +245,7 @@ impl Trial<'_> {
                     .zip(ports)
                     .map(|(transport, ports)| probe(transport, pod.address, *vtep, ports, outwards))
             });
-            let beside = mate.into_iter().flat_map(|(mate, _)| {
+            let to_mate = mate.into_iter().flat_map(|(mate, _)| {
                 let ports = [[pod.port, mate.port], [fresh, UNUSED]];
                 Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| {
                     probe(transport, pod.address, mate.address, ports, sideways)
@@ -254,20 +258,20 @@ impl Trial<'_> {
                 asked: chosen.iter().map(|(_, vtep)| *vtep).collect(),
                 incoming: incoming.collect(),
                 outgoing: outgoing.collect(),
-                beside: beside.collect(),
+                to_mate: to_mate.collect(),
                 answered: false,
                 fitting: through.map(|(peer, vtep)| {
                     let ports = [pod.port, UNUSED_OUT];
                     (probe(Transport::Udp, pod.address, *vtep, ports, whole), peer.carried)
                 }),
                 fitting_left: false,
-                too_large: through.filter(|_| carried < LARGEST).map(|(_, vtep)| (*vtep, carried)),
-                told: false,
+                too_large: through.filter(|_| carried < MAX_MTU).map(|(_, vtep)| (*vtep, carried)),
+                error_arrived: false,
                 left: BTreeSet::new(),
-                come: BTreeSet::new(),
+                captured_in: BTreeSet::new(),
                 arrived: BTreeSet::new(),
-                arrived_beside: BTreeSet::new(),
-                found_beside: [false; 2],
+                arrived_at_mate: BTreeSet::new(),
+                resolved_at_mate: [false; 2],
                 translated: None,
                 arriving: None,
                 carried: through.map(|_| Carried {
@@ -307,8 +311,8 @@ impl Check<'_> {
     /// Sends all packets of the trial except the injected ones.
     fn send(&self) -> io::Result<()> {
         let FamilySockets { family, pod, home, mate } = self.sockets;
-        if let (Some((_, finding)), [_, ..]) = (mate, &self.beside[..]) {
-            finding.send();
+        if let (Some((_, resolution)), [_, ..]) = (mate, &self.to_mate[..]) {
+            resolution.send();
         }
         for (number, to) in self.asked.iter().enumerate() {
             // The number in the payload identifies the echo request inside a tunnel packet.
@@ -316,12 +320,12 @@ impl Check<'_> {
             let packet = family.request_with(self.asker.identifier, number as u16, &payload);
             let _ = home.send_to(&packet, &SocketAddr::new(*to, 0).into());
         }
-        self.outgoing.iter().chain(&self.beside).try_for_each(|probe| pod.send(probe))?;
+        self.outgoing.iter().chain(&self.to_mate).try_for_each(|probe| pod.send(probe))?;
         if let Some((probe, size)) = &self.fitting {
-            send_whole(&pod.fitting, probe.to, *size, &Probe::payload(probe.nonce));
+            send_unfragmented(&pod.fitting, probe.to, *size, &Probe::payload(probe.nonce));
         }
         if let Some((to, size)) = self.too_large {
-            send_whole(&pod.large, to, size, &[]);
+            send_unfragmented(&pod.large, to, size, &[]);
         }
         Ok(())
     }
@@ -339,36 +343,36 @@ impl Check<'_> {
         let FamilySockets { pod, home, mate, .. } = self.sockets;
         let pods = [pod].into_iter().chain(mate.as_ref().map(|(mate, _)| mate));
         let inside = pods.flat_map(|pod| [pod.datagrams.as_fd(), pod.segments.as_fd()]);
-        let finding = mate.iter().map(|(_, finding)| finding.socket().as_fd());
-        inside.chain(finding).chain([pod.large.as_fd(), home.as_fd()])
+        let resolution = mate.iter().map(|(_, resolution)| resolution.socket().as_fd());
+        inside.chain(resolution).chain([pod.large.as_fd(), home.as_fd()])
     }
 
     /// Records what has arrived at the pods and what has answered this host.
-    fn hear(&mut self) {
+    fn receive(&mut self) {
         let FamilySockets { family, pod, home, mate } = self.sockets;
         while let Ok(heard) = family.receive(home, self.asker) {
             self.answered |= heard.is_some_and(|heard| matches!(heard.kind, IcmpKind::Answer(_)));
         }
-        self.told |= hears_too_large(&pod.large);
+        self.error_arrived |= has_too_large_error(&pod.large);
         // A route with a smaller MTU exists, so the packet is too large and proves nothing.
-        self.fitting.take_if(|_| hears_too_large(&pod.fitting));
+        self.fitting.take_if(|_| has_too_large_error(&pod.fitting));
         let incoming = self.incoming.iter().map(|packet| &packet.probe);
         let accepts = |probes: &[Probe], segment: &[u8], from: Option<IpAddr>| {
             let mut asked = probes.iter().filter(|probe| from == Some(probe.to));
             asked.any(|probe| probe.is_accepted_by(segment))
         };
-        let arriving = pod.hear(incoming, &mut self.arrived, |segment, from| {
+        let arriving = pod.receive(incoming, &mut self.arrived, |segment, from| {
             if accepts(&self.outgoing, segment, from) {
                 self.left.insert(Transport::Tcp);
             }
-            if accepts(&self.beside, segment, from) {
-                self.arrived_beside.insert(Transport::Tcp);
+            if accepts(&self.to_mate, segment, from) {
+                self.arrived_at_mate.insert(Transport::Tcp);
             }
         });
         self.arriving = self.arriving.or(arriving);
-        if let Some((mate, finding)) = mate {
-            mate.hear(self.beside.iter(), &mut self.arrived_beside, |_, _| {});
-            finding.hear(&mut self.found_beside);
+        if let Some((mate, resolution)) = mate {
+            mate.receive(self.to_mate.iter(), &mut self.arrived_at_mate, |_, _| {});
+            resolution.receive(&mut self.resolved_at_mate);
         }
     }
 
@@ -391,7 +395,7 @@ impl Check<'_> {
             self.translated = self.translated.or((is_new && from != address).then_some(from));
         }
         if self.incoming.iter().any(|packet| is_it(&packet.probe)) {
-            self.come.insert(transport);
+            self.captured_in.insert(transport);
         }
         let is_accepted =
             |packet: &Tunnelled| from == packet.probe.to && packet.probe.is_accepted_by(segment);
@@ -421,12 +425,12 @@ impl Check<'_> {
         if self.carried.as_ref().is_some_and(|carried| carried.seen() == Seen::Lost) {
             return false;
         }
-        (self.too_large.is_none() || self.told)
+        (self.too_large.is_none() || self.error_arrived)
             && (self.fitting.is_none() || self.fitting_left)
             && (self.outgoing.is_empty() || all(&self.left))
             && (self.incoming.is_empty() || all(&self.arrived))
-            && (self.beside.is_empty()
-                || all(&self.arrived_beside) && self.found_beside == [true; 2])
+            && (self.to_mate.is_empty()
+                || all(&self.arrived_at_mate) && self.resolved_at_mate == [true; 2])
     }
 
     /// Returns the verdicts.
@@ -445,18 +449,18 @@ impl Check<'_> {
             note(Direction::LargeOut, fits);
         }
         if self.too_large.is_some() {
-            let told = match (self.told, self.fitting_left) {
+            let error_arrived = match (self.error_arrived, self.fitting_left) {
                 (true, _) => Seen::Passed,
                 (false, true) => Seen::Lost,
                 (false, false) => Seen::Unclear,
             };
-            note(Direction::TooLarge, told);
+            note(Direction::TooLarge, error_arrived);
         }
         if let Some(carried) = &self.carried {
             note(Direction::Carried, carried.seen());
         }
-        if !self.beside.is_empty() {
-            let is_found = self.found_beside == [true; 2];
+        if !self.to_mate.is_empty() {
+            let is_found = self.resolved_at_mate == [true; 2];
             note(Direction::Finding, if is_found { Seen::Passed } else { Seen::Lost });
         }
         for transport in Transport::ALL {
@@ -470,16 +474,18 @@ impl Check<'_> {
                 note(Direction::Out(transport), out);
             }
             if !self.incoming.is_empty() {
-                let comes =
-                    match (self.arrived.contains(&transport), self.come.contains(&transport)) {
-                        (true, _) => Seen::Passed,
-                        (false, true) => Seen::Lost,
-                        (false, false) => Seen::Unclear,
-                    };
+                let comes = match (
+                    self.arrived.contains(&transport),
+                    self.captured_in.contains(&transport),
+                ) {
+                    (true, _) => Seen::Passed,
+                    (false, true) => Seen::Lost,
+                    (false, false) => Seen::Unclear,
+                };
                 note(Direction::In(transport), comes);
             }
-            if !self.beside.is_empty() {
-                let has_arrived = self.arrived_beside.contains(&transport);
+            if !self.to_mate.is_empty() {
+                let has_arrived = self.arrived_at_mate.contains(&transport);
                 let between = if has_arrived { Seen::Passed } else { Seen::Lost };
                 note(Direction::Between(transport), between);
             }

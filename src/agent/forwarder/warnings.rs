@@ -20,8 +20,8 @@ use crate::{
 
 const CLOSED_TO_PODS: &str = "pods do not reach their own host: it answers no echo, no datagram \
                               and no connection of theirs, as to a DNS server or an API server there";
-const CLOSED_TO_HOST: &str = "this host does not reach its own pods: its packets to them do not arrive, including \
-                              a kubelet's probes and a proxy's requests";
+const CLOSED_TO_HOST: &str = "this host does not reach its own pods: its packets to them do not \
+                              arrive, including a kubelet's probes and a proxy's requests";
 
 /// Returns warnings for a trial that cannot be made, including rules that certainly drop packets of
 /// pods.

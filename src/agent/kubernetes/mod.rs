@@ -19,7 +19,7 @@ use std::{
 use ipnet::IpNet;
 
 pub(super) use self::inquiry::{NodeReport, Source};
-use super::{StartFailure, waiting::Waiting};
+use super::{StartFailure, startup_wait::StartupWait};
 use crate::{config::PodCidr, files, model::Pool, store::StateDir};
 
 /// Pause after a failure that names no other one.
@@ -67,18 +67,18 @@ pub(super) async fn find(
     name: &str,
     pool: &Pool,
     state: &StateDir,
-    waiting: &mut Waiting<'_>,
+    waiting: &mut StartupWait<'_>,
 ) -> Result<Option<Given>, StartFailure> {
-    waiting.begin("waiting for Kubernetes: it was asked for this node's subnet");
+    waiting.set_activity("waiting for Kubernetes: it was asked for this node's subnet");
     loop {
-        let Some(asked) = waiting.until(ask(source, name, pool, Age::Newest)).await else {
+        let Some(asked) = waiting.run(ask(source, name, pool, Age::Newest)).await else {
             return Ok(None);
         };
         let (why, pause) = match asked {
             Ok((cidrs, address)) => {
                 state.save_pod_cidrs(&cidrs)?;
                 answer::warn_of_unused(&cidrs, pool);
-                let Some(others) = waiting.until(others(source, name)).await else {
+                let Some(others) = waiting.run(others(source, name)).await else {
                     return Ok(None);
                 };
                 return Ok(Some(Given { cidrs, address, others }));
@@ -97,8 +97,8 @@ pub(super) async fn find(
                 (why, pause)
             }
         };
-        waiting.say(format!("waiting for Kubernetes: {why}"));
-        if waiting.until(tokio::time::sleep(pause)).await.is_none() {
+        waiting.report_problem(format!("waiting for Kubernetes: {why}"));
+        if waiting.run(tokio::time::sleep(pause)).await.is_none() {
             return Ok(None);
         }
     }

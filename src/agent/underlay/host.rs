@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{ChosenUnderlay, ETHERNET_MTU, UnderlayError, carrier::absence};
+use super::{ChosenUnderlay, ETHERNET_MTU, UnderlayError};
 use crate::{
     config::{Config, IfaceChoice},
     dataplane::desired::{Mode, overhead},
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Maximum number of peers for which routes are looked up: enough to determine the uplink of most peers.
-const PEERS: usize = 16;
+const MAX_PEERS: usize = 16;
 /// Documentation addresses (RFC 5737, RFC 3849): their route is that of distant hosts.
 const DISTANT: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
@@ -27,12 +27,10 @@ const DISTANT: [IpAddr; 2] = [
 ];
 /// Prefix of the aliases of gossamer's devices, bridges and ports.
 const OUR_ALIAS: &str = "gossamer ";
-/// Maximum number of unusable addresses that are named with the reason.
-const UNUSED: usize = 3;
 /// The interfaces, and the addresses that can carry tunnels, best ones first.
 pub(super) struct Host {
-    links: Vec<Link>,
-    addresses: Vec<Address>,
+    pub(super) links: Vec<Link>,
+    pub(super) addresses: Vec<Address>,
     /// Usable addresses, best ones first.
     pub(super) candidates: Vec<Address>,
     /// Addresses of peers and seeds, with the interface that leads to each (0: none).
@@ -44,7 +42,7 @@ impl Host {
     ///
     /// # Errors
     /// Fails if the kernel cannot be queried.
-    pub(super) fn look(
+    pub(super) fn read(
         netlink: &mut Netlink,
         config: &Config,
         peers: impl Iterator<Item = IpAddr>,
@@ -52,7 +50,7 @@ impl Host {
         let (links, addresses) = (netlink.links()?, netlink.addresses()?);
         let mut link_to = |peer| netlink.route(&Query::to(peer)).map_or(0, |found| found.link);
         let seeds = config.seeds.iter().filter_map(|seed| seed.parse::<SocketAddr>().ok());
-        let peers = seeds.map(|seed| seed.ip()).chain(peers).take(PEERS);
+        let peers = seeds.map(|seed| seed.ip()).chain(peers).take(MAX_PEERS);
         let peers = peers.map(|peer| (peer, link_to(peer))).collect();
         let mut host = Self { links, addresses, candidates: Vec::new(), peers };
         let named = match &config.iface {
@@ -240,16 +238,11 @@ impl Host {
         if self.has_carrier(address) { self.peers.iter().filter(is_near).count() } else { 0 }
     }
 
-    /// Returns the error that the interface has no carrier.
-    pub(super) fn no_carrier(&self, link: &Link) -> UnderlayError {
-        UnderlayError::NoCarrier { iface: link.name.clone(), why: absence(link, &self.links) }
-    }
-
     fn has_carrier(&self, address: &Address) -> bool {
         self.link(address.link).is_some_and(|link| link.carrier)
     }
 
-    fn is_called(&self, address: &Address, name: &str) -> bool {
+    pub(super) fn is_called(&self, address: &Address, name: &str) -> bool {
         self.link(address.link).is_some_and(|link| link.is_called(name))
     }
 
@@ -278,7 +271,7 @@ impl Host {
     ///
     /// # Errors
     /// Fails if the interface has become a port of another one.
-    pub(super) fn fading(
+    pub(super) fn deprecated_present(
         &self,
         present: &ChosenUnderlay,
     ) -> Result<Option<Address>, UnderlayError> {
@@ -292,24 +285,6 @@ impl Host {
             Some(error) => Err(error),
             None => Ok(found),
         }
-    }
-
-    /// Returns an error if the named interface has an address but is a port of another one.
-    pub(super) fn misplaced(&self, choice: &IfaceChoice) -> Option<UnderlayError> {
-        let IfaceChoice::Name(name) = choice else { return None };
-        let mut own = self.addresses.iter();
-        let own = own.find(|address| is_reachable(address.ip) && self.is_called(address, name));
-        self.left_on_port(own?)
-    }
-
-    /// Returns an error if the interface of an address is a port of another one, such as a bridge, which
-    /// receives its packets.
-    fn left_on_port(&self, address: &Address) -> Option<UnderlayError> {
-        let link = self.link(address.link)?;
-        let controller = self.link(link.controller()?).filter(|other| other.kind != "vrf")?;
-        let (iface, controller) = (link.name.clone(), controller.name.clone());
-        let address = IpNet::new(address.ip, address.prefix_len).ok()?;
-        Some(UnderlayError::Port { iface, controller, address })
     }
 
     /// Completes the choice of an address.
@@ -369,113 +344,6 @@ impl Host {
         let by_route = by_route.filter(|link| !link.loopback).map(mtu);
         by_route.or_else(|| carriers().map(mtu).min()).unwrap_or(ETHERNET_MTU)
     }
-
-    /// Returns the error that no address fits, with the candidates.
-    pub(super) fn no_match(&self, choice: &IfaceChoice) -> UnderlayError {
-        let what = match choice {
-            IfaceChoice::Name(name) => self.why_not(name),
-            IfaceChoice::Address(ip) => format!("no interface that is up has address {ip}"),
-            IfaceChoice::Regex(regex) => format!("no interface that is up matches {regex}"),
-            IfaceChoice::CanReach(ip) => format!("no interface leads to {ip}"),
-            IfaceChoice::Default => {
-                "there is no default route: wait for the network, or choose an \
-                                     interface with --iface"
-                    .to_owned()
-            }
-        };
-        let named = |address: &Address| {
-            self.link(address.link).map(|link| format!("{} ({})", link.name, address.ip))
-        };
-        let list: Vec<_> = self.candidates.iter().filter_map(named).collect();
-        let mut candidates = if list.is_empty() { "none".to_owned() } else { list.join(", ") };
-        let unused = self.addresses.iter().filter(|address| is_reachable(address.ip));
-        let unused = unused.filter_map(|address| {
-            let named = named(address)?;
-            if address.duplicate {
-                Some(format!(
-                    "; another machine has the address of {named}, too, so it is not used"
-                ))
-            } else if address.tentative {
-                Some(format!(
-                    "; {named} is not used before the kernel knows that no other machine has it"
-                ))
-            } else if address.deprecated {
-                Some(format!(
-                    "; {named} is deprecated, so it is not used: its router or DHCP server has not \
-                     renewed it, or its preferred lifetime was set to 0 (ip addr show)"
-                ))
-            } else {
-                None
-            }
-        });
-        candidates.extend(unused.take(UNUSED));
-        UnderlayError::NoMatch { what, candidates }
-    }
-
-    /// Returns an error if another interface than the named one has the present address, because it was
-    /// renamed or became a port of a bridge.
-    pub(super) fn moved(&self, present: &ChosenUnderlay, config: &Config) -> Option<UnderlayError> {
-        let IfaceChoice::Name(iface) = &config.iface else { return None };
-        let holder = self.addresses.iter().find(|address| address.ip == present.local)?;
-        let link = self.link(holder.link).filter(|link| link.up && !link.is_called(iface))?;
-        let (address, iface, now) = (present.local, iface.clone(), link.name.clone());
-        Some(UnderlayError::Moved { address, iface, now })
-    }
-
-    /// Returns an error if the interface has lost the present address and nothing more specific is
-    /// known.
-    pub(super) fn vanished(
-        &self,
-        present: &ChosenUnderlay,
-        config: &Config,
-    ) -> Option<UnderlayError> {
-        let link = self.links.iter().find(|link| link.name == present.name && link.up)?;
-        let mut own = self.addresses.iter().filter(|address| address.link == link.index);
-        if own.any(|address| address.ip == present.local) {
-            return None;
-        }
-        let is_other = |address: &&Address| {
-            let ipv4 = present.local.is_ipv4();
-            address.link == link.index && address.ip.is_ipv4() == ipv4
-        };
-        let others = self.addresses.iter().filter(is_other);
-        let others: Vec<String> = others.map(|address| address.ip.to_string()).collect();
-        let (address, iface) = (present.local, link.name.clone());
-        let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
-        let others = match others.as_slice() {
-            [] => format!("no {family} address"),
-            others => others.join(", "),
-        };
-        let awaited = match (&config.iface, config.listen.filter(|at| !at.ip().is_unspecified())) {
-            (IfaceChoice::Default, None) => {
-                format!("an interface with a default route has an {family} address")
-            }
-            (IfaceChoice::Name(_), None) => format!("{iface} has an {family} address"),
-            (IfaceChoice::Regex(regex), None) => {
-                format!("an interface that matches {regex} has an {family} address")
-            }
-            (IfaceChoice::CanReach(ip), None) => {
-                format!("an interface with an {family} address leads to {ip}")
-            }
-            _ => "the address is back".to_owned(),
-        };
-        Some(UnderlayError::Vanished { address, iface, others, awaited })
-    }
-
-    /// Describes why the named interface is unusable.
-    fn why_not(&self, name: &str) -> String {
-        let Some(link) = self.links.iter().find(|link| link.is_called(name)) else {
-            return format!("there is no interface {name}");
-        };
-        let controller = link.controller().and_then(|index| self.link(index));
-        match controller.filter(|controller| controller.kind != "vrf") {
-            _ if !link.up => format!("interface {name} is down"),
-            Some(controller) => {
-                format!("interface {name} is a port of {0}: name {0} instead", controller.name)
-            }
-            None => format!("interface {name} has no address that peers could reach"),
-        }
-    }
 }
 
 /// Returns whether the peer is in the network of the address.
@@ -511,7 +379,7 @@ fn sources(netlink: &mut Netlink, candidates: &[Address]) -> Vec<(u32, IpAddr)> 
 
 /// Returns whether peers on other hosts could reach an address. Addresses between a host and its own
 /// IPv4-to-IPv6 translator (RFC 7335) are the same on every host.
-const fn is_reachable(ip: IpAddr) -> bool {
+pub(super) const fn is_reachable(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {
             let is_translated = matches!(ip.octets(), [192, 0, 0, 0..=7]);

@@ -9,6 +9,7 @@
 //! [`watch`] decides when a change counts.
 
 mod carrier;
+mod errors;
 mod host;
 mod watch;
 
@@ -139,16 +140,16 @@ pub fn choose(
     config: &Config,
     peers: impl Iterator<Item = IpAddr>,
 ) -> Result<ChosenUnderlay, UnderlayError> {
-    let host = Host::look(netlink, config, peers)?;
+    let host = Host::read(netlink, config, peers)?;
     match host.by_config(netlink, config, None)? {
         Some(found) => host.chosen(netlink, found, config),
-        None => Err(host.misplaced(&config.iface).unwrap_or_else(|| host.no_match(&config.iface))),
+        None => Err(host.port_error(&config.iface).unwrap_or_else(|| host.no_match(&config.iface))),
     }
 }
 
 /// A comparison of the present choice with the current interfaces.
 #[derive(Clone, Debug)]
-pub struct Look {
+pub struct UnderlayCheck {
     /// The best choice; the present one unless another is better.
     pub found: Result<ChosenUnderlay, UnderlayError>,
     /// Whether the interface still has the present address.
@@ -160,14 +161,14 @@ pub struct Look {
 /// An address stays chosen while its interface has it, unless the operator left the choice open and the
 /// best default route leads over another interface, by which the kernel also reaches the peers. Only
 /// addresses of the present family count, because existing tunnels use it.
-pub fn look_again(
+pub fn recheck(
     netlink: &mut Netlink,
     config: &Config,
     present: &ChosenUnderlay,
     peers: impl Iterator<Item = IpAddr>,
-) -> Look {
-    let look = |netlink: &mut Netlink| -> Result<(ChosenUnderlay, bool), UnderlayError> {
-        let mut host = Host::look(netlink, config, peers)?;
+) -> UnderlayCheck {
+    let check = |netlink: &mut Netlink| -> Result<(ChosenUnderlay, bool), UnderlayError> {
+        let mut host = Host::read(netlink, config, peers)?;
         host.candidates.retain(|candidate| candidate.ip.is_ipv4() == present.local.is_ipv4());
         // A socket bound to one address receives only packets to that address.
         let bound = config.listen.map(|listen| listen.ip()).filter(|ip| !ip.is_unspecified());
@@ -180,10 +181,10 @@ pub fn look_again(
             (Some(held), Some(best)) if held.link != best.link => best,
             (Some(held), _) => held,
             (None, Some(best)) => best,
-            (None, None) => host.fading(present)?.ok_or_else(|| {
-                let moved = host.moved(present, config);
-                moved
-                    .or_else(|| host.vanished(present, config))
+            (None, None) => host.deprecated_present(present)?.ok_or_else(|| {
+                let moved_error = host.moved_error(present, config);
+                moved_error
+                    .or_else(|| host.vanished_error(present, config))
                     .unwrap_or_else(|| host.no_match(&config.iface))
             })?,
         };
@@ -192,8 +193,8 @@ pub fn look_again(
         }
         Ok((host.chosen(netlink, found, config)?, held.is_some()))
     };
-    match look(netlink) {
-        Ok((found, present_holds)) => Look { found: Ok(found), present_holds },
-        Err(error) => Look { found: Err(error), present_holds: false },
+    match check(netlink) {
+        Ok((found, present_holds)) => UnderlayCheck { found: Ok(found), present_holds },
+        Err(error) => UnderlayCheck { found: Err(error), present_holds: false },
     }
 }

@@ -4,8 +4,8 @@
 //! every ten seconds.
 
 mod absent;
-mod guests;
-mod news;
+mod foreign_ports;
+mod notifications;
 mod successors;
 
 use std::{
@@ -22,7 +22,7 @@ use std::{
 
 use tokio::sync::oneshot::Sender;
 
-use self::absent::{Fetched, look, note_absent};
+use self::absent::{Fetched, look, report_absent};
 use super::{opponents::Opponents, overruns::Overruns};
 use crate::{
     api::{PodError, PodStatus},
@@ -37,9 +37,9 @@ use crate::{
 };
 
 /// Longest time between two repairs of the bridge.
-const LOOK: Duration = Duration::from_secs(10);
+const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// Shortest time between two repairs, so that endless changes cannot use a whole CPU.
-const GAP: Duration = Duration::from_millis(20);
+const MIN_REPAIR_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A task for the thread. Results are reported under the task's number.
 #[derive(Debug)]
@@ -77,7 +77,7 @@ pub enum Job {
         reply: Sender<Result<Vec<IpAddr>, PodError>>,
     },
     /// Checks which of these pods are gone.
-    Look { number: u64, pods: Vec<Suspect> },
+    FindGone { number: u64, pods: Vec<Suspect> },
     /// Marks pods without a veth pair as orphans. The thread itself sends the reply.
     List { pods: Vec<PodStatus>, reply: Sender<Vec<PodStatus>> },
 }
@@ -93,7 +93,7 @@ pub struct Suspect {
 
 /// Pods that are gone or about to be, by the names of their veth pairs.
 #[derive(Debug, Default)]
-pub struct Looked {
+pub struct GonePods {
     /// The kernel has no such veth pair any more.
     pub gone: BTreeSet<String>,
     /// The veth pair exists, but the path does not lead to its namespace any more: the kernel may be
@@ -109,16 +109,16 @@ pub enum AttachResult {
     /// A pod was disconnected. The result is `false` if it had no veth pair.
     Disconnected { number: u64, attachment: Attachment, result: io::Result<bool> },
     /// Which pods are gone.
-    Looked { number: u64, result: io::Result<Looked> },
+    GonePods { number: u64, result: io::Result<GonePods> },
     /// Veth pairs of pods that are missing, and those among them that have been missing for
     /// [`RECHECK_INTERVAL`].
     Absent { links: BTreeSet<String>, confirmed: BTreeSet<String> },
     /// The check of [`Job::Expect`] is complete. Its result was reported before.
-    LookedAhead,
+    PlaceChecked,
     /// Why no pod can be connected; `None` once pods can be connected again.
     Refusal(Option<String>),
     /// The bridge was repaired, or its problems have changed.
-    Mended {
+    BridgeRepaired {
         /// What was repaired at the bridge and its ports, or why it could not be.
         result: io::Result<RepairReport>,
         /// Lasting problems of the bridge and its ports.
@@ -131,7 +131,7 @@ pub enum AttachResult {
 }
 
 /// Handle of the threads.
-pub struct Wirer {
+pub struct AttachWorker {
     pub(super) worker: Worker<Job>,
 }
 
@@ -142,7 +142,7 @@ impl Order for Job {
     }
 }
 
-impl Wirer {
+impl AttachWorker {
     /// Starts the threads. `report` receives their results.
     ///
     /// # Errors
@@ -151,9 +151,9 @@ impl Wirer {
         let (wiring, reaper) = (Wiring::open()?, Wiring::open()?);
         let monitor = Monitor::of_interfaces()?;
         let worker = Worker::start("pods", move |jobs| {
-            let (doomed, reaping) = mpsc::channel();
+            let (pending_deletes, reaping) = mpsc::channel();
             thread::scope(|scope| {
-                let work = || reap(reaper, reaping, &report);
+                let work = || remove_veth_pairs(reaper, reaping, &report);
                 if let Err(error) = thread::Builder::new().spawn_scoped(scope, work) {
                     return tracing::error!(%error, "no thread that removes veth pairs");
                 }
@@ -162,7 +162,7 @@ impl Wirer {
                     monitor,
                     overruns: Overruns::default(),
                     jobs,
-                    doomed,
+                    pending_deletes,
                     report: &report,
                     kept: None,
                     expected: None,
@@ -171,7 +171,7 @@ impl Wirer {
                     tables: PodTables::open(),
                     touched: false,
                     table_touched: false,
-                    looked: Instant::now(),
+                    checked_at: Instant::now(),
                     failing: None,
                     refusal: None,
                     opponents: Opponents::new(),
@@ -213,7 +213,7 @@ struct PodWorker<'a, F> {
     overruns: Overruns,
     jobs: Orders<Job>,
     /// Veth pairs for the second thread.
-    doomed: mpsc::Sender<PendingDelete>,
+    pending_deletes: mpsc::Sender<PendingDelete>,
     report: &'a F,
     /// The bridge to repair; set when the first pod is connected.
     kept: Option<Bridge>,
@@ -228,7 +228,7 @@ struct PodWorker<'a, F> {
     touched: bool,
     /// Whether the tables of pods' addresses have changed since the last repair.
     table_touched: bool,
-    looked: Instant,
+    checked_at: Instant,
     /// Why the last repair failed.
     failing: Option<String>,
     /// The last reported refusal.
@@ -251,12 +251,12 @@ struct PodWorker<'a, F> {
 impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     fn run(mut self) {
         while self.take_jobs() {
-            if self.worked.elapsed() < GAP {
+            if self.worked.elapsed() < MIN_REPAIR_INTERVAL {
                 self.wait();
                 continue;
             }
             self.listen();
-            self.mend();
+            self.repair_bridge();
             self.wait();
         }
     }
@@ -308,8 +308,8 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                     self.wiring.forget_neighbors(tenant.addresses);
                 }
                 // The container's other veth pairs share its addresses.
-                let is_its = |other: &Tenant| other.container == attachment.container();
-                self.touched |= self.tenants.values().any(is_its);
+                let is_same_container = |other: &Tenant| other.container == attachment.container();
+                self.touched |= self.tenants.values().any(is_same_container);
                 let gone = |result| {
                     (self.report)(AttachResult::Disconnected {
                         number,
@@ -321,7 +321,8 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                     Ok(Some(index)) => {
                         self.hand_over(&attachment, tenant.as_ref(), netns.as_ref(), index);
                         // The other thread lives as long as this one, so sending cannot fail.
-                        let _ = self.doomed.send(PendingDelete { number, attachment, index });
+                        let _ =
+                            self.pending_deletes.send(PendingDelete { number, attachment, index });
                     }
                     Ok(None) => gone(Ok(false)),
                     Err(error) => gone(Err(error)),
@@ -336,8 +337,8 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             }
             Job::Expect(bridge) => {
                 self.expected = Some(bridge);
-                self.look_ahead();
-                (self.report)(AttachResult::LookedAhead);
+                self.check_place();
+                (self.report)(AttachResult::PlaceChecked);
             }
             Job::Sweep { bridge, keep } => match self.wiring.sweep(&bridge, &keep) {
                 Ok(0) => {}
@@ -348,9 +349,9 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 let checked = self.wiring.check(&pod, netns.as_ref(), mac);
                 let _ = reply.send(checked.map_err(PodError::from));
             }
-            Job::Look { number, pods } => {
+            Job::FindGone { number, pods } => {
                 let result = look(pods, &mut self.wiring, &self.fetched);
-                (self.report)(AttachResult::Looked { number, result });
+                (self.report)(AttachResult::GonePods { number, result });
             }
             Job::List { mut pods, reply } => {
                 match self.wiring.links() {
@@ -368,14 +369,14 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     }
 
     /// Repairs the bridge, its ports and the tables if it is time to, and reports changes.
-    fn mend(&mut self) {
-        if self.looked.elapsed() < self.pause() {
+    fn repair_bridge(&mut self) {
+        if self.checked_at.elapsed() < self.pause() {
             return;
         }
         let Some(bridge) = &self.kept else {
-            self.looked = Instant::now();
+            self.checked_at = Instant::now();
             (self.touched, self.table_touched) = (false, false);
-            return self.look_ahead();
+            return self.check_place();
         };
         let mut result = self.wiring.repair(bridge, &self.tenants);
         for (veth, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
@@ -384,7 +385,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         let foreign_ports = result.as_ref().ok().map(|mended| &mended.foreign_ports);
         let links = || Ok(self.wiring.links()?.into_keys().collect());
         let rewritten = self.tables.keep(bridge, &self.tenants, foreign_ports, links);
-        self.looked = Instant::now();
+        self.checked_at = Instant::now();
         (self.touched, self.table_touched) = (false, false);
         let (mut problems, mut open, mut guests) = (Vec::new(), Vec::new(), None);
         let mut is_news = false;
@@ -399,7 +400,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 mended.reset_counts();
             }
             let gone = self.fetched.gone(&self.tenants, mended);
-            note_absent(&mut self.absent, &gone, self.looked, self.report);
+            report_absent(&mut self.absent, &gone, self.checked_at, self.report);
             if let Some((object, link)) = mended.object() {
                 self.opponents.note(Kind::Bridge, object, Some(link));
             }
@@ -408,7 +409,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             }
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
-            guests = guests::warning(bridge, &mended.foreign_ports);
+            guests = foreign_ports::warning(bridge, &mended.foreign_ports);
         }
         for table in rewritten.iter().filter(|_| as_before) {
             self.opponents.note(Kind::Spoofing, table, None);
@@ -424,16 +425,16 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         is_news |= why.is_some() && why != self.failing && refusal.is_none();
         self.failing = why;
         if is_news {
-            (self.report)(AttachResult::Mended { result, problems, open, guests });
+            (self.report)(AttachResult::BridgeRepaired { result, problems, open, guests });
         }
-        self.tell_refusal(refusal);
+        self.report_refusal(refusal);
     }
 
     /// Checks the place of a bridge that no pod has needed yet.
-    fn look_ahead(&mut self) {
+    fn check_place(&mut self) {
         let Some(bridge) = &self.expected else { return };
         match self.wiring.obstacle(bridge) {
-            Ok(obstacle) => self.tell_refusal(obstacle),
+            Ok(obstacle) => self.report_refusal(obstacle),
             Err(error) => tracing::debug!(%error, "bridge not checked"),
         }
     }
@@ -448,7 +449,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         obstacle.or_else(|| again.then(lasting))
     }
 
-    fn tell_refusal(&mut self, refusal: Option<String>) {
+    fn report_refusal(&mut self, refusal: Option<String>) {
         if refusal != self.refusal {
             self.refusal.clone_from(&refusal);
             (self.report)(AttachResult::Refusal(refusal));
@@ -458,32 +459,38 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     /// Returns the time between two repairs of the bridge. It is longer while another program keeps
     /// changing it.
     fn pause(&self) -> Duration {
-        let after = |touched: bool, kind| touched.then(|| GAP.max(self.opponents.pause(kind)));
+        let after = |touched: bool, kind| {
+            touched.then(|| MIN_REPAIR_INTERVAL.max(self.opponents.pause(kind)))
+        };
         let bridge = after(self.touched, Kind::Bridge);
         let table = after(self.table_touched, Kind::Spoofing);
-        bridge.into_iter().chain(table).min().unwrap_or(LOOK)
+        bridge.into_iter().chain(table).min().unwrap_or(RECHECK_INTERVAL)
     }
 
     fn wait(&mut self) {
-        let quiet = GAP.saturating_sub(self.worked.elapsed());
+        let quiet = MIN_REPAIR_INTERVAL.saturating_sub(self.worked.elapsed());
         if !quiet.is_zero() {
             self.jobs.sleeper.wait([], Some(quiet));
             return;
         }
         let looks = self.kept.as_ref().or(self.expected.as_ref());
-        let mend = looks.map(|_| self.pause().saturating_sub(self.looked.elapsed()));
+        let repair_bridge = looks.map(|_| self.pause().saturating_sub(self.checked_at.elapsed()));
         let now = Instant::now();
         let lost = self.overruns.due(now).map(|due| due.saturating_duration_since(now));
-        let mend = mend.into_iter().chain(lost).min();
+        let repair_bridge = repair_bridge.into_iter().chain(lost).min();
         let changes = [Some(self.monitor.as_fd()), self.tables.changes()];
-        self.jobs.sleeper.wait(changes.into_iter().flatten(), mend);
+        self.jobs.sleeper.wait(changes.into_iter().flatten(), repair_bridge);
     }
 }
 
 /// Removes veth pairs. The kernel takes ten times as long to remove an interface as to make one, so a
 /// second thread does it.
-fn reap(mut wiring: Wiring, doomed: mpsc::Receiver<PendingDelete>, report: &impl Fn(AttachResult)) {
-    for PendingDelete { number, attachment, index } in doomed {
+fn remove_veth_pairs(
+    mut wiring: Wiring,
+    pending_deletes: mpsc::Receiver<PendingDelete>,
+    report: &impl Fn(AttachResult),
+) {
+    for PendingDelete { number, attachment, index } in pending_deletes {
         let result = wiring.delete(index);
         report(AttachResult::Disconnected { number, attachment, result });
     }

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use super::{AttachResult, LOOK, Looked, Suspect};
+use super::{AttachResult, GonePods, RECHECK_INTERVAL, Suspect};
 use crate::pods::{
     bridge::{RepairReport, Tenants},
     wiring::{Wiring, loose_end},
@@ -32,7 +32,7 @@ impl Fetched {
 
 /// Reports missing veth pairs whenever they change, and those that have been missing for
 /// [`RECHECK_INTERVAL`].
-pub(super) fn note_absent(
+pub(super) fn report_absent(
     known: &mut BTreeMap<String, Instant>,
     absent: &BTreeSet<String>,
     now: Instant,
@@ -47,7 +47,7 @@ pub(super) fn note_absent(
     }
     let confirmed: BTreeSet<String> = known
         .iter()
-        .filter(|(_, since)| now.duration_since(**since) >= LOOK)
+        .filter(|(_, since)| now.duration_since(**since) >= RECHECK_INTERVAL)
         .map(|(link, _)| link.clone())
         .collect();
     if is_news || !confirmed.is_empty() {
@@ -60,9 +60,9 @@ pub(super) fn look(
     pods: Vec<Suspect>,
     wiring: &mut Wiring,
     fetched: &Fetched,
-) -> io::Result<Looked> {
+) -> io::Result<GonePods> {
     let links = wiring.links()?;
-    let mut looked = Looked::default();
+    let mut looked = GonePods::default();
     for Suspect { link, netns } in pods {
         let is_back = links.contains_key(&loose_end(&link)) && fetched.0.contains(&link);
         match links.get(&link).filter(|_| !is_back) {

@@ -21,14 +21,14 @@ use crate::{
 const FRAMES: usize = 2;
 
 /// The sockets and frames of one family.
-pub struct Finding {
+pub struct Resolution {
     sender: Socket,
     /// The expected frames, without padding.
     receiver: Socket,
     frames: [Vec<u8>; FRAMES],
 }
 
-impl Finding {
+impl Resolution {
     /// Opens sockets to send from the first pod, with address `from`, to the second one, with address
     /// `to`.
     ///
@@ -70,10 +70,10 @@ impl Finding {
     }
 
     /// Records which of the frames have arrived.
-    pub fn hear(&self, come: &mut [bool; FRAMES]) {
+    pub fn receive(&self, arrived: &mut [bool; FRAMES]) {
         drain(&self.receiver, |frame, _| {
-            for (come, sent) in come.iter_mut().zip(&self.frames) {
-                *come |= frame.starts_with(sent);
+            for (arrived, sent) in arrived.iter_mut().zip(&self.frames) {
+                *arrived |= frame.starts_with(sent);
             }
         });
     }
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_of_other_senders_do_not_fill_the_buffer() {
+    fn filter_rejects_frames_of_other_senders() {
         let mac = Mac::from_bytes([2, 0x85, 0, 0, 0x90, 1]);
         let (to, from) = UnixDatagram::pair().expect("sockets");
         from.set_nonblocking(true).expect("a socket");

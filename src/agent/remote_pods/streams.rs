@@ -17,13 +17,13 @@ use crate::dataplane::forwarding::{
 };
 
 /// Maximum number of simultaneous incoming connections.
-const AT_ONCE: usize = 64;
+const MAX_INCOMING: usize = 64;
 /// Lifetime of an incoming connection.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const LIFETIME: Duration = Duration::from_secs(10);
 /// Maximum number of connections that wait to be accepted.
 const BACKLOG: i32 = 64;
 /// Bytes per read.
-const PART: usize = 1 << 14;
+const READ_LEN: usize = 1 << 14;
 
 /// A change of an outgoing connection. The fields are the peer's address and the round.
 pub enum Event {
@@ -34,7 +34,7 @@ pub enum Event {
 }
 
 /// An outgoing connection of this host's trial.
-struct Call {
+struct OutgoingStream {
     socket: Socket,
     to: IpAddr,
     round: u32,
@@ -47,10 +47,10 @@ struct Call {
 
 /// The outgoing connections of one address of the pod.
 #[derive(Default)]
-pub struct Calls(Vec<Call>);
+pub struct OutgoingStreams(Vec<OutgoingStream>);
 
 /// An incoming connection from another host's pod.
-struct Guest {
+struct IncomingStream {
     socket: Socket,
     from: IpAddr,
     since: Instant,
@@ -61,12 +61,12 @@ struct Guest {
 }
 
 /// The listener and incoming connections of one address of the pod.
-pub struct Guests {
+pub struct IncomingStreams {
     listener: Socket,
-    guests: Vec<Guest>,
+    incoming: Vec<IncomingStream>,
 }
 
-impl Calls {
+impl OutgoingStreams {
     /// Closes connections of earlier rounds.
     pub fn forget(&mut self) {
         self.0.clear();
@@ -83,7 +83,7 @@ impl Calls {
         size: usize,
         open: impl FnOnce() -> io::Result<Socket>,
     ) -> io::Result<()> {
-        if self.0.iter().any(|call| call.to == to && call.round == round) {
+        if self.0.iter().any(|stream| stream.to == to && stream.round == round) {
             return Ok(());
         }
         let socket = open()?;
@@ -92,16 +92,16 @@ impl Calls {
             _ => {}
         }
         let question = stream_question(round, size);
-        self.0.push(Call { socket, to, round, question, sent: 0, carried: Vec::new() });
+        self.0.push(OutgoingStream { socket, to, round, question, sent: 0, carried: Vec::new() });
         Ok(())
     }
 
     /// Advances each connection as far as possible without blocking.
-    pub fn go_on(&mut self, mut give: impl FnMut(Event)) {
-        self.0.retain_mut(|call| match call.go_on(&mut give) {
+    pub fn advance(&mut self, mut give: impl FnMut(Event)) {
+        self.0.retain_mut(|stream| match stream.advance(&mut give) {
             Ok(is_open) => is_open,
             Err(error) => {
-                tracing::trace!(%error, to = %call.to, "connection failed");
+                tracing::trace!(%error, to = %stream.to, "connection failed");
                 false
             }
         });
@@ -109,23 +109,24 @@ impl Calls {
 
     /// Returns the descriptors to poll for reading.
     pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.0.iter().map(|call| call.socket.as_fd())
+        self.0.iter().map(|stream| stream.socket.as_fd())
     }
 
     /// Returns the descriptors of connections with unsent bytes.
     pub fn writable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let unsent = self.0.iter().filter(|call| call.sent < call.question.len());
-        unsent.map(|call| call.socket.as_fd())
+        let unsent = self.0.iter().filter(|stream| stream.sent < stream.question.len());
+        unsent.map(|stream| stream.socket.as_fd())
     }
 }
 
-impl Call {
+impl OutgoingStream {
     /// Advances the connection, and returns whether it stays open.
-    fn go_on(&mut self, give: &mut impl FnMut(Event)) -> io::Result<bool> {
+    fn advance(&mut self, give: &mut impl FnMut(Event)) -> io::Result<bool> {
         while self.sent < self.question.len() {
             // The small segment is sent separately.
             let end = if self.sent < SMALL { SMALL } else { self.question.len() };
-            let Some(sent) = done((&self.socket).write(&self.question[self.sent..end]))? else {
+            let Some(sent) = nonblocking((&self.socket).write(&self.question[self.sent..end]))?
+            else {
                 break;
             };
             if self.sent == 0 {
@@ -133,7 +134,7 @@ impl Call {
             }
             self.sent += sent;
         }
-        if !take(&self.socket, &mut self.carried, self.question.len())? {
+        if !read_available(&self.socket, &mut self.carried, self.question.len())? {
             return Ok(false);
         }
         let is_whole = self.carried.len() == self.question.len();
@@ -147,7 +148,7 @@ impl Call {
     }
 }
 
-impl Guests {
+impl IncomingStreams {
     /// Listens on the data port of this address. Must be called inside the pod's namespace.
     ///
     /// # Errors
@@ -159,7 +160,7 @@ impl Guests {
         listener.bind(&at.into())?;
         listener.listen(BACKLOG)?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, guests: Vec::new() })
+        Ok(Self { listener, incoming: Vec::new() })
     }
 
     /// Returns the listening socket.
@@ -170,36 +171,38 @@ impl Guests {
     /// Advances each connection as far as possible without blocking. A complete probe is answered if
     /// `give` returns `true` for its sender and round. Returns whether the limit of connections was
     /// reached.
-    pub fn go_on(&mut self, mut give: impl FnMut(IpAddr, u32) -> bool) -> bool {
-        self.guests.retain(|guest| guest.since.elapsed() < TIMEOUT);
-        while self.guests.len() < AT_ONCE
+    pub fn advance(&mut self, mut give: impl FnMut(IpAddr, u32) -> bool) -> bool {
+        self.incoming.retain(|stream| stream.since.elapsed() < LIFETIME);
+        while self.incoming.len() < MAX_INCOMING
             && let Ok((socket, from)) = self.listener.accept()
         {
-            self.guests.extend(Guest::admit(socket, from.as_socket()));
+            self.incoming.extend(IncomingStream::admit(socket, from.as_socket()));
         }
-        self.guests.retain_mut(|guest| guest.go_on(&mut give).unwrap_or(false));
-        let is_full = self.guests.len() >= AT_ONCE;
+        self.incoming.retain_mut(|stream| stream.advance(&mut give).unwrap_or(false));
+        let is_full = self.incoming.len() >= MAX_INCOMING;
         if is_full {
             // The oldest connection is closed to make room.
-            self.guests.remove(0);
+            self.incoming.remove(0);
         }
         is_full
     }
 
     /// Returns the descriptors to poll for reading.
     pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let guests = self.guests.iter().map(|guest| guest.socket.as_fd());
-        guests.chain([self.listener.as_fd()])
+        let incoming = self.incoming.iter().map(|stream| stream.socket.as_fd());
+        incoming.chain([self.listener.as_fd()])
     }
 
     /// Returns the descriptors of connections with unsent bytes.
     pub fn writable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let unsent = |guest: &&Guest| guest.answered.is_some_and(|sent| sent < guest.carried.len());
-        self.guests.iter().filter(unsent).map(|guest| guest.socket.as_fd())
+        let unsent = |stream: &&IncomingStream| {
+            stream.answered.is_some_and(|sent| sent < stream.carried.len())
+        };
+        self.incoming.iter().filter(unsent).map(|stream| stream.socket.as_fd())
     }
 }
 
-impl Guest {
+impl IncomingStream {
     fn admit(socket: Socket, from: Option<SocketAddr>) -> Option<Self> {
         let prepared = reset_at_end(&socket).and_then(|()| socket.set_nonblocking(true));
         prepared.ok()?;
@@ -210,21 +213,21 @@ impl Guest {
 
     /// Advances the connection. Returns whether it stays open, which it does until the other end closes
     /// it.
-    fn go_on(&mut self, give: &mut impl FnMut(IpAddr, u32) -> bool) -> io::Result<bool> {
+    fn advance(&mut self, give: &mut impl FnMut(IpAddr, u32) -> bool) -> io::Result<bool> {
         let limit = match (self.answered, read_stream(&self.carried)) {
             (Some(_), _) => self.carried.len(),
             (None, Ok(Some((Said::Question, _, size)))) => size,
             (None, Ok(None)) => SMALL,
             (None, Ok(Some(_)) | Err(_)) => return Ok(false),
         };
-        if !take(&self.socket, &mut self.carried, limit)? {
+        if !read_available(&self.socket, &mut self.carried, limit)? {
             return Ok(false);
         }
         let read = read_stream(&self.carried).map_err(|_| ErrorKind::InvalidData)?;
         if let (None, Some((_, round, size))) = (self.answered, read) {
             if self.carried.len() < size {
                 // Bytes beyond the first part may be available already.
-                return if limit == size { Ok(true) } else { self.go_on(give) };
+                return if limit == size { Ok(true) } else { self.advance(give) };
             }
             if !give(self.from, round) {
                 return Ok(false);
@@ -233,7 +236,9 @@ impl Guest {
             self.answered = Some(0);
         }
         while let Some(sent) = self.answered.filter(|sent| *sent < self.carried.len()) {
-            let Some(more) = done((&self.socket).write(&self.carried[sent..]))? else { break };
+            let Some(more) = nonblocking((&self.socket).write(&self.carried[sent..]))? else {
+                break;
+            };
             self.answered = Some(sent + more);
         }
         Ok(true)
@@ -244,7 +249,7 @@ impl Guest {
 ///
 /// # Errors
 /// Fails if the socket cannot be opened or bound.
-pub fn caller(address: IpAddr) -> io::Result<Socket> {
+pub fn open_outgoing(address: IpAddr) -> io::Result<Socket> {
     let from = SocketAddr::new(address, 0);
     let socket = Socket::new(Domain::for_address(from), Type::STREAM, Some(Protocol::TCP))?;
     socket.bind(&from.into())?;
@@ -261,13 +266,13 @@ fn reset_at_end(socket: &Socket) -> io::Result<()> {
 }
 
 /// Reads available bytes up to a total of `limit`. Returns whether the connection is still open.
-fn take(socket: &Socket, carried: &mut Vec<u8>, limit: usize) -> io::Result<bool> {
-    let mut buffer = [0; PART];
+fn read_available(socket: &Socket, carried: &mut Vec<u8>, limit: usize) -> io::Result<bool> {
+    let mut buffer = [0; READ_LEN];
     loop {
         // At the limit nothing more is expected, but a read shows whether the other end is still
         // connected.
-        let room = (limit - carried.len().min(limit)).clamp(1, PART);
-        match done((&*socket).read(&mut buffer[..room]))? {
+        let room = (limit - carried.len().min(limit)).clamp(1, READ_LEN);
+        match nonblocking((&*socket).read(&mut buffer[..room]))? {
             None => return Ok(true),
             Some(0) => return Ok(false),
             Some(_) if carried.len() >= limit => return Err(ErrorKind::InvalidData.into()),
@@ -280,7 +285,7 @@ fn take(socket: &Socket, carried: &mut Vec<u8>, limit: usize) -> io::Result<bool
 }
 
 /// Converts "would block" to `None`.
-fn done(result: io::Result<usize>) -> io::Result<Option<usize>> {
+fn nonblocking(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Ok(length) => Ok(Some(length)),
         Err(error) if is_under_way(&error) => Ok(None),

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::{
     StartFailure,
     start::random,
-    waiting::{PREDECESSOR_PATIENCE, Waiting},
+    startup_wait::{PREDECESSOR_TIMEOUT, StartupWait},
 };
 use crate::{
     config::Config,
@@ -25,12 +25,12 @@ use crate::{
 };
 
 /// Time after which an unreadable state directory is read again.
-const RETRY: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Upper limit of a batch count read from the copy. No node writes this many batches, and the limit
 /// leaves the counter room to grow if the copy contains a false number.
 const MAX_BATCHES: u64 = 1 << 48;
 /// Reads that take longer are reported in the status.
-const USUAL: Duration = Duration::from_secs(2);
+const SLOW_READ: Duration = Duration::from_secs(2);
 
 /// The content of a node's state directory.
 pub(super) struct Memory {
@@ -43,7 +43,7 @@ pub(super) struct Memory {
     /// The last known underlay address of this host and MTU of the overlay in bytes.
     pub(super) underlay: Option<(IpAddr, u32)>,
     pub(super) is_same_boot: bool,
-    pub(super) recalled: Recalled,
+    pub(super) stored: StoredRecords,
 }
 
 /// Reads the state directory. For a known node it waits while the system cannot read or write the
@@ -53,25 +53,25 @@ pub(super) struct Memory {
 /// # Errors
 /// Fails if the directory cannot belong to this node, has content that this program cannot use, or
 /// belongs to a new node and cannot be read or written.
-pub(super) async fn memory(
+pub(super) async fn load(
     config: &Config,
-    waiting: &mut Waiting<'_>,
+    waiting: &mut StartupWait<'_>,
 ) -> Result<Option<Memory>, StartFailure> {
     let path = config.state_dir.display();
     let begun = Instant::now();
     loop {
         let (reply, answer) = oneshot::channel();
-        let of_thread = config.clone();
+        let thread_config = config.clone();
         // Not joined: a hanging disk would block the agent.
-        let _thread = Thread::start("recall", move || _ = reply.send(read(&of_thread)))?;
+        let _thread = Thread::start("recall", move || _ = reply.send(read(&thread_config)))?;
         let mut answer = std::pin::pin!(answer);
         let read = loop {
-            let turn = waiting.until(tokio::time::timeout(USUAL, &mut answer)).await;
+            let turn = waiting.run(tokio::time::timeout(SLOW_READ, &mut answer)).await;
             match turn {
                 None => return Ok(None),
                 Some(Ok(answer)) => break answer,
                 // The text is the same each time, so it is logged once.
-                Some(Err(_)) => waiting.say(format!(
+                Some(Err(_)) => waiting.report_problem(format!(
                     "waiting for the state directory: {path} does not answer: look at its disk (dmesg)"
                 )),
             }
@@ -79,17 +79,17 @@ pub(super) async fn memory(
         // The thread has logged its panic.
         let read = read.map_err(|_| StoreError::Database("it could not be read".to_owned()))?;
         match read {
-            Err(StartFailure::Store(error)) if may_pass(config, &error) => {
-                waiting.say(format!("waiting for the state directory: {error}"));
+            Err(StartFailure::Store(error)) if is_temporary(config, &error) => {
+                waiting.report_problem(format!("waiting for the state directory: {error}"));
             }
             Err(StartFailure::Store(error @ StoreError::InUse { .. }))
-                if begun.elapsed() < PREDECESSOR_PATIENCE =>
+                if begun.elapsed() < PREDECESSOR_TIMEOUT =>
             {
-                waiting.say_predecessor(&error);
+                waiting.report_predecessor(&error);
             }
             read => return read.map(Some),
         }
-        if waiting.until(tokio::time::sleep(RETRY)).await.is_none() {
+        if waiting.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
             return Ok(None);
         }
     }
@@ -97,7 +97,7 @@ pub(super) async fn memory(
 
 /// Returns whether the failure comes from the disk or this host's resources and the state directory
 /// belongs to a known node. The pods of such a node exist, and it continues as soon as the disk works.
-fn may_pass(config: &Config, error: &StoreError) -> bool {
+fn is_temporary(config: &Config, error: &StoreError) -> bool {
     let StoreError::Directory { error, .. } = error else { return false };
     let is_of_disk = matches!(
         error.raw_os_error().map(Errno::from_raw),
@@ -142,14 +142,14 @@ fn read_node(
         }
     };
     let saved = state.token()?;
-    let recalled = recall(&state, key.id(), config, saved.as_ref())?;
+    let stored = open_database(&state, key.id(), config, saved.as_ref())?;
     let (keyring, underlay) = (state.keyring()?, state.underlay()?);
     let is_same_boot = state.is_same_boot();
-    Ok(Memory { state, key, is_fresh, saved, keyring, underlay, is_same_boot, recalled })
+    Ok(Memory { state, key, is_fresh, saved, keyring, underlay, is_same_boot, stored })
 }
 
 /// The records that a node starts with.
-pub(super) struct Recalled {
+pub(super) struct StoredRecords {
     /// The open database.
     pub(super) database: Database,
     /// The records of the database, completed from the second copy.
@@ -161,12 +161,12 @@ pub(super) struct Recalled {
 /// Opens the database. A database that is damaged or belongs to another node is moved aside: the other
 /// members have most of its records. A node that knows no other member uses the second copy of its
 /// essential records instead. If the database lost its last changes, the second copy completes it.
-fn recall(
+fn open_database(
     state: &StateDir,
     me: NodeId,
     config: &Config,
     saved: Option<&Token>,
-) -> Result<Recalled, StoreError> {
+) -> Result<StoredRecords, StoreError> {
     let path = state.database();
     let LoadedDatabase { mut database, mut records, quarantined } = Database::open(&path, me)?;
     let counted = database.batches();
@@ -191,13 +191,13 @@ fn recall(
                     counted,
                     "database lost its last changes, completing it from the second copy"
                 );
-                complete(&database, &mut records, copy);
+                restore_lost_changes(&database, &mut records, copy);
                 is_new = true;
             }
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "second copy of the records unreadable"),
         }
-        return Ok(Recalled { database, records, is_new });
+        return Ok(StoredRecords { database, records, is_new });
     };
     if !is_new {
         let (empty, aside) = database.set_aside(&path)?;
@@ -217,19 +217,23 @@ fn recall(
             records = copy;
         }
     }
-    Ok(Recalled { database, records, is_new })
+    Ok(StoredRecords { database, records, is_new })
 }
 
 /// Adds to the database and to `records` the lost changes that the copy contains.
-fn complete(database: &Database, records: &mut Vec<(Key, Record)>, copy: Vec<(Key, Record)>) {
+fn restore_lost_changes(
+    database: &Database,
+    records: &mut Vec<(Key, Record)>,
+    copy: Vec<(Key, Record)>,
+) {
     // A pod that the copy lacks was disconnected. Slots and members are merged.
     let is_pod = |(key, _): &mut (Key, Record)| matches!(key, Key::Pod(_));
     let pods = records.extract_if(.., is_pod).map(|(key, _)| (key, Vec::new()));
-    let mut missed: BTreeMap<Key, Vec<u8>> = pods.collect();
+    let mut lost_changes: BTreeMap<Key, Vec<u8>> = pods.collect();
     // The database also has slots of other nodes, so the copy's slots do not replace its slots.
     let is_whole = |(key, _): &&(Key, Record)| !matches!(key, Key::Slots(_));
-    missed.extend(copy.iter().filter(is_whole).map(|(key, record)| (*key, record.encode())));
-    if let Err(error) = database.write(&missed) {
+    lost_changes.extend(copy.iter().filter(is_whole).map(|(key, record)| (*key, record.encode())));
+    if let Err(error) = database.write(&lost_changes) {
         tracing::warn!(%error, "lost changes not yet written to the database");
     }
     records.extend(copy);

@@ -14,8 +14,9 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         opened: Option<&File>,
         index: u32,
     ) {
-        let is_its = |(_, other): &(_, &Tenant)| other.container == attachment.container();
-        let others = self.tenants.iter().filter(is_its).map(|(veth, _)| veth);
+        let is_same_container =
+            |(_, other): &(_, &Tenant)| other.container == attachment.container();
+        let others = self.tenants.iter().filter(is_same_container).map(|(veth, _)| veth);
         let others: Vec<&String> = others.collect();
         if others.is_empty() {
             return;

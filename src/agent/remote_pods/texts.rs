@@ -14,17 +14,17 @@ const NAMED: usize = 3;
 
 impl Agent {
     /// Adds the results for pods of other hosts to the status of forwarding.
-    pub(in crate::agent) fn far_added_to(&self, known: CheckStatus) -> CheckStatus {
+    pub(in crate::agent) fn add_remote_pods_status(&self, known: CheckStatus) -> CheckStatus {
         let CheckStatus { state, mut detail } = known;
-        if !self.kernel.far.overrun.is_empty() {
-            let names = self.names(&self.kernel.far.overrun);
+        if !self.kernel.remote_pods.overrun.is_empty() {
+            let names = self.names(&self.kernel.remote_pods.overrun);
             detail = format!(
                 "{detail}; skipped with pods of {names}: more packets come to port {FAR_PORT} of the agent's \
                  own pod there than it answers"
             );
         }
-        let nodes: Vec<NodeId> = self.far_lost().into_keys().collect();
-        match (nodes.as_slice(), self.kernel.far.answering.len()) {
+        let nodes: Vec<NodeId> = self.lost_to_remote_pods().into_keys().collect();
+        match (nodes.as_slice(), self.kernel.remote_pods.answering.len()) {
             ([], 0) => CheckStatus { state, detail },
             ([], count) => {
                 let hosts =
@@ -40,9 +40,9 @@ impl Agent {
 
     /// Returns the problems about packets that do not reach pods of other hosts, or whose answers do not
     /// return. Peers with the same losses share a sentence.
-    pub(in crate::agent) fn far_problems(&self) -> Vec<String> {
+    pub(in crate::agent) fn remote_pod_problems(&self) -> Vec<String> {
         let mut alike: BTreeMap<Vec<(Half, Sort)>, Vec<NodeId>> = BTreeMap::new();
-        for (node, lost) in self.far_lost() {
+        for (node, lost) in self.lost_to_remote_pods() {
             alike.entry(lost).or_default().push(node);
         }
         let suspects = self.kernel.forwarding.suspects.join("; ");
@@ -58,10 +58,10 @@ impl Agent {
 
     /// Returns the warnings about packets of which a part is lost at random, with the share and the
     /// direction.
-    pub(in crate::agent) fn far_warnings(&self) -> Vec<String> {
-        let tried = self.kernel.far.answering.len();
+    pub(in crate::agent) fn remote_pod_warnings(&self) -> Vec<String> {
+        let tried = self.kernel.remote_pods.answering.len();
         let of = |half: Half| {
-            let losses = self.kernel.far.losses.iter().filter(|loss| loss.half == half);
+            let losses = self.kernel.remote_pods.losses.iter().filter(|loss| loss.half == half);
             let losses: Vec<FarLoss> = losses.copied().collect();
             let (least, most) = losses.iter().fold((u32::MAX, 0), |(least, most), loss| {
                 (least.min(loss.percent), most.max(loss.percent))
@@ -79,8 +79,8 @@ impl Agent {
     /// Returns what is lost to or from the pods of each peer. Excludes peers that receive nothing,
     /// because the status of the path reports those, and large packets while the path MTU is being
     /// measured.
-    fn far_lost(&self) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
-        let answering = &self.kernel.far.answering;
+    fn lost_to_remote_pods(&self) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
+        let answering = &self.kernel.remote_pods.answering;
         let unanswered: BTreeSet<NodeId> = self
             .path_states()
             .filter(|(node, state, _)| {
@@ -89,7 +89,7 @@ impl Agent {
             })
             .map(|(node, ..)| node)
             .collect();
-        let mut lost = by_node(&self.kernel.far.closed);
+        let mut lost = by_node(&self.kernel.remote_pods.closed);
         for (node, lost) in &mut lost {
             let is_measured = self.prober.paths.is_measured(*node);
             lost.retain(|(_, sort)| !(is_measured && sort.kind.is_large()));
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_family_of_which_all_is_lost_is_named_alone() {
+    fn family_that_loses_all_kinds_is_named_without_kinds() {
         let all = sorts(true, &Kind::ALL);
         assert_eq!(list(&all), "IPv4");
         let both = [all, sorts(false, &[Kind::Large, Kind::Fragmented])].concat();
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_by_chance_is_told_with_share_direction_and_peers() {
+    fn random_loss_is_described_with_share_direction_and_peers() {
         let there = loss_sentence(Half::There, "n2", "20", "eth0", false);
         assert!(there.starts_with(
             "about 20 % of the packets of pods here to pods of n2 are lost on their way there"
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_direction_in_which_packets_are_lost_is_told() {
+    fn loss_is_described_with_direction() {
         let fragments = sorts(true, &[Kind::Fragmented]);
         let said = sentence("n2", &fragments, &[], "a rule");
         assert!(said.starts_with(

@@ -34,16 +34,16 @@ use crate::{
 
 /// How long to wait for resources that an earlier process still holds: a process whose disk hangs keeps
 /// its files and sockets for a while after it was killed.
-pub(super) const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time between two attempts.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// The problem shown before the agent waits for something.
 const STARTING: &str = "the agent is starting";
 /// Interval at which the service manager and requests with a deadline are served.
-const TICK: Duration = Duration::from_millis(500);
+const SERVE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Answers requests and handles signals while the node waits.
-pub(super) struct Waiting<'a> {
+pub(super) struct StartupWait<'a> {
     name: NodeName,
     node: NodeId,
     closed: Closed,
@@ -57,7 +57,7 @@ pub(super) struct Waiting<'a> {
     problem: String,
 }
 
-impl<'a> Waiting<'a> {
+impl<'a> StartupWait<'a> {
     pub(super) fn new(
         name: NodeName,
         closed: Closed,
@@ -87,7 +87,7 @@ impl<'a> Waiting<'a> {
     }
 
     /// Sets the problem in the status, and logs it if it is new.
-    pub(super) fn say(&mut self, problem: String) {
+    pub(super) fn report_problem(&mut self, problem: String) {
         if self.problem != problem {
             tracing::error!("{problem}");
             self.problem = problem;
@@ -95,18 +95,20 @@ impl<'a> Waiting<'a> {
     }
 
     /// Reports what another process holds, which may be an earlier process of this agent that is ending.
-    pub(super) fn say_predecessor(&mut self, error: &impl Display) {
-        let patience = PREDECESSOR_PATIENCE.as_secs();
-        self.say(format!("waiting up to {patience} s for an earlier process to end: {error}"));
+    pub(super) fn report_predecessor(&mut self, error: &impl Display) {
+        let timeout_secs = PREDECESSOR_TIMEOUT.as_secs();
+        self.report_problem(format!(
+            "waiting up to {timeout_secs} s for an earlier process to end: {error}"
+        ));
     }
 
     /// Sets the problem in the status without logging it.
-    pub(super) fn begin(&mut self, what: &str) {
+    pub(super) fn set_activity(&mut self, what: &str) {
         what.clone_into(&mut self.problem);
     }
 
     /// Runs `work` and answers requests meanwhile. Returns `None` if a signal ends the agent first.
-    pub(super) async fn until<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+    pub(super) async fn run<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = std::pin::pin!(work);
         loop {
             let now = Instant::now();
@@ -129,7 +131,7 @@ impl<'a> Waiting<'a> {
                     LoopEvent::Docker(request) => self.docker.push((Instant::now(), request)),
                     _ => {}
                 },
-                () = tokio::time::sleep(TICK) => {}
+                () = tokio::time::sleep(SERVE_INTERVAL) => {}
             }
         }
     }
@@ -138,7 +140,7 @@ impl<'a> Waiting<'a> {
     ///
     /// # Errors
     /// Fails if no network can satisfy the settings, or if no netlink socket can be opened.
-    pub(super) async fn for_underlay(
+    pub(super) async fn wait_for_underlay(
         &mut self,
         config: &Config,
     ) -> Result<Option<ChosenUnderlay>, StartFailure> {
@@ -147,11 +149,11 @@ impl<'a> Waiting<'a> {
             match underlay::choose(&mut netlink, config, std::iter::empty()) {
                 Ok(chosen) => return Ok(Some(chosen)),
                 Err(error @ (UnderlayError::NoMatch { .. } | UnderlayError::Netlink(_))) => {
-                    self.say(format!("waiting for the network: {error}"));
+                    self.report_problem(format!("waiting for the network: {error}"));
                 }
                 Err(error) => return Err(error.into()),
             }
-            if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
+            if self.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
                 return Ok(None);
             }
         }
@@ -162,19 +164,19 @@ impl<'a> Waiting<'a> {
     ///
     /// # Errors
     /// Fails if the port cannot be bound.
-    pub(super) async fn for_port<T>(
+    pub(super) async fn bind_port<T>(
         &mut self,
         bind: impl Fn() -> Result<T, BindError>,
     ) -> Result<Option<T>, BindError> {
         let begun = Instant::now();
         loop {
             match bind() {
-                Err(error @ BindError::InUse { .. }) if begun.elapsed() < PREDECESSOR_PATIENCE => {
-                    self.say_predecessor(&error);
+                Err(error @ BindError::InUse { .. }) if begun.elapsed() < PREDECESSOR_TIMEOUT => {
+                    self.report_predecessor(&error);
                 }
                 bound => return bound.map(Some),
             }
-            if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
+            if self.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
                 return Ok(None);
             }
         }
@@ -185,18 +187,18 @@ impl<'a> Waiting<'a> {
     ///
     /// # Errors
     /// Fails if the request fails permanently.
-    pub(super) async fn for_kernel<T>(
+    pub(super) async fn retry_kernel<T>(
         &mut self,
         mut ask: impl FnMut() -> Result<T, KernelError>,
     ) -> Result<Option<T>, KernelError> {
         loop {
             match ask() {
                 Err(error) if error.is_transient() => {
-                    self.say(format!("waiting for the kernel: {error}"));
+                    self.report_problem(format!("waiting for the kernel: {error}"));
                 }
                 answer => return answer.map(Some),
             }
-            if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
+            if self.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
                 return Ok(None);
             }
         }

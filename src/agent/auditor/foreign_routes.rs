@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, io, time::Instant};
 
 use rtnetlink::packet_route::route::RouteProtocol;
 
-use super::{Auditor, SHARE};
+use super::{Auditor, TIME_SHARE};
 use crate::{
     dataplane::desired::{Desired, ROUTE_PROTOCOL},
     netlink::{Netlink, route::Destination},
@@ -48,7 +48,7 @@ impl Auditor {
         }
         self.conditional = conditional;
         self.read_for = desired.tables.routes.keys().copied().collect();
-        self.read_at = begun + begun.elapsed() * SHARE;
+        self.read_at = begun + begun.elapsed() * TIME_SHARE;
         Ok(())
     }
 }

@@ -2,12 +2,12 @@
 
 /// The last loss that a kernel counter reported, held for a number of readings.
 #[derive(Debug, Default)]
-pub(super) struct Recent {
+pub(super) struct RecentLoss {
     /// The amount of the last loss, and the number of readings since.
     last: Option<(u64, u32)>,
 }
 
-impl Recent {
+impl RecentLoss {
     /// Records one reading: the loss since the previous reading, or `None` if there was no relevant
     /// loss. Drops a loss that is more than `hold` readings old.
     pub(super) fn note(&mut self, lost: Option<u64>, hold: u32) {

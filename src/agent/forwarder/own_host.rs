@@ -36,10 +36,10 @@ use crate::{
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sockets of both families, in the pod and on this host.
-pub struct Home(Vec<Ends>);
+pub struct HostTrial(Vec<HostSockets>);
 
 /// The sockets of one family.
-struct Ends {
+struct HostSockets {
     family: Family,
     pod: IpAddr,
     gateway: IpAddr,
@@ -57,24 +57,24 @@ struct Ends {
 
 /// A trial of one family and its results.
 struct Check<'a> {
-    ends: &'a Ends,
+    host_sockets: &'a HostSockets,
     asker: ProbeIdentity,
     nonce: [u8; NONCE_LEN],
     /// Source port of the segment to this host.
-    fresh: u16,
+    source_port: u16,
     /// Whether anything has returned from this host to the pod.
-    heard: bool,
+    has_reply: bool,
     /// Packets from this host that have arrived in the pod.
     arrived: BTreeSet<Transport>,
 }
 
-impl Home {
+impl HostTrial {
     /// Opens the sockets. A family whose gateway address is missing is skipped.
     pub fn open(standin: &StandIn, shape: &Shape) -> Self {
         let pairs = shape.addresses.iter().zip(shape.subnets.iter());
-        let opened = pairs.map(|(pod, subnet)| Ends::open(standin, pod, gateway(subnet)));
-        let logged = opened.map(|ends| {
-            ends.inspect_err(
+        let opened = pairs.map(|(pod, subnet)| HostSockets::open(standin, pod, gateway(subnet)));
+        let logged = opened.map(|host_sockets| {
+            host_sockets.inspect_err(
                 |error| tracing::debug!(%error, "packets between pods and this host not tested"),
             )
         });
@@ -94,11 +94,11 @@ impl Home {
         let until = Instant::now() + TIMEOUT;
         loop {
             let pause = until.saturating_duration_since(Instant::now());
-            let fds: Vec<_> = checks.iter().flat_map(|check| check.ends.fds()).collect();
+            let fds: Vec<_> = checks.iter().flat_map(|check| check.host_sockets.fds()).collect();
             if !pause.is_zero() && !wait(&fds, pause) {
                 return Ok(Vec::new());
             }
-            checks.iter_mut().for_each(Check::hear);
+            checks.iter_mut().for_each(Check::receive);
             if pause.is_zero() || checks.iter().all(Check::is_done) {
                 return Ok(checks.iter().flat_map(Check::seen).collect());
             }
@@ -106,7 +106,7 @@ impl Home {
     }
 }
 
-impl Ends {
+impl HostSockets {
     fn open(standin: &StandIn, pod: IpAddr, gateway: IpAddr) -> io::Result<Self> {
         let family = Family::of(pod);
         let datagrams = |address: IpAddr| {
@@ -136,32 +136,33 @@ impl Ends {
 }
 
 impl<'a> Check<'a> {
-    fn begin(ends: &'a Ends) -> io::Result<Self> {
+    fn begin(host_sockets: &'a HostSockets) -> io::Result<Self> {
         let [a, b, c, d, ref nonce @ ..] =
             random::<{ NONCE_LEN + 4 }>().map_err(io::Error::other)?;
         let asker = ProbeIdentity { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
-        ends.family.filter(&ends.echo, asker, false)?;
+        host_sockets.family.filter(&host_sockets.echo, asker, false)?;
         for (socket, transport) in [
-            (&ends.inside, Transport::Udp),
-            (&ends.outside, Transport::Udp),
-            (&ends.segments, Transport::Tcp),
+            (&host_sockets.inside, Transport::Udp),
+            (&host_sockets.outside, Transport::Udp),
+            (&host_sockets.segments, Transport::Tcp),
         ] {
-            only_with(socket, transport, ends.pod, *nonce)?;
+            only_with(socket, transport, host_sockets.pod, *nonce)?;
         }
-        let fresh = u16::from_ne_bytes([c, d]) | 0x8000;
-        let (heard, arrived) = (false, BTreeSet::new());
-        Ok(Self { ends, asker, nonce: *nonce, fresh, heard, arrived })
+        let source_port = u16::from_ne_bytes([c, d]) | 0x8000;
+        let (has_reply, arrived) = (false, BTreeSet::new());
+        Ok(Self { host_sockets, asker, nonce: *nonce, source_port, has_reply, arrived })
     }
 
     /// Returns the segment from this host to the pod, or the reverse.
     fn segment(&self, from: IpAddr, to: IpAddr) -> Probe {
-        let ports = [self.fresh, UNUSED];
+        let ports = [self.source_port, UNUSED];
         Probe { transport: Transport::Tcp, from, to, ports, nonce: self.nonce }
     }
 
     /// Sends all packets. A packet that cannot be sent does not arrive, and is detected that way.
     fn send(&self) {
-        let Ends { family, pod, gateway, echo, inside, segments, outside, sender } = self.ends;
+        let HostSockets { family, pod, gateway, echo, inside, segments, outside, sender } =
+            self.host_sockets;
         let payload = Probe::payload(self.nonce);
         let at = |ip: IpAddr| SocketAddr::new(ip, 0).into();
         let request = family.request_with(self.asker.identifier, 0, &[0; SMALL]);
@@ -176,13 +177,14 @@ impl<'a> Check<'a> {
     }
 
     /// Records what has arrived.
-    fn hear(&mut self) {
-        let Ends { family, pod, gateway, echo, inside, segments, outside, .. } = self.ends;
+    fn receive(&mut self) {
+        let HostSockets { family, pod, gateway, echo, inside, segments, outside, .. } =
+            self.host_sockets;
         while let Ok(heard) = family.receive(echo, self.asker) {
-            self.heard |= heard.is_some_and(|heard| matches!(heard.kind, IcmpKind::Answer(_)));
+            self.has_reply |= heard.is_some_and(|heard| matches!(heard.kind, IcmpKind::Answer(_)));
         }
         let payload = Probe::payload(self.nonce);
-        drain(outside, |datagram, _| self.heard |= datagram == payload);
+        drain(outside, |datagram, _| self.has_reply |= datagram == payload);
         drain(inside, |datagram, _| {
             if datagram == payload {
                 self.arrived.insert(Transport::Udp);
@@ -190,10 +192,10 @@ impl<'a> Check<'a> {
         });
         let to_pod = self.segment(*gateway, *pod);
         // This host resets the connection, because nothing listens on the port.
-        let refused = [UNUSED, self.fresh].map(u16::to_be_bytes).concat();
+        let refused = [UNUSED, self.source_port].map(u16::to_be_bytes).concat();
         drain(segments, |packet, _| {
             let segment = raw_tcp::segment(*pod, packet).unwrap_or_default();
-            self.heard |= segment.starts_with(&refused);
+            self.has_reply |= segment.starts_with(&refused);
             if to_pod.is(segment) {
                 self.arrived.insert(Transport::Tcp);
             }
@@ -201,17 +203,17 @@ impl<'a> Check<'a> {
     }
 
     fn is_done(&self) -> bool {
-        self.heard && self.arrived.len() == Transport::ALL.len()
+        self.has_reply && self.arrived.len() == Transport::ALL.len()
     }
 
     fn seen(&self) -> Vec<(Way, Seen)> {
-        let ipv4 = self.ends.pod.is_ipv4();
+        let ipv4 = self.host_sockets.pod.is_ipv4();
         let verdict = |is_there| if is_there { Seen::Passed } else { Seen::Lost };
         let from_host = Transport::ALL.map(|transport| {
             let arrived = verdict(self.arrived.contains(&transport));
             (Way { direction: Direction::FromHost(transport), ipv4 }, arrived)
         });
         let to_host = Way { direction: Direction::ToHost, ipv4 };
-        from_host.into_iter().chain([(to_host, verdict(self.heard))]).collect()
+        from_host.into_iter().chain([(to_host, verdict(self.has_reply))]).collect()
     }
 }

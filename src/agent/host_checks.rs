@@ -31,11 +31,11 @@ use crate::{
 
 /// Other programs' chains may have very many rules: reading them takes at most this fraction (1/n) of
 /// the time.
-const SHARE: u32 = 1_000;
+const CHAIN_READ_SHARE: u32 = 1_000;
 /// The same limit for counters of the members' packets, which are read only while a peer is unverified.
 const COUNT_SHARE: u32 = 100;
 /// Time after which an operation refused by the kernel is repeated. Each attempt changes the table.
-const TRY_AGAIN: Duration = Duration::from_secs(60);
+const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The last reported result of the host checks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub struct HostState {
 }
 
 /// The host checks and what they need.
-pub struct Surroundings {
+pub struct HostChecks {
     table: io::Result<FirewallTable>,
     changes: Option<Changes>,
     users: UsersRule,
@@ -62,11 +62,11 @@ pub struct Surroundings {
     mode: Mode,
     set_sysctls: bool,
     /// Names of sysctls that were correct at the last check.
-    right: BTreeSet<String>,
+    correct_sysctls: BTreeSet<String>,
     /// Interfaces configured to accept router advertisements although this host forwards.
     kept: BTreeSet<String>,
     begun: Instant,
-    switches: Option<ForwardingMonitor>,
+    forwarding_monitor: Option<ForwardingMonitor>,
     toggled: Toggled,
     /// Whether the device was closed to router advertisements from the overlay at the last check.
     was_closed: bool,
@@ -89,10 +89,10 @@ pub struct Surroundings {
     /// Repeated conflicts with other programs about entries, the table and sysctls.
     pub opponents: Opponents,
     /// The last reported state.
-    told: HostState,
+    reported: HostState,
 }
 
-impl Surroundings {
+impl HostChecks {
     /// Opens all sockets. A socket that cannot be opened is a problem only where it is needed.
     pub fn open(mode: Mode, set_sysctls: bool) -> Self {
         Self {
@@ -102,10 +102,10 @@ impl Surroundings {
             users_problem: None,
             mode,
             set_sysctls,
-            right: BTreeSet::new(),
+            correct_sysctls: BTreeSet::new(),
             kept: BTreeSet::new(),
             begun: Instant::now(),
-            switches: ForwardingMonitor::open().ok(),
+            forwarding_monitor: ForwardingMonitor::open().ok(),
             toggled: Toggled::default(),
             was_closed: false,
             table_problem: None,
@@ -121,7 +121,7 @@ impl Surroundings {
             chain_problems: Vec::new(),
             count_at: Instant::now(),
             opponents: Opponents::new(),
-            told: HostState::default(),
+            reported: HostState::default(),
         }
     }
 
@@ -140,7 +140,7 @@ impl Surroundings {
 
     /// Ensures with a policy rule that users of this host cannot send to the VXLAN port. Without the
     /// guard, removes the rule.
-    pub fn keep_users_out(&mut self, firewall: &Firewall) {
+    pub fn block_users(&mut self, firewall: &Firewall) {
         let kept = match &firewall.guard {
             Some(guard) => self.users.keep(guard.port, &guard.members),
             None => self.users.remove().map(|()| false),
@@ -190,7 +190,7 @@ impl Surroundings {
     }
 
     /// Checks sysctls, the connection tracking table and, less often, other programs' chains.
-    pub fn look(&mut self, desired: &Desired, bridge: &str, underlay: &str) {
+    pub fn check(&mut self, desired: &Desired, bridge: &str, underlay: &str) {
         let begun = Instant::now();
         let networks: Vec<_> = desired.pool.networks().iter().collect();
         if self.read_chains_at <= begun {
@@ -198,7 +198,7 @@ impl Surroundings {
             let chains = chains.and_then(Result::ok).unwrap_or_default();
             let drops = chains.dropping.iter().map(|chain| direct_access(chain, desired));
             self.chain_problems = drops.collect();
-            self.read_chains_at = begun + begun.elapsed() * SHARE;
+            self.read_chains_at = begun + begun.elapsed() * CHAIN_READ_SHARE;
         }
         self.problems.clear();
         self.problems.extend(self.connections.look());
@@ -210,24 +210,24 @@ impl Surroundings {
         }
         for setting in sysctl::wanted(&networks, &desired.device.name, self.mode, underlay) {
             let Some(problem) = setting.problem() else {
-                self.right.insert(setting.name().to_owned());
+                self.correct_sysctls.insert(setting.name().to_owned());
                 continue;
             };
             if !self.set_sysctls {
                 self.problems.push(problem);
                 continue;
             }
-            let was_right = self.right.remove(setting.name());
+            let was_correct = self.correct_sysctls.remove(setting.name());
             match setting.set() {
                 Ok(kept) => {
                     self.kept.extend(kept);
-                    self.right.insert(setting.name().to_owned());
-                    self.repaired.extend(was_right.then_some("sysctl"));
+                    self.correct_sysctls.insert(setting.name().to_owned());
+                    self.repaired.extend(was_correct.then_some("sysctl"));
                 }
                 Err(error) => self.problems.push(error),
             }
         }
-        self.look_at_switches([&desired.device.name, bridge]);
+        self.check_forwarding_switches([&desired.device.name, bridge]);
         let kept = sysctl::keep_advertisements(&self.kept);
         let closed = interface::close(&desired.device.name, Ipv6::AsItIs);
         // A device that an earlier version left has other settings, so only a change since the last
@@ -244,17 +244,17 @@ impl Surroundings {
     }
 
     /// Reports forwarding that was switched off briefly, globally or on these interfaces.
-    fn look_at_switches(&mut self, interfaces: [&str; 2]) {
-        let Some(switches) = &mut self.switches else { return };
-        let heard = switches.read().unwrap_or_else(|error| {
+    fn check_forwarding_switches(&mut self, interfaces: [&str; 2]) {
+        let Some(forwarding_monitor) = &mut self.forwarding_monitor else { return };
+        let switched_settings = forwarding_monitor.read().unwrap_or_else(|error| {
             tracing::debug!(%error, "forwarding notifications not read");
             Vec::new()
         });
         let now = Time::ZERO + self.begun.elapsed();
-        let is_needed = heard.iter().any(|switched| switched.link.is_some());
+        let is_needed = switched_settings.iter().any(|switched| switched.link.is_some());
         let netlink = self.netlink.as_mut().ok().filter(|_| is_needed);
         let links = netlink.map(|netlink| interfaces.map(|name| netlink.link(name).ok().flatten()));
-        for switched in heard {
+        for switched in switched_settings {
             let mut links = links.iter().flatten().flatten();
             let interface = match switched.link {
                 None => None,
@@ -272,7 +272,7 @@ impl Surroundings {
     }
 
     /// Returns the state if it has changed since the last call.
-    pub fn news(&mut self) -> Option<HostState> {
+    pub fn take_change(&mut self) -> Option<HostState> {
         let problems = self.table_problem.iter().chain(&self.users_problem);
         let problems = problems.chain(&self.chain_problems).chain(&self.problems);
         let problems = problems.cloned().chain(self.opponents.problems());
@@ -283,8 +283,8 @@ impl Surroundings {
             dropped: self.dropped,
             repaired: std::mem::take(&mut self.repaired),
         };
-        let news = state != self.told;
-        self.told = HostState { repaired: Vec::new(), ..state.clone() };
+        let news = state != self.reported;
+        self.reported = HostState { repaired: Vec::new(), ..state.clone() };
         news.then_some(state)
     }
 
@@ -329,7 +329,7 @@ impl Surroundings {
                 return None;
             }
         };
-        if self.refused_at.is_none_or(|at| at.elapsed() >= TRY_AGAIN) {
+        if self.refused_at.is_none_or(|at| at.elapsed() >= RETRY_INTERVAL) {
             match act(table, firewall) {
                 Ok(done) => {
                     (self.refused_at, self.table_problem) = (None, None);

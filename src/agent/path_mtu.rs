@@ -13,7 +13,7 @@ use crate::{
 impl Agent {
     /// Probes the paths with path MTUs that routers reported, and makes the kernel forget those that are
     /// wrong.
-    pub(super) fn judge_reports(&mut self) {
+    pub(super) fn check_path_mtu_reports(&mut self) {
         let now = self.clock.now();
         let told = self.kernel.routing.path_mtus.iter().filter(|(_, path)| path.learned);
         let told = told.map(|(host, path)| (*host, path.mtu)).collect();

@@ -115,17 +115,17 @@ impl Agent {
 
     /// Returns the problem of a path, with its remedy.
     pub(super) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
-        match self.path_words(node, state)? {
-            Words::Problem(problem) => Some(problem),
-            Words::Warning(_) => None,
+        match self.path_text(node, state)? {
+            PathText::Problem(problem) => Some(problem),
+            PathText::Warning(_) => None,
         }
     }
 
     /// Returns what may be wrong without affecting any pod.
     pub(super) fn path_warnings(&self) -> impl Iterator<Item = String> + '_ {
-        self.path_states().filter_map(|(node, state, _)| match self.path_words(node, state)? {
-            Words::Problem(_) => None,
-            Words::Warning(warning) => Some(warning),
+        self.path_states().filter_map(|(node, state, _)| match self.path_text(node, state)? {
+            PathText::Problem(_) => None,
+            PathText::Warning(warning) => Some(warning),
         })
     }
 
@@ -133,21 +133,21 @@ impl Agent {
     /// answered.
     pub(super) fn is_passed_by_pods(&self, node: NodeId, state: PathState) -> bool {
         matches!(state, PathState::Unanswered | PathState::OneWay)
-            && self.kernel.far.answering.contains(&node)
+            && self.kernel.remote_pods.answering.contains(&node)
     }
 
     /// Returns the text for a path without answers and without a known cause. If packets of the peer
     /// arrive, its firewall may drop only the probes, so it is a problem only if packets of pods are
     /// known to be lost as well.
-    fn unanswered(&self, node: NodeId, state: PathState, words: String) -> Option<Words> {
-        let is_proven = self.kernel.far.closed.iter().any(|way| way.node == node);
+    fn unanswered(&self, node: NodeId, state: PathState, text: String) -> Option<PathText> {
+        let is_proven = self.kernel.remote_pods.closed.iter().any(|way| way.node == node);
         Some(match state {
-            PathState::OneWay if !is_proven => Words::Warning(words),
-            _ => Words::Problem(words),
+            PathState::OneWay if !is_proven => PathText::Warning(text),
+            _ => PathText::Problem(text),
         })
     }
 
-    fn path_words(&self, node: NodeId, state: PathState) -> Option<Words> {
+    fn path_text(&self, node: NodeId, state: PathState) -> Option<PathText> {
         if self.is_passed_by_pods(node, state) {
             return None;
         }
@@ -162,13 +162,13 @@ impl Agent {
         let is_silent = (self.is_lost(state) || !self.prober.paths.is_alive(node))
             && self.kernel.underlay_problem.is_none();
         if is_silent && let Some(problem) = self.moved_problem() {
-            return certain(problem);
+            return problem_text(problem);
         }
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
-            return certain(problem);
+            return problem_text(problem);
         }
         if let Some(told) = self.prober.reports.lasting(there) {
-            return certain(false_report(name, there, told, self.underlay.carried));
+            return problem_text(wrong_mtu_problem(name, there, told, self.underlay.carried));
         }
         let is_partly = state == PathState::PartlyLost;
         // This host drops packets of new flows to every peer, which is reported elsewhere.
@@ -177,12 +177,12 @@ impl Agent {
         }
         let found = self.inquest.found(node).filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
-            return certain(cause);
+            return problem_text(cause);
         }
         let is_gone = self.is_lost(state) && !self.prober.paths.is_alive(node);
-        let is_mute = is_gone && state != PathState::OneWay;
-        if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_mute) {
-            return certain(mute_problem(name, there, sign, [port, gossip]));
+        let is_unanswered = is_gone && state != PathState::OneWay;
+        if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_unanswered) {
+            return problem_text(silent_machine_problem(name, there, sign, [port, gossip]));
         }
         // Gossip has already reported that the peer is down.
         if lost && !self.prober.paths.is_alive(node) {
@@ -207,17 +207,17 @@ impl Agent {
         let is_direct = matches!(ways[0], Way::Direct { .. });
         if lost && self.prober.paths.is_diverted_inbound(node) {
             let own = view.own.subnets.first.network();
-            return certain(mixed_problem(name, own, is_direct));
+            return problem_text(mixed_modes_problem(name, own, is_direct));
         }
         match ways[0] {
             Way::Unreachable => {
-                return certain(format!(
+                return problem_text(format!(
                     "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no \
                      tunnels: use mode = \"direct\" on all nodes"
                 ));
             }
             _ if ways.contains(&Way::Unreachable) => {
-                return certain(format!(
+                return problem_text(format!(
                     "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay \
                      address {there}; use mode = \"direct\" on all nodes"
                 ));
@@ -240,7 +240,7 @@ impl Agent {
             _ => {}
         }
         // Filters of both hosts and of the network may drop probes or answers.
-        let walls = match found.is_some_and(|found| found.leaves) {
+        let filters_text = match found.is_some_and(|found| found.leaves) {
             true => format!(
                 " (tunnel packets to it leave this host, so by the network, or by {name}: gossamer status \
                  there may name it; nft list ruleset, iptables-legacy -S, ip xfrm policy, and ingress \
@@ -255,24 +255,35 @@ impl Agent {
         };
         let translated = self.translation(node, there);
         match state {
-            PathState::Unanswered => self.unanswered(node, state, format!(
-                "no probe of {name} through the tunnel is answered, though its agent is alive: \
-                 either UDP {port} is closed on the way between {here} and {there}{walls}, or the firewall \
-                 of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
-            )),
-            PathState::OneWay => self.unanswered(node, state, format!(
-                "no probe of {name} through the tunnel is answered, though its packets arrive: \
-                 either UDP {port} is closed on the way from {here} to {there}{walls}, or the firewall of \
-                 {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
-            )),
-            PathState::Asymmetric => certain(format!(
-                "packets to {name} go through the tunnel, and its answers arrive without one: another route or \
-                 another mode leads it here (there: ip route get {}); rp_filter and firewalls may drop that",
+            PathState::Unanswered => self.unanswered(
+                node,
+                state,
+                format!(
+                    "no probe of {name} through the tunnel is answered, though its agent is alive: \
+                 either UDP {port} is closed on the way between {here} and {there}{filters_text}, \
+                 or the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, \
+                 which harms no pod{translated}"
+                ),
+            ),
+            PathState::OneWay => self.unanswered(
+                node,
+                state,
+                format!(
+                    "no probe of {name} through the tunnel is answered, though its packets arrive: \
+                 either UDP {port} is closed on the way from {here} to {there}{filters_text}, or \
+                 the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, which \
+                 harms no pod{translated}"
+                ),
+            ),
+            PathState::Asymmetric => problem_text(format!(
+                "packets to {name} go through the tunnel, and its answers arrive without one: \
+                 another route or another mode leads it here (there: ip route get {}); rp_filter \
+                 and firewalls may drop that",
                 view.own.subnets.first.network()
             )),
             PathState::PartlyLost => {
                 let (lost, of) = self.prober.paths.flows(node)?;
-                certain(format!(
+                problem_text(format!(
                     "packets to {name} are partly lost: {lost} of {of} flows do not get through, and the \
                      others do. Either one of several links or routers between {here} and {there} that share \
                      the load (bonds, port channels, ECMP: each flow takes one) is dead or drops UDP {port}: \
@@ -292,11 +303,12 @@ impl Agent {
                 };
                 let lowered = match self.kernel.narrow.get(&node) {
                     Some(mtu) => format!(
-                        "; the MTU of its route is lowered to {mtu}, which pods that receive ICMP errors follow"
+                        "; the MTU of its route is lowered to {mtu}, which pods that receive ICMP \
+                        errors follow"
                     ),
                     None => String::new(),
                 };
-                certain(format!(
+                problem_text(format!(
                     "packets of {mtu} bytes to {name} are lost, {arrive} arrive: some link between {here} \
                      and {there} carries less than this host's{lowered}; set {smaller} on all nodes"
                 ))
@@ -307,7 +319,7 @@ impl Agent {
 }
 
 /// The text about a path.
-enum Words {
+enum PathText {
     /// A problem of pods.
     Problem(String),
     /// Something that may affect no pod.
@@ -315,12 +327,17 @@ enum Words {
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "as it is returned")]
-fn certain(words: String) -> Option<Words> {
-    Some(Words::Problem(words))
+fn problem_text(text: String) -> Option<PathText> {
+    Some(PathText::Problem(text))
 }
 
 /// Describes a peer whose agent and kernel do not answer, although a machine with its address was seen.
-fn mute_problem(name: &str, there: IpAddr, sign: Sign, [port, gossip]: [u16; 2]) -> String {
+fn silent_machine_problem(
+    name: &str,
+    there: IpAddr,
+    sign: Sign,
+    [port, gossip]: [u16; 2],
+) -> String {
     format!(
         "neither the agent of {name} ({there}) nor its tunnel answers, though a machine has that address: \
          {sign}. Either its agent does not run (there: systemctl status gossamer), or packets between the \
@@ -330,7 +347,7 @@ fn mute_problem(name: &str, there: IpAddr, sign: Sign, [port, gossip]: [u16; 2])
 }
 
 /// Describes a wrong path MTU report that keeps coming back.
-fn false_report(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
+fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
     let (family, icmp) = match there {
         IpAddr::V4(_) => ("ip", "ICMP type 3 code 4"),
         IpAddr::V6(_) => ("ip -6", "ICMPv6 packet too big"),
@@ -343,7 +360,7 @@ fn false_report(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
 }
 
 /// Describes packets that take different ways in both directions, without any answer.
-fn mixed_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
+fn mixed_modes_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
     let (go, come) = match is_direct {
         true => ("without a tunnel", "through one"),
         false => ("through the tunnel", "without one"),
@@ -352,7 +369,7 @@ fn mixed_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
         "packets to {name} go {go}, its own come {come}, and no probe of it is answered: either \
          the two hosts have different modes, or a route of another program leads one of them (there: ip \
          route get {own}), and on one of the two a rule about the reverse path (rpfilter, fib) or rp_filter \
-         drops packets that arrive by the other way: set the same mode on all nodes; a host that drops packets names \
-         the rule (there: gossamer status)"
+         drops packets that arrive by the other way: set the same mode on all nodes; a host that \
+         drops packets names the rule (there: gossamer status)"
     )
 }

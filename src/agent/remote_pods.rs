@@ -1,12 +1,11 @@
-//! The thread that tests whether packets of pods reach pods of other hosts, and answers such tests of
-//! other hosts.
+//! The thread that tests whether pods of other hosts are reachable, and answers their hosts' tests.
 //!
 //! It has sockets in the agent's own pod while that exists. [`crate::dataplane::forwarding::FarPods`]
 //! draws the conclusions. Agents of other hosts can query which of their packets arrived.
 
 mod sockets;
 mod streams;
-mod words;
+mod texts;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,9 +31,8 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// Time after a peer was last needed until its entries on demand are removed and trials of both hosts
-/// have ended.
-const UNTIL_AGED: Duration = Duration::from_secs(120);
+/// Time until the entries on demand of an unused peer are removed and trials of both hosts have ended.
+const AGING_TIME: Duration = Duration::from_secs(120);
 
 /// The peers to test, and the addresses from which probes are answered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,7 +44,7 @@ pub struct Setting {
     /// How long a peer is not tested after a trial without losses; `None` if testing costs nothing.
     rest: Option<Duration>,
     /// Addresses of members' own pods and of their hosts, from which probes are answered.
-    askers: BTreeMap<IpAddr, NodeId>,
+    probers: BTreeMap<IpAddr, NodeId>,
     /// The same addresses as socket filters.
     sources: Vec<Sources>,
     /// Addresses that rules of this host may have put in place of a member's.
@@ -54,20 +52,19 @@ pub struct Setting {
 }
 
 impl Setting {
-    fn may_ask(&self, from: IpAddr) -> bool {
-        self.askers.contains_key(&from) || self.own.contains(&from)
+    fn may_probe(&self, from: IpAddr) -> bool {
+        self.probers.contains_key(&from) || self.own.contains(&from)
     }
 
-    /// Returns whether a packet from an address may be this member's. Only that member knows a round's
-    /// number.
+    /// Returns whether a packet from an address may be this member's. Only it knows a round's number.
     fn may_be_of(&self, from: IpAddr, node: NodeId) -> bool {
-        self.askers.get(&from).map_or(self.own.contains(&from), |asker| *asker == node)
+        self.probers.get(&from).map_or(self.own.contains(&from), |prober| *prober == node)
     }
 }
 
 /// The results.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct FarState {
+pub struct RemotePodsState {
     /// Ways on which packets are lost.
     pub closed: Vec<FarWay>,
     /// Peers whose pods have answered.
@@ -83,9 +80,9 @@ pub struct FarState {
 }
 
 /// An event of the thread.
-pub enum FarEvent {
+pub enum RemotePodsEvent {
     /// The results have changed.
-    State(FarState),
+    State(RemotePodsState),
     /// These members must be queried for arrivals of this round.
     Ask(u32, Vec<NodeId>),
     /// The arrivals that a member queried; `None` without a pod.
@@ -114,33 +111,33 @@ impl Order for Command {
 }
 
 /// Handle of the thread.
-pub struct Far {
+pub struct RemotePods {
     pub(super) worker: Worker<Command>,
     /// The last setting that was passed to the thread.
-    told: Setting,
+    reported: Setting,
     /// The pod that has the sockets.
     room: Option<Room>,
 }
 
-impl Far {
+impl RemotePods {
     /// Starts the thread. `tell` receives its events.
     ///
     /// # Errors
     /// Fails if the thread cannot be created.
-    pub fn start(tell: impl Fn(FarEvent) + Send + 'static) -> io::Result<Self> {
+    pub fn start(tell: impl Fn(RemotePodsEvent) + Send + 'static) -> io::Result<Self> {
         let worker = Worker::start("far pods", move |orders| {
             let runner = Runner {
                 orders,
                 tell,
                 clock: Clock(Instant::now()),
                 setting: Setting::default(),
-                far: FarPods::default(),
+                remote_pods: FarPods::default(),
                 place: None,
-                told: FarState::default(),
+                reported: RemotePodsState::default(),
             };
             runner.run();
         })?;
-        Ok(Self { worker, told: Setting::default(), room: None })
+        Ok(Self { worker, reported: Setting::default(), room: None })
     }
 
     /// Sets the pod in which the thread has its sockets.
@@ -160,15 +157,15 @@ impl Far {
     }
 
     fn set(&mut self, setting: Setting) {
-        if self.told != setting {
-            self.told.clone_from(&setting);
+        if self.reported != setting {
+            self.reported.clone_from(&setting);
             self.worker.order(Command::Setting(setting));
         }
     }
 
     /// Passes the arrivals that members have reported to the thread.
-    fn hear(&self, round: u32, told: BTreeMap<NodeId, Arrivals>) {
-        self.worker.order(Command::Arrivals(round, told));
+    fn pass_arrivals(&self, round: u32, reported: BTreeMap<NodeId, Arrivals>) {
+        self.worker.order(Command::Arrivals(round, reported));
     }
 
     /// Ends the thread.
@@ -189,19 +186,19 @@ struct Runner<F> {
     tell: F,
     clock: Clock,
     setting: Setting,
-    far: FarPods,
+    remote_pods: FarPods,
     place: Option<Place>,
-    told: FarState,
+    reported: RemotePodsState,
 }
 
-impl<F: Fn(FarEvent)> Runner<F> {
+impl<F: Fn(RemotePodsEvent)> Runner<F> {
     fn run(mut self) {
         while self.take_orders() {
-            self.hear();
+            self.receive();
             self.act();
             self.report();
             let now = self.clock.now();
-            let due = self.place.as_ref().and_then(|_| self.far.next_due());
+            let due = self.place.as_ref().and_then(|_| self.remote_pods.next_due());
             let pause = due.map(|due| due.since(now));
             let fds = self.place.iter().flat_map(|place| place.sockets.fds());
             let writable = self.place.iter().flat_map(|place| place.sockets.writable());
@@ -213,12 +210,12 @@ impl<F: Fn(FarEvent)> Runner<F> {
     fn take_orders(&mut self) -> bool {
         loop {
             match self.orders.take() {
-                Ok(Command::Room(room)) => self.settle(room),
+                Ok(Command::Room(room)) => self.set_pod(room),
                 Ok(Command::Setting(setting)) => {
                     self.setting = setting;
                     self.update();
                     if let Some(place) = &mut self.place {
-                        place.witness.keep(|from| self.setting.may_ask(from));
+                        place.witness.keep(|from| self.setting.may_probe(from));
                         if let Err(error) = place.sockets.admit(&self.setting.sources) {
                             tracing::debug!(%error, "socket filters not set");
                         }
@@ -226,16 +223,16 @@ impl<F: Fn(FarEvent)> Runner<F> {
                 }
                 Ok(Command::Testify(reply, node, round)) => {
                     // Unread packets have arrived, too.
-                    self.hear();
+                    self.receive();
                     let now = self.clock.now();
                     let is_its = |from| self.setting.may_be_of(from, node);
                     let place = self.place.as_ref();
-                    let told = place.map(|place| place.witness.testify(now, round, is_its));
-                    (self.tell)(FarEvent::Testimony(reply, told));
+                    let reported = place.map(|place| place.witness.testify(now, round, is_its));
+                    (self.tell)(RemotePodsEvent::Testimony(reply, reported));
                 }
-                Ok(Command::Arrivals(round, told)) => {
-                    self.hear();
-                    self.far.on_arrivals_told(self.clock.now(), round, &told);
+                Ok(Command::Arrivals(round, reported)) => {
+                    self.receive();
+                    self.remote_pods.on_arrivals_told(self.clock.now(), round, &reported);
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -244,9 +241,9 @@ impl<F: Fn(FarEvent)> Runner<F> {
     }
 
     /// Moves to another pod. Results of the previous one are discarded.
-    fn settle(&mut self, room: Option<Room>) {
+    fn set_pod(&mut self, room: Option<Room>) {
         self.place = None;
-        self.far = FarPods::default();
+        self.remote_pods = FarPods::default();
         self.update();
         let Some(room) = room else { return };
         match RoomSockets::open(room, &self.setting.sources) {
@@ -258,27 +255,27 @@ impl<F: Fn(FarEvent)> Runner<F> {
     }
 
     fn update(&mut self) {
-        self.far.set_rest(self.setting.rest);
-        self.far.update(&self.setting.subjects, &self.setting.lost_here);
+        self.remote_pods.set_rest(self.setting.rest);
+        self.remote_pods.update(&self.setting.subjects, &self.setting.lost_here);
     }
 
     /// Reads everything received.
-    fn hear(&mut self) {
+    fn receive(&mut self) {
         let Some(Place { sockets, witness }) = &mut self.place else { return };
-        let (far, setting, clock) = (&mut self.far, &self.setting, &self.clock);
-        sockets.hear(|heard| {
+        let (remote_pods, setting, clock) = (&mut self.remote_pods, &self.setting, &self.clock);
+        sockets.receive_all(|heard| {
             let now = clock.now();
             match heard {
                 SocketEvent::Question { from, round, sort } => {
                     let is_answered =
-                        setting.may_ask(from) && witness.on_question(now, from, round, sort);
+                        setting.may_probe(from) && witness.on_question(now, from, round, sort);
                     if is_answered {
-                        far.on_question(now, from);
+                        remote_pods.on_question(now, from);
                     }
                     is_answered
                 }
                 SocketEvent::Connected { to, round } => {
-                    far.on_connected(now, to, round);
+                    remote_pods.on_connected(now, to, round);
                     false
                 }
                 SocketEvent::Overflow => {
@@ -286,7 +283,7 @@ impl<F: Fn(FarEvent)> Runner<F> {
                     false
                 }
                 SocketEvent::Answer { from, round, kind } => {
-                    far.on_answer(from, kind, round);
+                    remote_pods.on_answer(from, kind, round);
                     false
                 }
             }
@@ -297,11 +294,13 @@ impl<F: Fn(FarEvent)> Runner<F> {
     fn act(&mut self) {
         let Some(Place { sockets, .. }) = &mut self.place else { return };
         // A round needs an unpredictable number.
-        let Ok(luck) = random() else { return };
-        while let Some(output) = self.far.poll(self.clock.now(), u32::from_ne_bytes(luck)) {
+        let Ok(random_bytes) = random() else { return };
+        while let Some(output) =
+            self.remote_pods.poll(self.clock.now(), u32::from_ne_bytes(random_bytes))
+        {
             match output {
                 FarOutput::Begin(round) => {
-                    if let Err(error) = sockets.renew(round) {
+                    if let Err(error) = sockets.start_round(round) {
                         tracing::debug!(%error, "sockets not renewed");
                     }
                 }
@@ -309,109 +308,115 @@ impl<F: Fn(FarEvent)> Runner<F> {
                     let sent = sockets.send(to, kind, number, size);
                     // The kernel may be too old, or the required offload may be off.
                     if sent.is_err() && kind.segments() > 1 {
-                        self.far.on_unsent(to, kind, number);
+                        self.remote_pods.on_unsent(to, kind, number);
                     }
                 }
-                FarOutput::Ask(round, nodes) => (self.tell)(FarEvent::Ask(round, nodes)),
+                FarOutput::Ask(round, nodes) => (self.tell)(RemotePodsEvent::Ask(round, nodes)),
             }
         }
     }
 
     /// Reports the results if they have changed.
     fn report(&mut self) {
-        let now = FarState {
-            closed: self.far.closed(),
-            answering: self.far.answering(),
-            overrun: self.far.overrun(),
-            losses: self.far.losses(),
-            is_in_doubt: self.far.is_in_doubt(),
-            losing_large: self.far.losing_large(),
+        let now = RemotePodsState {
+            closed: self.remote_pods.closed(),
+            answering: self.remote_pods.answering(),
+            overrun: self.remote_pods.overrun(),
+            losses: self.remote_pods.losses(),
+            is_in_doubt: self.remote_pods.is_in_doubt(),
+            losing_large: self.remote_pods.losing_large(),
         };
-        if now != self.told {
-            self.told.clone_from(&now);
-            (self.tell)(FarEvent::State(now));
+        if now != self.reported {
+            self.reported.clone_from(&now);
+            (self.tell)(RemotePodsEvent::State(now));
         }
     }
 }
 
 /// Returns the addresses from which a member's own pod may send probes: its own, and those of its host,
 /// in case the host translates them; not those of other pods.
-fn askers(subnets: Subnets, underlay: IpAddr) -> impl Iterator<Item = IpAddr> {
-    subnets.iter().flat_map(move |subnet| ends(subnets, subnet)).chain([underlay])
+fn probers(subnets: Subnets, underlay: IpAddr) -> impl Iterator<Item = IpAddr> {
+    subnets.iter().flat_map(move |subnet| host_addresses(subnets, subnet)).chain([underlay])
 }
 
 /// Returns filters for these addresses in all subnets of the overlay. `own` are this host's subnets.
 fn sources(networks: Subnets, own: Subnets) -> Vec<Sources> {
     let pairs = networks.iter().zip(own.iter());
-    pairs.map(|(network, subnet)| Sources::new(network, subnet, ends(own, subnet))).collect()
+    pairs
+        .map(|(network, subnet)| Sources::new(network, subnet, host_addresses(own, subnet)))
+        .collect()
 }
 
 /// Returns the addresses of a host and of the agent's own pod in one of the host's subnets.
-fn ends(subnets: Subnets, subnet: IpNet) -> impl Iterator<Item = IpAddr> {
+fn host_addresses(subnets: Subnets, subnet: IpNet) -> impl Iterator<Item = IpAddr> {
     let own = last_addresses(subnets).iter().filter(move |ip| subnet.contains(ip));
     [subnet.network(), gateway(subnet)].into_iter().chain(own)
 }
 
 impl Agent {
     /// Handles an event of the thread.
-    pub(super) fn on_far(&mut self, told: FarEvent) {
-        match told {
-            FarEvent::State(state) => {
-                let words = |agent: &Self| [agent.far_problems(), agent.far_warnings()].concat();
+    pub(super) fn on_remote_pods(&mut self, reported: RemotePodsEvent) {
+        match reported {
+            RemotePodsEvent::State(state) => {
+                let words = |agent: &Self| {
+                    [agent.remote_pod_problems(), agent.remote_pod_warnings()].concat()
+                };
                 let before = words(self);
                 // A link of the path may carry less than before.
                 let clock = self.clock.now();
-                for node in state.losing_large.difference(&self.kernel.far.losing_large) {
+                for node in state.losing_large.difference(&self.kernel.remote_pods.losing_large) {
                     self.prober.paths.doubt_size(clock, *node);
                 }
-                self.kernel.far = state;
+                self.kernel.remote_pods = state;
                 let now = words(self);
                 let new = now.iter().filter(|problem| !before.contains(problem));
                 new.for_each(|problem| tracing::warn!("{problem}"));
                 self.update_forwarder();
             }
-            FarEvent::Ask(round, nodes) => {
+            RemotePodsEvent::Ask(round, nodes) => {
                 let asked = self.survey(nodes, Inquiry::Arrivals(round), move |agent, found| {
-                    let told =
+                    let reported =
                         |(node, report): (NodeId, Option<Report>)| Some((node, report?.arrivals?));
-                    agent.far.hear(round, found.into_iter().filter_map(told).collect());
+                    agent
+                        .remote_pods
+                        .pass_arrivals(round, found.into_iter().filter_map(reported).collect());
                 });
                 if !asked {
-                    self.far.hear(round, BTreeMap::new());
+                    self.remote_pods.pass_arrivals(round, BTreeMap::new());
                 }
             }
-            FarEvent::Testimony(reply, arrivals) => {
+            RemotePodsEvent::Testimony(reply, arrivals) => {
                 self.node.report(reply, Report { arrivals, ..Report::default() });
             }
         }
     }
 
     /// Passes the peers to test to the thread if they have changed.
-    pub(super) fn update_far(&mut self) {
-        let setting = self.far_setting().unwrap_or_default();
-        self.far.set(setting);
+    pub(super) fn update_remote_pods(&mut self) {
+        let setting = self.remote_pods_setting().unwrap_or_default();
+        self.remote_pods.set(setting);
     }
 
-    fn far_setting(&self) -> Option<Setting> {
+    fn remote_pods_setting(&self) -> Option<Setting> {
         let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
-        let askers_of = |(node, peer): (&NodeId, &Peer)| {
+        let probers_of = |(node, peer): (&NodeId, &Peer)| {
             let (_, subnets) = peer.leases.first()?;
             let node = *node;
-            Some(askers(*subnets, peer.vtep.underlay).map(move |from| (from, node)))
+            Some(probers(*subnets, peer.vtep.underlay).map(move |from| (from, node)))
         };
-        let own = askers(view.own.subnets, view.own.vtep.underlay);
+        let own = probers(view.own.subnets, view.own.vtep.underlay);
         let arriving = self.kernel.forwarding.arriving.iter().copied();
         let own = own.chain([self.underlay.local]).chain(arriving).collect();
-        let askers = view.peers.iter().filter_map(askers_of).flatten().collect();
+        let probers = view.peers.iter().filter_map(probers_of).flatten().collect();
         let sources = sources(view.settings.pool.networks(), view.own.subnets);
         let lost_here = self.kernel.forwarding.closed.clone();
         // With entries on demand, peers without entries are not tested, because a test counts as a use.
         let in_use = self.kernel.demand.in_use.as_ref();
-        let rest = in_use.map(|_| self.config.idle_after + UNTIL_AGED);
+        let rest = in_use.map(|_| self.config.idle_after + AGING_TIME);
         // That no peer is reachable is already reported.
         let is_told = self.kernel.underlay_problem.is_some() || self.kernel.host.is_table_full;
         if is_told {
-            return Some(Setting { subjects: Vec::new(), lost_here, rest, askers, sources, own });
+            return Some(Setting { subjects: Vec::new(), lost_here, rest, probers, sources, own });
         }
         let underlay = self.underlay.with_mode(self.config.mode);
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
@@ -439,7 +444,7 @@ impl Agent {
             (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
         };
         let subjects = self.path_states().filter_map(subject).collect();
-        Some(Setting { subjects, lost_here, rest, askers, sources, own })
+        Some(Setting { subjects, lost_here, rest, probers, sources, own })
     }
 }
 
@@ -453,40 +458,44 @@ mod tests {
     }
 
     #[test]
-    fn pod_of_a_member_may_not_ask_and_its_own_one_may_also_if_its_host_translates_it() {
+    fn prober_addresses_contain_own_pod_and_host_but_no_other_pod() {
         let underlay = IpAddr::from([10, 99, 0, 11]);
-        let askers: BTreeSet<IpAddr> = askers(dual(), underlay).collect();
+        let probers: BTreeSet<IpAddr> = probers(dual(), underlay).collect();
         for last in [0, 1, 254] {
-            assert!(askers.contains(&IpAddr::from([10, 42, 1, last])), "{last}");
+            assert!(probers.contains(&IpAddr::from([10, 42, 1, last])), "{last}");
         }
-        assert!(!askers.contains(&IpAddr::from([10, 42, 1, 2])) && askers.contains(&underlay));
-        assert_eq!(askers.iter().filter(|ip| ip.is_ipv6()).count(), 3);
+        assert!(!probers.contains(&IpAddr::from([10, 42, 1, 2])) && probers.contains(&underlay));
+        assert_eq!(probers.iter().filter(|ip| ip.is_ipv6()).count(), 3);
     }
 
     #[test]
-    fn filter_of_the_sockets_lets_in_those_who_may_ask_in_both_families() {
+    fn socket_filters_accept_all_prober_addresses_of_both_families() {
         let net = |text: &str| text.parse().expect("a network");
         let networks = Subnets { first: net("10.42.0.0/16"), second: Some(net("fd42::/48")) };
-        let asks: Vec<IpAddr> = askers(dual(), IpAddr::from([10, 99, 0, 11])).collect();
-        assert!(last_addresses(dual()).iter().all(|last| asks.contains(&last)), "{asks:?}");
+        let prober_addresses: Vec<IpAddr> =
+            probers(dual(), IpAddr::from([10, 99, 0, 11])).collect();
+        assert!(
+            last_addresses(dual()).iter().all(|last| prober_addresses.contains(&last)),
+            "{prober_addresses:?}"
+        );
         let expected = networks.iter().zip(dual().iter()).map(|(network, subnet)| {
-            let of_subnet = asks.iter().copied().filter(|ip| subnet.contains(ip));
+            let of_subnet = prober_addresses.iter().copied().filter(|ip| subnet.contains(ip));
             Sources::new(network, subnet, of_subnet)
         });
         assert_eq!(sources(networks, dual()), expected.collect::<Vec<_>>());
     }
 
     #[test]
-    fn what_came_under_an_address_of_this_host_may_be_of_any_member_and_of_a_member_only_its_own() {
+    fn packet_from_own_address_may_be_any_members_and_from_member_address_only_its_own() {
         let [first, second] = [1, 2].map(|number| NodeId::from_bytes([number; 8]));
         let [member, own, pod] =
             [[10, 42, 1, 254], [10, 42, 2, 1], [10, 42, 2, 2]].map(IpAddr::from);
         let setting = Setting {
-            askers: BTreeMap::from([(member, first)]),
+            probers: BTreeMap::from([(member, first)]),
             own: BTreeSet::from([own]),
             ..Setting::default()
         };
-        assert!(setting.may_ask(member) && setting.may_ask(own) && !setting.may_ask(pod));
+        assert!(setting.may_probe(member) && setting.may_probe(own) && !setting.may_probe(pod));
         assert!(setting.may_be_of(member, first) && !setting.may_be_of(member, second));
         assert!(setting.may_be_of(own, first) && setting.may_be_of(own, second));
         assert!(!setting.may_be_of(pod, first));

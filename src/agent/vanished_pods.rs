@@ -15,10 +15,10 @@ use tokio::sync::oneshot::Sender;
 
 use super::{
     Agent,
+    attach_worker::{GonePods, Job, Suspect},
     docker::{Join, Reservation},
     pod_address::NotGiven,
     pods::status_of,
-    wirer::{Job, Looked, Suspect},
 };
 use crate::{
     api::{AttachRequest, Attached, AttachmentName, PodError, PodErrorKind, PodStatus},
@@ -29,10 +29,10 @@ use crate::{
 
 /// Time between two checks for notes of the CNI plugin. It leaves notes if a running agent does not
 /// answer.
-const NOTES_EVERY: Duration = Duration::from_secs(5);
+const NOTES_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A request that waits for a check of the veth pairs.
-pub(super) enum Looking {
+pub(super) enum PendingRequest {
     /// A pod for which no address is free unless another pod is gone.
     Attach {
         request: AttachRequest,
@@ -47,7 +47,7 @@ pub(super) enum Looking {
     Release { reply: Sender<Result<Vec<PodStatus>, PodError>> },
 }
 
-impl Looking {
+impl PendingRequest {
     /// Returns whether the request is about this attachment.
     pub(super) fn is_of(&self, attachment: &Attachment) -> bool {
         match self {
@@ -72,8 +72,8 @@ impl Looking {
 
 impl Agent {
     /// Carries out what the CNI plugin noted while no agent answered it.
-    pub(super) fn catch_up(&mut self) {
-        self.pods.catch_up_at = Some(Instant::now() + NOTES_EVERY);
+    pub(super) fn apply_notes(&mut self) {
+        self.pods.next_notes_check = Some(Instant::now() + NOTES_INTERVAL);
         let spool = Spool::beside(&self.config.socket);
         let mut notes = spool.read();
         notes.retain(|note| !self.pods.carried_out.values().flatten().any(|other| other == note));
@@ -84,7 +84,7 @@ impl Agent {
         for note in &notes {
             let names = match note {
                 Note::Detach(name) => vec![name.clone()],
-                Note::Collect { owner, valid } => self.not_valid(owner, valid),
+                Note::Collect { owner, valid } => self.stale_attachments(owner, valid),
             };
             for AttachmentName { container, interface } in names {
                 match Attachment::new(&container, &interface) {
@@ -101,13 +101,13 @@ impl Agent {
 
     /// Carries out earlier notes about a requested pod first: they concern its predecessor, not the new
     /// pod.
-    pub(super) fn catch_up_before(&mut self, request: &AttachRequest) {
+    pub(super) fn apply_notes_before(&mut self, request: &AttachRequest) {
         let (container, interface) = (request.container.clone(), request.interface.clone());
         let detach = Note::Detach(AttachmentName { container, interface });
         let collect = Note::Collect { owner: request.owner.clone(), valid: Vec::new() };
         let spool = Spool::beside(&self.config.socket);
         if [detach, collect].iter().any(|note| spool.holds(note)) {
-            self.catch_up();
+            self.apply_notes();
         }
     }
 
@@ -119,7 +119,7 @@ impl Agent {
     }
 
     /// Returns the pods of this owner that are not among `valid`.
-    fn not_valid(&self, owner: &str, valid: &[AttachmentName]) -> Vec<AttachmentName> {
+    fn stale_attachments(&self, owner: &str, valid: &[AttachmentName]) -> Vec<AttachmentName> {
         let its = self.pods.table.iter().filter(|pod| pod.owner == owner);
         let names = its.map(|pod| AttachmentName::from(&pod.attachment));
         names.filter(|name| !valid.contains(name)).collect()
@@ -132,28 +132,28 @@ impl Agent {
 
     /// Frees the addresses of pods that are gone.
     pub(super) fn release_vanished(&mut self, reply: Sender<Result<Vec<PodStatus>, PodError>>) {
-        self.look(Looking::Release { reply });
+        self.check_gone_pods(PendingRequest::Release { reply });
     }
 
-    /// Starts a check of which pods are gone. [`Agent::on_looked`] handles the result.
-    pub(super) fn look(&mut self, looking: Looking) {
+    /// Starts a check of which pods are gone. [`Agent::on_gone_pods`] handles the result.
+    pub(super) fn check_gone_pods(&mut self, looking: PendingRequest) {
         let number = self.pods.next();
         let pods = self
-            .suspects()
+            .possibly_gone()
             .map(|pod| Suspect { link: link_name(&pod.attachment), netns: pod.netns.clone() });
-        let job = Job::Look { number, pods: pods.collect() };
+        let job = Job::FindGone { number, pods: pods.collect() };
         self.pods.looking.insert(number, looking);
-        self.wirer.ask(job);
+        self.attach_worker.ask(job);
     }
 
     /// Returns pods that may be gone. An endpoint that Docker has not connected yet has no veth pair.
-    fn suspects(&self) -> impl Iterator<Item = &Pod> {
+    fn possibly_gone(&self) -> impl Iterator<Item = &Pod> {
         let may_be = |pod: &&Pod| !pod.netns.is_empty() && !self.pods.is_attaching(&pod.attachment);
         self.pods.table.iter().filter(may_be)
     }
 
     /// Handles the result of a check, and continues the request that waited for it.
-    pub(super) fn on_looked(&mut self, number: u64, result: io::Result<Looked>) {
+    pub(super) fn on_gone_pods(&mut self, number: u64, result: io::Result<GonePods>) {
         let Some(looking) = self.pods.looking.remove(&number) else { return };
         let looked = result.map_err(|error| {
             PodError::new(
@@ -163,24 +163,24 @@ impl Agent {
         });
         match (looking, looked) {
             (looking, Err(error)) => looking.refuse(error),
-            (Looking::Release { reply }, Ok(looked)) => {
-                let released = self.take_back(&looked.gone);
+            (PendingRequest::Release { reply }, Ok(looked)) => {
+                let released = self.free_pods(&looked.gone);
                 let number = self.pods.next();
                 let answer =
                     move |saved: Result<(), PodError>| _ = reply.send(saved.map(|()| released));
                 self.pods.saving.insert(number, Box::new(answer));
                 self.writer.save(Vec::new(), number);
             }
-            (Looking::Reserve(reservation), Ok(looked)) => {
-                self.take_back(&looked.gone);
+            (PendingRequest::Reserve(reservation), Ok(looked)) => {
+                self.free_pods(&looked.gone);
                 self.reserve_again(reservation);
             }
-            (Looking::Join(join), Ok(looked)) => {
-                self.take_back(&looked.gone);
+            (PendingRequest::Join(join), Ok(looked)) => {
+                self.free_pods(&looked.gone);
                 self.join_now(join);
             }
-            (Looking::Attach { request, netns, reply }, Ok(looked)) => {
-                self.take_back(&looked.gone);
+            (PendingRequest::Attach { request, netns, reply }, Ok(looked)) => {
+                self.free_pods(&looked.gone);
                 match self.give_address(&request) {
                     Err(NotGiven::Address(error)) => {
                         let again = is_about_to_change(&error, &looked.going);
@@ -196,13 +196,13 @@ impl Agent {
     /// Handles a check by the bridge thread. Frees pods that were already gone in an earlier check.
     pub(super) fn on_absent(&mut self, links: BTreeSet<String>, confirmed: &BTreeSet<String>) {
         self.pods.absent = links;
-        self.take_back(confirmed);
+        self.free_pods(confirmed);
     }
 
     /// Frees the pods with these veth pairs and returns them.
-    fn take_back(&mut self, links: &BTreeSet<String>) -> Vec<PodStatus> {
+    fn free_pods(&mut self, links: &BTreeSet<String>) -> Vec<PodStatus> {
         let is_gone = |pod: &&Pod| links.contains(&link_name(&pod.attachment));
-        let gone: Vec<Pod> = self.suspects().filter(is_gone).cloned().collect();
+        let gone: Vec<Pod> = self.possibly_gone().filter(is_gone).cloned().collect();
         for pod in &gone {
             let (name, address) = (&pod.attachment, pod.addresses.first);
             tracing::info!(pod = %name, %address, "gone without notice, addresses freed");

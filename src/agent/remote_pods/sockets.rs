@@ -18,7 +18,7 @@ use nix::{
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::streams::{self, Calls, Event, Guests};
+use super::streams::{self, Event, IncomingStreams, OutgoingStreams};
 use crate::{
     agent::{
         packet_filter::{Condition, Shown, Sources, only, only_where},
@@ -32,16 +32,16 @@ use crate::{
 };
 
 /// Buffer size in bytes, larger than any datagram.
-const LONGEST: usize = 1 << 16;
+const BUFFER_LEN: usize = 1 << 16;
 /// Bytes read of a packet with a TCP segment: all of its headers.
-const HEADERS: usize = 128;
+const HEADERS_LEN: usize = 128;
 /// Maximum number of packets or connections taken from a socket in one pass.
-const AT_ONCE: usize = 256;
+const MAX_PER_PASS: usize = 256;
 /// Receive buffer of a socket in bytes.
-const BUFFER: usize = 2 << 20;
+const RECEIVE_BUFFER: usize = 2 << 20;
 /// Upper limit of the kernel's accounting overhead per packet in bytes, added to twice the packet's
 /// length.
-const EACH: usize = 1280;
+const PACKET_OVERHEAD: usize = 1280;
 /// Maximum number of half-open connections. A lost answer or reset keeps one of them for a minute.
 const BACKLOG: i32 = 1024;
 
@@ -72,22 +72,22 @@ struct FamilySockets {
     address: IpAddr,
     /// Receives and answers probes.
     echoes: UdpSocket,
-    echoes_taken: Taken,
+    echoes_taken: BufferUse,
     /// Sends the probes of the current round and receives their answers.
     asking: UdpSocket,
     segments: Socket,
-    segments_taken: Taken,
+    segments_taken: BufferUse,
     /// Makes the kernel accept connections as services in pods do: firewalls may drop resets only.
     listener: Socket,
     /// Connections with data made by this host.
-    calls: Calls,
+    outgoing: OutgoingStreams,
     /// Connections with data made by other hosts.
-    guests: Guests,
+    incoming: IncomingStreams,
 }
 
 /// Bytes taken from a socket since it was last empty. The kernel's drop counter is unsuitable, because
 /// it includes packets that the socket filter rejected.
-struct Taken {
+struct BufferUse {
     /// Bytes of buffer space that the taken packets used.
     bytes: usize,
     /// Size of the buffer: more taken bytes than this show that it was full.
@@ -104,21 +104,21 @@ impl RoomSockets {
             let (echoes, segments) = (datagrams(address, FAR_PORT)?, segments(address)?);
             Ok(FamilySockets {
                 address,
-                echoes_taken: Taken::of(&echoes)?,
-                echoes: whole(echoes),
+                echoes_taken: BufferUse::of(&echoes)?,
+                echoes: with_gro(echoes),
                 asking: datagrams(address, 0)?,
-                segments_taken: Taken::of(&segments)?,
+                segments_taken: BufferUse::of(&segments)?,
                 segments,
                 listener: listener(address)?,
-                calls: Calls::default(),
-                guests: Guests::listen(address)?,
+                outgoing: OutgoingStreams::default(),
+                incoming: IncomingStreams::listen(address)?,
             })
         };
         let addresses = room.addresses;
         let families =
             room.inside(|| addresses.iter().map(open).collect::<io::Result<Vec<_>>>())?;
         let mut opened =
-            Self { room, families, sources: Vec::new(), round: None, buffer: vec![0; LONGEST] };
+            Self { room, families, sources: Vec::new(), round: None, buffer: vec![0; BUFFER_LEN] };
         opened.admit(sources)?;
         Ok(opened)
     }
@@ -136,12 +136,12 @@ impl RoomSockets {
     ///
     /// # Errors
     /// Fails if a socket cannot be opened or configured.
-    pub fn renew(&mut self, round: u32) -> io::Result<()> {
+    pub fn start_round(&mut self, round: u32) -> io::Result<()> {
         let Self { room, families, .. } = self;
         self.round = Some(round);
         room.inside(|| {
             for sockets in families {
-                sockets.calls.forget();
+                sockets.outgoing.forget();
                 sockets.asking = datagrams(sockets.address, 0)?;
                 only(&sockets.asking, Shown::Segment, &[is_of_round(round)])?;
                 sockets.admit(&self.sources, self.round)?;
@@ -153,17 +153,18 @@ impl RoomSockets {
     /// Returns the descriptors to poll for reading.
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.families.iter().flat_map(|sockets| {
-            let FamilySockets { echoes, asking, segments, listener, calls, guests, .. } = sockets;
+            let FamilySockets { echoes, asking, segments, listener, outgoing, incoming, .. } =
+                sockets;
             let single = [echoes.as_fd(), asking.as_fd(), segments.as_fd(), listener.as_fd()];
-            single.into_iter().chain(calls.readable()).chain(guests.readable())
+            single.into_iter().chain(outgoing.readable()).chain(incoming.readable())
         })
     }
 
     /// Returns the descriptors of connections that wait to send.
     pub fn writable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.families.iter().flat_map(|sockets| {
-            let FamilySockets { calls, guests, .. } = sockets;
-            calls.writable().chain(guests.writable())
+            let FamilySockets { outgoing, incoming, .. } = sockets;
+            outgoing.writable().chain(incoming.writable())
         })
     }
 
@@ -185,12 +186,12 @@ impl RoomSockets {
         let from = sockets.address;
         let sent = match size {
             Some(size) if kind == Kind::Data => {
-                let open = || room.inside(|| streams::caller(from));
-                sockets.calls.begin(to, round, size, open)
+                let open = || room.inside(|| streams::open_outgoing(from));
+                sockets.outgoing.begin(to, round, size, open)
             }
             Some(size) => {
                 let payload = question(kind, round, size * kind.segments());
-                send_in(&sockets.asking, &payload, SocketAddr::new(to, FAR_PORT), size)
+                send_segmented(&sockets.asking, &payload, SocketAddr::new(to, FAR_PORT), size)
             }
             None => {
                 let to = SocketAddr::new(to, 0);
@@ -202,13 +203,13 @@ impl RoomSockets {
     }
 
     /// Passes everything received to `give`, and answers a probe if `give` returns `true`.
-    pub fn hear(&mut self, mut give: impl FnMut(SocketEvent) -> bool) {
+    pub fn receive_all(&mut self, mut give: impl FnMut(SocketEvent) -> bool) {
         for sockets in &mut self.families {
             let FamilySockets { address, echoes, asking, segments, listener, .. } = sockets;
             let (echoes_taken, segments_taken) =
                 (&mut sockets.echoes_taken, &mut sockets.segments_taken);
             let ipv4 = address.is_ipv4();
-            for _ in 0..AT_ONCE {
+            for _ in 0..MAX_PER_PASS {
                 let received = receive(echoes, &mut self.buffer);
                 if echoes_taken.note(&received) {
                     give(SocketEvent::Overflow);
@@ -227,15 +228,16 @@ impl RoomSockets {
                     let sort = Sort { ipv4, kind };
                     if give(SocketEvent::Question { from: from.ip(), round, sort }) {
                         answer(payload);
-                        let sent = send_in(echoes, payload, from, datagram)
-                            .or_else(|_| send_in(echoes, &payload[..datagram], from, datagram));
+                        let sent = send_segmented(echoes, payload, from, datagram).or_else(|_| {
+                            send_segmented(echoes, &payload[..datagram], from, datagram)
+                        });
                         if let Err(error) = sent {
                             tracing::trace!(%error, %from, "not answered");
                         }
                     }
                 }
             }
-            for _ in 0..AT_ONCE {
+            for _ in 0..MAX_PER_PASS {
                 let Ok((length, from)) = asking.recv_from(&mut self.buffer) else { break };
                 if let Some((Said::Answer, kind, round)) = read(&self.buffer[..length])
                     && from.port() == FAR_PORT
@@ -243,20 +245,20 @@ impl RoomSockets {
                     give(SocketEvent::Answer { from: from.ip(), round, kind });
                 }
             }
-            for _ in 0..AT_ONCE {
+            for _ in 0..MAX_PER_PASS {
                 let Ok((connection, _)) = listener.accept() else { break };
                 // Closed with a reset, so that the kernel keeps no state of it.
                 let _ = connection.set_linger(Some(Duration::ZERO));
             }
-            for _ in 0..AT_ONCE {
-                let mut packet = [0; HEADERS];
+            for _ in 0..MAX_PER_PASS {
+                let mut packet = [0; HEADERS_LEN];
                 let received = receive(segments, &mut packet);
                 if segments_taken.note(&received) {
                     give(SocketEvent::Overflow);
                 }
                 let Ok(Received { length, from, .. }) = received else { break };
                 let Some(from) = from.map(|from| from.ip()) else { continue };
-                let packet = &packet[..length.min(HEADERS)];
+                let packet = &packet[..length.min(HEADERS_LEN)];
                 let kind = Kind::Segment;
                 match raw_tcp::segment(*address, packet).and_then(far_segment) {
                     // The kernel itself answers the segment.
@@ -272,12 +274,12 @@ impl RoomSockets {
             let kind = Kind::Data;
             let sort = Sort { ipv4, kind };
             let is_full = sockets
-                .guests
-                .go_on(|from, round| give(SocketEvent::Question { from, round, sort }));
+                .incoming
+                .advance(|from, round| give(SocketEvent::Question { from, round, sort }));
             if is_full {
                 give(SocketEvent::Overflow);
             }
-            sockets.calls.go_on(|event| {
+            sockets.outgoing.advance(|event| {
                 give(match event {
                     Event::Connected(to, round) => SocketEvent::Connected { to, round },
                     Event::Answered(from, round) => SocketEvent::Answer { from, round, kind },
@@ -298,7 +300,7 @@ impl FamilySockets {
         only_where(&self.echoes, Shown::Segment, &[&question(IS_SAID)])?;
         only_where(&self.listener, Shown::Segment, &[&question(to_port)])?;
         let to_data = question(Field::Half(2, FAR_DATA_PORT));
-        only_where(self.guests.listener(), Shown::Segment, &[&to_data])?;
+        only_where(self.incoming.listener(), Shown::Segment, &[&to_data])?;
         let question = question(to_port);
         let answer = round.map(|round| [from_port, answers_segment(round)].map(Condition::Field));
         let answer = answer.as_ref().map(<[_; 2]>::as_slice);
@@ -348,7 +350,7 @@ struct Received {
 }
 
 /// Enables UDP GRO if possible: the kernel then delivers several datagrams of one packet together.
-fn whole(socket: UdpSocket) -> UdpSocket {
+fn with_gro(socket: UdpSocket) -> UdpSocket {
     if let Err(error) = setsockopt(&socket, UdpGroSegment, &true) {
         tracing::debug!(%error, "UDP GRO unavailable");
     }
@@ -356,7 +358,12 @@ fn whole(socket: UdpSocket) -> UdpSocket {
 }
 
 /// Sends datagrams of `size` bytes as one packet (UDP GSO). The last one may be smaller.
-fn send_in(socket: &UdpSocket, payload: &[u8], to: SocketAddr, size: usize) -> io::Result<()> {
+fn send_segmented(
+    socket: &UdpSocket,
+    payload: &[u8],
+    to: SocketAddr,
+    size: usize,
+) -> io::Result<()> {
     if payload.len() <= size {
         return socket.send_to(payload, to).map(drop);
     }
@@ -368,13 +375,13 @@ fn send_in(socket: &UdpSocket, payload: &[u8], to: SocketAddr, size: usize) -> i
     Ok(())
 }
 
-impl Taken {
+impl BufferUse {
     /// Enlarges a socket's receive buffer. Without the privilege to force the size, the kernel grants as
     /// much as `net.core.rmem_max` allows.
     fn of(socket: &impl AsFd) -> io::Result<Self> {
         let given = SockRef::from(socket);
-        if setsockopt(socket, RcvBufForce, &BUFFER).is_err() {
-            given.set_recv_buffer_size(BUFFER)?;
+        if setsockopt(socket, RcvBufForce, &RECEIVE_BUFFER).is_err() {
+            given.set_recv_buffer_size(RECEIVE_BUFFER)?;
         }
         Ok(Self { bytes: 0, limit: given.recv_buffer_size()? / 2 })
     }
@@ -382,7 +389,7 @@ impl Taken {
     /// Records the result of a read, and returns whether packets may have been lost for lack of room.
     fn note(&mut self, received: &io::Result<Received>) -> bool {
         match received {
-            Ok(Received { length, .. }) => self.bytes += EACH + 2 * length,
+            Ok(Received { length, .. }) => self.bytes += PACKET_OVERHEAD + 2 * length,
             Err(_) => self.bytes = 0,
         }
         self.bytes > self.limit
@@ -414,17 +421,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffer_that_had_no_room_is_noticed_and_dropped_garbage_is_not() {
+    fn full_buffer_is_detected_and_filtered_packets_are_not() {
         let [to, from] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").expect("a socket"));
         to.set_nonblocking(true).expect("a socket");
         only(&to, Shown::Segment, &[IS_SAID]).expect("a filter");
-        let mut taken = Taken::of(&to).expect("a buffer");
+        let mut taken = BufferUse::of(&to).expect("a buffer");
         let room = SockRef::from(&to).recv_buffer_size().expect("its size");
         let mut send_and_take = |payload: &[u8]| {
             for _ in 0..room / 500 {
                 from.send_to(payload, to.local_addr().expect("an address")).expect("sent");
             }
-            let mut buffer = [0; HEADERS];
+            let mut buffer = [0; HEADERS_LEN];
             let mut is_noticed = false;
             loop {
                 let received = receive(&to, &mut buffer);
