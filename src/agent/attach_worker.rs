@@ -132,6 +132,7 @@ pub enum AttachResult {
 
 /// Handle of the threads.
 pub struct AttachWorker {
+    /// The thread.
     pub(super) worker: Worker<Job>,
 }
 

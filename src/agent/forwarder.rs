@@ -94,6 +94,7 @@ pub enum ForwarderEvent {
 
 /// Handle of the thread.
 pub struct Forwarder {
+    /// The thread.
     pub(super) worker: Worker<Option<Setting>>,
     /// The last setting that was passed to the thread.
     reported: Option<Setting>,
@@ -475,7 +476,7 @@ fn no_trial_reason(error: &io::Error) -> String {
     let why = match error.kind() {
         io::ErrorKind::PermissionDenied => "it needs CAP_SYS_ADMIN and CAP_NET_RAW".to_owned(),
         // user_namespaces(7)
-        io::ErrorKind::StorageFull => "no more network namespaces can be made: raise \
+        io::ErrorKind::StorageFull => "no more network namespaces can be created: raise \
                                        user.max_net_namespaces (sysctl), or end the program that \
                                        makes so many"
             .to_owned(),

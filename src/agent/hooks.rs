@@ -169,7 +169,7 @@ pub fn of_pod(netlink: &mut Netlink, link: &Link, qdiscs: &[Qdisc]) -> Vec<Strin
     found.extend(foreign.first().map(|qdisc| {
         format!(
             "the queueing discipline {} of {name} may drop or delay what is sent to the pod (tc -s qdisc \
-             show dev {name}); if that is not on purpose: tc qdisc del dev {name} root",
+             show dev {name}); if that is not intended: tc qdisc del dev {name} root",
             qdisc.kind
         )
     }));
@@ -188,7 +188,7 @@ pub fn of_pod(netlink: &mut Netlink, link: &Link, qdiscs: &[Qdisc]) -> Vec<Strin
         let (side, filters) = (side.name(), filters.join(", "));
         found.push(format!(
             "filters on the {side} of {name} ({filters}) drop some of the pod's packets (tc -s filter show \
-             dev {name} {side}); if that is not on purpose: tc filter del dev {name} {side}"
+             dev {name} {side}); if that is not intended: tc filter del dev {name} {side}"
         ));
     }
     found

@@ -34,15 +34,21 @@ const SLOW_READ: Duration = Duration::from_secs(2);
 
 /// The content of a node's state directory.
 pub(super) struct Memory {
+    /// The open directory.
     pub(super) state: Arc<StateDir>,
+    /// The node's key pair.
     pub(super) key: NodeKey,
     /// Whether the node starts for the first time.
     pub(super) is_fresh: bool,
+    /// The saved token.
     pub(super) saved: Option<Token>,
+    /// The saved secrets.
     pub(super) keyring: Option<Keyring>,
     /// The last known underlay address of this host and MTU of the overlay in bytes.
     pub(super) underlay: Option<(IpAddr, u32)>,
+    /// Whether the host has not been restarted since the last run.
     pub(super) is_same_boot: bool,
+    /// The database and its records.
     pub(super) stored: StoredRecords,
 }
 

@@ -284,8 +284,8 @@ impl Agent {
             PathState::PartlyLost => {
                 let (lost, of) = self.prober.paths.flows(node)?;
                 problem_text(format!(
-                    "packets to {name} are partly lost: {lost} of {of} flows do not get through, and the \
-                     others do. Either one of several links or routers between {here} and {there} that share \
+                    "packets to {name} are partly lost: {lost} of {of} flows do not get through, the others \
+                     do. Either one of several links or routers between {here} and {there} that share \
                      the load (bonds, port channels, ECMP: each flow takes one) is dead or drops UDP {port}: \
                      look at bonds of both hosts (/proc/net/bonding), routes with several next hops (ip \
                      route get {there}), and the switches and routers between; or there are more packets \
@@ -353,8 +353,8 @@ fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> Stri
         IpAddr::V6(_) => ("ip -6", "ICMPv6 packet too big"),
     };
     format!(
-        "this host's kernel holds that the path to {name} ({there}) carries {told} bytes ({family} route get \
-         {there}), though packets of {carried} arrive: another host forges {icmp}, or a router errs, and \
+        "this host's kernel assumes that the path to {name} ({there}) carries {told} bytes ({family} \
+         route get {there}), though packets of {carried} arrive: another host forges {icmp}, or a router errs, and \
          tunnel packets become small and slow; drop {icmp} from outside the underlay where its MTU is known"
     )
 }

@@ -99,6 +99,7 @@ pub enum State {
 
 /// Handle of the kernel thread.
 pub struct Programmer {
+    /// The thread.
     pub(super) worker: Worker<Task>,
 }
 

@@ -3,6 +3,7 @@
 //! It has sockets in the agent's own pod while that exists. [`crate::dataplane::forwarding::FarPods`]
 //! draws the conclusions. Agents of other hosts can query which of their packets arrived.
 
+mod setting;
 mod sockets;
 mod streams;
 mod texts;
@@ -17,13 +18,14 @@ use std::{
 
 use ipnet::IpNet;
 
+pub use self::setting::Setting;
 use self::sockets::{RoomSockets, SocketEvent};
 use super::{Agent, clock::Clock, packet_filter::Sources, start::random};
 use crate::{
     core::{Peer, ReplyId},
     dataplane::{
         desired::Way as Path,
-        forwarding::{FarLoss, FarOutput, FarPods, FarWay, Subject, Way, Witness},
+        forwarding::{FarLoss, FarOutput, FarPods, FarWay, Subject, Witness},
     },
     model::{NodeId, PathState, Subnets},
     pods::{gateway, last_addresses, standin::Room},
@@ -33,34 +35,6 @@ use crate::{
 
 /// Time until the entries on demand of an unused peer are removed and trials of both hosts have ended.
 const AGING_TIME: Duration = Duration::from_secs(120);
-
-/// The peers to test, and the addresses from which probes are answered.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Setting {
-    /// The peers to test.
-    subjects: Vec<Subject>,
-    /// Ways on which this host itself drops packets.
-    lost_here: Vec<Way>,
-    /// How long a peer is not tested after a trial without losses; `None` if testing costs nothing.
-    rest: Option<Duration>,
-    /// Addresses of members' own pods and of their hosts, from which probes are answered.
-    probers: BTreeMap<IpAddr, NodeId>,
-    /// The same addresses as socket filters.
-    sources: Vec<Sources>,
-    /// Addresses that rules of this host may have put in place of a member's.
-    own: BTreeSet<IpAddr>,
-}
-
-impl Setting {
-    fn may_probe(&self, from: IpAddr) -> bool {
-        self.probers.contains_key(&from) || self.own.contains(&from)
-    }
-
-    /// Returns whether a packet from an address may be this member's. Only it knows a round's number.
-    fn may_be_of(&self, from: IpAddr, node: NodeId) -> bool {
-        self.probers.get(&from).map_or(self.own.contains(&from), |prober| *prober == node)
-    }
-}
 
 /// The results.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -112,6 +86,7 @@ impl Order for Command {
 
 /// Handle of the thread.
 pub struct RemotePods {
+    /// The thread.
     pub(super) worker: Worker<Command>,
     /// The last setting that was passed to the thread.
     reported: Setting,

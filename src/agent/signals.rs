@@ -12,8 +12,11 @@ pub const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Streams of the handled signals.
 pub(super) struct Signals {
+    /// SIGTERM: ends the agent.
     pub(super) terminate: Signal,
+    /// SIGINT: ends the agent.
     pub(super) interrupt: Signal,
+    /// SIGHUP: re-reads settings.
     pub(super) hangup: Signal,
 }
 

@@ -58,6 +58,7 @@ pub(super) struct StartupWait<'a> {
 }
 
 impl<'a> StartupWait<'a> {
+    /// Starts to answer requests from `questions`.
     pub(super) fn new(
         name: NodeName,
         closed: Closed,

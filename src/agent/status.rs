@@ -25,7 +25,9 @@ pub(super) const DISK_TIMEOUT: Duration = Duration::from_secs(3);
 pub(super) struct Waiter {
     /// Number of live members required, including this one.
     pub(super) members: usize,
+    /// When to answer regardless of convergence.
     pub(super) deadline: Instant,
+    /// Receives the status.
     pub(super) reply: oneshot::Sender<AgentStatus>,
 }
 

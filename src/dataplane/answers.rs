@@ -41,7 +41,7 @@ pub enum Loss {
     Question,
     /// The answer comes in by the pod's interface, and not as far as the bridge.
     Answer,
-    /// The question leaves, and no answer comes.
+    /// The question leaves, and no answer arrives.
     Pod,
 }
 

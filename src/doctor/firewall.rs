@@ -143,7 +143,7 @@ fn forwarding(
         Finding::warning(
             "forwarding",
             format!("{chain}, and no rule in it seems to accept packets of pods"),
-            "a guess by the form of its rules: each chain has to let a packet pass",
+            "a guess from its rules: each chain must accept a packet",
             fix,
         )
     });

@@ -353,7 +353,7 @@ fn flows_that_a_dead_leg_takes_are_counted_while_others_get_through() {
             );
             return Ok(());
         }
-        let lost = "flows do not get through, and the others do";
+        let lost = "flows do not get through, the others do";
         // Each of eight flows takes a leg by chance: with one bit all may take the same.
         let is_told = [15, 14, 13].into_iter().any(|bit| {
             assert!(nft("add chain bridge lag f { type filter hook forward priority 0 ; }"));

@@ -161,7 +161,7 @@ fn ipv6_underlay_is_used_up_to_the_mtu_that_its_router_has_told() {
 /// What is named, how the fault is made, and how it is taken away.
 const FAULTS: [(&str, &str, &str); 3] = [
     (
-        "leave this host by tun0, not by eth0, which has its address 10.99.0.11, and no answer comes: \
+        "leave this host by tun0, not by eth0, which has its address 10.99.0.11, and no answer arrives: \
          table 77 leads them there",
         "ip route add default dev tun0 table 77; ip rule add ipproto udp dport 8472 lookup 77 pref 100",
         "ip rule del pref 100; ip route flush table 77",

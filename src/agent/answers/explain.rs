@@ -70,7 +70,9 @@ fn sentence(
     let place = match loss {
         Loss::Question => format!("the question does not leave this host by {port}"),
         Loss::Answer => format!("its answer comes in by {port}, and this host drops it"),
-        Loss::Pod => format!("the question leaves by {port}, and no answer comes from {interface}"),
+        Loss::Pod => {
+            format!("the question leaves by {port}, and no answer arrives from {interface}")
+        }
     };
     let name = &pod.attachment;
     Some(format!("pod {name} ({address}, {port}) does not answer {question}: {place}: {causes}"))

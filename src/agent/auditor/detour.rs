@@ -120,8 +120,8 @@ impl Detour {
                 let flush = if there.is_ipv4() { "ip" } else { "ip -6" };
                 return format!(
                     "an ICMP redirect leads tunnel packets to {name} ({there}) by {gateway}, and no answer \
-                     comes: sysctl -w {} (and a file in /etc/sysctl.d), then {flush} route flush cache; see \
-                     which machine sends such redirects ({get})",
+                     arrives: sysctl -w {} (and a file in /etc/sysctl.d), then {flush} route flush cache; \
+                     see which machine sends such redirects ({get})",
                     refuse.join(" ")
                 );
             }
@@ -138,7 +138,7 @@ impl Detour {
         };
         let cause = lead.sentence(there, interface, underlay);
         format!(
-            "tunnel packets to {name} ({there}) leave this host by {way}, and no answer comes: {cause} \
+            "tunnel packets to {name} ({there}) leave this host by {way}, and no answer arrives: {cause} \
              ({get})"
         )
     }
@@ -183,7 +183,7 @@ impl Lead {
             false => format!(", or, where it is needed, add a narrower one ({beside})"),
         };
         format!(
-            "the route {route}{via} dev {interface} of table {name}{program} leads them there; take it away \
+            "the route {route}{via} dev {interface} of table {name}{program} leads them there; remove it \
              ({family} route del {route}{of_table}){narrower}"
         )
     }
@@ -209,8 +209,8 @@ mod tests {
     #[test]
     fn detour_by_main_table_names_route_and_delete_command() {
         let host = said(254, Some("10.99.0.12/32"), false);
-        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main leads them there; take \
-                     it away (ip route del 10.99.0.12/32) (";
+        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main leads them there; remove \
+                     it (ip route del 10.99.0.12/32) (";
         assert!(host.contains(words) && !host.contains("254"), "{host}");
         let half = said(254, Some("0.0.0.0/1"), false);
         let words = "(ip route del 0.0.0.0/1), or, where it is needed, add a narrower one (ip route add \
@@ -235,7 +235,7 @@ mod tests {
         let said = Detour::Redirected { gateway: [10, 99, 0, 77].into() };
         let said = said.sentence("n2", between, 8472, "eth0.5");
         let words = "an ICMP redirect leads tunnel packets to n2 (10.99.0.12) by 10.99.0.77, and no answer \
-                     comes: sysctl -w net.ipv4.conf.all.accept_redirects=0 \
+                     arrives: sysctl -w net.ipv4.conf.all.accept_redirects=0 \
                      net.ipv4.conf.eth0/5.accept_redirects=0";
         assert!(said.contains(words) && said.contains("then ip route flush cache"), "{said}");
     }

@@ -442,7 +442,7 @@ pub fn input(setting: &Setting) -> Vec<String> {
     let closed = closed.unwrap_or_default();
     let sentence = |ClosedPort { chain, port, .. }: &ClosedPort| {
         format!(
-            "chain {chain} drops UDP {port}, so tunnel packets do not get in: {}",
+            "chain {chain} drops UDP {port}, so tunnel packets do not arrive: {}",
             open_port(chain, *port)
         )
     };

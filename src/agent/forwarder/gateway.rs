@@ -48,11 +48,11 @@ pub struct Gateway {
     addresses: Vec<(IpAddr, UdpSocket)>,
 }
 
-/// Opens the sockets.
-///
-/// # Errors
-/// Fails if a socket cannot be opened inside the pod's namespace.
 impl Gateway {
+    /// Opens the sockets.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened inside the pod's namespace.
     pub fn open(standin: &StandIn, shape: &Shape) -> io::Result<Self> {
         let (netlink, link) = standin.netlink()?;
         let addresses = standin.inside(|| {

@@ -48,7 +48,7 @@ fn sentence(policy: &Policy, network: IpNet) -> String {
     let what = if what.is_empty() { String::new() } else { format!(" {what}") };
     format!(
         "an IPsec policy {does} some packets between pods: those from {from} to {to}{what} (ip xfrm policy: \
-         dir {direction}, priority {priority}); if that is not on purpose: ip xfrm policy delete src {from} \
+         dir {direction}, priority {priority}); if that is not intended: ip xfrm policy delete src {from} \
          dst {to}{what} dir {direction}, or exempt packets from {network} to {network} in the IPsec \
          configuration"
     )

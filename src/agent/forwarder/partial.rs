@@ -153,7 +153,7 @@ fn sentence(
         ),
         act => format!("{}: {what}", fate(*act, "packets between pods")?),
     };
-    Some(format!("chain {chain} {done}; if that is not on purpose: {}", both(base, network)))
+    Some(format!("chain {chain} {done}; if that is not intended: {}", both(base, network)))
 }
 
 fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
@@ -171,7 +171,7 @@ fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
         Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
         None => format!("nft insert rule {base} udp dport {port} accept"),
     };
-    Some(format!("chain {chain} {fate}: {}; if that is not on purpose: {fix}", taken(partial)))
+    Some(format!("chain {chain} {fate}: {}; if that is not intended: {fix}", taken(partial)))
 }
 
 /// Describes what happens to the affected packets.
@@ -194,8 +194,8 @@ fn hops(ttl: u8) -> String {
 fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
     let more = match more {
         0 => String::new(),
-        1 => ", and 1 more rule does alike".to_owned(),
-        more => format!(", and {more} more rules do alike"),
+        1 => ", and 1 more rule does the same".to_owned(),
+        more => format!(", and {more} more rules do the same"),
     };
     let what = if what.is_empty() { "all".to_owned() } else { format!("those {what}") };
     format!("{what} (rule {rule}{more})")

@@ -96,7 +96,7 @@ pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<String> {
             OwnHook::Output => CLOSED_TO_HOST,
         };
         let chains = chains.join("; ");
-        sentences.push(format!("{said} (IPv{family}); if that is not on purpose, {chains}"));
+        sentences.push(format!("{said} (IPv{family}); if that is not intended, {chains}"));
     }
     sentences
 }

@@ -138,11 +138,11 @@ fn sentence(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> Strin
     let others = format!("{names} (there: gossamer status) or the network between");
     match suspects {
         "" => format!(
-            "{seen}: this host's own trials of forwarding found no loss here, and of its rules that might \
+            "{seen}: this host's own tests of forwarding found no loss here, and of its rules that might \
              drop them none was found; what drops packets of established connections, or changes them (TTL, \
-             NFQUEUE), is not seen that way: look at nft list ruleset here as well as on {others}"
+             NFQUEUE), is not detected that way: check nft list ruleset here as well as on {others}"
         ),
-        suspects => format!("{seen}: {suspects}; if it is none of that, look at {others}"),
+        suspects => format!("{seen}: {suspects}; if it is none of that, check {others}"),
     }
 }
 

@@ -29,7 +29,9 @@ const DISTANT: [IpAddr; 2] = [
 const OUR_ALIAS: &str = "gossamer ";
 /// The interfaces, and the addresses that can carry tunnels, best ones first.
 pub(super) struct Host {
+    /// All interfaces.
     pub(super) links: Vec<Link>,
+    /// All addresses.
     pub(super) addresses: Vec<Address>,
     /// Usable addresses, best ones first.
     pub(super) candidates: Vec<Address>,
@@ -242,6 +244,7 @@ impl Host {
         self.link(address.link).is_some_and(|link| link.carrier)
     }
 
+    /// Returns whether the interface of the address has this name.
     pub(super) fn is_called(&self, address: &Address, name: &str) -> bool {
         self.link(address.link).is_some_and(|link| link.is_called(name))
     }

@@ -111,8 +111,8 @@ pub enum UnderlayError {
     Moved { address: IpAddr, iface: String, now: String },
     /// The interface is a port of another one.
     #[error(
-        "{iface} is a port of {controller} and has the address {address} all the same, so {controller} takes \
-         what comes in for it: move the address there (ip addr del {address} dev {iface}; ip addr add \
+        "{iface} is a port of {controller} and nevertheless has the address {address}, so {controller} \
+         receives its packets: move the address there (ip addr del {address} dev {iface}; ip addr add \
          {address} dev {controller}, and routes that go by {iface})"
     )]
     Port { iface: String, controller: String, address: IpNet },
