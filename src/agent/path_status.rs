@@ -354,8 +354,8 @@ fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> Stri
     };
     format!(
         "this host's kernel assumes that the path to {name} ({there}) carries {told} bytes ({family} \
-         route get {there}), though packets of {carried} arrive: another host forges {icmp}, or a router errs, and \
-         tunnel packets become small and slow; drop {icmp} from outside the underlay where its MTU is known"
+         route get {there}), though packets of {carried} arrive: another host forges {icmp}, or a router errs, \
+         and tunnel packets become small and slow; drop {icmp} from outside the underlay where its MTU is known"
     )
 }
 
