@@ -1,7 +1,7 @@
 //! How fast a cluster forms and what an agent costs at rest: real agents on real kernels, in network
 //! namespaces on one machine. `cargo bench --bench cluster [-- SIZE ...]`.
 //!
-//! The clock: a netlink socket in each namespace sees every route, neighbour and FDB entry as the kernel
+//! The clock: a netlink socket in each namespace sees every route, neighbor and FDB entry as the kernel
 //! announces it. All hosts share the cores of this machine, so figures of many nodes are bound by its
 //! CPU; compare them only with figures from the same machine.
 

@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         return code;
     }
     let sizes: Vec<u32> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
-    println!("ms, median of {ROUNDS}: FDB, neighbour and route of every peer");
+    println!("ms, median of {ROUNDS}: FDB, neighbor and route of every peer");
     println!(
         "peers    gossamer, from nothing   nothing to do   after the device was deleted   \
          bridge + ip -batch             encoded before, only sent"
@@ -165,7 +165,7 @@ fn batch(desired: &Desired, directory: &std::path::Path) -> io::Result<Duration>
     for (mac, underlay) in &desired.tables.fdb {
         let _ = writeln!(fdb, "fdb replace {mac} dev {device} dst {underlay} self permanent");
     }
-    for (address, mac) in &desired.tables.neighbours {
+    for (address, mac) in &desired.tables.neighbors {
         let _ = writeln!(rest, "neigh replace {address} lladdr {mac} dev {device} nud permanent");
     }
     for (subnet, hop) in &desired.tables.routes {

@@ -1,8 +1,8 @@
-//! The thread that keeps the small files: token, secrets, underlay, boot, history and `subnet.env`.
+//! The thread that writes the small files: token, secrets, underlay, boot, history and `subnet.env`.
 //!
-//! A disk that hangs keeps this thread, and not the loop. What is written later replaces what waits; a file
-//! that could not be written is tried again until it is, or until there is something newer. Secrets are
-//! written once: what ordered that decides what follows.
+//! A disk that hangs blocks this thread, not the event loop. A newer write replaces a waiting write of the
+//! same file. A failed write is repeated until it succeeds or a newer one replaces it. Secrets are written
+//! once: the caller decides what follows from a failure.
 
 use std::{
     collections::BTreeMap,
@@ -27,33 +27,38 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// A file that could not be written is tried again after this.
+/// Time between attempts to write a file that could not be written.
 const RETRY: Duration = Duration::from_secs(5);
-/// Lines of the history that wait for the disk; more are lost, and their number is logged.
+/// Limit of history lines that wait for the disk. Further lines are dropped, and their number is logged.
 const MAX_LINES: usize = 16_384;
 
-/// What is to be done with the files.
+/// An order to the thread.
 #[derive(Debug)]
 pub(super) enum Job {
-    /// With the number of contents that the subnet file has had.
-    Save(Saved, usize),
+    /// Writes a file. The number counts the different contents of the subnet file ordered so far.
+    Save(SavedFile, usize),
+    /// Appends lines to the history.
     Append(Vec<Value>),
+    /// Writes the secrets.
     Secrets(Keyring),
+    /// Reads the history.
     Read(oneshot::Sender<Result<Vec<Value>, String>>),
 }
 
-/// The content of a file. A later one replaces an earlier one of the same kind.
+/// The new content of a file. A later one replaces an earlier one of the same file.
 #[derive(Clone, Debug)]
-pub(super) enum Saved {
+pub(super) enum SavedFile {
+    /// The token of the cluster.
     Token(Token),
-    /// The address of this host and the MTU of its overlay.
+    /// The underlay address of this host, and the MTU of its overlay in bytes.
     Underlay(IpAddr, u32),
+    /// The subnet file (`subnet.env`).
     Subnet(PathBuf, SubnetFile),
-    /// Which start of this host the records of pods are of.
+    /// The boot of this host that the pod records belong to.
     Boot,
 }
 
-impl Saved {
+impl SavedFile {
     fn is_same_file(&self, other: &Self) -> bool {
         std::mem::discriminant(self) == std::mem::discriminant(other)
     }
@@ -74,37 +79,39 @@ impl Order for Job {
     }
 }
 
-/// What the loop is told of.
+/// What the thread reports to the event loop.
 #[derive(Debug)]
-pub(super) enum Kept {
-    /// The subnet file says what it should, or cannot be written.
-    Subnet,
-    /// The secrets are on disk, with the seed of this node's key; or why they are not.
+pub(super) enum ArchiveEvent {
+    /// The subnet file is written, or cannot be written.
+    SubnetFile,
+    /// The secrets are on disk: the seed of this node's key. Or why they are not.
     Secrets(Result<[u8; 32], String>),
 }
 
-/// The loop's end of it.
+/// The event loop's handle of the thread.
 pub(super) struct Archive {
+    /// The thread and its orders.
     pub(super) worker: Worker<Job>,
     shared: Arc<Shared>,
-    /// What the subnet file is to say.
+    /// The path and content last ordered for the subnet file.
     subnet: Option<(PathBuf, SubnetFile)>,
 }
 
-/// What both ends know.
+/// State shared by the handle and the thread.
 #[derive(Default)]
 struct Shared {
-    /// Lines of the history that wait.
+    /// History lines that wait for the disk.
     lines: AtomicUsize,
-    /// Different contents of the subnet file so far, and how many of them were written, replaced, or refused.
+    /// Number of different contents ordered for the subnet file.
     subnets: AtomicUsize,
+    /// How many of them were written, replaced or refused.
     subnets_done: AtomicUsize,
-    /// Why files are not written, by their names.
+    /// Why files are not written, by file name.
     failures: Mutex<BTreeMap<&'static str, String>>,
 }
 
 impl Shared {
-    fn note(&self, saved: &Saved, result: &Result<(), String>) {
+    fn note(&self, saved: &SavedFile, result: &Result<(), String>) {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         match result {
             Ok(()) => _ = failures.remove(saved.name()),
@@ -114,52 +121,53 @@ impl Shared {
 }
 
 impl Archive {
-    /// `report` is called with what was written, or could not be.
+    /// Starts the thread; `report` is called when a file is written, or cannot be.
     ///
     /// # Errors
-    /// The system gives no thread.
+    /// Fails when the system refuses the thread.
     pub(super) fn start(
         state: Arc<StateDir>,
-        report: impl Fn(Kept) + Send + 'static,
+        report: impl Fn(ArchiveEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let history = state.history();
-        let of_secrets = state.clone();
+        let secrets_state = state.clone();
         let keep_secrets = move |keyring: &Keyring| {
-            let kept = of_secrets.save_keyring(keyring).and_then(|()| of_secrets.node_key());
+            let kept = secrets_state.save_keyring(keyring).and_then(|()| secrets_state.node_key());
             let seed = kept.map_err(|error| error.to_string())?;
-            seed.ok_or_else(|| "this node has no key any more".to_owned())
+            seed.ok_or_else(|| "the state directory holds no node key".to_owned())
         };
-        let save = move |saved: &Saved| match saved {
-            Saved::Token(token) => state.save_token(token).map_err(|error| error.to_string()),
-            Saved::Underlay(address, mtu) => {
+        let save = move |saved: &SavedFile| match saved {
+            SavedFile::Token(token) => state.save_token(token).map_err(|error| error.to_string()),
+            SavedFile::Underlay(address, mtu) => {
                 state.save_underlay(*address, *mtu).map_err(|error| error.to_string())
             }
-            Saved::Subnet(path, file) => subnet_env::write(path, file)
+            SavedFile::Subnet(path, file) => subnet_env::write(path, file)
                 .map_err(|error| format!("{}: {error}", path.display())),
-            Saved::Boot => state.note_boot().map_err(|error| error.to_string()),
+            SavedFile::Boot => state.note_boot().map_err(|error| error.to_string()),
         };
         Self::start_with(history, save, keep_secrets, report)
     }
 
     fn start_with(
         history: History,
-        save: impl FnMut(&Saved) -> Result<(), String> + Send + 'static,
+        save: impl FnMut(&SavedFile) -> Result<(), String> + Send + 'static,
         keep_secrets: impl Fn(&Keyring) -> Result<[u8; 32], String> + Send + 'static,
-        report: impl Fn(Kept) + Send + 'static,
+        report: impl Fn(ArchiveEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        let of_thread = shared.clone();
+        let thread_shared = shared.clone();
         let worker = Worker::start("archive", move |orders| {
-            keep(&orders, history, save, keep_secrets, report, &of_thread);
+            run(&orders, history, save, keep_secrets, report, &thread_shared);
         })?;
         Ok(Self { worker, shared, subnet: None })
     }
 
-    pub(super) fn save(&mut self, saved: Saved) {
+    /// Orders the content of a file.
+    pub(super) fn save(&mut self, saved: SavedFile) {
         let subnets = &self.shared.subnets;
-        if let Saved::Subnet(path, file) = &saved {
+        if let SavedFile::Subnet(path, file) = &saved {
             let new = Some((path.clone(), file.clone()));
-            // The same once more restores a file that was removed, and is nothing new to wait for.
+            // Repeating the same content restores a removed file; it is not a new content to wait for.
             if self.subnet != new {
                 self.subnet = new;
                 subnets.fetch_add(1, Ordering::Relaxed);
@@ -169,22 +177,22 @@ impl Archive {
         self.worker.order(Job::Save(saved, number));
     }
 
-    /// Whether the subnet file says what it should, or cannot be written.
-    pub(super) fn is_subnet_told(&self) -> bool {
+    /// Whether the newest content of the subnet file was written or refused.
+    pub(super) fn is_subnet_file_current(&self) -> bool {
         let Shared { subnets, subnets_done, .. } = &*self.shared;
         subnets_done.load(Ordering::Acquire) == subnets.load(Ordering::Relaxed)
     }
 
-    /// Files that are not written now, as sentences.
+    /// Returns one sentence for each file that cannot be written at present.
     pub(super) fn problems(&self) -> Vec<String> {
         let failures = self.shared.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        let told = |(name, error): (&&str, &String)| {
-            format!("{name}: not written: {error}; it is tried again every {} s", RETRY.as_secs())
+        let sentence = |(name, error): (&&str, &String)| {
+            format!("{name}: not written: {error}; retrying every {} s", RETRY.as_secs())
         };
-        failures.iter().map(told).collect()
+        failures.iter().map(sentence).collect()
     }
 
-    /// Adds lines to the history.
+    /// Appends lines to the history. Drops them, with an error in the log, when too many wait.
     pub(super) fn append(&self, lines: Vec<Value>) {
         if lines.is_empty() {
             return;
@@ -192,51 +200,53 @@ impl Archive {
         let count = lines.len();
         if self.shared.lines.fetch_add(count, Ordering::Relaxed) + count > MAX_LINES {
             self.shared.lines.fetch_sub(count, Ordering::Relaxed);
-            tracing::error!(count, "lines of the history are lost: the disk does not take them");
+            tracing::error!(count, "history lines dropped: the disk does not accept writes");
             return;
         }
         self.worker.order(Job::Append(lines));
     }
 
-    /// Writes the secrets, which are not to be used before that.
+    /// Writes the secrets. They must not be used before [`ArchiveEvent::Secrets`] confirms the write.
     pub(super) fn save_secrets(&self, keyring: Keyring) {
         self.worker.order(Job::Secrets(keyring));
     }
 
-    /// Answers with the lines of the history.
+    /// Replies with the lines of the history.
     pub(super) fn read(&self, reply: oneshot::Sender<Result<Vec<Value>, String>>) {
         self.worker.order(Job::Read(reply));
     }
 
+    /// Ends the thread after the waiting orders.
     pub(super) fn end(self) -> Thread {
         self.worker.end()
     }
 }
 
-fn keep(
+/// The thread: carries out orders, and repeats failed writes every [`RETRY`].
+fn run(
     orders: &Orders<Job>,
     mut history: History,
-    mut save: impl FnMut(&Saved) -> Result<(), String>,
+    mut save: impl FnMut(&SavedFile) -> Result<(), String>,
     keep_secrets: impl Fn(&Keyring) -> Result<[u8; 32], String>,
-    report: impl Fn(Kept),
+    report: impl Fn(ArchiveEvent),
     shared: &Shared,
 ) {
-    let mut failed: Vec<Saved> = Vec::new();
+    let mut failed: Vec<SavedFile> = Vec::new();
     let mut retry = Instant::now();
     loop {
         match orders.take() {
             Ok(Job::Save(saved, number)) => {
-                let is_known = failed.iter().any(|earlier| earlier.is_same_file(&saved));
+                let has_failed_before = failed.iter().any(|earlier| earlier.is_same_file(&saved));
                 failed.retain(|earlier| !earlier.is_same_file(&saved));
-                let is_subnet = matches!(saved, Saved::Subnet(..));
+                let is_subnet = matches!(saved, SavedFile::Subnet(..));
                 let result = save(&saved);
                 shared.note(&saved, &result);
                 if is_subnet {
                     shared.subnets_done.store(number, Ordering::Release);
-                    report(Kept::Subnet);
+                    report(ArchiveEvent::SubnetFile);
                 }
                 if let Err(error) = result {
-                    if !is_known {
+                    if !has_failed_before {
                         tracing::error!(file = saved.name(), %error, "file not written");
                     }
                     if failed.is_empty() {
@@ -249,15 +259,15 @@ fn keep(
                 history.append(&lines);
                 shared.lines.fetch_sub(lines.len(), Ordering::Relaxed);
             }
-            Ok(Job::Secrets(keyring)) => report(Kept::Secrets(keep_secrets(&keyring))),
+            Ok(Job::Secrets(keyring)) => report(ArchiveEvent::Secrets(keep_secrets(&keyring))),
             Ok(Job::Read(reply)) => {
                 let lines = history.read().map_err(|error| format!("history: {error}"));
                 let _ = reply.send(lines);
             }
             Err(TryRecvError::Empty) => {
-                let rest = retry.saturating_duration_since(Instant::now());
-                orders.sleeper.wait([], (!failed.is_empty()).then_some(rest));
-                // An order ends the wait, too.
+                let remaining = retry.saturating_duration_since(Instant::now());
+                orders.sleeper.wait([], (!failed.is_empty()).then_some(remaining));
+                // A new order ends the wait early.
                 if Instant::now() < retry {
                     continue;
                 }
@@ -284,18 +294,18 @@ mod tests {
         Err("none".to_owned())
     }
 
-    fn underlay(mtu: u32) -> Saved {
-        Saved::Underlay([192, 0, 2, 1].into(), mtu)
+    fn underlay(mtu: u32) -> SavedFile {
+        SavedFile::Underlay([192, 0, 2, 1].into(), mtu)
     }
 
     #[tokio::test]
-    async fn disk_that_hangs_keeps_the_thread_alone_and_the_newest_content_is_written_then() {
+    async fn save_disk_hangs_blocks_only_the_thread_and_writes_the_newest_content() {
         let dir = tempfile::tempdir().expect("tempdir");
         let (release, released) = mpsc::channel::<()>();
         let (report, reported) = mpsc::channel();
-        let save = move |saved: &Saved| {
+        let save = move |saved: &SavedFile| {
             let _ = released.recv();
-            if let Saved::Underlay(_, mtu) = saved {
+            if let SavedFile::Underlay(_, mtu) = saved {
                 let _ = report.send(*mtu);
             }
             Ok(())
@@ -317,11 +327,11 @@ mod tests {
     }
 
     #[test]
-    fn file_that_was_not_written_is_tried_again() {
+    fn failed_write_is_repeated_until_it_succeeds() {
         let dir = tempfile::tempdir().expect("tempdir");
         let (report, reported) = mpsc::channel();
         let mut tries = 0;
-        let save = move |_: &Saved| {
+        let save = move |_: &SavedFile| {
             tries += 1;
             let _ = report.send(tries);
             if tries < 3 { Err("full".to_owned()) } else { Ok(()) }
@@ -329,18 +339,18 @@ mod tests {
         let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, |_| ())
             .expect("a thread");
         archive.save(underlay(1_450));
-        archive.save(Saved::Subnet(PathBuf::new(), SubnetFile::default()));
-        assert!(!archive.is_subnet_told());
+        archive.save(SavedFile::Subnet(PathBuf::new(), SubnetFile::default()));
+        assert!(!archive.is_subnet_file_current());
         let wait = || reported.recv_timeout(Duration::from_secs(60));
         assert_eq!([wait(), wait()], [Ok(1), Ok(2)]);
         let begun = Instant::now();
         while archive.problems().is_empty() && begun.elapsed() < Duration::from_secs(4) {
             std::thread::yield_now();
         }
-        let told = archive.problems().join("");
-        assert!(told.ends_with("not written: full; it is tried again every 5 s"), "{told}");
+        let problems = archive.problems().join("");
+        assert!(problems.ends_with("not written: full; retrying every 5 s"), "{problems}");
         assert_eq!([wait(), wait()], [Ok(3), Ok(4)]);
-        assert!(archive.is_subnet_told(), "it was tried");
+        assert!(archive.is_subnet_file_current(), "an attempt was made");
         while !archive.problems().is_empty() && begun.elapsed() < Duration::from_secs(60) {
             std::thread::yield_now();
         }
@@ -348,34 +358,34 @@ mod tests {
     }
 
     #[test]
-    fn subnet_file_that_is_written_once_more_stays_told_and_another_content_does_not() {
+    fn subnet_file_same_content_stays_current_other_content_does_not() {
         let dir = tempfile::tempdir().expect("tempdir");
         let (release, released) = mpsc::channel::<()>();
-        let (report, reported) = mpsc::channel();
-        let save = move |_: &Saved| {
+        let (reports, reported) = mpsc::channel();
+        let save = move |_: &SavedFile| {
             let _ = released.recv();
             Ok(())
         };
-        let told = move |_| report.send(()).expect("the test listens");
-        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, told)
+        let report = move |_| reports.send(()).expect("the test receives");
+        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, report)
             .expect("a thread");
         let mut order = |mtu| {
             let subnets =
                 Subnets { first: "10.42.1.0/24".parse().expect("a network"), second: None };
             let file = SubnetFile::new(subnets, subnets, mtu, true);
-            archive.save(Saved::Subnet(PathBuf::new(), file));
-            archive.is_subnet_told()
+            archive.save(SavedFile::Subnet(PathBuf::new(), file));
+            archive.is_subnet_file_current()
         };
         let finish = || {
             release.send(()).expect("the thread waits");
-            reported.recv_timeout(Duration::from_secs(60)).expect("it was told");
+            reported.recv_timeout(Duration::from_secs(60)).expect("a report");
         };
         assert!(!order(1_450));
         finish();
-        assert!(order(1_450), "nothing is new");
+        assert!(order(1_450), "the content is the same");
         finish();
         assert!(!order(1_400));
         finish();
-        assert!(archive.is_subnet_told());
+        assert!(archive.is_subnet_file_current());
     }
 }

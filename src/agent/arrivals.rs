@@ -1,65 +1,84 @@
-//! What comes in to the loop, and from where.
+//! The inputs of the event loop, and their sources.
 
 use tokio::sync::mpsc;
 
 use super::{
-    answers::Answers, archive::Kept, attach_worker::AttachResult, forwarder::ForwarderEvent,
-    inquest::Found, kernel_event::KernelEvent, kubernetes::NodeReport, remote_pods,
+    archive::ArchiveEvent, attach_worker::AttachResult, forwarder::ForwarderEvent,
+    kernel_event::KernelEvent, kubernetes::NodeReport, pod_answers::PodAnswers,
+    remote_pods::RemotePodsEvent, silence_diagnosis::SilenceFindings,
 };
 use crate::{
     api::Question, docker as docker_plugin, icmp::IcmpEvent, store::WriteEvent, transport::Event,
 };
 
-/// What a turn of the loop begins with.
+/// One input: a turn of the loop begins with it.
 pub(super) enum Arrival {
+    /// A deadline of the loop has passed.
     Deadline,
-    /// The settings are to be read again.
+    /// SIGHUP: the settings have to be read again.
     Hangup,
+    /// From a thread, or from the control socket.
     LoopEvent(LoopEvent),
+    /// From the gossip transport.
     Network(Event),
+    /// From the sockets of the path probe.
     Icmp(IcmpEvent),
 }
 
-/// What comes in from threads and from the control socket.
+/// A report of a thread, or a request from the control socket or Docker.
 pub(super) enum LoopEvent {
+    /// The writer of the database has written, or cannot write.
     Disk(WriteEvent),
+    /// The programmer has changed or read the kernel.
     Kernel(KernelEvent),
+    /// The trial of forwarding on this host has a result.
     Forwarding(ForwarderEvent),
-    RemotePods(remote_pods::RemotePodsEvent),
-    Answers(Answers),
-    Found(Found),
+    /// The trial between pods of different hosts has a result.
+    RemotePods(RemotePodsEvent),
+    /// Whether pods of this host answer ARP or neighbor discovery.
+    PodAnswers(PodAnswers),
+    /// Why peers are silent.
+    SilenceFindings(SilenceFindings),
+    /// The attach worker has made, removed or looked up veth pairs.
     Pods(AttachResult),
+    /// A request at the control socket or the `http` listener.
     Api(Question),
+    /// A request of Docker.
     Docker(docker_plugin::Request),
+    /// What Kubernetes says about this node and others.
     Node(NodeReport),
-    Kept(Kept),
+    /// The archive has written a small file, or cannot write it.
+    Archive(ArchiveEvent),
 }
 
-/// Everything that comes in but signals and the clock. Each source has its turn, however busy the others are.
+/// All sources but signals and the clock. They take turns, so a busy source does not delay the others.
 pub(super) struct Arrivals {
+    /// From threads and sockets of requests.
     pub(super) threads: mpsc::UnboundedReceiver<LoopEvent>,
+    /// From the gossip transport.
     pub(super) network: mpsc::Receiver<Event>,
-    pub(super) heard: mpsc::Receiver<IcmpEvent>,
+    /// From the sockets of the path probe.
+    pub(super) icmp: mpsc::Receiver<IcmpEvent>,
 }
 
 impl Arrivals {
-    /// Waits for the next one.
+    /// Waits for the next input.
     pub(super) async fn next(&mut self) -> Arrival {
         tokio::select! {
-            Some(news) = self.threads.recv() => Arrival::LoopEvent(news),
+            Some(event) = self.threads.recv() => Arrival::LoopEvent(event),
             Some(event) = self.network.recv() => Arrival::Network(event),
-            Some(heard) = self.heard.recv() => Arrival::Icmp(heard),
-            // The agent holds a sender of the first.
+            Some(event) = self.icmp.recv() => Arrival::Icmp(event),
+            // Unreachable while the agent runs: it holds a sender of `threads`.
             else => std::future::pending().await,
         }
     }
 
-    /// Takes one of each source, as far as there is one now.
+    /// Takes at most one waiting input of each source.
     pub(super) fn take(&mut self) -> impl Iterator<Item = Arrival> + use<> {
         let arrivals = [
             self.threads.try_recv().ok().map(Arrival::LoopEvent),
             self.network.try_recv().ok().map(Arrival::Network),
-            self.heard.try_recv().ok().map(Arrival::Icmp),
+            self.icmp.try_recv().ok().map(Arrival::Icmp),
         ];
         arrivals.into_iter().flatten()
     }
@@ -71,16 +90,16 @@ mod tests {
     use crate::core::{CallError, CallId};
 
     #[test]
-    fn every_source_has_its_turn_however_busy_the_others_are() {
+    fn take_all_sources_busy_returns_one_input_of_each() {
         let (to_threads, threads) = mpsc::unbounded_channel();
         let (to_network, network) = mpsc::channel(100);
-        let (_to_heard, heard) = mpsc::channel(1);
+        let (_to_icmp, icmp) = mpsc::channel(1);
         for number in 0..100 {
             let _ = to_threads.send(LoopEvent::Disk(WriteEvent::Saved(number)));
             let call = CallId(number);
             let _ = to_network.try_send(Event::Answer { call, result: Err(CallError::Myself) });
         }
-        let mut arrivals = Arrivals { threads, network, heard };
+        let mut arrivals = Arrivals { threads, network, icmp };
         for _ in 0..100 {
             let taken: Vec<_> = arrivals.take().collect();
             assert!(matches!(taken[..], [Arrival::LoopEvent(_), Arrival::Network(_)]));

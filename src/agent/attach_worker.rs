@@ -23,7 +23,7 @@ use std::{
 use tokio::sync::oneshot::Sender;
 
 use self::absent::{Fetched, look, report_absent};
-use super::{opponents::Opponents, overruns::Overruns};
+use super::{overruns::Overruns, repair_conflicts::RepairConflicts};
 use crate::{
     api::{PodError, PodStatus},
     dataplane::{fight::Kind, kernel::pod_tables::PodTables},
@@ -175,7 +175,7 @@ impl AttachWorker {
                     checked_at: Instant::now(),
                     failing: None,
                     refusal: None,
-                    opponents: Opponents::new(),
+                    repair_conflicts: RepairConflicts::new(),
                     problems: Vec::new(),
                     open: Vec::new(),
                     guests: None,
@@ -234,7 +234,7 @@ struct PodWorker<'a, F> {
     failing: Option<String>,
     /// The last reported refusal.
     refusal: Option<String>,
-    opponents: Opponents,
+    repair_conflicts: RepairConflicts,
     /// The last reported problems.
     problems: Vec<String>,
     /// The last reported interfaces.
@@ -403,20 +403,20 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             let gone = self.fetched.gone(&self.tenants, mended);
             report_absent(&mut self.absent, &gone, self.checked_at, self.report);
             if let Some((object, link)) = mended.object() {
-                self.opponents.note(Kind::Bridge, object, Some(link));
+                self.repair_conflicts.note(Kind::Bridge, object, Some(link));
             }
             if mended.sysctls > 0 {
-                self.opponents.note(Kind::Sysctls, &bridge.name, None);
+                self.repair_conflicts.note(Kind::Sysctls, &bridge.name, None);
             }
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
             guests = foreign_ports::warning(bridge, &mended.foreign_ports);
         }
         for table in rewritten.iter().filter(|_| as_before) {
-            self.opponents.note(Kind::Spoofing, table, None);
+            self.repair_conflicts.note(Kind::Spoofing, table, None);
         }
         problems.extend(self.tables.problems().cloned());
-        problems.extend(self.opponents.problems());
+        problems.extend(self.repair_conflicts.problems());
         is_news |= problems != self.problems || open != self.open || guests != self.guests;
         self.problems.clone_from(&problems);
         self.open.clone_from(&open);
@@ -461,7 +461,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     /// changing it.
     fn pause(&self) -> Duration {
         let after = |touched: bool, kind| {
-            touched.then(|| MIN_REPAIR_INTERVAL.max(self.opponents.pause(kind)))
+            touched.then(|| MIN_REPAIR_INTERVAL.max(self.repair_conflicts.pause(kind)))
         };
         let bridge = after(self.touched, Kind::Bridge);
         let table = after(self.table_touched, Kind::Spoofing);

@@ -1,10 +1,11 @@
-//! The loop's side of the pods' bridge: what it is to be like, and whether pods can be plugged into it.
+//! The event loop's side of the pods' bridge: its desired state, and whether pods can be connected to it.
 
 use super::{Agent, attach_worker::Job};
 use crate::{core::View, dataplane::desired::device_name, pods::bridge::Bridge};
 
 impl Agent {
-    /// Pods of an earlier run are plugged in as those of this one are; a subnet or an MTU may have changed.
+    /// Orders the desired state of the bridge when it has changed, as after a change of the subnet or the
+    /// MTU. Pods of an earlier run are connected to it too.
     pub(super) fn keep_bridge(&mut self) {
         let bridge = self.kernel.wanted.as_ref().map(|view| self.bridge(view));
         if self.pods.table.is_empty() || self.pods.bridge == bridge {
@@ -16,16 +17,19 @@ impl Agent {
         }
     }
 
-    /// Has it looked at, before any pod comes, whether the bridge can be made.
+    /// Orders a check, before the first pod comes, of whether the bridge can be made.
     pub(super) fn expect_bridge(&mut self) {
         let bridge = self.kernel.wanted.as_ref().map(|view| self.bridge(view));
-        if let Some(bridge) = bridge.filter(|bridge| self.pods.expected.as_ref() != Some(bridge)) {
-            self.pods.expected = Some(bridge.clone());
-            self.pods.looks_ahead += 1;
+        if let Some(bridge) =
+            bridge.filter(|bridge| self.pods.expected_bridge.as_ref() != Some(bridge))
+        {
+            self.pods.expected_bridge = Some(bridge.clone());
+            self.pods.pending_bridge_checks += 1;
             self.attach_worker.ask(Job::Expect(bridge));
         }
     }
 
+    /// Returns the desired state of the bridge for this view.
     pub(super) fn bridge(&self, view: &View) -> Bridge {
         Bridge {
             name: self.config.bridge_name(view.settings.vni),
@@ -37,22 +41,23 @@ impl Agent {
         }
     }
 
-    /// Why no pod can be connected, as far as is known. This is the one place that says so.
+    /// Returns why no pod can be connected, if a reason is known. No other function reports this.
     pub(super) fn refuses_pods(&self) -> Option<String> {
         let not_ready = self.ready_bridge().err().map(|error| error.error);
         not_ready.or_else(|| self.pods.refusal.clone())
     }
 
+    /// Stores and logs whether the bridge refuses pods: the reason, or `None` once it accepts them again.
     pub(super) fn on_refusal(&mut self, refusal: Option<String>) {
         match &refusal {
             Some(why) => tracing::error!("{why}"),
-            None => tracing::info!("pods can be connected again"),
+            None => tracing::info!("bridge accepts pods again"),
         }
         self.pods.refusal = refusal;
     }
 
-    /// Whether it is known of the bridge that pods can be plugged in.
+    /// Whether the checks are complete and the bridge accepts pods.
     pub(super) const fn takes_pods(&self) -> bool {
-        self.pods.looks_ahead == 0 && self.pods.refusal.is_none()
+        self.pods.pending_bridge_checks == 0 && self.pods.refusal.is_none()
     }
 }

@@ -16,12 +16,12 @@ use ipnet::IpNet;
 
 use super::{
     Agent, Ending,
-    answers::Answers,
-    archive::Saved,
+    archive::SavedFile,
     auditor::Routing,
     forwarder::{ForwarderEvent, Forwarding},
     host_checks::HostState,
     kernel_event::{DemandState, KernelEvent, Outcome},
+    pod_answers::PodAnswers,
     programmer::{DesiredState, State},
     remote_pods::RemotePodsState,
     subnet_env::SubnetFile,
@@ -87,7 +87,7 @@ pub(super) struct KernelState {
     /// Whether packets of pods reach pods of other hosts, and answers return.
     pub(super) remote_pods: RemotePodsState,
     /// Whether pods of this host answer.
-    pub(super) answers: Answers,
+    pub(super) answers: PodAnswers,
     /// Kernel requests for missing entries, and the peers in use.
     pub(super) demand: DemandState,
     /// Firewall and sysctls.
@@ -113,10 +113,10 @@ impl Agent {
                 if view
                     .peers
                     .values()
-                    .any(|peer| underlay.unusable_peer(peer.vtep.underlay).is_some())
+                    .any(|peer| underlay.unusable_peer_reason(peer.vtep.underlay).is_some())
                 {
                     let is_usable =
-                        |peer: &Peer| underlay.unusable_peer(peer.vtep.underlay).is_none();
+                        |peer: &Peer| underlay.unusable_peer_reason(peer.vtep.underlay).is_none();
                     usable.to_mut().peers.retain(|_, peer| is_usable(peer));
                 }
                 let bridge = self.config.bridge_name(view.settings.vni);
@@ -159,7 +159,7 @@ impl Agent {
             }
             KernelEvent::Host(state) => self.on_host(state),
             KernelEvent::Demand(state) => self.on_demand(state),
-            KernelEvent::Counted(counted) => self.on_counted(counted),
+            KernelEvent::Counted(counted) => self.on_packet_counts(counted),
         }
     }
 
@@ -174,7 +174,7 @@ impl Agent {
                 self.kernel.operations += operations;
                 if repair && operations > 0 {
                     for (kind, count) in &report.done {
-                        self.note_repair(kind, *count);
+                        self.record_and_log_repair(kind, *count);
                     }
                 } else if operations > 0 {
                     tracing::debug!(operations, "kernel programmed");
@@ -224,7 +224,7 @@ impl Agent {
         let missed = now.answered.saturating_sub(before.answered);
         if now.in_use.is_none() && missed > 0 {
             // All peers are programmed, so an entry was removed without a notification.
-            self.count_repair("miss", missed);
+            self.record_repair("miss", missed);
         }
         if self.kernel.demand.in_use != before.in_use {
             self.update_paths();
@@ -236,7 +236,7 @@ impl Agent {
         let known = &self.kernel.host.problems;
         state.problems.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::error!("{p}"));
         for kind in &state.repaired {
-            self.note_repair(kind, 1);
+            self.record_and_log_repair(kind, 1);
         }
         self.kernel.host = state;
     }
@@ -281,7 +281,7 @@ impl Agent {
             tracing::info!(underlay = what(now), "underlay available");
         }
         if before.local != now.local && self.config.advertise.is_none() {
-            self.company.on_move(before.local, now.local);
+            self.isolation.on_address_change(before.local, now.local);
         }
         self.save_underlay();
         let now = &self.underlay;
@@ -299,8 +299,8 @@ impl Agent {
     /// address is the one that members know, so that a start with another address is noticed.
     pub(super) fn save_underlay(&mut self) {
         let ChosenUnderlay { local, mtu, .. } = self.underlay;
-        let local = self.company.known_as().unwrap_or(local);
-        self.archive.save(Saved::Underlay(local, mtu));
+        let local = self.isolation.previous_address().unwrap_or(local);
+        self.archive.save(SavedFile::Underlay(local, mtu));
     }
 
     /// Passes to the core which subnet the kernel uses. The core gives a subnet away only when it is not
@@ -357,7 +357,7 @@ impl Agent {
         let peers = self.kernel.wanted.iter().flat_map(|view| &view.peers);
         let problem = |(node, peer): (&NodeId, &Peer)| {
             let address = peer.vtep.underlay;
-            let why = underlay.unusable_peer(address)?;
+            let why = underlay.unusable_peer_reason(address)?;
             let name = self.node.name_of(*node);
             Some(format!(
                 "packets to {name}: its tunnels end at {address}, {why}: correct its underlay address"
@@ -395,7 +395,7 @@ impl Agent {
         let subnets = self.subnets_of_pods(view.own.subnets);
         let (mtu, masquerade) = (self.underlay.mtu, self.config.firewall.masquerade);
         let file = SubnetFile::new(networks, subnets, mtu, masquerade);
-        self.archive.save(Saved::Subnet(self.config.subnet_file.clone(), file));
+        self.archive.save(SavedFile::Subnet(self.config.subnet_file.clone(), file));
     }
 }
 
@@ -407,7 +407,7 @@ fn concerns(op: &Op, peer: &Peer) -> bool {
     };
     match op {
         Op::SetFdb(mac, _) | Op::RemoveFdb(mac, _) => *mac == peer.vtep.mac,
-        Op::SetNeighbour(address, _) | Op::Resolve(address, _) | Op::RemoveNeighbour(address) => {
+        Op::SetNeighbor(address, _) | Op::Resolve(address, _) | Op::RemoveNeighbor(address) => {
             contains(*address)
         }
         Op::AddRoute(subnet, _) | Op::ReplaceRoute(subnet, _) | Op::RemoveRoute(subnet, _) => {

@@ -1,4 +1,4 @@
-//! How an agent ends: why, and what it removes then.
+//! The end of an agent: why it ends, and what it removes.
 
 use std::time::{Duration, Instant};
 
@@ -10,27 +10,32 @@ use crate::{
     worker::Thread,
 };
 
-/// How long its threads are waited for when the agent ends, so that all takes less than
+/// How long to wait for threads at the end, so that the whole end takes less than
 /// [`super::signals::TIMEOUT`].
-const THREAD_PATIENCE: Duration = Duration::from_millis(3500);
-/// How an agent ended that had started well.
+const THREAD_JOIN_TIMEOUT: Duration = Duration::from_millis(3500);
+
+/// Why an agent ended that had started.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// A signal: all state stays, in the kernel too.
+    /// Stopped by a signal: all state stays, including the kernel's.
     Stopped,
-    /// The node left its cluster: nothing of it is left on this host.
-    Left { successor: Option<NodeId> },
-    /// It is no member any more under this identity, and is to join as a new node.
+    /// The node left its cluster, and nothing of it is left on this host.
+    Left {
+        /// The member that took over its slots, if it had any.
+        successor: Option<NodeId>,
+    },
+    /// The node is no longer a member under this identity, and has to join as a new node.
     Restart,
-    /// It was given another subnet, and is to start again with that one.
+    /// The node was assigned another subnet, and has to start again with it.
     Reassigned,
-    /// It cannot go on; the sentence says why.
+    /// The agent cannot continue; the sentence says why.
     Failed(String),
-    /// This program has failed: all state stays, in the kernel too.
+    /// A thread of this program failed: all state stays, including the kernel's.
     Broken(String),
 }
 
 impl Agent {
+    /// Ends the agent for the reason that the core gives.
     pub(super) fn on_stop(&mut self, stop: Stop) {
         self.ending = Some(match stop {
             Stop::Left { successor } => match self.giving_up.take() {
@@ -40,7 +45,7 @@ impl Agent {
             Stop::Expelled { successor } => {
                 tracing::error!(
                     successor = successor.map(tracing::field::display),
-                    "the cluster holds this node as gone for good: it joins as a new one, with another subnet"
+                    "this node was forgotten by the cluster; joining as a new node with another subnet"
                 );
                 Ending::Restart
             }
@@ -52,27 +57,26 @@ impl Agent {
         });
     }
 
-    /// Whether anything in the kernel can be of this node. What cannot is another overlay's.
-    pub(super) const fn has_made_something(&self) -> bool {
+    /// Whether the kernel can hold anything of this node. If not, what it holds belongs to another overlay.
+    pub(super) const fn may_have_kernel_state(&self) -> bool {
         !self.fresh || self.kernel.programmed_once
     }
 
-    /// Ends what must end, and removes what must not stay.
+    /// Ends the threads and connections, and removes the state that this ending requires to remove.
     pub(super) async fn finish(mut self) -> Ending {
         let ending = self.ending.take().unwrap_or(Ending::Stopped);
         self.service.stopping();
         self.input(Input::Command(Command::Save));
         self.carry_out();
-        let traces =
-            self.node.cluster().map(|cluster| (cluster.settings.vni, cluster.settings.pool));
-        let made_something = self.has_made_something();
+        let cluster = self.node.cluster().map(|known| (known.settings.vni, known.settings.pool));
+        let has_kernel_state = self.may_have_kernel_state();
         self.transport.close().await;
         let threads = [
             self.programmer.end(),
             self.forwarder.end(),
             self.remote_pods.end(),
-            self.asking.end(),
-            self.inquest.end(),
+            self.answer_check.end(),
+            self.silence_diagnosis.end(),
             self.attach_worker.end(),
             self.writer.end(),
             self.archive.end(),
@@ -80,8 +84,8 @@ impl Agent {
         await_threads(threads).await;
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         let ends = matches!(ending, Ending::Left { .. } | Ending::Restart) || refused;
-        if ends && made_something {
-            remove_traces(traces, &self.config);
+        if ends && has_kernel_state {
+            remove_traces(cluster, &self.config);
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.state.wipe()
@@ -95,23 +99,23 @@ impl Agent {
                 }
                 Ending::Failed(why) => Err(why.clone()),
                 Ending::Stopped | Ending::Restart | Ending::Reassigned | Ending::Broken(_) => {
-                    Err("the agent was stopped before it had left".to_owned())
+                    Err("the agent was stopped before the node had left".to_owned())
                 }
             };
             let _ = reply.send(answer);
-            // The reply travels through another task; it must be on its way before the process ends.
+            // Another task sends the reply, and must do so before the process ends.
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         ending
     }
 }
 
-/// Waits for threads, without those that hang in a disk or in the kernel.
+/// Waits for threads until the deadline; a thread that hangs in a disk or kernel operation is abandoned.
 async fn await_threads<const N: usize>(threads: [Thread; N]) {
-    let deadline = Instant::now() + THREAD_PATIENCE;
+    let deadline = Instant::now() + THREAD_JOIN_TIMEOUT;
     for thread in threads {
         if let Err(name) = thread.join(deadline).await {
-            tracing::error!(thread = name, "thread hangs: the agent ends without it");
+            tracing::error!(thread = name, "thread did not end in time and was abandoned");
         }
     }
 }

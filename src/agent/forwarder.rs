@@ -39,7 +39,7 @@ use self::{
 };
 use crate::{
     api::CheckStatus,
-    dataplane::forwarding::{Direction, Seen, Trials, Way},
+    dataplane::forwarding::{Direction, TrialResult, Trials, Way},
     model::Transport,
     netlink::{Netlink, nftables::Changes, route::Query},
     pods::standin::Room,
@@ -337,11 +337,12 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         let turn = self.turn;
         let found = stage.gateway.find(|pause| self.wait(&[], pause));
         // Without a gateway, nothing else can be tested.
-        let has_gateway = found.is_empty() || found.iter().any(|(_, seen)| *seen != Seen::Lost);
+        let has_gateway =
+            found.is_empty() || found.iter().any(|(_, seen)| *seen != TrialResult::Lost);
         found.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
         // Results of ways that are no longer tested are discarded.
-        self.trials.keep(|way| match way.direction {
-            Direction::Between(_) | Direction::Finding => between[usize::from(!way.ipv4)],
+        self.trials.retain(|way| match way.direction {
+            Direction::Between(_) | Direction::NeighborDiscovery => between[usize::from(!way.ipv4)],
             Direction::Out(_) | Direction::In(_) => !setting.peers.is_empty(),
             Direction::Carried | Direction::LargeOut | Direction::TooLarge => {
                 setting.peers.iter().any(|peer| peer.tunnelled)
@@ -415,7 +416,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
 
     /// Discards all results, for this reason.
     fn discard_results(&mut self, why: String) {
-        self.trials.forget();
+        self.trials.clear();
         self.translated.clear();
         self.arriving.clear();
         self.skipped = why;

@@ -1,8 +1,8 @@
-//! What hangs on an interface and may drop packets there: queueing disciplines, filters, eBPF programs.
+//! Queueing disciplines, filters and eBPF programs at an interface that may drop packets there.
 //!
-//! Read where packets are known to be lost at that interface: reading explains then, and decides nothing. The
-//! ports of pods are read in any case, for no trial takes the way through the port of a pod; what is found
-//! there is a warning.
+//! Most functions read an interface at which packets are known to be lost; the result explains the loss and
+//! decides nothing. The ports of pods are read in any case, because no trial uses the port of a pod; what is
+//! found there becomes a warning.
 
 use std::{error::Error, io};
 
@@ -15,24 +15,25 @@ use crate::{
     netlink::{Netlink, link::Link, tc::Qdisc},
 };
 
-/// Which packets.
+/// A direction of packets at an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// Those that leave by the interface.
+    /// Packets that leave by the interface.
     Egress,
-    /// Those that come in by it.
+    /// Packets that arrive at the interface.
     Ingress,
 }
 
-/// Queueing disciplines that every host has, and the two that are only places for filters.
+/// Queueing disciplines that every host has, and the two that only hold filters.
 const HARMLESS: [&str; 7] = ["noqueue", "fq_codel", "pfifo_fast", "mq", "fq", "clsact", "ingress"];
-/// Those that filters hang on, and count what these drop.
-const OF_FILTERS: [&str; 2] = ["clsact", "ingress"];
-/// What the CNI plugin `bandwidth` makes the first one of a pod's port, and the number it gives to it.
-const SHAPERS: [&str; 2] = ["tbf", "htb"];
-const SHAPERS_HANDLE: u16 = 1;
-/// Filters and programs that are named at once.
-const NAMED: usize = 3;
+/// Queueing disciplines that hold filters, and count what these drop.
+const FILTER_QDISCS: [&str; 2] = ["clsact", "ingress"];
+/// Queueing disciplines that the CNI plugin `bandwidth` installs at the root of a pod's port.
+const PLUGIN_SHAPERS: [&str; 2] = ["tbf", "htb"];
+/// The handle that the plugin gives them.
+const PLUGIN_SHAPER_HANDLE: u16 = 1;
+/// Limit of filters and programs named at once.
+const MAX_NAMED: usize = 3;
 const EINVAL: i32 = 22;
 
 impl Side {
@@ -44,8 +45,8 @@ impl Side {
     }
 }
 
-/// Chains of these families of nftables that may drop what pods of a subnet send or are sent at their ports,
-/// with what helps.
+/// Returns the nftables chains of these families that may drop packets from or to pods of a subnet at their
+/// ports, each with a remedy.
 pub fn chains(subnet: IpNet, families: &[&str]) -> impl Iterator<Item = String> {
     let found = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(subnet));
     let is_of_family = |chain: &Closing| {
@@ -56,7 +57,7 @@ pub fn chains(subnet: IpNet, families: &[&str]) -> impl Iterator<Item = String> 
     found.into_iter().map(move |chain| format!("{chain}: {}", chain.fix(subnet)))
 }
 
-/// What hangs on one side of an interface, as sentences with what helps; none where nothing was found.
+/// Returns a sentence with a remedy for each hook on one side of an interface; empty if none is found.
 pub fn at(netlink: &mut Netlink, link: &Link, side: Side) -> Vec<String> {
     let name = &link.name;
     let mut found = Vec::new();
@@ -65,7 +66,7 @@ pub fn at(netlink: &mut Netlink, link: &Link, side: Side) -> Vec<String> {
     }
     found.extend(xdp(link).filter(|_| side == Side::Ingress));
     let filters = netlink.filters(link.index, side == Side::Egress).unwrap_or_default();
-    let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
+    let filters: Vec<String> = filters.into_iter().take(MAX_NAMED).collect();
     let side_name = side.name();
     if !filters.is_empty() {
         found.push(format!(
@@ -77,15 +78,15 @@ pub fn at(netlink: &mut Netlink, link: &Link, side: Side) -> Vec<String> {
     found
 }
 
-/// eBPF programs on an interface that see every packet there, as sentences with what helps. What they do with
-/// single packets is not known.
+/// Returns a sentence for each group of eBPF programs that see every packet at an interface. What they do
+/// with a packet is unknown.
 pub fn programs(netlink: &mut Netlink, link: &Link) -> Vec<String> {
     let name = &link.name;
     let mut found: Vec<String> = xdp(link).into_iter().collect();
     for side in [Side::Ingress, Side::Egress] {
         let filters = netlink.filters(link.index, side == Side::Egress).unwrap_or_default();
         let is_program = |filter: &String| filter.split(' ').next() == Some("bpf");
-        let filters: Vec<String> = filters.into_iter().filter(is_program).take(NAMED).collect();
+        let filters: Vec<String> = filters.into_iter().filter(is_program).take(MAX_NAMED).collect();
         let side_name = side.name();
         if !filters.is_empty() {
             found.push(format!(
@@ -98,31 +99,34 @@ pub fn programs(netlink: &mut Netlink, link: &Link) -> Vec<String> {
     found
 }
 
+/// Returns a sentence about the XDP program of an interface.
 fn xdp(link: &Link) -> Option<String> {
     let name = &link.name;
     link.has_xdp().then(|| {
         let program = link.xdp_program().map_or_else(String::new, |id| format!(" {id}"));
         format!(
-            "the XDP program{program} of {name} sees what comes in before all else (ip -d link show dev \
+            "the XDP program{program} of {name} sees arriving packets before all else (ip -d link show dev \
              {name}; bpftool net): ip link set dev {name} xdp off"
         )
     })
 }
 
+/// Returns a sentence about the tcx programs on one side of an interface.
 fn tcx(name: &str, side: Side) -> Option<String> {
     let programs = tcx_programs(name, side).unwrap_or_default();
-    let named: Vec<String> = programs.into_iter().take(NAMED).collect();
+    let named: Vec<String> = programs.into_iter().take(MAX_NAMED).collect();
     (!named.is_empty()).then(|| {
         format!(
             "{name} has eBPF programs on its {} (tcx: {}): bpftool net show dev {name} and bpftool prog show \
-             tell more; end or uninstall the program that has attached them",
+             show details; end or uninstall the program that has attached them",
             side.name(),
             named.join("; ")
         )
     })
 }
 
-/// What takes all that comes in at an interface that is promiscuous and no port of another one.
+/// Returns a sentence if the interface is promiscuous and not a port: a macvlan in mode passthru may take all
+/// packets that arrive.
 pub fn passthru(link: &Link) -> Option<String> {
     let is_promiscuous = link
         .message
@@ -132,23 +136,24 @@ pub fn passthru(link: &Link) -> Option<String> {
     let name = &link.name;
     (is_promiscuous && link.controller().is_none()).then(|| {
         format!(
-            "{name} is promiscuous and no port of a bridge: a macvlan or macvtap in mode passthru on it, as \
-             of a container or virtual machine, takes all that comes in, and may be in another network \
-             namespace (ip -all netns exec ip -d link show type macvlan): give it mode bridge, or another \
-             card"
+            "{name} is promiscuous and no port of a bridge: a macvlan or macvtap in mode passthru on it, \
+             for example of a container or virtual machine, takes all arriving packets, and may be in \
+             another network namespace (ip -all netns exec ip -d link show type macvlan): give it mode \
+             bridge, or another card"
         )
     })
 }
 
+/// Returns a sentence about the queueing discipline that most likely drops packets.
 fn qdiscs(netlink: &mut Netlink, link: &Link) -> Option<String> {
     let name = &link.name;
     let qdiscs = netlink.qdiscs(link.index).unwrap_or_default();
     let mut suspects: Vec<_> =
         qdiscs.iter().filter(|qdisc| !HARMLESS.contains(&qdisc.kind.as_str())).collect();
-    // The one that drops, and of those the one that everything goes through.
+    // Prefers one that has dropped packets, and of those the root.
     suspects.sort_by_key(|qdisc| (qdisc.drops == 0, !qdisc.is_root));
     let suspect = suspects.first()?;
-    // Not how many: a sentence that changes would be told again and again.
+    // Without the number: a changed sentence would be reported as a new one.
     let packets = if suspect.drops > 0 { "packets" } else { "no packets so far" };
     Some(format!(
         "the queueing discipline {} of {name} has dropped {packets} (tc -s qdisc show dev {name}): tc qdisc \
@@ -157,9 +162,9 @@ fn qdiscs(netlink: &mut Netlink, link: &Link) -> Option<String> {
     ))
 }
 
-/// What another program has hung on the port of a pod that may drop some of the pod's packets, with what
-/// removes it. What the CNI plugin `bandwidth` makes is none of it.
-pub fn of_pod(netlink: &mut Netlink, link: &Link, qdiscs: &[Qdisc]) -> Vec<String> {
+/// Returns what another program has attached to the port of a pod that may drop some of the pod's packets,
+/// with a remedy. The queueing disciplines of the CNI plugin `bandwidth` are not reported.
+pub fn at_pod_port(netlink: &mut Netlink, link: &Link, qdiscs: &[Qdisc]) -> Vec<String> {
     let name = &link.name;
     let is_shaped = qdiscs.iter().any(is_of_plugin);
     let is_foreign = |qdisc: &&Qdisc| !is_shaped && !HARMLESS.contains(&qdisc.kind.as_str());
@@ -169,11 +174,12 @@ pub fn of_pod(netlink: &mut Netlink, link: &Link, qdiscs: &[Qdisc]) -> Vec<Strin
     found.extend(foreign.first().map(|qdisc| {
         format!(
             "the queueing discipline {} of {name} may drop or delay what is sent to the pod (tc -s qdisc \
-             show dev {name}); if that is not intended: tc qdisc del dev {name} root",
+             show dev {name}); if this is not intended: tc qdisc del dev {name} root",
             qdisc.kind
         )
     }));
-    let Some(place) = qdiscs.iter().find(|qdisc| OF_FILTERS.contains(&qdisc.kind.as_str())) else {
+    let Some(place) = qdiscs.iter().find(|qdisc| FILTER_QDISCS.contains(&qdisc.kind.as_str()))
+    else {
         return found;
     };
     for side in [Side::Ingress, Side::Egress] {
@@ -184,21 +190,24 @@ pub fn of_pod(netlink: &mut Netlink, link: &Link, qdiscs: &[Qdisc]) -> Vec<Strin
         if filters.is_empty() || !is_dropping {
             continue;
         }
-        let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
+        let filters: Vec<String> = filters.into_iter().take(MAX_NAMED).collect();
         let (side, filters) = (side.name(), filters.join(", "));
         found.push(format!(
             "filters on the {side} of {name} ({filters}) drop some of the pod's packets (tc -s filter show \
-             dev {name} {side}); if that is not intended: tc filter del dev {name} {side}"
+             dev {name} {side}); if this is not intended: tc filter del dev {name} {side}"
         ));
     }
     found
 }
 
+/// Whether the CNI plugin `bandwidth` has installed this queueing discipline.
 fn is_of_plugin(qdisc: &Qdisc) -> bool {
-    qdisc.is_root && qdisc.handle == SHAPERS_HANDLE && SHAPERS.contains(&qdisc.kind.as_str())
+    qdisc.is_root
+        && qdisc.handle == PLUGIN_SHAPER_HANDLE
+        && PLUGIN_SHAPERS.contains(&qdisc.kind.as_str())
 }
 
-/// The sentence for where [`at`] has found nothing, though packets are lost there.
+/// Returns the sentence for an interface at which packets are lost although [`at`] found nothing.
 pub fn nothing_found(interface: &str) -> String {
     let are_known =
         [Side::Egress, Side::Ingress].map(|side| tcx_programs(interface, side).is_some());
@@ -211,7 +220,8 @@ pub fn nothing_found(interface: &str) -> String {
     )
 }
 
-/// Programs that filters do not show (tcx, since Linux 6.6); none if they may not be listed.
+/// Returns the tcx programs (since Linux 6.6), which the list of filters omits; `None` if they may not be
+/// listed.
 fn tcx_programs(interface: &str, side: Side) -> Option<Vec<String>> {
     let attach = match side {
         Side::Egress => TcAttachType::Egress,
@@ -227,16 +237,17 @@ fn tcx_programs(interface: &str, side: Side) -> Option<Vec<String>> {
                 })
                 .collect(),
         ),
-        // The kernel is too old to have any.
-        Err(error) if number_of(&error) == Some(EINVAL) => Some(Vec::new()),
+        // The kernel does not support tcx, so there is no program.
+        Err(error) if os_error(&error) == Some(EINVAL) => Some(Vec::new()),
         Err(error) => {
-            tracing::debug!(%error, interface, "eBPF programs are not listed");
+            tracing::debug!(%error, interface, "eBPF programs not listed");
             None
         }
     }
 }
 
-fn number_of(error: &(dyn Error + 'static)) -> Option<i32> {
+/// Returns the error number of the first I/O error in the chain of sources.
+fn os_error(error: &(dyn Error + 'static)) -> Option<i32> {
     let own = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
-    own.or_else(|| number_of(error.source()?))
+    own.or_else(|| os_error(error.source()?))
 }

@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{connections::Connections, neighbor_tables::NeighborTables, opponents::Opponents};
+use super::{
+    conntrack::Conntrack, fragments::Fragments, neighbor_tables::NeighborTables,
+    repair_conflicts::RepairConflicts,
+};
 use crate::{
     dataplane::{
         desired::{Desired, Mode},
@@ -21,9 +24,10 @@ use crate::{
             FirewallTable,
             interface::{self, Ipv6},
             sysctl,
+            tunnels::into_tunnels,
             users::UsersRule,
         },
-        toggled::{Setting, Toggled},
+        toggled::{ForwardingChanges, Setting},
     },
     model::Time,
     netlink::{Netlink, netconf::ForwardingMonitor, nftables::Changes},
@@ -56,6 +60,8 @@ pub struct HostState {
 /// The host checks and what they need.
 pub struct HostChecks {
     table: io::Result<FirewallTable>,
+    /// Interfaces of tunnels at the last reading.
+    tunnels: Option<BTreeSet<String>>,
     changes: Option<Changes>,
     users: UsersRule,
     users_problem: Option<String>,
@@ -67,7 +73,7 @@ pub struct HostChecks {
     kept: BTreeSet<String>,
     begun: Instant,
     forwarding_monitor: Option<ForwardingMonitor>,
-    toggled: Toggled,
+    forwarding_changes: ForwardingChanges,
     /// Whether the device was closed to router advertisements from the overlay at the last check.
     was_closed: bool,
     table_problem: Option<String>,
@@ -75,7 +81,8 @@ pub struct HostChecks {
     guarded: bool,
     /// When the kernel refused the masquerade rules.
     refused_at: Option<Instant>,
-    connections: Connections,
+    connections: Conntrack,
+    fragments: Fragments,
     neighbors: NeighborTables,
     netlink: io::Result<Netlink>,
     problems: Vec<String>,
@@ -87,7 +94,7 @@ pub struct HostChecks {
     /// Earliest time to read the packet counters again.
     count_at: Instant,
     /// Repeated conflicts with other programs about entries, the table and sysctls.
-    pub opponents: Opponents,
+    pub repair_conflicts: RepairConflicts,
     /// The last reported state.
     reported: HostState,
 }
@@ -97,6 +104,7 @@ impl HostChecks {
     pub fn open(mode: Mode, set_sysctls: bool) -> Self {
         Self {
             table: FirewallTable::open(),
+            tunnels: None,
             changes: Changes::open().ok(),
             users: UsersRule::open(),
             users_problem: None,
@@ -106,12 +114,13 @@ impl HostChecks {
             kept: BTreeSet::new(),
             begun: Instant::now(),
             forwarding_monitor: ForwardingMonitor::open().ok(),
-            toggled: Toggled::default(),
+            forwarding_changes: ForwardingChanges::default(),
             was_closed: false,
             table_problem: None,
             guarded: false,
             refused_at: None,
-            connections: Connections::default(),
+            connections: Conntrack::default(),
+            fragments: Fragments::default(),
             neighbors: NeighborTables::default(),
             netlink: Netlink::open(),
             problems: Vec::new(),
@@ -120,7 +129,7 @@ impl HostChecks {
             read_chains_at: Instant::now(),
             chain_problems: Vec::new(),
             count_at: Instant::now(),
-            opponents: Opponents::new(),
+            repair_conflicts: RepairConflicts::new(),
             reported: HostState::default(),
         }
     }
@@ -154,23 +163,38 @@ impl HostChecks {
         });
         if matches!(kept, Ok(true)) {
             self.repaired.push("firewall");
-            self.opponents.note(Kind::Firewall, "ip rule 73", None);
+            self.repair_conflicts.note(Kind::Firewall, "ip rule 73", None);
         }
     }
 
     /// Writes the desired nftables table without reading the present one.
     pub fn write_table(&mut self, firewall: &Firewall) {
+        if self.tunnels.is_none() {
+            self.read_tunnels(firewall.port);
+        }
         self.on_table(firewall, FirewallTable::write);
     }
 
     /// Reads gossamer's table and repairs it.
     pub fn verify_table(&mut self, firewall: &Firewall) {
+        self.read_tunnels(firewall.port);
         if let Some(pass) = self.on_table(firewall, FirewallTable::verify) {
             self.dropped = self.dropped.max(pass.dropped);
             if pass.repaired {
                 self.repaired.push("firewall");
-                self.opponents.note(Kind::Firewall, &format!("inet {}", firewall.table), None);
+                self.repair_conflicts.note(
+                    Kind::Firewall,
+                    &format!("inet {}", firewall.table),
+                    None,
+                );
             }
+        }
+    }
+
+    fn read_tunnels(&mut self, port: u16) {
+        let links = self.netlink.as_mut().map(Netlink::links);
+        if let Ok(Ok(links)) = links {
+            self.tunnels = Some(into_tunnels(&links, port));
         }
     }
 
@@ -189,7 +213,7 @@ impl HostChecks {
         counted.inspect_err(|error| tracing::debug!(%error, "packets of members not read")).ok()
     }
 
-    /// Checks sysctls, the connection tracking table and, less often, other programs' chains.
+    /// Checks sysctls, kernel tables that may be full and, less often, other programs' chains.
     pub fn check(&mut self, desired: &Desired, bridge: &str, underlay: &str) {
         let begun = Instant::now();
         let networks: Vec<_> = desired.pool.networks().iter().collect();
@@ -201,9 +225,10 @@ impl HostChecks {
             self.read_chains_at = begun + begun.elapsed() * CHAIN_READ_SHARE;
         }
         self.problems.clear();
-        self.problems.extend(self.connections.look());
+        self.problems.extend(self.connections.check());
+        self.problems.extend(self.fragments.check());
         if let Ok(netlink) = &mut self.netlink {
-            match self.neighbors.look(netlink) {
+            match self.neighbors.check(netlink) {
                 Ok(problems) => self.problems.extend(problems),
                 Err(error) => tracing::debug!(%error, "neighbor tables not read"),
             }
@@ -235,7 +260,7 @@ impl HostChecks {
         let opened = closed.set > 0 && self.was_closed;
         self.repaired.extend((kept || opened).then_some("sysctl"));
         if self.repaired.contains(&"sysctl") {
-            self.opponents.note(Kind::Sysctls, "forwarding and what goes with it", None);
+            self.repair_conflicts.note(Kind::Sysctls, "forwarding and what goes with it", None);
         }
         self.was_closed = closed.problems.is_empty();
         if !self.guarded {
@@ -263,11 +288,15 @@ impl HostChecks {
                     None => continue,
                 },
             };
-            self.toggled.note(now, Setting { interface, ipv4: switched.ipv4 }, switched.forwards);
+            self.forwarding_changes.note(
+                now,
+                Setting { interface, ipv4: switched.ipv4 },
+                switched.forwards,
+            );
         }
         // A setting that is repaired repeatedly is reported as a conflict.
-        if !self.opponents.is_under_way(Kind::Sysctls) {
-            self.problems.extend(self.toggled.problems(now));
+        if !self.repair_conflicts.is_under_way(Kind::Sysctls) {
+            self.problems.extend(self.forwarding_changes.problems(now));
         }
     }
 
@@ -275,7 +304,7 @@ impl HostChecks {
     pub fn take_change(&mut self) -> Option<HostState> {
         let problems = self.table_problem.iter().chain(&self.users_problem);
         let problems = problems.chain(&self.chain_problems).chain(&self.problems);
-        let problems = problems.cloned().chain(self.opponents.problems());
+        let problems = problems.cloned().chain(self.repair_conflicts.problems());
         let state = HostState {
             problems: problems.collect(),
             is_table_full: self.connections.is_full(),
@@ -309,7 +338,11 @@ impl HostChecks {
         firewall: &Firewall,
         act: impl Fn(&mut FirewallTable, &Firewall) -> io::Result<T>,
     ) -> Option<T> {
-        let done = self.try_on_table(firewall, act);
+        let mut firewall = firewall.clone();
+        if let (Some(guard), Some(tunnels)) = (&mut firewall.guard, &self.tunnels) {
+            guard.tunnels.extend(tunnels.iter().cloned());
+        }
+        let done = self.try_on_table(&firewall, act);
         self.guarded = firewall.guard.is_some() && done.is_some();
         done
     }

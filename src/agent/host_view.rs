@@ -1,4 +1,4 @@
-//! What the kernel of a host says before an agent makes anything.
+//! The state of the kernel before an agent changes anything, and what forbids a start.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -14,33 +14,40 @@ use crate::{
     pods::wiring::Wiring,
 };
 
-/// What is asked for.
-pub(super) struct Plan<'a> {
+/// The overlay that this host is about to run.
+pub(super) struct PlannedOverlay<'a> {
+    /// VXLAN network identifier.
     pub(super) vni: u32,
+    /// UDP port of the tunnels.
     pub(super) port: u16,
+    /// Underlay address of this host.
     pub(super) underlay: IpAddr,
-    /// Of the cluster that is known or created.
+    /// Settings of the cluster that is known or created.
     pub(super) settings: Option<ClusterSettings>,
-    /// The pool of a cluster that is created now.
+    /// The pool, if the cluster is created by this start.
     pub(super) created: Option<Pool>,
+    /// Name of the pods' bridge.
     pub(super) bridge: &'a str,
 }
 
-/// The answers.
+/// What the kernel reports.
 pub(super) struct HostView {
+    /// The open connection to the kernel.
     pub(super) kernel: Kernel,
-    /// Networks of others.
+    /// Networks that other programs use on this host.
     pub(super) foreign: Vec<Foreign>,
-    /// Pods by their interfaces.
+    /// Pods known by their interfaces.
     pub(super) pods: Vec<Pod>,
+    /// MACs of the pods' interfaces.
     pub(super) macs: BTreeMap<Attachment, Mac>,
 }
 
-/// Asks the kernel, and refuses what is in the way.
+/// Reads the kernel, and refuses a start that conflicts with it.
 ///
 /// # Errors
-/// Something of another program is in the way, or the kernel does not answer.
-pub(super) fn look(plan: &Plan<'_>) -> Result<HostView, KernelError> {
+/// Fails when a device, port or network of another program conflicts with the overlay, or when the kernel
+/// does not answer.
+pub(super) fn inspect(plan: &PlannedOverlay<'_>) -> Result<HostView, KernelError> {
     let mut kernel = Kernel::open()?;
     let device = device_name(plan.vni);
     kernel.preflight(&device, plan.vni, plan.port)?;
@@ -56,7 +63,7 @@ pub(super) fn look(plan: &Plan<'_>) -> Result<HostView, KernelError> {
     Ok(HostView { kernel, foreign, pods, macs })
 }
 
-/// A cluster is not created with networks that lead elsewhere on this host.
+/// Refuses to create a cluster whose networks already lead elsewhere on this host.
 fn refuse_occupied(foreign: &[Foreign], pool: &Pool) -> Result<(), KernelError> {
     let networks: Vec<IpNet> = pool.networks().iter().collect();
     let mut pairs = networks.iter().flat_map(|network| foreign.iter().map(move |f| (network, f)));

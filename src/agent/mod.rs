@@ -4,41 +4,40 @@
 //! inputs of the core. The loop owns all state; there are no locks. The core decides; this module does
 //! the IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
-mod answers;
 mod archive;
 mod arrivals;
 mod attach_worker;
 mod auditor;
 mod bridge;
 mod clock;
-mod company;
-mod connections;
+mod conntrack;
 mod data_plane;
-mod disk;
+mod disk_stall;
 mod docker;
-mod doors;
 mod ending;
 mod events;
 mod forwarder;
+mod fragments;
 mod hooks;
 mod host_checks;
 mod host_view;
-mod inquest;
+mod iptables_legacy;
+mod isolation;
 mod kernel_event;
-mod knock;
 mod kubernetes;
-mod legacy;
+mod lease_audit;
 mod limits;
+mod listeners;
 mod memory;
 mod neighbor_tables;
-mod opponents;
 mod overruns;
-mod owners;
 mod packet_filter;
 mod path_mtu;
 mod path_status;
 mod ping;
 mod pod_address;
+mod pod_answers;
+mod pod_queries;
 mod pods;
 mod probe;
 mod programmer;
@@ -47,10 +46,13 @@ mod receive_buffer;
 mod recent_loss;
 mod reload;
 mod remote_pods;
+mod repair_conflicts;
 mod routes;
 mod secrets;
+mod seed_check;
 mod service;
 mod signals;
+mod silence_diagnosis;
 mod start;
 mod startup_wait;
 mod status;
@@ -70,19 +72,18 @@ use std::{
 use tokio::sync::oneshot;
 
 use self::{
-    answers::Asking,
-    archive::{Archive, Kept},
+    archive::{Archive, ArchiveEvent},
     arrivals::{Arrival, Arrivals, LoopEvent},
     attach_worker::AttachWorker,
     clock::Clock,
-    company::Company,
     data_plane::KernelState,
-    doors::{Closed, Doors},
     events::Journal,
     forwarder::Forwarder,
-    inquest::Inquest,
-    kubernetes::Source,
-    ping::Round,
+    isolation::Isolation,
+    kubernetes::PodCidrSource,
+    listeners::{ListenerProblems, Listeners},
+    ping::PingRound,
+    pod_answers::PodAnswerCheck,
     pods::PodState,
     probe::Prober,
     programmer::Programmer,
@@ -91,6 +92,7 @@ use self::{
     secrets::Steps,
     service::Service,
     signals::Signals,
+    silence_diagnosis::SilenceDiagnosis,
     status::Waiter,
     survey::Surveys,
     underlay::ChosenUnderlay,
@@ -105,9 +107,9 @@ use crate::{
 };
 
 pub use ending::Ending;
-pub use knock::{is_own, knock, own_sentence};
 pub use limits::LACKS_IPV6;
 pub use reload::SettingsReader;
+pub use seed_check::{check_seeds, is_own_address, own_address_problem};
 pub use signals::guard;
 pub use start::{StartFailure, random, run};
 pub use underlay::choose as choose_underlay;
@@ -129,11 +131,11 @@ struct Agent {
     programmer: Programmer,
     forwarder: Forwarder,
     remote_pods: RemotePods,
-    asking: Asking,
-    inquest: Inquest,
+    answer_check: PodAnswerCheck,
+    silence_diagnosis: SilenceDiagnosis,
     kernel: KernelState,
     prober: Prober,
-    company: Company,
+    isolation: Isolation,
     receive_drops: ReceiveDrops,
     pods: PodState,
     attach_worker: AttachWorker,
@@ -153,7 +155,7 @@ struct Agent {
     /// Requests that wait for convergence with a number of members.
     waiters: Vec<Waiter>,
     /// Pings that wait for answers.
-    rounds: Vec<Round>,
+    ping_rounds: Vec<PingRound>,
     /// The operator's request to leave, until it is answered.
     leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
     /// Why the disk cannot be written.
@@ -161,10 +163,10 @@ struct Agent {
     service: Service,
     journal: Journal,
     /// Control sockets that could not be opened.
-    closed: Closed,
+    listener_problems: ListenerProblems,
     surveys: Surveys,
     /// Where the subnet of this node comes from, if it is assigned from outside the cluster.
-    source: Option<Source>,
+    source: Option<PodCidrSource>,
     /// Set when the kernel refuses the device of a new node: the reason, and when the agent ends.
     giving_up: Option<(String, Instant)>,
     /// Sends events of threads that are started later.
@@ -182,7 +184,7 @@ impl Agent {
         mut signals: Signals,
         mut arrivals: Arrivals,
         read_settings: &SettingsReader,
-        doors: &Doors,
+        listeners: &Listeners,
     ) -> Ending {
         self.carry_out();
         self.apply_notes();
@@ -208,19 +210,19 @@ impl Agent {
             self.carry_out();
             self.restore_paths();
             self.serve_waiters();
-            self.answer_early();
-            self.end_waiting_for_disk();
-            self.end_rounds();
+            self.answer_early_docker_requests();
+            self.fail_requests_on_disk_stall();
+            self.finish_pings();
             self.end_overdue_surveys(turn);
             self.report_to_service(turn);
-            self.watch(turn);
+            self.record_changes(turn);
             let took = turn.elapsed();
             if took > SLOW_TURN {
                 tracing::warn!(?took, "slow turn of the event loop");
             }
         }
         if self.ending == Some(Ending::Stopped) {
-            self.answer_docker_to_the_end(&mut arrivals, read_settings, doors).await;
+            self.answer_docker_to_the_end(&mut arrivals, read_settings, listeners).await;
         }
         self.finish().await
     }
@@ -230,9 +232,9 @@ impl Agent {
         &mut self,
         arrivals: &mut Arrivals,
         read_settings: &SettingsReader,
-        doors: &Doors,
+        listeners: &Listeners,
     ) {
-        let mut answered = pin!(doors.close_plugin());
+        let mut answered = pin!(listeners.close_plugin());
         let mut deadline = pin!(tokio::time::sleep(DOCKER_DRAIN_TIMEOUT));
         loop {
             let arrival = tokio::select! {
@@ -243,7 +245,7 @@ impl Agent {
             };
             self.on_arrival(arrival, Instant::now(), read_settings);
             self.carry_out();
-            self.answer_early();
+            self.answer_early_docker_requests();
         }
     }
 
@@ -263,7 +265,7 @@ impl Agent {
         let latest = Instant::now() + Duration::from_secs(3600);
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
         let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
-        let rounds = self.rounds.iter().map(Round::deadline);
+        let ping_rounds = self.ping_rounds.iter().map(PingRound::deadline);
         let giving_up = self.giving_up.as_ref().map(|(_, until)| *until);
         core.into_iter()
             .chain(self.next_probe())
@@ -271,11 +273,11 @@ impl Agent {
             .chain([self.journal.next()])
             .chain(self.surveys.deadline())
             .chain(waiters)
-            .chain(rounds)
+            .chain(ping_rounds)
             .chain(giving_up)
             .chain(self.pods.next_notes_check)
-            .chain(self.end_of_waiting_for_disk())
-            .chain(self.source.iter().filter_map(Source::next))
+            .chain(self.disk_stall_deadline())
+            .chain(self.source.iter().filter_map(PodCidrSource::next))
             .fold(latest, Instant::min)
     }
 
@@ -288,10 +290,10 @@ impl Agent {
             self.probe();
             self.update_forwarder();
             self.update_remote_pods();
-            self.look_for_pods();
-            self.update_inquest();
+            self.refresh_roster();
+            self.update_silence_diagnosis();
         }
-        self.ask_about_node(now);
+        self.poll_pod_cidrs(now);
         if self.pods.next_notes_check.is_some_and(|at| at <= now) {
             self.apply_notes();
         }
@@ -332,14 +334,14 @@ impl Agent {
             LoopEvent::Kernel(told) => self.on_kernel_event(told),
             LoopEvent::Forwarding(news) => self.on_forwarding(news),
             LoopEvent::RemotePods(told) => self.on_remote_pods(told),
-            LoopEvent::Answers(state) => self.on_answers(state),
-            LoopEvent::Found(found) => self.on_found(found),
+            LoopEvent::PodAnswers(state) => self.on_answers(state),
+            LoopEvent::SilenceFindings(findings) => self.on_silence_findings(findings),
             LoopEvent::Pods(wired) => self.on_attach_result(wired),
             LoopEvent::Api(request) => self.on_api(request),
             LoopEvent::Docker(request) => self.on_docker(request),
             // Requests that wait for convergence are answered at the end of the turn.
-            LoopEvent::Kept(Kept::Subnet) => {}
-            LoopEvent::Kept(Kept::Secrets(result)) => self.on_secrets_saved(result),
+            LoopEvent::Archive(ArchiveEvent::SubnetFile) => {}
+            LoopEvent::Archive(ArchiveEvent::Secrets(result)) => self.on_secrets_saved(result),
             LoopEvent::Node(heard) => self.on_node_report(heard),
         }
     }
@@ -381,13 +383,13 @@ impl Agent {
             Output::Withdraw => {
                 self.kernel.wanted = None;
                 self.kernel.withdrawn = true;
-                if self.has_made_something() {
+                if self.may_have_kernel_state() {
                     self.program();
                 } else {
                     self.input(Input::KernelSubnet(None));
                 }
             }
-            Output::SlotsChanged(changes) => self.note_owners(&changes),
+            Output::SlotsChanged(changes) => self.record_owner_changes(&changes),
             Output::CannotLeave(why) => {
                 if let Some(reply) = self.leave_reply.take() {
                     let _ = reply.send(Err(why));

@@ -1,49 +1,55 @@
-//! The kernel's tables of neighbors: once one is full, the kernel sends nothing to hosts and pods that are
-//! not in it. Any namespace can fill them: a pod that asks for many addresses is enough.
+//! The kernel's neighbor tables. When one is full, the kernel sends nothing to hosts and pods without an
+//! entry. Any network namespace can fill them; a pod that looks up many addresses is enough.
 
 use std::io;
 
 use super::recent_loss::RecentLoss;
 use crate::netlink::{Netlink, neighbour::NeighborTable};
 
-/// So many looks after the last neighbor that found no room a table is taken for full.
-const HOLD: u32 = 3;
+/// Number of checks for which a table counts as full after the last entry that it refused.
+const HOLD_CHECKS: u32 = 3;
 
-/// What was seen of the tables over some looks.
+/// Follows both tables over successive checks.
 #[derive(Debug, Default)]
 pub struct NeighborTables {
-    seen: [Seen; 2],
+    /// IPv6, then IPv4.
+    families: [FamilyState; 2],
 }
 
+/// The table of one family.
 #[derive(Debug, Default)]
-struct Seen {
+struct FamilyState {
+    /// The counter of refused entries at the last check.
     refused: Option<u64>,
-    /// Neighbors that found no room.
+    /// Entries refused for lack of room.
     recent: RecentLoss,
 }
 
 impl NeighborTables {
-    /// Looks at the tables: a problem with what helps for each that is full.
-    pub fn look(&mut self, netlink: &mut Netlink) -> io::Result<Vec<String>> {
+    /// Reads the tables. Returns a problem with its remedy for each table that is full.
+    ///
+    /// # Errors
+    /// Fails when the kernel does not report the tables.
+    pub fn check(&mut self, netlink: &mut Netlink) -> io::Result<Vec<String>> {
         let tables = netlink.neighbor_tables()?;
-        Ok(tables.into_iter().filter_map(|table| self.judge(table)).collect())
+        Ok(tables.into_iter().filter_map(|table| self.update(table)).collect())
     }
 
-    fn judge(&mut self, table: NeighborTable) -> Option<String> {
-        let seen = &mut self.seen[usize::from(table.is_ipv4)];
-        let before = seen.refused.replace(table.refused)?;
+    fn update(&mut self, table: NeighborTable) -> Option<String> {
+        let state = &mut self.families[usize::from(table.is_ipv4)];
+        let before = state.refused.replace(table.refused)?;
         let new = table.refused.saturating_sub(before);
-        seen.recent.note((new > 0).then_some(new), HOLD);
-        let count = seen.recent.lost()?;
+        state.recent.note((new > 0).then_some(new), HOLD_CHECKS);
+        let count = state.recent.lost()?;
         let NeighborTable { is_ipv4, entries, most, .. } = table;
         let family = if is_ipv4 { "ipv4" } else { "ipv6" };
         let wanted = most.saturating_mul(4);
         Some(format!(
-            "the kernel's table of {} neighbors was full ({count} neighbors found no room at the last count; \
-             {entries} entries now, at most {most}), so hosts and pods that are not in it are not reached: \
-             raise the limit on this host (sysctl -w net.{family}.neigh.default.gc_thresh3={wanted} \
-             net.{family}.neigh.default.gc_thresh2={}, and a file in /etc/sysctl.d), and look for what asks \
-             for many addresses, in pods' namespaces too (ip -s neigh)",
+            "the kernel's table of {} neighbors was full ({count} neighbors found no room at the last \
+             count; {entries} entries now, at most {most}), so hosts and pods without an entry cannot be \
+             reached: raise the limit on this host (sysctl -w net.{family}.neigh.default.gc_thresh3={wanted} \
+             net.{family}.neigh.default.gc_thresh2={}, and a file in /etc/sysctl.d), and find the program \
+             that looks up many addresses, also in pods' namespaces (ip -s neigh)",
             if is_ipv4 { "IPv4" } else { "IPv6" },
             wanted / 2
         ))
@@ -55,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_of_this_kernel_are_read() {
+    fn neighbor_tables_of_this_kernel_are_read() {
         let tables = Netlink::open().and_then(|mut netlink| netlink.neighbor_tables());
         let tables = tables.expect("the kernel answers");
         let ipv4: Vec<_> = tables.iter().filter(|table| table.is_ipv4).collect();
@@ -64,21 +70,24 @@ mod tests {
     }
 
     #[test]
-    fn full_table_is_told_while_neighbors_find_no_room_and_a_little_longer() {
+    fn update_full_table_reports_until_refusals_have_ceased_for_some_checks() {
         let table =
             |is_ipv4, refused| NeighborTable { is_ipv4, entries: 1000, most: 1024, refused };
         let mut tables = NeighborTables::default();
-        let mut judge = |is_ipv4, refused| tables.judge(table(is_ipv4, refused));
-        assert_eq!(judge(true, 7), None, "what was before is not known");
-        assert_eq!(judge(true, 7), None);
-        let told = judge(true, 12).expect("full");
-        assert!(told.contains("IPv4") && told.contains("5 neighbors found no room"), "{told}");
-        assert!(told.contains("net.ipv4.neigh.default.gc_thresh3=4096"), "{told}");
-        assert_eq!(judge(false, 99), None, "the other one has a count of its own");
-        for _ in 0..HOLD {
-            assert!(judge(true, 12).is_some());
+        let mut update = |is_ipv4, refused| tables.update(table(is_ipv4, refused));
+        assert_eq!(update(true, 7), None, "no earlier count");
+        assert_eq!(update(true, 7), None);
+        let problem = update(true, 12).expect("full");
+        assert!(
+            problem.contains("IPv4") && problem.contains("5 neighbors found no room"),
+            "{problem}"
+        );
+        assert!(problem.contains("net.ipv4.neigh.default.gc_thresh3=4096"), "{problem}");
+        assert_eq!(update(false, 99), None, "each family has its own count");
+        for _ in 0..HOLD_CHECKS {
+            assert!(update(true, 12).is_some());
         }
-        assert_eq!(judge(true, 12), None);
-        assert!(judge(false, 100).is_some_and(|told| told.contains("net.ipv6.neigh")));
+        assert_eq!(update(true, 12), None);
+        assert!(update(false, 100).is_some_and(|problem| problem.contains("net.ipv6.neigh")));
     }
 }

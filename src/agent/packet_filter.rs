@@ -1,7 +1,7 @@
-//! Classic programs for the kernel's packet filter (linux/filter.h) at sockets of trials.
+//! Classic BPF programs (linux/filter.h) for the sockets of trials.
 //!
-//! What others send to such a socket must not fill its buffer, or the trial's own packets are dropped there
-//! and pass for lost.
+//! Packets of other programs must not fill the buffer of such a socket: the trial's own packets would be
+//! dropped there and count as lost.
 
 use std::{io, net::IpAddr, os::fd::AsFd};
 
@@ -14,22 +14,24 @@ use socket2::{SockFilter, SockRef};
 
 use crate::{dataplane::forwarding::Field, netlink::attributes::octets};
 
-/// `SKF_NET_OFF` of linux/filter.h: places from here on are counted from the IP header.
+/// `SKF_NET_OFF` of linux/filter.h: offsets from here count from the IP header.
 const IP_HEADER: u32 = 0xfff0_0000;
+/// Offset of the source address in the IPv4 header.
 const SOURCE4: u32 = 12;
+/// Offset of the source address in the IPv6 header.
 const SOURCE6: u32 = 8;
 
-/// What the filter of a socket is shown.
+/// The part of a packet that the kernel passes to the filter of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shown {
-    /// A packet from the header of UDP or TCP on.
+pub enum FilterInput {
+    /// The packet from the UDP or TCP header on.
     Segment,
-    /// The same with the header of IPv4 before it.
+    /// The same, preceded by the IPv4 header.
     Ipv4Packet,
 }
 
-impl Shown {
-    /// To a raw socket that has this address.
+impl FilterInput {
+    /// Returns what the filter of a raw socket bound to this address receives.
     pub const fn raw(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(_) => Self::Ipv4Packet,
@@ -38,18 +40,19 @@ impl Shown {
     }
 }
 
-/// Hosts of a network that may send: those whose addresses end like one of these. Hosts outside the network
-/// may, too.
+/// Sources that may send: hosts of a network whose addresses end like one of these, and all hosts outside the
+/// network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sources {
     network: IpNet,
-    /// Of the last 32 bits, those that belong to the host.
+    /// The bits of the last 32 bits of an address that belong to the host.
     host_mask: u32,
+    /// Host parts of the admitted addresses.
     ends: Vec<u32>,
 }
 
 impl Sources {
-    /// By addresses in one subnet of the network; in the other subnets it is the same ones.
+    /// Admits the host parts of addresses in one subnet, in every subnet of the network.
     pub fn new(network: IpNet, subnet: IpNet, hosts: impl IntoIterator<Item = IpAddr>) -> Self {
         let host_len = subnet.max_prefix_len() - subnet.prefix_len();
         let host_mask = 1_u32.checked_shl(host_len.into()).map_or(u32::MAX, |above| above - 1);
@@ -57,39 +60,57 @@ impl Sources {
         Self { network, host_mask, ends: hosts.into_iter().map(end).collect() }
     }
 
+    /// Whether the network is IPv4.
     pub const fn is_ipv4(&self) -> bool {
         matches!(self.network, IpNet::V4(_))
     }
 }
 
-/// What has to be so of a packet.
+/// A condition on a packet.
 #[derive(Clone, Copy, Debug)]
 pub enum Condition<'a> {
+    /// A field of the UDP or TCP header, or of the payload, has a value.
     Field(Field),
+    /// The packet has one of these sources.
     From(&'a Sources),
 }
 
-/// Lets the socket receive only packets in which one of these fields of the header of UDP or TCP, or of what
-/// follows it, has its value; nothing if there is no field.
-pub fn only(socket: &impl AsFd, shown: Shown, fields: &[Field]) -> io::Result<()> {
-    let any: Vec<[Condition<'_>; 1]> =
+/// Lets the socket receive only packets in which one of these fields has its value; with no fields, none.
+/// Offsets count from the UDP or TCP header.
+///
+/// # Errors
+/// Fails when the kernel refuses the filter.
+pub fn receive_only(socket: &impl AsFd, input: FilterInput, fields: &[Field]) -> io::Result<()> {
+    let alternatives: Vec<[Condition<'_>; 1]> =
         fields.iter().map(|field| [Condition::Field(*field)]).collect();
-    only_where(socket, shown, &any.iter().map(<[_; 1]>::as_slice).collect::<Vec<_>>())
+    receive_only_where(
+        socket,
+        input,
+        &alternatives.iter().map(<[_; 1]>::as_slice).collect::<Vec<_>>(),
+    )
 }
 
-/// Lets the socket receive only packets of which all conditions of one list are true.
-pub fn only_where(socket: &impl AsFd, shown: Shown, any: &[&[Condition<'_>]]) -> io::Result<()> {
-    SockRef::from(socket).attach_filter(&program(shown, any))
+/// Lets the socket receive only packets that meet all conditions of at least one list.
+///
+/// # Errors
+/// Fails when the kernel refuses the filter.
+pub fn receive_only_where(
+    socket: &impl AsFd,
+    input: FilterInput,
+    alternatives: &[&[Condition<'_>]],
+) -> io::Result<()> {
+    SockRef::from(socket).attach_filter(&program(input, alternatives))
 }
 
-/// X is where the header of UDP or TCP begins.
-fn program(shown: Shown, any: &[&[Condition<'_>]]) -> Vec<SockFilter> {
-    let mut program = vec![match shown {
-        Shown::Segment => step(BPF_LDX | BPF_IMM, 0),
-        Shown::Ipv4Packet => step(BPF_LDX | BPF_B | BPF_MSH, 0),
+/// Returns the program. It keeps the offset of the UDP or TCP header in the register X.
+fn program(input: FilterInput, alternatives: &[&[Condition<'_>]]) -> Vec<SockFilter> {
+    let mut program = vec![match input {
+        FilterInput::Segment => step(BPF_LDX | BPF_IMM, 0),
+        FilterInput::Ipv4Packet => step(BPF_LDX | BPF_B | BPF_MSH, 0),
     }];
-    for all in any {
-        let mut steps: Vec<Step> = all.iter().flat_map(|condition| condition.steps()).collect();
+    for conditions in alternatives {
+        let mut steps: Vec<Step> =
+            conditions.iter().flat_map(|condition| condition.steps()).collect();
         steps.push(Step::Do(step(BPF_RET | BPF_K, u32::MAX)));
         let length = steps.len();
         program.extend(steps.into_iter().enumerate().map(|(at, next)| match next {
@@ -101,14 +122,16 @@ fn program(shown: Shown, any: &[&[Condition<'_>]]) -> Vec<SockFilter> {
     program
 }
 
+/// An instruction, or a jump whose target is not known yet.
 enum Step {
+    /// An instruction.
     Do(SockFilter),
-    /// On to the next list of conditions.
+    /// Continue with the next list of conditions.
     Fail,
 }
 
 impl Condition<'_> {
-    /// What is so goes on behind them.
+    /// Returns the steps that check the condition. Execution continues behind them if it is met.
     fn steps(self) -> Vec<Step> {
         match self {
             Self::Field(field) => {
@@ -125,11 +148,12 @@ impl Condition<'_> {
 }
 
 impl Sources {
+    /// Returns the steps that check the source address.
     fn steps(&self) -> Vec<Step> {
         let first = IP_HEADER + if self.network.addr().is_ipv4() { SOURCE4 } else { SOURCE6 };
         let masks = words(self.network.netmask());
         let mut steps = Vec::new();
-        // From the end on: how many steps follow is known there.
+        // Built from the end, where the lengths of the jumps are known.
         steps.push(Step::Fail);
         for end in self.ends.iter().rev() {
             steps.push(Step::Do(when(*end, steps.len() as u8, 0)));
@@ -150,16 +174,18 @@ impl Sources {
     }
 }
 
-/// One step without a jump.
+/// Returns an instruction without a jump.
 pub fn step(code: u32, operand: u32) -> SockFilter {
     SockFilter::new(code as u16, 0, 0, operand)
 }
 
-/// Over so many steps if what is loaded has this value, and over so many otherwise.
+/// Returns an instruction that skips `then` instructions if the loaded value equals `value`, and `otherwise`
+/// instructions if not.
 pub fn when(value: u32, then: u8, otherwise: u8) -> SockFilter {
     SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, then, otherwise, value)
 }
 
+/// Returns an address as 32-bit words.
 fn words(ip: IpAddr) -> Vec<u32> {
     octets(ip)
         .chunks_exact(4)
@@ -173,33 +199,35 @@ mod tests {
 
     use super::*;
 
-    /// The kernel filters what comes to a socket of any kind.
+    /// The kernel applies filters to sockets of any kind.
     #[test]
-    fn socket_receives_only_packets_with_one_of_the_fields() {
+    fn receive_only_admits_packets_with_one_of_the_fields() {
         let ip_header = [&[0x46][..], &[7; 23]].concat();
-        for (shown, header) in [(Shown::Segment, &[][..]), (Shown::Ipv4Packet, &ip_header)] {
+        for (input, header) in
+            [(FilterInput::Segment, &[][..]), (FilterInput::Ipv4Packet, &ip_header)]
+        {
             let passes = |fields: &[Field], segment: &[u8]| {
                 let (to, from) = UnixDatagram::pair().expect("sockets");
                 from.set_nonblocking(true).expect("a socket");
-                only(&from, shown, fields).expect("a filter");
+                receive_only(&from, input, fields).expect("a filter");
                 to.send(&[header, segment].concat()).is_ok() && from.recv(&mut [0; 64]).is_ok()
             };
             let fields = [Field::Half(2, 0x0304), Field::Word(4, 0x0506_0708)];
-            assert!(passes(&fields, &[9, 9, 3, 4, 9, 9, 9, 9]), "{shown:?}");
-            assert!(passes(&fields, &[9, 9, 9, 9, 5, 6, 7, 8]), "{shown:?}");
-            assert!(!passes(&fields, &[3, 4, 9, 9, 9, 6, 7, 8]), "{shown:?}");
-            assert!(!passes(&fields, &[9, 9, 9, 9, 5, 6, 7]), "{shown:?}");
-            assert!(!passes(&[], &[9, 9, 3, 4, 5, 6, 7, 8]), "{shown:?}");
+            assert!(passes(&fields, &[9, 9, 3, 4, 9, 9, 9, 9]), "{input:?}");
+            assert!(passes(&fields, &[9, 9, 9, 9, 5, 6, 7, 8]), "{input:?}");
+            assert!(!passes(&fields, &[3, 4, 9, 9, 9, 6, 7, 8]), "{input:?}");
+            assert!(!passes(&fields, &[9, 9, 9, 9, 5, 6, 7]), "{input:?}");
+            assert!(!passes(&[], &[9, 9, 3, 4, 5, 6, 7, 8]), "{input:?}");
         }
     }
 
-    /// Whether a UDP socket receives a datagram from this address.
-    fn receives(from: &str, any: &[&[Condition<'_>]]) -> bool {
+    /// Returns whether a UDP socket with this filter receives a datagram from this address.
+    fn receives(from: &str, alternatives: &[&[Condition<'_>]]) -> bool {
         let from: IpAddr = from.parse().expect("an address");
         let sender = UdpSocket::bind((from, 0)).expect("a socket");
         let to = if from.is_ipv4() { "127.0.0.1:0" } else { "[::1]:0" };
         let socket = UdpSocket::bind(to).expect("a socket");
-        only_where(&socket, Shown::Segment, any).expect("a filter");
+        receive_only_where(&socket, FilterInput::Segment, alternatives).expect("a filter");
         let payload = [1, 2, 3, 4];
         sender.send_to(&payload, socket.local_addr().expect("an address")).expect("sent");
         socket.set_nonblocking(true).expect("a socket");
@@ -207,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_inside_the_network_are_told_by_how_they_end() {
+    fn sources_inside_the_network_are_admitted_by_their_host_part() {
         let net = |text: &str| -> IpNet { text.parse().expect("a network") };
         let sources = |network: &str, ends: &[&str]| {
             let hosts = ends.iter().map(|host| host.parse::<IpAddr>().expect("an address"));

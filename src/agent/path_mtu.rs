@@ -19,11 +19,11 @@ impl Agent {
         let told = told.map(|(host, path)| (*host, path.mtu)).collect();
         self.prober.reports.update(now, &told);
         while let Some(action) = self.prober.reports.poll(now) {
-            let (Action::Ask(host) | Action::Forget(host, _)) = action;
+            let (Action::SendFullSize(host) | Action::DropReport(host, _)) = action;
             let Some(node) = self.prober.paths.holder(host) else { continue };
             match action {
-                Action::Ask(_) => self.fill_underlay(node),
-                Action::Forget(_, told) => self.forget_path_mtus(node, host, told),
+                Action::SendFullSize(_) => self.fill_underlay(node),
+                Action::DropReport(_, told) => self.forget_path_mtus(node, host, told),
             }
         }
     }
@@ -32,7 +32,7 @@ impl Agent {
     /// routers report the correct ones again.
     fn forget_path_mtus(&mut self, node: NodeId, host: IpAddr, told: u32) {
         // If the report keeps coming back, the status already has it as a problem.
-        let is_told = self.prober.reports.lasting(host).is_some();
+        let is_told = self.prober.reports.recurring_false_mtu(host).is_some();
         let forgotten = match host {
             IpAddr::V4(_) => sysctl::write("net/ipv4/route/flush", "1"),
             IpAddr::V6(host) => Netlink::open().and_then(|mut netlink| netlink.forget_path(host)),

@@ -46,13 +46,13 @@ impl Agent {
         let device = self.underlay.tunnel_mtu;
         let headers = overhead(self.underlay.local);
         let fits = |(node, peer): (&NodeId, &Peer)| {
-            let probed = self.prober.paths.narrower_by(*node);
+            let probed = self.prober.paths.mtu_reduction(*node);
             let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
             let host = peer.vtep.underlay;
             // An MTU set by a route of this host needs no probe.
             let by_route = self.kernel.routing.path_mtus.get(&host).filter(|path| !path.learned);
             let by_route = by_route.map(|path| path.mtu);
-            let told = by_route.or_else(|| self.prober.reports.believed(host));
+            let told = by_route.or_else(|| self.prober.reports.correct_mtu(host));
             let told = told.map(|mtu| mtu.saturating_sub(headers));
             let fits = probed.into_iter().chain(told).min()?;
             (ROUTE_MTU_MIN..device).contains(&fits).then_some((*node, fits))
@@ -167,7 +167,7 @@ impl Agent {
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
             return problem_text(problem);
         }
-        if let Some(told) = self.prober.reports.lasting(there) {
+        if let Some(told) = self.prober.reports.recurring_false_mtu(there) {
             return problem_text(wrong_mtu_problem(name, there, told, self.underlay.carried));
         }
         let is_partly = state == PathState::PartlyLost;
@@ -175,7 +175,7 @@ impl Agent {
         if (lost || is_partly) && self.kernel.host.is_table_full {
             return None;
         }
-        let found = self.inquest.found(node).filter(|_| is_silent || is_partly);
+        let found = self.silence_diagnosis.verdict(node).filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
             return problem_text(cause);
         }
@@ -294,7 +294,7 @@ impl Agent {
             }
             PathState::MtuTooLarge => {
                 let mtu = self.underlay.mtu;
-                let (arrive, smaller) = match self.prober.paths.narrower_by(node) {
+                let (arrive, smaller) = match self.prober.paths.mtu_reduction(node) {
                     Some(less) => {
                         let fits = mtu.saturating_sub(less);
                         (format!("those of {fits}"), format!("mtu = {fits}"))
@@ -354,8 +354,9 @@ fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> Stri
     };
     format!(
         "this host's kernel assumes that the path to {name} ({there}) carries {told} bytes ({family} \
-         route get {there}), though packets of {carried} arrive: another host forges {icmp}, or a router errs, \
-         and tunnel packets become small and slow; drop {icmp} from outside the underlay where its MTU is known"
+         route get {there}), though packets of {carried} arrive: another host forges {icmp}, or a router \
+         errs, and tunnel packets become small and slow; drop {icmp} from outside the underlay where its \
+         MTU is known"
     )
 }
 

@@ -1,7 +1,7 @@
-//! One round of `gossamer ping`: the same member asked in three ways at once, and who answers how fast.
+//! One round of `gossamer ping`: requests to a member in three ways at once, and the round-trip times.
 //!
-//! Over the underlay its agent (QUIC), through the overlay its kernel, at the VTEP's address, and the first
-//! address of its subnet, which its pods have as their gateway once there are any.
+//! Its agent over the underlay (QUIC); its kernel through the overlay, at the address of the VTEP; and the
+//! first address of its subnet, the gateway of its pods once there are any.
 
 use std::{
     net::IpAddr,
@@ -18,27 +18,30 @@ use crate::{
     pods::gateway,
 };
 
-/// What has not answered by then does not answer.
+/// Time after which a missing answer counts as none.
 const TIMEOUT: Duration = Duration::from_secs(1);
-/// Rounds under way at once.
+/// Limit of concurrent rounds.
 const MAX_ROUNDS: usize = 64;
 
 /// A round that waits for answers.
-pub(super) struct Round {
+pub(super) struct PingRound {
+    /// What is known so far.
     report: PingReport,
     begun: Instant,
-    /// Numbers of the requests through the overlay, and to the pods' gateway.
+    /// Sequence numbers of the echo requests to the VTEP and to the gateway.
     sequences: [Option<u16>; 2],
-    /// The agent has answered, or cannot be asked.
+    /// Whether the agent has answered, or cannot be reached.
     agent_done: bool,
     reply: oneshot::Sender<Result<PingReport, String>>,
 }
 
-impl Round {
+impl PingRound {
+    /// Returns when the round ends without further answers.
     pub(super) fn deadline(&self) -> Instant {
         self.begun + TIMEOUT
     }
 
+    /// Whether all answers are here, or the time is up.
     fn is_over(&self, now: Instant) -> bool {
         let PingReport { overlay, pods, .. } = &self.report;
         let answered = [overlay, pods].iter().all(|reach| reach.has_answered());
@@ -47,17 +50,18 @@ impl Round {
 }
 
 impl Agent {
+    /// Starts a round to a member, given by name or id.
     pub(super) fn begin_ping(
         &mut self,
-        whom: &str,
+        member: &str,
         reply: oneshot::Sender<Result<PingReport, String>>,
     ) {
-        if self.rounds.len() >= MAX_ROUNDS {
-            let _ = reply.send(Err("too many pings at once".to_owned()));
+        if self.ping_rounds.len() >= MAX_ROUNDS {
+            let _ = reply.send(Err("too many pings in progress".to_owned()));
             return;
         }
         let begun = Instant::now();
-        let node = match self.node.ping(whom) {
+        let node = match self.node.ping(member) {
             Ok(node) => node,
             Err(why) => return drop(reply.send(Err(why))),
         };
@@ -65,7 +69,7 @@ impl Agent {
         let peer = view.and_then(|view| view.peers.get(&node));
         let subnet = peer.and_then(|peer| Some(peer.leases.first()?.1.first));
         let kernels = [subnet.map(|subnet| subnet.network()), subnet.map(gateway)];
-        let sequences = kernels.map(|to| to.map(|to| self.ask_kernel(node, to)));
+        let sequences = kernels.map(|to| to.map(|to| self.send_echo(node, to)));
         let [overlay, pods] = kernels.map(Reach::unanswered);
         let report = PingReport {
             node,
@@ -76,18 +80,20 @@ impl Agent {
             path: None,
             problem: None,
         };
-        self.rounds.push(Round { report, begun, sequences, agent_done: false, reply });
+        self.ping_rounds.push(PingRound { report, begun, sequences, agent_done: false, reply });
     }
 
-    fn ask_kernel(&mut self, node: NodeId, to: IpAddr) -> u16 {
+    /// Sends an echo request to an address of a peer, and returns its sequence number.
+    fn send_echo(&mut self, node: NodeId, to: IpAddr) -> u16 {
         let sequence = self.prober.next_sequence();
-        // What cannot be sent is not answered.
+        // An unsent request stays without answer.
         let _ = self.prober.send(to, self.probe_source(node), sequence, icmp::SMALL);
         sequence
     }
 
+    /// Records that the agent of a member answered over the underlay, or cannot be reached.
     pub(super) fn on_answered(&mut self, node: NodeId, answered: bool) {
-        for round in self.rounds.iter_mut().filter(|round| round.report.node == node) {
+        for round in self.ping_rounds.iter_mut().filter(|round| round.report.node == node) {
             if answered && !round.agent_done {
                 round.report.underlay.round_trip_ms = Some(milliseconds(round.begun.elapsed()));
             }
@@ -95,9 +101,9 @@ impl Agent {
         }
     }
 
-    /// Says whether an answer to a request with this number was meant for a round.
+    /// Records an echo reply, and returns whether it belonged to a round.
     pub(super) fn on_ping_answer(&mut self, from: IpAddr, number: u16) -> bool {
-        for Round { report, begun, sequences, .. } in &mut self.rounds {
+        for PingRound { report, begun, sequences, .. } in &mut self.ping_rounds {
             for (reach, sequence) in
                 [&mut report.overlay, &mut report.pods].into_iter().zip(sequences)
             {
@@ -110,9 +116,11 @@ impl Agent {
         false
     }
 
-    pub(super) fn end_rounds(&mut self) {
+    /// Replies to the rounds that are over, with the state of the path.
+    pub(super) fn finish_pings(&mut self) {
         let now = Instant::now();
-        for mut round in self.rounds.extract_if(.., |round| round.is_over(now)).collect::<Vec<_>>()
+        for mut round in
+            self.ping_rounds.extract_if(.., |round| round.is_over(now)).collect::<Vec<_>>()
         {
             let node = round.report.node;
             let path = self.path_statuses().into_iter().find(|path| path.node == node);
@@ -123,6 +131,7 @@ impl Agent {
     }
 }
 
+/// Returns a span in milliseconds.
 pub(super) fn milliseconds(span: Duration) -> f64 {
     span.as_secs_f64() * 1_000.0
 }

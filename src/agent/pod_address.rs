@@ -1,4 +1,4 @@
-//! What a pod is given when it is connected, and why it is not.
+//! Assignment of addresses to pods that are connected, and the reasons to refuse one.
 
 use std::net::IpAddr;
 
@@ -18,19 +18,23 @@ use crate::{
 };
 
 impl Agent {
-    pub(super) fn give_address(
+    /// Assigns addresses to the pod of a request, and returns its bridge and record.
+    ///
+    /// # Errors
+    /// Fails when the request is invalid, this node is not ready, or the addresses or the MAC cannot be had.
+    pub(super) fn assign_address(
         &mut self,
         request: &AttachRequest,
-    ) -> Result<(Bridge, Pod), NotGiven> {
+    ) -> Result<(Bridge, Pod), AddressError> {
         let attachment =
             Attachment::new(&request.container, &request.interface).map_err(PodError::invalid)?;
         let netns = request.netns()?.display().to_string();
         let owner = request.owner()?.to_owned();
         let bridge = self.ready_bridge()?;
         if let Some(mac) = request.mac {
-            self.expect_free_mac(mac, &attachment)?;
-            let is_its = |ip: &IpAddr| bridge.subnets.first.contains(ip) && mac_at(*ip) == mac;
-            if is_address_mac(mac) && !request.addresses.iter().any(is_its) {
+            self.check_mac_is_free(mac, &attachment)?;
+            let is_derived = |ip: &IpAddr| bridge.subnets.first.contains(ip) && mac_at(*ip) == mac;
+            if is_address_mac(mac) && !request.addresses.iter().any(is_derived) {
                 return Err(NoAddress::AddressMac(mac).into());
             }
         }
@@ -40,8 +44,11 @@ impl Agent {
         Ok((bridge, pod))
     }
 
-    /// Two pods on one bridge must not have the same.
-    pub(super) fn expect_free_mac(
+    /// Checks that a MAC is usable and no other pod of this node has it.
+    ///
+    /// # Errors
+    /// Fails when it is a group address, or in use by another pod or by the trial of forwarding.
+    pub(super) fn check_mac_is_free(
         &self,
         mac: Mac,
         attachment: &Attachment,
@@ -49,7 +56,7 @@ impl Agent {
         if !mac.is_assignable() {
             return Err(NoAddress::GroupMac(mac));
         }
-        // The trial of forwarding has it at the address that pods are given last.
+        // The trial of forwarding uses the MAC of the address that pods are assigned last.
         let view = self.kernel.wanted.as_ref();
         if view.is_some_and(|view| mate_mac(last_addresses(view.own.subnets)) == mac) {
             return Err(NoAddress::MacOfHost(mac));
@@ -61,26 +68,30 @@ impl Agent {
         Ok(())
     }
 
-    /// The same for a container of Docker's, whose MAC Docker may have made up: one of 16,384 begins as those
-    /// do that follow from addresses, so only those of this node's own subnet are refused.
-    pub(super) fn expect_free_docker_mac(
+    /// Checks the same for a container of Docker, whose MAC Docker may have drawn. One of 16,384 drawn MACs
+    /// looks like one derived from an address, so only those derived from an address of this node's subnet
+    /// are refused.
+    ///
+    /// # Errors
+    /// Fails as [`Agent::check_mac_is_free`] does, or when the MAC belongs to another address of this node.
+    pub(super) fn check_docker_mac_is_free(
         &self,
         mac: Mac,
         attachment: &Attachment,
         address: Option<IpAddr>,
         subnet: IpNet,
     ) -> Result<(), NoAddress> {
-        self.expect_free_mac(mac, attachment)?;
+        self.check_mac_is_free(mac, attachment)?;
         let is_of_another = address.is_none_or(|ip| mac_at(ip) != mac);
-        match is_of_another && follows_from(mac, subnet) {
+        match is_of_another && is_derived_in(mac, subnet) {
             true => Err(NoAddress::AddressMac(mac)),
             false => Ok(()),
         }
     }
 }
 
-/// Whether an address of a subnet has this MAC, as a rule.
-fn follows_from(mac: Mac, subnet: IpNet) -> bool {
+/// Whether this MAC is the default one of an address of the subnet.
+fn is_derived_in(mac: Mac, subnet: IpNet) -> bool {
     let [_, _, last @ ..] = *mac.as_bytes();
     let address = match subnet.network() {
         IpAddr::V4(_) => IpAddr::from(last),
@@ -93,29 +104,31 @@ fn follows_from(mac: Mac, subnet: IpNet) -> bool {
     is_address_mac(mac) && subnet.contains(&address)
 }
 
-/// Why a pod has no address.
-pub(super) enum NotGiven {
+/// Why a pod gets no address.
+pub(super) enum AddressError {
+    /// The addresses or the MAC cannot be had; another pod may have them.
     Address(NoAddress),
+    /// Any other reason.
     Other(PodError),
 }
 
-impl From<NoAddress> for NotGiven {
+impl From<NoAddress> for AddressError {
     fn from(error: NoAddress) -> Self {
         Self::Address(error)
     }
 }
 
-impl From<PodError> for NotGiven {
+impl From<PodError> for AddressError {
     fn from(error: PodError) -> Self {
         Self::Other(error)
     }
 }
 
-impl From<NotGiven> for PodError {
-    fn from(error: NotGiven) -> Self {
+impl From<AddressError> for PodError {
+    fn from(error: AddressError) -> Self {
         match error {
-            NotGiven::Address(error) => error.into(),
-            NotGiven::Other(error) => error,
+            AddressError::Address(error) => error.into(),
+            AddressError::Other(error) => error,
         }
     }
 }

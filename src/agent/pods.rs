@@ -1,12 +1,11 @@
-//! The loop's side of pods: addresses are given and taken back, kept on disk, and veth pairs are made.
+//! The event loop's side of pods: it assigns and releases addresses, stores records, and orders veth pairs.
 //!
-//! An answer is given when both the disk and the kernel have done their part. What fails half-way is taken
-//! back. The work itself is the writer's and the wirer's; here nothing waits.
+//! A request is answered when both the disk and the kernel have done their part; a request that fails
+//! half-way is undone. The writer and the attach worker do the work, so the loop never waits.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    net::IpAddr,
     os::fd::OwnedFd,
     time::Instant,
 };
@@ -15,10 +14,10 @@ use tokio::sync::oneshot::Sender;
 
 use super::{
     Agent,
-    archive::Saved,
+    archive::SavedFile,
     attach_worker::{AttachResult, Job},
-    docker::is_of_a_network,
-    pod_address::NotGiven,
+    docker::is_network_reservation,
+    pod_address::AddressError,
     vanished_pods::PendingRequest,
 };
 use crate::{
@@ -42,107 +41,117 @@ use crate::{
     wire::{Key, Record},
 };
 
-/// Pods of this node, and what is under way with them.
+/// The pods of this node, and the requests in progress.
 #[derive(Default)]
 pub(super) struct PodState {
+    /// The pods and their addresses.
     pub(super) table: Pods,
-    /// Before anything else.
+    /// Records to write before any other.
     to_save: Vec<(Key, Vec<u8>)>,
-    /// What their bridge is kept like.
+    /// The desired state of the bridge, as last ordered.
     pub(super) bridge: Option<Bridge>,
-    /// What is wrong with their bridge, as sentences.
+    /// Problems of the bridge, as sentences.
     pub(super) problems: Vec<String>,
-    /// Where sysctls let pods give this host routes, if the table of nftables does not see to it.
+    /// Interfaces whose sysctls let pods announce routes to this host, unless an nftables rule prevents it;
+    /// as sentences.
     pub(super) open: Vec<String>,
-    /// A warning about ports of other programs on their bridge.
+    /// A warning about ports of other programs on the bridge.
     pub(super) guests: Option<String>,
-    /// Since when addresses are held for containers of Docker's that have not come yet.
+    /// Since when addresses are reserved for containers of Docker that have not come yet.
     pub(super) reserved: BTreeMap<Attachment, Time>,
-    /// What Docker has asked for before this node had a subnet, and since when it waits.
-    pub(super) early: Vec<(Instant, docker::Request)>,
-    /// Veth pairs that should be there and are not, as last told.
+    /// Requests of Docker that wait for this node's subnet, and since when.
+    pub(super) early_requests: Vec<(Instant, docker::Request)>,
+    /// Names of veth pairs that should exist and do not, as last reported.
     pub(super) absent: BTreeSet<String>,
-    /// What the bridge is to be made like when the first pod comes.
-    pub(super) expected: Option<Bridge>,
-    /// How often it is still to be looked whether that can be.
-    pub(super) looks_ahead: usize,
-    /// Why no pod can be plugged in.
+    /// The bridge whose creation was last checked, before the first pod.
+    pub(super) expected_bridge: Option<Bridge>,
+    /// Number of these checks that are not answered yet.
+    pub(super) pending_bridge_checks: usize,
+    /// Why no pod can be connected to the bridge.
     pub(super) refusal: Option<String>,
-    /// What waits for a look at the veth pairs.
+    /// Requests that wait for a lookup of the veth pairs.
     pub(super) looking: BTreeMap<u64, PendingRequest>,
+    /// The number last drawn.
     number: u64,
-    pub(super) attaching: BTreeMap<u64, Attaching>,
-    /// What is said when the disk has it, or when it is silent for too long.
+    /// ADD requests that wait for the disk or the kernel.
+    pub(super) pending_attaches: BTreeMap<u64, PendingAttach>,
+    /// Replies to give when the disk has written the record, or has stalled for too long.
     pub(super) saving: BTreeMap<u64, Answer<()>>,
-    /// Under which number the disk has what this start of the host has changed.
+    /// Number of the write that removes the pods of an earlier boot.
     boot_number: Option<u64>,
-    /// When to look for notes of the CNI plugin again.
+    /// When to read the notes of the CNI plugin again.
     pub(super) next_notes_check: Option<Instant>,
-    /// Notes that are kept until the disk has what they asked for.
-    pub(super) carried_out: BTreeMap<u64, Vec<Note>>,
-    /// Answers that wait for the kernel: pods that are not known may have an interface all the same.
-    unplugging: BTreeMap<u64, Answer<bool>>,
+    /// Applied notes, kept until their effect is on disk.
+    pub(super) applied_notes: BTreeMap<u64, Vec<Note>>,
+    /// Replies to DEL requests for unknown pods, which wait for the kernel: they may have an interface all
+    /// the same.
+    pending_detaches: BTreeMap<u64, Answer<bool>>,
 }
 
-/// Gives an answer as soon as it may be given.
+/// Sends the reply to a request.
 pub(super) type Answer<T> = Box<dyn FnOnce(Result<T, PodError>) + Send>;
 
-/// Waits for the disk and for the kernel.
-pub(super) struct Attaching {
+/// An ADD request that waits for the disk and the kernel.
+pub(super) struct PendingAttach {
     bridge: Bridge,
+    /// The pod to connect.
     pub(super) pod: Pod,
+    /// Whether the record is on disk.
     pub(super) saved: bool,
+    /// The result of the kernel's part.
     connected: Option<ConnectedPod>,
+    /// Sends the reply.
     pub(super) reply: Answer<Attached>,
 }
 
 impl PodState {
-    /// Ends of pods' veth pairs that should be there.
+    /// Returns the names of the veth ends that should exist on this host.
     pub(super) fn links(&self) -> BTreeSet<String> {
         self.table.iter().map(|pod| link_name(&pod.attachment)).collect()
     }
 
     /// Whether a pod is being connected.
     pub(super) fn is_attaching(&self, attachment: &Attachment) -> bool {
-        self.attaching.values().any(|attaching| attaching.pod.attachment == *attachment)
+        self.pending_attaches.values().any(|pending| pending.pod.attachment == *attachment)
     }
 
-    /// Who is behind the veth pairs that should be there.
+    /// Returns the pods that should have a veth pair, by the name of its end on this host.
     pub(super) fn tenants(&self) -> Tenants {
         let tenant = |pod: &Pod| (link_name(&pod.attachment), Tenant::new(pod, mac_of(pod)));
-        // Addresses that are only held have no veth pair.
-        let held = |pod: &&Pod| pod.owner == docker::OWNER && pod.netns.is_empty();
-        self.table.iter().filter(|pod| !held(pod)).map(tenant).collect()
+        // Reserved addresses have no veth pair.
+        let is_reserved = |pod: &&Pod| pod.owner == docker::OWNER && pod.netns.is_empty();
+        self.table.iter().filter(|pod| !is_reserved(pod)).map(tenant).collect()
     }
 
-    /// From what the disk has, and the pods whose veth pairs are there. After a new start of the host no
-    /// container is there any more, even where no runtime will say so; addresses that a network of Docker's
-    /// holds are not of containers. No veth pair is there then: one that is proves that the note of the
-    /// start is wrong.
-    pub(super) fn remember(records: &[(Key, Record)], same_boot: bool, found: &[Pod]) -> Self {
+    /// Builds the state from the records on disk and the pods that have veth pairs (`found`).
+    ///
+    /// After a reboot no container exists, even where no runtime reports that; only the addresses that a
+    /// network of Docker reserves remain. If a veth pair exists all the same, the recorded boot is wrong, and
+    /// its pod is kept.
+    pub(super) fn from_records(records: &[(Key, Record)], same_boot: bool, found: &[Pod]) -> Self {
         if !same_boot && !found.is_empty() {
             tracing::warn!(
                 count = found.len(),
-                "the state directory is of another start of this host: pods are known by their interfaces"
+                "state directory is of another boot; pods restored from their interfaces"
             );
         }
         let has_veth = |pod: &Pod| {
-            let is_it =
+            let is_same =
                 |veth: &Pod| veth.attachment == pod.attachment && veth.addresses == pod.addresses;
-            found.iter().any(is_it)
+            found.iter().any(is_same)
         };
         let pods = records.iter().filter_map(|(_, record)| match record {
             Record::Pod(pod) => Some(pod.clone()),
             _ => None,
         });
         let (known, gone): (Vec<Pod>, Vec<Pod>) =
-            pods.partition(|pod| same_boot || is_of_a_network(pod) || has_veth(pod));
+            pods.partition(|pod| same_boot || is_network_reservation(pod) || has_veth(pod));
         let removals = gone.iter().map(|pod| (Key::Pod(pod.addresses.first), Vec::new()));
         Self { to_save: removals.collect(), table: Pods::new(known), ..Self::default() }
     }
 
-    /// Takes in pods whose interfaces are there and whose records a damaged or restored disk has lost. An
-    /// interface whose addresses another pod has is left to be swept away.
+    /// Adds pods whose interfaces exist and whose records a damaged or restored disk has lost. An interface
+    /// whose addresses belong to another pod is left for removal.
     pub(super) fn adopt(&mut self, found: Vec<Pod>) {
         let is_unknown = |pod: &Pod| {
             self.table.get(&pod.attachment).is_none()
@@ -152,20 +161,20 @@ impl PodState {
         if found.is_empty() {
             return;
         }
-        tracing::warn!(count = found.len(), "pods are known by their interfaces alone");
+        tracing::warn!(count = found.len(), "pods without records restored from their interfaces");
         self.to_save.extend(found.iter().map(record));
         let known = std::mem::take(&mut self.table);
         self.table = Pods::new(known.iter().cloned().chain(found));
     }
 
-    /// Writes down what has changed since the last run.
-    pub(super) fn begin(&mut self, writer: &Writer) {
+    /// Writes the changes since the last run.
+    pub(super) fn save_initial(&mut self, writer: &Writer) {
         let number = self.next();
         writer.save(std::mem::take(&mut self.to_save), number);
         self.boot_number = Some(number);
     }
 
-    /// A number for something that is under way.
+    /// Draws a number for a request in progress.
     pub(super) fn next(&mut self) -> u64 {
         self.number += 1;
         self.number
@@ -173,34 +182,36 @@ impl PodState {
 }
 
 impl Agent {
+    /// Handles an ADD request.
     pub(super) fn attach(
         &mut self,
         request: AttachRequest,
         netns: Option<OwnedFd>,
         reply: Sender<Result<Attached, PodError>>,
     ) {
-        // A plugin that is gone has noted what is to become of the pod, or its runtime asks again.
+        // A plugin that has gone noted what is to become of the pod, or its runtime repeats the request.
         if reply.is_closed() {
             return;
         }
         self.apply_notes_before(&request);
-        match self.give_address(&request) {
-            // A pod that is gone may stand in the way.
-            Err(NotGiven::Address(error)) if error.is_pod_conflict() => {
+        match self.assign_address(&request) {
+            // A pod that no longer exists may hold the address: look for it.
+            Err(AddressError::Address(error)) if error.is_pod_conflict() => {
                 self.check_gone_pods(PendingRequest::Attach { request, netns, reply });
             }
-            given => self.attach_with(given, &request, netns, reply),
+            assigned => self.attach_with(assigned, &request, netns, reply),
         }
     }
 
+    /// Continues an ADD request with the assigned address, or replies with the reason of the refusal.
     pub(super) fn attach_with(
         &mut self,
-        given: Result<(Bridge, Pod), NotGiven>,
+        assigned: Result<(Bridge, Pod), AddressError>,
         request: &AttachRequest,
         netns: Option<OwnedFd>,
         reply: Sender<Result<Attached, PodError>>,
     ) {
-        match given {
+        match assigned {
             Err(error) => _ = reply.send(Err(error.into())),
             Ok((bridge, pod)) => {
                 let answer = move |result| _ = reply.send(result);
@@ -216,28 +227,28 @@ impl Agent {
         }
     }
 
-    /// Answered when the pod is on disk and plugged in.
+    /// Stores and connects a pod; replies when both are done.
     pub(super) fn connect(&mut self, bridge: Bridge, pod: Pod, end: End, reply: Answer<Attached>) {
         let number = self.pods.next();
-        let (on, one) = (bridge.clone(), pod.clone());
+        let (job_bridge, job_pod) = (bridge.clone(), pod.clone());
         let mac = mac_of(&pod);
-        // The disk first: it takes longest, and its thread leaves the processor to the kernel's work.
+        // The disk first: it takes longest, and its thread leaves the CPU to the kernel meanwhile.
         self.writer.save(vec![record(&pod)], number);
-        self.attach_worker.ask(Job::Connect { number, bridge: on, pod: one, mac, end });
+        self.attach_worker.ask(Job::Connect { number, bridge: job_bridge, pod: job_pod, mac, end });
         self.pods.bridge = Some(bridge.clone());
-        let attaching = Attaching { bridge, pod, saved: false, connected: None, reply };
-        self.pods.attaching.insert(number, attaching);
-        // It may have the address that forwarding is tried from.
+        let pending = PendingAttach { bridge, pod, saved: false, connected: None, reply };
+        self.pods.pending_attaches.insert(number, pending);
+        // The pod may have the address from which forwarding is tried.
         self.update_forwarder();
     }
 
-    /// What pods are plugged into.
+    /// Returns the bridge to which pods are connected.
     ///
     /// # Errors
-    /// As long as nobody can be.
+    /// Fails while no pod can be connected: the disk accepts no writes, or this node has no subnet in use.
     pub(super) fn ready_bridge(&self) -> Result<Bridge, PodError> {
         let not_ready = |why: String| PodError::new(PodErrorKind::NotReady, why);
-        if let Some(error) = self.unwritten() {
+        if let Some(error) = self.disk_error() {
             return Err(error);
         }
         let view = self.subnet_in_use();
@@ -245,14 +256,17 @@ impl Agent {
         view.map(|view| self.bridge(view))
     }
 
+    /// Returns the view, once the kernel has been programmed with it.
     fn subnet_in_use(&self) -> Option<&View> {
         self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)
     }
 
+    /// Whether this node uses its subnet.
     pub(super) fn has_subnet_in_use(&self) -> bool {
         self.subnet_in_use().is_some()
     }
 
+    /// Handles a DEL request.
     pub(super) fn detach(
         &mut self,
         request: &AttachmentName,
@@ -260,99 +274,79 @@ impl Agent {
         reply: Sender<Result<bool, PodError>>,
     ) {
         match Attachment::new(&request.container, &request.interface) {
-            // A plugin that does not wait any more has noted it.
+            // A plugin that no longer waits has noted the request.
             _ if reply.is_closed() => {}
             Err(error) => _ = reply.send(Err(PodError::invalid(error))),
             Ok(attachment) => {
                 let netns = netns.map(File::from);
-                let Some(error) = self.unwritten() else {
+                let Some(error) = self.disk_error() else {
                     let answer = move |result| _ = reply.send(result);
                     return self.detach_then(&attachment, netns, answer);
                 };
-                // The pod goes all the same. The plugin keeps its note until the disk has that.
+                // Disconnects the pod all the same. The plugin keeps its note until the disk has written
+                // that.
                 self.detach_then(&attachment, netns, |_| ());
                 let _ = reply.send(Err(error));
             }
         }
     }
 
-    /// Answered with whether there was anything.
+    /// Disconnects a pod; replies with whether there was one.
     pub(super) fn detach_then(
         &mut self,
         attachment: &Attachment,
         netns: Option<File>,
         answer: impl FnOnce(Result<bool, PodError>) + Send + 'static,
     ) {
-        // Other interfaces of the container, which take over its routes, have to be known for that.
+        // Other interfaces of the container take over its routes, and have to be known for that.
         self.keep_bridge();
-        self.give_up_attaching(attachment);
+        self.cancel_attach(attachment);
         let number = self.pods.next();
-        // The kernel takes long to remove an interface. The answer need not wait for that: whoever connects
-        // the same one again does.
+        // The kernel takes long to remove an interface. Only a new ADD of the same one waits for that.
         if self.forget_pod(number, attachment) {
             let answer = |saved: Result<(), PodError>| answer(saved.map(|()| true));
             self.pods.saving.insert(number, Box::new(answer));
         } else {
-            self.pods.unplugging.insert(number, Box::new(answer));
+            self.pods.pending_detaches.insert(number, Box::new(answer));
         }
         self.attach_worker.ask(Job::Disconnect { number, attachment: attachment.clone(), netns });
     }
 
-    /// Who asked for it does not want it any more.
-    fn give_up_attaching(&mut self, attachment: &Attachment) {
+    /// Fails the pending ADD request of an attachment that is being disconnected.
+    fn cancel_attach(&mut self, attachment: &Attachment) {
         let why = || {
-            let why = format!("{attachment} was disconnected meanwhile");
+            let why = format!("{attachment} was disconnected before it was ready");
             PodError::new(PodErrorKind::NotReady, why)
         };
         let looking = self.pods.looking.iter().filter(|(_, looking)| looking.is_of(attachment));
         let looking: Vec<u64> = looking.map(|(number, _)| *number).collect();
         let waiting = looking.iter().filter_map(|number| self.pods.looking.remove(number));
         waiting.for_each(|looking| looking.refuse(why()));
-        let mut all = self.pods.attaching.iter();
-        let found = all.find(|(_, attaching)| attaching.pod.attachment == *attachment);
+        let mut all = self.pods.pending_attaches.iter();
+        let found = all.find(|(_, pending)| pending.pod.attachment == *attachment);
         let number = found.map(|(number, _)| *number);
-        if let Some(attaching) = number.and_then(|number| self.pods.attaching.remove(&number)) {
-            (attaching.reply)(Err(why()));
+        if let Some(pending) = number.and_then(|number| self.pods.pending_attaches.remove(&number))
+        {
+            (pending.reply)(Err(why()));
         }
     }
 
-    /// Whether the kernel still has what a pod was given.
-    pub(super) fn check_pod(
-        &mut self,
-        name: &AttachmentName,
-        netns: Option<OwnedFd>,
-        reply: Sender<Result<Vec<IpAddr>, PodError>>,
-    ) {
-        let known = Attachment::new(&name.container, &name.interface)
-            .map_err(PodError::invalid)
-            .and_then(|attachment| {
-                let pod = self.pods.table.get(&attachment).cloned();
-                let unknown = || format!("{attachment}: no such pod here");
-                pod.ok_or_else(|| PodError::new(PodErrorKind::Unknown, unknown()))
-            });
-        match known {
-            Err(error) => _ = reply.send(Err(error)),
-            Ok(pod) => {
-                let netns = netns.map(File::from);
-                let mac = mac_of(&pod).filter(|_| self.config.anti_spoofing);
-                self.attach_worker.ask(Job::Check { pod, netns, mac, reply });
-            }
-        }
-    }
-
-    pub(super) fn on_attach_result(&mut self, wired: AttachResult) {
-        match wired {
+    /// Applies a report of the attach worker.
+    pub(super) fn on_attach_result(&mut self, result: AttachResult) {
+        match result {
             AttachResult::Connected { number, result: Ok(connected) } => {
-                if let Some(attaching) = self.pods.attaching.get_mut(&number) {
-                    attaching.connected = Some(connected);
+                if let Some(pending) = self.pods.pending_attaches.get_mut(&number) {
+                    pending.connected = Some(connected);
                 }
-                self.finish_attaching(number);
+                self.finish_attach(number);
             }
             AttachResult::Connected { number, result: Err(error) } => {
-                let Some(attaching) = self.pods.attaching.remove(&number) else { return };
-                let Attaching { pod, reply, .. } = attaching;
-                tracing::warn!(pod = %pod.attachment, %error, "not connected");
-                // Docker has asked for the address before, and gives it back by itself.
+                let Some(pending) = self.pods.pending_attaches.remove(&number) else {
+                    return;
+                };
+                let PendingAttach { pod, reply, .. } = pending;
+                tracing::warn!(pod = %pod.attachment, %error, "pod not connected");
+                // Docker reserved the address before, and releases it itself.
                 if pod.owner != docker::OWNER {
                     self.forget_pod(number, &pod.attachment);
                 }
@@ -361,17 +355,17 @@ impl Agent {
             AttachResult::GonePods { number, result } => self.on_gone_pods(number, result),
             AttachResult::Absent { links, confirmed } => self.on_absent(links, &confirmed),
             AttachResult::PlaceChecked => {
-                self.pods.looks_ahead = self.pods.looks_ahead.saturating_sub(1)
+                self.pods.pending_bridge_checks = self.pods.pending_bridge_checks.saturating_sub(1)
             }
             AttachResult::Refusal(refusal) => self.on_refusal(refusal),
             AttachResult::BridgeRepaired { result, problems, open, guests } => {
                 match result {
                     Ok(mended) => {
-                        self.note_repair("bridge", mended.bridge + mended.ports);
-                        self.note_repair("sysctl", mended.sysctls);
-                        self.note_repair("anti-spoofing", mended.spoofing);
+                        self.record_and_log_repair("bridge", mended.bridge + mended.ports);
+                        self.record_and_log_repair("sysctl", mended.sysctls);
+                        self.record_and_log_repair("anti-spoofing", mended.spoofing);
                     }
-                    Err(error) => tracing::error!(%error, "the pods' bridge"),
+                    Err(error) => tracing::error!(%error, "bridge of pods not repaired"),
                 }
                 let known = &self.pods.problems;
                 let new = problems.iter().filter(|problem| !known.contains(problem));
@@ -385,9 +379,9 @@ impl Agent {
             }
             AttachResult::Disconnected { number, attachment, result } => {
                 if let Err(error) = &result {
-                    tracing::error!(pod = %attachment, %error, "its interface was not removed");
+                    tracing::error!(pod = %attachment, %error, "interface of pod not removed");
                 }
-                if let Some(reply) = self.pods.unplugging.remove(&number) {
+                if let Some(reply) = self.pods.pending_detaches.remove(&number) {
                     let failed = |error| {
                         let what = format!("removing {}: {error}", link_name(&attachment));
                         PodError::new(PodErrorKind::Failed, what)
@@ -398,42 +392,43 @@ impl Agent {
         }
     }
 
-    /// Something of ours is on disk.
+    /// Continues the requests that wait for this write.
     pub(super) fn on_saved(&mut self, number: u64) {
         self.drop_notes(number);
         if self.pods.boot_number.take_if(|at| *at == number).is_some() {
-            self.archive.save(Saved::Boot);
+            self.archive.save(SavedFile::Boot);
         }
         if let Some(answer) = self.pods.saving.remove(&number) {
             answer(Ok(()));
         }
-        if let Some(attaching) = self.pods.attaching.get_mut(&number) {
-            attaching.saved = true;
+        if let Some(pending) = self.pods.pending_attaches.get_mut(&number) {
+            pending.saved = true;
         }
-        self.finish_attaching(number);
+        self.finish_attach(number);
     }
 
-    /// Takes the addresses of a pod back and removes its record; false, if there is none.
+    /// Releases the addresses of a pod and removes its record; false if there is no such pod.
     pub(super) fn forget_pod(&mut self, number: u64, attachment: &Attachment) -> bool {
         let pod = self.pods.table.detach(self.clock.now(), attachment);
         let Some(pod) = pod else { return false };
-        // The problem may be one of this pod.
+        // A reported problem may concern this pod.
         if !self.kernel.answers.problems.is_empty() {
             self.update_roster();
         }
-        let text = format!("{attachment} has given {} back", pod.addresses.first);
+        let text = format!("{attachment} released {}", pod.addresses.first);
         self.journal.note(EventKind::Pod, EventLevel::Info, text);
         self.writer.save(vec![(Key::Pod(pod.addresses.first), Vec::new())], number);
         true
     }
 
-    fn finish_attaching(&mut self, number: u64) {
-        let is_done = |attaching: &Attaching| attaching.saved && attaching.connected.is_some();
-        if !self.pods.attaching.get(&number).is_some_and(is_done) {
+    /// Replies to an ADD request, once both the disk and the kernel are done.
+    fn finish_attach(&mut self, number: u64) {
+        let is_done = |pending: &PendingAttach| pending.saved && pending.connected.is_some();
+        if !self.pods.pending_attaches.get(&number).is_some_and(is_done) {
             return;
         }
-        let Some(attaching) = self.pods.attaching.remove(&number) else { return };
-        let Attaching { bridge, pod, connected: Some(connected), reply, .. } = attaching else {
+        let Some(pending) = self.pods.pending_attaches.remove(&number) else { return };
+        let PendingAttach { bridge, pod, connected: Some(connected), reply, .. } = pending else {
             return;
         };
         let addresses = pod.addresses.iter().zip(bridge.subnets.iter()).map(|(ip, subnet)| {
@@ -454,25 +449,20 @@ impl Agent {
                 .map(|route| AttachedRoute { to: route.to, via: route.via })
                 .collect(),
         }));
-        tracing::info!(pod = %pod.attachment, address = %pod.addresses.first, "connected");
+        tracing::info!(pod = %pod.attachment, address = %pod.addresses.first, "pod connected");
         let text = format!("{} has {}", pod.attachment, pod.addresses.first);
         self.journal.note(EventKind::Pod, EventLevel::Info, text);
     }
 
-    /// All of them, for a database that was lost.
+    /// Writes all records, after the database was lost.
     pub(super) fn save_pods(&mut self) {
         let records = self.pods.table.iter().map(record).collect();
         let number = self.pods.next();
         self.writer.save(records, number);
     }
-
-    /// Which of them the kernel still has is for the thread to say.
-    pub(super) fn list_pods(&self, reply: Sender<Vec<PodStatus>>) {
-        let pods = self.pods.table.iter().map(status_of).collect();
-        self.attach_worker.ask(Job::List { pods, reply });
-    }
 }
 
+/// Returns the status of a pod without the kernel's part.
 pub(super) fn status_of(pod: &Pod) -> PodStatus {
     PodStatus {
         container: pod.attachment.container().to_owned(),
@@ -485,12 +475,14 @@ pub(super) fn status_of(pod: &Pod) -> PodStatus {
     }
 }
 
+/// Returns the record of a pod, with its key.
 pub(super) fn record(pod: &Pod) -> (Key, Vec<u8>) {
     (Key::Pod(pod.addresses.first), Record::Pod(pod.clone()).encode())
 }
 
-/// The MAC that a pod has; Docker gives its containers MACs of its own.
+/// Returns the MAC of a pod, which follows from its address unless one was requested; `None` if Docker chose
+/// it.
 pub(super) fn mac_of(pod: &Pod) -> Option<Mac> {
-    let follows = || (pod.owner != docker::OWNER).then(|| mac_at(pod.addresses.first));
-    pod.mac.or_else(follows)
+    let derived = || (pod.owner != docker::OWNER).then(|| mac_at(pod.addresses.first));
+    pod.mac.or_else(derived)
 }

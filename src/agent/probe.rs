@@ -1,4 +1,7 @@
-//! The loop's side of the data path probe: requests out, answers in, and what follows for the kernel.
+//! The event loop's side of the path probe: it sends requests, receives answers, and applies the results to
+//! the kernel's desired state.
+
+mod offload;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,106 +15,121 @@ use tokio::{io::Interest, net::UdpSocket, sync::mpsc};
 
 use super::Agent;
 use crate::{
-    api::{EventKind, EventLevel},
     core::Liveness,
     datagram,
     dataplane::{
         desired::Way,
-        offload::{Ask, Offload},
+        offload::OffloadTrials,
         path_mtu_reports::Reports,
-        paths::{By, FLOWS, Kind, LOOK, Paths, Subject},
+        paths::{CHECK_INTERVAL, FLOWS, Kind, Paths, ProbedPeer, Responder},
     },
     icmp::{self, Family, IcmpEvent, IcmpKind, ProbeIdentity},
     model::NodeId,
 };
 
-/// What was heard and waits for the loop; more is shed.
-const QUEUE: usize = 256;
-/// Packets counted longer ago than this tell nothing about now.
-const COUNTED: Duration = Duration::from_secs(3);
-/// Bytes in the largest datagram (RFC 768), less an IPv6 header.
+/// Limit of received packets that wait for the event loop; further ones are dropped.
+const EVENT_QUEUE_LEN: usize = 256;
+/// Age from which an earlier count of packets is not compared any more.
+const MAX_COUNT_AGE: Duration = Duration::from_secs(3);
+/// Bytes in the largest UDP payload (RFC 768), less an IPv6 header.
 const DATAGRAM_MAX: u32 = 65_487;
 
-/// The sockets, if there are any, and what is known by them.
+/// The sockets, where they could be opened, and what the probe knows.
 pub(super) struct Prober {
     inet: Option<Sockets>,
     inet6: Option<Sockets>,
+    /// The state of the path to each peer.
     pub(super) paths: Paths,
+    /// What routers report about path MTUs.
     pub(super) reports: Reports,
-    offload: Offload,
-    look_at: Instant,
-    /// The goal of the kernel, and the hash of gossip's opinions, that `paths` was told of.
-    told: Option<(u64, u64)>,
-    /// Whether requests of others are heard, too.
-    hears_requests: bool,
-    /// Packets that have come from the agents of peers in doubt, when last looked.
+    /// The trial of checksum offload.
+    offload: OffloadTrials,
+    /// When to update the paths next.
+    check_at: Instant,
+    /// The version of the desired state, and the hash of gossip's opinions, that `paths` was last updated
+    /// with.
+    paths_version: Option<(u64, u64)>,
+    /// Whether requests of peers are received too.
+    receives_requests: bool,
+    /// Packets received from the agents of unanswering peers, at the last check.
     received: BTreeMap<NodeId, u64>,
-    /// Tunnel packets that have come from members, and when they were counted.
-    counted: Option<(Instant, BTreeMap<IpAddr, u64>)>,
+    /// Tunnel packets counted per member, and when.
+    packet_counts: Option<(Instant, BTreeMap<IpAddr, u64>)>,
 }
 
-/// Of one family.
+/// The sockets of one address family.
 struct Sockets {
     family: Family,
+    /// Raw ICMP socket.
     echoes: Arc<UdpSocket>,
-    /// One for each flow.
+    /// One socket for each flow.
     datagrams: [Arc<UdpSocket>; FLOWS],
-    asker: ProbeIdentity,
+    identity: ProbeIdentity,
 }
 
 impl Prober {
-    /// Opens the sockets, each read by a task; without the privilege nobody is probed, and nobody withdrawn.
+    /// Opens the sockets, and starts a task that reads each. Without the privilege (`CAP_NET_RAW`) no peer is
+    /// probed or withdrawn.
     pub(super) fn start(
         identifier: u16,
         withdraw_after: Option<Duration>,
     ) -> (Self, mpsc::Receiver<IcmpEvent>) {
-        let (heard, receiver) = mpsc::channel(QUEUE);
+        let (events, receiver) = mpsc::channel(EVENT_QUEUE_LEN);
         let start = |family: Family| {
             let opened = Sockets::open(family, identifier)
-                .inspect_err(|error| tracing::debug!(?family, %error, "no socket to probe with"));
+                .inspect_err(|error| tracing::debug!(?family, %error, "probe socket not opened"));
             let sockets = opened.ok()?;
-            tokio::spawn(read_echoes(family, sockets.echoes.clone(), sockets.asker, heard.clone()));
+            tokio::spawn(read_echoes(
+                family,
+                sockets.echoes.clone(),
+                sockets.identity,
+                events.clone(),
+            ));
             for datagrams in &sockets.datagrams {
-                tokio::spawn(read_datagrams(datagrams.clone(), sockets.asker, heard.clone()));
+                tokio::spawn(read_datagrams(datagrams.clone(), sockets.identity, events.clone()));
             }
             Some(sockets)
         };
         let (inet, inet6) = (start(Family::Inet), start(Family::Inet6));
-        let blind = inet.is_none() && inet6.is_none();
-        if blind {
-            tracing::warn!("the overlay is not probed: that takes CAP_NET_RAW");
+        let has_no_sockets = inet.is_none() && inet6.is_none();
+        if has_no_sockets {
+            tracing::warn!("overlay not probed: CAP_NET_RAW is missing");
         }
-        let paths = Paths::new(withdraw_after.filter(|_| !blind));
+        let paths = Paths::new(withdraw_after.filter(|_| !has_no_sockets));
         let prober = Self {
             inet,
             inet6,
             paths,
             reports: Reports::default(),
-            offload: Offload::default(),
-            look_at: Instant::now(),
-            told: None,
-            hears_requests: true,
+            offload: OffloadTrials::default(),
+            check_at: Instant::now(),
+            paths_version: None,
+            receives_requests: true,
             received: BTreeMap::new(),
-            counted: None,
+            packet_counts: None,
         };
         (prober, receiver)
     }
 
-    /// How the checksum offload should be on the device; none, if that is not our business.
+    /// Returns whether the device should use checksum offload; `None` if that is left as it is.
     pub(super) const fn wanted_offload(&self) -> Option<bool> {
         self.offload.wanted()
     }
 
-    /// Packets whose checksums were left to the network card do not arrive.
+    /// Whether packets whose checksums are left to the network card get lost.
     pub(super) const fn is_offload_guilty(&self) -> bool {
-        self.offload.is_guilty()
+        self.offload.is_broken()
     }
 
+    /// Returns the next sequence number of a request.
     pub(super) fn next_sequence(&mut self) -> u16 {
         self.paths.next_sequence()
     }
 
-    /// Asks for an echo, from this address of the host if one is given.
+    /// Sends an echo request with a payload of this many bytes, from the given address of this host, if any.
+    ///
+    /// # Errors
+    /// Fails when there is no socket of the family, or the kernel refuses the packet.
     pub(super) fn send(
         &self,
         to: IpAddr,
@@ -119,11 +137,12 @@ impl Prober {
         sequence: u16,
         payload: usize,
     ) -> io::Result<usize> {
-        let Sockets { family, echoes, asker, .. } = self.sockets(to)?;
-        let packet = family.request(asker.identifier, sequence, payload);
+        let Sockets { family, echoes, identity, .. } = self.sockets(to)?;
+        let packet = family.request(identity.identifier, sequence, payload);
         send(echoes, &packet, SocketAddr::new(to, 0), from)
     }
 
+    /// Sends a probe datagram of this many bytes to the agent of a peer.
     fn send_datagram(
         &self,
         to: SocketAddr,
@@ -131,24 +150,25 @@ impl Prober {
         (sequence, flow): (u16, usize),
         size: usize,
     ) -> io::Result<usize> {
-        let Sockets { datagrams, asker, .. } = self.sockets(to.ip())?;
-        let question = datagram::probe_packet(asker.identifier, sequence, size);
-        send(&datagrams[flow % FLOWS], &question, to, from)
+        let Sockets { datagrams, identity, .. } = self.sockets(to.ip())?;
+        let packet = datagram::probe_packet(identity.identifier, sequence, size);
+        send(&datagrams[flow % FLOWS], &packet, to, from)
     }
 
-    /// Hears what peers ask where that can tell something.
-    fn listen(&mut self) {
-        let requests = !self.paths.are_calm();
-        if std::mem::replace(&mut self.hears_requests, requests) == requests {
+    /// Adapts the socket filters: requests of peers are received while some path is not healthy.
+    fn update_filters(&mut self) {
+        let requests = !self.paths.are_healthy();
+        if std::mem::replace(&mut self.receives_requests, requests) == requests {
             return;
         }
-        for Sockets { family, echoes, asker, .. } in self.inet.iter().chain(&self.inet6) {
-            if let Err(error) = family.filter(echoes, *asker, requests) {
-                tracing::debug!(%error, "ICMP not filtered");
+        for Sockets { family, echoes, identity, .. } in self.inet.iter().chain(&self.inet6) {
+            if let Err(error) = family.filter(echoes, *identity, requests) {
+                tracing::debug!(%error, "ICMP filter not set");
             }
         }
     }
 
+    /// Returns the sockets of the family of an address.
     fn sockets(&self, to: IpAddr) -> io::Result<&Sockets> {
         let sockets = match Family::of(to) {
             Family::Inet => self.inet.as_ref(),
@@ -162,18 +182,18 @@ impl Sockets {
     fn open(family: Family, identifier: u16) -> io::Result<Self> {
         let raw = family.open()?;
         raw.set_nonblocking(true)?;
-        let mut asker = ProbeIdentity { identifier, ports: [0; FLOWS] };
+        let mut identity = ProbeIdentity { identifier, ports: [0; FLOWS] };
         let mut datagrams = Vec::new();
-        for port in &mut asker.ports {
+        for port in &mut identity.ports {
             let socket = datagram::open(family, identifier)?;
             *port = socket.local_addr()?.port();
             datagrams.push(Arc::new(UdpSocket::from_std(socket)?));
         }
         let datagrams = datagrams.try_into().map_err(|_| io::ErrorKind::Other)?;
-        family.filter(&raw, asker, true)?;
-        // To tokio it is like any socket that sends and receives packets.
+        family.filter(&raw, identity, true)?;
+        // Tokio treats a raw socket like any datagram socket.
         let echoes = Arc::new(UdpSocket::from_std(raw.into())?);
-        Ok(Self { family, echoes, datagrams, asker })
+        Ok(Self { family, echoes, datagrams, identity })
     }
 }
 
@@ -189,51 +209,55 @@ fn send(
     }
 }
 
+/// Reads ICMP packets, and sends them to the event loop.
 async fn read_echoes(
     family: Family,
     socket: Arc<UdpSocket>,
-    asker: ProbeIdentity,
-    heard: mpsc::Sender<IcmpEvent>,
+    identity: ProbeIdentity,
+    events: mpsc::Sender<IcmpEvent>,
 ) {
-    while !heard.is_closed() {
-        let next = || family.receive(&*socket, asker);
+    while !events.is_closed() {
+        let next = || family.receive(&*socket, identity);
         match socket.async_io(Interest::READABLE, next).await {
-            // A loop that is busy sheds it, as a network would.
-            Ok(message) => _ = message.map(|message| heard.try_send(message)),
+            // A full queue drops the packet, as a network would.
+            Ok(message) => _ = message.map(|message| events.try_send(message)),
             Err(error) => tracing::debug!(%error, "ICMP not read"),
         }
     }
 }
 
+/// Reads answers to datagrams, and sends them to the event loop.
 async fn read_datagrams(
     socket: Arc<UdpSocket>,
-    asker: ProbeIdentity,
-    heard: mpsc::Sender<IcmpEvent>,
+    identity: ProbeIdentity,
+    events: mpsc::Sender<IcmpEvent>,
 ) {
-    while !heard.is_closed() {
-        let next = || datagram::receive(&*socket, asker);
+    while !events.is_closed() {
+        let next = || datagram::receive(&*socket, identity);
         match socket.async_io(Interest::READABLE, next).await {
-            Ok(message) => _ = message.map(|message| heard.try_send(message)),
+            Ok(message) => _ = message.map(|message| events.try_send(message)),
             Err(error) => tracing::debug!(%error, "answers to datagrams not read"),
         }
     }
 }
 
 impl Agent {
+    /// Returns when to probe next; `None` while nothing is probed.
     pub(super) fn next_probe(&self) -> Option<Instant> {
         self.prober.inet.as_ref().or(self.prober.inet6.as_ref())?;
         self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
         let due = self.prober.paths.next_due().map(|at| self.clock.instant(at));
-        Some(due.map_or(self.prober.look_at, |due| due.min(self.prober.look_at)))
+        Some(due.map_or(self.prober.check_at, |due| due.min(self.prober.check_at)))
     }
 
+    /// Sends the probes that are due, and updates what follows from earlier ones.
     pub(super) fn probe(&mut self) {
         let now = Instant::now();
-        if self.prober.look_at <= now {
-            self.prober.look_at = now + LOOK;
+        if self.prober.check_at <= now {
+            self.prober.check_at = now + CHECK_INTERVAL;
             self.update_paths();
-            self.ask_other_witnesses();
-            self.judge_offload();
+            self.check_other_signs_of_life();
+            self.update_offload();
             self.check_path_mtu_reports();
         }
         self.receive_drops.look(now, self.transport.receive_buffer());
@@ -256,17 +280,17 @@ impl Agent {
             if matches!(probe.kind, Kind::Full { less: 0 }) {
                 self.fill_underlay(probe.node);
             }
-            // What cannot be sent is not answered.
+            // An unsent probe stays without answer.
             if let Err(error) = sent {
                 tracing::trace!(to = %probe.to, %error, "probe not sent");
             }
         }
-        self.prober.listen();
+        self.prober.update_filters();
     }
 
-    /// Sends a peer's host one datagram as large as the underlay's interface takes it, without a tunnel. A
-    /// router that would have to fragment it tells the kernel, which is asked later. Tunnel packets are
-    /// fragmented in silence.
+    /// Sends the host of a peer, outside the tunnel, one datagram as large as the underlay's interface
+    /// accepts. A router that would have to fragment it reports its MTU to the kernel, which is queried
+    /// later. Tunnel packets are fragmented without a report.
     pub(super) fn fill_underlay(&mut self, node: NodeId) {
         let peer = self.kernel.wanted.as_ref().and_then(|view| view.peers.get(&node));
         let (Some(peer), Some(gossip)) = (peer, self.node.address_of(node)) else { return };
@@ -277,189 +301,164 @@ impl Agent {
         if let Err(error) = self.prober.send_datagram(to, None, (sequence, 0), size) {
             tracing::trace!(%to, %error, "underlay not probed");
         }
-        self.prober.reports.on_asked(to.ip(), sequence);
+        self.prober.reports.on_sent(to.ip(), sequence);
     }
 
-    pub(super) fn on_icmp_event(&mut self, heard: IcmpEvent) {
+    /// Applies a received packet to pings and paths.
+    pub(super) fn on_icmp_event(&mut self, event: IcmpEvent) {
         let now = self.clock.now();
-        let holder = self.prober.paths.holder(heard.from);
+        let holder = self.prober.paths.holder(event.from);
         let is_direct = holder.is_some_and(|node| self.is_direct(node));
-        let by_tunnel = self.kernel.device.map(|device| device == heard.interface);
+        let by_tunnel = self.kernel.device.map(|device| device == event.interface);
         let elsewhere = by_tunnel.is_some_and(|by_tunnel| by_tunnel == is_direct);
-        match heard.kind {
-            IcmpKind::Answer(sequence) if self.on_ping_answer(heard.from, sequence) => return,
+        match event.kind {
+            IcmpKind::Answer(sequence) if self.on_ping_answer(event.from, sequence) => return,
             IcmpKind::Answer(sequence) => {
-                self.prober.paths.on_answer(now, heard.from, sequence, elsewhere);
+                self.prober.paths.on_answer(now, event.from, sequence, elsewhere);
             }
-            IcmpKind::Request => self.prober.paths.on_packet(now, heard.from, elsewhere),
+            IcmpKind::Request => self.prober.paths.on_packet(now, event.from, elsewhere),
             IcmpKind::Arrival(sequence) => {
-                self.prober.reports.on_arrival(now, heard.from, sequence);
-                self.prober.paths.on_arrival(now, heard.from, sequence, By::Agent, elsewhere);
+                self.prober.reports.on_answer(now, event.from, sequence);
+                self.prober.paths.on_arrival(
+                    now,
+                    event.from,
+                    sequence,
+                    Responder::Agent,
+                    elsewhere,
+                );
             }
             IcmpKind::Refusal(sequence) => {
-                self.prober.reports.on_arrival(now, heard.from, sequence);
-                self.prober.paths.on_arrival(now, heard.from, sequence, By::Kernel, elsewhere);
+                self.prober.reports.on_answer(now, event.from, sequence);
+                self.prober.paths.on_arrival(
+                    now,
+                    event.from,
+                    sequence,
+                    Responder::Kernel,
+                    elsewhere,
+                );
             }
         }
         if !self.kernel.withdrawn_peers.is_empty() {
-            self.follow_paths();
+            self.apply_path_changes();
         }
     }
 
-    /// Tells the probe who there is, and what gossip holds of them.
+    /// Updates the probed peers, and what gossip knows about them.
     pub(super) fn update_paths(&mut self) {
         let Some(view) = &self.kernel.wanted else { return };
         let now = self.clock.now();
         let in_use = self.kernel.demand.in_use.as_ref();
-        let news = in_use.is_none().then(|| (self.kernel.requested, self.node.opinions_hash()));
-        if news.is_some() && self.prober.told == news {
-            self.prober.paths.judge(now);
-            return self.follow_paths();
+        let version = in_use.is_none().then(|| (self.kernel.requested, self.node.opinions_hash()));
+        if version.is_some() && self.prober.paths_version == version {
+            self.prober.paths.update_withdrawn(now);
+            return self.apply_path_changes();
         }
-        self.prober.told = news;
+        self.prober.paths_version = version;
         let opinions = self.node.opinions();
         let peers = view.peers.iter().filter_map(|(node, peer)| {
             let (_, subnets) = peer.leases.first()?;
             let liveness = opinions.get(node).copied();
-            let subject = Subject {
+            let subject = ProbedPeer {
                 node: *node,
                 vtep: subnets.first.network(),
                 underlay: peer.vtep.underlay,
                 liveness,
-                // With entries on demand a question is a use, and would keep them for ever.
-                ask: in_use.is_none() || self.is_in_doubt(*node, liveness),
+                // With entries on demand a probe counts as a use, and would keep the entries indefinitely.
+                may_probe: in_use.is_none() || self.may_be_withdrawn(*node, liveness),
             };
             in_use.is_none_or(|macs| macs.contains(&peer.vtep.mac)).then_some(subject)
         });
-        let peers: Vec<Subject> = peers.collect();
+        let peers: Vec<ProbedPeer> = peers.collect();
         self.prober.paths.update(now, peers.into_iter());
-        self.follow_paths();
+        self.apply_path_changes();
     }
 
-    /// Looks for other signs of life of peers that do not answer: what their agents send over the underlay,
-    /// and what comes from them through the tunnel.
-    fn ask_other_witnesses(&mut self) {
-        let doubted: BTreeSet<NodeId> = self.prober.paths.doubted().map(|(node, _)| node).collect();
+    /// Checks peers that do not answer for other signs of life: packets of their agents over the underlay,
+    /// and packets from them through the tunnel.
+    fn check_other_signs_of_life(&mut self) {
+        let unanswering: BTreeSet<NodeId> =
+            self.prober.paths.suspects().map(|(node, _)| node).collect();
         let now = self.clock.now();
-        self.prober.received.retain(|node, _| doubted.contains(node));
-        for node in &doubted {
+        self.prober.received.retain(|node, _| unanswering.contains(node));
+        for node in &unanswering {
             let Some(received) = self.transport.received(*node) else { continue };
             let before = self.prober.received.insert(*node, received);
-            let spoke = before.is_some_and(|before| received > before);
-            self.prober.paths.on_agent(now, *node, spoke, self.transport.round_trip(*node));
+            let has_sent = before.is_some_and(|before| received > before);
+            self.prober.paths.on_agent(now, *node, has_sent, self.transport.round_trip(*node));
         }
-        if !doubted.is_empty() && self.config.firewall.guard {
+        if !unanswering.is_empty() && self.config.firewall.guard {
             self.programmer.count();
         }
     }
 
-    /// Hears how many tunnel packets have come from each member.
-    pub(super) fn on_counted(&mut self, counted: BTreeMap<IpAddr, u64>) {
+    /// Compares the tunnel packets counted per member with the last count: new ones are a sign of life.
+    pub(super) fn on_packet_counts(&mut self, counts: BTreeMap<IpAddr, u64>) {
         let at = Instant::now();
-        let before = self.prober.counted.replace((at, counted));
-        let Some((_, before)) = before.filter(|(then, _)| at.duration_since(*then) < COUNTED)
+        let before = self.prober.packet_counts.replace((at, counts));
+        let Some((_, before)) = before.filter(|(then, _)| at.duration_since(*then) < MAX_COUNT_AGE)
         else {
             return;
         };
-        let Some((_, counted)) = &self.prober.counted else { return };
-        let came = |address: &IpAddr| Some(counted.get(address)? > before.get(address)?);
-        let heard = self.prober.paths.doubted().filter(|(_, address)| came(address) == Some(true));
-        let heard: Vec<(NodeId, IpAddr)> = heard.collect();
+        let Some((_, counts)) = &self.prober.packet_counts else { return };
+        let has_new = |address: &IpAddr| Some(counts.get(address)? > before.get(address)?);
+        let alive =
+            self.prober.paths.suspects().filter(|(_, address)| has_new(address) == Some(true));
+        let alive: Vec<(NodeId, IpAddr)> = alive.collect();
         let now = self.clock.now();
-        for (node, address) in heard {
+        for (node, address) in alive {
             let elsewhere = self.is_direct(node);
             self.prober.paths.on_packet(now, address, elsewhere);
         }
-        self.follow_paths();
+        self.apply_path_changes();
     }
 
-    /// Where datagrams do not arrive through the tunnel, though echoes do, tries without checksum offload.
-    fn judge_offload(&mut self) {
-        let now = self.clock.now();
-        let mut deaf = self.prober.paths.deaf();
-        deaf.retain(|node| self.has_tunnel(*node));
-        // Unless the kernel has what was last ordered, it is not known how it is.
-        let is_settled = self.kernel.answered == self.kernel.requested;
-        let is_on = self.kernel.checksum_offload.filter(|_| is_settled);
-        let Prober { offload, paths, .. } = &mut self.prober;
-        let (before, was_guilty) = (offload.wanted(), offload.is_guilty());
-        if let Some(Ask { peers, count }) =
-            offload.conclude(now, is_on, deaf, |node| paths.tally(node))
-        {
-            paths.ask_datagrams(now, &peers, count);
-        }
-        let (wanted, is_guilty) = (offload.wanted(), offload.is_guilty());
-        if is_guilty != was_guilty {
-            self.tell_of_offload(is_guilty);
-        }
-        if wanted != before {
-            tracing::info!(
-                ?wanted,
-                "checksum offload is tried: echoes came back, datagrams did not"
-            );
-            self.program();
-        }
-    }
-
-    fn tell_of_offload(&mut self, is_guilty: bool) {
-        let (level, text) = match is_guilty {
-            true => (
-                EventLevel::Warn,
-                "packets whose checksums were left to the network card do not arrive: checksum offload is \
-                 turned off on this host's tunnel device",
-            ),
-            false => (
-                EventLevel::Info,
-                "packets whose checksums are left to the network card arrive again: checksum offload is \
-                 turned on again",
-            ),
-        };
-        tracing::warn!("{text}");
-        self.journal.note(EventKind::Path, level, text.to_owned());
-    }
-
+    /// Returns how packets reach a peer, through the tunnel or directly.
     fn way_to(&self, node: NodeId) -> Option<Way> {
         let peer = self.kernel.wanted.as_ref()?.peers.get(&node)?;
         let (_, subnets) = peer.leases.first()?;
         Some(self.underlay.with_mode(self.config.mode).way(peer.vtep.underlay, subnets.first))
     }
 
+    /// Whether packets to a peer use the tunnel.
     fn has_tunnel(&self, node: NodeId) -> bool {
         matches!(self.way_to(node), Some(Way::Overlay(_)))
     }
 
+    /// Whether packets to a peer are routed without the tunnel.
     fn is_direct(&self, node: NodeId) -> bool {
         matches!(self.way_to(node), Some(Way::Direct { .. }))
     }
 
-    /// Whether nothing is answered by some peer that is spoken to directly.
+    /// Whether a peer reached without the tunnel does not answer.
     pub(super) fn is_lost_without_tunnel(&self) -> bool {
         let mut lost = self.path_states().filter(|(_, state, _)| self.is_lost(*state));
         lost.any(|(node, ..)| self.is_direct(node))
     }
 
-    /// Without a tunnel the kernel takes an address of the underlay. What checks source addresses, at a host
-    /// or on the way, then lets pass what it would drop of pods.
+    /// Returns the source address of probes to a peer without the tunnel: the VTEP's own, where the kernel
+    /// would choose an address of the underlay. Checks of source addresses, on a host or on the way, would
+    /// let that pass and drop packets of pods.
     pub(super) fn probe_source(&self, node: NodeId) -> Option<IpAddr> {
         self.kernel.device.filter(|_| self.is_direct(node))?;
         Some(self.kernel.wanted.as_ref()?.own.subnets.first.network())
     }
 
-    /// Whether asking a peer could lead to its withdrawal.
-    fn is_in_doubt(&self, node: NodeId, liveness: Option<Liveness>) -> bool {
+    /// Whether probing a peer may lead to its withdrawal.
+    fn may_be_withdrawn(&self, node: NodeId, liveness: Option<Liveness>) -> bool {
         liveness != Some(Liveness::Alive)
             && self.config.withdraw_after.is_some()
             && !self.kernel.withdrawn_peers.contains(&node)
     }
 
-    /// Whoever gossip holds as alive again is not unreachable for a moment longer.
+    /// Restores the routes to withdrawn peers at once when gossip considers them alive again.
     pub(super) fn restore_paths(&mut self) {
         if self.kernel.withdrawn_peers.iter().any(|node| self.node.is_active(*node)) {
             self.update_paths();
         }
     }
 
-    fn follow_paths(&mut self) {
+    /// Orders a new desired state when peers become withdrawn or restored.
+    fn apply_path_changes(&mut self) {
         self.follow_path_mtus();
         let withdrawn = self.prober.paths.withdrawn();
         if withdrawn == self.kernel.withdrawn_peers {
@@ -468,10 +467,14 @@ impl Agent {
         let name = |node: &NodeId| self.node.name_of(*node).to_owned();
         for node in withdrawn.difference(&self.kernel.withdrawn_peers) {
             let name = name(node);
-            tracing::warn!(%node, name, "neither its agent nor its kernel answers: unreachable");
+            tracing::warn!(%node, name, "peer withdrawn: neither its agent nor its kernel answers");
         }
         for node in self.kernel.withdrawn_peers.difference(&withdrawn) {
-            tracing::info!(%node, name = name(node), "it answers again, or is gone: restored");
+            tracing::info!(
+                %node,
+                name = name(node),
+                "peer restored: it answers again, or is no longer a member"
+            );
         }
         self.kernel.withdrawn_peers = withdrawn;
         self.program();

@@ -258,7 +258,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
 
     /// Returns the earliest time of the next repair of this kind.
     fn repair_at(&self, kind: Kind) -> Option<Instant> {
-        let gap = MIN_REPAIR_INTERVAL.max(self.host_checks.opponents.pause(kind));
+        let gap = MIN_REPAIR_INTERVAL.max(self.host_checks.repair_conflicts.pause(kind));
         self.last_repair.map(|last_repair| last_repair + gap)
     }
 
@@ -346,7 +346,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             return;
         }
         self.demand.keep_peers(all);
-        let part = self.demand.part_of(all);
+        let part = self.demand.select(all);
         self.part_is_new |= self.part.as_ref().is_none_or(|before| **before != part);
         self.part = Some(Box::new(part));
     }
@@ -388,11 +388,10 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             return Ok(());
         }
         let idle = self.kernel.idle(self.config.idle_after)?;
-        self.demand.age(idle.into_iter());
+        self.demand.remove_idle(idle.into_iter());
         // Removes neighbor entries for first packets and for unknown addresses: a pod that tries all
         // addresses must not fill the kernel's table.
-        let passing: Vec<Op> =
-            self.kernel.passing()?.into_iter().map(Op::RemoveNeighbour).collect();
+        let passing: Vec<Op> = self.kernel.passing()?.into_iter().map(Op::RemoveNeighbor).collect();
         self.kernel.answer(&passing)?;
         self.choose_part();
         self.report_demand();
@@ -442,7 +441,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let done = result.as_ref().ok().filter(|report| repair && !report.done.is_empty());
         if let Some(report) = done {
             let kinds: Vec<&str> = report.done.keys().copied().collect();
-            self.host_checks.opponents.note(Kind::Entries, &kinds.join(", "), report.device);
+            self.host_checks.repair_conflicts.note(Kind::Entries, &kinds.join(", "), report.device);
         }
         (self.tell)(KernelEvent::Outcome(Outcome { number: *number, repair, result }));
         self.report_host();

@@ -25,7 +25,7 @@ use crate::{
     core::{Peer, ReplyId},
     dataplane::{
         desired::Way as Path,
-        forwarding::{FarLoss, FarOutput, FarPods, FarWay, Subject, Witness},
+        forwarding::{ArrivalLog, FarLoss, FarOutput, FarPeer, FarPods, FarWay},
     },
     model::{NodeId, PathState, Subnets},
     pods::{gateway, last_addresses, standin::Room},
@@ -152,7 +152,7 @@ impl RemotePods {
 /// The sockets, and what has arrived there.
 struct Place {
     sockets: RoomSockets,
-    witness: Witness,
+    witness: ArrivalLog,
 }
 
 /// The state of the thread.
@@ -202,12 +202,12 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
                     let now = self.clock.now();
                     let is_its = |from| self.setting.may_be_of(from, node);
                     let place = self.place.as_ref();
-                    let reported = place.map(|place| place.witness.testify(now, round, is_its));
+                    let reported = place.map(|place| place.witness.arrivals(now, round, is_its));
                     (self.tell)(RemotePodsEvent::Testimony(reply, reported));
                 }
                 Ok(Command::Arrivals(round, reported)) => {
                     self.receive();
-                    self.remote_pods.on_arrivals_told(self.clock.now(), round, &reported);
+                    self.remote_pods.on_arrivals_reported(self.clock.now(), round, &reported);
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -223,7 +223,7 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
         let Some(room) = room else { return };
         match RoomSockets::open(room, &self.setting.sources) {
             Ok(sockets) => {
-                self.place = Some(Place { sockets, witness: Witness::new(self.clock.now()) });
+                self.place = Some(Place { sockets, witness: ArrivalLog::new(self.clock.now()) });
             }
             Err(error) => tracing::debug!(%error, "pods of other hosts not tested"),
         }
@@ -286,7 +286,9 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
                         self.remote_pods.on_unsent(to, kind, number);
                     }
                 }
-                FarOutput::Ask(round, nodes) => (self.tell)(RemotePodsEvent::Ask(round, nodes)),
+                FarOutput::RequestReports(round, nodes) => {
+                    (self.tell)(RemotePodsEvent::Ask(round, nodes))
+                }
             }
         }
     }
@@ -296,9 +298,9 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
         let now = RemotePodsState {
             closed: self.remote_pods.closed(),
             answering: self.remote_pods.answering(),
-            overrun: self.remote_pods.overrun(),
+            overrun: self.remote_pods.overloaded(),
             losses: self.remote_pods.losses(),
-            is_in_doubt: self.remote_pods.is_in_doubt(),
+            is_in_doubt: self.remote_pods.has_recent_loss(),
             losing_large: self.remote_pods.losing_large(),
         };
         if now != self.reported {
@@ -340,7 +342,7 @@ impl Agent {
                 // A link of the path may carry less than before.
                 let clock = self.clock.now();
                 for node in state.losing_large.difference(&self.kernel.remote_pods.losing_large) {
-                    self.prober.paths.doubt_size(clock, *node);
+                    self.prober.paths.request_size_check(clock, *node);
                 }
                 self.kernel.remote_pods = state;
                 let now = words(self);
@@ -396,8 +398,8 @@ impl Agent {
         let underlay = self.underlay.with_mode(self.config.mode);
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
             // Firewalls may drop probes of a host, but pass packets of its pods.
-            let is_doubted = matches!(state, PathState::Unanswered | PathState::OneWay);
-            let is_usable = is_doubted
+            let is_suspect = matches!(state, PathState::Unanswered | PathState::OneWay);
+            let is_usable = is_suspect
                 || matches!(state, PathState::Ok | PathState::Asymmetric | PathState::MtuTooLarge);
             // Peers in use that are alive are not probed, so their state may be unknown.
             let is_usable = is_usable || in_use.is_some() && state == PathState::Unknown;
@@ -409,12 +411,12 @@ impl Agent {
             let way = underlay.way(peer.vtep.underlay, subnets.first);
             let is_reached = is_in_use && is_usable && !is_diverted && self.node.is_active(node);
             let narrow = self.kernel.narrow.get(&node).copied();
-            let subject = Subject {
+            let subject = FarPeer {
                 node,
                 addresses: last_addresses(*subnets),
                 carried: narrow.unwrap_or(self.underlay.tunnel_mtu),
                 takes_large: state != PathState::MtuTooLarge || narrow.is_some(),
-                is_doubted,
+                is_suspect,
             };
             (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
         };

@@ -19,7 +19,7 @@ impl Agent {
             names.insert(Key::Fdb(peer.vtep.mac), name.to_owned());
             for subnet in peer.leases.iter().flat_map(|(_, subnets)| subnets.iter()) {
                 names.insert(Key::Route(subnet), name.to_owned());
-                names.insert(Key::Neighbour(subnet.network()), name.to_owned());
+                names.insert(Key::Neighbor(subnet.network()), name.to_owned());
             }
         }
         self.programmer.read_tables(move |tables: Result<Tables, String>| {
@@ -34,7 +34,7 @@ impl Agent {
 fn row(key: Key, entry: Entry, names: &BTreeMap<Key, String>) -> KernelEntry {
     let (table, text) = match key {
         Key::Route(subnet) => ("route", subnet.to_string()),
-        Key::Neighbour(ip) => ("neighbour", ip.to_string()),
+        Key::Neighbor(ip) => ("neighbor", ip.to_string()),
         Key::Fdb(mac) => ("fdb", mac.to_string()),
     };
     let verdict = match entry.verdict() {

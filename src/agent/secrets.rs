@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, VecDeque};
 use serde_json::{Value, json};
 use tokio::sync::oneshot::Sender;
 
-use super::{Agent, archive::Saved, survey::Findings};
+use super::{Agent, archive::SavedFile, survey::Findings};
 use crate::{
     api::{EventKind, EventLevel, SecretStep},
     core::ReplyId,
@@ -55,7 +55,7 @@ impl Agent {
             return;
         }
         if let Some(token) = &token {
-            self.archive.save(Saved::Token(token.clone()));
+            self.archive.save(SavedFile::Token(token.clone()));
         }
         self.saved_token = token;
     }

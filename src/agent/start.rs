@@ -12,13 +12,13 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Archive, Arrivals, AttachWorker, Clock, Company, Ending, Gate, Journal, KernelState,
-    LoopEvent, PodState, Prober, Programmer, ReceiveDrops, Service, SettingsReader, Signals,
-    Source, Surveys,
+    Agent, Archive, Arrivals, AttachWorker, Clock, Ending, Gate, Isolation, Journal, KernelState,
+    LoopEvent, PodCidrSource, PodState, Prober, Programmer, ReceiveDrops, Service, SettingsReader,
+    Signals, Surveys,
     attach_worker::Job,
-    doors::Doors,
     host_view::{self, HostView},
     kubernetes,
+    listeners::Listeners,
     memory::{self, Memory, StoredRecords},
     secrets::Steps,
     startup_wait::StartupWait,
@@ -120,9 +120,9 @@ pub async fn run(
 ) -> Result<Ending, StartFailure> {
     let mut signals = Signals::catch()?;
     let (sender, mut threads) = mpsc::unbounded_channel();
-    let doors = Doors::open(&config, plugin, &sender)?;
+    let listeners = Listeners::open(&config, plugin, &sender)?;
     let mut waiting =
-        StartupWait::new(config.name.clone(), doors.closed(), &mut signals, &mut threads);
+        StartupWait::new(config.name.clone(), listeners.problems(), &mut signals, &mut threads);
     let Some(memory) = memory::load(&config, &mut waiting).await? else {
         return Ok(Ending::Stopped);
     };
@@ -130,8 +130,8 @@ pub async fn run(
     match prepare(config, memory, waiting, sender).await {
         Ok(None) => Ok(Ending::Stopped),
         Ok(Some(Prepared { agent, network, heard })) => {
-            let arrivals = Arrivals { threads, network, heard };
-            let ending = agent.run(signals, arrivals, read_settings, &doors).await;
+            let arrivals = Arrivals { threads, network, icmp: heard };
+            let ending = agent.run(signals, arrivals, read_settings, &listeners).await;
             if ending == Ending::Restart {
                 state.new_identity(&random()?)?;
             }
@@ -206,7 +206,8 @@ async fn prepare(
             let found = kubernetes::find(from, name, &pool, &state, &mut waiting).await?;
             let Some(given) = found else { return Ok(None) };
             let seeds = kubernetes::seeds(given.others.as_deref().unwrap_or_default(), config.port);
-            let source = Source::new(from, name, pool, &given, seeds.clone(), sender.clone());
+            let source =
+                PodCidrSource::new(from, name, pool, &given, seeds.clone(), sender.clone());
             config.seeds.extend(seeds);
             (Some((given.address, settings)), source)
         }
@@ -235,7 +236,7 @@ async fn prepare(
         None => (config.vni, config.wish.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT)),
     };
     let bridge = config.bridge_name(vni);
-    let plan = host_view::Plan {
+    let plan = host_view::PlannedOverlay {
         vni,
         port,
         underlay: chosen.local,
@@ -246,7 +247,7 @@ async fn prepare(
             .map(|s| s.pool),
         bridge: &bridge,
     };
-    let Some(view) = waiting.retry_kernel(|| host_view::look(&plan)).await? else {
+    let Some(view) = waiting.retry_kernel(|| host_view::inspect(&plan)).await? else {
         return Ok(None);
     };
     let HostView { kernel, foreign, pods: found, macs } = view;
@@ -258,13 +259,13 @@ async fn prepare(
     let (waiters, early) = waiting.into_questions();
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
-    let mut pods = PodState::remember(&records, memory.is_same_boot, &found);
+    let mut pods = PodState::from_records(&records, memory.is_same_boot, &found);
     if known_cluster.is_none() || is_new || !memory.is_same_boot {
         // Pods outlive the state directory and the database. If the database is complete, a pod without
         // a record was disconnected, and its veth pair is removed.
         pods.adopt(found);
     }
-    pods.early = early;
+    pods.early_requests = early;
     let fresh = fresh && pods.table.is_empty();
     pods.table.learn_macs(&macs);
     // Networks of bridges belong to this host's containers. Running pods keep their addresses, and so
@@ -319,28 +320,28 @@ async fn prepare(
     })?;
     let forwarder = threads::start_forwarder(sender.clone())?;
     let remote_pods = threads::start_remote_pods(sender.clone())?;
-    let asking = threads::start_asking(sender.clone())?;
-    let inquest = threads::start_inquest(sender.clone())?;
+    let answer_check = threads::start_answer_check(sender.clone())?;
+    let silence_diagnosis = threads::start_silence_diagnosis(sender.clone())?;
     let report = sender.clone();
     let attach_worker = AttachWorker::start(move |wired| {
         let _ = report.send(LoopEvent::Pods(wired));
     })?;
-    pods.begin(&writer);
+    pods.save_initial(&writer);
     if known_cluster.is_some() {
         // All existing pods are known, so other veth pairs belong to no pod.
         attach_worker.ask(Job::Sweep { bridge, keep: pods.links() });
     }
     let report = sender.clone();
-    let archive = Archive::start(state.clone(), move |kept| {
-        let _ = report.send(LoopEvent::Kept(kept));
+    let archive = Archive::start(state.clone(), move |event| {
+        let _ = report.send(LoopEvent::Archive(event));
     })?;
     let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
-    let mut company = Company::default();
+    let mut isolation = Isolation::default();
     if let Some((before, _)) = memory.underlay
         && chosen.is_present()
         && config.advertise.is_none()
     {
-        company.on_move(before, chosen.local);
+        isolation.on_address_change(before, chosen.local);
     }
     let mut agent = Agent {
         node,
@@ -351,11 +352,11 @@ async fn prepare(
         programmer,
         forwarder,
         remote_pods,
-        asking,
-        inquest,
+        answer_check,
+        silence_diagnosis,
         kernel: KernelState::default(),
         prober,
-        company,
+        isolation,
         receive_drops: ReceiveDrops::default(),
         pods,
         attach_worker,
@@ -369,12 +370,12 @@ async fn prepare(
         steps: Steps::default(),
         fresh,
         waiters,
-        rounds: Vec::new(),
+        ping_rounds: Vec::new(),
         leave_reply: None,
         store_failure: None,
         service: Service::new(Instant::now()),
         journal: Journal::new(Instant::now()),
-        closed,
+        listener_problems: closed,
         surveys: Surveys::default(),
         source,
         giving_up: None,

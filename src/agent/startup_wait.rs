@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use super::{
     LoopEvent, StartFailure,
-    doors::Closed,
+    listeners::ListenerProblems,
     service::Service,
     signals::Signals,
     status::Waiter,
@@ -46,7 +46,7 @@ const SERVE_INTERVAL: Duration = Duration::from_millis(500);
 pub(super) struct StartupWait<'a> {
     name: NodeName,
     node: NodeId,
-    closed: Closed,
+    closed: ListenerProblems,
     signals: &'a mut Signals,
     questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     service: Service,
@@ -61,7 +61,7 @@ impl<'a> StartupWait<'a> {
     /// Starts to answer requests from `questions`.
     pub(super) fn new(
         name: NodeName,
-        closed: Closed,
+        closed: ListenerProblems,
         signals: &'a mut Signals,
         questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     ) -> Self {
@@ -78,7 +78,7 @@ impl<'a> StartupWait<'a> {
     }
 
     /// Returns the control sockets that could not be opened.
-    pub(super) fn closed(&self) -> Closed {
+    pub(super) fn closed(&self) -> ListenerProblems {
         self.closed.clone()
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{Agent, Source};
+use super::{Agent, PodCidrSource};
 use crate::{
     api::{AgentStatus, KernelStatus},
     core::Phase,
@@ -133,10 +133,10 @@ impl Agent {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
-        problems.extend(self.closed.problems());
-        problems.extend(self.company_problem());
+        problems.extend(self.listener_problems.problems());
+        problems.extend(self.isolation_problem());
         problems.extend(self.ended.problems());
-        problems.extend(self.inquest.claim().cloned());
+        problems.extend(self.silence_diagnosis.claim().cloned());
         problems.extend(self.flood_problem().into_iter().chain(self.handshake_problem()));
         let capped = self.transport.receive_buffer().capped;
         problems.extend(self.receive_drops.problem(self.node.address().port(), capped));
@@ -225,12 +225,12 @@ impl Agent {
             && self.node.is_settled()
             && self.is_in_sync()
             && !self.may_lack_members()
-            && self.archive.is_subnet_told()
+            && self.archive.is_subnet_file_current()
     }
 
     /// Returns whether other nodes may exist that this node does not know of.
     fn may_lack_members(&self) -> bool {
-        self.node.is_alone() && self.source.as_ref().is_some_and(Source::lacks_list)
+        self.node.is_alone() && self.source.as_ref().is_some_and(PodCidrSource::lacks_list)
     }
 
     /// Returns whether the kernel equals the desired state.

@@ -25,7 +25,7 @@ use socket2::{SockFilter, Socket, Type};
 use super::packet_filter::{step, when};
 use crate::{
     dataplane::{
-        answers::LEAVING,
+        answers::PACKET_OUTGOING,
         silence::{self, Packet},
     },
     frames::{ICMPV6, IPV6, arp, packet_socket, sender_at, solicitation},
@@ -215,7 +215,7 @@ fn to_mac(mac: Mac) -> [SockFilter; 7] {
     let [a, b, c, d, e, f] = *mac.as_bytes();
     [
         step(BPF_LD | BPF_B | BPF_ABS, PACKET_TYPE),
-        when(LEAVING.into(), 5, 0),
+        when(PACKET_OUTGOING.into(), 5, 0),
         step(BPF_LD | BPF_W | BPF_ABS, FRAME_HEADER),
         when(u32::from_be_bytes([a, b, c, d]), 0, 2),
         step(BPF_LD | BPF_H | BPF_ABS, FRAME_HEADER + 4),

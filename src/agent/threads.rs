@@ -14,9 +14,9 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Asking, Ending, Forwarder, Inquest, LoopEvent, RemotePods,
-    answers::Answers,
+    Agent, Ending, Forwarder, LoopEvent, PodAnswerCheck, RemotePods, SilenceDiagnosis,
     forwarder::{ForwarderEvent, Forwarding},
+    pod_answers::PodAnswers,
     remote_pods::{RemotePodsEvent, RemotePodsState},
 };
 use crate::api::{CheckState, CheckStatus};
@@ -29,8 +29,8 @@ const RESTART_DELAY: Duration = Duration::from_secs(20);
 pub(super) enum MonitorThread {
     Forwarding,
     RemotePods,
-    Answers,
-    Inquest,
+    PodAnswers,
+    Silence,
 }
 
 /// Threads that do not run, with the time of their end or of the last attempt to restart them.
@@ -85,15 +85,15 @@ impl Ended {
 }
 
 impl MonitorThread {
-    const ALL: [Self; 4] = [Self::Forwarding, Self::RemotePods, Self::Answers, Self::Inquest];
+    const ALL: [Self; 4] = [Self::Forwarding, Self::RemotePods, Self::PodAnswers, Self::Silence];
 
     /// Returns what the thread determines.
     const fn task(self) -> &'static str {
         match self {
             Self::Forwarding => "whether this host forwards packets of pods",
             Self::RemotePods => "whether packets of pods come to pods of other hosts",
-            Self::Answers => "whether pods of this host answer",
-            Self::Inquest => "why peers are silent",
+            Self::PodAnswers => "whether pods of this host answer",
+            Self::Silence => "why peers are silent",
         }
     }
 }
@@ -112,13 +112,13 @@ pub(super) fn start_remote_pods(news: Sender) -> io::Result<RemotePods> {
 }
 
 /// Starts the thread that checks whether pods answer.
-pub(super) fn start_asking(news: Sender) -> io::Result<Asking> {
-    Asking::start(move |state| _ = news.send(LoopEvent::Answers(state)))
+pub(super) fn start_answer_check(news: Sender) -> io::Result<PodAnswerCheck> {
+    PodAnswerCheck::start(move |state| _ = news.send(LoopEvent::PodAnswers(state)))
 }
 
 /// Starts the thread that investigates silent peers.
-pub(super) fn start_inquest(news: Sender) -> io::Result<Inquest> {
-    Inquest::start(move |found| _ = news.send(LoopEvent::Found(found)))
+pub(super) fn start_silence_diagnosis(news: Sender) -> io::Result<SilenceDiagnosis> {
+    SilenceDiagnosis::start(move |findings| _ = news.send(LoopEvent::SilenceFindings(findings)))
 }
 
 impl Agent {
@@ -153,8 +153,8 @@ impl Agent {
         match thread {
             MonitorThread::Forwarding => self.forwarder.worker.has_ended(),
             MonitorThread::RemotePods => self.remote_pods.worker.has_ended(),
-            MonitorThread::Answers => self.asking.worker.has_ended(),
-            MonitorThread::Inquest => self.inquest.worker.has_ended(),
+            MonitorThread::PodAnswers => self.answer_check.worker.has_ended(),
+            MonitorThread::Silence => self.silence_diagnosis.worker.has_ended(),
         }
     }
 
@@ -171,8 +171,8 @@ impl Agent {
             MonitorThread::RemotePods => {
                 self.on_remote_pods(RemotePodsEvent::State(RemotePodsState::default()))
             }
-            MonitorThread::Answers => self.on_answers(Answers::default()),
-            MonitorThread::Inquest => self.inquest.forget(),
+            MonitorThread::PodAnswers => self.on_answers(PodAnswers::default()),
+            MonitorThread::Silence => self.silence_diagnosis.forget(),
         }
     }
 
@@ -186,8 +186,12 @@ impl Agent {
                 started.set_room(self.remote_pods.room());
                 self.remote_pods = started;
             }),
-            MonitorThread::Answers => start_asking(news).map(|started| self.asking = started),
-            MonitorThread::Inquest => start_inquest(news).map(|started| self.inquest = started),
+            MonitorThread::PodAnswers => {
+                start_answer_check(news).map(|started| self.answer_check = started)
+            }
+            MonitorThread::Silence => {
+                start_silence_diagnosis(news).map(|started| self.silence_diagnosis = started)
+            }
         };
         match restarted {
             Ok(()) => {
@@ -195,7 +199,7 @@ impl Agent {
                 self.update_forwarder();
                 self.update_remote_pods();
                 self.update_roster();
-                self.update_inquest();
+                self.update_silence_diagnosis();
             }
             Err(error) => tracing::warn!(thread = ?thread, %error, "thread not started again"),
         }

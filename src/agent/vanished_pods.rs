@@ -17,7 +17,7 @@ use super::{
     Agent,
     attach_worker::{GonePods, Job, Suspect},
     docker::{Join, Reservation},
-    pod_address::NotGiven,
+    pod_address::AddressError,
     pods::status_of,
 };
 use crate::{
@@ -76,7 +76,7 @@ impl Agent {
         self.pods.next_notes_check = Some(Instant::now() + NOTES_INTERVAL);
         let spool = Spool::beside(&self.config.socket);
         let mut notes = spool.read();
-        notes.retain(|note| !self.pods.carried_out.values().flatten().any(|other| other == note));
+        notes.retain(|note| !self.pods.applied_notes.values().flatten().any(|other| other == note));
         if notes.is_empty() {
             return;
         }
@@ -95,7 +95,7 @@ impl Agent {
         }
         // This write comes after the writes of all notes.
         let number = self.pods.next();
-        self.pods.carried_out.insert(number, notes);
+        self.pods.applied_notes.insert(number, notes);
         self.writer.save(Vec::new(), number);
     }
 
@@ -113,7 +113,7 @@ impl Agent {
 
     /// Removes notes whose changes are on disk.
     pub(super) fn drop_notes(&mut self, number: u64) {
-        let notes = self.pods.carried_out.remove(&number);
+        let notes = self.pods.applied_notes.remove(&number);
         let spool = Spool::beside(&self.config.socket);
         notes.iter().flatten().for_each(|note| spool.drop(note));
     }
@@ -173,16 +173,16 @@ impl Agent {
             }
             (PendingRequest::Reserve(reservation), Ok(looked)) => {
                 self.free_pods(&looked.gone);
-                self.reserve_again(reservation);
+                self.retry_reservation(reservation);
             }
             (PendingRequest::Join(join), Ok(looked)) => {
                 self.free_pods(&looked.gone);
-                self.join_now(join);
+                self.finish_join(join);
             }
             (PendingRequest::Attach { request, netns, reply }, Ok(looked)) => {
                 self.free_pods(&looked.gone);
-                match self.give_address(&request) {
-                    Err(NotGiven::Address(error)) => {
+                match self.assign_address(&request) {
+                    Err(AddressError::Address(error)) => {
                         let again = is_about_to_change(&error, &looked.going);
                         let error = PodError { again, ..error.into() };
                         let _ = reply.send(Err(error));

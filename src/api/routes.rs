@@ -5,7 +5,7 @@ use serde::Serialize;
 /// One key of a kernel table.
 #[derive(Clone, Debug, Serialize)]
 pub struct KernelEntry {
-    /// `route`, `neighbour` or `fdb`.
+    /// `route`, `neighbor` or `fdb`.
     pub table: &'static str,
     /// A subnet, an overlay address, or a MAC.
     pub key: String,

@@ -337,7 +337,7 @@ mod tests {
             "slots": { "leased": 3, "free": 252 }, "problems": ["the tunnel to n300 is blocked"],
             "settings": { "pool": { "network": "10.42.0.0/16" } },
             "kernel": { "device": "gossamer.1", "underlay_interface": "eth0", "mtu": 1450,
-                        "repairs": { "route": 2, "neighbour": 1 } },
+                        "repairs": { "route": 2, "neighbor": 1 } },
         });
         let event = json!({ "at": 0.0, "kind": "path", "level": "warn", "text": "lost" });
         Picture {

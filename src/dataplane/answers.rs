@@ -1,14 +1,16 @@
-//! Whether each pod of this host answers ARP, or neighbor discovery: whom to ask next, what was seen of a
-//! question and its answer, and what follows.
+//! Checks whether each pod of this host answers ARP or neighbor discovery.
 //!
-//! Something between a pod and its host may drop all packets in silence: a queueing discipline, a filter or
-//! an eBPF program of the pod's interface on this host. So every pod is asked by turns, on the bridge, for
-//! its own address. Each answers, whatever its firewall drops and whether or not it runs: its kernel does so.
+//! A queueing discipline, a filter or an eBPF program on a pod's host-side interface may silently drop all
+//! packets between the pod and its host. The agent therefore queries the pods in turn, on the bridge, for
+//! their own addresses. The pod's kernel answers, whatever the pod's firewall drops and whether or not the
+//! pod's processes run.
 //!
-//! Where no answer comes, packets at the interfaces tell the place. A question that does not leave by the
-//! pod's interface, and an answer that comes in by it and not as far as the bridge, are lost on this host:
-//! that is certain. A question that has left and is not answered is lost at the pod. That is a problem only
-//! of a pod that has answered before. Pure: packets are sent and seen elsewhere.
+//! If no answer arrives, packets captured at the interfaces show where it was lost. A query that does not
+//! leave by the pod's interface was certainly lost on this host, and so was an answer that enters by that
+//! interface but does not reach the bridge. A query that leaves and gets no answer was lost at the pod; that
+//! is a problem only if the pod has answered before.
+//!
+//! Pure: the agent sends and captures the packets.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,139 +20,159 @@ use std::{
 
 use super::silence::{ADVERTISEMENT, ARP, Packet, SOLICITATION};
 
-/// Pods that are asked in one round: a question and an answer of each.
-pub const BUDGET: usize = 20;
-/// From one round to the next while all answer.
-const CALM: Duration = Duration::from_secs(15);
-/// The same while some may have fallen silent.
-const ANXIOUS: Duration = Duration::from_secs(1);
-/// The same while some are known to be silent.
-const SILENT: Duration = Duration::from_secs(5);
-/// So many rounds in a row without an answer make a verdict.
-const VERDICT: u32 = 3;
-/// Kinds of packets as packet sockets tell them (linux/if_packet.h).
-pub const LEAVING: u8 = 4;
-/// Ethernet's number, and that of ICMPv6 (IANA).
+/// Maximum number of pods taken in turn per round; one query and one answer each. Suspect pods come on top.
+pub const MAX_PODS_PER_ROUND: usize = 20;
+/// Interval between rounds while all pods answer.
+const ROUND_INTERVAL: Duration = Duration::from_secs(15);
+/// Interval between rounds while a pod has missed answers but is not yet reported as silent.
+const SUSPECT_ROUND_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval between rounds while a pod is reported as silent.
+const SILENT_ROUND_INTERVAL: Duration = Duration::from_secs(5);
+/// Consecutive rounds without an answer after which a pod is reported as silent.
+const ROUNDS_UNTIL_SILENT: u32 = 3;
+/// `sll_pkttype` of a packet that leaves by the interface (linux/if_packet.h).
+pub const PACKET_OUTGOING: u8 = 4;
+/// EtherType of IPv6.
 const IPV6: u16 = 0x86dd;
+/// IP protocol number of `ICMPv6` (IANA).
 const ICMPV6: u8 = 58;
 
-/// Where a question to a pod, or its answer, was lost.
+/// The place where a query to a pod, or its answer, was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Loss {
-    /// The question does not leave this host by the pod's interface.
-    Question,
-    /// The answer comes in by the pod's interface, and not as far as the bridge.
+pub enum QueryLoss {
+    /// On this host: the query does not leave by the pod's interface.
+    Query,
+    /// On this host: the answer enters by the pod's interface and does not reach the bridge.
     Answer,
-    /// The question leaves, and no answer arrives.
+    /// At the pod: the query leaves by the pod's interface, and no answer arrives.
     Pod,
 }
 
-/// What came of a question.
+/// The result of one query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reply {
-    Came,
-    Lost(Loss),
-    /// No answer came, and it was not looked where it was lost.
-    Missing,
-    /// No answer was seen, and not all packets were.
+pub enum QueryResult {
+    /// The answer reached the bridge.
+    Answered,
+    /// The answer did not reach the bridge; it or the query was lost at this place.
+    Lost(QueryLoss),
+    /// No answer reached the bridge. The pods' interfaces were not captured, so the place is unknown.
+    Unanswered,
+    /// No answer was captured, but the capture missed packets.
     Unclear,
 }
 
-/// What was seen of each question of one round.
+/// The packets captured during one round of queries.
 #[derive(Debug)]
 pub struct Round {
-    /// Index of the bridge's interface.
+    /// Interface index of the pods' bridge.
     bridge: u32,
-    /// Index of the interface of the pod with an address.
+    /// Queried addresses, each with the index of its pod's host-side interface.
     ports: BTreeMap<IpAddr, u32>,
-    left: BTreeSet<IpAddr>,
-    came: BTreeSet<IpAddr>,
-    taken: BTreeSet<IpAddr>,
-    /// Packets have come that were not seen.
-    missed: bool,
+    /// Addresses whose query left by the pod's interface.
+    queries_sent: BTreeSet<IpAddr>,
+    /// Addresses whose answer entered by the pod's interface.
+    answers_at_port: BTreeSet<IpAddr>,
+    /// Addresses whose answer reached the bridge.
+    answers_at_bridge: BTreeSet<IpAddr>,
+    /// The capture missed packets.
+    missed_packets: bool,
 }
 
-/// What is known of each pod, by the name of its interface on this host.
+/// Results of all pods, by the name of the pod's host-side interface.
 #[derive(Debug, Default)]
-pub struct Roll {
-    tallies: BTreeMap<String, Tally>,
-    /// The last one whose turn it was.
+pub struct PodResults {
+    pods: BTreeMap<String, PodResult>,
+    /// The interface at which the last turn ended.
     last: String,
 }
 
+/// Results of one pod.
 #[derive(Clone, Copy, Debug, Default)]
-struct Tally {
-    /// It has answered at some time.
+struct PodResult {
+    /// The pod has answered at least once.
     answered: bool,
-    /// Rounds in a row without an answer.
+    /// Consecutive rounds without an answer.
     silent: u32,
-    /// Where the last question or answer was lost.
-    loss: Option<Loss>,
+    /// Where the last query or answer was lost.
+    loss: Option<QueryLoss>,
 }
 
 impl Round {
+    /// Creates a round for these addresses, each with the interface index of its pod.
     pub fn new(bridge: u32, ports: BTreeMap<IpAddr, u32>) -> Self {
-        let (left, came, taken) = Default::default();
-        Self { bridge, ports, left, came, taken, missed: false }
+        let (queries_sent, answers_at_port, answers_at_bridge) = Default::default();
+        Self {
+            bridge,
+            ports,
+            queries_sent,
+            answers_at_port,
+            answers_at_bridge,
+            missed_packets: false,
+        }
     }
 
-    /// Takes note that packets were not seen, for there were too many.
-    pub const fn miss(&mut self) {
-        self.missed = true;
+    /// Notes that the capture missed packets because too many arrived.
+    pub const fn note_overflow(&mut self) {
+        self.missed_packets = true;
     }
 
-    /// Takes note of a packet. An answer of another pod for this address is dropped at that pod's port, where
-    /// anti-spoofing is on.
-    pub fn see(&mut self, packet: &Packet<'_>) {
-        let Some((is_answer, address)) = question_or_answer(packet) else { return };
+    /// Evaluates a captured packet. Accepting an answer by its address alone is safe where anti-spoofing is
+    /// on: the kernel drops another pod's answer for this address at that pod's port.
+    pub fn on_packet(&mut self, packet: &Packet<'_>) {
+        let Some((is_answer, address)) = parse_query_or_answer(packet) else { return };
         let Some(port) = self.ports.get(&address) else { return };
-        match (packet.kind == LEAVING, is_answer) {
-            (true, false) if packet.link == *port => _ = self.left.insert(address),
-            (false, true) if packet.link == *port => _ = self.came.insert(address),
-            (false, true) if packet.link == self.bridge => _ = self.taken.insert(address),
+        match (packet.kind == PACKET_OUTGOING, is_answer) {
+            (true, false) if packet.link == *port => _ = self.queries_sent.insert(address),
+            (false, true) if packet.link == *port => _ = self.answers_at_port.insert(address),
+            (false, true) if packet.link == self.bridge => {
+                _ = self.answers_at_bridge.insert(address)
+            }
             _ => {}
         }
     }
 
+    /// Returns whether all queries are answered.
     pub fn is_over(&self) -> bool {
-        self.taken.len() == self.ports.len()
+        self.answers_at_bridge.len() == self.ports.len()
     }
 
+    /// Returns whether the query for `address` is answered.
     pub fn is_answered(&self, address: IpAddr) -> bool {
-        self.taken.contains(&address)
+        self.answers_at_bridge.contains(&address)
     }
 
-    /// What came of the question for an address. Ports were watched as well, or the bridge alone.
-    pub fn reply(&self, address: IpAddr, watched_ports: bool) -> Reply {
+    /// Returns the result for `address`. `watched_ports`: the pods' interfaces were captured, not only the
+    /// bridge.
+    pub fn reply(&self, address: IpAddr, watched_ports: bool) -> QueryResult {
         if self.is_answered(address) {
-            Reply::Came
-        } else if self.missed {
-            Reply::Unclear
+            QueryResult::Answered
+        } else if self.missed_packets {
+            QueryResult::Unclear
         } else if !watched_ports {
-            Reply::Missing
-        } else if self.came.contains(&address) {
-            Reply::Lost(Loss::Answer)
-        } else if self.left.contains(&address) {
-            Reply::Lost(Loss::Pod)
+            QueryResult::Unanswered
+        } else if self.answers_at_port.contains(&address) {
+            QueryResult::Lost(QueryLoss::Answer)
+        } else if self.queries_sent.contains(&address) {
+            QueryResult::Lost(QueryLoss::Pod)
         } else {
-            Reply::Lost(Loss::Question)
+            QueryResult::Lost(QueryLoss::Query)
         }
     }
 }
 
-impl Roll {
-    /// Whose turn it is among these: those that may be silent, and the next ones of the others.
-    pub fn choose<'a>(
+impl PodResults {
+    /// Selects the pods of the next round: all suspect ones (at most `MAX_PODS_PER_ROUND`), and the next ones
+    /// in turn.
+    pub fn select_pods<'a>(
         &mut self,
         pods: impl Iterator<Item = &'a String> + Clone,
     ) -> BTreeSet<String> {
-        let is_silent =
-            |port: &&String| self.tallies.get(*port).is_some_and(|tally| tally.silent > 0);
+        let is_silent = |port: &&String| self.pods.get(*port).is_some_and(|pod| pod.silent > 0);
         let mut chosen: BTreeSet<String> =
-            pods.clone().filter(is_silent).take(BUDGET).cloned().collect();
+            pods.clone().filter(is_silent).take(MAX_PODS_PER_ROUND).cloned().collect();
         let count = pods.clone().count();
         let after = pods.clone().filter(|port| **port > self.last).chain(pods).take(count);
-        let next: Vec<&String> = after.take(BUDGET).collect();
+        let next: Vec<&String> = after.take(MAX_PODS_PER_ROUND).collect();
         if let Some(last) = next.last() {
             self.last.clone_from(last);
         }
@@ -158,71 +180,74 @@ impl Roll {
         chosen
     }
 
-    /// Whether the place is to be looked for where its questions or answers are lost.
+    /// Returns whether the pod missed the last answers, so that its interface has to be captured as well.
     pub fn is_suspect(&self, port: &str) -> bool {
-        self.tallies.get(port).is_some_and(|tally| tally.silent > 0)
+        self.pods.get(port).is_some_and(|pod| pod.silent > 0)
     }
 
+    /// Returns whether the pod has ever answered.
     pub fn has_answered(&self, port: &str) -> bool {
-        self.tallies.get(port).is_some_and(|tally| tally.answered)
+        self.pods.get(port).is_some_and(|pod| pod.answered)
     }
 
-    pub fn note(&mut self, port: &str, reply: Reply) {
-        let tally = self.tallies.entry(port.to_owned()).or_default();
+    /// Records the result of a round for a pod.
+    pub fn note(&mut self, port: &str, reply: QueryResult) {
+        let pod = self.pods.entry(port.to_owned()).or_default();
         match reply {
-            Reply::Came => *tally = Tally { answered: true, ..Tally::default() },
-            Reply::Unclear => {}
-            Reply::Missing => tally.silent = tally.silent.saturating_add(1),
-            Reply::Lost(loss) => {
-                tally.silent = tally.silent.saturating_add(1);
-                tally.loss = Some(loss);
+            QueryResult::Answered => *pod = PodResult { answered: true, ..PodResult::default() },
+            QueryResult::Unclear => {}
+            QueryResult::Unanswered => pod.silent = pod.silent.saturating_add(1),
+            QueryResult::Lost(loss) => {
+                pod.silent = pod.silent.saturating_add(1);
+                pod.loss = Some(loss);
             }
         }
     }
 
-    /// The pod cannot be asked now: its own end is down, or its interface is being put right.
-    pub fn pass_over(&mut self, port: &str) {
-        if let Some(tally) = self.tallies.get_mut(port) {
-            (tally.silent, tally.loss) = (0, None);
+    /// Clears the missed answers of a pod that cannot be queried now: its own interface is down, or its
+    /// host-side interface is being repaired.
+    pub fn clear_misses(&mut self, port: &str) {
+        if let Some(pod) = self.pods.get_mut(port) {
+            (pod.silent, pod.loss) = (0, None);
         }
     }
 
-    /// Forgets pods that are gone.
-    pub fn keep(&mut self, is_there: impl Fn(&str) -> bool) {
-        self.tallies.retain(|port, _| is_there(port));
+    /// Forgets pods that no longer exist.
+    pub fn retain(&mut self, exists: impl Fn(&str) -> bool) {
+        self.pods.retain(|port, _| exists(port));
     }
 
-    /// Interfaces of pods that do not answer, and where it is lost.
-    pub fn silent(&self) -> impl Iterator<Item = (&str, Loss)> {
-        self.tallies.iter().filter_map(|(port, tally)| {
-            let loss = tally.loss.filter(|_| tally.silent >= VERDICT)?;
-            (loss != Loss::Pod || tally.answered).then_some((port.as_str(), loss))
+    /// Returns the interfaces of silent pods, each with the place of the loss.
+    pub fn silent(&self) -> impl Iterator<Item = (&str, QueryLoss)> {
+        self.pods.iter().filter_map(|(port, pod)| {
+            let loss = pod.loss.filter(|_| pod.silent >= ROUNDS_UNTIL_SILENT)?;
+            (loss != QueryLoss::Pod || pod.answered).then_some((port.as_str(), loss))
         })
     }
 
-    /// How many have answered when they were last asked.
+    /// Returns the number of pods that answered when they were last queried.
     pub fn answering(&self) -> usize {
-        self.tallies.values().filter(|tally| tally.answered && tally.silent == 0).count()
+        self.pods.values().filter(|pod| pod.answered && pod.silent == 0).count()
     }
 
-    /// Until the next round.
+    /// Returns the time until the next round.
     pub fn pause(&self) -> Duration {
-        let is_open = |tally: &Tally| (1..=VERDICT).contains(&tally.silent);
-        if self.tallies.values().any(is_open) {
-            ANXIOUS
+        let is_suspect = |pod: &PodResult| (1..=ROUNDS_UNTIL_SILENT).contains(&pod.silent);
+        if self.pods.values().any(is_suspect) {
+            SUSPECT_ROUND_INTERVAL
         } else if self.silent().next().is_some() {
-            SILENT
+            SILENT_ROUND_INTERVAL
         } else {
-            CALM
+            ROUND_INTERVAL
         }
     }
 }
 
-/// Whether it is an answer, and the address that is asked for or answered for.
-fn question_or_answer(packet: &Packet<'_>) -> Option<(bool, IpAddr)> {
+/// Parses an ARP or neighbor discovery message: whether it is an answer, and the address in question.
+fn parse_query_or_answer(packet: &Packet<'_>) -> Option<(bool, IpAddr)> {
     let bytes = packet.bytes;
     match packet.protocol {
-        // Ethernet and IPv4 (RFC 826): the target of a question, the sender of an answer.
+        // Ethernet and IPv4 (RFC 826): the target address of a query, the sender address of an answer.
         ARP if bytes.get(..6)? == [0, 1, 8, 0, 6, 4] => {
             let is_answer = bytes.get(6..8)? == [0, 2];
             let at = if is_answer { 14 } else { 24 };
@@ -246,44 +271,44 @@ mod tests {
     use super::*;
 
     const BRIDGE: u32 = 3;
-    const PORT: u32 = 7;
+    const POD_PORT: u32 = 7;
     const POD: [u8; 4] = [10, 42, 1, 2];
 
-    fn arp(kind: u8, link: u32, answers: bool) -> Reply {
+    fn arp(kind: u8, link: u32, answers: bool) -> QueryResult {
         let mut bytes = vec![0, 1, 8, 0, 6, 4, 0, if answers { 2 } else { 1 }];
         bytes.extend([0; 6]);
         bytes.extend(if answers { POD } else { [10, 42, 1, 1] });
         bytes.extend([0; 6]);
         bytes.extend(if answers { [10, 42, 1, 1] } else { POD });
-        seen(&[(kind, link, ARP, bytes)])
+        captured(&[(kind, link, ARP, bytes)])
     }
 
-    fn seen(packets: &[(u8, u32, u16, Vec<u8>)]) -> Reply {
+    fn captured(packets: &[(u8, u32, u16, Vec<u8>)]) -> QueryResult {
         let address = match packets {
             [(.., IPV6, _), ..] => "fd42::2".parse().expect("an address"),
             _ => IpAddr::from(POD),
         };
-        let mut round = Round::new(BRIDGE, BTreeMap::from([(address, PORT)]));
+        let mut round = Round::new(BRIDGE, BTreeMap::from([(address, POD_PORT)]));
         for (kind, link, protocol, bytes) in packets {
-            // What is cut off is read as far as it goes.
+            // Truncated packets must not panic.
             (0..=bytes.len()).for_each(|end| {
                 let bytes = &bytes[..end];
-                round.see(&Packet { link: *link, kind: *kind, protocol: *protocol, bytes });
+                round.on_packet(&Packet { link: *link, kind: *kind, protocol: *protocol, bytes });
             });
         }
-        assert_eq!(round.is_over(), round.reply(address, true) == Reply::Came);
+        assert_eq!(round.is_over(), round.reply(address, true) == QueryResult::Answered);
         round.reply(address, true)
     }
 
     #[test]
-    fn place_of_a_loss_follows_from_where_question_and_answer_were_seen() {
-        assert_eq!(seen(&[]), Reply::Lost(Loss::Question));
-        assert_eq!(arp(LEAVING, PORT, false), Reply::Lost(Loss::Pod));
-        assert_eq!(arp(3, PORT, true), Reply::Lost(Loss::Answer));
-        assert_eq!(arp(0, BRIDGE, true), Reply::Came);
-        // By another port, or on its way to the bridge.
-        assert_eq!(arp(LEAVING, PORT + 1, false), Reply::Lost(Loss::Question));
-        assert_eq!(arp(LEAVING, BRIDGE, false), Reply::Lost(Loss::Question));
+    fn packets_captured_at_interfaces_give_place_of_loss() {
+        assert_eq!(captured(&[]), QueryResult::Lost(QueryLoss::Query));
+        assert_eq!(arp(PACKET_OUTGOING, POD_PORT, false), QueryResult::Lost(QueryLoss::Pod));
+        assert_eq!(arp(3, POD_PORT, true), QueryResult::Lost(QueryLoss::Answer));
+        assert_eq!(arp(0, BRIDGE, true), QueryResult::Answered);
+        // On another port, and on the bridge.
+        assert_eq!(arp(PACKET_OUTGOING, POD_PORT + 1, false), QueryResult::Lost(QueryLoss::Query));
+        assert_eq!(arp(PACKET_OUTGOING, BRIDGE, false), QueryResult::Lost(QueryLoss::Query));
         let target = "fd42::2".parse::<std::net::Ipv6Addr>().expect("an address").octets();
         let discovery = |kind| {
             let mut bytes = vec![0x60, 0, 0, 0, 0, 24, ICMPV6, 255];
@@ -292,64 +317,69 @@ mod tests {
             bytes.extend(target);
             bytes
         };
-        let question = (LEAVING, PORT, IPV6, discovery(SOLICITATION));
-        assert_eq!(seen(&[question]), Reply::Lost(Loss::Pod));
-        assert_eq!(seen(&[(0, BRIDGE, IPV6, discovery(ADVERTISEMENT))]), Reply::Came);
-        assert_eq!(seen(&[(0, BRIDGE, IPV6, discovery(1))]), Reply::Lost(Loss::Question));
+        let query = (PACKET_OUTGOING, POD_PORT, IPV6, discovery(SOLICITATION));
+        assert_eq!(captured(&[query]), QueryResult::Lost(QueryLoss::Pod));
+        assert_eq!(captured(&[(0, BRIDGE, IPV6, discovery(ADVERTISEMENT))]), QueryResult::Answered);
+        assert_eq!(
+            captured(&[(0, BRIDGE, IPV6, discovery(1))]),
+            QueryResult::Lost(QueryLoss::Query)
+        );
     }
 
     #[test]
-    fn pod_is_silent_after_three_rounds_and_one_whose_own_end_drops_only_if_it_has_answered() {
-        let mut roll = Roll::default();
-        let silent = |roll: &Roll| roll.silent().map(|(_, loss)| loss).collect::<Vec<_>>();
-        roll.note("a", Reply::Missing);
-        assert!(silent(&roll).is_empty() && roll.is_suspect("a"));
-        assert_eq!(roll.pause(), ANXIOUS);
-        roll.note("a", Reply::Lost(Loss::Answer));
-        roll.note("a", Reply::Unclear);
-        assert!(silent(&roll).is_empty(), "two rounds");
-        roll.note("a", Reply::Lost(Loss::Pod));
-        assert!(silent(&roll).is_empty(), "it has never answered");
-        roll.note("a", Reply::Lost(Loss::Answer));
-        assert_eq!(silent(&roll), [Loss::Answer]);
-        assert_eq!(roll.pause(), SILENT);
-        roll.note("a", Reply::Came);
-        assert!(silent(&roll).is_empty());
-        assert_eq!((roll.pause(), roll.answering()), (CALM, 1));
-        roll.note("a", Reply::Missing);
-        roll.note("a", Reply::Lost(Loss::Pod));
-        roll.note("a", Reply::Lost(Loss::Pod));
-        assert_eq!(silent(&roll), [Loss::Pod]);
-        roll.pass_over("a");
-        assert!(silent(&roll).is_empty() && !roll.is_suspect("a"));
-        roll.keep(|port| port != "a");
-        (0..VERDICT).for_each(|_| roll.note("a", Reply::Lost(Loss::Pod)));
-        assert!(silent(&roll).is_empty(), "another pod");
+    fn pod_without_answers_for_three_rounds_is_silent_and_loss_at_pod_counts_only_after_an_answer()
+    {
+        let mut results = PodResults::default();
+        let silent =
+            |results: &PodResults| results.silent().map(|(_, loss)| loss).collect::<Vec<_>>();
+        results.note("a", QueryResult::Unanswered);
+        assert!(silent(&results).is_empty() && results.is_suspect("a"));
+        assert_eq!(results.pause(), SUSPECT_ROUND_INTERVAL);
+        results.note("a", QueryResult::Lost(QueryLoss::Answer));
+        results.note("a", QueryResult::Unclear);
+        assert!(silent(&results).is_empty(), "two rounds");
+        results.note("a", QueryResult::Lost(QueryLoss::Pod));
+        assert!(silent(&results).is_empty(), "it has never answered");
+        results.note("a", QueryResult::Lost(QueryLoss::Answer));
+        assert_eq!(silent(&results), [QueryLoss::Answer]);
+        assert_eq!(results.pause(), SILENT_ROUND_INTERVAL);
+        results.note("a", QueryResult::Answered);
+        assert!(silent(&results).is_empty());
+        assert_eq!((results.pause(), results.answering()), (ROUND_INTERVAL, 1));
+        results.note("a", QueryResult::Unanswered);
+        results.note("a", QueryResult::Lost(QueryLoss::Pod));
+        results.note("a", QueryResult::Lost(QueryLoss::Pod));
+        assert_eq!(silent(&results), [QueryLoss::Pod]);
+        results.clear_misses("a");
+        assert!(silent(&results).is_empty() && !results.is_suspect("a"));
+        results.retain(|port| port != "a");
+        (0..ROUNDS_UNTIL_SILENT).for_each(|_| results.note("a", QueryResult::Lost(QueryLoss::Pod)));
+        assert!(silent(&results).is_empty(), "another pod");
     }
 
     #[test]
-    fn nothing_follows_where_packets_were_missed() {
+    fn capture_that_missed_packets_gives_no_result() {
         let address = IpAddr::from(POD);
-        let mut round = Round::new(BRIDGE, BTreeMap::from([(address, PORT)]));
-        round.miss();
-        assert_eq!(round.reply(address, true), Reply::Unclear);
-        assert_eq!(round.reply(address, false), Reply::Unclear);
+        let mut round = Round::new(BRIDGE, BTreeMap::from([(address, POD_PORT)]));
+        round.note_overflow();
+        assert_eq!(round.reply(address, true), QueryResult::Unclear);
+        assert_eq!(round.reply(address, false), QueryResult::Unclear);
     }
 
     #[test]
-    fn pods_are_asked_by_turns_and_silent_ones_in_each_round() {
+    fn pods_are_selected_in_turn_and_suspect_ones_in_each_round() {
         let pods: BTreeSet<String> = (0..50).map(|number| format!("gsm{number:02}")).collect();
-        let mut roll = Roll::default();
-        roll.note("gsm07", Reply::Missing);
-        let mut asked = BTreeMap::<String, u32>::new();
+        let mut results = PodResults::default();
+        results.note("gsm07", QueryResult::Unanswered);
+        let mut selected = BTreeMap::<String, u32>::new();
         for _ in 0..5 {
-            let chosen = roll.choose(pods.iter());
-            assert!(chosen.len() <= BUDGET + 1 && chosen.contains("gsm07"));
-            chosen.into_iter().for_each(|port| *asked.entry(port).or_default() += 1);
+            let chosen = results.select_pods(pods.iter());
+            assert!(chosen.len() <= MAX_PODS_PER_ROUND + 1 && chosen.contains("gsm07"));
+            chosen.into_iter().for_each(|port| *selected.entry(port).or_default() += 1);
         }
-        assert!(asked.len() == 50 && asked.values().all(|times| *times >= 2), "{asked:?}");
+        assert!(selected.len() == 50 && selected.values().all(|times| *times >= 2), "{selected:?}");
         let few: BTreeSet<String> = pods.iter().take(3).cloned().collect();
-        assert_eq!(roll.choose(few.iter()), few);
-        assert!(roll.choose([].iter()).is_empty());
+        assert_eq!(results.select_pods(few.iter()), few);
+        assert!(results.select_pods([].iter()).is_empty());
     }
 }

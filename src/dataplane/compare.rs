@@ -1,6 +1,6 @@
-//! The three tables side by side, as they should be and as they are: for people who want to see it.
+//! Compares the desired with the actual entries of the three tables, for display to operators.
 //!
-//! Pure. What is done about a difference is `plan`'s business.
+//! Pure. `plan` computes the operations that remove the differences.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -12,33 +12,41 @@ use super::{
 };
 use crate::model::Mac;
 
-/// By what the kernel tells entries of one table apart.
+/// The key by which the kernel identifies an entry of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
+    /// The destination of a route.
     Route(IpNet),
-    Neighbour(IpAddr),
+    /// The overlay address of a neighbor entry.
+    Neighbor(IpAddr),
+    /// The MAC of an FDB entry.
     Fdb(Mac),
 }
 
-/// One entry.
+/// The desired and the actual values of one key, as text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
+    /// The desired value; `None` if no entry is wanted.
     pub wanted: Option<String>,
-    /// The kernel allows several of one key.
+    /// The actual values. The kernel allows several entries of one key.
     pub found: Vec<String>,
 }
 
-/// What an entry is like.
+/// The result of comparing one entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
+    /// The kernel holds exactly the desired entry.
     Same,
+    /// The kernel has no entry of this key.
     Missing,
+    /// The kernel has another entry, or several of this key.
     Different,
-    /// Nobody wants it.
+    /// The kernel has an entry that is not wanted.
     Surplus,
 }
 
 impl Entry {
+    /// Compares the desired with the actual values.
     pub fn verdict(&self) -> Verdict {
         match (&self.wanted, &self.found[..]) {
             (Some(wanted), [found]) if wanted == found => Verdict::Same,
@@ -49,21 +57,21 @@ impl Entry {
     }
 }
 
-/// Every entry that should be there or is.
+/// Returns every key that is desired or exists, with its values.
 pub fn compare(wanted: &Tables, actual: &Actual) -> BTreeMap<Key, Entry> {
     let mut entries: BTreeMap<Key, Entry> = BTreeMap::new();
     let mut want = |key, value| entries.entry(key).or_default().wanted = Some(value);
     wanted.routes.iter().for_each(|(subnet, hop)| want(Key::Route(*subnet), hop_text(hop)));
-    wanted.neighbours.iter().for_each(|(ip, mac)| want(Key::Neighbour(*ip), mac.to_string()));
+    wanted.neighbors.iter().for_each(|(ip, mac)| want(Key::Neighbor(*ip), mac.to_string()));
     wanted.fdb.iter().for_each(|(mac, ip)| want(Key::Fdb(*mac), ip.to_string()));
     let mut find = |key, value| entries.entry(key).or_default().found.push(value);
     actual.routes.iter().for_each(|(subnet, hop)| find(Key::Route(*subnet), hop_text(hop)));
-    actual.neighbours.iter().for_each(|(ip, mac)| find(Key::Neighbour(*ip), mac.to_string()));
+    actual.neighbors.iter().for_each(|(ip, mac)| find(Key::Neighbor(*ip), mac.to_string()));
     actual.fdb.iter().for_each(|(mac, ip)| find(Key::Fdb(*mac), ip.to_string()));
     entries
 }
 
-/// As `ip route` has it, with the metric only where it is not the usual one.
+/// Formats a hop like `ip route`; the metric is left out.
 fn hop_text(hop: &Hop) -> String {
     let way = match hop.way {
         Way::Overlay(gateway) => format!("via {gateway}"),

@@ -1,13 +1,14 @@
-//! Packets for which the kernel misses an entry: what it asks, and what it is told.
+//! Answers the kernel's reports of missing entries.
 //!
-//! The kernel reports two kinds of misses: nobody's MAC is known for an address (`RTM_GETNEIGH` with an
-//! address, as `app_solicit` makes it), and no tunnel for a MAC (the same with a MAC, as `l2miss` makes it).
-//! With all peers programmed a miss means that an entry is gone. With `program = "on-demand"` it is how a
-//! peer gets its entries at all: one route catches the packets for the whole pool, the first of them asks
-//! for its peer, and a peer to which nothing was sent for long loses its entries again. So the kernel's
-//! state grows with the peers in use, and not with the cluster.
+//! The kernel reports two kinds of misses: no MAC is known for an address (`RTM_GETNEIGH` with an address,
+//! sent because of `app_solicit`), and no tunnel endpoint for a MAC (the same with a MAC, sent because of
+//! `l2miss`). If all peers are programmed, a miss means that an entry was deleted.
 //!
-//! Pure. Who is a peer is not decided here, and nothing that was not asked for is answered.
+//! With `program = "on-demand"`, a peer gets its entries only after a miss: one route catches the packets for
+//! the whole pool, the first packet to a peer causes a miss, and a peer that has been idle for long loses its
+//! entries again. The kernel's state then grows with the peers in use, not with the cluster.
+//!
+//! Pure. The view decides who is a peer, and only reported misses are answered.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -19,80 +20,82 @@ use super::{
 };
 use crate::model::{Mac, Slot};
 
-/// Metric of the route for the whole pool: worse than any peer's own.
+/// Metric of the route for the whole pool: worse than that of any peer's own route.
 const POOL_METRIC: u32 = 1_000;
 
-/// What the kernel did not know.
+/// A missing entry, as the kernel reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Miss {
-    /// No neighbour entry for this address on our device.
+    /// No neighbor entry for this address on the VXLAN device.
     Address(IpAddr),
-    /// No FDB entry for this MAC.
+    /// No FDB entry for this MAC on the VXLAN device.
     Tunnel(Mac),
 }
 
-/// How entries get into the kernel.
+/// Which peers get entries in the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
 #[cfg_attr(feature = "agent", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Program {
-    /// Those of all peers, always.
+    /// All peers, always.
     #[default]
     All,
-    /// Those of a peer from the first packet to it on, until it is not used any more.
+    /// A peer from the first packet to it until it is idle.
     OnDemand,
 }
 
-/// Which peers are in use, and what was answered.
+/// The peers in use, and counts of misses.
 #[derive(Debug, Default)]
 pub struct Demand {
     program: Program,
     in_use: BTreeSet<Mac>,
-    /// Misses that were answered from the view.
+    /// Number of misses answered from the view.
     pub answered: u64,
-    /// Misses about addresses and MACs of nobody.
+    /// Number of misses for addresses and MACs of no peer.
     pub unknown: u64,
 }
 
 impl Demand {
+    /// Creates an empty set of peers in use.
     pub fn new(program: Program) -> Self {
         Self { program, ..Self::default() }
     }
 
-    /// By their MACs; none where all peers are programmed.
+    /// Returns the MACs of the peers in use; `None` if all peers are programmed.
     pub fn in_use(&self) -> Option<&BTreeSet<Mac>> {
         (self.program == Program::OnDemand).then_some(&self.in_use)
     }
 
-    /// The part of `all` that is to be in the kernel now.
-    pub fn part_of(&self, all: &Desired) -> Desired {
+    /// Returns the part of `all` that the kernel must hold now.
+    pub fn select(&self, all: &Desired) -> Desired {
         let mut part = all.clone();
         if self.program == Program::All {
             return part;
         }
         let tables = &mut part.tables;
         tables.fdb.retain(|mac, _| self.in_use.contains(mac));
-        tables.neighbours.retain(|_, mac| self.in_use.contains(mac));
-        let used = |address: IpAddr| tables.neighbours.contains_key(&address);
+        tables.neighbors.retain(|_, mac| self.in_use.contains(mac));
+        let used = |address: IpAddr| tables.neighbors.contains_key(&address);
         tables.routes.retain(|subnet, hop| used(subnet.network()) || *hop == Hop::REFUSE);
         let whole = Hop::new(Way::Device, POOL_METRIC);
         tables.routes.extend(all.pool.networks().iter().map(|network| (network, whole)));
         part
     }
 
-    /// Peers with entries in the kernel are in use until the opposite is known: a restart cuts nobody off.
+    /// Marks peers whose entries are already in the kernel as in use, so that a restart of the agent
+    /// interrupts no traffic.
     pub fn adopt(&mut self, present: impl Iterator<Item = Mac>) {
         self.in_use.extend(present);
     }
 
-    /// What answers a miss; nothing, if it is about nobody.
+    /// Returns the operations that answer a miss; empty if it concerns no peer.
     pub fn answer(&mut self, all: &Desired, miss: Miss) -> Vec<Op> {
         let ops = match miss {
             Miss::Tunnel(mac) => all.tables.fdb.get(&mac).map(|underlay| {
-                self.use_it(mac);
+                self.mark_in_use(mac);
                 vec![Op::SetFdb(mac, *underlay)]
             }),
-            Miss::Address(address) => self.introduce(all, address),
+            Miss::Address(address) => self.entries_for(all, address),
         };
         match ops {
             Some(_) => self.answered += 1,
@@ -101,42 +104,43 @@ impl Demand {
         ops.unwrap_or_default()
     }
 
-    /// To these MACs nothing was sent for long: their entries are to go.
-    pub fn age(&mut self, idle: impl Iterator<Item = Mac>) {
+    /// Marks peers as idle, so that their entries are removed.
+    pub fn remove_idle(&mut self, idle: impl Iterator<Item = Mac>) {
         idle.for_each(|mac| _ = self.in_use.remove(&mac));
     }
 
-    /// Who is no peer any more is not in use.
+    /// Drops peers that are no longer in the view.
     pub fn keep_peers(&mut self, all: &Desired) {
         self.in_use.retain(|mac| all.tables.fdb.contains_key(mac));
     }
 
-    fn use_it(&mut self, mac: Mac) {
+    fn mark_in_use(&mut self, mac: Mac) {
         if self.program == Program::OnDemand {
             self.in_use.insert(mac);
         }
     }
 
-    /// All entries of the peer that has an address, and an answer for the packet that waits for it.
-    fn introduce(&mut self, all: &Desired, address: IpAddr) -> Option<Vec<Op>> {
+    /// Returns all entries of the peer that owns `address`, and a temporary neighbor entry that releases the
+    /// waiting packet.
+    fn entries_for(&mut self, all: &Desired, address: IpAddr) -> Option<Vec<Op>> {
         let tables = &all.tables;
         let slot: Slot = all.pool.slot_of(address)?;
         let mut ops = Vec::new();
         let mut answer = None;
         for subnet in all.pool.subnets(slot).iter() {
             let vtep = subnet.network();
-            let (Some(mac), Some(hop)) = (tables.neighbours.get(&vtep), tables.routes.get(&subnet))
+            let (Some(mac), Some(hop)) = (tables.neighbors.get(&vtep), tables.routes.get(&subnet))
             else {
                 continue;
             };
             let underlay = tables.fdb.get(mac)?;
-            ops.extend([Op::SetFdb(*mac, *underlay), Op::SetNeighbour(vtep, *mac)]);
+            ops.extend([Op::SetFdb(*mac, *underlay), Op::SetNeighbor(vtep, *mac)]);
             if self.program == Program::OnDemand {
                 let to_gateway = tables.routes.get_key_value(&IpNet::from(vtep));
                 let routes = to_gateway.into_iter().chain([(&subnet, hop)]);
                 ops.extend(routes.map(|(to, hop)| Op::AddRoute(*to, *hop)));
             }
-            self.use_it(*mac);
+            self.mark_in_use(*mac);
             if subnet.contains(&address) && vtep != address && hop.way == Way::Overlay(vtep) {
                 answer = Some(Op::Resolve(address, *mac));
             }
@@ -168,25 +172,26 @@ mod tests {
     }
 
     #[test]
-    fn with_all_peers_programmed_a_miss_gets_the_entry_that_is_gone() {
+    fn miss_with_all_peers_programmed_restores_the_deleted_entry() {
         let (all, mut demand) = (all(), Demand::new(Program::All));
-        assert_eq!(demand.part_of(&all), all);
+        assert_eq!(demand.select(&all), all);
         let vtep = address("10.42.8.0");
-        let mac = all.tables.neighbours[&vtep];
+        let mac = all.tables.neighbors[&vtep];
         let fdb = Op::SetFdb(mac, all.tables.fdb[&mac]);
         assert_eq!(demand.answer(&all, Miss::Tunnel(mac)), std::slice::from_ref(&fdb));
-        let both = [fdb, Op::SetNeighbour(vtep, mac)];
+        let both = [fdb, Op::SetNeighbor(vtep, mac)];
         assert_eq!(demand.answer(&all, Miss::Address(vtep)), both);
-        let nobody = [Miss::Address(address("10.42.200.5")), Miss::Tunnel(Mac::from_bytes([2; 6]))];
-        assert!(nobody.iter().all(|miss| demand.answer(&all, *miss).is_empty()));
+        let unknown =
+            [Miss::Address(address("10.42.200.5")), Miss::Tunnel(Mac::from_bytes([2; 6]))];
+        assert!(unknown.iter().all(|miss| demand.answer(&all, *miss).is_empty()));
         assert_eq!((demand.answered, demand.unknown), (2, 2));
     }
 
     #[test]
-    fn on_demand_the_kernel_holds_the_peers_in_use_and_a_route_for_all() {
+    fn on_demand_kernel_holds_peers_in_use_and_one_route_for_the_pool() {
         let (all, mut demand) = (all(), Demand::new(Program::OnDemand));
         let mut kernel = FakeKernel::default();
-        kernel.settle(&demand.part_of(&all));
+        kernel.settle(&demand.select(&all));
         assert_eq!(
             (kernel.routes.len(), kernel.fdb.len()),
             (2, 0),
@@ -196,26 +201,26 @@ mod tests {
         for op in demand.answer(&all, Miss::Address(pod)) {
             kernel.apply(&op).expect("possible");
         }
-        assert!(kernel.neighbours.contains_key(&pod), "the packet that asked can go");
+        assert!(kernel.neighbors.contains_key(&pod), "the waiting packet is released");
         assert!(kernel.forward("10.42.8.0/24".parse().expect("subnet")).is_some());
-        // The next packets go by the peer's own entries.
-        kernel.apply(&Op::RemoveNeighbour(pod)).expect("possible");
-        assert_eq!(plan(&demand.part_of(&all), &kernel.dump()), [], "nothing else to do");
+        // Later packets use the peer's own entries.
+        kernel.apply(&Op::RemoveNeighbor(pod)).expect("possible");
+        assert_eq!(plan(&demand.select(&all), &kernel.dump()), [], "no further operation");
 
-        // A new process finds it in use, and only silence ends that.
+        // A new process adopts the peer and removes it only when it is idle.
         demand = Demand::new(Program::OnDemand);
         demand.adopt(kernel.dump().fdb.iter().map(|(mac, _)| *mac));
-        kernel.settle(&demand.part_of(&all));
+        kernel.settle(&demand.select(&all));
         assert_eq!(kernel.fdb.len(), 1);
         let idle: Vec<Mac> = demand.in_use().expect("on demand").iter().copied().collect();
-        demand.age(idle.into_iter());
-        kernel.settle(&demand.part_of(&all));
-        assert_eq!((kernel.routes.len(), kernel.fdb.len(), kernel.neighbours.len()), (2, 0, 0));
+        demand.remove_idle(idle.into_iter());
+        kernel.settle(&demand.select(&all));
+        assert_eq!((kernel.routes.len(), kernel.fdb.len(), kernel.neighbors.len()), (2, 0, 0));
 
-        // A neighbour that outlived the peer's other entries asks for the tunnel alone.
-        let mac = all.tables.neighbours[&address("10.42.8.0")];
+        // A miss for the MAC alone: a neighbor entry outlived the peer's other entries.
+        let mac = all.tables.neighbors[&address("10.42.8.0")];
         assert_eq!(demand.answer(&all, Miss::Tunnel(mac)).len(), 1);
-        assert!(demand.part_of(&all).tables.fdb.contains_key(&mac), "and keeps it");
+        assert!(demand.select(&all).tables.fdb.contains_key(&mac), "and keeps it");
         demand.keep_peers(&Desired { tables: Tables::default(), ..all });
         assert_eq!(demand.in_use().map(BTreeSet::len), Some(0));
     }

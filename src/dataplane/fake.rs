@@ -1,9 +1,9 @@
-//! A kernel in memory: what each operation does to the device and the three tables, as measured on Linux.
+//! An in-memory kernel for property tests and the simulator.
 //!
-//! For property tests and the simulator. Its contract is the one of `kernel`: "exists already" and "gone
-//! already" are success; a route needs a device that is up; a second route with one metric is refused; a
-//! device that is deleted takes all its entries along, one whose MAC changes its neighbours. It never
-//! decides anything.
+//! Each operation changes the device and the three tables as measured on Linux. The contract is that of
+//! `kernel`: "already exists" and "already gone" are success; a route requires a device that is up; a second
+//! route with the same destination and metric is refused; deleting the device deletes all entries on it;
+//! changing its MAC drops its neighbor entries.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,37 +21,47 @@ use crate::model::Mac;
 /// The part of a host's kernel that gossamer programs.
 #[derive(Clone, Debug, Default)]
 pub struct FakeKernel {
+    /// The VXLAN device, if it exists.
     pub device: Option<Found>,
+    /// FDB entries: MAC and underlay address.
     pub fdb: BTreeSet<(Mac, IpAddr)>,
-    pub neighbours: BTreeMap<IpAddr, Mac>,
-    /// Routes by destination and metric, as the kernel keys them.
+    /// Neighbor entries: overlay address -> MAC.
+    pub neighbors: BTreeMap<IpAddr, Mac>,
+    /// Routes by the kernel's key: destination and metric.
     pub routes: BTreeMap<(IpNet, u32), Hop>,
 }
 
-/// What the kernel said no to.
+/// An operation that the kernel refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{op:?}: {why}")]
-pub struct Refused {
+pub struct RefusedOp {
+    /// The refused operation.
     pub op: Op,
+    /// The kernel's error message.
     pub why: &'static str,
 }
 
 impl FakeKernel {
+    /// Returns the state as a dump would.
     pub fn dump(&self) -> Actual {
         let routes = self.routes.iter().map(|(&(subnet, _), &hop)| (subnet, hop));
         Actual {
             device: self.device.clone(),
             fdb: self.fdb.clone(),
-            neighbours: self.neighbours.clone(),
+            neighbors: self.neighbors.clone(),
             routes: routes.collect(),
         }
     }
 
-    pub fn apply(&mut self, op: &Op) -> Result<(), Refused> {
-        let refused = |why| Err(Refused { op: op.clone(), why });
-        let absent = self.device.is_none();
+    /// Applies one operation.
+    ///
+    /// # Errors
+    /// The kernel would refuse the operation, for example because the device is down or the route exists.
+    pub fn apply(&mut self, op: &Op) -> Result<(), RefusedOp> {
+        let refused = |why| Err(RefusedOp { op: op.clone(), why });
+        let is_absent = self.device.is_none();
         match op.clone() {
-            Op::CreateDevice(_) if !absent => return refused("File exists"),
+            Op::CreateDevice(_) if !is_absent => return refused("File exists"),
             Op::CreateDevice(device) => {
                 let found = Found {
                     up: false,
@@ -67,17 +77,17 @@ impl FakeKernel {
                 *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
             }
             Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
-            Op::RemoveNeighbour(address) => _ = self.neighbours.remove(&address),
+            Op::RemoveNeighbor(address) => _ = self.neighbors.remove(&address),
             Op::RemoveFdb(mac, underlay) => _ = self.fdb.remove(&(mac, underlay)),
-            Op::SetFdb(mac, underlay) if !absent => {
-                // Replaces the first destination of the MAC, whichever that is.
+            Op::SetFdb(mac, underlay) if !is_absent => {
+                // The kernel replaces the first destination of the MAC.
                 if let Some(first) = self.fdb.iter().find(|(known, _)| *known == mac).copied() {
                     self.fdb.remove(&first);
                 }
                 self.fdb.insert((mac, underlay));
             }
-            Op::SetNeighbour(address, mac) | Op::Resolve(address, mac) if !absent => {
-                _ = self.neighbours.insert(address, mac)
+            Op::SetNeighbor(address, mac) | Op::Resolve(address, mac) if !is_absent => {
+                _ = self.neighbors.insert(address, mac)
             }
             Op::AddRoute(subnet, hop) | Op::ReplaceRoute(subnet, hop) => {
                 if !self.device.as_ref().is_some_and(|found| found.up) {
@@ -95,7 +105,7 @@ impl FakeKernel {
                 match on_device {
                     Op::SetMac(mac) => {
                         found.device.mac = mac;
-                        self.neighbours.clear();
+                        self.neighbors.clear();
                     }
                     Op::SetMtu(mtu) => found.device.mtu = mtu,
                     Op::SetAlias(alias) => found.device.alias = alias,
@@ -113,26 +123,26 @@ impl FakeKernel {
         Ok(())
     }
 
-    /// Applies a whole plan for `desired`; what is refused is left out.
-    pub fn settle(&mut self, desired: &Desired) -> Vec<Refused> {
+    /// Applies the whole plan for `desired`. Returns the refused operations; the others take effect.
+    pub fn settle(&mut self, desired: &Desired) -> Vec<RefusedOp> {
         let ops = plan(desired, &self.dump());
         ops.iter().filter_map(|op| self.apply(op).err()).collect()
     }
 
-    /// Whether the tables hold exactly these entries.
+    /// Returns whether the tables hold exactly these entries.
     pub fn holds(&self, tables: &Tables) -> bool {
         let actual = self.dump();
         actual.fdb == tables.fdb.clone().into_iter().collect()
-            && actual.neighbours == tables.neighbours
+            && actual.neighbors == tables.neighbors
             && actual.routes == tables.routes.clone().into_iter().collect()
     }
 
-    /// Where a packet to `subnet` goes: by the route of the lowest metric, its VTEP's neighbour entry, and
-    /// the FDB entry of that MAC.
+    /// Returns where a packet to `subnet` goes: it takes the route with the lowest metric, the neighbor entry
+    /// of the route's VTEP, and the FDB entry of that MAC.
     pub fn forward(&self, subnet: IpNet) -> Option<(Mac, IpAddr)> {
         let mut routes = self.routes.range((subnet, 0)..=(subnet, u32::MAX));
         let Way::Overlay(vtep) = routes.next()?.1.way else { return None };
-        let mac = self.neighbours.get(&vtep)?;
+        let mac = self.neighbors.get(&vtep)?;
         self.fdb.iter().find(|(known, _)| known == mac).copied()
     }
 }

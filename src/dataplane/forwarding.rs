@@ -1,36 +1,33 @@
-//! Whether this host forwards what pods send and receive: what was seen of packets that had to be forwarded,
-//! and what follows from it.
+//! Whether this host forwards the packets of pods: evaluates trials with test packets.
 //!
-//! Two proofs need a peer, and concern this host alone. *Out*: a packet of a pod to a peer's VTEP. It counts
-//! as lost here only where it is not seen leaving, although that peer answers this host itself at the same
-//! time. *In*: a packet as if it came through the tunnel. It counts as lost only where it was seen coming out
-//! of the tunnel, and has not come to the pod.
+//! Each trial sends a packet in one direction and captures it where it must arrive. The result does
+//! not depend on the rules that are found, because only packets show what all rules together do. The
+//! directions:
 //!
-//! Two more need no peer. *Gateway*: this host answers a pod that asks for the MAC of its gateway.
-//! *Between pods*: a packet to a second pod on the same bridge, where the kernel shows such packets to the
-//! firewall of what is forwarded, or a firewall of bridges may drop them. *Neighbors*: by what such pods find
-//! each other, ARP or neighbor discovery, where that is tried.
+//! - *Out*: from a pod to a peer's VTEP. It counts as lost on this host only if it is not captured leaving
+//!   although that peer answers this host itself at the same time.
+//! - *In*: a packet as if it came through the tunnel, for a pod. It counts as lost only if it was captured
+//!   coming out of the tunnel and did not reach the pod.
+//! - *Gateway*: a pod's query for the MAC of its gateway, which this host answers.
+//! - *Between pods*: to a second pod on the same bridge. Tried if the kernel passes such packets to the
+//!   firewall for forwarded packets, or if a bridge firewall may drop them.
+//! - *Neighbors*: ARP or neighbor discovery between such pods.
+//! - *Size errors*: a packet of a pod that is too large for the tunnel. This host must report that to the pod
+//!   by ICMP, or connections hang. It counts as lost only if a packet of the largest size that fits (*large
+//!   out*) was captured leaving at the same time.
+//! - *Carried*: a packet of a pod that entered the tunnel must leave this host inside a tunnel packet. It
+//!   counts as lost only if a packet of this host itself did so at the same time: output rules that match the
+//!   sending program can drop the one and not the other.
+//! - *To this host* and *from this host*: between pods and their own host. A host may be closed to pods
+//!   intentionally, so these are only warnings.
 //!
-//! *Too large*: a packet of a pod that does not fit into the tunnel. This host has to tell the pod so (ICMP),
-//! or connections hang. It counts as lost only where one that just fits (*large out*) was seen leaving at the
-//! same time.
+//! *Out*, *in*, *between pods* and *from this host* are tried with a UDP datagram and with the first segment
+//! of a TCP connection, because rules often drop only one of them. ICMP echoes are not tried: pods work
+//! without them. Some hosts accept connections in place of the destination (SYNPROXY). The first segment then
+//! gets an answer but goes no further; this counts as passed.
 //!
-//! *Carried*: a packet of a pod that has entered the tunnel leaves this host inside a tunnel packet. It
-//! counts as lost only where one of this host's own did so at the same time: output rules drop the ones and
-//! not the others where they go by the program that sends.
-//!
-//! *To this host* and *from this host*: what pods say to the host they are on, and what it says to them.
-//! Hosts may be closed to pods on purpose, so these are told as warnings.
-//!
-//! Some hosts accept connections in place of their destination (SYNPROXY): then the first segment goes no
-//! further, and is answered. That is as good as if it had passed here.
-//!
-//! Each other way is tried with a UDP datagram and with the first segment of a TCP connection: rules often
-//! drop the one or the other alone. Echoes are not: pods live without them. Pure: packets are made here, and
-//! sent elsewhere.
-//!
-//! All of these see this host's part of the way alone. Whether packets come to a pod of another host, and
-//! answers come back, is in [`FarPods`].
+//! *Out* and *in* need a peer, but each of these trials shows only what this host does. [`FarPods`] tries the
+//! whole path to pods of other hosts. Pure: this module only builds packets; the agent sends them.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -40,83 +37,95 @@ mod message;
 mod packet;
 mod witness;
 
-pub use far::{FarLoss, FarOutput, FarPods, FarWay, Half, Subject};
+pub use far::{FarLoss, FarOutput, FarPeer, FarPods, FarWay, Half};
 use loss::Losses;
 use message::SEES_DATA;
 pub use message::{
-    FAR_DATA_PORT, FAR_PORT, IS_SAID, Kind, SMALL, Said, Segment, Sort, answer, answers_segment,
-    is_of_round, question, read, read_stream, segment as far_segment, stream_question,
+    FAR_DATA_PORT, FAR_PORT, IS_MESSAGE, Kind, MessageType, SMALL, Segment, Sort, answer,
+    answers_segment, is_of_round, question, read, read_stream, segment as far_segment,
+    stream_question,
 };
 pub use packet::{
-    Field, IN_ANSWER, IN_DATAGRAM, IN_SEGMENT, MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED,
+    Field, IN_ANSWER, IN_DATAGRAM, IN_SEGMENT, MAGIC, NONCE_LEN, Probe, TunneledProbe, UNUSED,
     UNUSED_OUT, destination, echo, inner, number, parse,
 };
-pub use witness::Witness;
+pub use witness::ArrivalLog;
 
-/// Between two trials while all is well.
-const CALM: Duration = Duration::from_secs(15);
-/// The same while packets are lost.
-const ANXIOUS: Duration = Duration::from_secs(1);
-/// So many trials in a row that end alike make a verdict.
-const VERDICT: u32 = 3;
+/// Interval of trials while all packets pass.
+const TRIAL_INTERVAL: Duration = Duration::from_secs(15);
+/// Interval of trials while packets are lost and the cause may change soon.
+const SUSPECT_TRIAL_INTERVAL: Duration = Duration::from_secs(1);
+/// Consecutive trials with the same result after which that result is accepted.
+const TRIALS_UNTIL_VERDICT: u32 = 3;
 
+/// A transport protocol to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Transport {
+    /// A UDP datagram.
     Udp,
+    /// The first segment of a TCP connection.
     Tcp,
 }
 
+/// The direction of a test packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Direction {
-    /// From pods to the overlay.
+    /// From a pod to the overlay.
     Out(Transport),
-    /// From the overlay to pods.
+    /// From the overlay to a pod.
     In(Transport),
-    /// From pods to the overlay, as large as the tunnel carries.
+    /// From a pod to the overlay, of the largest size that fits into the tunnel.
     LargeOut,
-    /// From pods to the overlay, inside tunnel packets.
+    /// From a pod to the overlay, captured inside tunnel packets.
     Carried,
-    /// From pods to this host itself, which is their gateway: ARP, or neighbour discovery.
+    /// From a pod to its gateway, which is this host: ARP or neighbor discovery.
     Gateway,
-    /// From this host to a pod: that a packet of it is too large for the tunnel.
+    /// From this host to a pod: the ICMP error for a packet that is too large for the tunnel.
     TooLarge,
     /// From one pod of this host to another.
     Between(Transport),
-    /// The same of ARP, or neighbor discovery, by which they find each other.
-    Finding,
-    /// From pods to this host itself, by whatever protocol.
+    /// From one pod of this host to another: ARP or neighbor discovery.
+    NeighborDiscovery,
+    /// From a pod to this host itself.
     ToHost,
-    /// From this host itself to pods of its own.
+    /// From this host itself to one of its pods.
     FromHost(Transport),
 }
 
-/// Packets of one direction and family, which a host forwards by rules of their own.
+/// A direction in one address family; the host's rules for it are separate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Way {
+    /// The direction.
     pub direction: Direction,
+    /// The address family is IPv4, not IPv6.
     pub ipv4: bool,
 }
 
-/// How a trial ended.
+/// The result of one trial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub enum TrialResult {
+    /// The packet arrived, or was answered.
     Passed,
-    /// This host dropped it.
+    /// This host dropped the packet.
     Lost,
-    /// It does not tell anything about this host.
+    /// The trial gives no information about this host.
     Unclear,
 }
 
-/// What is known of each way.
+/// The results of all trials, by way.
 #[derive(Debug)]
 pub struct Trials<W = Way> {
-    ways: BTreeMap<W, Tally>,
+    ways: BTreeMap<W, WayResults>,
 }
 
+/// The results of one way.
 #[derive(Clone, Copy, Debug, Default)]
-struct Tally {
+struct WayResults {
+    /// Consecutive losses.
     lost: u32,
+    /// Consecutive unclear trials.
     unclear: u32,
+    /// The accepted result; `None` if unknown.
     passes: Option<bool>,
 }
 
@@ -127,81 +136,87 @@ impl<W> Default for Trials<W> {
 }
 
 impl<W: Copy + Ord> Trials<W> {
-    pub fn note(&mut self, way: W, seen: Seen) {
-        let tally = self.ways.entry(way).or_default();
-        match seen {
-            Seen::Passed => *tally = Tally { passes: Some(true), ..Tally::default() },
-            Seen::Lost => {
-                (tally.lost, tally.unclear) = (tally.lost + 1, 0);
-                if tally.lost >= VERDICT {
-                    tally.passes = Some(false);
+    /// Records the result of a trial.
+    pub fn note(&mut self, way: W, result: TrialResult) {
+        let results = self.ways.entry(way).or_default();
+        match result {
+            TrialResult::Passed => {
+                *results = WayResults { passes: Some(true), ..WayResults::default() }
+            }
+            TrialResult::Lost => {
+                (results.lost, results.unclear) = (results.lost + 1, 0);
+                if results.lost >= TRIALS_UNTIL_VERDICT {
+                    results.passes = Some(false);
                 }
             }
-            Seen::Unclear => {
-                tally.unclear += 1;
-                if tally.unclear >= VERDICT {
-                    *tally = Tally::default();
+            TrialResult::Unclear => {
+                results.unclear += 1;
+                if results.unclear >= TRIALS_UNTIL_VERDICT {
+                    *results = WayResults::default();
                 }
             }
         }
     }
 
-    /// Nothing can be tried any more, so nothing is known.
-    pub fn forget(&mut self) {
+    /// Forgets all results, because trials are no longer possible.
+    pub fn clear(&mut self) {
         self.ways.clear();
     }
 
-    /// Forgets ways that are not tried any more.
-    pub fn keep(&mut self, is_tried: impl Fn(&W) -> bool) {
+    /// Forgets the results of ways for which `is_tried` returns false.
+    pub fn retain(&mut self, is_tried: impl Fn(&W) -> bool) {
         self.ways.retain(|way, _| is_tried(way));
     }
 
-    /// Ways that packets do not pass.
+    /// Returns the ways that packets do not pass.
     pub fn closed(&self) -> Vec<W> {
-        self.with(false)
+        self.with_result(false)
     }
 
-    /// Ways that packets pass.
+    /// Returns the ways that packets pass.
     pub fn open(&self) -> Vec<W> {
-        self.with(true)
+        self.with_result(true)
     }
 
-    fn with(&self, passes: bool) -> Vec<W> {
-        let ways = self.ways.iter().filter(|(_, tally)| tally.passes == Some(passes));
+    fn with_result(&self, passes: bool) -> Vec<W> {
+        let ways = self.ways.iter().filter(|(_, results)| results.passes == Some(passes));
         ways.map(|(way, _)| *way).collect()
     }
 
-    /// Ways that packets were lost on when they were last tried, with or without a verdict.
-    fn doubted(&self) -> impl Iterator<Item = &W> {
-        self.ways.iter().filter(|(_, tally)| tally.lost > 0).map(|(way, _)| way)
+    /// Returns the ways on which the last trial lost a packet, whether or not the result is accepted.
+    fn last_lost(&self) -> impl Iterator<Item = &W> {
+        self.ways.iter().filter(|(_, results)| results.lost > 0).map(|(way, _)| way)
     }
 }
 
 impl Trials<Way> {
-    /// Until the next trial. A host may be closed to its pods for good, and on purpose.
+    /// Returns the time to the next trial. A host may be closed to its pods permanently and intentionally, so
+    /// such losses do not shorten it once they are accepted.
     pub fn pause(&self) -> Duration {
-        let is_open = |(way, tally): (&Way, &Tally)| {
-            tally.lost > 0 && (tally.lost < VERDICT || !way.direction.is_of_host())
+        let is_recheck_due = |(way, results): (&Way, &WayResults)| {
+            results.lost > 0 && (results.lost < TRIALS_UNTIL_VERDICT || !way.direction.is_of_host())
         };
-        if self.ways.iter().any(is_open) { ANXIOUS } else { CALM }
+        if self.ways.iter().any(is_recheck_due) { SUSPECT_TRIAL_INTERVAL } else { TRIAL_INTERVAL }
     }
 }
 
 impl Transport {
+    /// All transports.
     pub const ALL: [Self; 2] = [Self::Udp, Self::Tcp];
 }
 
 impl Direction {
-    /// Between pods of this host and those of others.
+    /// Returns whether packets of this direction are forwarded between pods of this host and of others.
     pub const fn is_through(self) -> bool {
         matches!(self, Self::Out(_) | Self::In(_) | Self::LargeOut)
     }
 
+    /// Returns whether packets of this direction go between pods of this host.
     pub const fn is_between(self) -> bool {
         matches!(self, Self::Between(_))
     }
 
-    /// Between pods and their own host, which says nothing about packets that are forwarded.
+    /// Returns whether the direction is between a pod and its own host, so it shows nothing about forwarding.
     pub const fn is_of_host(self) -> bool {
         matches!(self, Self::ToHost | Self::FromHost(_))
     }
@@ -217,7 +232,7 @@ impl Direction {
             Self::Gateway => "gateway",
             Self::TooLarge => "size errors",
             Self::Between(_) => "between pods",
-            Self::Finding => "neighbors",
+            Self::NeighborDiscovery => "neighbors",
         }
     }
 
@@ -232,12 +247,12 @@ impl Direction {
             | Self::Gateway
             | Self::TooLarge
             | Self::ToHost
-            | Self::Finding => None,
+            | Self::NeighborDiscovery => None,
         }
     }
 }
 
-/// A list of ways, which names a transport only where the other is missing.
+/// Formats a list of ways. A transport is only named if the other one is not in the list.
 pub fn list(ways: &[Way]) -> String {
     let mut named: Vec<String> = Vec::new();
     for way in ways {
@@ -256,7 +271,7 @@ pub fn list(ways: &[Way]) -> String {
     named.join(", ")
 }
 
-/// Packets of both families, for the fuzzer.
+/// Returns packets of both families, for the fuzzer.
 #[cfg(all(feature = "agent", any(test, feature = "sim")))]
 pub(crate) fn samples() -> Vec<Vec<u8>> {
     let ipv4 = [&[0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17][..], &[0; 10], &[1; 8]].concat();
@@ -264,7 +279,7 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
     vec![ipv4, ipv6, question(Kind::Small, 7, 0)]
 }
 
-/// Reads a packet and compares it with that of a trial, for the fuzzer.
+/// Parses a packet with all parsers of this module, for the fuzzer. Returns whether any accepts it.
 #[cfg(all(feature = "agent", any(test, feature = "sim")))]
 pub(crate) fn fuzz(packet: &[u8]) -> bool {
     let within = inner(packet).and_then(|packet| destination(packet).zip(echo(packet)));
@@ -280,50 +295,56 @@ mod tests {
     const IN: Way = Way { direction: Direction::In(Transport::Udp), ipv4: true };
 
     #[test]
-    fn a_way_is_closed_when_three_trials_in_a_row_are_lost_and_open_by_one_that_passes() {
+    fn way_is_closed_after_three_lost_trials_and_open_after_one_that_passes() {
         let mut trials = Trials::default();
-        trials.note(OUT, Seen::Passed);
-        assert_eq!((trials.open(), trials.pause()), (vec![OUT], CALM));
-        for seen in [Seen::Lost, Seen::Lost, Seen::Passed, Seen::Lost, Seen::Lost] {
-            trials.note(OUT, seen);
+        trials.note(OUT, TrialResult::Passed);
+        assert_eq!((trials.open(), trials.pause()), (vec![OUT], TRIAL_INTERVAL));
+        for result in [
+            TrialResult::Lost,
+            TrialResult::Lost,
+            TrialResult::Passed,
+            TrialResult::Lost,
+            TrialResult::Lost,
+        ] {
+            trials.note(OUT, result);
             assert!(trials.closed().is_empty());
         }
-        assert_eq!(trials.pause(), ANXIOUS);
-        trials.note(IN, Seen::Passed);
-        trials.note(OUT, Seen::Lost);
+        assert_eq!(trials.pause(), SUSPECT_TRIAL_INTERVAL);
+        trials.note(IN, TrialResult::Passed);
+        trials.note(OUT, TrialResult::Lost);
         assert_eq!((trials.closed(), trials.open()), (vec![OUT], vec![IN]));
-        trials.note(OUT, Seen::Passed);
-        assert_eq!((trials.closed(), trials.pause()), (vec![], CALM));
+        trials.note(OUT, TrialResult::Passed);
+        assert_eq!((trials.closed(), trials.pause()), (vec![], TRIAL_INTERVAL));
     }
 
     #[test]
-    fn host_that_is_closed_to_its_pods_is_not_tried_all_the_time() {
+    fn host_closed_to_its_pods_is_tried_at_regular_interval() {
         let way = Way { direction: Direction::ToHost, ipv4: true };
         let mut trials = Trials::default();
-        (1..VERDICT).for_each(|_| trials.note(way, Seen::Lost));
-        assert_eq!((trials.closed(), trials.pause()), (vec![], ANXIOUS));
-        trials.note(way, Seen::Lost);
-        assert_eq!((trials.closed(), trials.pause()), (vec![way], CALM));
+        (1..TRIALS_UNTIL_VERDICT).for_each(|_| trials.note(way, TrialResult::Lost));
+        assert_eq!((trials.closed(), trials.pause()), (vec![], SUSPECT_TRIAL_INTERVAL));
+        trials.note(way, TrialResult::Lost);
+        assert_eq!((trials.closed(), trials.pause()), (vec![way], TRIAL_INTERVAL));
     }
 
     #[test]
-    fn what_is_unclear_for_long_is_not_known_any_more() {
+    fn way_with_unclear_trials_becomes_unknown() {
         let mut trials = Trials::default();
-        (0..VERDICT).for_each(|_| trials.note(OUT, Seen::Lost));
-        (1..VERDICT).for_each(|_| trials.note(OUT, Seen::Unclear));
+        (0..TRIALS_UNTIL_VERDICT).for_each(|_| trials.note(OUT, TrialResult::Lost));
+        (1..TRIALS_UNTIL_VERDICT).for_each(|_| trials.note(OUT, TrialResult::Unclear));
         assert_eq!(trials.closed(), [OUT]);
-        trials.note(OUT, Seen::Unclear);
+        trials.note(OUT, TrialResult::Unclear);
         assert!(trials.closed().is_empty() && trials.open().is_empty());
-        trials.note(OUT, Seen::Passed);
-        trials.note(IN, Seen::Passed);
-        trials.keep(|way| *way == IN);
+        trials.note(OUT, TrialResult::Passed);
+        trials.note(IN, TrialResult::Passed);
+        trials.retain(|way| *way == IN);
         assert_eq!(trials.open(), [IN]);
-        trials.forget();
+        trials.clear();
         assert!(trials.open().is_empty());
     }
 
     #[test]
-    fn a_list_names_a_transport_only_where_the_other_is_missing() {
+    fn list_names_transport_only_if_the_other_is_missing() {
         let way = |direction, ipv4| Way { direction, ipv4 };
         let both = Transport::ALL.map(|transport| way(Direction::Out(transport), true));
         let tcp = way(Direction::In(Transport::Tcp), false);

@@ -1,23 +1,24 @@
-//! From the view to the kernel: what should be there, what is, and the operations between.
+//! The kernel's forwarding state: what it must hold, what it holds, and the operations in between.
 //!
 //! - [`desired`]: view -> device and entries (pure)
-//! - [`plan`]: desired and actual -> ordered operations (pure)
-//! - [`answers`]: whether pods of this host answer ARP (pure)
+//! - [`plan`]: desired and actual state -> ordered operations (pure)
+//! - [`compare`]: desired and actual entries side by side, for display (pure)
+//! - [`answers`]: whether pods of this host answer ARP or neighbor discovery (pure)
 //! - [`audit`]: where the kernel sends packets, and why not where they should go (pure)
-//! - [`demand`]: what the kernel misses, and what it is told (pure)
-//! - [`fight`]: whether another program undoes our repairs (pure)
-//! - [`firewall`]: view -> our table in nftables (pure)
-//! - [`forwarding`]: whether this host forwards what pods send and receive (pure)
-//! - [`offload`]: whether checksums can be left to the device (pure)
-//! - [`overlap`]: networks of the host that are also the overlay's (pure)
-//! - [`paths`]: whether packets get through to each peer (pure)
-//! - [`silence`]: why nothing comes from a peer (pure)
-//! - [`toggled`]: forwarding that another program turns off again and again (pure)
-//! - [`told`]: which path MTUs that routers have told are to be believed (pure)
-//! - `kernel`: dump and apply, by netlink
-//! - `fake`: a kernel in memory, for property tests and the simulator
+//! - [`demand`]: the kernel's reports of missing entries, and the entries that answer them (pure)
+//! - [`fight`]: whether another program keeps undoing gossamer's repairs (pure)
+//! - [`firewall`]: view -> gossamer's nftables table (pure)
+//! - [`forwarding`]: whether this host forwards the packets of pods (pure)
+//! - [`offload`]: whether the network card computes checksums of tunnel packets correctly (pure)
+//! - [`overlap`]: networks of the host that overlap with the overlay's (pure)
+//! - [`path_mtu_reports`]: which path MTUs reported by routers are correct (pure)
+//! - [`paths`]: whether packets reach each peer (pure)
+//! - [`silence`]: why no packets arrive from a peer (pure)
+//! - [`toggled`]: forwarding sysctls that another program keeps turning off (pure)
+//! - `kernel`: dumps and changes the kernel's tables by netlink
+//! - `fake`: an in-memory kernel for property tests and the simulator
 //!
-//! Nobody else touches the kernel's tables, and nothing here decides who is a peer.
+//! Only this module changes the kernel's tables. It does not decide who is a peer.
 
 #[warn(clippy::disallowed_methods)]
 pub mod answers;

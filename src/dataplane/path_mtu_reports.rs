@@ -1,10 +1,10 @@
-//! Path MTUs that routers have told the kernel, and which of them to believe.
+//! Path MTUs that routers have reported to the kernel, and which of them are correct.
 //!
-//! Any host may say by ICMP that a packet of ours was too large ("fragmentation needed", RFC 1191), and the
-//! kernel believes it for ten minutes: tunnel packets become small and slow. So each report is tried: the
-//! host is sent datagrams of the interface's full size that no router may fragment. One that is answered
-//! shows that the report is false; then the kernel is to forget it. A router that has told the truth answers
-//! for the host. Pure.
+//! Any host can claim by ICMP that a packet was too large ("fragmentation needed", RFC 1191). The kernel
+//! accepts the claim for ten minutes, and tunnel packets become small and slow. The agent therefore tests
+//! each report: it sends the host datagrams of the interface's full size that routers must not fragment. An
+//! answer shows that the report is false, and the kernel is made to drop it. If the report is correct, no
+//! answer arrives, because a router rejects the datagrams. Pure.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -14,119 +14,127 @@ use std::{
 
 use crate::model::Time;
 
-/// Datagrams sent for one report, and the time between two, and until the verdict.
-const TRIES: u32 = 3;
-const PAUSE: Duration = Duration::from_secs(1);
-const TIMEOUT: Duration = Duration::from_secs(3);
-/// A report that was believed is tried again, for the path may be another one.
-const AGAIN: Duration = Duration::from_secs(300);
-/// The kernel is made to forget at most so often.
-const FORGET: Duration = Duration::from_secs(10);
-/// Datagrams whose numbers are remembered.
-const REMEMBERED: usize = 64;
+/// Datagrams sent to test one report.
+const MAX_TRIES: u32 = 3;
+/// Time between two datagrams.
+const TRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Time from the last datagram until the report counts as correct.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+/// Interval between tests of a correct report, because the path may change.
+const RETEST_INTERVAL: Duration = Duration::from_secs(300);
+/// Minimum time between two requests to the kernel to drop the reports about one host.
+const MIN_DROP_INTERVAL: Duration = Duration::from_secs(10);
+/// Maximum number of unanswered datagrams whose sequence numbers are stored.
+const MAX_PENDING: usize = 64;
 
 /// The reports about all hosts.
 #[derive(Debug, Default)]
 pub struct Reports {
     hosts: BTreeMap<IpAddr, Report>,
-    asked: VecDeque<(u16, IpAddr)>,
+    /// Sequence numbers of unanswered datagrams, and the hosts they were sent to.
+    pending: VecDeque<(u16, IpAddr)>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Report {
-    told: u32,
-    verdict: Verdict,
+    /// The reported path MTU in bytes.
+    mtu: u32,
+    state: TestState,
     due: Time,
     tries: u32,
-    /// How often the kernel was made to forget it.
-    forgotten: u32,
+    /// How often the kernel was made to drop it.
+    drops: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    Open,
-    Right,
-    Wrong,
+enum TestState {
+    /// Not tested yet.
+    Untested,
+    /// Full-size datagrams are lost, so the report is correct.
+    Correct,
+    /// A full-size datagram was answered, so the report is false.
+    False,
 }
 
-/// What is to be done.
+/// An action for the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Send this host a datagram of full size.
-    Ask(IpAddr),
-    /// Have the kernel forget what it was told of this host: the MTU.
-    Forget(IpAddr, u32),
+    /// Send this host a full-size datagram.
+    SendFullSize(IpAddr),
+    /// Make the kernel drop its report about this host: the path MTU in bytes.
+    DropReport(IpAddr, u32),
 }
 
 impl Reports {
-    /// What the kernel holds now: every host of which something was told, and the MTU.
-    pub fn update(&mut self, now: Time, told: &BTreeMap<IpAddr, u32>) {
-        self.hosts.retain(|host, _| told.contains_key(host));
-        for (&host, &told) in told {
-            let new = Report { told, verdict: Verdict::Open, due: now, tries: 0, forgotten: 0 };
+    /// Replaces the reports with those that the kernel holds now: path MTUs in bytes by host.
+    pub fn update(&mut self, now: Time, mtus: &BTreeMap<IpAddr, u32>) {
+        self.hosts.retain(|host, _| mtus.contains_key(host));
+        for (&host, &mtu) in mtus {
+            let new = Report { mtu, state: TestState::Untested, due: now, tries: 0, drops: 0 };
             let report = self.hosts.entry(host).or_insert(new);
-            // A false one is false whatever it says next.
-            if report.told != told && report.verdict == Verdict::Right {
+            // After a false report, the next one about the host counts as false, too.
+            if report.mtu != mtu && report.state == TestState::Correct {
                 *report = new;
             }
-            report.told = told;
+            report.mtu = mtu;
         }
     }
 
-    /// What is due.
+    /// Returns the next action that is due.
     pub fn poll(&mut self, now: Time) -> Option<Action> {
         let (&host, report) = self.hosts.iter_mut().find(|(_, report)| report.due <= now)?;
-        Some(match report.verdict {
-            Verdict::Open if report.tries == TRIES => {
-                (report.verdict, report.due) = (Verdict::Right, now + AGAIN);
+        Some(match report.state {
+            TestState::Untested if report.tries == MAX_TRIES => {
+                (report.state, report.due) = (TestState::Correct, now + RETEST_INTERVAL);
                 return self.poll(now);
             }
-            Verdict::Open => {
+            TestState::Untested => {
                 report.tries += 1;
-                report.due = now + if report.tries == TRIES { TIMEOUT } else { PAUSE };
-                Action::Ask(host)
+                report.due =
+                    now + if report.tries == MAX_TRIES { ANSWER_TIMEOUT } else { TRY_INTERVAL };
+                Action::SendFullSize(host)
             }
-            Verdict::Right => {
-                report.due = now + AGAIN;
-                Action::Ask(host)
+            TestState::Correct => {
+                report.due = now + RETEST_INTERVAL;
+                Action::SendFullSize(host)
             }
-            Verdict::Wrong => {
-                report.forgotten += 1;
-                report.due = now + FORGET;
-                Action::Forget(host, report.told)
+            TestState::False => {
+                report.drops += 1;
+                report.due = now + MIN_DROP_INTERVAL;
+                Action::DropReport(host, report.mtu)
             }
         })
     }
 
-    /// The number of a datagram that was sent to a host.
-    pub fn on_asked(&mut self, host: IpAddr, number: u16) {
-        if self.asked.len() == REMEMBERED {
-            self.asked.pop_front();
+    /// Records the sequence number of a datagram sent to a host.
+    pub fn on_sent(&mut self, host: IpAddr, number: u16) {
+        if self.pending.len() == MAX_PENDING {
+            self.pending.pop_front();
         }
-        self.asked.push_back((number, host));
+        self.pending.push_back((number, host));
     }
 
-    /// A datagram of full size has arrived at this host.
-    pub fn on_arrival(&mut self, now: Time, host: IpAddr, number: u16) {
-        let Some(place) = self.asked.iter().position(|asked| *asked == (number, host)) else {
+    /// Records the answer to a full-size datagram.
+    pub fn on_answer(&mut self, now: Time, host: IpAddr, number: u16) {
+        let Some(index) = self.pending.iter().position(|pending| *pending == (number, host)) else {
             return;
         };
-        self.asked.remove(place);
-        if let Some(report) = self.hosts.get_mut(&host).filter(|r| r.verdict != Verdict::Wrong) {
-            (report.verdict, report.due) = (Verdict::Wrong, now);
+        self.pending.remove(index);
+        if let Some(report) = self.hosts.get_mut(&host).filter(|r| r.state != TestState::False) {
+            (report.state, report.due) = (TestState::False, now);
         }
     }
 
-    /// The MTU of the path to a host, where a report was tried and is not false.
-    pub fn believed(&self, host: IpAddr) -> Option<u32> {
+    /// Returns the path MTU in bytes to a host, if a report exists and has been tested as correct.
+    pub fn correct_mtu(&self, host: IpAddr) -> Option<u32> {
         let report = self.hosts.get(&host)?;
-        (report.verdict == Verdict::Right).then_some(report.told)
+        (report.state == TestState::Correct).then_some(report.mtu)
     }
 
-    /// The same where a false one is there again although the kernel has forgotten it.
-    pub fn lasting(&self, host: IpAddr) -> Option<u32> {
+    /// Returns the reported MTU in bytes if a false report has reappeared after the kernel dropped it.
+    pub fn recurring_false_mtu(&self, host: IpAddr) -> Option<u32> {
         let report = self.hosts.get(&host)?;
-        (report.verdict == Verdict::Wrong && report.forgotten > 1).then_some(report.told)
+        (report.state == TestState::False && report.drops > 1).then_some(report.mtu)
     }
 }
 
@@ -140,52 +148,58 @@ mod tests {
         Time::ZERO + Duration::from_secs(seconds)
     }
 
-    fn told(mtu: u32) -> BTreeMap<IpAddr, u32> {
+    fn mtu(mtu: u32) -> BTreeMap<IpAddr, u32> {
         BTreeMap::from([(HOST, mtu)])
     }
 
     #[test]
-    fn report_is_believed_when_three_datagrams_of_full_size_are_lost() {
+    fn report_is_correct_when_three_full_size_datagrams_are_lost() {
         let mut reports = Reports::default();
-        for second in 0..TRIES.into() {
-            reports.update(at(second), &told(1400));
-            assert_eq!(reports.poll(at(second)), Some(Action::Ask(HOST)), "{second}");
+        for second in 0..MAX_TRIES.into() {
+            reports.update(at(second), &mtu(1400));
+            assert_eq!(reports.poll(at(second)), Some(Action::SendFullSize(HOST)), "{second}");
             assert_eq!(reports.poll(at(second)), None);
-            assert_eq!(reports.believed(HOST), None);
+            assert_eq!(reports.correct_mtu(HOST), None);
         }
         assert_eq!(reports.poll(at(5)), None);
-        assert_eq!(reports.believed(HOST), Some(1400));
-        // Another one is tried for itself, and so is this one after a while.
-        reports.update(at(6), &told(1300));
-        assert_eq!((reports.believed(HOST), reports.poll(at(6))), (None, Some(Action::Ask(HOST))));
+        assert_eq!(reports.correct_mtu(HOST), Some(1400));
+        // A changed report is tested separately, and a correct one is tested again later.
+        reports.update(at(6), &mtu(1300));
+        assert_eq!(
+            (reports.correct_mtu(HOST), reports.poll(at(6))),
+            (None, Some(Action::SendFullSize(HOST)))
+        );
         let mut reports = Reports::default();
-        reports.update(at(0), &told(1400));
+        reports.update(at(0), &mtu(1400));
         for second in 0..6 {
             reports.poll(at(second));
         }
-        assert_eq!(reports.poll(at(400)), Some(Action::Ask(HOST)));
-        assert_eq!(reports.believed(HOST), Some(1400), "until it is answered");
-        reports.on_asked(HOST, 7);
-        reports.on_arrival(at(400), HOST, 7);
-        assert_eq!(reports.believed(HOST), None);
+        assert_eq!(reports.poll(at(400)), Some(Action::SendFullSize(HOST)));
+        assert_eq!(reports.correct_mtu(HOST), Some(1400), "until an answer arrives");
+        reports.on_sent(HOST, 7);
+        reports.on_answer(at(400), HOST, 7);
+        assert_eq!(reports.correct_mtu(HOST), None);
         reports.update(at(401), &BTreeMap::new());
-        assert_eq!(reports.poll(at(500)), None, "nothing is told any more");
+        assert_eq!(reports.poll(at(500)), None, "no report left");
     }
 
     #[test]
-    fn report_is_forgotten_when_a_datagram_of_full_size_arrives_and_lasting_when_it_comes_back() {
+    fn report_is_dropped_when_full_size_datagram_is_answered_and_recurring_when_it_reappears() {
         let mut reports = Reports::default();
-        reports.update(at(0), &told(552));
-        assert_eq!(reports.poll(at(0)), Some(Action::Ask(HOST)));
-        reports.on_asked(HOST, 9);
-        reports.on_arrival(at(0), HOST, 8);
-        reports.on_arrival(at(0), [192, 0, 2, 9].into(), 9);
-        assert_eq!(reports.poll(at(0)), None, "not what was asked");
-        reports.on_arrival(at(0), HOST, 9);
-        assert_eq!(reports.poll(at(0)), Some(Action::Forget(HOST, 552)));
-        assert_eq!((reports.poll(at(5)), reports.lasting(HOST)), (None, None));
-        reports.update(at(10), &told(600));
-        assert_eq!(reports.poll(at(10)), Some(Action::Forget(HOST, 600)));
-        assert_eq!((reports.lasting(HOST), reports.believed(HOST)), (Some(600), None));
+        reports.update(at(0), &mtu(552));
+        assert_eq!(reports.poll(at(0)), Some(Action::SendFullSize(HOST)));
+        reports.on_sent(HOST, 9);
+        reports.on_answer(at(0), HOST, 8);
+        reports.on_answer(at(0), [192, 0, 2, 9].into(), 9);
+        assert_eq!(reports.poll(at(0)), None, "wrong sequence number, wrong host");
+        reports.on_answer(at(0), HOST, 9);
+        assert_eq!(reports.poll(at(0)), Some(Action::DropReport(HOST, 552)));
+        assert_eq!((reports.poll(at(5)), reports.recurring_false_mtu(HOST)), (None, None));
+        reports.update(at(10), &mtu(600));
+        assert_eq!(reports.poll(at(10)), Some(Action::DropReport(HOST, 600)));
+        assert_eq!(
+            (reports.recurring_false_mtu(HOST), reports.correct_mtu(HOST)),
+            (Some(600), None)
+        );
     }
 }

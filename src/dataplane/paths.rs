@@ -1,15 +1,19 @@
-//! Whether packets get through: what has been asked of each peer through the overlay, and what came back.
+//! Whether packets reach each peer: probes sent through the overlay, and their answers.
 //!
-//! Gossip says whether an agent answers; this says whether a host's kernel forwards, which it does without
-//! its agent too. There are several witnesses, for each of them alone may be silenced by a firewall: echoes
-//! (ICMP), datagrams to the agent's port (answered by the agent, or refused by a kernel without one), and
-//! packets that the peer sends of its own accord. A peer's subnet is withdrawn only where gossip and all of
-//! them are silent, and one of those that are asked had answered until then. A state machine without a clock
-//! or a socket: what is due is asked for by [`Paths::poll`], what came in is told. Nothing here touches
-//! ownership.
+//! Gossip shows whether a peer's agent answers. The probes show whether its kernel forwards packets, which it
+//! also does without an agent. A firewall may drop any single kind of packet, so there are several signs of
+//! life: answers to echoes (ICMP), answers to datagrams to the agent's port (from the agent, or a refusal by
+//! a kernel without one), and packets that the peer sends unprompted. A peer's subnet is withdrawn only if
+//! gossip reports the peer as down, all these signs are missing, and one kind of probe had been answered
+//! until then.
+//!
+//! A state machine without clock or sockets: [`Paths::poll`] returns the probes to send, and the `on_*`
+//! methods take what arrives. It does not touch slot ownership.
 
 mod flows;
 mod path;
+mod replies;
+mod size_search;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,39 +28,52 @@ use crate::{
     model::{NodeId, PathState, Time},
 };
 
-/// [`Paths::judge`] and [`Paths::poll`] are to be called this often.
-pub const LOOK: Duration = Duration::from_secs(1);
-/// Called so much later than that, this process stood still, and has missed answers that were there.
-const STALL: Duration = Duration::from_millis(500);
-/// Between any two requests while something is wrong with the peers that are asked, so that a large cluster
-/// costs no more than a small one.
-const GAP: Duration = Duration::from_millis(20);
-/// Peers with which all is well are asked several at a time, for each time costs a sleeper its rest: so many,
-const CALM_BURST: u32 = 8;
-/// and then nobody until the next [`LOOK`], which may be a little early.
-const CALM_GAP: Duration = Duration::from_millis(900);
+/// Interval at which [`Paths::update_withdrawn`] and [`Paths::poll`] must be called.
+pub const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// A call that is later than this after its time means that the process was suspended and missed answers.
+const MAX_CHECK_DELAY: Duration = Duration::from_millis(500);
+/// Minimum time between two probes to suspect peers, so that probes of a large cluster cost no more than
+/// those of a small one.
+const MIN_PROBE_INTERVAL: Duration = Duration::from_millis(20);
+/// Healthy peers are probed in bursts, because each wakeup costs power: number of probes in a burst.
+const HEALTHY_BURST: u32 = 8;
+/// Time between two bursts. Slightly less than [`CHECK_INTERVAL`], because a check may come a little early.
+const HEALTHY_BURST_INTERVAL: Duration = Duration::from_millis(900);
 
-/// A request that is to be sent now.
+/// A probe to send now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
+    /// The probed peer.
     pub node: NodeId,
+    /// Overlay address of the peer's VTEP.
     pub to: IpAddr,
+    /// Sequence number, which the answer repeats.
     pub sequence: u16,
+    /// What to send.
     pub kind: Kind,
 }
 
-/// What is asked.
+/// The kinds of probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A small echo.
+    /// A small ICMP echo.
     Small,
-    /// An echo as large as the overlay's MTU allows, less so many bytes.
-    Full { less: u32 },
+    /// An ICMP echo of a size near the overlay's MTU.
+    Full {
+        /// Bytes less than the overlay's MTU.
+        less: u32,
+    },
     /// A datagram to the port of the peer's agent. The agent answers it, and a kernel without an agent
-    /// refuses it; both only where its checksum is right.
-    Datagram { flow: usize },
-    /// The same, to learn whether this flow gets through: below [`FLOWS`].
-    Flow { flow: usize },
+    /// refuses it; both require that its checksum is correct.
+    Datagram {
+        /// Number of the flow, below [`FLOWS`]; it selects the source port.
+        flow: usize,
+    },
+    /// The same datagram, sent to learn whether this flow reaches the peer.
+    Flow {
+        /// Number of the flow, below [`FLOWS`].
+        flow: usize,
+    },
 }
 
 impl Kind {
@@ -65,80 +82,88 @@ impl Kind {
     }
 }
 
-/// Who has answered a datagram.
+/// The sender of the answer to a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum By {
+pub enum Responder {
+    /// The peer's agent.
     Agent,
-    /// It has refused the datagram, which it does only while no agent runs.
+    /// The peer's kernel: it refused the datagram, which it does only while no agent runs.
     Kernel,
 }
 
-/// A peer as gossip and the view have it.
+/// A peer as reported by gossip and the view.
 #[derive(Clone, Copy, Debug)]
-pub struct Subject {
+pub struct ProbedPeer {
+    /// The peer's node id.
     pub node: NodeId,
-    /// Its VTEP's overlay address, at which its kernel answers.
+    /// Overlay address of its VTEP, at which its kernel answers.
     pub vtep: IpAddr,
-    /// From which its tunnel packets come, and its requests where they come without a tunnel.
+    /// Underlay address: the source of its tunnel packets, and of its probes if they arrive without a tunnel.
     pub underlay: IpAddr,
+    /// The state reported by gossip; `None` if gossip does not know the node.
     pub liveness: Option<Liveness>,
-    /// It may be asked; otherwise what is known of it stays as it is, for as long as gossip says the same.
-    pub ask: bool,
+    /// Whether the peer may be probed. If not, its path keeps its state while gossip reports the same
+    /// liveness.
+    pub may_probe: bool,
 }
 
-/// What became of datagrams that were asked for by [`Paths::ask_datagrams`], and sent while echoes came back.
+/// Results of the datagrams requested by [`Paths::request_datagrams`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
+    /// Number of answered datagrams.
     pub answered: u32,
+    /// Number of lost datagrams.
     pub lost: u32,
 }
 
-/// All peers.
+/// The paths to all peers.
 #[derive(Debug)]
 pub struct Paths {
     peers: BTreeMap<NodeId, Path>,
-    /// None where several peers share an address: what comes from there proves nothing about one of them.
+    /// Peers by VTEP and underlay address; `None` if several peers share the address, so that a packet from
+    /// it proves nothing.
     by_address: BTreeMap<IpAddr, Option<NodeId>>,
     sequence: u16,
     withdraw_after: Option<Duration>,
-    awake: Awake,
-    /// Who is asked when: first those in doubt, then those with whom all is well.
+    clock: AwakeClock,
+    /// Order of the next probes: the queues of suspect and of healthy peers.
     queues: Queues,
-    /// Nobody in a queue is asked earlier.
+    /// Earliest time of the next probe from each queue.
     not_before: [Time; 2],
-    /// Asked in the present burst.
+    /// Number of probes sent in the current burst.
     burst: u32,
 }
 
 type Queues = [BTreeSet<(Time, NodeId)>; 2];
-const DOUBTED: usize = 0;
-const CALMED: usize = 1;
+const SUSPECT: usize = 0;
+const HEALTHY: usize = 1;
 
-/// Leaves out of time what this process slept through, by whatever stopped it: a signal, a hypervisor, a
-/// suspended machine. What it asked before that is answered or lost afterwards. All times within are such.
+/// A clock that leaves out the time during which this process was stopped, for example by a signal, a
+/// hypervisor or a suspend. So a probe sent before the stop gets its full timeout afterwards. All times in
+/// `Path` are of this clock.
 #[derive(Debug, Default)]
-struct Awake {
-    looked: Option<Time>,
-    slept: Duration,
+struct AwakeClock {
+    last_call: Option<Time>,
+    stopped: Duration,
 }
 
-impl Awake {
-    fn look(&mut self, now: Time) -> Time {
-        let pause = self.looked.map_or(Duration::ZERO, |looked| now.since(looked));
-        if pause > LOOK + STALL {
-            self.slept += pause;
+impl AwakeClock {
+    fn advance(&mut self, now: Time) -> Time {
+        let pause = self.last_call.map_or(Duration::ZERO, |last_call| now.since(last_call));
+        if pause > CHECK_INTERVAL + MAX_CHECK_DELAY {
+            self.stopped += pause;
         }
-        self.looked = Some(now);
+        self.last_call = Some(now);
         self.at(now)
     }
 
     fn at(&self, now: Time) -> Time {
-        Time::ZERO + now.since(Time::ZERO + self.slept)
+        Time::ZERO + now.since(Time::ZERO + self.stopped)
     }
 }
 
 impl Paths {
-    /// Without a span nothing is ever withdrawn.
+    /// Creates an empty set of paths. With `withdraw_after: None`, no peer is ever withdrawn.
     pub fn new(withdraw_after: Option<Duration>) -> Self {
         Self {
             peers: BTreeMap::new(),
@@ -147,24 +172,24 @@ impl Paths {
             not_before: [Time::ZERO; 2],
             burst: 0,
             withdraw_after,
-            awake: Awake::default(),
+            clock: AwakeClock::default(),
             queues: Queues::default(),
         }
     }
 
-    /// Who there is.
-    pub fn update(&mut self, now: Time, peers: impl Iterator<Item = Subject>) {
-        let at = self.awake.look(now);
-        let mut before = std::mem::take(&mut self.peers);
+    /// Replaces the set of peers.
+    pub fn update(&mut self, now: Time, peers: impl Iterator<Item = ProbedPeer>) {
+        let at = self.clock.advance(now);
+        let mut known_peers = std::mem::take(&mut self.peers);
         self.by_address.clear();
         self.queues = Queues::default();
-        for Subject { node, vtep, underlay, liveness, ask } in peers {
-            let known = before.remove(&node).filter(|path| path.address == vtep);
+        for ProbedPeer { node, vtep, underlay, liveness, may_probe } in peers {
+            let known = known_peers.remove(&node).filter(|path| path.address == vtep);
             let mut path = known.unwrap_or_else(|| Path::new(at, vtep));
             path.underlay = underlay;
-            path.opine(at, liveness);
-            path.ask = ask;
-            if let Some((queue, due)) = path.place() {
+            path.set_liveness(at, liveness);
+            path.may_probe = may_probe;
+            if let Some((queue, due)) = path.queue_position() {
                 self.queues[queue].insert((due, node));
             }
             self.peers.insert(node, path);
@@ -173,168 +198,189 @@ impl Paths {
                 self.by_address.entry(address).and_modify(of_one).or_insert(Some(node));
             }
         }
-        self.judge(now);
+        self.update_withdrawn(now);
     }
 
-    /// The next request, if one is due.
+    /// Returns the next probe, if one is due.
     pub fn poll(&mut self, now: Time) -> Option<Probe> {
-        let at = self.awake.look(now);
-        let mut turns = [DOUBTED, CALMED].into_iter().filter_map(|queue| self.turn(queue));
-        let (_, node) = turns.find(|(due, _)| *due <= at)?;
+        let at = self.clock.advance(now);
+        let mut candidates = [SUSPECT, HEALTHY].into_iter().filter_map(|queue| self.next_of(queue));
+        let (_, node) = candidates.find(|(due, _)| *due <= at)?;
         let sequence = self.next_sequence();
-        let (probe, is_calm) = self.change(node, |path| {
-            let (kind, to) = (path.ask(at, sequence), path.address);
-            (Probe { node, to, sequence, kind }, path.is_calm())
+        let (probe, is_healthy) = self.update_path(node, |path| {
+            let (kind, to) = (path.next_probe(at, sequence), path.address);
+            (Probe { node, to, sequence, kind }, path.is_healthy())
         })?;
-        self.burst = (self.burst + u32::from(is_calm)) % CALM_BURST;
-        match (is_calm, self.burst) {
-            (false, _) => self.not_before[DOUBTED] = at + GAP,
-            (true, 0) => self.not_before[CALMED] = at + CALM_GAP,
+        self.burst = (self.burst + u32::from(is_healthy)) % HEALTHY_BURST;
+        match (is_healthy, self.burst) {
+            (false, _) => self.not_before[SUSPECT] = at + MIN_PROBE_INTERVAL,
+            (true, 0) => self.not_before[HEALTHY] = at + HEALTHY_BURST_INTERVAL,
             (true, _) => {}
         }
         Some(probe)
     }
 
-    /// All is well with everybody, so that requests of the peers' own tell nothing.
-    pub fn are_calm(&self) -> bool {
-        self.queues[DOUBTED].is_empty()
+    /// Returns whether all peers are healthy, so that their own probes give no additional information.
+    pub fn are_healthy(&self) -> bool {
+        self.queues[SUSPECT].is_empty()
     }
 
-    /// A number for a request of somebody else's, that no request of ours has.
+    /// Returns a sequence number for a request made elsewhere, distinct from those of pending probes.
     pub const fn next_sequence(&mut self) -> u16 {
         self.sequence = self.sequence.wrapping_add(1);
         self.sequence
     }
 
-    /// When [`Paths::poll`] has something to do that does not wait for [`LOOK`].
+    /// Returns when [`Paths::poll`] must be called for a suspect peer, before the next [`CHECK_INTERVAL`]
+    /// ends.
     pub fn next_due(&self) -> Option<Time> {
-        Some(self.turn(DOUBTED)?.0 + self.awake.slept)
+        Some(self.next_of(SUSPECT)?.0 + self.clock.stopped)
     }
 
-    /// Who is asked next from a queue, and when.
-    fn turn(&self, queue: usize) -> Option<(Time, NodeId)> {
+    /// Returns the next peer of a queue, and when its probe is due.
+    fn next_of(&self, queue: usize) -> Option<(Time, NodeId)> {
         let (due, node) = self.queues[queue].first()?;
         Some((*due.max(&self.not_before[queue]), *node))
     }
 
-    /// An echo of a peer's kernel, through the tunnel or from elsewhere.
-    pub fn on_answer(&mut self, now: Time, from: IpAddr, sequence: u16, elsewhere: bool) {
-        self.change_at(now, from, |path, at| path.on_echo(at, sequence, elsewhere));
+    /// Records an echo reply from a peer's kernel. `diverted`: it arrived by another interface than the
+    /// overlay's.
+    pub fn on_answer(&mut self, now: Time, from: IpAddr, sequence: u16, diverted: bool) {
+        self.update_path_at(now, from, |path, at| path.on_echo(at, sequence, diverted));
     }
 
-    /// A datagram has arrived at a peer.
-    pub fn on_arrival(&mut self, now: Time, from: IpAddr, sequence: u16, by: By, elsewhere: bool) {
-        self.change_at(now, from, |path, at| path.on_arrival(at, sequence, by, elsewhere));
+    /// Records the answer to a datagram. `diverted`: it arrived by another interface than the overlay's.
+    pub fn on_arrival(
+        &mut self,
+        now: Time,
+        from: IpAddr,
+        sequence: u16,
+        by: Responder,
+        diverted: bool,
+    ) {
+        self.update_path_at(now, from, |path, at| path.on_arrival(at, sequence, by, diverted));
     }
 
-    /// A packet that a peer has sent of its own accord, as packets to it go or from elsewhere.
-    pub fn on_packet(&mut self, now: Time, from: IpAddr, elsewhere: bool) {
-        self.change_at(now, from, |path, at| path.hear(at, elsewhere));
+    /// Records a packet that a peer sent unprompted. `diverted`: it arrived by another way than packets to
+    /// the peer take.
+    pub fn on_packet(&mut self, now: Time, from: IpAddr, diverted: bool) {
+        self.update_path_at(now, from, |path, at| path.on_packet(at, diverted));
     }
 
-    /// What is known of the agent of a peer in doubt: whether a packet of it has come since the last
-    /// [`LOOK`], and the round trip over the underlay.
-    pub fn on_agent(&mut self, now: Time, node: NodeId, spoke: bool, round_trip: Option<Duration>) {
-        let at = self.awake.look(now);
-        self.change(node, |path| path.on_agent(at, spoke, round_trip));
+    /// Records what is known of a suspect peer's agent: whether a packet of it has arrived since the last
+    /// [`CHECK_INTERVAL`] (`has_sent`), and the round trip over the underlay.
+    pub fn on_agent(
+        &mut self,
+        now: Time,
+        node: NodeId,
+        has_sent: bool,
+        round_trip: Option<Duration>,
+    ) {
+        let at = self.clock.advance(now);
+        self.update_path(node, |path| path.on_agent(at, has_sent, round_trip));
     }
 
-    /// Peers about which other witnesses are to be asked, with their underlay addresses.
-    pub fn doubted(&self) -> impl Iterator<Item = (NodeId, IpAddr)> + '_ {
-        let doubted = self.peers.iter().filter(|(_, path)| path.is_doubted());
-        doubted.map(|(node, path)| (*node, path.underlay))
+    /// Returns the peers for which other signs of life are needed, with their underlay addresses.
+    pub fn suspects(&self) -> impl Iterator<Item = (NodeId, IpAddr)> + '_ {
+        let suspects = self.peers.iter().filter(|(_, path)| path.is_suspect());
+        suspects.map(|(node, path)| (*node, path.underlay))
     }
 
-    /// The peer with this address, in the overlay or below it, if only one has it.
+    /// Returns the peer with this VTEP or underlay address; `None` if several peers share it.
     pub fn holder(&self, address: IpAddr) -> Option<NodeId> {
         self.by_address.get(&address).copied().flatten()
     }
 
-    /// Whether what a peer sends of its own accord comes by another way than packets to it go.
+    /// Returns whether packets that the peer sends unprompted arrive by another way than packets to it take.
     pub fn is_diverted_inbound(&self, node: NodeId) -> bool {
         self.peers.get(&node).is_some_and(|path| path.is_diverted_inbound)
     }
 
-    /// Whether gossip holds a peer as alive, as last told.
+    /// Returns whether the last liveness reported by gossip is alive.
     pub fn is_alive(&self, node: NodeId) -> bool {
         self.peers.get(&node).is_some_and(Path::is_alive)
     }
 
-    /// How much smaller than the overlay's MTU packets to a peer have to be; none, if they need not be, or it
-    /// is not known yet.
-    pub fn narrower_by(&self, node: NodeId) -> Option<u32> {
-        self.peers.get(&node).and_then(Path::narrower_by)
+    /// Returns how many bytes smaller than the overlay's MTU packets to a peer must be; `None` if full-size
+    /// packets pass or the size is not known yet.
+    pub fn mtu_reduction(&self, node: NodeId) -> Option<u32> {
+        self.peers.get(&node).and_then(Path::mtu_reduction)
     }
 
-    /// Large packets of others to a peer were lost where small ones were not: asks at once whether full ones
-    /// get through.
-    pub fn doubt_size(&mut self, now: Time, node: NodeId) {
-        let at = self.awake.look(now);
-        self.change(node, |path| path.doubt_size(at));
+    /// Requests an immediate full-size probe, because large packets to the peer were lost elsewhere while
+    /// small ones were not.
+    pub fn request_size_check(&mut self, now: Time, node: NodeId) {
+        let at = self.clock.advance(now);
+        self.update_path(node, |path| path.request_size_check(at));
     }
 
-    /// Whether it is being found out how large packets to a peer may be.
-    pub fn is_measured(&self, node: NodeId) -> bool {
-        self.peers.get(&node).is_some_and(Path::is_measured)
+    /// Returns whether the largest packet size to a peer is still being determined.
+    pub fn is_measuring_size(&self, node: NodeId) -> bool {
+        self.peers.get(&node).is_some_and(Path::is_measuring_size)
     }
 
-    /// How many flows to a peer are lost, of how many; none where that is not so, or all are.
+    /// Returns the numbers of lost flows and of flows with a known result; `None` if no flow or all are lost.
     pub fn flows(&self, node: NodeId) -> Option<(usize, usize)> {
         self.peers.get(&node).and_then(Path::flows)
     }
 
-    /// Peers from which echoes come back, and no answers to datagrams.
-    pub fn deaf(&self) -> BTreeSet<NodeId> {
-        let deaf = self.peers.iter().filter(|(_, path)| path.is_deaf() && path.flows().is_none());
-        deaf.map(|(node, _)| *node).collect()
+    /// Returns peers that answer echoes but no datagrams, except those that lose only some flows.
+    pub fn losing_datagrams(&self) -> BTreeSet<NodeId> {
+        let peers = self
+            .peers
+            .iter()
+            .filter(|(_, path)| path.is_losing_datagrams() && path.flows().is_none());
+        peers.map(|(node, _)| *node).collect()
     }
 
-    /// Sends so many datagrams to each of these peers, one a second, and counts from now on.
-    pub fn ask_datagrams(&mut self, now: Time, peers: &BTreeSet<NodeId>, count: u32) {
-        let at = self.awake.look(now);
+    /// Sends `count` datagrams to each of these peers, one per second, and resets their tallies.
+    pub fn request_datagrams(&mut self, now: Time, peers: &BTreeSet<NodeId>, count: u32) {
+        let at = self.clock.advance(now);
         for node in peers {
-            self.change(*node, |path| path.begin_trial(at, count));
+            self.update_path(*node, |path| path.begin_trial(at, count));
         }
     }
 
-    /// What became of them; none for a peer that is gone.
+    /// Returns the results of the requested datagrams; `None` if the peer is gone.
     pub fn tally(&self, node: NodeId) -> Option<Tally> {
         self.peers.get(&node).map(|path| path.tally)
     }
 
-    /// Peers for which neither gossip nor any other witness speaks.
+    /// Returns the peers whose subnets must be unreachable.
     pub fn withdrawn(&self) -> BTreeSet<NodeId> {
         let withdrawn = self.peers.iter().filter(|(_, path)| path.withdrawn);
         withdrawn.map(|(node, _)| *node).collect()
     }
 
-    /// What is known of the way to each peer, and the last round trip.
+    /// Returns the state of each path, with the last round trip.
     pub fn states(
         &self,
         now: Time,
     ) -> impl Iterator<Item = (NodeId, PathState, Option<Duration>)> + '_ {
-        let at = self.awake.at(now);
+        let at = self.clock.at(now);
         self.peers.iter().map(move |(node, path)| (*node, path.state(at), path.round_trip))
     }
 
-    /// Withdraws and restores. To be called often: being withdrawn follows from time.
-    pub fn judge(&mut self, now: Time) {
-        let at = self.awake.look(now);
+    /// Withdraws and restores peers. To be called periodically, because withdrawal depends on time.
+    pub fn update_withdrawn(&mut self, now: Time) {
+        let at = self.clock.advance(now);
         for (node, path) in &mut self.peers {
-            path.change(*node, &mut self.queues, |path| path.judge(at, self.withdraw_after));
+            path.update_path(*node, &mut self.queues, |path| {
+                path.update_withdrawn(at, self.withdraw_after)
+            });
         }
     }
 
-    fn change_at(&mut self, now: Time, address: IpAddr, what: impl FnOnce(&mut Path, Time)) {
-        let at = self.awake.look(now);
+    fn update_path_at(&mut self, now: Time, address: IpAddr, change: impl FnOnce(&mut Path, Time)) {
+        let at = self.clock.advance(now);
         if let Some(Some(node)) = self.by_address.get(&address) {
-            self.change(*node, |path| what(path, at));
+            self.update_path(*node, |path| change(path, at));
         }
     }
 
-    fn change<T>(&mut self, node: NodeId, what: impl FnOnce(&mut Path) -> T) -> Option<T> {
+    fn update_path<T>(&mut self, node: NodeId, change: impl FnOnce(&mut Path) -> T) -> Option<T> {
         let path = self.peers.get_mut(&node)?;
-        Some(path.change(node, &mut self.queues, what))
+        Some(path.update_path(node, &mut self.queues, change))
     }
 }
 

@@ -1,9 +1,14 @@
-//! The difference between what is and what should be, as operations in a safe order.
+//! Computes the difference between actual and desired state as operations in a safe order.
 //!
-//! Four rules: what is right is not touched; everything is added before anything is removed; for one peer
-//! an entry is written before the entry that leads to it (FDB, neighbour, route) and removed after it; and
-//! what is not ours is never overwritten. So after every prefix of a plan each peer that worked before, and
-//! is still wanted, works.
+//! Four rules:
+//!
+//! - Correct entries are not touched.
+//! - All additions come before all removals.
+//! - For one peer, an entry is added before the entry that refers to it (FDB, neighbor, route), and removed
+//!   after it.
+//! - Entries of other programs are never overwritten.
+//!
+//! So after every prefix of a plan, each peer that worked before and is still wanted works.
 
 use std::{
     cmp::Reverse,
@@ -19,60 +24,78 @@ use crate::{
     model::Mac,
 };
 
-/// What a dump found on our account. The kernel allows several FDB entries of one MAC and several routes
-/// to one subnet, so these are sets.
+/// The gossamer entries found by a dump. The kernel allows several FDB entries of one MAC and several routes
+/// to one subnet, hence the sets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Actual {
-    /// The device of our name, if there is one and it is a VXLAN.
+    /// The device with gossamer's name, if it exists and is a VXLAN device.
     pub device: Option<Found>,
+    /// FDB entries: MAC and underlay address.
     pub fdb: BTreeSet<(Mac, IpAddr)>,
-    pub neighbours: BTreeMap<IpAddr, Mac>,
+    /// Neighbor entries: overlay address -> MAC.
+    pub neighbors: BTreeMap<IpAddr, Mac>,
+    /// Routes: destination and hop.
     pub routes: BTreeSet<(IpNet, Hop)>,
 }
 
-/// Our device as it was found.
+/// The actual VXLAN device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
+    /// The interface is up.
     pub up: bool,
-    /// It is a port of a bridge or of a bond: what comes out of it does not come to this host then.
+    /// The device is a port of a bridge or bond, so decapsulated packets do not reach this host's IP stack.
     pub is_port: bool,
+    /// Its attributes, as far as gossamer sets them.
     pub device: Device,
-    /// MAC learning is on, or another attribute that cannot be changed on a live device is wrong.
+    /// MAC learning is on, or another attribute that cannot be changed on an existing device is wrong.
     pub foreign: bool,
-    /// All its addresses with their prefix lengths, but for link-local ones.
+    /// All its addresses with their prefix lengths, except link-local ones.
     pub addresses: Vec<(IpAddr, u8)>,
 }
 
-/// One change to the kernel. All are idempotent: "exists already" and "gone already" are success.
+/// One change to the kernel. All are idempotent: "already exists" and "already gone" count as success.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
+    /// Delete the VXLAN device and, with it, all entries on it.
     DeleteDevice,
+    /// Create the VXLAN device, down and without addresses.
     CreateDevice(Box<Device>),
+    /// Set the device's MAC. The kernel then drops the device's neighbor entries.
     SetMac(Mac),
+    /// Set the device's MTU in bytes.
     SetMtu(u32),
+    /// Set the device's alias.
     SetAlias(String),
+    /// Turn checksum offload of the device on or off.
     SetChecksumOffload(bool),
-    /// Take it out of the bridge or bond that it is a port of.
+    /// Remove the device from the bridge or bond that it is a port of.
     Release,
+    /// Set the interface up.
     SetUp,
+    /// Add a single address (/32 or /128) to the device.
     AddAddress(IpAddr),
+    /// Remove an address with this prefix length from the device.
     RemoveAddress(IpAddr, u8),
-    /// Add or replace.
+    /// Add or replace the FDB entry of a MAC.
     SetFdb(Mac, IpAddr),
-    SetNeighbour(IpAddr, Mac),
-    /// A neighbour that is not permanent: it lets a packet go that waits for it.
+    /// Add or replace a permanent neighbor entry.
+    SetNeighbor(IpAddr, Mac),
+    /// Add a neighbor entry that is not permanent; it releases packets that wait for the address.
     Resolve(IpAddr, Mac),
-    /// Add, unless another program has a route to the same subnet with the same metric.
+    /// Add a route, unless another program has one with the same destination and metric.
     AddRoute(IpNet, Hop),
-    /// Replace a route of ours with the same metric.
+    /// Replace a gossamer route with the same destination and metric.
     ReplaceRoute(IpNet, Hop),
+    /// Remove a route.
     RemoveRoute(IpNet, Hop),
-    RemoveNeighbour(IpAddr),
+    /// Remove a neighbor entry.
+    RemoveNeighbor(IpAddr),
+    /// Remove an FDB entry.
     RemoveFdb(Mac, IpAddr),
 }
 
 impl Op {
-    /// What it changes, for counts.
+    /// Returns what the operation changes, as a label for counters.
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::DeleteDevice | Self::CreateDevice(_) => "device",
@@ -84,26 +107,26 @@ impl Op {
             | Self::SetUp => "device attribute",
             Self::AddAddress(_) | Self::RemoveAddress(..) => "address",
             Self::SetFdb(..) | Self::RemoveFdb(..) => "FDB entry",
-            Self::SetNeighbour(..) | Self::Resolve(..) | Self::RemoveNeighbour(_) => "neighbour",
+            Self::SetNeighbor(..) | Self::Resolve(..) | Self::RemoveNeighbor(_) => "neighbor",
             Self::AddRoute(..) | Self::ReplaceRoute(..) | Self::RemoveRoute(..) => "route",
         }
     }
 }
 
-/// The operations that turn `actual` into `desired`; none, if they agree.
+/// Returns the operations that turn `actual` into `desired`; empty if they are equal.
 pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let mut ops = Vec::new();
     let mut actual = actual.clone();
-    let kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
-    if !kept {
-        // A device that is re-created has lost all entries on it, routes included.
+    let is_kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
+    if !is_kept {
+        // A re-created device has lost all entries on it, including routes.
         let elsewhere = |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_) | Way::Device);
         let routes = actual.routes.into_iter().filter(elsewhere).collect();
         actual = Actual { routes, ..Actual::default() };
     }
     if ops.iter().any(|op| matches!(op, Op::SetMac(_))) {
-        // The kernel forgets the neighbours of a device whose address changes.
-        actual.neighbours.clear();
+        // The kernel drops the neighbor entries of a device whose MAC changes.
+        actual.neighbors.clear();
     }
     if has_mutation(Mutation::RemoveBeforeAdd) {
         ops.extend(actual.routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)));
@@ -114,7 +137,7 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     ops
 }
 
-/// Says whether the present device is kept.
+/// Plans the changes to the device. Returns whether the existing device is kept.
 fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> bool {
     let Some(found) = found else {
         create_device(wanted, ops);
@@ -162,7 +185,7 @@ fn create_device(wanted: &Device, ops: &mut Vec<Op>) {
     ops.extend(wanted.addresses.iter().map(|address| Op::AddAddress(*address)));
 }
 
-/// Prefix length of a single address.
+/// Returns the prefix length of a single address: 32 or 128.
 pub const fn full_len(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
@@ -173,12 +196,12 @@ fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
             ops.push(Op::SetFdb(*mac, *underlay));
         }
     }
-    for (address, mac) in &wanted.neighbours {
-        if is.neighbours.get(address) != Some(mac) {
-            ops.push(Op::SetNeighbour(*address, *mac));
+    for (address, mac) in &wanted.neighbors {
+        if is.neighbors.get(address) != Some(mac) {
+            ops.push(Op::SetNeighbor(*address, *mac));
         }
     }
-    // What leads to a gateway comes before what leads over it.
+    // More specific routes first: the route to a gateway precedes routes over it.
     let mut routes: Vec<_> = wanted.routes.iter().collect();
     routes.sort_by_key(|(subnet, _)| Reverse(subnet.prefix_len()));
     let metrics: BTreeSet<_> =
@@ -199,25 +222,25 @@ fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<Op>) {
     let mut routes: Vec<_> = is.routes.iter().collect();
     routes.sort_by_key(|(subnet, _)| subnet.prefix_len());
     for (subnet, hop) in routes {
-        if desired.stays(subnet.network()) && *hop != Hop::REFUSE {
+        if desired.is_retained(subnet.network()) && *hop != Hop::REFUSE {
             continue;
         }
-        // One with the metric of the wanted one has been replaced by it.
+        // An old route with the metric of the wanted one has been replaced by it.
         if wanted.routes.get(subnet).is_none_or(|new| new.metric != hop.metric) {
             ops.push(Op::RemoveRoute(*subnet, *hop));
         }
     }
-    let unwanted = |address: &IpAddr| !wanted.neighbours.contains_key(address);
+    let unwanted = |address: &IpAddr| !wanted.neighbors.contains_key(address);
     let (stay, gone): (Vec<_>, Vec<_>) = is
-        .neighbours
+        .neighbors
         .iter()
         .filter(|(address, _)| unwanted(address))
-        .partition(|(address, _)| desired.stays(**address));
-    ops.extend(gone.into_iter().map(|(address, _)| Op::RemoveNeighbour(*address)));
-    // Of a wanted MAC the first wrong entry has been replaced already; removing it again is no error.
+        .partition(|(address, _)| desired.is_retained(**address));
+    ops.extend(gone.into_iter().map(|(address, _)| Op::RemoveNeighbor(*address)));
+    // For a wanted MAC, `SetFdb` replaced the first wrong entry; removing it again is no error.
     let gone = is.fdb.iter().filter(|(mac, underlay)| match wanted.fdb.get(mac) {
         Some(wanted) => wanted != underlay,
-        None => !stay.iter().any(|(_, stays)| *stays == mac),
+        None => !stay.iter().any(|(_, is_retained)| *is_retained == mac),
     });
     ops.extend(gone.map(|(mac, underlay)| Op::RemoveFdb(*mac, *underlay)));
 }
@@ -235,7 +258,7 @@ pub(super) mod tests {
         model::{ClusterSettings, NodeId, Pool, PoolSpec, Slot, Vtep},
     };
 
-    /// A view from (node, slot) pairs; the first is this node.
+    /// Builds a view from (node, slot) pairs; the first is this node.
     pub fn view(members: &[(u8, u32)]) -> View {
         view_in(PoolSpec::of("10.42.0.0/16".parse().expect("network")), members)
     }
@@ -275,7 +298,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn peer_to_whose_address_nothing_can_be_sent_is_unreachable_and_the_others_are_not() {
+    fn only_peer_with_unusable_underlay_address_is_unreachable() {
         for address in ["2001:db8::7", "192.0.2.1", "192.0.2.255"] {
             let mut view = view(&[(1, 9), (2, 7), (3, 8)]);
             let peer = NodeId::of_public_key(&[2; 32]);
@@ -289,9 +312,9 @@ pub(super) mod tests {
         }
     }
 
-    /// Each route that was to be replaced was looked for in all that there are.
+    /// Guards against a search through all existing routes for each changed one.
     #[test]
-    fn plan_for_many_changed_routes_is_one_pass_over_them() {
+    fn plan_for_many_changed_routes_takes_linear_time() {
         let mut wanted = desired(&[(1, 9)]);
         let mut actual = Actual::default();
         for number in 0..60_000_u32 {
@@ -306,7 +329,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn an_empty_kernel_gets_device_first_and_each_peer_from_its_end() {
+    fn empty_kernel_gets_device_first_then_fdb_neighbor_and_route() {
         let ops = plan(&desired(&[(1, 9), (2, 7)]), &Actual::default());
         let kinds: Vec<String> = ops
             .iter()
@@ -320,7 +343,7 @@ pub(super) mod tests {
                 "SetUp",
                 "AddAddress",
                 "SetFdb",
-                "SetNeighbour",
+                "SetNeighbor",
                 "AddRoute",
                 "AddRoute"
             ]
@@ -328,17 +351,17 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn nothing_is_removed_of_slots_about_which_nobody_was_heard() {
+    fn entries_of_unconfirmed_slots_are_not_removed() {
         let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7), (3, 8)]));
-        let timid = Desired { unconfirmed: vec![8..9, 50..60], ..desired(&[(1, 9), (2, 7)]) };
-        assert_eq!(plan(&timid, &kernel.dump()), []);
+        let unconfirmed = Desired { unconfirmed: vec![8..9, 50..60], ..desired(&[(1, 9), (2, 7)]) };
+        assert_eq!(plan(&unconfirmed, &kernel.dump()), []);
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
-        assert_eq!(kernel.routes.len(), 2, "a peer's and this node's own");
+        assert_eq!(kernel.routes.len(), 2, "one of the peer, one of this node");
     }
 
     #[test]
-    fn a_peer_is_withdrawn_and_restored_by_one_change_of_its_route() {
+    fn peer_is_withdrawn_and_restored_by_replacing_its_route() {
         let view = view(&[(1, 9), (2, 7)]);
         let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
@@ -350,7 +373,7 @@ pub(super) mod tests {
         assert!(replaced(&plan(&withdrawn, &kernel.dump())));
         kernel.settle(&withdrawn);
         assert_eq!(kernel.forward(subnet), None);
-        // A new device finds the route that is on none.
+        // A re-created device, while the unreachable route, which is on no device, still exists.
         kernel.apply(&Op::DeleteDevice).expect("there is one");
         kernel.settle(&withdrawn);
         assert!(kernel.holds(&withdrawn.tables));
@@ -359,7 +382,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_device_with_other_fixed_attributes_is_replaced_with_all_its_entries() {
+    fn device_with_wrong_fixed_attributes_is_re_created_with_all_entries() {
         let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         let mut moved = desired(&[(1, 9), (2, 7)]);
@@ -372,7 +395,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn strange_addresses_and_changed_attributes_are_put_right_in_place() {
+    fn foreign_addresses_and_changed_attributes_are_repaired_in_place() {
         let wanted = desired(&[(1, 9), (2, 7)]);
         let mut kernel = FakeKernel::default();
         kernel.settle(&wanted);
@@ -382,11 +405,14 @@ pub(super) mod tests {
         found.addresses.push(([169, 254, 1, 1].into(), 16));
         kernel.settle(&wanted);
         assert_eq!(plan(&wanted, &kernel.dump()), []);
-        assert!(kernel.holds(&wanted.tables), "the neighbours that went with the MAC are back");
+        assert!(
+            kernel.holds(&wanted.tables),
+            "the neighbor entries dropped with the old MAC are restored"
+        );
     }
 
     #[test]
-    fn doubles_of_a_wanted_entry_go_and_the_wanted_one_stays() {
+    fn duplicates_of_wanted_entry_are_removed_and_wanted_entry_stays() {
         let wanted = desired(&[(1, 9), (2, 7)]);
         let mut kernel = FakeKernel::default();
         kernel.settle(&wanted);
@@ -417,7 +443,7 @@ pub(super) mod tests {
 
     proptest! {
         #[test]
-        fn applying_a_plan_gives_the_desired_state_and_then_there_is_nothing_to_do(
+        fn applied_plan_gives_desired_state_and_next_plan_is_empty(
             before in any_members(), after in any_members(),
         ) {
             let mut kernel = FakeKernel::default();
@@ -429,7 +455,7 @@ pub(super) mod tests {
         }
 
         #[test]
-        fn every_prefix_of_a_plan_keeps_working_peers_working(
+        fn every_prefix_of_a_plan_keeps_working_peers_reachable(
             before in any_members(), after in any_members(),
         ) {
             let (before, after) = (desired(&before), desired(&after));
@@ -437,7 +463,7 @@ pub(super) mod tests {
             kernel.settle(&before);
             let ends = |tables: &Tables, subnet: &IpNet| {
                 let Way::Overlay(vtep) = tables.routes.get(subnet)?.way else { return None };
-                let mac = tables.neighbours.get(&vtep)?;
+                let mac = tables.neighbors.get(&vtep)?;
                 tables.fdb.get(mac).copied()
             };
             for op in plan(&after, &kernel.dump()) {
@@ -447,7 +473,7 @@ pub(super) mod tests {
                     if new.is_some() {
                         let now = kernel.forward(*subnet).map(|(_, underlay)| underlay);
                         prop_assert!(now.is_some(), "{subnet} is cut off by {op:?}");
-                        prop_assert!(now == old || now == new, "{subnet} leads diverted");
+                        prop_assert!(now == old || now == new, "{subnet} leads to another host");
                     }
                 }
             }

@@ -1,8 +1,8 @@
-//! Why nothing comes from a peer: what was seen of packets at this host's interfaces, and what follows.
+//! Why no packets arrive from a peer: evaluates packets captured at this host's interfaces.
 //!
-//! A path says that packets are lost, not where. Packets at the interfaces are certain: they have left this
-//! host, or have not; they arrive here, and by which card, and under which address. What nftables did with
-//! them is told by the kernel. Pure: the watching is done elsewhere, and only while a peer is silent.
+//! A path's state says that packets are lost, but not where. The capture shows it: whether packets left this
+//! host, and whether, by which interface and from which address packets arrive. The kernel's trace shows what
+//! nftables did with them. Pure: the agent captures the packets, and only while a peer does not answer.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,162 +11,181 @@ use std::{
 
 use crate::model::{Mac, NodeId};
 
-pub use self::cause::{
-    Cause, Culprit, Diverted, MAY_NOT_SEND, Pinned, Place, iptables_ports, open_chain,
+pub use self::{
+    cause::{Cause, Diverted, DroppingRule, MAY_NOT_SEND, Pinned, Place},
+    commands::{iptables_ports, open_chain},
 };
 
 mod cause;
+mod commands;
 #[cfg(test)]
 mod tests;
 
-/// Ethernet's numbers of protocols (IANA, IEEE 802).
+/// EtherTypes (IANA, IEEE 802).
 pub const ARP: u16 = 0x0806;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
-/// `ICMPv6`, and its types of neighbor discovery (RFC 4861).
+/// IP protocol number of `ICMPv6` (IANA).
 const ICMPV6: u8 = 58;
+/// `ICMPv6` type of a neighbor solicitation (RFC 4861).
 pub const SOLICITATION: u8 = 135;
+/// `ICMPv6` type of a neighbor advertisement (RFC 4861).
 pub const ADVERTISEMENT: u8 = 136;
-/// Kinds of packets as packet sockets tell them (linux/if_packet.h).
-const TO_THIS_HOST: u8 = 0;
-const LEAVING: u8 = 4;
+/// Values of `sll_pkttype` (linux/if_packet.h).
+const PACKET_HOST: u8 = 0;
+const PACKET_OUTGOING: u8 = 4;
 const UDP_HEADER: usize = 8;
-/// The flag of a VXLAN header that names a network (RFC 7348, 5). Packets without it are of no device.
-const HAS_NETWORK: u8 = 0x08;
-/// Headers of UDP and of VXLAN, and the destination's MAC before the source's.
-const INNER_SOURCE: usize = UDP_HEADER + 8 + 6;
-/// MACs that are remembered of one address.
-const MACS: usize = 8;
+/// The I flag of a VXLAN header: the VNI is valid (RFC 7348, section 5). A VXLAN device always sets it; the
+/// agent's own test packets leave it clear.
+const VNI_IS_VALID: u8 = 0x08;
+/// Offset of the inner frame's source MAC from the UDP header: UDP and VXLAN headers, and the destination
+/// MAC.
+const INNER_SOURCE_MAC: usize = UDP_HEADER + 8 + 6;
+/// Maximum number of MACs stored per address.
+const MAX_MACS: usize = 8;
 
-/// A peer that is silent.
+/// A peer that does not answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Suspect {
+    /// The peer's node id.
     pub node: NodeId,
+    /// The peer's name.
     pub name: String,
-    /// In the underlay.
+    /// Underlay address.
     pub address: IpAddr,
     /// UDP port of its agent.
     pub gossip: u16,
-    /// Of its VTEP: the source of the frames inside its tunnel packets.
+    /// MAC of its VTEP: the source of the frames inside its tunnel packets.
     pub mac: Mac,
-    /// The same of the packets inside that its host sends.
+    /// Overlay address of its VTEP: the source of packets that its host itself sends through the tunnel.
     pub vtep: IpAddr,
-    /// Gossip holds it as alive.
+    /// Gossip reports it as alive.
     pub lives: bool,
-    /// Packets to it go through a tunnel.
+    /// Packets to it are sent through a tunnel.
     pub tunnelled: bool,
 }
 
-/// A packet as a packet socket shows it, from the network header on.
+/// A captured packet, from the network header on.
 #[derive(Clone, Copy, Debug)]
 pub struct Packet<'a> {
     /// Index of the interface.
     pub link: u32,
-    /// `sll_pkttype`
+    /// `sll_pkttype` of the packet.
     pub kind: u8,
-    /// Ethernet's number of its protocol.
+    /// EtherType.
     pub protocol: u16,
+    /// The packet's bytes, possibly truncated.
     pub bytes: &'a [u8],
 }
 
-/// What was seen of one peer.
+/// The evidence that the capture gave about one peer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Traces {
-    /// Interfaces by which tunnel packets to it left, each with their source address.
+    /// Interfaces by which tunnel packets to the peer left, each with the packets' source address.
     pub left: BTreeMap<u32, IpAddr>,
     /// Interfaces at which tunnel packets from it arrived.
     pub came: BTreeSet<u32>,
-    /// Some of those that left, and of those that arrived, were of a VXLAN device, not knocks of an agent.
+    /// Whether tunnel packets that left ([`OUT`]) or arrived ([`IN`]) came from a VXLAN device, not from an
+    /// agent's test.
     pub carried: [bool; 2],
-    /// Another address than its own under which its tunnel packets arrive.
+    /// A source address of its tunnel packets that differs from the peer's own.
     pub came_as: Option<IpAddr>,
-    /// Hardware addresses that claim its address.
+    /// MACs that claim the peer's address.
     pub macs: BTreeSet<Mac>,
-    /// What shows that there is a machine with its address.
+    /// Evidence that a machine with the peer's address is running.
     pub sign: Option<Sign>,
 }
 
-/// What was seen of a machine that answers nothing.
+/// A packet that proves that a machine is running, although it does not answer probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sign {
+    /// An ARP message.
     Arp,
+    /// A neighbor discovery message.
     Discovery,
+    /// A tunnel packet.
     Tunnel,
 }
 
-/// What was found of one peer.
+/// The result for one peer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// What keeps it silent, as a sentence with what helps; none if that is not known.
+    /// The cause with advice, as a sentence; `None` if unknown.
     pub cause: Option<String>,
-    /// Tunnel packets to it were seen to leave this host.
+    /// Tunnel packets to it left this host.
     pub leaves: bool,
-    /// What was seen of a machine with its address.
+    /// Evidence that a machine with its address is running.
     pub sign: Option<Sign>,
 }
 
-/// What was seen during one watch.
+/// The state of one capture.
 #[derive(Debug)]
 pub struct Watch {
+    /// This host's underlay address.
     local: IpAddr,
+    /// UDP port of the tunnel.
     port: u16,
-    /// Hardware addresses of this host.
+    /// MACs of this host.
     own: BTreeSet<Mac>,
     by_address: BTreeMap<IpAddr, NodeId>,
     by_mac: BTreeMap<Mac, NodeId>,
+    /// Evidence by peer.
     pub traces: BTreeMap<NodeId, Traces>,
-    /// Hardware addresses of others that claim this host's address.
+    /// MACs of other machines that claim this host's address.
     claims: BTreeSet<Mac>,
-    /// Addresses that each hardware address claims, as far as they are of interest.
+    /// Addresses claimed by each of `claims` and by each MAC that claims a peer's address.
     claimed: BTreeMap<Mac, BTreeSet<IpAddr>>,
-    /// Answers that came for each next hop, by ARP or neighbor discovery: where, and with which address.
+    /// Answers by ARP or neighbor discovery for each next hop: the interface index and the answered MAC.
     answers: BTreeMap<IpAddr, BTreeSet<(u32, Option<Mac>)>>,
 }
 
-/// What the kernel was asked about one peer.
+/// What is known about one peer from sources other than the capture.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// Tunnel packets to it were sent while the watch lasted.
+    /// Tunnel packets to it were sent during the capture.
     pub sent: bool,
-    /// The kernel has refused those of the agent, and no rule or policy was found that does so.
+    /// The kernel refused the agent's packets, and no rule or policy that does so was found.
     pub forbidden: bool,
-    /// Packets to it were handed to the VXLAN device meanwhile.
+    /// Packets to it entered the VXLAN device during the capture.
     pub entered: bool,
-    /// The kernel does not find the hardware address of this next hop, at this interface.
+    /// The kernel cannot resolve the MAC of this next hop on this interface.
     pub unresolved: Option<(IpAddr, String)>,
-    /// Answers for that next hop come in, so this host drops them: the rule, if it was seen.
-    pub refused: Option<Option<Culprit>>,
-    /// The next hop has another hardware address here for good than those that answer for it.
+    /// This host drops the answers for that next hop; the inner value is the rule, if known.
+    pub refused: Option<Option<DroppingRule>>,
+    /// A permanent neighbor entry gives the next hop another MAC than the one that answers for it.
     pub pinned: Option<Pinned>,
-    /// The VXLAN device has dropped packets for their congestion marks.
+    /// The VXLAN device drops packets because of their congestion marks.
     pub congested: bool,
-    /// The reverse path filter of this interface drops its packets.
+    /// The reverse path filter of this interface drops the peer's packets.
     pub filtered: Option<String>,
-    /// What nftables drops of packets to it, and from it.
-    pub dropped: [Option<Culprit>; 2],
-    /// What nftables drops of the packets of its pods that come by another way than those to them go.
+    /// The rule that drops packets to it ([`OUT`]) and from it ([`IN`]).
+    pub dropped: [Option<DroppingRule>; 2],
+    /// The rule that drops packets of its pods because they arrive by another way than packets to them take.
     pub diverted: Option<Diverted>,
-    /// The chain that changes the source of packets to it.
+    /// The nftables chain that changes the source address of packets to it.
     pub translating: Option<String>,
-    /// The same for a rule of iptables-legacy, and the command that exempts tunnel packets from it.
+    /// The iptables-legacy rule that does so, as part of a sentence, and the command that exempts tunnel
+    /// packets.
     pub translating_legacy: Option<(String, String)>,
-    /// A program sees packets that come in before they can be watched.
+    /// An XDP program processes arriving packets before they can be captured.
     pub xdp: bool,
-    /// What may take all that comes in at the underlay's interface: a sentence with what helps.
+    /// What may consume all packets that arrive at the underlay interface, with advice, as a sentence.
     pub passthru: Option<String>,
-    /// None of its tunnel packets came as far as the guard, which counts them.
+    /// None of its tunnel packets reached the guard, which counts them.
     pub uncounted: bool,
-    /// What else may drop packets on their way out, and on their way in: sentences with what helps.
+    /// What else may drop packets that leave ([`OUT`]) and arrive ([`IN`]), with advice, as sentences.
     pub hints: [Vec<String>; 2],
-    /// The same of packets on their way into the VXLAN device, and out of it.
+    /// The same for packets that enter the VXLAN device ([`OUT`]) and come out of it ([`IN`]).
     pub device_hints: [Vec<String>; 2],
 }
 
-/// Index of what is about packets that leave, and that come, in pairs.
+/// Index of outgoing packets in arrays of two.
 pub const OUT: usize = 0;
+/// Index of incoming packets in arrays of two.
 pub const IN: usize = 1;
 
 impl Watch {
+    /// Starts the capture for these suspects.
     pub fn new(local: IpAddr, port: u16, own: BTreeSet<Mac>, suspects: &[Suspect]) -> Self {
         let of = |suspect: &Suspect| (suspect.node, Traces::default());
         Self {
@@ -182,33 +201,34 @@ impl Watch {
         }
     }
 
-    /// Takes note of answers that come for these next hops.
-    pub fn expect(&mut self, hops: impl IntoIterator<Item = IpAddr>) {
+    /// Collects the answers for these next hops from now on.
+    pub fn expect_answers(&mut self, hops: impl IntoIterator<Item = IpAddr>) {
         self.answers.extend(hops.into_iter().map(|hop| (hop, BTreeSet::new())));
     }
 
-    /// Interfaces at which answers for a next hop came in.
+    /// Returns the indices of the interfaces at which answers for a next hop arrived.
     pub fn answered_at(&self, hop: IpAddr) -> impl Iterator<Item = u32> {
         self.answers.get(&hop).into_iter().flatten().map(|(link, _)| *link)
     }
 
-    /// Hardware addresses that answer for a next hop.
+    /// Returns the MACs that answer for a next hop.
     pub fn answering(&self, hop: IpAddr) -> BTreeSet<Mac> {
         self.answers.get(&hop).into_iter().flatten().filter_map(|(_, mac)| *mac).collect()
     }
 
     fn note_answer(&mut self, hop: IpAddr, link: u32, mac: Option<Mac>) {
-        if let Some(answers) = self.answers.get_mut(&hop).filter(|answers| answers.len() < MACS) {
+        if let Some(answers) = self.answers.get_mut(&hop).filter(|answers| answers.len() < MAX_MACS)
+        {
             answers.insert((link, mac));
         }
     }
 
-    /// Takes note of a packet. Whatever it holds, nothing of it is trusted but for an explanation.
-    pub fn see(&mut self, packet: &Packet<'_>) {
+    /// Evaluates a captured packet. Its content may be forged and is only used to explain the loss.
+    pub fn on_packet(&mut self, packet: &Packet<'_>) {
         match packet.protocol {
-            ARP if packet.kind != LEAVING => self.see_arp(packet),
-            IPV6 if packet.bytes.get(6) == Some(&ICMPV6) => self.see_discovery(packet),
-            IPV4 | IPV6 => self.see_tunnel(packet),
+            ARP if packet.kind != PACKET_OUTGOING => self.on_arp(packet),
+            IPV6 if packet.bytes.get(6) == Some(&ICMPV6) => self.on_discovery(packet),
+            IPV4 | IPV6 => self.on_tunnel_packet(packet),
             _ => None,
         };
     }
@@ -220,17 +240,17 @@ impl Watch {
         }
     }
 
-    fn see_discovery(&mut self, packet: &Packet<'_>) -> Option<()> {
+    fn on_discovery(&mut self, packet: &Packet<'_>) -> Option<()> {
         let message = packet.bytes.get(40..)?;
-        if packet.kind != LEAVING {
+        if packet.kind != PACKET_OUTGOING {
             let source = IpAddr::from(*packet.bytes.get(8..)?.first_chunk::<16>()?);
             self.note_sign(source, Sign::Discovery);
         }
-        if packet.kind != TO_THIS_HOST || *message.first()? != ADVERTISEMENT {
+        if packet.kind != PACKET_HOST || *message.first()? != ADVERTISEMENT {
             return None;
         }
         let target = IpAddr::from(*message.get(8..)?.first_chunk::<16>()?);
-        // The first option: the target's hardware address, in one unit of eight bytes.
+        // The first option: the target's link-layer address, with a length of one unit of eight bytes.
         let mac = message.get(24..).and_then(|option| option.strip_prefix(&[2, 1]));
         let mac = mac.and_then(|bytes| bytes.first_chunk().copied()).map(Mac::from_bytes);
         self.note_answer(target, packet.link, mac);
@@ -238,7 +258,7 @@ impl Watch {
         Some(())
     }
 
-    fn see_arp(&mut self, packet: &Packet<'_>) -> Option<()> {
+    fn on_arp(&mut self, packet: &Packet<'_>) -> Option<()> {
         let bytes = packet.bytes;
         // Ethernet and IPv4 (RFC 826).
         if bytes.get(..6)? != [0, 1, 8, 0, 6, 4] {
@@ -247,17 +267,18 @@ impl Watch {
         let mac = Mac::from_bytes(*bytes.get(8..)?.first_chunk()?);
         let mut address = IpAddr::from(*bytes.get(14..)?.first_chunk::<4>()?);
         if address.is_unspecified() {
-            // A probe (RFC 5227). Switches send them for addresses of others, under MACs of their own.
+            // An ARP probe (RFC 5227). Switches send probes for other hosts' addresses, with MACs of their
+            // own.
             address = IpAddr::from(*bytes.get(24..)?.first_chunk::<4>()?);
             if !self.own.contains(&mac) {
                 return None;
             }
         }
-        if packet.kind == TO_THIS_HOST && bytes.get(6..8)? == [0, 2] {
+        if packet.kind == PACKET_HOST && bytes.get(6..8)? == [0, 2] {
             self.note_answer(address, packet.link, Some(mac));
         }
         if address == self.local {
-            if !self.own.contains(&mac) && self.claims.len() < MACS {
+            if !self.own.contains(&mac) && self.claims.len() < MAX_MACS {
                 self.claims.insert(mac);
             }
         } else {
@@ -266,7 +287,7 @@ impl Watch {
             if !is_own {
                 traces.sign = Some(Sign::Arp);
             }
-            if traces.macs.len() < MACS {
+            if traces.macs.len() < MAX_MACS {
                 traces.macs.insert(mac);
             }
         }
@@ -276,19 +297,19 @@ impl Watch {
         Some(())
     }
 
-    fn see_tunnel(&mut self, packet: &Packet<'_>) -> Option<()> {
+    fn on_tunnel_packet(&mut self, packet: &Packet<'_>) -> Option<()> {
         let (from, to, udp) = datagram(packet.protocol, packet.bytes)?;
         if *udp.get(2..)?.first_chunk()? != self.port.to_be_bytes() {
             return None;
         }
-        let is_carried = udp.get(UDP_HEADER).is_some_and(|flags| flags & HAS_NETWORK != 0);
-        if packet.kind == LEAVING {
+        let is_carried = udp.get(UDP_HEADER).is_some_and(|flags| flags & VNI_IS_VALID != 0);
+        if packet.kind == PACKET_OUTGOING {
             let traces = self.traces.get_mut(self.by_address.get(&to)?)?;
             traces.left.insert(packet.link, from);
             traces.carried[OUT] |= is_carried;
             return Some(());
         }
-        if packet.kind != TO_THIS_HOST || to != self.local {
+        if packet.kind != PACKET_HOST || to != self.local {
             return None;
         }
         if let Some(node) = self.by_address.get(&from) {
@@ -298,16 +319,16 @@ impl Watch {
             self.note_sign(from, Sign::Tunnel);
             return Some(());
         }
-        // The forwarding trial sends tunnel packets to its own host, under the MAC of a peer.
+        // The forwarding trial sends tunnel packets to its own host, with a peer's MAC as inner source.
         if from == self.local {
             return None;
         }
-        let inner = Mac::from_bytes(*udp.get(INNER_SOURCE..)?.first_chunk()?);
+        let inner = Mac::from_bytes(*udp.get(INNER_SOURCE_MAC..)?.first_chunk()?);
         self.traces.get_mut(self.by_mac.get(&inner)?)?.came_as = Some(from);
         Some(())
     }
 
-    /// Peers that had a hardware address of this host, when they were seen at some time.
+    /// Returns the peers that use a MAC of this host, with the MAC.
     pub fn duplicates(&self) -> BTreeMap<NodeId, Mac> {
         let duplicates = self.traces.iter().filter_map(|(node, traces)| {
             Some((*node, *traces.macs.intersection(&self.own).next()?))
@@ -315,8 +336,9 @@ impl Watch {
         duplicates.collect()
     }
 
-    /// Takes note of what was seen of such peers before: they are seldom seen, as nothing reaches them.
-    pub fn recall(&mut self, duplicates: &BTreeMap<NodeId, Mac>) {
+    /// Adds the peers with a MAC of this host from an earlier capture. Their packets are rarely captured,
+    /// because they do not receive any.
+    pub fn add_known_duplicates(&mut self, duplicates: &BTreeMap<NodeId, Mac>) {
         for (node, mac) in duplicates.iter().filter(|(_, mac)| self.own.contains(mac)) {
             if let Some(traces) = self.traces.get_mut(node) {
                 traces.macs.insert(*mac);
@@ -324,14 +346,15 @@ impl Watch {
         }
     }
 
-    /// The hardware address of another machine that has this host's address. One that answers for other
-    /// addresses as well is a router's that does so for all of a network.
+    /// Returns the MAC of another machine that has this host's address. A MAC that claims other addresses as
+    /// well is not returned: it belongs to a router that answers for a whole network (proxy ARP).
     pub fn claim(&self) -> Option<Mac> {
         let is_single = |mac: &&Mac| self.claimed.get(mac).is_none_or(|of| of.len() == 1);
         self.claims.iter().find(is_single).copied()
     }
 
-    /// What was found of each of these peers. The same cause of several is one sentence that names them.
+    /// Returns the result for each of these peers. Peers with the same cause share one sentence that names
+    /// them.
     pub fn conclude(
         &self,
         suspects: &[Suspect],
@@ -348,14 +371,15 @@ impl Watch {
             let leaves = !traces.left.is_empty();
             let sign = traces.sign;
             verdicts.insert(suspect.node, Verdict { cause: None, leaves, sign });
-            let seen = cause::Seen { suspect, traces, facts, claim: self.claim(), own: &self.own };
+            let seen =
+                cause::Evidence { suspect, traces, facts, claim: self.claim(), own: &self.own };
             if let Some(cause) = Cause::of(&seen, place) {
                 by_cause.entry(cause).or_default().push(suspect);
             }
         }
-        for (cause, whom) in by_cause {
-            let sentence = cause.sentence(&whom, place);
-            for suspect in whom {
+        for (cause, suspects) in by_cause {
+            let sentence = cause.sentence(&suspects, place);
+            for suspect in suspects {
                 let verdict = verdicts.entry(suspect.node).or_default();
                 verdict.cause = Some(sentence.clone());
             }
@@ -364,7 +388,7 @@ impl Watch {
     }
 }
 
-/// What was seen, as the reason for saying that there is a machine.
+/// The evidence as an independent clause.
 impl std::fmt::Display for Sign {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
@@ -375,7 +399,7 @@ impl std::fmt::Display for Sign {
     }
 }
 
-/// Source, destination and what follows the IP header of a datagram that is not a fragment.
+/// Parses a UDP datagram: source, destination, and UDP header with payload. Fragments are not recognized.
 fn datagram(protocol: u16, bytes: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     const UDP: u8 = 17;
     if protocol == IPV4 {

@@ -1,9 +1,9 @@
-//! Telling forwarding that another program turns off again and again from a change that an operator makes.
+//! Detects another program that keeps turning forwarding off, as opposed to a single change by an operator.
 //!
-//! Between two changes everything is right most of the time, so a look at the settings alone finds nothing
-//! wrong. The kernel tells of each change; one counts where forwarding was on before.
+//! Between two changes the settings are usually correct, so reading them at intervals finds nothing. The
+//! kernel reports each change; a change counts if forwarding was on before.
 //!
-//! Pure. The kernel's word comes in with the time at which it was read.
+//! Pure. The caller passes each report with the time at which it was read.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -12,60 +12,62 @@ use std::{
 
 use crate::model::Time;
 
-/// Changes older than this do not count.
+/// Period in which changes are counted.
 const WINDOW: Duration = Duration::from_secs(60);
-/// So many in the window are no operator's.
-const MANY: usize = 3;
+/// Number of changes within `WINDOW` that an operator would not make.
+const MIN_CHANGES: usize = 3;
 
-/// A setting: whose forwarding it is, of IPv4 or IPv6.
+/// A forwarding sysctl.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Setting {
-    /// None, if it is that of all interfaces.
+    /// The interface of the setting; `None` for the setting of all interfaces.
     pub interface: Option<String>,
+    /// The setting is that of IPv4, not of IPv6.
     pub ipv4: bool,
 }
 
-/// Settings that have been changed, as far as they matter.
+/// The recent changes of each setting.
 #[derive(Debug, Default)]
-pub struct Toggled(BTreeMap<Setting, Record>);
+pub struct ForwardingChanges(BTreeMap<Setting, ChangeHistory>);
 
 #[derive(Debug, Default)]
-struct Record {
+struct ChangeHistory {
     is_on: bool,
-    /// When it was turned off: no more than `MANY`.
+    /// Times at which it was turned off: the last `MIN_CHANGES`.
     turned_off: VecDeque<Time>,
 }
 
-impl Toggled {
-    /// Takes note of what a setting is from now on.
+impl ForwardingChanges {
+    /// Records the value that a setting has from now on.
     pub fn note(&mut self, now: Time, setting: Setting, is_on: bool) {
         let record = self.0.entry(setting).or_default();
         if record.is_on && !is_on {
             record.turned_off.push_back(now);
         }
-        if record.turned_off.len() > MANY {
+        if record.turned_off.len() > MIN_CHANGES {
             record.turned_off.pop_front();
         }
         record.is_on = is_on;
     }
 
-    /// What is turned off again and again, as sentences. That of all interfaces goes with that of each.
+    /// Returns a problem for each setting that is repeatedly turned off. If that of all interfaces is among
+    /// them, those of single interfaces are left out, because the kernel changes them with it.
     pub fn problems(&self, now: Time) -> Vec<String> {
-        let is_many = |setting: &Setting| {
-            let found = self.0.get(setting);
-            let off = found.map(|record| record.turned_off.iter()).into_iter().flatten();
-            off.filter(|at| now.since(**at) <= WINDOW).count() >= MANY
+        let is_frequent = |setting: &Setting| {
+            let history = self.0.get(setting);
+            let off = history.map(|record| record.turned_off.iter()).into_iter().flatten();
+            off.filter(|at| now.since(**at) <= WINDOW).count() >= MIN_CHANGES
         };
-        let is_told = |setting: &&Setting| {
-            let of_all = Setting { interface: None, ipv4: setting.ipv4 };
-            is_many(setting) && (setting.interface.is_none() || !is_many(&of_all))
+        let is_reported = |setting: &&Setting| {
+            let all_interfaces = Setting { interface: None, ipv4: setting.ipv4 };
+            is_frequent(setting) && (setting.interface.is_none() || !is_frequent(&all_interfaces))
         };
-        self.0.keys().filter(is_told).map(Setting::sentence).collect()
+        self.0.keys().filter(is_reported).map(Setting::problem).collect()
     }
 }
 
 impl Setting {
-    /// As the `sysctl` program writes it.
+    /// Returns the name as the `sysctl` program writes it.
     fn name(&self) -> String {
         let family = if self.ipv4 { 4 } else { 6 };
         match &self.interface {
@@ -77,13 +79,13 @@ impl Setting {
         }
     }
 
-    fn sentence(&self) -> String {
+    fn problem(&self) -> String {
         let name = self.name();
         let file = name.replace('.', "\u{0}").replace('/', ".").replace('\u{0}', "/");
         format!(
-            "another program sets {name} to 0 again and again ({MANY} times or more within {} s), and \
-             packets of pods are dropped until it is 1 again: find what does so and end it (scripts and \
-             hooks of libvirt, firewalls, VPNs and tuning tools; grep -rs forward /etc/sysctl.d \
+            "another program repeatedly sets {name} to 0 ({MIN_CHANGES} times or more within {} s); packets \
+             of pods are dropped until it is 1 again: find the program and stop it (scripts and hooks \
+             of libvirt, firewalls, VPNs and tuning tools; grep -rs forward /etc/sysctl.d \
              /etc/libvirt/hooks; auditctl -w /proc/sys/{file} -p w)",
             WINDOW.as_secs()
         )
@@ -98,51 +100,61 @@ mod tests {
         Time::ZERO + Duration::from_secs(seconds)
     }
 
-    fn of(interface: Option<&str>) -> Setting {
+    fn setting_of(interface: Option<&str>) -> Setting {
         Setting { interface: interface.map(str::to_owned), ipv4: true }
     }
 
-    /// On before each, and on after the last.
-    fn toggle(toggled: &mut Toggled, setting: &Setting, times: impl Iterator<Item = u64>) {
+    /// Turns the setting on before each time, off, and on again.
+    fn toggle(
+        changes: &mut ForwardingChanges,
+        setting: &Setting,
+        times: impl Iterator<Item = u64>,
+    ) {
         for second in times {
-            toggled.note(at(second), setting.clone(), true);
-            toggled.note(at(second), setting.clone(), false);
-            toggled.note(at(second), setting.clone(), true);
+            changes.note(at(second), setting.clone(), true);
+            changes.note(at(second), setting.clone(), false);
+            changes.note(at(second), setting.clone(), true);
         }
     }
 
     #[test]
-    fn setting_that_is_turned_off_again_and_again_is_named_until_a_minute_later() {
-        let mut toggled = Toggled::default();
-        toggle(&mut toggled, &of(None), (0..3).map(|n| n * 6));
-        let said = toggled.problems(at(12));
-        assert_eq!(said.len(), 1, "{said:?}");
-        assert!(said[0].contains("net.ipv4.ip_forward to 0 again and again (3 times"), "{said:?}");
-        assert!(said[0].contains("/proc/sys/net/ipv4/ip_forward "), "{said:?}");
-        assert_eq!(toggled.problems(at(60)).len(), 1);
-        assert_eq!(toggled.problems(at(61)), Vec::<String>::new());
+    fn setting_turned_off_repeatedly_is_a_problem_until_a_minute_later() {
+        let mut changes = ForwardingChanges::default();
+        toggle(&mut changes, &setting_of(None), (0..3).map(|n| n * 6));
+        let problems = changes.problems(at(12));
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(
+            problems[0].contains("repeatedly sets net.ipv4.ip_forward to 0 (3 times"),
+            "{problems:?}"
+        );
+        assert!(problems[0].contains("/proc/sys/net/ipv4/ip_forward "), "{problems:?}");
+        assert_eq!(changes.problems(at(60)).len(), 1);
+        assert_eq!(changes.problems(at(61)), Vec::<String>::new());
     }
 
     #[test]
-    fn changes_now_and_then_and_new_interfaces_are_nothing() {
-        let mut toggled = Toggled::default();
-        toggle(&mut toggled, &of(None), (0..20).map(|n| n * 40));
-        assert_eq!(toggled.problems(at(800)), Vec::<String>::new());
+    fn occasional_changes_and_new_interfaces_are_no_problem() {
+        let mut changes = ForwardingChanges::default();
+        toggle(&mut changes, &setting_of(None), (0..20).map(|n| n * 40));
+        assert_eq!(changes.problems(at(800)), Vec::<String>::new());
         for _ in 0..9 {
-            toggled.note(at(800), of(Some("gossamer.1")), false);
+            changes.note(at(800), setting_of(Some("gossamer.1")), false);
         }
-        assert_eq!(toggled.problems(at(800)), Vec::<String>::new());
+        assert_eq!(changes.problems(at(800)), Vec::<String>::new());
     }
 
     #[test]
-    fn interface_is_named_unless_all_of_its_family_are_turned_off() {
-        let mut toggled = Toggled::default();
-        toggle(&mut toggled, &of(Some("gossamer.1")), 0..3);
-        let said = toggled.problems(at(3)).concat();
-        assert!(said.contains("sets net.ipv4.conf.gossamer/1.forwarding to 0"), "{said}");
-        assert!(said.contains("/proc/sys/net/ipv4/conf/gossamer.1/forwarding"), "{said}");
-        toggle(&mut toggled, &of(None), 0..3);
-        let said = toggled.problems(at(3));
-        assert!(said.len() == 1 && said[0].contains("net.ipv4.ip_forward"), "{said:?}");
+    fn interface_is_reported_unless_all_interfaces_are() {
+        let mut changes = ForwardingChanges::default();
+        toggle(&mut changes, &setting_of(Some("gossamer.1")), 0..3);
+        let problems = changes.problems(at(3)).concat();
+        assert!(
+            problems.contains("repeatedly sets net.ipv4.conf.gossamer/1.forwarding to 0"),
+            "{problems}"
+        );
+        assert!(problems.contains("/proc/sys/net/ipv4/conf/gossamer.1/forwarding"), "{problems}");
+        toggle(&mut changes, &setting_of(None), 0..3);
+        let problems = changes.problems(at(3));
+        assert!(problems.len() == 1 && problems[0].contains("net.ipv4.ip_forward"), "{problems:?}");
     }
 }

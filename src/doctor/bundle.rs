@@ -22,7 +22,7 @@ const COMMANDS: [(&str, &str); 12] = [
     ("addresses.txt", "ip address"),
     ("routes.txt", "ip route show table all"),
     ("routes6.txt", "ip -6 route show table all"),
-    ("neighbours.txt", "ip neigh"),
+    ("neighbors.txt", "ip neigh"),
     ("fdb.txt", "bridge fdb"),
     ("rules.txt", "ip rule"),
     ("sockets.txt", "ss -lunp"),

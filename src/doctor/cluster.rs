@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{Agent, Examination, Finding};
 use crate::{
-    agent::{is_own, knock, own_sentence},
+    agent::{check_seeds, is_own_address, own_address_problem},
     api::block_on,
     core::CallError,
     store::read_token,
@@ -317,7 +317,7 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
     let Some(token) = config.token.as_ref().or(saved.as_ref()) else {
         return vec![Finding::skipped("seeds", "without a token none of them answers")];
     };
-    let answers = match block_on(knock(&seeds, &token.secret)) {
+    let answers = match block_on(check_seeds(&seeds, &token.secret)) {
         Ok(Ok(answers)) => answers,
         Ok(Err(error)) => return vec![Finding::skipped("seeds", error.to_string())],
         Err(error) => return vec![Finding::skipped("seeds", error.to_string())],
@@ -335,9 +335,9 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
                 "see that its agent runs and that UDP is open there: allow the port in both firewalls",
             )
         };
-        if is_own(&seed) {
+        if is_own_address(&seed) {
             let of_token = token.seeds.contains(&seed);
-            findings.push(Finding::sentence("seeds", &own_sentence(&[&seed], of_token)));
+            findings.push(Finding::sentence("seeds", &own_address_problem(&[&seed], of_token)));
             continue;
         }
         let seen = visible(&format!("{seed}: {error}"));

@@ -54,7 +54,7 @@ fn render(name: &str, actual: &Actual) -> String {
             }
         };
     }
-    for (address, mac) in &actual.neighbours {
+    for (address, mac) in &actual.neighbors {
         let _ = writeln!(out, "{address} dev {name} lladdr {mac} PERMANENT");
     }
     for (mac, underlay) in &actual.fdb {

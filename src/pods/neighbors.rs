@@ -37,7 +37,7 @@ pub(super) fn keep(
         .collect();
     let (mut right, mut changes) = (BTreeSet::new(), Vec::new());
     for (ip, mac) in netlink.permanent_neighbors(index)? {
-        let is_of_pods = bridge.subnets.iter().any(|subnet| subnet.contains(&ip));
+        let is_pod_conflict = bridge.subnets.iter().any(|subnet| subnet.contains(&ip));
         match pods.get(&ip) {
             Some(Some(of_pod)) if *of_pod == mac => _ = right.insert(ip),
             // The pod's MAC is unknown, so the entry cannot be checked.
@@ -47,7 +47,9 @@ pub(super) fn keep(
                 changes.push(entry_removal(index, ip));
             }
             // The pod of this address is gone.
-            None if is_of_pods && bridge.anti_spoofing => changes.push(entry_removal(index, ip)),
+            None if is_pod_conflict && bridge.anti_spoofing => {
+                changes.push(entry_removal(index, ip))
+            }
             None => {}
         }
     }

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     core::{CallError, CallId, Input, Output, ReplyId, Stop, Target},
     dataplane::{
-        fake::Refused,
+        fake::RefusedOp,
         plan::{Op, plan},
     },
     model::NodeId,
@@ -341,7 +341,7 @@ impl World {
     }
 
     /// Applies one operation to the kernel, after the oracle has checked it.
-    pub(super) fn apply(&mut self, index: usize, op: &Op) -> Result<(), Refused> {
+    pub(super) fn apply(&mut self, index: usize, op: &Op) -> Result<(), RefusedOp> {
         let hosts = &self.hosts;
         let is_in_use = |user: usize, subnet| {
             let peer = &hosts[user];

@@ -298,7 +298,7 @@ fn tamper_with_kernel(world: &mut World, host: usize, rng: &mut StdRng) {
         match kind {
             0 => host.kernel_refuses = 1 + host.identity_count as u32,
             1 => _ = kernel.routes.pop_first(),
-            2 => _ = kernel.neighbours.pop_last(),
+            2 => _ = kernel.neighbors.pop_last(),
             3 => _ = kernel.fdb.pop_first(),
             4 => {
                 if let Some((mac, _)) = kernel.fdb.pop_first() {

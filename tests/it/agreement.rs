@@ -150,7 +150,7 @@ fn a_member_that_is_gone_is_forgotten_and_one_that_returns_is_a_new_node() {
         cluster.agents[2] = Agent::start(program(), &cluster.hosts[2], &[])?;
         assert_all_reach_all(&mut cluster)?;
         let log = cluster.agents[2].log();
-        assert!(log.contains("holds this node as gone for good"), "{log}");
+        assert!(log.contains("this node was forgotten by the cluster"), "{log}");
         Ok(())
     });
 }

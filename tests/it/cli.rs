@@ -88,7 +88,7 @@ fn what_is_known_of_one_member_and_of_the_kernel_is_shown() {
             "agent      10.99.0.11:8473 ",
             " ms, path ",
             "fdb ",
-            "neighbour ",
+            "neighbor ",
             "route ",
             "in the kernel",
             "0 problems, 2 of 2 paths ok",
@@ -167,7 +167,7 @@ fn events_are_shown_as_they_happen_and_problems_come_first() {
             shown.starts_with("problem   ") && shown.contains("UDP 8472")
         });
         let past = text(&client(&cluster, 0, &["events"]));
-        assert!(past.contains("repair   put right"), "{past}");
+        assert!(past.contains("repair   repaired"), "{past}");
         cluster.agents.clear();
         Ok(())
     });

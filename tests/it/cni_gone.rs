@@ -124,7 +124,8 @@ fn pod_that_is_disconnected_while_it_is_connected_is_told_so() {
                 add.join().expect("an answer")
             });
             let why = error["msg"].as_str().unwrap_or_default();
-            let is_told = why.contains("has an address") || why.contains("disconnected meanwhile");
+            let is_told =
+                why.contains("has an address") || why.contains("disconnected before it was ready");
             assert!(added || is_told, "{error}");
             let _ = runtime.call("ADD", "a", &json!({}));
         }

@@ -74,7 +74,7 @@ fn a_real_cluster_is_shown_as_it_is_and_as_it_changes() {
         let host = &cluster.hosts[0].netns;
         tool(host, "ip route flush root 10.42.0.0/16 proto 73");
         let events = "document.getElementById('events').innerText";
-        browser.wait_for(&format!("{events}.includes('put right')"))?;
+        browser.wait_for(&format!("{events}.includes('repaired changes')"))?;
         tool(host, "sysctl -w net.ipv4.ip_forward=0");
         let problems = "document.getElementById('problems').innerText";
         browser.wait_for(&format!("{problems}.includes('sysctl -w net.ipv4.ip_forward=1')"))?;

@@ -13,7 +13,7 @@ use crate::common::{
 /// A thousand members that do not answer are compared with in vain, in a program that is not optimized.
 const LONG: Duration = Duration::from_secs(180);
 
-/// Entries of ours: routes, neighbours, FDB entries.
+/// Entries of ours: routes, neighbors, FDB entries.
 fn entries(netns: &NetNs) -> [usize; 3] {
     [
         "ip route show proto 73 dev gossamer.1",
@@ -48,7 +48,7 @@ fn what_the_kernel_misses_about_nobody_is_counted() {
 }
 
 #[test]
-fn a_neighbour_that_fails_is_answered_from_the_view() {
+fn failed_neighbor_is_answered_from_the_view() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
@@ -108,8 +108,8 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         let mut pinger = Pinger::new(&pods[0].netns)?;
         assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some(), "the first packet");
         assert_eq!(pinger.stream(pods[1].ip, 100, Duration::from_millis(5))?, 100);
-        let [routes, neighbours, fdb] = entries(host);
-        assert!((2..=11).contains(&routes) && neighbours <= 10 && fdb <= 10, "{routes} routes");
+        let [routes, neighbors, fdb] = entries(host);
+        assert!((2..=11).contains(&routes) && neighbors <= 10 && fdb <= 10, "{routes} routes");
         eventually(host, "ip route show proto 73 dev gossamer.1", |routes| {
             routes.lines().count() == 1
         });

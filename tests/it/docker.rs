@@ -201,7 +201,7 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
         plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e2", &second));
         let both = json!({ "EndpointID": "e2", "SandboxKey": "/s" });
         let why = plugin.refused("NetworkDriver.Join", &both);
-        assert!(why.contains(ip) && why.contains("leave this one out"), "{why}");
+        assert!(why.contains(ip) && why.contains("omit this network"), "{why}");
         plugin.done("NetworkDriver.Join", &json!({ "EndpointID": "e2", "SandboxKey": "/s2" }));
         Ok(())
     });

@@ -389,7 +389,7 @@ fn containers_go_on_while_docker_and_the_agent_come_and_go() {
         boot.ping("one", "two");
         let refused = boot.docker("network connect db one");
         let why = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(!refused.status.success() && why.contains("leave this one out"), "{why}");
+        assert!(!refused.status.success() && why.contains("omit this network"), "{why}");
         boot.ping("one", "two");
 
         // Restarted, and upgraded as far as there is something newer.

@@ -204,7 +204,7 @@ fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
         assert_named(&cluster.hosts[0], "", "agent", "does not answer within 5s");
         thaw(&cluster.agents[0])?;
 
-        // A neighbour's wall, and a member that is dead.
+        // A neighbor's wall, and a member that is dead.
         let wall = "nft add table inet wall && \
                     nft add chain inet wall in { type filter hook input priority 0 ; } && \
                     nft add rule inet wall in udp dport 8472 drop";

@@ -20,7 +20,7 @@ fn http_port_that_is_taken_ends_no_start_and_is_served_once_it_is_free() {
         let served = || run(&host.netns, &format!("curl -sf http://{ADDRESS}/healthz"));
         wait_until("it is not served", TIMEOUT, || served().status.success());
         status_where(&mut agent, |status| !status["problems"].to_string().contains("http:"));
-        assert!(agent.log().contains("it is open now"), "{}", agent.log());
+        assert!(agent.log().contains("listener opened"), "{}", agent.log());
         Ok(())
     });
 }
@@ -57,7 +57,7 @@ fn control_socket_that_was_removed_is_made_again() {
         fs::remove_file(&socket)?;
         let asked = || run(&host.netns, &format!("{} status {option}", program().display()));
         wait_until("it is not made again", TIMEOUT, || asked().status.success());
-        assert!(agent.log().contains("control socket was removed"), "{}", agent.log());
+        assert!(agent.log().contains("control socket created again"), "{}", agent.log());
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         assert!(!socket.exists());
         Ok(())

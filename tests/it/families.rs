@@ -65,7 +65,7 @@ fn subnet_of(agent: &mut Agent, field: &str) -> anyhow::Result<IpNet> {
 }
 
 fn assert_pings(from: &NetNs, to: &str, payload: u32) {
-    // The first may wait for the pods' own neighbour discovery.
+    // The first may wait for the pods' own neighbor discovery.
     run(from, &format!("ping -c 1 -W 2 {to}"));
     let said = tool(from, &format!("ping -c 1 -W 2 -s {payload} -M do {to}"));
     assert!(said.contains(" 1 received"), "{said}");

@@ -350,7 +350,7 @@ fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace(
         });
         assert!(begun.elapsed() > Duration::from_secs(3), "{:?}", begun.elapsed());
         let log = cluster.agents[0].log();
-        let lines = log.lines().filter(|line| line.contains("put right")).count();
+        let lines = log.lines().filter(|line| line.contains("repaired changes")).count();
         assert!(lines <= 6, "{log}");
         // Whoever gives up has lost.
         drop((on_ports, on_routes));

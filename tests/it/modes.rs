@@ -17,7 +17,7 @@ fn routes(host: &Host) -> String {
     to_peers.map(|route| format!("{route}\n")).collect()
 }
 
-/// Neighbours and FDB entries, whose order is no order.
+/// Neighbors and FDB entries, whose order is no order.
 fn entries(host: &Host) -> Vec<String> {
     let commands = ["bridge fdb show dev gossamer.1", "ip neigh show dev gossamer.1 nud permanent"];
     let text = commands.map(|command| tool(&host.netns, command)).concat();

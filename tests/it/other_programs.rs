@@ -20,12 +20,12 @@ use crate::{
 const SWITCHES: [(&str, &str); 3] = [
     (
         "net.ipv4.conf.gossamer/1.forwarding",
-        "another program sets net.ipv4.conf.gossamer/1.forwarding to 0 again and again",
+        "another program repeatedly sets net.ipv4.conf.gossamer/1.forwarding to 0",
     ),
-    ("net.ipv4.ip_forward", "another program sets net.ipv4.ip_forward to 0 again and again"),
+    ("net.ipv4.ip_forward", "another program repeatedly sets net.ipv4.ip_forward to 0"),
     (
         "net.ipv6.conf.all.forwarding",
-        "another program sets net.ipv6.conf.all.forwarding to 0 again and again",
+        "another program repeatedly sets net.ipv6.conf.all.forwarding to 0",
     ),
 ];
 

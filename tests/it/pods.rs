@@ -112,7 +112,7 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
         };
         start(&mut cluster)?;
         let log = cluster.agents[1].log();
-        assert!(log.contains("known by their interfaces"), "{log}");
+        assert!(log.contains("restored from their interfaces"), "{log}");
         let b = Runtime::new(&cluster.agents[1]).add("b");
         assert_ne!(address(&a), address(&b));
         let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway");
@@ -161,7 +161,7 @@ fn pods_outlive_a_note_of_another_start_of_the_host() {
             cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--init"])?;
             cluster.converge()?;
             let log = cluster.agents[0].log();
-            assert!(log.contains("of another start of this host"), "{log}");
+            assert!(log.contains("state directory is of another boot"), "{log}");
             // The disk has them all: a look into the namespace needs its path.
             let (done, said) =
                 Runtime::new(&cluster.agents[0]).call("CHECK", "a", &json!({ "prevResult": a }));
@@ -389,7 +389,7 @@ fn bridge_of_another_program_is_told_by_every_verdict_and_its_going_too() {
         assert!(runtime.call("STATUS", "", &json!({})).0);
         runtime.add("a");
         let log = cluster.agents[0].log();
-        assert!(!log.contains("what another program had changed"), "{log}");
+        assert!(!log.contains("repaired changes by another program"), "{log}");
         Ok(())
     });
 }
@@ -436,7 +436,7 @@ fn what_the_operators_settings_change_about_the_bridge_is_blamed_on_no_other_pro
         }
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         let log = cluster.agents[0].log();
-        assert!(!log.contains("what another program had changed"), "{log}");
+        assert!(!log.contains("repaired changes by another program"), "{log}");
         assert_eq!(status["kernel"]["repairs"]["bridge"], serde_json::Value::Null, "{status}");
         // What others do from then on is.
         tool(&cluster.hosts[0].netns, "ip link set pods1 down");

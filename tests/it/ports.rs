@@ -153,8 +153,8 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
         wait_for_answers(&mut cluster, "2 pods answer when asked");
         let drop = filter(&cluster.hosts[0], "1,6 0 0 2,");
         let pod = format!("pod b eth0 ({ip}, {port}) does not answer ARP: ");
-        let question = format!("the question does not leave this host by {port}: ");
-        let answer = format!("its answer comes in by {port}, and this host drops it: ");
+        let question = format!("the query does not leave this host by {port}: ");
+        let answer = format!("its answer arrives at {port}, and this host drops it: ");
         for (begin, end, words) in [
             (
                 vec![format!("tc qdisc add dev {port} root blackhole")],
@@ -388,7 +388,7 @@ fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
         let drop = filter(&cluster.hosts[1], "1,6 0 0 2,");
         let not_carried =
             "packets to n1 (10.99.0.10) are lost on this host: they are handed to gossamer.1";
-        let swallowed = "may be dropped by what hangs on gossamer.1";
+        let swallowed = "may be dropped by what is attached to gossamer.1";
         let not_leaving = "tunnel packets (UDP 8472) to n1 (10.99.0.10) do not leave this host";
         let filters = |device: &str, side: &str| {
             vec![

@@ -96,12 +96,11 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
             assert_both_ways(&pods);
         }
         status_where(&mut cluster.agents[0], |status| {
-            let kinds =
-                ["FDB entry", "neighbour", "route", "address", "device", "device attribute"];
+            let kinds = ["FDB entry", "neighbor", "route", "address", "device", "device attribute"];
             kinds.iter().all(|kind| status["kernel"]["repairs"][*kind].as_u64() > Some(0))
         });
         let log = cluster.agents[0].log();
-        assert!(log.contains("put right what another program had changed"), "{log}");
+        assert!(log.contains("repaired changes by another program"), "{log}");
         Ok(())
     });
 }
@@ -128,7 +127,7 @@ fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connect
         let status = cluster.agents[1].wait_converged(3, TIMEOUT)?;
         assert_eq!(Agent::subnet(&status)?, subnet);
         let log = cluster.agents[1].log();
-        assert!(log.contains("the underlay has changed"), "{log}");
+        assert!(log.contains("underlay changed"), "{log}");
 
         tool(host, "ip link set eth0 mtu 1400");
         eventually(host, "ip link show gossamer.1", |link| link.contains("mtu 1350 "));

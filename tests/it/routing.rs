@@ -302,7 +302,7 @@ fn policy_rule_behind_many_is_named_and_how_many_are_not_looked_at_is_told() {
             status["kernel"]["routing"]["detail"].as_str().unwrap_or_default().to_owned()
         };
         let status = status_where(agent, |status| status["problems"] == serde_json::json!([]));
-        assert!(!detail(&status).contains("not looked at"), "{status:#}");
+        assert!(!detail(&status).contains("not tested"), "{status:#}");
         for number in 0..36 {
             add(5_000 + number, &format!("from 10.42.1.{}", 100 + number), "main");
         }

@@ -104,7 +104,7 @@ impl Pair {
         let pods = [add_pod(&mut first, "pod")?, add_pod(&mut second, "pod")?];
         say(&format!("two hosts and their pods: {}, {}", first.figures(), second.figures()));
         let mut pair = Self { hosts: [first, second], pods, subnets };
-        // The first packet waits for neighbours.
+        // The first packet waits for neighbors.
         let mut talk = || {
             pair.start_ping()?;
             pair.hosts[0].ok("sleep 1")?;

@@ -7,7 +7,7 @@ use std::{
     net::IpAddr,
 };
 
-use crate::dataplane::forwarding::Seen;
+use crate::dataplane::forwarding::TrialResult;
 
 /// What was captured, by destination inside the tunnel.
 #[derive(Debug, Default)]
@@ -26,16 +26,16 @@ pub struct Carried {
 impl Carried {
     /// Returns the verdict. If no packet of this host was captured either, something else takes them
     /// (IPsec), or no route exists.
-    pub fn seen(&self) -> Seen {
+    pub fn seen(&self) -> TrialResult {
         let mut comparable = self.own.iter().filter(|(to, _)| self.entered.contains(to)).peekable();
         if comparable.peek().is_none() && self.left.is_empty() {
-            return Seen::Unclear;
+            return TrialResult::Unclear;
         }
         let has_left = comparable.all(|(to, own)| {
             let left = self.left.get(to);
             left.is_some_and(|left| self.spread.contains(to) || !left.is_disjoint(own))
         });
-        if has_left { Seen::Passed } else { Seen::Lost }
+        if has_left { TrialResult::Passed } else { TrialResult::Lost }
     }
 
     /// Returns the interface by which a packet of the pod left, if this host's own packets leave by
@@ -61,11 +61,11 @@ mod tests {
             let entered = entered.iter().copied().collect();
             Carried { entered, left, own, spread: BTreeSet::new() }.seen()
         };
-        assert_eq!(seen(&[a, b], &[], &[]), Seen::Unclear);
-        assert_eq!(seen(&[a], &[], &[b]), Seen::Unclear);
-        assert_eq!(seen(&[a, b], &[b], &[b]), Seen::Passed);
-        assert_eq!(seen(&[a, b], &[a], &[]), Seen::Passed);
-        assert_eq!(seen(&[a, b], &[a], &[a, b]), Seen::Lost);
+        assert_eq!(seen(&[a, b], &[], &[]), TrialResult::Unclear);
+        assert_eq!(seen(&[a], &[], &[b]), TrialResult::Unclear);
+        assert_eq!(seen(&[a, b], &[b], &[b]), TrialResult::Passed);
+        assert_eq!(seen(&[a, b], &[a], &[]), TrialResult::Passed);
+        assert_eq!(seen(&[a, b], &[a], &[a, b]), TrialResult::Lost);
     }
 
     #[test]
@@ -76,10 +76,10 @@ mod tests {
             let spread = spread.then_some(to).into_iter().collect();
             Carried { entered: BTreeSet::from([to]), left: by(left), own: by(own), spread }.seen()
         };
-        assert_eq!(seen(&[3], &[2], false), Seen::Lost);
+        assert_eq!(seen(&[3], &[2], false), TrialResult::Lost);
         // A VLAN and the card below it, or the two cards of a bond.
-        assert_eq!(seen(&[5, 2], &[5, 2], false), Seen::Passed);
-        assert_eq!(seen(&[5, 3], &[5, 2], false), Seen::Passed);
-        assert_eq!(seen(&[3], &[2], true), Seen::Passed, "by the other next hop");
+        assert_eq!(seen(&[5, 2], &[5, 2], false), TrialResult::Passed);
+        assert_eq!(seen(&[5, 3], &[5, 2], false), TrialResult::Passed);
+        assert_eq!(seen(&[3], &[2], true), TrialResult::Passed, "by the other next hop");
     }
 }

@@ -13,14 +13,14 @@ use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInf
 use super::{Setting, gateway, ipsec, marks, partial};
 use crate::{
     agent::{
-        connections,
+        conntrack, fragments,
         hooks::{self, Side},
-        legacy,
+        iptables_legacy,
     },
     dataplane::{
         forwarding::{Direction, Transport, Way},
         kernel::{ClosedPort, FirewallTable, Lost, open_port},
-        silence::Culprit,
+        silence::DroppingRule,
     },
     netlink::{Netlink, link::Link},
 };
@@ -49,9 +49,9 @@ pub struct Reasons {
     /// Rules that translate the source of pods' packets, by whether it concerns IPv4.
     translating: BTreeMap<bool, String>,
     /// What drops this host's ICMP errors for too large packets, by whether it concerns IPv4.
-    pub(super) silencing: BTreeMap<bool, Culprit>,
+    pub(super) silencing: BTreeMap<bool, DroppingRule>,
     /// What drops tunnel packets that contain packets of pods.
-    pub(super) dropping: Option<Culprit>,
+    pub(super) dropping: Option<DroppingRule>,
     /// Rules of iptables-legacy that may drop them, if nothing was traced.
     pub(super) legacy: Vec<String>,
     /// Rules that divert tunnel packets that contain packets of pods.
@@ -86,7 +86,12 @@ impl Reasons {
             }
             if *direction == Direction::Carried {
                 let ipv4 = setting.local.is_ipv4();
-                reasons.legacy = legacy::around_tunnels(ipv4, legacy::Way::Out, setting.port, None);
+                reasons.legacy = iptables_legacy::around_tunnels(
+                    ipv4,
+                    iptables_legacy::Way::Out,
+                    setting.port,
+                    None,
+                );
                 reasons.leading = marks::of_tunnels(netlink, setting);
                 continue;
             }
@@ -95,7 +100,7 @@ impl Reasons {
                 reasons.gateway.extend(sentence.map(|sentence| (*ipv4, sentence)));
                 continue;
             }
-            if *direction == Direction::Finding {
+            if *direction == Direction::NeighborDiscovery {
                 reasons.finding.insert(*ipv4, finding(setting, *ipv4));
                 continue;
             }
@@ -122,7 +127,7 @@ impl Reasons {
         };
         self.gateway.retain(|ipv4, _| is_closed(|way| way == Direction::Gateway, *ipv4));
         self.bridged.retain(|ipv4, _| is_closed(Direction::is_between, *ipv4));
-        self.finding.retain(|ipv4, _| is_closed(|way| way == Direction::Finding, *ipv4));
+        self.finding.retain(|ipv4, _| is_closed(|way| way == Direction::NeighborDiscovery, *ipv4));
         self.silencing.retain(|ipv4, _| is_closed(|way| way == Direction::TooLarge, *ipv4));
         if !closed.iter().any(|way| way.direction == Direction::Carried) {
             (self.dropping, self.stray) = (None, None);
@@ -140,7 +145,7 @@ impl Reasons {
         let is_known = |way: &Way| match way.direction {
             Direction::Gateway => self.gateway.contains_key(&way.ipv4),
             Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
-            Direction::Finding => self.finding.contains_key(&way.ipv4),
+            Direction::NeighborDiscovery => self.finding.contains_key(&way.ipv4),
             Direction::Out(_) | Direction::In(_) | Direction::LargeOut => !self.rules.is_empty(),
             Direction::Carried => self.dropping.is_some() || !self.leading.is_empty(),
             Direction::TooLarge | Direction::ToHost | Direction::FromHost(_) => true,
@@ -338,11 +343,15 @@ fn suspects(
     closed: &[Way],
 ) -> (Vec<String>, bool) {
     // Packets that connection tracking drops are not dropped by a rule.
-    if let Some(full) = connections::full() {
+    if let Some(full) = conntrack::full_table_problem() {
         return (vec![full], false);
     }
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let mut reasons: Vec<String> = Vec::new();
+    // Only trials between pods of two hosts send fragments.
+    if setting.is_remote_lost {
+        reasons.extend(fragments::scarce());
+    }
     reasons.extend(networks.iter().flat_map(|network| marks::of_pods(netlink, setting, *network)));
     let mut takes_all = false;
     let links = netlink.links().unwrap_or_default();
@@ -362,7 +371,7 @@ fn suspects(
     }
     reasons.extend(partial::shortening(netlink, setting));
     reasons.extend(ipsec::taking(&networks));
-    reasons.extend(networks.iter().flat_map(|network| legacy::around_pods(*network)));
+    reasons.extend(networks.iter().flat_map(|network| iptables_legacy::around_pods(*network)));
     let is_on_the_way = |link: &&Link| {
         link.index == setting.device
             || link.name == bridge_name(setting)

@@ -15,7 +15,7 @@ use super::Setting;
 use crate::{
     agent::hooks::{self, Side},
     dataplane::{
-        forwarding::{Direction, Seen, Way},
+        forwarding::{Direction, TrialResult, Way},
         kernel::FirewallTable,
     },
     netlink::{Netlink, route::Query},
@@ -65,7 +65,7 @@ impl Gateway {
 
     /// Resolves the gateways. `wait` sleeps and returns whether to continue; otherwise the result is
     /// empty.
-    pub fn find(&mut self, mut wait: impl FnMut(Duration) -> bool) -> Vec<(Way, Seen)> {
+    pub fn find(&mut self, mut wait: impl FnMut(Duration) -> bool) -> Vec<(Way, TrialResult)> {
         let mut seen = Vec::new();
         let way = |ip: &IpAddr| Way { direction: Direction::Gateway, ipv4: ip.is_ipv4() };
         let mut open: Vec<IpAddr> = self.addresses.iter().map(|(ip, _)| *ip).collect();
@@ -73,7 +73,7 @@ impl Gateway {
             Ok(()) => true,
             Err(error) => {
                 tracing::debug!(%error, %ip, "request for the gateway not sent");
-                seen.push((way(ip), Seen::Unclear));
+                seen.push((way(ip), TrialResult::Unclear));
                 false
             }
         });
@@ -89,7 +89,7 @@ impl Gateway {
             });
             let left = until.saturating_duration_since(Instant::now());
             if open.is_empty() || left.is_zero() {
-                seen.extend(open.iter().map(|ip| (way(ip), Seen::Lost)));
+                seen.extend(open.iter().map(|ip| (way(ip), TrialResult::Lost)));
                 return seen;
             }
             if !wait(pause.min(left)) {
@@ -107,13 +107,13 @@ impl Gateway {
     }
 
     /// Returns the result from the neighbor entry; `None` while it is incomplete.
-    fn check_entry(&mut self, ip: IpAddr) -> Option<Seen> {
+    fn check_entry(&mut self, ip: IpAddr) -> Option<TrialResult> {
         match self.netlink.neighbour(self.link, ip) {
-            Ok(Some(NeighbourState::Reachable)) => Some(Seen::Passed),
-            Ok(Some(NeighbourState::Failed)) => Some(Seen::Lost),
+            Ok(Some(NeighbourState::Reachable)) => Some(TrialResult::Passed),
+            Ok(Some(NeighbourState::Failed)) => Some(TrialResult::Lost),
             Ok(Some(NeighbourState::Incomplete)) => None,
-            Ok(_) => self.send_request(ip).err().map(|_| Seen::Unclear),
-            Err(_) => Some(Seen::Unclear),
+            Ok(_) => self.send_request(ip).err().map(|_| TrialResult::Unclear),
+            Err(_) => Some(TrialResult::Unclear),
         }
     }
 }
@@ -124,7 +124,7 @@ pub fn sentence(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<
     let subnet = shape.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == ipv4)?;
     let pod = shape.addresses.iter().find(|ip| ip.is_ipv4() == ipv4)?;
     let (bridge, ip) = (&shape.bridge, gateway(subnet));
-    let question = if ipv4 { "ARP" } else { "neighbour discovery" };
+    let question = if ipv4 { "ARP" } else { "neighbor discovery" };
     let mut causes = causes(netlink, bridge, ip, pod).unwrap_or_default();
     let chains = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(subnet));
     causes.extend(chains.iter().flatten().map(|chain| format!("{chain}: {}", chain.fix(subnet))));

@@ -17,12 +17,12 @@ use socket2::Socket;
 use super::pod::{drain, only_with};
 use crate::{
     agent::{
-        packet_filter::{Shown, only},
+        packet_filter::{FilterInput, receive_only},
         raw_tcp,
         start::random,
     },
     dataplane::{
-        forwarding::{Direction, NONCE_LEN, Probe, Seen, Transport, UNUSED, Way},
+        forwarding::{Direction, NONCE_LEN, Probe, Transport, TrialResult, UNUSED, Way},
         paths::FLOWS,
     },
     icmp::{Family, IcmpKind, ProbeIdentity, SMALL},
@@ -88,7 +88,7 @@ impl HostTrial {
     pub fn run(
         &self,
         mut wait: impl FnMut(&[BorrowedFd<'_>], Duration) -> bool,
-    ) -> io::Result<Vec<(Way, Seen)>> {
+    ) -> io::Result<Vec<(Way, TrialResult)>> {
         let mut checks = self.0.iter().map(Check::begin).collect::<io::Result<Vec<_>>>()?;
         checks.iter().for_each(Check::send);
         let until = Instant::now() + TIMEOUT;
@@ -116,7 +116,7 @@ impl HostSockets {
         };
         let sender = raw_tcp::open(gateway)?;
         // Without this filter the socket would receive every segment sent to this host.
-        only(&sender, Shown::raw(gateway), &[])?;
+        receive_only(&sender, FilterInput::raw(gateway), &[])?;
         let outside = datagrams(gateway)?;
         standin.inside(|| {
             let echo = family.open()?;
@@ -206,9 +206,9 @@ impl<'a> Check<'a> {
         self.has_reply && self.arrived.len() == Transport::ALL.len()
     }
 
-    fn seen(&self) -> Vec<(Way, Seen)> {
+    fn seen(&self) -> Vec<(Way, TrialResult)> {
         let ipv4 = self.host_sockets.pod.is_ipv4();
-        let verdict = |is_there| if is_there { Seen::Passed } else { Seen::Lost };
+        let verdict = |is_there| if is_there { TrialResult::Passed } else { TrialResult::Lost };
         let from_host = Transport::ALL.map(|transport| {
             let arrived = verdict(self.arrived.contains(&transport));
             (Way { direction: Direction::FromHost(transport), ipv4 }, arrived)

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::{Setting, explain::bridge_name, marks};
 use crate::{
-    agent::legacy,
+    agent::iptables_legacy,
     dataplane::kernel::{Act, FirewallTable, ForeignRules, Partial, Traffic, Way},
     model::Transport,
     netlink::{Netlink, link::Link, route::Query},
@@ -31,7 +31,7 @@ fn sentences(
     let addresses = setting.networks.iter().map(|network| network.addr());
     let families: BTreeSet<bool> =
         addresses.chain([setting.local]).map(|address| address.is_ipv4()).collect();
-    let legacy = families.into_iter().flat_map(legacy::all_tables).collect();
+    let legacy = families.into_iter().flat_map(iptables_legacy::all_tables).collect();
     let Ok(mut rules) = table.foreign_rules(legacy) else { return Vec::new() };
     let links = netlink.links().unwrap_or_default();
     let bridge = links.iter().find(|link| link.name == bridge_name(setting));

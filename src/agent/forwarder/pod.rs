@@ -12,7 +12,7 @@ use socket2::Socket;
 
 use crate::{
     agent::{
-        packet_filter::{Shown, only},
+        packet_filter::{FilterInput, receive_only},
         raw_tcp,
     },
     dataplane::{
@@ -60,7 +60,7 @@ impl PodSockets {
                 let socket = UdpSocket::bind((any, 0))?;
                 socket.set_nonblocking(true)?;
                 disable_fragmentation(&socket)?;
-                only(&socket, Shown::Segment, &[])?;
+                receive_only(&socket, FilterInput::Segment, &[])?;
                 io::Result::Ok(socket)
             };
             let (fitting, large) = (whole()?, whole()?);
@@ -83,7 +83,7 @@ impl PodSockets {
         let answers = asked.iter().map(|nonce| Probe::answer(*nonce));
         let fields: Vec<Field> =
             Probe::fields(Transport::Tcp, nonce).into_iter().chain(answers).collect();
-        only(segments, Shown::raw(*address), &fields)?;
+        receive_only(segments, FilterInput::raw(*address), &fields)?;
         drain(segments, |_, _| {});
         Ok(())
     }
@@ -156,10 +156,10 @@ pub fn only_with(
     nonce: [u8; NONCE_LEN],
 ) -> io::Result<()> {
     let shown = match transport {
-        Transport::Udp => Shown::Segment,
-        Transport::Tcp => Shown::raw(address),
+        Transport::Udp => FilterInput::Segment,
+        Transport::Tcp => FilterInput::raw(address),
     };
-    only(socket, shown, &Probe::fields(transport, nonce))?;
+    receive_only(socket, shown, &Probe::fields(transport, nonce))?;
     drain(socket, |_, _| {});
     Ok(())
 }
@@ -200,7 +200,7 @@ mod tests {
     fn eperm_fails_trial_and_unreachable_network_does_not() {
         let refused = check_permission(&Err(io::Error::from_raw_os_error(EPERM)));
         let said = refused.expect_err("no trial").to_string();
-        assert!(said.contains("refuses what the agent sends (EPERM)"), "{said}");
+        assert!(said.contains("refuses packets that the agent sends (EPERM)"), "{said}");
         assert!(check_permission(&Err(io::Error::from_raw_os_error(101))).is_ok());
         assert!(check_permission(&Ok(7)).is_ok());
     }

@@ -21,8 +21,8 @@ use crate::{
     agent::start::random,
     dataplane::{
         forwarding::{
-            Direction, NONCE_LEN, Probe, Seen, Transport, Tunnelled, UNUSED, UNUSED_OUT, Way,
-            destination, echo, inner, number, parse,
+            Direction, NONCE_LEN, Probe, Transport, TrialResult, TunneledProbe, UNUSED, UNUSED_OUT,
+            Way, destination, echo, inner, number, parse,
         },
         paths::FLOWS,
     },
@@ -71,7 +71,7 @@ pub struct Trial<'a> {
 #[derive(Debug, Default)]
 pub struct Outcome {
     /// The verdict for each way.
-    pub seen: Vec<(Way, Seen)>,
+    pub seen: Vec<(Way, TrialResult)>,
     /// The source address that replaces the pod's in outgoing packets, by whether it is IPv4.
     pub translated: BTreeMap<bool, IpAddr>,
     /// The source address that replaces the sender's in incoming packets, by whether it is IPv4.
@@ -90,7 +90,7 @@ struct Check<'a> {
     /// Overlay addresses of the chosen peers.
     asked: Vec<IpAddr>,
     /// Packets to the pod with a peer's source address; empty if no peer has a tunnel.
-    incoming: Vec<Tunnelled>,
+    incoming: Vec<TunneledProbe>,
     /// Packets to all chosen peers.
     outgoing: Vec<Probe>,
     /// Packets to the second pod; empty if those are not tested.
@@ -232,7 +232,7 @@ impl Trial<'_> {
             let through = chosen.iter().find(|(peer, _)| peer.tunnelled);
             let incoming = through.into_iter().flat_map(|(peer, vtep)| {
                 let ports = [[UNUSED, pod.port], [fresh, UNUSED]];
-                Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| Tunnelled {
+                Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| TunneledProbe {
                     vni: self.setting.vni,
                     macs: [peer.mac, self.setting.mac],
                     probe: probe(transport, *vtep, pod.address, ports, inwards),
@@ -397,8 +397,9 @@ impl Check<'_> {
         if self.incoming.iter().any(|packet| is_it(&packet.probe)) {
             self.captured_in.insert(transport);
         }
-        let is_accepted =
-            |packet: &Tunnelled| from == packet.probe.to && packet.probe.is_accepted_by(segment);
+        let is_accepted = |packet: &TunneledProbe| {
+            from == packet.probe.to && packet.probe.is_accepted_by(segment)
+        };
         if self.incoming.iter().any(is_accepted) {
             self.arrived.insert(transport);
         }
@@ -422,7 +423,7 @@ impl Check<'_> {
 
     fn is_done(&self) -> bool {
         let all = |seen: &BTreeSet<Transport>| seen.len() == Transport::ALL.len();
-        if self.carried.as_ref().is_some_and(|carried| carried.seen() == Seen::Lost) {
+        if self.carried.as_ref().is_some_and(|carried| carried.seen() == TrialResult::Lost) {
             return false;
         }
         (self.too_large.is_none() || self.error_arrived)
@@ -434,7 +435,7 @@ impl Check<'_> {
     }
 
     /// Returns the verdicts.
-    fn seen(&self) -> Vec<(Way, Seen)> {
+    fn seen(&self) -> Vec<(Way, TrialResult)> {
         let ipv4 = self.sockets.pod.address.is_ipv4();
         let mut seen = Vec::new();
         let mut note = |direction, verdict| seen.push((Way { direction, ipv4 }, verdict));
@@ -442,17 +443,17 @@ impl Check<'_> {
             let is_known =
                 self.fitting.is_some() && self.answered && self.left.contains(&Transport::Udp);
             let fits = match (self.fitting_left, is_known) {
-                (true, _) => Seen::Passed,
-                (false, true) => Seen::Lost,
-                (false, false) => Seen::Unclear,
+                (true, _) => TrialResult::Passed,
+                (false, true) => TrialResult::Lost,
+                (false, false) => TrialResult::Unclear,
             };
             note(Direction::LargeOut, fits);
         }
         if self.too_large.is_some() {
             let error_arrived = match (self.error_arrived, self.fitting_left) {
-                (true, _) => Seen::Passed,
-                (false, true) => Seen::Lost,
-                (false, false) => Seen::Unclear,
+                (true, _) => TrialResult::Passed,
+                (false, true) => TrialResult::Lost,
+                (false, false) => TrialResult::Unclear,
             };
             note(Direction::TooLarge, error_arrived);
         }
@@ -461,15 +462,18 @@ impl Check<'_> {
         }
         if !self.to_mate.is_empty() {
             let is_found = self.resolved_at_mate == [true; 2];
-            note(Direction::Finding, if is_found { Seen::Passed } else { Seen::Lost });
+            note(
+                Direction::NeighborDiscovery,
+                if is_found { TrialResult::Passed } else { TrialResult::Lost },
+            );
         }
         for transport in Transport::ALL {
             if !self.outgoing.is_empty() {
                 // A peer that does not answer this host either may be down, or may drop echo requests.
                 let out = match (self.left.contains(&transport), self.answered) {
-                    (true, _) => Seen::Passed,
-                    (false, true) => Seen::Lost,
-                    (false, false) => Seen::Unclear,
+                    (true, _) => TrialResult::Passed,
+                    (false, true) => TrialResult::Lost,
+                    (false, false) => TrialResult::Unclear,
                 };
                 note(Direction::Out(transport), out);
             }
@@ -478,15 +482,15 @@ impl Check<'_> {
                     self.arrived.contains(&transport),
                     self.captured_in.contains(&transport),
                 ) {
-                    (true, _) => Seen::Passed,
-                    (false, true) => Seen::Lost,
-                    (false, false) => Seen::Unclear,
+                    (true, _) => TrialResult::Passed,
+                    (false, true) => TrialResult::Lost,
+                    (false, false) => TrialResult::Unclear,
                 };
                 note(Direction::In(transport), comes);
             }
             if !self.to_mate.is_empty() {
                 let has_arrived = self.arrived_at_mate.contains(&transport);
-                let between = if has_arrived { Seen::Passed } else { Seen::Lost };
+                let between = if has_arrived { TrialResult::Passed } else { TrialResult::Lost };
                 note(Direction::Between(transport), between);
             }
         }

@@ -10,7 +10,7 @@ use super::{
     explain::{bridge_name, translating},
 };
 use crate::{
-    agent::{connections, hooks},
+    agent::{conntrack, hooks},
     dataplane::{
         forwarding::{Direction, Way},
         kernel::{Closing, FirewallTable, OwnHook},
@@ -28,7 +28,7 @@ const CLOSED_TO_HOST: &str = "this host does not reach its own pods: its packets
 pub fn untried(setting: &Setting, why: &str) -> Vec<String> {
     let mut warnings =
         vec![format!("it is unknown whether this host forwards packets of pods: {why}")];
-    warnings.extend(connections::full());
+    warnings.extend(conntrack::full_table_problem());
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let chains = FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks));
     let Ok(chains) = chains else { return warnings };

@@ -1,4 +1,4 @@
-//! What an answer of Kubernetes means.
+//! Interpretation of the answers of the API server.
 
 use std::net::IpAddr;
 
@@ -7,19 +7,19 @@ use serde_json::Value;
 
 use crate::model::Pool;
 
-/// Longest text of others that is repeated, in characters.
-const SHOWN: usize = 300;
+/// Limit of a foreign text in a message, in characters.
+const MAX_SHOWN_CHARS: usize = 300;
 
-/// What the object of a node says about its subnets. None, if it is not the object of that node.
+/// Returns the subnets in the object of a node; `None` if the value is not the object of that node.
 ///
 /// # Errors
-/// It has none, or none that can be read.
+/// Fails when it has no subnet, or one that cannot be parsed.
 pub(super) fn cidrs(node: &Value, name: &str) -> Option<Result<Vec<IpNet>, String>> {
     if node["kind"] != "Node" || node["metadata"]["name"] != name {
         return None;
     }
-    let both = node["spec"]["podCIDRs"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let texts = if both.is_empty() { std::slice::from_ref(&node["spec"]["podCIDR"]) } else { both };
+    let list = node["spec"]["podCIDRs"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let texts = if list.is_empty() { std::slice::from_ref(&node["spec"]["podCIDR"]) } else { list };
     let texts = texts.iter().filter_map(Value::as_str).filter(|text| !text.is_empty());
     let parse = |text: &str| {
         let shown = shortened(text);
@@ -30,7 +30,7 @@ pub(super) fn cidrs(node: &Value, name: &str) -> Option<Result<Vec<IpNet>, Strin
     Some(cidrs.and_then(|cidrs| if cidrs.is_empty() { Err(none()) } else { Ok(cidrs) }))
 }
 
-/// Whether an answer with status 404 says that there is no such node. Proxies have pages of their own.
+/// Whether an answer with status 404 means that there is no such node. Proxies send 404 pages of their own.
 pub(super) fn says_no_such_node(status: &Value, name: &str) -> bool {
     status["kind"] == "Status"
         && status["reason"] == "NotFound"
@@ -38,7 +38,7 @@ pub(super) fn says_no_such_node(status: &Value, name: &str) -> bool {
         && status["details"]["kind"] == "nodes"
 }
 
-/// Internal addresses of the other nodes in a list.
+/// Returns the internal addresses of the other nodes in a list; `None` if the value is no list.
 pub(super) fn others(nodes: &Value, name: &str) -> Option<Vec<IpAddr>> {
     let items = nodes["items"].as_array()?;
     let others = items.iter().filter(|node| node["metadata"]["name"] != name);
@@ -50,32 +50,33 @@ pub(super) fn others(nodes: &Value, name: &str) -> Option<Vec<IpAddr>> {
     Some(others.filter_map(internal).collect())
 }
 
-/// The reason in an error that the API server has put into words, or the beginning of another answer.
+/// Returns the message in an error of the API server, or the beginning of another answer.
 pub(super) fn reason(body: &[u8]) -> String {
     let status: Value = serde_json::from_slice(body).unwrap_or_default();
     let text = String::from_utf8_lossy(body);
     shortened(status["message"].as_str().unwrap_or(text.trim()))
 }
 
+/// Returns a text cut to [`MAX_SHOWN_CHARS`].
 pub(super) fn shortened(text: &str) -> String {
-    let mut shown: String = text.chars().take(SHOWN).collect();
+    let mut shown: String = text.chars().take(MAX_SHOWN_CHARS).collect();
     if shown.len() < text.len() {
         shown.push_str("...");
     }
     shown
 }
 
-/// The first address of the pool's subnet that these subnets are, in whatever order they come.
+/// Returns the first address of the slot that these subnets form, in any order.
 ///
 /// # Errors
-/// They are not the subnets of one slot of the pool; what helps.
+/// Fails with a remedy when they are not the subnets of one slot of the pool.
 pub(super) fn fit(cidrs: &[IpNet], pool: &Pool) -> Result<IpAddr, String> {
     let mut found = Vec::new();
     for (network, len) in divisions(pool) {
         let cidr = cidrs.iter().find(|cidr| is_ipv4(cidr) == is_ipv4(&network)).ok_or_else(|| {
             format!(
-                "the podCIDRs {} have none for network {network}: leave that network out, or have Kubernetes \
-                 give subnets of it (--cluster-cidr)",
+                "the podCIDRs {} have none for network {network}: leave that network out, or make Kubernetes \
+                 assign subnets of it (--cluster-cidr)",
                 listed(cidrs)
             )
         })?;
@@ -89,12 +90,13 @@ pub(super) fn fit(cidrs: &[IpNet], pool: &Pool) -> Result<IpAddr, String> {
     }
     let first = found.first().map(IpNet::network);
     let slot = first.and_then(|address| Some((address, pool.slot_at(address)?)));
-    let (address, slot) =
-        slot.ok_or_else(|| format!("{} is outside subnet_min to subnet_max", listed(&found)))?;
+    let (address, slot) = slot.ok_or_else(|| {
+        format!("{} is outside the range from subnet_min to subnet_max", listed(&found))
+    })?;
     if !pool.subnets(slot).iter().eq(found.iter().copied()) {
         let wanted: Vec<IpNet> = pool.subnets(slot).iter().collect();
         return Err(format!(
-            "the podCIDRs {} stand at different places in their networks, and gossamer leases {} together: \
+            "the podCIDRs {} are at different places in their networks, and gossamer leases {} together: \
              delete the Node object, and restart its kubelet for a new pair",
             listed(&found),
             listed(&wanted)
@@ -103,17 +105,18 @@ pub(super) fn fit(cidrs: &[IpNet], pool: &Pool) -> Result<IpAddr, String> {
     Ok(address)
 }
 
-/// Says in the log which subnets of this node are not used.
+/// Logs the subnets of this node that are not used.
 pub(super) fn warn_of_unused(cidrs: &[IpNet], pool: &Pool) {
     let is_used = |cidr: &&IpNet| divisions(pool).any(|(network, _)| network.contains(*cidr));
     for cidr in cidrs.iter().filter(|cidr| !is_used(cidr)) {
         tracing::warn!(
             %cidr,
-            "a podCIDR of this node is not used: set network and network6 to have pods of both families"
+            "podCIDR not used: set both network and network6 for pods of both families"
         );
     }
 }
 
+/// Returns the networks of the pool, each with the prefix length of its subnets.
 fn divisions(pool: &Pool) -> impl Iterator<Item = (IpNet, u8)> {
     [Some((pool.network(), pool.subnet_len())), pool.second()].into_iter().flatten()
 }
@@ -149,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn node_object_with_one_or_two_pod_cidrs_gives_all_of_them() {
+    fn cidrs_node_object_returns_all_pod_cidrs() {
         let both = json!({ "podCIDR": "fd00:1::/64", "podCIDRs": ["fd00:1::/64", "10.42.1.0/24"] });
         let two = Some(Ok(nets(&["fd00:1::/64", "10.42.1.0/24"])));
         assert_eq!(cidrs(&node(&both), "n1"), two);
@@ -158,13 +161,13 @@ mod tests {
         for (spec, why) in
             [(json!({}), "has no spec.podCIDR"), (json!({ "podCIDR": "x" }), "\"x\"")]
         {
-            let said = cidrs(&node(&spec), "n1").expect("about this node").expect_err("nothing");
-            assert!(said.contains(why), "{said}");
+            let error = cidrs(&node(&spec), "n1").expect("about this node").expect_err("nothing");
+            assert!(error.contains(why), "{error}");
         }
     }
 
     #[test]
-    fn answer_about_another_object_says_nothing_about_the_node() {
+    fn cidrs_other_object_returns_none() {
         let spec = json!({ "podCIDR": "10.42.1.0/24" });
         assert_eq!(cidrs(&node(&spec), "n2"), None);
         assert_eq!(cidrs(&json!({ "kind": "Status", "metadata": { "name": "n1" } }), "n1"), None);
@@ -177,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn pod_cidrs_in_either_order_fit_the_slot_that_has_both() {
+    fn fit_pod_cidrs_in_either_order_returns_the_first_address_of_the_slot() {
         let dual = pool("10.42.0.0/16", Some("fd00:42::/56"));
         let first: IpAddr = [10, 42, 3, 0].into();
         let (ipv4, ipv6) = ("10.42.3.0/24", "fd00:42:0:3::/64");
@@ -190,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn pod_cidrs_that_are_no_slot_are_refused_with_what_helps() {
+    fn fit_pod_cidrs_of_no_slot_fails_with_a_remedy() {
         let dual = pool("10.42.0.0/16", Some("fd00:42::/56"));
         for (cidrs, why) in [
             (&["10.42.3.0/24"][..], "have none for network fd00:42::/56"),
@@ -199,14 +202,14 @@ mod tests {
             (&["10.42.3.9/24", "fd00:42:0:3::/64"], "10.42.3.9/24 is no subnet"),
             (&["10.42.3.0/24", "fd00:42:0:4::/64"], "different places"),
         ] {
-            let said = fit(&nets(cidrs), &dual).expect_err("no slot");
-            assert!(said.contains(why), "{said}");
+            let error = fit(&nets(cidrs), &dual).expect_err("no slot");
+            assert!(error.contains(why), "{error}");
         }
         assert!(fit(&[], &dual).is_err());
     }
 
     #[test]
-    fn others_are_found_by_their_internal_addresses() {
+    fn others_returns_internal_addresses() {
         let node = |name: &str, kind: &str, address: &str| {
             let addresses = json!([{ "type": kind, "address": address }]);
             json!({ "metadata": { "name": name }, "status": { "addresses": addresses } })
@@ -221,12 +224,12 @@ mod tests {
     }
 
     #[test]
-    fn long_answer_is_repeated_in_part() {
+    fn reason_of_a_long_answer_is_shortened() {
         assert_eq!(
             reason(br#"{"kind":"Status","message":"nodes is forbidden"}"#),
             "nodes is forbidden"
         );
         assert_eq!(reason(b"bad gateway\n"), "bad gateway");
-        assert_eq!(reason("ä".repeat(5_000).as_bytes()).chars().count(), SHOWN + 3);
+        assert_eq!(reason("ä".repeat(5_000).as_bytes()).chars().count(), MAX_SHOWN_CHARS + 3);
     }
 }

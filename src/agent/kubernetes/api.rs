@@ -1,5 +1,5 @@
-//! Questions to the API server, with the pod's own service account. The account is read each time, for its
-//! token is replaced every hour.
+//! Requests to the API server with the service account of the pod. The account is read for each request, as
+//! its token is replaced every hour.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -24,57 +24,62 @@ use rustls::{
 use serde_json::Value;
 use tokio::net::TcpStream;
 
-use super::{Age, RETRY, Unknown, answer};
+use super::{Freshness, LookupError, RETRY, answer};
 use crate::{files, worker::resolve};
 
-/// Where Kubernetes puts what a pod needs to speak to it.
+/// Directory of the service account in a pod.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// Timeout of a request.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest pause that the API server may ask for.
-const PAUSE_MAX: Duration = Duration::from_secs(60);
-/// Longest answer that is read, in bytes.
-const ANSWER_MAX: usize = 16 << 20;
-/// So many other nodes are enough to find all by.
-const SEEDS_MAX: usize = 100;
+/// Longest pause that is granted to the API server.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+/// Limit of an answer, in bytes.
+const MAX_ANSWER_LEN: usize = 16 << 20;
+/// Limit of other nodes in a list: these are enough to find the rest by gossip.
+const MAX_SEEDS: usize = 100;
 
-/// The subnets of a node.
-pub(super) async fn cidrs_of(name: &str, age: Age) -> Result<Vec<IpNet>, Unknown> {
-    let api = Api::of_this_pod().map_err(Unknown::unanswered)?;
-    let version = match age {
-        Age::Cached => "?resourceVersion=0",
-        Age::Newest => "",
-    };
-    let target = format!("/api/v1/nodes/{name}{version}");
-    let got = api.get(&target).await.map_err(Unknown::unanswered)?;
-    let why = |what: &str| format!("https://{}:{}{target}: {what}", api.host, api.port);
-    let body: Value = serde_json::from_slice(&got.body).unwrap_or_default();
-    if got.status == StatusCode::NOT_FOUND && answer::says_no_such_node(&body, name) {
-        return Err(Unknown::Said(why(&got.reason())));
-    }
-    if !got.status.is_success() {
-        return Err(Unknown::Unanswered { why: why(&got.reason()), pause: got.pause });
-    }
-    answer::cidrs(&body, name)
-        .ok_or_else(|| Unknown::unanswered(why("the answer is not about this node")))?
-        .map_err(Unknown::Said)
-}
-
-/// Addresses of other nodes: enough of them to find all by.
+/// Returns the subnets of a node.
 ///
 /// # Errors
-/// Why they are not known.
+/// Fails when the API server has no answer about the node, or none with a usable subnet.
+pub(super) async fn cidrs_of(name: &str, age: Freshness) -> Result<Vec<IpNet>, LookupError> {
+    let api = Api::of_this_pod().map_err(LookupError::no_answer)?;
+    let version = match age {
+        Freshness::Cached => "?resourceVersion=0",
+        Freshness::Newest => "",
+    };
+    let target = format!("/api/v1/nodes/{name}{version}");
+    let response = api.get(&target).await.map_err(LookupError::no_answer)?;
+    let why = |what: &str| format!("https://{}:{}{target}: {what}", api.host, api.port);
+    let body: Value = serde_json::from_slice(&response.body).unwrap_or_default();
+    if response.status == StatusCode::NOT_FOUND && answer::says_no_such_node(&body, name) {
+        return Err(LookupError::NotAssigned(why(&response.reason())));
+    }
+    if !response.status.is_success() {
+        return Err(LookupError::NoAnswer { why: why(&response.reason()), pause: response.pause });
+    }
+    answer::cidrs(&body, name)
+        .ok_or_else(|| LookupError::no_answer(why("the answer is not about this node")))?
+        .map_err(LookupError::NotAssigned)
+}
+
+/// Returns the addresses of up to [`MAX_SEEDS`] other nodes.
+///
+/// # Errors
+/// Returns why they are unknown.
 pub(super) async fn addresses_of_others(name: &str) -> Result<Vec<IpAddr>, String> {
     let api = Api::of_this_pod()?;
-    let target = format!("/api/v1/nodes?limit={SEEDS_MAX}");
-    let got = api.get(&target).await?;
+    let target = format!("/api/v1/nodes?limit={MAX_SEEDS}");
+    let response = api.get(&target).await?;
     let why = |what: &str| format!("https://{}:{}{target}: {what}", api.host, api.port);
-    if !got.status.is_success() {
-        return Err(why(&got.reason()));
+    if !response.status.is_success() {
+        return Err(why(&response.reason()));
     }
-    let nodes: Value = serde_json::from_slice(&got.body).unwrap_or_default();
+    let nodes: Value = serde_json::from_slice(&response.body).unwrap_or_default();
     answer::others(&nodes, name).ok_or_else(|| why("the answer is no list"))
 }
 
+/// The API server, and the credentials for it.
 struct Api {
     host: String,
     port: u16,
@@ -82,23 +87,27 @@ struct Api {
     tls: Arc<ClientConfig>,
 }
 
-/// What was answered.
-struct Got {
+/// An answer of the API server.
+struct ApiResponse {
     status: StatusCode,
-    /// How long to wait before the next question.
+    /// How long to wait before the next request.
     pause: Duration,
     body: Bytes,
 }
 
-impl Got {
+impl ApiResponse {
+    /// Returns the status and reason of an error.
     fn reason(&self) -> String {
         format!("{}: {}", self.status, answer::reason(&self.body))
     }
 }
 
 impl Api {
+    /// Reads the address from the environment and the credentials from the service account.
     fn of_this_pod() -> Result<Self, String> {
-        let missing = |name: &str| format!("{name} is not set: is this a pod of Kubernetes?");
+        let missing = |name: &str| {
+            format!("{name} is not set: this process does not seem to run in a pod of Kubernetes")
+        };
         let variable = |name: &str| std::env::var(name).map_err(|_| missing(name));
         let host = variable("KUBERNETES_SERVICE_HOST")?;
         let port = variable("KUBERNETES_SERVICE_PORT")?;
@@ -111,16 +120,18 @@ impl Api {
         Ok(Self { host, port, token: token.trim().to_owned(), tls: Arc::new(tls) })
     }
 
-    async fn get(&self, target: &str) -> Result<Got, String> {
+    /// Requests a path, within [`TIMEOUT`].
+    async fn get(&self, target: &str) -> Result<ApiResponse, String> {
         let failed = |error: &dyn std::fmt::Display| {
             format!("https://{}:{}{target}: {error}", self.host, self.port)
         };
-        let asked = tokio::time::timeout(TIMEOUT, self.request(target)).await;
+        let answered = tokio::time::timeout(TIMEOUT, self.request(target)).await;
         let waited = format_args!("no answer within {TIMEOUT:?}");
-        asked.map_err(|_| failed(&waited))?.map_err(|error| failed(&format_args!("{error:#}")))
+        answered.map_err(|_| failed(&waited))?.map_err(|error| failed(&format_args!("{error:#}")))
     }
 
-    async fn request(&self, target: &str) -> anyhow::Result<Got> {
+    /// Connects and requests a path.
+    async fn request(&self, target: &str) -> anyhow::Result<ApiResponse> {
         let addresses = match self.host.parse::<IpAddr>() {
             Ok(ip) => vec![SocketAddr::new(ip, self.port)],
             Err(_) => resolve(format!("{}:{}", self.host, self.port)).await?,
@@ -137,13 +148,13 @@ impl Api {
             .body(Empty::<Bytes>::new())?;
         let response = sender.send_request(request).await?;
         let (status, pause) = (response.status(), pause_of(&response));
-        let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
+        let body = Limited::new(response.into_body(), MAX_ANSWER_LEN).collect().await;
         let body = body.map_err(|error| anyhow::anyhow!(error))?.to_bytes();
-        Ok(Got { status, pause, body })
+        Ok(ApiResponse { status, pause, body })
     }
 }
 
-/// TLS with the certificates of a file as its roots.
+/// Returns a TLS configuration with the certificates of a file as its roots.
 fn trusting(path: &Path) -> Result<ClientConfig, String> {
     let shown = path.display();
     let mut roots = RootCertStore::empty();
@@ -162,9 +173,9 @@ fn trusting(path: &Path) -> Result<ClientConfig, String> {
         .with_no_client_auth())
 }
 
-/// A busy API server says when it is to be asked again.
+/// Returns the pause that the answer asks for (`Retry-After`), within limits.
 fn pause_of(response: &Response<Incoming>) -> Duration {
-    let asked = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-    let seconds = asked.and_then(|text| text.parse().ok()).map(Duration::from_secs);
-    seconds.map_or(RETRY, |pause| pause.clamp(RETRY, PAUSE_MAX))
+    let header = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
+    let seconds = header.and_then(|text| text.parse().ok()).map(Duration::from_secs);
+    seconds.map_or(RETRY, |pause| pause.clamp(RETRY, MAX_RETRY_AFTER))
 }

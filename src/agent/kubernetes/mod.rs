@@ -1,14 +1,17 @@
-//! What Kubernetes says of this node: its subnets (`spec.podCIDRs`), and where the others are.
+//! What Kubernetes knows about this node: its subnets (`spec.podCIDRs`), and the addresses of the other
+//! nodes.
 //!
-//! It is read with the pod's own service account, and the subnets are kept on disk: a node that starts while
-//! the API server gives no answer about it goes on with what it was given before. Nothing is written there.
+//! The API server is read with the service account of the pod. The subnets are stored on disk, so a node that
+//! starts while the API server gives no answer about it uses the subnets of its last run. The agent writes
+//! nothing to Kubernetes.
 //!
-//! Two kinds of failure are kept apart. A node that is not registered, or that has no subnet, may have lost
-//! what it had to another node. Every other failure, a denial too, says nothing about the node.
+//! Two kinds of failure are distinguished. A node that is not registered, or has no subnet, may have lost its
+//! earlier subnet to another node. Every other failure, including a denial of access, says nothing about the
+//! node.
 
 mod answer;
 mod api;
-mod inquiry;
+mod poll;
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -18,81 +21,88 @@ use std::{
 
 use ipnet::IpNet;
 
-pub(super) use self::inquiry::{NodeReport, Source};
+pub(super) use self::poll::{NodeReport, PodCidrSource};
 use super::{StartFailure, startup_wait::StartupWait};
 use crate::{config::PodCidr, files, model::Pool, store::StateDir};
 
-/// Pause after a failure that names no other one.
+/// Pause after a failure whose answer names no other pause.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// What a node has been given.
+/// The subnets assigned to this node.
 #[derive(Debug)]
-pub(super) struct Given {
+pub(super) struct Assignment {
+    /// The subnets, as Kubernetes or the settings list them.
     pub(super) cidrs: Vec<IpNet>,
-    /// First address of its subnet in the first network of the pool.
+    /// First address of the subnet in the first network of the pool.
     pub(super) address: IpAddr,
-    /// Addresses of other nodes, or why they are not known.
+    /// Addresses of other nodes, or why they are unknown.
     pub(super) others: Result<Vec<IpAddr>, String>,
 }
 
-/// Why a subnet is not known.
+/// Why the subnet of this node is unknown.
 #[derive(Debug, PartialEq, Eq)]
-enum Unknown {
-    /// The source speaks of this node, and gives it no usable subnet.
-    Said(String),
-    /// The source says nothing about this node.
-    Unanswered { why: String, pause: Duration },
+enum LookupError {
+    /// The source has an answer about this node, which contains no usable subnet.
+    NotAssigned(String),
+    /// The source has no answer about this node. The next query waits for `pause`.
+    NoAnswer { why: String, pause: Duration },
 }
 
-impl Unknown {
-    fn unanswered(why: impl Into<String>) -> Self {
-        Self::Unanswered { why: why.into(), pause: RETRY }
+impl LookupError {
+    /// Returns a [`LookupError::NoAnswer`] with the pause [`RETRY`].
+    fn no_answer(why: impl Into<String>) -> Self {
+        Self::NoAnswer { why: why.into(), pause: RETRY }
     }
 }
 
 /// Whether an answer may come from the API server's cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Age {
+enum Freshness {
+    /// It may.
     Cached,
+    /// It must be the newest state.
     Newest,
 }
 
-/// Finds out what this node has been given, and waits for it if need be; none if a signal ends the agent
-/// first.
+/// Finds the subnets of this node, and waits until it has some; `None` if a signal ends the agent first.
 ///
 /// # Errors
-/// The state directory fails, or a subnet of the settings does not fit the network.
+/// Fails when the state directory fails, or a subnet of the settings does not fit the network.
 pub(super) async fn find(
     source: &PodCidr,
     name: &str,
     pool: &Pool,
     state: &StateDir,
     waiting: &mut StartupWait<'_>,
-) -> Result<Option<Given>, StartFailure> {
-    waiting.set_activity("waiting for Kubernetes: it was asked for this node's subnet");
+) -> Result<Option<Assignment>, StartFailure> {
+    waiting.set_activity("waiting for Kubernetes: requesting this node's subnet");
     loop {
-        let Some(asked) = waiting.run(ask(source, name, pool, Age::Newest)).await else {
+        let Some(result) = waiting.run(query(source, name, pool, Freshness::Newest)).await else {
             return Ok(None);
         };
-        let (why, pause) = match asked {
+        let (why, pause) = match result {
             Ok((cidrs, address)) => {
                 state.save_pod_cidrs(&cidrs)?;
                 answer::warn_of_unused(&cidrs, pool);
                 let Some(others) = waiting.run(others(source, name)).await else {
                     return Ok(None);
                 };
-                return Ok(Some(Given { cidrs, address, others }));
+                return Ok(Some(Assignment { cidrs, address, others }));
             }
-            Err(Unknown::Said(why)) if matches!(source, PodCidr::Values(_)) => {
+            Err(LookupError::NotAssigned(why)) if matches!(source, PodCidr::Values(_)) => {
                 return Err(StartFailure::PodCidr(why));
             }
-            // What it had may have been given to another node meanwhile.
-            Err(Unknown::Said(why)) => (why, RETRY),
-            Err(Unknown::Unanswered { why, pause }) => {
+            // Another node may have the earlier subnet by now.
+            Err(LookupError::NotAssigned(why)) => (why, RETRY),
+            Err(LookupError::NoAnswer { why, pause }) => {
                 let cidrs = state.pod_cidrs()?;
                 if let Ok(address) = answer::fit(&cidrs, pool) {
-                    tracing::warn!(%why, ?cidrs, "no answer from Kubernetes: the subnet of the last run");
-                    return Ok(Some(Given { cidrs, address, others: Err(why) }));
+                    tracing::warn!(
+                        %why,
+                        ?cidrs,
+                        "no answer from Kubernetes; the subnet of the last run is used"
+                    );
+                    return Ok(Some(Assignment { cidrs, address, others: Err(why) }));
                 }
                 (why, pause)
             }
@@ -104,31 +114,33 @@ pub(super) async fn find(
     }
 }
 
-/// The subnets of this node, and the first address of the first one in the pool.
-async fn ask(
+/// Returns the subnets of this node, and the first address of the subnet in the first network of the pool.
+async fn query(
     source: &PodCidr,
     name: &str,
     pool: &Pool,
-    age: Age,
-) -> Result<(Vec<IpNet>, IpAddr), Unknown> {
+    age: Freshness,
+) -> Result<(Vec<IpNet>, IpAddr), LookupError> {
     let cidrs = match source {
         PodCidr::Values(cidrs) => cidrs.clone(),
-        PodCidr::File(path) => read_file(path).map_err(Unknown::Said)?,
+        PodCidr::File(path) => read_file(path).map_err(LookupError::NotAssigned)?,
         PodCidr::Api => api::cidrs_of(name, age).await?,
     };
-    let address = answer::fit(&cidrs, pool).map_err(Unknown::Said)?;
+    let address = answer::fit(&cidrs, pool).map_err(LookupError::NotAssigned)?;
     Ok((cidrs, address))
 }
 
+/// Returns the addresses of other nodes, which only the API server lists.
 async fn others(source: &PodCidr, name: &str) -> Result<Vec<IpAddr>, String> {
     match source {
         PodCidr::Values(_) | PodCidr::File(_) => Ok(Vec::new()),
         PodCidr::Api => api::addresses_of_others(name).await.inspect_err(|why| {
-            tracing::warn!(%why, "Kubernetes does not list the other nodes: trying again");
+            tracing::warn!(%why, "Kubernetes does not list the other nodes; retrying");
         }),
     }
 }
 
+/// Reads the subnets from the file of `pod_cidr_file`.
 fn read_file(path: &Path) -> Result<Vec<IpNet>, String> {
     let field = format!("pod_cidr_file {}", path.display());
     let text = files::read_text(path, files::SMALL).map_err(|error| format!("{field}: {error}"))?;
@@ -142,7 +154,7 @@ fn read_file(path: &Path) -> Result<Vec<IpNet>, String> {
         .ok_or_else(|| format!("{field}: {:?} is no subnet", answer::shortened(text.trim())))
 }
 
-/// Other nodes, as names to join by.
+/// Returns the addresses of other nodes as seeds.
 pub(super) fn seeds(others: &[IpAddr], port: u16) -> Vec<String> {
     others.iter().map(|ip| SocketAddr::new(*ip, port).to_string()).collect()
 }

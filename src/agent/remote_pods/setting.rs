@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     agent::packet_filter::Sources,
-    dataplane::forwarding::{Subject, Way},
+    dataplane::forwarding::{FarPeer, Way},
     model::NodeId,
 };
 
@@ -16,7 +16,7 @@ use crate::{
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Setting {
     /// The peers to test.
-    pub(super) subjects: Vec<Subject>,
+    pub(super) subjects: Vec<FarPeer>,
     /// Ways on which this host itself drops packets.
     pub(super) lost_here: Vec<Way>,
     /// How long a peer is not tested after a trial without losses; `None` if testing costs nothing.

@@ -21,12 +21,12 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use super::streams::{self, Event, IncomingStreams, OutgoingStreams};
 use crate::{
     agent::{
-        packet_filter::{Condition, Shown, Sources, only, only_where},
+        packet_filter::{Condition, FilterInput, Sources, receive_only, receive_only_where},
         raw_tcp,
     },
     dataplane::forwarding::{
-        FAR_DATA_PORT, FAR_PORT, Field, IS_SAID, Kind, NONCE_LEN, Probe, Said, Segment, Sort,
-        Transport, answer, answers_segment, far_segment, is_of_round, question, read,
+        FAR_DATA_PORT, FAR_PORT, Field, IS_MESSAGE, Kind, MessageType, NONCE_LEN, Probe, Segment,
+        Sort, Transport, answer, answers_segment, far_segment, is_of_round, question, read,
     },
     pods::standin::Room,
 };
@@ -143,7 +143,7 @@ impl RoomSockets {
             for sockets in families {
                 sockets.outgoing.forget();
                 sockets.asking = datagrams(sockets.address, 0)?;
-                only(&sockets.asking, Shown::Segment, &[is_of_round(round)])?;
+                receive_only(&sockets.asking, FilterInput::Segment, &[is_of_round(round)])?;
                 sockets.admit(&self.sources, self.round)?;
             }
             Ok(())
@@ -219,7 +219,7 @@ impl RoomSockets {
                 let Some(mut rest) = self.buffer.get_mut(..length) else { continue };
                 loop {
                     let datagram = rest.len().min(segment.unwrap_or(length));
-                    let Some((Said::Question, kind, round)) = read(&rest[..datagram]) else {
+                    let Some((MessageType::Question, kind, round)) = read(&rest[..datagram]) else {
                         break;
                     };
                     let size = if kind.segments() > 1 { rest.len() } else { datagram };
@@ -239,7 +239,7 @@ impl RoomSockets {
             }
             for _ in 0..MAX_PER_PASS {
                 let Ok((length, from)) = asking.recv_from(&mut self.buffer) else { break };
-                if let Some((Said::Answer, kind, round)) = read(&self.buffer[..length])
+                if let Some((MessageType::Answer, kind, round)) = read(&self.buffer[..length])
                     && from.port() == FAR_PORT
                 {
                     give(SocketEvent::Answer { from: from.ip(), round, kind });
@@ -297,15 +297,15 @@ impl FamilySockets {
         let question =
             |field| from.into_iter().chain([Condition::Field(field)]).collect::<Vec<_>>();
         let [to_port, from_port] = [2, 0].map(|at| Field::Half(at, FAR_PORT));
-        only_where(&self.echoes, Shown::Segment, &[&question(IS_SAID)])?;
-        only_where(&self.listener, Shown::Segment, &[&question(to_port)])?;
+        receive_only_where(&self.echoes, FilterInput::Segment, &[&question(IS_MESSAGE)])?;
+        receive_only_where(&self.listener, FilterInput::Segment, &[&question(to_port)])?;
         let to_data = question(Field::Half(2, FAR_DATA_PORT));
-        only_where(self.incoming.listener(), Shown::Segment, &[&to_data])?;
+        receive_only_where(self.incoming.listener(), FilterInput::Segment, &[&to_data])?;
         let question = question(to_port);
         let answer = round.map(|round| [from_port, answers_segment(round)].map(Condition::Field));
         let answer = answer.as_ref().map(<[_; 2]>::as_slice);
         let any: Vec<_> = answer.into_iter().chain([question.as_slice()]).collect();
-        only_where(&self.segments, Shown::raw(self.address), &any)
+        receive_only_where(&self.segments, FilterInput::raw(self.address), &any)
     }
 
     fn first_segment(&self, to: IpAddr, round: u32) -> Vec<u8> {
@@ -336,7 +336,7 @@ fn listener(address: IpAddr) -> io::Result<Socket> {
 
 fn segments(address: IpAddr) -> io::Result<Socket> {
     let socket = raw_tcp::open(address)?;
-    only(&socket, Shown::raw(address), &[])?;
+    receive_only(&socket, FilterInput::raw(address), &[])?;
     Ok(socket)
 }
 
@@ -424,7 +424,7 @@ mod tests {
     fn full_buffer_is_detected_and_filtered_packets_are_not() {
         let [to, from] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").expect("a socket"));
         to.set_nonblocking(true).expect("a socket");
-        only(&to, Shown::Segment, &[IS_SAID]).expect("a filter");
+        receive_only(&to, FilterInput::Segment, &[IS_MESSAGE]).expect("a filter");
         let mut taken = BufferUse::of(&to).expect("a buffer");
         let room = SockRef::from(&to).recv_buffer_size().expect("its size");
         let mut send_and_take = |payload: &[u8]| {

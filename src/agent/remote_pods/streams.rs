@@ -13,7 +13,7 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::dataplane::forwarding::{
-    FAR_DATA_PORT, SMALL, Said, answer, read_stream, stream_question,
+    FAR_DATA_PORT, MessageType, SMALL, answer, read_stream, stream_question,
 };
 
 /// Maximum number of simultaneous incoming connections.
@@ -140,7 +140,8 @@ impl OutgoingStream {
         let is_whole = self.carried.len() == self.question.len();
         let read = read_stream(&self.carried).map_err(|_| ErrorKind::InvalidData)?;
         if is_whole
-            && read.is_some_and(|(said, round, _)| said == Said::Answer && round == self.round)
+            && read
+                .is_some_and(|(said, round, _)| said == MessageType::Answer && round == self.round)
         {
             give(Event::Answered(self.to, self.round));
         }
@@ -216,7 +217,7 @@ impl IncomingStream {
     fn advance(&mut self, give: &mut impl FnMut(IpAddr, u32) -> bool) -> io::Result<bool> {
         let limit = match (self.answered, read_stream(&self.carried)) {
             (Some(_), _) => self.carried.len(),
-            (None, Ok(Some((Said::Question, _, size)))) => size,
+            (None, Ok(Some((MessageType::Question, _, size)))) => size,
             (None, Ok(None)) => SMALL,
             (None, Ok(Some(_)) | Err(_)) => return Ok(false),
         };

@@ -91,7 +91,7 @@ impl Agent {
             .collect();
         let mut lost = by_node(&self.kernel.remote_pods.closed);
         for (node, lost) in &mut lost {
-            let is_measured = self.prober.paths.is_measured(*node);
+            let is_measured = self.prober.paths.is_measuring_size(*node);
             lost.retain(|(_, sort)| !(is_measured && sort.kind.is_large()));
         }
         lost.retain(|node, lost| !unanswered.contains(node) && !lost.is_empty());

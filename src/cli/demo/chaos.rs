@@ -39,8 +39,8 @@ const MAX_RENAME_ATTEMPTS: u32 = 100;
 enum Fault {
     DeleteFdb,
     WrongFdb,
-    DeleteNeighbour,
-    WrongNeighbour,
+    DeleteNeighbor,
+    WrongNeighbor,
     DeleteRoute,
     ForeignRoute,
     RemoveAddress,
@@ -55,8 +55,8 @@ enum Fault {
 const FAULTS: [(Fault, &str); 13] = [
     (Fault::DeleteFdb, "FDB entry of a peer deleted"),
     (Fault::WrongFdb, "FDB entry leads to another host"),
-    (Fault::DeleteNeighbour, "neighbour entry deleted"),
-    (Fault::WrongNeighbour, "neighbour entry with another MAC"),
+    (Fault::DeleteNeighbor, "neighbor entry deleted"),
+    (Fault::WrongNeighbor, "neighbor entry with another MAC"),
     (Fault::DeleteRoute, "route deleted"),
     (Fault::ForeignRoute, "route replaced by an unreachable one"),
     (Fault::RemoveAddress, "address of the device removed"),
@@ -155,15 +155,15 @@ impl Fault {
     /// not know which peer the pod pings.
     fn entry_operations(self, actual: &Actual) -> Option<Vec<Op>> {
         let wrong_mac = Mac::from_bytes([2, 0, 0, 0, 0, 0x99]);
-        let (fdb, neighbours, routes) = (&actual.fdb, &actual.neighbours, &actual.routes);
+        let (fdb, neighbors, routes) = (&actual.fdb, &actual.neighbors, &actual.routes);
         Some(match self {
             Self::DeleteFdb => fdb.iter().map(|(mac, to)| Op::RemoveFdb(*mac, *to)).collect(),
             Self::WrongFdb => {
                 fdb.iter().map(|(mac, _)| Op::SetFdb(*mac, [10, 99, 255, 1].into())).collect()
             }
-            Self::DeleteNeighbour => neighbours.keys().map(|ip| Op::RemoveNeighbour(*ip)).collect(),
-            Self::WrongNeighbour => {
-                neighbours.keys().map(|ip| Op::SetNeighbour(*ip, wrong_mac)).collect()
+            Self::DeleteNeighbor => neighbors.keys().map(|ip| Op::RemoveNeighbor(*ip)).collect(),
+            Self::WrongNeighbor => {
+                neighbors.keys().map(|ip| Op::SetNeighbor(*ip, wrong_mac)).collect()
             }
             Self::DeleteRoute => {
                 routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)).collect()

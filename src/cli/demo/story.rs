@@ -175,7 +175,7 @@ impl DemoRun {
     fn kernel_tables(&mut self) -> anyhow::Result<()> {
         let (host, peers) = (&self.hosts[0], self.hosts.len() - 1);
         let device = device_name(1);
-        let shown = self.screen.step("n1's kernel: device, routes, neighbours, FDB", || {
+        let shown = self.screen.step("n1's kernel: device, routes, neighbors, FDB", || {
             let shown = tables(host, &device)?;
             ensure!(
                 routes(&shown) == peers,

@@ -1,80 +1,88 @@
-//! What the agent's own pods of two hosts say to each other: a datagram, and the same back.
+//! Messages between the agents' own pods of two hosts: a datagram or a stream, and the same returned.
 //!
-//! An answer is as large as its question, and is never answered itself, so that two pods cannot be set on
-//! each other, and no host is asked for more than it was sent. The first of several datagrams in one packet
-//! is the question, and the others fill it up.
+//! An answer is as large as its question and is never answered itself, so two pods cannot be made to answer
+//! each other forever, and no host sends more than it received. Of several datagrams in one packet, the first
+//! is the question and the others are filler.
 
 use std::net::IpAddr;
 
 use super::{Field, Transport};
 
-/// Where questions go. Nothing else listens there: next to those of the other trials.
+/// UDP and TCP port of questions. Not used by other programs, and next to the ports of the other trials.
 pub const FAR_PORT: u16 = 61_476;
-/// Where connections go that carry a question: apart from those of which only the first segment counts.
+/// TCP port of connections that carry a question. Separate from [`FAR_PORT`], where only the first segment
+/// counts.
 pub const FAR_DATA_PORT: u16 = 61_477;
-/// How questions and answers begin. Other than what trials of this host alone begin with.
+/// First bytes of questions and answers. Differs from those of the trials that concern only this host.
 const MAGIC: [u8; 4] = *b"gsmF";
 const QUESTION: u8 = b'?';
 const ANSWER: u8 = b'!';
-const LENGTH: usize = 12;
-/// Where what a connection carries tells how long it is.
-const LENGTH_AT: usize = 6;
+/// Length of the header in bytes: magic, type, kind, length (of streams), round.
+const HEADER_LEN: usize = 12;
+/// Offset of a stream's total length in bytes.
+const STREAM_LEN_OFFSET: usize = 6;
 const UDP_HEADER: u32 = 8;
-/// Where the number of the round is.
-const NUMBER: u32 = 8;
-/// What makes a question large. A rule that takes the beginning of a later fragment for a header of UDP finds
-/// neither a port nor a checksum of 0 there.
+/// Offset of the round's number in the payload.
+const ROUND_OFFSET: u32 = 8;
+/// Fills large messages. A rule that takes the start of a later fragment for a UDP header finds neither a
+/// known port nor a checksum of 0.
 const FILLER: u8 = b'.';
-/// Payload of a small one, and of the first segment of data.
+/// Payload size in bytes of a small message.
 pub const SMALL: usize = 32;
-/// In the byte that tells which have arrived: data of connections would have been seen. Agents of earlier
-/// versions do not know of it.
+/// In the bit set of a report ([`Sort::bit`]): the sender would have noticed data of connections. Agents of
+/// earlier versions do not set it.
 pub const SEES_DATA: u16 = 1 << 15;
-/// Segments in one packet of several.
-const SEGMENTS: usize = 2;
-/// What is sent in fragments is larger than a packet by one part in so many.
-const EXCESS: u32 = 4;
-/// Larger ones are not sent.
-const LARGEST: usize = 60_000;
+/// Number of datagrams in one aggregate.
+const AGGREGATE_DATAGRAMS: usize = 2;
+/// A fragmented message is larger than a packet by the packet size divided by this.
+const EXCESS_DIVISOR: u32 = 4;
+/// Maximum size of a message in bytes.
+const MAX_PAYLOAD: usize = 60_000;
 
-/// What is sent.
+/// The kinds of packets that are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// The first segment of a connection, which the kernel accepts.
+    /// The first segment of a TCP connection; the receiving kernel accepts it.
     Segment,
     /// A small datagram.
     Small,
-    /// A datagram as large as a packet to that pod can be.
+    /// A datagram of the largest size that fits into one packet.
     Large,
-    /// A datagram that has to be sent in fragments.
+    /// A datagram that must be sent in fragments.
     Fragmented,
-    /// Several full-size datagrams in one packet, which is cut into them where it leaves the host at last
-    /// (GSO): as the kernel hands down what a connection sends in bulk.
+    /// Several full-size datagrams in one packet, which is split when it leaves the host (GSO), like the bulk
+    /// data of connections.
     Aggregate,
-    /// A small datagram of many that are counted.
+    /// A small datagram for the measurement of random loss.
     Sample,
-    /// What a connection carries once it is made: a small segment, and full-size ones.
+    /// Data in an established connection: a small segment and full-size ones.
     Data,
 }
 
-/// A kind of packet of one family.
+/// A kind of packet in one address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Sort {
+    /// The address family is IPv4, not IPv6.
     pub ipv4: bool,
+    /// The kind of packet.
     pub kind: Kind,
 }
 
+/// The type of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Said {
+pub enum MessageType {
+    /// A message to be answered.
     Question,
+    /// The answer to a question.
     Answer,
 }
 
 impl Kind {
-    /// Those that each have to get through.
+    /// The kinds that must each pass; samples are only counted.
     pub const ALL: [Self; 6] =
         [Self::Segment, Self::Small, Self::Large, Self::Fragmented, Self::Aggregate, Self::Data];
 
+    /// Returns the transport protocol of the kind.
     pub const fn transport(self) -> Transport {
         match self {
             Self::Segment | Self::Data => Transport::Tcp,
@@ -84,136 +92,140 @@ impl Kind {
         }
     }
 
-    /// Whether it is as large as a packet can be, or larger.
+    /// Returns whether packets of the kind have the maximum size, or more.
     pub const fn is_large(self) -> bool {
         matches!(self, Self::Large | Self::Fragmented | Self::Aggregate)
     }
 
-    /// Datagrams in one packet.
+    /// Returns the number of datagrams in one packet.
     pub const fn segments(self) -> usize {
         match self {
-            Self::Aggregate => SEGMENTS,
+            Self::Aggregate => AGGREGATE_DATAGRAMS,
             _ => 1,
         }
     }
 
-    /// Bytes of payload of a datagram, or of a connection, where packets have at most `carried`; none where
-    /// it cannot be sent as one.
+    /// Returns the payload size in bytes of a datagram or connection, if packets have at most `carried`
+    /// bytes. `None` if the kind has no payload or cannot be sent at this size.
     pub fn size(self, to: IpAddr, carried: u32) -> Option<usize> {
         let whole = carried.checked_sub(if to.is_ipv4() { 28 } else { 48 })?;
         let size = match self {
             Self::Segment => return None,
             Self::Small | Self::Sample => return Some(SMALL),
             Self::Large | Self::Aggregate => whole,
-            Self::Fragmented => whole + carried / EXCESS,
+            Self::Fragmented => whole + carried / EXCESS_DIVISOR,
             Self::Data => {
-                return Some((carried + carried / EXCESS) as usize).map(|size| size.min(LARGEST));
+                return Some((carried + carried / EXCESS_DIVISOR) as usize)
+                    .map(|size| size.min(MAX_PAYLOAD));
             }
         };
-        Some(size as usize).filter(|size| size * self.segments() <= LARGEST)
+        Some(size as usize).filter(|size| size * self.segments() <= MAX_PAYLOAD)
     }
 
-    /// By which a set of them is told in a byte.
+    /// Returns the number that stands for the kind in messages and bit sets.
     const fn number(self) -> u8 {
         self as u8
     }
 }
 
 impl Sort {
-    /// In the byte that tells which have arrived.
+    /// Returns the bit of the sort in the bit set of a report.
     pub const fn bit(self) -> u16 {
         1 << (self.kind.number() * 2 + self.ipv4 as u8)
     }
 }
 
-/// What questions and answers begin with, for the kernel's packet filter.
-pub const IS_SAID: Field = Field::Word(UDP_HEADER, u32::from_be_bytes(MAGIC));
+/// Matches the first bytes of questions and answers, for the kernel's packet filter.
+pub const IS_MESSAGE: Field = Field::Word(UDP_HEADER, u32::from_be_bytes(MAGIC));
 
-/// In datagrams of one round.
+/// Matches datagrams of one round, for the kernel's packet filter.
 pub const fn is_of_round(number: u32) -> Field {
-    Field::Word(UDP_HEADER + NUMBER, number)
+    Field::Word(UDP_HEADER + ROUND_OFFSET, number)
 }
 
-/// In answers to first segments of one round.
+/// Matches answers to first segments of one round, for the kernel's packet filter.
 pub const fn answers_segment(number: u32) -> Field {
     Field::Word(8, number.wrapping_add(1))
 }
 
-/// A question of a round of trials, which has this number.
+/// Builds a question of the round with this number, of at least `size` bytes.
 pub fn question(kind: Kind, number: u32, size: usize) -> Vec<u8> {
     let mut payload = MAGIC.to_vec();
     payload.extend([QUESTION, kind.number(), 0, 0]);
     payload.extend(number.to_be_bytes());
-    payload.resize(size.max(LENGTH), FILLER);
+    payload.resize(size.max(HEADER_LEN), FILLER);
     payload
 }
 
-/// Makes an answer of a question.
+/// Turns a question into its answer.
 pub fn answer(question: &mut [u8]) {
-    if let Some(said) = question.get_mut(MAGIC.len()) {
-        *said = ANSWER;
+    if let Some(message_type) = question.get_mut(MAGIC.len()) {
+        *message_type = ANSWER;
     }
 }
 
-/// Reads either.
-pub fn read(payload: &[u8]) -> Option<(Said, Kind, u32)> {
+/// Parses a question or an answer: its type, kind and round. `None` if it is neither.
+pub fn read(payload: &[u8]) -> Option<(MessageType, Kind, u32)> {
     let rest = payload.strip_prefix(&MAGIC)?;
-    let said = match *rest.first()? {
-        QUESTION => Said::Question,
-        ANSWER => Said::Answer,
+    let message_type = match *rest.first()? {
+        QUESTION => MessageType::Question,
+        ANSWER => MessageType::Answer,
         _ => return None,
     };
     let number = *rest.get(1)?;
     let kind = Kind::ALL.into_iter().chain([Kind::Sample]).find(|kind| kind.number() == number)?;
     let number = rest.get(4..)?.first_chunk()?;
     let is_datagram = kind.transport() == Transport::Udp;
-    is_datagram.then_some((said, kind, u32::from_be_bytes(*number)))
+    is_datagram.then_some((message_type, kind, u32::from_be_bytes(*number)))
 }
 
-/// What a connection carries to ask in a round, `size` bytes of it.
+/// Builds the question that a connection carries: `size` bytes, within limits.
 pub fn stream_question(number: u32, size: usize) -> Vec<u8> {
-    let size = size.clamp(SMALL, LARGEST);
+    let size = size.clamp(SMALL, MAX_PAYLOAD);
     let mut stream = question(Kind::Data, number, size);
-    stream[LENGTH_AT..][..2].copy_from_slice(&(size as u16).to_be_bytes());
+    stream[STREAM_LEN_OFFSET..][..2].copy_from_slice(&(size as u16).to_be_bytes());
     stream
 }
 
-/// Reads what a connection has carried so far: what it says, of which round, and with how many bytes in all.
+/// Parses the data that a connection has carried so far: type, round, and total length in bytes. `None` if
+/// there is too little data yet.
 ///
 /// # Errors
-/// It is of another kind. None, if that cannot be told yet.
-pub fn read_stream(carried: &[u8]) -> Result<Option<(Said, u32, usize)>, Malformed> {
-    let head = carried.get(..LENGTH).ok_or(());
+/// The data does not belong to a trial.
+pub fn read_stream(carried: &[u8]) -> Result<Option<(MessageType, u32, usize)>, Malformed> {
+    let head = carried.get(..HEADER_LEN).ok_or(());
     let Ok(head) = head else { return Ok(None) };
-    let said = match head[MAGIC.len()] {
-        QUESTION => Said::Question,
-        ANSWER => Said::Answer,
+    let message_type = match head[MAGIC.len()] {
+        QUESTION => MessageType::Question,
+        ANSWER => MessageType::Answer,
         _ => return Err(Malformed),
     };
-    let is_it = head.starts_with(&MAGIC) && head[MAGIC.len() + 1] == Kind::Data.number();
-    let size = usize::from(u16::from_be_bytes([head[LENGTH_AT], head[LENGTH_AT + 1]]));
+    let is_expected = head.starts_with(&MAGIC) && head[MAGIC.len() + 1] == Kind::Data.number();
+    let size =
+        usize::from(u16::from_be_bytes([head[STREAM_LEN_OFFSET], head[STREAM_LEN_OFFSET + 1]]));
     let number = u32::from_be_bytes([head[8], head[9], head[10], head[11]]);
-    if is_it && (SMALL..=LARGEST).contains(&size) && carried.len() <= size {
-        Ok(Some((said, number, size)))
+    if is_expected && (SMALL..=MAX_PAYLOAD).contains(&size) && carried.len() <= size {
+        Ok(Some((message_type, number, size)))
     } else {
         Err(Malformed)
     }
 }
 
-/// What a connection carries that is of no trial.
+/// Data of a connection that does not belong to a trial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed;
 
-/// What a segment of TCP is, if it belongs to a trial.
+/// A TCP segment that belongs to a trial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Segment {
-    /// The first one of a connection, of the round with this number.
+    /// The first segment of a connection, of the round with this number.
     Question(u32),
-    /// The kernel's answer to one: it accepts the connection, or refuses it.
+    /// The kernel's answer to a first segment of the round with this number: it accepts or refuses the
+    /// connection.
     Answer(u32),
 }
 
-/// Reads a segment from its TCP header on.
+/// Parses a segment that begins with its TCP header.
 pub fn segment(bytes: &[u8]) -> Option<Segment> {
     const FIN_TO_ACK: u8 = 0b1_0111;
     const SYN: u8 = 0b0_0010;
@@ -235,26 +247,26 @@ mod tests {
     use crate::dataplane::forwarding::{NONCE_LEN, Probe};
 
     #[test]
-    fn an_answer_is_as_large_as_its_question_and_is_read_as_an_answer() {
+    fn answer_has_the_size_of_its_question_and_is_parsed_as_answer() {
         for kind in [Kind::Small, Kind::Large, Kind::Fragmented, Kind::Aggregate, Kind::Sample] {
             let size = kind.size([10, 42, 1, 254].into(), 1450).expect("a size");
             let mut payload = question(kind, 0x0102_0304, size);
-            assert_eq!(read(&payload), Some((Said::Question, kind, 0x0102_0304)));
+            assert_eq!(read(&payload), Some((MessageType::Question, kind, 0x0102_0304)));
             answer(&mut payload);
-            assert_eq!(read(&payload), Some((Said::Answer, kind, 0x0102_0304)));
+            assert_eq!(read(&payload), Some((MessageType::Answer, kind, 0x0102_0304)));
             assert_eq!(payload.len(), size);
         }
     }
 
     #[test]
-    fn a_connection_carries_its_question_and_the_answer_in_any_number_of_parts() {
+    fn stream_messages_are_parsed_from_any_prefix() {
         let size = Kind::Data.size([10, 42, 1, 254].into(), 1450).expect("a size");
         let mut stream = stream_question(0x0102_0304, size);
         assert_eq!(stream.len(), size);
-        for said in [Said::Question, Said::Answer] {
+        for message_type in [MessageType::Question, MessageType::Answer] {
             for length in 0..=size {
                 let read = read_stream(&stream[..length]).expect("of a trial");
-                let expected = (length >= LENGTH).then_some((said, 0x0102_0304, size));
+                let expected = (length >= HEADER_LEN).then_some((message_type, 0x0102_0304, size));
                 assert_eq!(read, expected, "{length} bytes");
             }
             answer(&mut stream);
@@ -266,13 +278,13 @@ mod tests {
         }
         assert_eq!(read_stream(&[stream, vec![0]].concat()), Err(Malformed));
         let small = stream_question(7, 0);
-        assert_eq!((small.len(), read(&small)), (SMALL, None), "it is no datagram");
+        assert_eq!((small.len(), read(&small)), (SMALL, None), "data is never a datagram");
     }
 
     #[test]
-    fn what_is_cut_off_or_of_others_is_not_read() {
+    fn truncated_and_foreign_messages_are_rejected() {
         let payload = question(Kind::Small, 7, SMALL);
-        (0..LENGTH).for_each(|length| assert_eq!(read(&payload[..length]), None));
+        (0..HEADER_LEN).for_each(|length| assert_eq!(read(&payload[..length]), None));
         for (at, byte) in [(0, b'G'), (4, b'.'), (5, 0), (5, 6), (5, 7)] {
             let mut other = payload.clone();
             other[at] = byte;
@@ -281,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_one_fills_a_packet_and_one_in_fragments_takes_two() {
+    fn large_message_fills_one_packet_and_fragmented_message_two() {
         let (ipv4, ipv6) = ([10, 42, 1, 254].into(), "fd42::fe".parse().expect("an address"));
         assert_eq!(Kind::Large.size(ipv4, 1450), Some(1450 - 28));
         assert_eq!(Kind::Large.size(ipv6, 1450), Some(1450 - 48));
@@ -295,14 +307,14 @@ mod tests {
     }
 
     #[test]
-    fn later_fragment_has_no_zero_where_a_header_would_have_a_checksum() {
+    fn later_fragment_has_no_zero_at_the_checksum_offset() {
         let size = Kind::Fragmented.size([10, 42, 1, 254].into(), 1450).expect("a size");
         let payload = question(Kind::Fragmented, 7, size);
-        assert!(payload[LENGTH..].iter().all(|byte| *byte != 0));
+        assert!(payload[HEADER_LEN..].iter().all(|byte| *byte != 0));
     }
 
     #[test]
-    fn each_sort_has_a_bit_of_its_own() {
+    fn each_sort_has_a_distinct_bit() {
         let bits: Vec<u16> = Kind::ALL
             .iter()
             .flat_map(|kind| [true, false].map(|ipv4| Sort { ipv4, kind: *kind }.bit()))
@@ -312,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_first_segment_and_its_answer_carry_the_number() {
+    fn first_segment_and_its_answer_carry_the_round_number() {
         let mut nonce = [0; NONCE_LEN];
         nonce[..4].copy_from_slice(&0xffff_ffff_u32.to_be_bytes());
         let probe = Probe {

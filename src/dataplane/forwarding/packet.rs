@@ -1,114 +1,123 @@
-//! Packets of a trial: a UDP datagram (RFC 768) with a number that cannot be guessed, and the first segment
-//! of a TCP connection (RFC 9293); both also as they come through the tunnel (RFC 7348).
+//! Test packets: a UDP datagram (RFC 768) with an unpredictable nonce, and the first segment of a TCP
+//! connection (RFC 9293); both also inside a tunnel packet (RFC 7348).
 
 use std::net::IpAddr;
 
 use super::Transport;
 use crate::{checksum::checksum, model::Mac};
 
-/// How the payload of a datagram begins, by which the kernel's packet filter finds it.
+/// First bytes of a datagram's payload, by which the kernel's packet filter recognizes it.
 pub const MAGIC: [u8; 4] = *b"gsmP";
-/// Bytes of the number that follows.
+/// Length in bytes of the nonce that follows.
 pub const NONCE_LEN: usize = 12;
-const PAYLOAD: usize = MAGIC.len() + NONCE_LEN;
-/// Destination of segments that come out of the tunnel, and source of such datagrams. Nothing listens there,
-/// and no rule is known to be about these ports: they are above the ephemeral ones of Linux, and not among
-/// those of traceroute, which firewalls often drop.
+const PAYLOAD_LEN: usize = MAGIC.len() + NONCE_LEN;
+/// Destination port of segments that come out of the tunnel, and source port of such datagrams. No program
+/// listens there, and no common firewall rule matches it: the port is above Linux's ephemeral ports and not
+/// among those of traceroute, which firewalls often drop.
 pub const UNUSED: u16 = 61_474;
-/// Destination of what goes out, which must not pass for an answer to what comes in. It differs from
-/// [`UNUSED`] in the lowest bit alone, by which the kernel's packet filter finds both.
+/// Destination port of outgoing packets, distinct so that they are not taken for answers to incoming ones. It
+/// differs from [`UNUSED`] only in the lowest bit, so the kernel's packet filter matches both by one
+/// comparison.
 pub const UNUSED_OUT: u16 = 61_475;
 
 const UDP: u8 = 17;
 const TCP: u8 = 6;
-/// Of IPv4 and of IPv6.
+/// IP protocol numbers of ICMP for IPv4 and IPv6.
 const ICMP: [u8; 2] = [1, 58];
 const UDP_HEADER: usize = 8;
-/// Where the kernel's packet filter finds the beginning of the number: in a datagram or an echo, in a first
-/// segment, and one more than that in the answer to one, counted from its header on.
+/// Offset in bytes of the nonce in a datagram or echo, from the UDP or ICMP header on.
 pub const IN_DATAGRAM: u32 = (UDP_HEADER + MAGIC.len()) as u32;
+/// Offset in bytes of the nonce in a first segment, from the TCP header on.
 pub const IN_SEGMENT: u32 = 4;
+/// Offset in bytes of the nonce plus one in the answer to a first segment, from the TCP header on.
 pub const IN_ANSWER: u32 = 8;
 const TCP_HEADER: usize = 20;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
-/// Maximum segment size, which every real first segment tells.
-const SEGMENT_SIZE: [u8; 4] = [2, 4, 4, 196];
+/// TCP option with the maximum segment size, which every real first segment has.
+const MSS_OPTION: [u8; 4] = [2, 4, 4, 196];
 const WINDOW: u16 = 64_240;
-const HOPS: u8 = 64;
-/// "The VNI is valid."
-const FLAGS: u8 = 8;
+const HOP_LIMIT: u8 = 64;
+/// VXLAN flags: the VNI is valid.
+const VXLAN_FLAGS: u8 = 8;
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
-/// Headers of VXLAN and of Ethernet.
-const ENCAPSULATION: usize = 8 + 14;
+/// Length in bytes of the VXLAN and Ethernet headers.
+const ENCAPSULATION_LEN: usize = 8 + 14;
 
-/// What packet filters compare of it.
+/// Returns the first four bytes of the nonce, which packet filters compare.
 pub const fn number(nonce: [u8; NONCE_LEN]) -> u32 {
     let [a, b, c, d, ..] = nonce;
     u32::from_be_bytes([a, b, c, d])
 }
 
-/// A number at a place, counted from the header of UDP or TCP on.
+/// A value at an offset in bytes from the UDP or TCP header, for packet filters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Field {
+    /// A 16-bit value: offset, value.
     Half(u32, u16),
+    /// A 32-bit value: offset, value.
     Word(u32, u32),
 }
 
-/// What is sent from one address to another.
+/// A test packet.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe {
+    /// The transport protocol.
     pub transport: Transport,
+    /// Source address.
     pub from: IpAddr,
+    /// Destination address.
     pub to: IpAddr,
-    /// Source and destination.
+    /// Source and destination port.
     pub ports: [u16; 2],
+    /// Unpredictable bytes that identify the packet.
     pub nonce: [u8; NONCE_LEN],
 }
 
 impl Probe {
-    /// What a datagram carries.
-    pub fn payload(nonce: [u8; NONCE_LEN]) -> [u8; PAYLOAD] {
+    /// Returns the payload of a datagram.
+    pub fn payload(nonce: [u8; NONCE_LEN]) -> [u8; PAYLOAD_LEN] {
         std::array::from_fn(|i| MAGIC.get(i).copied().unwrap_or_else(|| nonce[i - MAGIC.len()]))
     }
 
-    /// The header of UDP or TCP and what follows it.
+    /// Builds the transport header with all that follows.
     pub fn segment(&self) -> Vec<u8> {
         let mut segment = Vec::new();
         self.ports.iter().for_each(|port| segment.extend(port.to_be_bytes()));
-        let sum_at = match self.transport {
+        let checksum_offset = match self.transport {
             Transport::Udp => {
-                segment.extend(((UDP_HEADER + PAYLOAD) as u16).to_be_bytes());
+                segment.extend(((UDP_HEADER + PAYLOAD_LEN) as u16).to_be_bytes());
                 segment.extend([0; 2]);
                 segment.extend(Self::payload(self.nonce));
                 6
             }
             Transport::Tcp => {
                 segment.extend(self.sequence());
-                let words = (TCP_HEADER + SEGMENT_SIZE.len()) / 4;
+                let words = (TCP_HEADER + MSS_OPTION.len()) / 4;
                 segment.extend([0, 0, 0, 0, (words as u8) << 4, SYN]);
                 segment.extend(WINDOW.to_be_bytes());
                 segment.extend([0; 4]);
-                segment.extend(SEGMENT_SIZE);
+                segment.extend(MSS_OPTION);
                 16
             }
         };
-        // Over addresses, protocol and length as well (RFC 9293, 3.1; RFC 8200, 8.1).
-        let mut summed = [octets(self.from), octets(self.to)].concat();
-        summed.extend([0, protocol(self.transport)]);
-        summed.extend((segment.len() as u16).to_be_bytes());
-        summed.extend(&segment);
-        // Zero would mean to UDP that there is none.
-        let sum = Some(checksum(&summed)).filter(|sum| *sum != 0).unwrap_or(u16::MAX);
-        segment[sum_at..sum_at + 2].copy_from_slice(&sum.to_be_bytes());
+        // The checksum covers addresses, protocol and length as well (RFC 9293, 3.1; RFC 8200, 8.1).
+        let mut pseudo_packet = [octets(self.from), octets(self.to)].concat();
+        pseudo_packet.extend([0, protocol(self.transport)]);
+        pseudo_packet.extend((segment.len() as u16).to_be_bytes());
+        pseudo_packet.extend(&segment);
+        // In UDP, a checksum of 0 means that there is none.
+        let sum = Some(checksum(&pseudo_packet)).filter(|sum| *sum != 0).unwrap_or(u16::MAX);
+        segment[checksum_offset..checksum_offset + 2].copy_from_slice(&sum.to_be_bytes());
         segment
     }
 
-    /// Whether a segment is this one. Its source may have been translated.
+    /// Returns whether a segment is this packet. The source is not compared, because it may have been
+    /// translated.
     pub fn is(&self, segment: &[u8]) -> bool {
-        let goes_there = segment.get(2..4) == Some(&self.ports[1].to_be_bytes());
-        goes_there
+        let has_destination = segment.get(2..4) == Some(&self.ports[1].to_be_bytes());
+        has_destination
             && match self.transport {
                 Transport::Udp => {
                     let payload = segment.get(UDP_HEADER..).unwrap_or_default();
@@ -121,8 +130,8 @@ impl Probe {
             }
     }
 
-    /// Whether a segment accepts the connection of which this is the first one. What a host does in place of
-    /// the destination is the same.
+    /// Returns whether a segment accepts the connection that this packet requests. The host may accept it in
+    /// place of the destination.
     pub fn is_accepted_by(&self, segment: &[u8]) -> bool {
         let accepts = segment.get(13).is_some_and(|flags| flags & (SYN | ACK) == SYN | ACK);
         let number = number(self.nonce).wrapping_add(1).to_be_bytes();
@@ -132,8 +141,8 @@ impl Probe {
             && segment.get(IN_ANSWER as usize..12) == Some(&number)
     }
 
-    /// By one of which the kernel's packet filter finds packets with this number, and refusals of such first
-    /// segments, among those of others.
+    /// Returns two fields for the kernel's packet filter. A packet that matches one of them has this nonce,
+    /// or is the answer to a first segment with it.
     pub const fn fields(transport: Transport, nonce: [u8; NONCE_LEN]) -> [Field; 2] {
         match transport {
             Transport::Udp => [Field::Word(IN_DATAGRAM, number(nonce)); 2],
@@ -141,7 +150,7 @@ impl Probe {
         }
     }
 
-    /// The same of answers to a first segment: the acknowledgement (RFC 9293, 3.10.7.1).
+    /// Returns the field of answers to a first segment: the acknowledgment number (RFC 9293, 3.10.7.1).
     pub const fn answer(nonce: [u8; NONCE_LEN]) -> Field {
         Field::Word(IN_ANSWER, number(nonce).wrapping_add(1))
     }
@@ -152,20 +161,22 @@ impl Probe {
     }
 }
 
-/// From a peer's VTEP to an address here, inside a tunnel packet.
+/// A test packet from a peer's VTEP to an address of this host, inside a tunnel packet.
 #[derive(Clone, Copy, Debug)]
-pub struct Tunnelled {
+pub struct TunneledProbe {
+    /// VXLAN network identifier.
     pub vni: u32,
-    /// Of the peer's device, and of ours.
+    /// MACs of the peer's and of this host's VXLAN device.
     pub macs: [Mac; 2],
+    /// The inner packet.
     pub probe: Probe,
 }
 
-impl Tunnelled {
-    /// From the VXLAN header on: what goes into a UDP datagram to the tunnel's port.
+impl TunneledProbe {
+    /// Builds the payload of a UDP datagram to the tunnel's port: VXLAN header and inner frame.
     pub fn bytes(&self) -> Vec<u8> {
         let [_, a, b, c] = self.vni.to_be_bytes();
-        let mut bytes = vec![FLAGS, 0, 0, 0, a, b, c, 0];
+        let mut bytes = vec![VXLAN_FLAGS, 0, 0, 0, a, b, c, 0];
         let [peer, ours] = self.macs;
         bytes.extend(ours.as_bytes());
         bytes.extend(peer.as_bytes());
@@ -175,7 +186,7 @@ impl Tunnelled {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 bytes.extend([0x08, 0x00]);
                 let [high, low] = ((IPV4_HEADER + segment.len()) as u16).to_be_bytes();
-                let mut header = vec![0x45, 0, high, low, 0, 0, 0, 0, HOPS, protocol, 0, 0];
+                let mut header = vec![0x45, 0, high, low, 0, 0, 0, 0, HOP_LIMIT, protocol, 0, 0];
                 header.extend(from.octets());
                 header.extend(to.octets());
                 let sum = checksum(&header);
@@ -185,7 +196,7 @@ impl Tunnelled {
             (from, to) => {
                 bytes.extend([0x86, 0xdd]);
                 let [high, low] = (segment.len() as u16).to_be_bytes();
-                bytes.extend([0x60, 0, 0, 0, high, low, protocol, HOPS]);
+                bytes.extend([0x60, 0, 0, 0, high, low, protocol, HOP_LIMIT]);
                 bytes.extend(octets(from));
                 bytes.extend(octets(to));
             }
@@ -195,15 +206,15 @@ impl Tunnelled {
     }
 }
 
-/// An IP packet, as far as it is of interest.
-struct Headed<'a> {
+/// The parsed header of an IP packet, and its payload.
+struct IpPacket<'a> {
     from: IpAddr,
     to: IpAddr,
     protocol: u8,
     segment: &'a [u8],
 }
 
-impl<'a> Headed<'a> {
+impl<'a> IpPacket<'a> {
     fn read(packet: &'a [u8]) -> Option<Self> {
         let (from, to, protocol, header): (IpAddr, IpAddr, u8, usize) = match packet.first()? >> 4 {
             4 => {
@@ -223,9 +234,9 @@ impl<'a> Headed<'a> {
     }
 }
 
-/// The source of an IP packet, and the segment in it; none, if it is neither UDP nor TCP.
+/// Parses an IP packet with UDP or TCP: source address, transport and segment. `None` for other protocols.
 pub fn parse(packet: &[u8]) -> Option<(IpAddr, Transport, &[u8])> {
-    let Headed { from, protocol, segment, .. } = Headed::read(packet)?;
+    let IpPacket { from, protocol, segment, .. } = IpPacket::read(packet)?;
     let transport = match protocol {
         UDP => Transport::Udp,
         TCP => Transport::Tcp,
@@ -234,22 +245,22 @@ pub fn parse(packet: &[u8]) -> Option<(IpAddr, Transport, &[u8])> {
     Some((from, transport, segment))
 }
 
-/// The destination of an IP packet.
+/// Returns the destination address of an IP packet.
 pub fn destination(packet: &[u8]) -> Option<IpAddr> {
-    Headed::read(packet).map(|packet| packet.to)
+    IpPacket::read(packet).map(|packet| packet.to)
 }
 
-/// The identifier of an IP packet that is an echo, or its answer.
+/// Returns the identifier of an IP packet with an ICMP echo or its answer.
 pub fn echo(packet: &[u8]) -> Option<u16> {
-    let Headed { protocol, segment, .. } = Headed::read(packet)?;
+    let IpPacket { protocol, segment, .. } = IpPacket::read(packet)?;
     let identifier = segment.get(4..)?.first_chunk()?;
     ICMP.contains(&protocol).then(|| u16::from_be_bytes(*identifier))
 }
 
-/// The IP packet inside a tunnel packet.
+/// Returns the IP packet inside a tunnel packet.
 pub fn inner(packet: &[u8]) -> Option<&[u8]> {
-    let Headed { protocol, segment, .. } = Headed::read(packet)?;
-    segment.get(UDP_HEADER + ENCAPSULATION..).filter(|_| protocol == UDP)
+    let IpPacket { protocol, segment, .. } = IpPacket::read(packet)?;
+    segment.get(UDP_HEADER + ENCAPSULATION_LEN..).filter(|_| protocol == UDP)
 }
 
 const fn protocol(transport: Transport) -> u8 {
@@ -271,16 +282,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_of_trials_are_neither_ephemeral_nor_those_of_traceroute() {
+    fn ports_of_trials_are_not_ephemeral() {
         let ports = [UNUSED, UNUSED_OUT, crate::dataplane::forwarding::FAR_PORT];
 
         assert!(ports.iter().all(|port| *port > 60_999), "{ports:?}");
         assert_eq!(UNUSED ^ UNUSED_OUT, 1);
     }
 
-    fn tunnelled(transport: Transport, from: &str, to: &str) -> Tunnelled {
+    fn tunneled(transport: Transport, from: &str, to: &str) -> TunneledProbe {
         let address = |text: &str| text.parse().expect("an address");
-        Tunnelled {
+        TunneledProbe {
             vni: 0x0a_0b_0c,
             macs: [Mac::from_bytes([2; 6]), Mac::from_bytes([3; 6])],
             probe: Probe {
@@ -299,10 +310,12 @@ mod tests {
     ];
 
     #[test]
-    fn lengths_and_checksums_are_right_in_both_families() {
-        for (transport, length) in [(Transport::Udp, UDP_HEADER + PAYLOAD), (Transport::Tcp, 24)] {
+    fn lengths_and_checksums_are_correct_in_both_families() {
+        for (transport, length) in
+            [(Transport::Udp, UDP_HEADER + PAYLOAD_LEN), (Transport::Tcp, 24)]
+        {
             for (from, to, header) in ENDS {
-                let packet = tunnelled(transport, from, to);
+                let packet = tunneled(transport, from, to);
                 let bytes = packet.bytes();
                 assert_eq!(bytes.len(), 8 + 14 + header + length);
                 assert_eq!(bytes[4..8], [0x0a, 0x0b, 0x0c, 0]);
@@ -312,21 +325,21 @@ mod tests {
                     assert_eq!(usize::from(u16::from_be_bytes([ip[2], ip[3]])), ip.len());
                 }
                 let Probe { from, to, .. } = packet.probe;
-                let mut summed = [octets(from), octets(to)].concat();
-                summed.extend([0, protocol(transport)]);
-                summed.extend((length as u16).to_be_bytes());
-                summed.extend(&ip[header..]);
-                assert_eq!(checksum(&summed), 0);
+                let mut pseudo_packet = [octets(from), octets(to)].concat();
+                pseudo_packet.extend([0, protocol(transport)]);
+                pseudo_packet.extend((length as u16).to_be_bytes());
+                pseudo_packet.extend(&ip[header..]);
+                assert_eq!(checksum(&pseudo_packet), 0);
             }
         }
     }
 
     #[test]
-    fn a_packet_is_recognised_by_all_but_its_source() {
+    fn packet_is_recognized_with_any_source() {
         for transport in Transport::ALL {
             for (from, to, _) in ENDS {
-                let Tunnelled { probe, .. } = tunnelled(transport, from, to);
-                let bytes = tunnelled(transport, from, to).bytes();
+                let TunneledProbe { probe, .. } = tunneled(transport, from, to);
+                let bytes = tunneled(transport, from, to).bytes();
                 let ip = &bytes[22..];
                 let (source, found, segment) = parse(ip).expect("a packet");
                 assert_eq!((source, found), (probe.from, transport));
@@ -348,9 +361,9 @@ mod tests {
     }
 
     #[test]
-    fn the_packet_inside_a_tunnel_packet_is_found_behind_either_header() {
+    fn packet_inside_tunnel_packet_is_found_behind_either_ip_header() {
         for (from, to, _) in ENDS {
-            let packet = tunnelled(Transport::Udp, from, to);
+            let packet = tunneled(Transport::Udp, from, to);
             let udp = [&[0; UDP_HEADER][..], &packet.bytes()].concat();
             let mut ipv4 = vec![0x45; IPV4_HEADER];
             let mut ipv6 = vec![0x60; IPV6_HEADER];
@@ -373,12 +386,12 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_to_a_segment_is_not_taken_for_it() {
-        let Tunnelled { probe, .. } = tunnelled(Transport::Tcp, ENDS[0].0, ENDS[0].1);
+    fn answer_to_first_segment_is_not_taken_for_the_segment() {
+        let TunneledProbe { probe, .. } = tunneled(Transport::Tcp, ENDS[0].0, ENDS[0].1);
         let mut segment = probe.segment();
         segment[13] |= ACK;
         assert!(!probe.is(&segment));
-        // As the other end makes it.
+        // The answer as the other end builds it.
         let mut answer = probe.segment();
         answer[..2].copy_from_slice(&probe.ports[1].to_be_bytes());
         answer[2..4].copy_from_slice(&probe.ports[0].to_be_bytes());

@@ -1,5 +1,5 @@
-//! What has come to the agent's own pod from those of other hosts, for agents there that ask what became of
-//! their packets.
+//! Records which packets from the agents' pods of other hosts arrived at this host's, for agents that ask for
+//! reports.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -10,76 +10,82 @@ use std::{
 use super::{Kind, SEES_DATA, Sort};
 use crate::{model::Time, wire::Arrivals};
 
-/// Answers to all askers. What the pod sends is bounded, however many ask.
-const ALL: Rate = Rate { each_second: 400, at_once: 800 };
-/// Answers to one asker: more than a trial takes, with all that is sent again.
-const ONE: Rate = Rate { each_second: 50, at_once: 100 };
-/// Rounds of one asker that are remembered; the oldest is forgotten for a new one.
+/// Maximum rate of answers in total.
+const TOTAL_RATE: Rate = Rate { per_second: 400, burst: 800 };
+/// Maximum rate of answers to one requester: enough for a trial with all repetitions.
+const RATE_PER_REQUESTER: Rate = Rate { per_second: 50, burst: 100 };
+/// Rounds stored per requester; a new round replaces the oldest.
 const MAX_ROUNDS: usize = 8;
-/// A round that is younger than this may still be asked about.
-const YOUNG: Duration = Duration::from_secs(10);
-/// For so long after packets were shed nothing counts as not having come.
-const SHED: Duration = Duration::from_secs(30);
+/// Age up to which a report about a round may still be requested.
+const MAX_QUERY_AGE: Duration = Duration::from_secs(10);
+/// Time after discarded packets during which missing packets do not count as lost.
+const DISCARD_VALIDITY: Duration = Duration::from_secs(30);
 
+/// The packets that arrived at the agent's own pod.
 #[derive(Debug)]
-pub struct Witness {
-    /// Since when there is a pod.
+pub struct ArrivalLog {
+    /// Since when the pod exists.
     since: Time,
-    /// By their addresses, of which there are as many as may ask.
-    askers: BTreeMap<IpAddr, Asker>,
-    spent: Time,
-    /// Packets of unknown rounds were shed last.
+    /// Requesters by address; bounded by the number of addresses that may send questions.
+    requesters: BTreeMap<IpAddr, Requester>,
+    /// Time up to which the total rate is used.
+    used_until: Time,
+    /// When packets of unknown rounds were last discarded.
     shed: Option<Time>,
 }
 
 #[derive(Debug)]
-struct Asker {
-    spent: Time,
+struct Requester {
+    /// Time up to which its rate is used.
+    used_until: Time,
     rounds: VecDeque<Round>,
-    /// It has asked too much, so that not all of its rounds are known.
-    overrun: Option<Time>,
+    /// When it last exceeded its rate or number of rounds, so that not all of its rounds are known.
+    exceeded: Option<Time>,
 }
 
 #[derive(Debug)]
 struct Round {
     number: u32,
     begun: Time,
-    /// Which packets of it have come.
+    /// Bit set of the sorts that arrived ([`Sort::bit`]).
     came: u16,
-    /// How many have come that are counted.
+    /// Number of samples that arrived.
     samples: u16,
-    /// Packets of it were not answered.
-    is_shed: bool,
+    /// Some of its packets were not answered.
+    has_discards: bool,
 }
 
 struct Rate {
-    each_second: u32,
-    at_once: u32,
+    /// Sustained rate per second.
+    per_second: u32,
+    /// Maximum burst.
+    burst: u32,
 }
 
-impl Witness {
+impl ArrivalLog {
+    /// Starts the record of a new pod.
     pub const fn new(now: Time) -> Self {
-        Self { since: now, askers: BTreeMap::new(), spent: now, shed: None }
+        Self { since: now, requesters: BTreeMap::new(), used_until: now, shed: None }
     }
 
-    /// Forgets those that may not ask any more.
-    pub fn keep(&mut self, may_ask: impl Fn(IpAddr) -> bool) {
-        self.askers.retain(|from, _| may_ask(*from));
+    /// Forgets the addresses that may no longer send questions.
+    pub fn keep(&mut self, may_send: impl Fn(IpAddr) -> bool) {
+        self.requesters.retain(|from, _| may_send(*from));
     }
 
-    /// A packet of a round has come from an address that may ask. Says whether it is to be answered.
+    /// Records a packet of a round from an address that may send questions. Returns whether to answer it.
     pub fn on_question(&mut self, now: Time, from: IpAddr, number: u32, sort: Sort) -> bool {
-        let fresh = || Asker { spent: now, rounds: VecDeque::new(), overrun: None };
-        let asker = self.askers.entry(from).or_insert_with(fresh);
-        let is_within = ONE.admit(&mut asker.spent, now);
-        let is_answered = is_within && ALL.admit(&mut self.spent, now);
+        let fresh = || Requester { used_until: now, rounds: VecDeque::new(), exceeded: None };
+        let requester = self.requesters.entry(from).or_insert_with(fresh);
+        let is_within = RATE_PER_REQUESTER.admit(&mut requester.used_until, now);
+        let is_answered = is_within && TOTAL_RATE.admit(&mut self.used_until, now);
         if !is_within {
-            asker.overrun = Some(now);
+            requester.exceeded = Some(now);
         } else if !is_answered {
             self.shed = Some(now);
         }
-        let round = asker.round(now, number);
-        round.is_shed |= !is_answered;
+        let round = requester.round(now, number);
+        round.has_discards |= !is_answered;
         if is_answered {
             round.came |= sort.bit();
             let count = u16::from(sort.kind == Kind::Sample);
@@ -88,50 +94,56 @@ impl Witness {
         is_answered
     }
 
-    /// The kernel had no room for packets, of whatever round.
+    /// Records that the kernel discarded packets of unknown rounds because its buffer was full.
     pub const fn on_overflow(&mut self, now: Time) {
         self.shed = Some(now);
     }
 
-    /// What is known of a round of the member that has these addresses.
-    pub fn testify(&self, now: Time, number: u32, is_its: impl Fn(IpAddr) -> bool) -> Arrivals {
+    /// Returns the report about a round of the member that has these addresses.
+    pub fn arrivals(
+        &self,
+        now: Time,
+        number: u32,
+        has_address: impl Fn(IpAddr) -> bool,
+    ) -> Arrivals {
         let there_for = now.since(self.since).as_millis();
-        let is_recent = |at: Option<Time>| at.is_some_and(|at| now.since(at) < SHED);
-        let mut told = Arrivals {
+        let is_recent = |at: Option<Time>| at.is_some_and(|at| now.since(at) < DISCARD_VALIDITY);
+        let mut report = Arrivals {
             pod_age_ms: u32::try_from(there_for).unwrap_or(u32::MAX),
             came: SEES_DATA,
             samples: 0,
             shed: is_recent(self.shed),
         };
-        for (_, asker) in self.askers.iter().filter(|(from, _)| is_its(**from)) {
-            match asker.rounds.iter().find(|round| round.number == number) {
+        for (_, requester) in self.requesters.iter().filter(|(from, _)| has_address(**from)) {
+            match requester.rounds.iter().find(|round| round.number == number) {
                 Some(round) => {
-                    told.came |= round.came;
-                    told.samples = told.samples.saturating_add(round.samples);
-                    told.shed |= round.is_shed;
+                    report.came |= round.came;
+                    report.samples = report.samples.saturating_add(round.samples);
+                    report.shed |= round.has_discards;
                 }
-                None => told.shed |= is_recent(asker.overrun),
+                None => report.shed |= is_recent(requester.exceeded),
             }
         }
-        told
+        report
     }
 }
 
-impl Asker {
+impl Requester {
+    /// Returns the round with this number, which is created if necessary.
     fn round(&mut self, now: Time, number: u32) -> &mut Round {
         let at = self.rounds.iter().position(|round| round.number == number).unwrap_or_else(|| {
             if self.rounds.len() >= MAX_ROUNDS
                 && let Some(oldest) = self.rounds.pop_front()
-                && now.since(oldest.begun) < YOUNG
+                && now.since(oldest.begun) < MAX_QUERY_AGE
             {
-                self.overrun = Some(now);
+                self.exceeded = Some(now);
             }
             self.rounds.push_back(Round {
                 number,
                 begun: now,
                 came: 0,
                 samples: 0,
-                is_shed: false,
+                has_discards: false,
             });
             self.rounds.len() - 1
         });
@@ -140,14 +152,14 @@ impl Asker {
 }
 
 impl Rate {
-    /// Whether one more is within it, where `spent` is the time up to which it is used up, if each takes its
-    /// part of a second.
-    fn admit(&self, spent: &mut Time, now: Time) -> bool {
-        let each = Duration::from_secs(1) / self.each_second;
-        let from = (*spent).max(now);
-        let is_within = from.since(now) <= each * (self.at_once - 1);
+    /// Returns whether one more packet is within the rate. Each admitted packet moves `used_until`, the time
+    /// up to which the rate is used, by its share of a second.
+    fn admit(&self, used_until: &mut Time, now: Time) -> bool {
+        let each = Duration::from_secs(1) / self.per_second;
+        let from = (*used_until).max(now);
+        let is_within = from.since(now) <= each * (self.burst - 1);
         if is_within {
-            *spent = from + each;
+            *used_until = from + each;
         }
         is_within
     }
@@ -165,70 +177,76 @@ mod tests {
         Time::ZERO + Duration::from_millis(millis)
     }
 
-    fn asker(number: u8) -> IpAddr {
+    fn requester(number: u8) -> IpAddr {
         [10, 42, number, 254].into()
     }
 
     #[test]
-    fn it_tells_what_has_come_of_a_round_and_since_when_it_listens() {
-        let mut witness = Witness::new(at(1_000));
-        assert!(witness.on_question(at(2_000), asker(1), 7, SMALL));
+    fn report_holds_arrivals_of_the_round_and_age_of_the_pod() {
+        let mut log = ArrivalLog::new(at(1_000));
+        assert!(log.on_question(at(2_000), requester(1), 7, SMALL));
         let ipv6 = Sort { ipv4: false, ..SMALL };
-        assert!(witness.on_question(at(2_000), Ipv6Addr::LOCALHOST.into(), 7, ipv6));
-        let is_its = |from: IpAddr| from == asker(1) || from.is_ipv6();
+        assert!(log.on_question(at(2_000), Ipv6Addr::LOCALHOST.into(), 7, ipv6));
+        let has_address = |from: IpAddr| from == requester(1) || from.is_ipv6();
         let came = SEES_DATA | SMALL.bit() | ipv6.bit();
-        let told = Arrivals { pod_age_ms: 4_000, came, samples: 0, shed: false };
-        assert_eq!(witness.testify(at(5_000), 7, is_its), told);
-        assert_eq!(witness.testify(at(5_000), 8, is_its), Arrivals { came: SEES_DATA, ..told });
-        let other = |from: IpAddr| from == asker(2);
-        assert_eq!(witness.testify(at(5_000), 7, other), Arrivals { came: SEES_DATA, ..told });
+        let report = Arrivals { pod_age_ms: 4_000, came, samples: 0, shed: false };
+        assert_eq!(log.arrivals(at(5_000), 7, has_address), report);
+        assert_eq!(log.arrivals(at(5_000), 8, has_address), Arrivals { came: SEES_DATA, ..report });
+        let other = |from: IpAddr| from == requester(2);
+        assert_eq!(log.arrivals(at(5_000), 7, other), Arrivals { came: SEES_DATA, ..report });
         let sample = Sort { kind: Kind::Sample, ..SMALL };
-        (0..7).for_each(|_| _ = witness.on_question(at(5_000), asker(1), 8, sample));
-        assert_eq!(witness.testify(at(5_000), 8, is_its).samples, 7);
+        (0..7).for_each(|_| _ = log.on_question(at(5_000), requester(1), 8, sample));
+        assert_eq!(log.arrivals(at(5_000), 8, has_address).samples, 7);
     }
 
     #[test]
-    fn asker_that_asks_too_much_is_told_so_and_takes_nothing_from_others() {
-        let mut witness = Witness::new(at(0));
-        let admitted = (0..1_000).filter(|_| witness.on_question(at(10), asker(1), 1, SMALL));
-        assert_eq!(admitted.count(), ONE.at_once as usize);
-        let its = |number| move |from: IpAddr| from == asker(number);
-        assert!(witness.testify(at(10), 1, its(1)).shed);
-        assert!(witness.on_question(at(10), asker(2), 2, SMALL));
-        let Arrivals { came, shed, .. } = witness.testify(at(10), 2, its(2));
+    fn requester_over_its_rate_is_reported_and_does_not_affect_others() {
+        let mut log = ArrivalLog::new(at(0));
+        let admitted = (0..1_000).filter(|_| log.on_question(at(10), requester(1), 1, SMALL));
+        assert_eq!(admitted.count(), RATE_PER_REQUESTER.burst as usize);
+        let of_requester = |number| move |from: IpAddr| from == requester(number);
+        assert!(log.arrivals(at(10), 1, of_requester(1)).shed);
+        assert!(log.on_question(at(10), requester(2), 2, SMALL));
+        let Arrivals { came, shed, .. } = log.arrivals(at(10), 2, of_requester(2));
         assert_eq!((came, shed), (SEES_DATA | SMALL.bit(), false));
-        assert!(witness.testify(at(10), 3, its(1)).shed, "all of it may have been shed");
-        assert!(!witness.testify(at(10), 3, its(2)).shed, "another one has asked too much");
-        assert!(witness.on_question(at(1_000), asker(1), 4, SMALL), "it fills again");
+        assert!(
+            log.arrivals(at(10), 3, of_requester(1)).shed,
+            "all of its packets may have been discarded"
+        );
+        assert!(
+            !log.arrivals(at(10), 3, of_requester(2)).shed,
+            "only the other requester exceeded its rate"
+        );
+        assert!(log.on_question(at(1_000), requester(1), 4, SMALL), "the rate recovers");
         for round in [3, 4] {
-            assert!(!witness.testify(at(40_000), round, its(1)).shed);
+            assert!(!log.arrivals(at(40_000), round, of_requester(1)).shed);
         }
-        witness.keep(|from| from == asker(2));
-        assert_eq!(witness.askers.len(), 1);
+        log.keep(|from| from == requester(2));
+        assert_eq!(log.requesters.len(), 1);
     }
 
     #[test]
-    fn answers_to_all_askers_are_bounded_and_what_was_shed_is_told_for_a_while() {
-        let mut witness = Witness::new(at(0));
-        let questions = (0..=u8::MAX).flat_map(|number| [asker(number); 10]);
-        let admitted = questions.filter(|from| witness.on_question(at(10), *from, 1, SMALL));
-        assert_eq!(admitted.count(), ALL.at_once as usize);
-        let is_shed = |witness: &Witness, millis| witness.testify(at(millis), 9, |_| true).shed;
-        assert!(is_shed(&witness, 10) && !is_shed(&witness, 40_000));
-        witness.on_overflow(at(50_000));
-        assert!(is_shed(&witness, 50_000) && !is_shed(&witness, 90_000));
+    fn answers_in_total_are_limited_and_discards_are_reported_for_a_while() {
+        let mut log = ArrivalLog::new(at(0));
+        let questions = (0..=u8::MAX).flat_map(|number| [requester(number); 10]);
+        let admitted = questions.filter(|from| log.on_question(at(10), *from, 1, SMALL));
+        assert_eq!(admitted.count(), TOTAL_RATE.burst as usize);
+        let has_discards = |log: &ArrivalLog, millis| log.arrivals(at(millis), 9, |_| true).shed;
+        assert!(has_discards(&log, 10) && !has_discards(&log, 40_000));
+        log.on_overflow(at(50_000));
+        assert!(has_discards(&log, 50_000) && !has_discards(&log, 90_000));
     }
 
     #[test]
-    fn memory_of_very_many_rounds_is_bounded() {
-        let mut witness = Witness::new(at(0));
+    fn number_of_stored_rounds_is_bounded() {
+        let mut log = ArrivalLog::new(at(0));
         for round in 0..5_000_u32 {
-            witness.on_question(at((round * 50).into()), asker(1), round, SMALL);
+            log.on_question(at((round * 50).into()), requester(1), round, SMALL);
         }
-        assert_eq!(witness.askers[&asker(1)].rounds.len(), MAX_ROUNDS);
+        assert_eq!(log.requesters[&requester(1)].rounds.len(), MAX_ROUNDS);
         let now = at(250_000);
-        let told = |round| witness.testify(now, round, |_| true);
-        assert_eq!(told(4_999).came, SEES_DATA | SMALL.bit());
-        assert!(told(0).shed && !told(4_999).shed);
+        let report = |round| log.arrivals(now, round, |_| true);
+        assert_eq!(report(4_999).came, SEES_DATA | SMALL.bit());
+        assert!(report(0).shed && !report(4_999).shed);
     }
 }

@@ -38,12 +38,10 @@ use crate::{
 const ELEMENT_EXPRESSION: u16 = 7;
 /// Bytes: what a socket's buffer takes where nobody has raised its limit (`net.core.wmem_max`).
 const MAX_TRANSACTION: usize = 300_000;
-/// What the kernel says of an expression that it does not know.
-const EOPNOTSUPP: i32 = 95;
 /// The table, as it is in the kernel.
 pub struct FirewallTable {
     nftables: Nftables,
-    written: Option<Written>,
+    written: Option<WriteEvent>,
     /// Members that an earlier process let in and this one has not heard of.
     adopted: Option<BTreeSet<IpAddr>>,
     /// When last read.
@@ -64,7 +62,7 @@ pub struct Pass {
 }
 
 /// What was last put into the kernel, and how the kernel shows that.
-struct Written {
+struct WriteEvent {
     firewall: Firewall,
     elements: Elements,
     rules: usize,
@@ -114,7 +112,7 @@ impl FirewallTable {
                 self.rewrite(wanted, elements)
             }
             Ok(()) => {
-                self.written = Some(Written { firewall: wanted.clone(), elements, ..written });
+                self.written = Some(WriteEvent { firewall: wanted.clone(), elements, ..written });
                 Ok(())
             }
         }
@@ -263,21 +261,14 @@ impl FirewallTable {
     fn rewrite(&mut self, wanted: &Firewall, elements: Elements) -> io::Result<()> {
         self.written = None;
         self.dropped_before = self.dropped;
-        let mut steps = steps_to(wanted, &elements, true);
-        let mut written = self.carry_out(&steps);
-        let is_unknown = |error: &io::Error| error.raw_os_error() == Some(EOPNOTSUPP);
-        if written.as_ref().is_err_and(is_unknown) && wanted.guard.is_some() {
-            // Kernels before 5.1 cannot tell what goes into a tunnel.
-            steps = steps_to(wanted, &elements, false);
-            written = self.carry_out(&steps);
-        }
-        match written {
+        let steps = steps_to(wanted, &elements);
+        match self.carry_out(&steps) {
             // A kernel without nftables holds nothing of ours.
             Err(error) if wanted.is_empty() && is_missing(&error) => return Ok(()),
             written => written?,
         }
         let rules = steps.iter().filter(|step| step.kind == Kind::NewRule).count();
-        self.written = Some(Written { firewall: wanted.clone(), elements, rules, shown: None });
+        self.written = Some(WriteEvent { firewall: wanted.clone(), elements, rules, shown: None });
         Ok(())
     }
 
@@ -305,7 +296,7 @@ impl Shown {
     }
 }
 
-impl Written {
+impl WriteEvent {
     /// What its sets hold now.
     fn present(&self, nftables: &mut Nftables) -> io::Result<Elements> {
         sets::keys_in(nftables, INET, &self.firewall.table, self.elements.keys().copied())
@@ -334,8 +325,7 @@ impl Firewall {
     }
 }
 
-/// What makes the table, with or without the chains about what users send.
-fn steps_to(wanted: &Firewall, elements: &Elements, of_users: bool) -> Vec<Step> {
+fn steps_to(wanted: &Firewall, elements: &Elements) -> Vec<Step> {
     let table = &wanted.table;
     let mut steps = vec![create_table(table), delete_table(table)];
     if !wanted.is_empty() {
@@ -346,9 +336,7 @@ fn steps_to(wanted: &Firewall, elements: &Elements, of_users: bool) -> Vec<Step>
     if let Some(guard) = &wanted.guard {
         add_guard(table, guard, &mut steps);
         refuse_routers(table, guard, &mut steps);
-        if of_users {
-            refuse_users(table, guard, &mut steps);
-        }
+        refuse_users(table, guard, &mut steps);
     }
     if let Some(leases) = &wanted.leases {
         refuse_unleased(table, leases, &mut steps);

@@ -112,7 +112,7 @@ impl ForeignChains {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         let is_around = |family: u8, base: &Base| match (family, network) {
             (BRIDGE | NETDEV, _) | (ARP, IpNet::V4(_)) => true,
-            // Neighbour discovery is of IPv6 itself.
+            // Neighbor discovery is of IPv6 itself.
             (INET | IP6, IpNet::V6(_)) => base.hook != FORWARD,
             _ => false,
         };

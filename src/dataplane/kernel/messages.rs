@@ -36,7 +36,7 @@ use crate::{
 /// Bit of `RTAX_MTU` in the metrics that the kernel takes as they are (`RTAX_LOCK`).
 const MTU_LOCK: u32 = 1 << 2;
 
-/// Neighbours on the device with this index are asked for in user space, three times, and nowhere else.
+/// Neighbors on the device with this index are asked for in user space, three times, and nowhere else.
 pub(super) fn solicit_us(table: &str, index: u32) -> RouteNetlinkMessage {
     use NeighbourTableParameter as Parameter;
     let mut message = NeighbourTableMessage::default();
@@ -114,17 +114,17 @@ pub(super) fn request(op: &Op, index: u32) -> Request {
         Op::RemoveFdb(mac, underlay) => {
             (RouteNetlinkMessage::DelNeighbour(fdb_message(index, *mac, *underlay)), 0)
         }
-        Op::SetNeighbour(address, mac) => (
-            RouteNetlinkMessage::NewNeighbour(neighbour_message(index, *address, Some(*mac))),
+        Op::SetNeighbor(address, mac) => (
+            RouteNetlinkMessage::NewNeighbour(neighbor_message(index, *address, Some(*mac))),
             replace,
         ),
         Op::Resolve(address, mac) => {
-            let mut message = neighbour_message(index, *address, Some(*mac));
+            let mut message = neighbor_message(index, *address, Some(*mac));
             message.header.state = NeighbourState::Reachable;
             (RouteNetlinkMessage::NewNeighbour(message), replace)
         }
-        Op::RemoveNeighbour(address) => {
-            (RouteNetlinkMessage::DelNeighbour(neighbour_message(index, *address, None)), 0)
+        Op::RemoveNeighbor(address) => {
+            (RouteNetlinkMessage::DelNeighbour(neighbor_message(index, *address, None)), 0)
         }
         Op::AddRoute(subnet, hop) => (
             RouteNetlinkMessage::NewRoute(route_message(index, *subnet, *hop)),
@@ -154,7 +154,7 @@ fn fdb_message(index: u32, mac: Mac, underlay: IpAddr) -> NeighbourMessage {
     message
 }
 
-fn neighbour_message(index: u32, address: IpAddr, mac: Option<Mac>) -> NeighbourMessage {
+fn neighbor_message(index: u32, address: IpAddr, mac: Option<Mac>) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = family_of(address);
     message.header.ifindex = index;
@@ -277,7 +277,7 @@ pub(super) fn subnet_of(route: &RouteMessage) -> Option<IpNet> {
     IpNet::new(network, route.header.destination_prefix_length).ok()
 }
 
-/// NDA_DST: of a neighbour its address, of an FDB entry the underlay address of the VTEP.
+/// NDA_DST: of a neighbor its address, of an FDB entry the underlay address of the VTEP.
 pub(super) fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
     entry.attributes.iter().find_map(|attribute| match attribute {
         NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),

@@ -1,6 +1,6 @@
 //! The real kernel: dumps what is there on our account and applies operations, by netlink.
 //!
-//! Ours is what can be recognised without memory: the VXLAN device of our name, permanent neighbours and
+//! Ours is what can be recognised without memory: the VXLAN device of our name, permanent neighbors and
 //! FDB entries on it, and routes with our protocol number. Objects of others are neither listed nor
 //! touched. A failing operation never stops the others; each failure is named.
 
@@ -21,6 +21,7 @@ mod sets;
 mod spoofing;
 pub mod sysctl;
 pub mod trace;
+pub mod tunnels;
 mod unused;
 pub mod users;
 mod watch;
@@ -176,7 +177,7 @@ impl Kernel {
         Ok(heard)
     }
 
-    /// Makes the kernel ask us for neighbours on our device instead of the network, where nobody would
+    /// Makes the kernel ask us for neighbors on our device instead of the network, where nobody would
     /// answer.
     pub fn be_asked(&mut self) -> io::Result<()> {
         let Some(index) = self.device else { return Ok(()) };
@@ -444,7 +445,7 @@ impl Op {
     }
 
     fn is_removal(&self) -> bool {
-        matches!(self, Self::RemoveRoute(..) | Self::RemoveNeighbour(_) | Self::RemoveFdb(..))
+        matches!(self, Self::RemoveRoute(..) | Self::RemoveNeighbor(_) | Self::RemoveFdb(..))
     }
 }
 

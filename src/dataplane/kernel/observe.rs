@@ -53,7 +53,7 @@ impl Kernel {
         // What was unreadable before does not concern this pass.
         self.netlink.take_unreadable();
         let actual = Actual {
-            neighbours: self.neighbours(link.index)?,
+            neighbors: self.neighbors(link.index)?,
             fdb: self.fdb(link.index)?,
             routes: self.our_routes(Some(link.index), pool)?,
             device: Some(self.found(&link)?),
@@ -159,11 +159,11 @@ impl Kernel {
         Ok(!links.iter().any(is_vrf))
     }
 
-    fn neighbours(&mut self, index: u32) -> io::Result<BTreeMap<IpAddr, Mac>> {
+    fn neighbors(&mut self, index: u32) -> io::Result<BTreeMap<IpAddr, Mac>> {
         let permanent = |entry: &NeighbourMessage| entry.header.state == NeighbourState::Permanent;
-        let mut entries = self.dump_neighbours(AddressFamily::Inet, index)?;
+        let mut entries = self.dump_neighbors(AddressFamily::Inet, index)?;
         // A kernel without IPv6 has none of those.
-        entries.extend(self.dump_neighbours(AddressFamily::Inet6, index).unwrap_or_default());
+        entries.extend(self.dump_neighbors(AddressFamily::Inet6, index).unwrap_or_default());
         Ok(entries
             .iter()
             .filter(|entry| permanent(entry))
@@ -174,7 +174,7 @@ impl Kernel {
     /// To which MACs on our device nothing was sent for so long.
     pub fn idle(&mut self, after: Duration) -> io::Result<Vec<Mac>> {
         let Some(index) = self.device else { return Ok(Vec::new()) };
-        let entries = self.dump_neighbours(AddressFamily::Bridge, index)?;
+        let entries = self.dump_neighbors(AddressFamily::Bridge, index)?;
         let unused = |entry: &NeighbourMessage| {
             let info = entry.attributes.iter().find_map(|attribute| match attribute {
                 NeighbourAttribute::CacheInfo(info) => Some(info.used),
@@ -186,11 +186,11 @@ impl Kernel {
     }
 
     fn fdb(&mut self, index: u32) -> io::Result<BTreeSet<(Mac, IpAddr)>> {
-        let entries = self.dump_neighbours(AddressFamily::Bridge, index)?.into_iter();
+        let entries = self.dump_neighbors(AddressFamily::Bridge, index)?.into_iter();
         Ok(entries.filter_map(|entry| Some((lladdr(&entry)?, destination(&entry)?))).collect())
     }
 
-    fn dump_neighbours(
+    fn dump_neighbors(
         &mut self,
         family: AddressFamily,
         index: u32,
@@ -243,12 +243,12 @@ impl Kernel {
         Ok(routes)
     }
 
-    /// Neighbours on our device that are not permanent: answers that were needed once, and questions that
+    /// Neighbors on our device that are not permanent: answers that were needed once, and questions that
     /// nobody could answer.
     pub fn passing(&mut self) -> io::Result<Vec<IpAddr>> {
         let Some(index) = self.device else { return Ok(Vec::new()) };
-        let mut entries = self.dump_neighbours(AddressFamily::Inet, index)?;
-        entries.extend(self.dump_neighbours(AddressFamily::Inet6, index).unwrap_or_default());
+        let mut entries = self.dump_neighbors(AddressFamily::Inet, index)?;
+        entries.extend(self.dump_neighbors(AddressFamily::Inet6, index).unwrap_or_default());
         let over = |entry: &&NeighbourMessage| {
             use NeighbourState as State;
             !matches!(entry.header.state, State::Permanent | State::Noarp | State::Incomplete)

@@ -74,7 +74,7 @@ pub struct PodTables {
 
 struct Table {
     shape: &'static Shape,
-    written: Option<Written>,
+    written: Option<WriteEvent>,
     problem: Option<String>,
     /// What the chain of the alarm had counted when the table was last read.
     counted: u64,
@@ -84,7 +84,7 @@ struct Table {
     removed: bool,
 }
 
-struct Written {
+struct WriteEvent {
     bridge: Bridge,
     elements: Elements,
     /// Not known before it was read for the first time.
@@ -257,7 +257,7 @@ impl Table {
 
     /// What goes with a pod.
     fn leaving(&self, veth: &str, tenant: &Tenant) -> Elements {
-        let of_written = |written: &Written| {
+        let of_written = |written: &WriteEvent| {
             (self.shape.leaving)(&written.bridge, veth, tenant, &written.elements)
         };
         self.written.as_ref().map(of_written).unwrap_or_default()
@@ -389,7 +389,7 @@ impl Table {
             Ok(()) => {
                 (self.problem, self.refused_at, self.removed) = (None, None, false);
                 self.counted = 0;
-                self.written = Some(Written { bridge: bridge.clone(), elements, shown: None });
+                self.written = Some(WriteEvent { bridge: bridge.clone(), elements, shown: None });
             }
             Err(error) => {
                 self.refused_at = Some(Instant::now());

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     dataplane::{
         forwarding::MAGIC,
-        silence::{self, Culprit, IN, OUT},
+        silence::{self, DroppingRule, IN, OUT},
     },
     netlink::{
         attributes::{self, Attributes},
@@ -86,7 +86,7 @@ pub struct TraceReport {
     /// Chains that change source addresses: family, table and name.
     translating: BTreeSet<String>,
     packets: BTreeMap<u32, (IpAddr, IpAddr)>,
-    dropped: BTreeMap<(IpAddr, IpAddr), Culprit>,
+    dropped: BTreeMap<(IpAddr, IpAddr), DroppingRule>,
     translated: BTreeMap<(IpAddr, IpAddr), String>,
     /// Indexes of the interfaces at which packets came in, by their sources.
     inputs: BTreeMap<IpAddr, u32>,
@@ -235,7 +235,7 @@ impl Drop for Trace {
 
 impl TraceReport {
     /// What drops packets to a host, and from it.
-    pub fn dropped(&self, local: IpAddr, peer: IpAddr) -> [Option<Culprit>; 2] {
+    pub fn dropped(&self, local: IpAddr, peer: IpAddr) -> [Option<DroppingRule>; 2] {
         let mut dropped = [None, None];
         // Under whatever address of this host.
         dropped[OUT] = self.dropped_to(peer);
@@ -244,22 +244,22 @@ impl TraceReport {
     }
 
     /// What drops packets of this host to an address, whatever their source.
-    pub fn dropped_to(&self, to: IpAddr) -> Option<Culprit> {
+    pub fn dropped_to(&self, to: IpAddr) -> Option<DroppingRule> {
         self.dropped.iter().find(|((_, end), _)| *end == to).map(|(_, by)| by.clone())
     }
 
     /// What drops packets that come from an address, or answer for it.
-    pub fn dropped_from(&self, from: IpAddr) -> Option<Culprit> {
+    pub fn dropped_from(&self, from: IpAddr) -> Option<DroppingRule> {
         self.dropped.iter().find(|((start, _), _)| *start == from).map(|(_, by)| by.clone())
     }
 
     /// What drops packets that come from an address, and the index of the interface at which they come in.
-    pub fn dropped_at(&self, from: IpAddr) -> Option<(Culprit, u32)> {
+    pub fn dropped_at(&self, from: IpAddr) -> Option<(DroppingRule, u32)> {
         self.dropped_from(from).zip(self.inputs.get(&from).copied())
     }
 
     /// What drops packets of this host to any other address than these.
-    pub fn dropped_beside(&self, addresses: &[IpAddr]) -> Option<Culprit> {
+    pub fn dropped_beside(&self, addresses: &[IpAddr]) -> Option<DroppingRule> {
         let beside = self.dropped.iter().find(|((_, to), _)| !addresses.contains(to));
         beside.map(|(_, by)| by.clone())
     }
@@ -295,7 +295,7 @@ impl TraceReport {
         let chain = format!("{} {} {}", family_name(family), name(TABLE)?, name(CHAIN)?);
         match verdict {
             DROP | STOLEN | QUEUE => {
-                let culprit = Culprit { chain, handle, queued: verdict == QUEUE };
+                let culprit = DroppingRule { chain, handle, queued: verdict == QUEUE };
                 self.dropped.insert(ends, culprit);
             }
             ACCEPT if handle.is_some() && self.translating.contains(&chain) => {

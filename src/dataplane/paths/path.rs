@@ -1,109 +1,103 @@
-//! The way to one peer: what was asked, who has answered, and what follows from that.
+//! The path to one peer: pending probes, answers, and the resulting state.
 
 use std::{collections::VecDeque, net::IpAddr, time::Duration};
 
-use super::{By, CALMED, DOUBTED, Kind, Queues, Tally, flows::Flows};
+use super::{
+    HEALTHY, Kind, Queues, Responder, SUSPECT, Tally, flows::Flows, replies::Replies,
+    size_search::SizeSearch,
+};
 use crate::{
     core::Liveness,
     model::{NodeId, PathState, Time},
 };
 
-/// Between two requests to a peer with which all is well.
-const CALM: Duration = Duration::from_secs(15);
-/// The same while something is wrong: no answer, or gossip does not hold it as alive.
-const ANXIOUS: Duration = Duration::from_secs(1);
-/// The same once it is withdrawn.
-const WITHDRAWN: Duration = Duration::from_secs(5);
-/// Between two special requests of one kind to one peer.
-const SPECIAL: Duration = Duration::from_secs(300);
-/// The same after one was lost.
-const SPECIAL_AGAIN: Duration = Duration::from_secs(3);
-/// A request is lost when it has not been answered for twice the usual round trip, within these bounds.
-const LOST_MIN: Duration = Duration::from_millis(900);
-const LOST_MAX: Duration = Duration::from_secs(10);
-/// The same where no round trip is known: a satellite's is 600 ms, a mobile network's may be 3 s.
-const LOST_FIRST: Duration = Duration::from_millis(3_500);
-/// An answer to one of so many last requests is an answer, however late.
-const REMEMBERED: usize = 16;
-/// Requests lost in a row that make a verdict.
-pub(super) const VERDICT: u32 = 3;
-/// A packet of the peer's own that was heard within this time shows that its packets get here. An agent that
-/// gets no answers asks once a second, and less often where that is a thousand.
-const HEARD: Duration = Duration::from_secs(40);
-/// An agent that is heard so long after a witness fell silent has not gone with it.
-const OUTLIVED: Duration = Duration::from_secs(4);
-/// The same by gossip alone, which may hold a dead member as alive for a while.
-const OUTLIVED_BY_GOSSIP: Duration = Duration::from_secs(10);
+/// Interval of probes to a healthy peer.
+const HEALTHY_INTERVAL: Duration = Duration::from_secs(15);
+/// Interval of probes to a suspect peer: answers are missing, or gossip does not report it as alive.
+const SUSPECT_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval of probes to a withdrawn peer.
+const WITHDRAWN_INTERVAL: Duration = Duration::from_secs(5);
+/// Interval of full-size echoes, and of datagrams, to one peer.
+const SIDE_CHECK_INTERVAL: Duration = Duration::from_secs(300);
+/// The same after one of them was lost.
+const SIDE_CHECK_RETRY: Duration = Duration::from_secs(3);
+/// Minimum timeout of a probe. The timeout is twice the usual round trip.
+const MIN_TIMEOUT: Duration = Duration::from_millis(900);
+/// Maximum timeout of a probe.
+const MAX_TIMEOUT: Duration = Duration::from_secs(10);
+/// The timeout before a round trip is known. A satellite link takes 600 ms, a mobile network up to 3 s.
+const INITIAL_TIMEOUT: Duration = Duration::from_millis(3_500);
+/// Number of unanswered probes that are stored. A late answer to one of them still counts.
+const MAX_PENDING: usize = 16;
+/// Consecutive losses after which a peer, or one kind of probe, counts as not answering.
+pub(super) const LOSSES_UNTIL_LOST: u32 = 3;
+/// Time for which a packet that the peer sent unprompted shows that its packets arrive. An agent without
+/// answers probes once a second, and more rarely in a cluster of a thousand nodes.
+const PACKET_VALIDITY: Duration = Duration::from_secs(40);
+/// A peer whose agent still sends this long after a kind of probe went unanswered is alive, so a filter drops
+/// the probes.
+const SURVIVAL_PROOF: Duration = Duration::from_secs(4);
+/// The same if only gossip reports the peer as alive, which it may do for a while after its death.
+const SURVIVAL_PROOF_BY_GOSSIP: Duration = Duration::from_secs(10);
 
+/// The path to one peer.
 #[derive(Debug)]
 pub(super) struct Path {
     pub(super) address: IpAddr,
     pub(super) underlay: IpAddr,
-    pub(super) ask: bool,
+    pub(super) may_probe: bool,
     pub(super) withdrawn: bool,
     pub(super) round_trip: Option<Duration>,
     pub(super) tally: Tally,
     liveness: Option<Liveness>,
     due: Time,
-    /// The last requests that were not answered.
-    open: VecDeque<Open>,
-    asked: Option<Kind>,
-    /// Requests lost since the last answer, but for special ones.
+    /// The last probes without an answer.
+    pending: VecDeque<PendingProbe>,
+    last_kind: Option<Kind>,
+    /// Losses since the last answer, without those of side checks.
     lost: u32,
-    echo: Witness,
-    datagram: Witness,
-    /// Echoes of full size, and datagrams, that are sent now and then while small echoes are answered.
-    full: Special,
-    /// How much smaller packets have to be, where those of full size are lost.
-    narrow: Option<Narrow>,
-    checksum: Special,
+    echo: Replies,
+    datagram: Replies,
+    /// Full-size echoes, sent occasionally while small echoes are answered.
+    full_size: SideCheck,
+    /// The search for the largest size that passes, while full-size echoes are lost.
+    size_search: Option<SizeSearch>,
+    /// Datagrams, sent occasionally while small echoes are answered.
+    checksum: SideCheck,
     flows: Flows,
-    /// Datagrams that are still to be sent for the tally.
-    trial: u32,
-    /// The last sign of life of any kind, and since when there was none although one was asked for.
-    life: Time,
+    /// Datagrams still to be sent for the tally.
+    trial_remaining: u32,
+    /// The last answer or packet of any kind.
+    last_sign_of_life: Time,
+    /// Since when probes are unanswered and no packet arrives.
     silent_since: Option<Time>,
-    heard: Option<Time>,
-    /// What was heard came from elsewhere.
+    /// The last packet that the peer sent unprompted.
+    last_packet: Option<Time>,
+    /// That packet arrived by another way than packets to the peer take.
     pub(super) is_diverted_inbound: bool,
-    /// Of the underlay, as the transport has it.
-    estimate: Option<Duration>,
-    /// The last answer came from elsewhere.
+    /// Round trip over the underlay, as measured by the transport.
+    underlay_round_trip: Option<Duration>,
+    /// The last answer arrived by another way than packets to the peer take.
     diverted: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Open {
+struct PendingProbe {
     sequence: u16,
     kind: Kind,
     sent: Time,
     lost: bool,
-    /// Sent while small echoes were answered, to learn something else.
-    special: bool,
-    counted: bool,
+    /// Sent while small echoes were answered, to check something else than the path.
+    is_side_check: bool,
+    /// Counts for the tally.
+    is_counted: bool,
 }
 
-/// A kind of question that a firewall may silence without any harm to the path.
-#[derive(Clone, Copy, Debug, Default)]
-struct Witness {
-    /// Since the last answer.
-    lost: u32,
-    silent_since: Option<Time>,
-    /// Its silence means something: it has answered, and has not fallen silent since while the peer lived.
-    trusted: bool,
-}
-
-/// A search for the largest packets that get through: bytes less than the full size.
+/// A kind of probe that is sent occasionally to check something else than the path.
 #[derive(Clone, Copy, Debug)]
-struct Narrow {
-    lost: u32,
-    answered: Option<u32>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Special {
+struct SideCheck {
     due: Time,
-    /// Since the last answer.
+    /// Losses since the last answer.
     lost: u32,
 }
 
@@ -113,40 +107,40 @@ impl Path {
             address,
             underlay: address,
             liveness: None,
-            ask: true,
+            may_probe: true,
             due: now,
-            open: VecDeque::new(),
-            asked: None,
+            pending: VecDeque::new(),
+            last_kind: None,
             lost: 0,
-            echo: Witness::default(),
-            datagram: Witness::default(),
-            full: Special { due: now, lost: 0 },
-            narrow: None,
-            checksum: Special { due: now, lost: 0 },
+            echo: Replies::default(),
+            datagram: Replies::default(),
+            full_size: SideCheck { due: now, lost: 0 },
+            size_search: None,
+            checksum: SideCheck { due: now, lost: 0 },
             flows: Flows::default(),
             tally: Tally::default(),
-            trial: 0,
-            life: now,
+            trial_remaining: 0,
+            last_sign_of_life: now,
             silent_since: None,
-            heard: None,
+            last_packet: None,
             is_diverted_inbound: false,
             round_trip: None,
-            estimate: None,
+            underlay_round_trip: None,
             diverted: false,
             withdrawn: false,
         }
     }
 
-    /// Whatever changes, this path stands in the queue where it belongs.
-    pub(super) fn change<T>(
+    /// Applies `change`, and moves this path to the right place in the queues.
+    pub(super) fn update_path<T>(
         &mut self,
         node: NodeId,
         queues: &mut Queues,
-        what: impl FnOnce(&mut Self) -> T,
+        change: impl FnOnce(&mut Self) -> T,
     ) -> T {
-        let before = self.place();
-        let result = what(self);
-        let after = self.place();
+        let before = self.queue_position();
+        let result = change(self);
+        let after = self.queue_position();
         if before != after {
             before.map(|(queue, due)| queues[queue].remove(&(due, node)));
             after.map(|(queue, due)| queues[queue].insert((due, node)));
@@ -154,270 +148,293 @@ impl Path {
         result
     }
 
-    /// In which queue it waits, and until when.
-    pub(super) fn place(&self) -> Option<(usize, Time)> {
-        self.ask.then(|| (if self.is_calm() { CALMED } else { DOUBTED }, self.due))
+    /// Returns the queue and the time of the next probe; `None` if the peer must not be probed.
+    pub(super) fn queue_position(&self) -> Option<(usize, Time)> {
+        self.may_probe.then(|| (if self.is_healthy() { HEALTHY } else { SUSPECT }, self.due))
     }
 
-    /// What gossip holds of it.
-    pub(super) fn opine(&mut self, now: Time, liveness: Option<Liveness>) {
+    /// Records the liveness reported by gossip.
+    pub(super) fn set_liveness(&mut self, now: Time, liveness: Option<Liveness>) {
         if liveness != self.liveness && liveness != Some(Liveness::Alive) {
             self.due = self.due.min(now);
         }
         self.liveness = liveness;
     }
 
-    /// Takes note of a request that is sent now, and says of which kind it is to be.
-    pub(super) fn ask(&mut self, now: Time, sequence: u16) -> Kind {
-        self.lose(now);
-        let kind = self.kind_due(now);
+    /// Records that a probe is sent now, and returns its kind.
+    pub(super) fn next_probe(&mut self, now: Time, sequence: u16) -> Kind {
+        self.mark_lost(now);
+        let kind = self.kind_of_next_probe(now);
         let is_flow = matches!(kind, Kind::Flow { .. });
-        let special = self.lost == 0 && self.echo.lost == 0 && kind != Kind::Small || is_flow;
+        let is_side_check = self.lost == 0 && self.echo.lost == 0 && kind != Kind::Small || is_flow;
         let is_datagram = matches!(kind, Kind::Datagram { .. });
-        let counted = self.trial > 0 && self.lost == 0 && is_datagram;
-        self.trial -= u32::from(counted);
-        if matches!(kind, Kind::Full { .. }) || self.full.due <= now && self.echo.is_silent() {
-            self.full.due = now + SPECIAL;
+        let is_counted = self.trial_remaining > 0 && self.lost == 0 && is_datagram;
+        self.trial_remaining -= u32::from(is_counted);
+        if matches!(kind, Kind::Full { .. }) || self.full_size.due <= now && self.echo.is_silent() {
+            self.full_size.due = now + SIDE_CHECK_INTERVAL;
         }
         if is_datagram {
-            self.checksum.due = now + SPECIAL;
+            self.checksum.due = now + SIDE_CHECK_INTERVAL;
         }
         match kind {
-            Kind::Flow { flow } => self.flows.on_asked(flow),
-            _ if !special && self.is_alive() && !self.flows.is_doubted() => self.flows.grant(),
+            Kind::Flow { flow } => self.flows.on_sent(flow),
+            _ if !is_side_check && self.is_alive() && !self.flows.has_unconfirmed_loss() => {
+                self.flows.renew_allowance()
+            }
             _ => {}
         }
-        if self.open.len() == REMEMBERED
-            && let Some(Open { kind: Kind::Flow { flow }, lost: false, .. }) = self.open.pop_front()
+        if self.pending.len() == MAX_PENDING
+            && let Some(PendingProbe { kind: Kind::Flow { flow }, lost: false, .. }) =
+                self.pending.pop_front()
         {
-            self.flows.on_forgotten(flow);
+            self.flows.on_abandoned(flow);
         }
-        self.open.push_back(Open { sequence, kind, sent: now, lost: false, special, counted });
-        self.asked = Some(kind);
+        self.pending.push_back(PendingProbe {
+            sequence,
+            kind,
+            sent: now,
+            lost: false,
+            is_side_check,
+            is_counted,
+        });
+        self.last_kind = Some(kind);
         self.due = now + self.pause();
         kind
     }
 
-    fn kind_due(&self, now: Time) -> Kind {
-        let special_is_due = |special: Special| special.due <= now;
+    fn kind_of_next_probe(&self, now: Time) -> Kind {
+        let is_due = |check: SideCheck| check.due <= now;
         let datagram = Kind::Datagram { flow: self.flows.current() };
-        let flow = self.flows.due().filter(|_| !self.flows.is_doubted());
+        let flow = self.flows.next_flow().filter(|_| !self.flows.has_unconfirmed_loss());
         match self.lost {
-            // In doubt both witnesses are asked in turn.
-            1.. if self.asked == Some(Kind::Small) => datagram,
+            // Alternate between both kinds, because a firewall may drop one of them.
+            1.. if self.last_kind == Some(Kind::Small) => datagram,
             1.. => Kind::Small,
             0 if self.round_trip.is_none() => Kind::Small,
-            0 if self.trial > 0 => datagram,
-            0 if self.echo.is_silent() => match (special_is_due(self.full), flow) {
+            0 if self.trial_remaining > 0 => datagram,
+            0 if self.echo.is_silent() => match (is_due(self.full_size), flow) {
                 (true, _) => Kind::Small,
                 (_, Some(flow)) => Kind::Flow { flow },
                 _ => datagram,
             },
-            0 if self.echo.lost > 0 || self.flows.is_doubted() => Kind::Small,
-            0 if special_is_due(self.full) => {
-                Kind::Full { less: self.narrow.and_then(Narrow::next).unwrap_or(0) }
+            0 if self.echo.lost > 0 || self.flows.has_unconfirmed_loss() => Kind::Small,
+            0 if is_due(self.full_size) => {
+                Kind::Full { less: self.size_search.and_then(SizeSearch::next).unwrap_or(0) }
             }
-            0 if special_is_due(self.checksum) => datagram,
+            0 if is_due(self.checksum) => datagram,
             0 => flow.map_or(Kind::Small, |flow| Kind::Flow { flow }),
         }
     }
 
-    pub(super) fn on_echo(&mut self, now: Time, sequence: u16, elsewhere: bool) {
-        let answer = self.on_answer(now, sequence, elsewhere, |kind| !kind.is_datagram());
+    pub(super) fn on_echo(&mut self, now: Time, sequence: u16, diverted: bool) {
+        let answer = self.on_answer(now, sequence, diverted, |kind| !kind.is_datagram());
         let Some(kind) = answer else { return };
-        self.echo = Witness { trusted: true, ..Witness::default() };
+        self.echo = Replies { trusted: true, ..Replies::default() };
         match kind {
-            Kind::Full { less: 0 } => (self.full.lost, self.narrow) = (0, None),
-            Kind::Full { less } => self.narrow_down(now, |narrow| narrow.answered = Some(less)),
+            Kind::Full { less: 0 } => (self.full_size.lost, self.size_search) = (0, None),
+            Kind::Full { less } => {
+                self.continue_size_search(now, |size_search| size_search.answered = Some(less))
+            }
             _ => {}
         }
     }
 
-    /// Goes on with the search, or begins it.
-    fn narrow_down(&mut self, now: Time, step: impl FnOnce(&mut Narrow)) {
-        let narrow = self.narrow.get_or_insert(Narrow { lost: 0, answered: None });
-        step(narrow);
-        // Whether the full size gets through again is asked as long as it does not.
-        let pause = if narrow.next().is_some() { Duration::ZERO } else { CALM };
-        self.full.due = now + pause;
-        self.due = self.due.min(self.full.due);
+    /// Continues or begins the search for the largest size.
+    fn continue_size_search(&mut self, now: Time, step: impl FnOnce(&mut SizeSearch)) {
+        let size_search = self.size_search.get_or_insert(SizeSearch { lost: 0, answered: None });
+        step(size_search);
+        // While the full size does not pass, it is tried again at intervals.
+        let pause = if size_search.next().is_some() { Duration::ZERO } else { HEALTHY_INTERVAL };
+        self.full_size.due = now + pause;
+        self.due = self.due.min(self.full_size.due);
     }
 
-    /// Large packets of others were lost: whether full ones get through is asked now.
-    pub(super) fn doubt_size(&mut self, now: Time) {
-        if self.full.lost == 0 && self.narrow.is_none() {
-            self.full.due = self.full.due.min(now);
+    /// Requests an immediate full-size probe.
+    pub(super) fn request_size_check(&mut self, now: Time) {
+        if self.full_size.lost == 0 && self.size_search.is_none() {
+            self.full_size.due = self.full_size.due.min(now);
             self.due = self.due.min(now);
         }
     }
 
-    /// Full packets have been lost, and what gets through is not known yet.
-    pub(super) fn is_measured(&self) -> bool {
-        (1..VERDICT).contains(&self.full.lost) || self.narrow.and_then(Narrow::next).is_some()
+    /// Returns whether full-size packets were lost, and the size that passes is not known yet.
+    pub(super) fn is_measuring_size(&self) -> bool {
+        (1..LOSSES_UNTIL_LOST).contains(&self.full_size.lost)
+            || self.size_search.and_then(SizeSearch::next).is_some()
     }
 
-    pub(super) fn narrower_by(&self) -> Option<u32> {
-        let narrow = self.narrow.filter(|narrow| narrow.next().is_none())?;
-        narrow.answered.filter(|_| self.full.lost >= VERDICT)
+    pub(super) fn mtu_reduction(&self) -> Option<u32> {
+        let size_search = self.size_search.filter(|size_search| size_search.next().is_none())?;
+        size_search.answered.filter(|_| self.full_size.lost >= LOSSES_UNTIL_LOST)
     }
 
-    /// A datagram has arrived. An agent that has answered it says nothing once it is gone; a kernel that has
-    /// refused it will do so for as long as it runs.
-    pub(super) fn on_arrival(&mut self, now: Time, sequence: u16, by: By, elsewhere: bool) {
-        if self.on_answer(now, sequence, elsewhere, Kind::is_datagram).is_some() {
-            self.datagram = Witness { trusted: by == By::Kernel, ..Witness::default() };
+    /// Records the answer to a datagram. An agent's answers stop when the agent ends, so their absence proves
+    /// nothing; a kernel that refuses datagrams does so as long as it runs.
+    pub(super) fn on_arrival(&mut self, now: Time, sequence: u16, by: Responder, diverted: bool) {
+        if self.on_answer(now, sequence, diverted, Kind::is_datagram).is_some() {
+            self.datagram = Replies { trusted: by == Responder::Kernel, ..Replies::default() };
             self.checksum.lost = 0;
         }
     }
 
-    /// An answer to a request of the right kind: gives its kind.
+    /// Records the answer to a probe of the right kind. Returns the kind.
     fn on_answer(
         &mut self,
         now: Time,
         sequence: u16,
-        elsewhere: bool,
+        diverted: bool,
         is_right: impl Fn(Kind) -> bool,
     ) -> Option<Kind> {
-        let asked = |open: &Open| open.sequence == sequence && is_right(open.kind);
-        let position = self.open.iter().position(asked)?;
-        let open = self.open.remove(position)?;
-        // What was asked before in the same way may have been overtaken, and is no proof of a loss.
-        self.open
-            .retain(|other| other.kind != open.kind || other.sent > open.sent || other.counted);
-        self.round_trip = Some(now.since(open.sent));
-        self.diverted = elsewhere;
-        (self.lost, self.life, self.silent_since) = (0, now, None);
+        let is_match =
+            |pending: &PendingProbe| pending.sequence == sequence && is_right(pending.kind);
+        let position = self.pending.iter().position(is_match)?;
+        let pending = self.pending.remove(position)?;
+        // Older probes of the same kind may have been overtaken, so they are not evidence of a loss.
+        self.pending.retain(|other| {
+            other.kind != pending.kind || other.sent > pending.sent || other.is_counted
+        });
+        self.round_trip = Some(now.since(pending.sent));
+        self.diverted = diverted;
+        (self.lost, self.last_sign_of_life, self.silent_since) = (0, now, None);
         self.withdrawn = false;
-        if open.counted {
+        if pending.is_counted {
             self.tally.answered += 1;
-            self.tally.lost -= u32::from(open.lost);
+            self.tally.lost -= u32::from(pending.lost);
         }
-        match open.kind {
+        match pending.kind {
             Kind::Flow { flow } => self.flows.on_answer(flow),
             Kind::Datagram { flow } => self.flows.on_arrival(flow),
             Kind::Small | Kind::Full { .. } => self.echo.lost = 0,
         }
-        if !open.special {
-            self.flows.confirm(open.sent);
+        if !pending.is_side_check {
+            self.flows.confirm_losses(pending.sent);
         }
-        let next = self.full.due.min(self.checksum.due);
-        let next = if self.flows.due().is_some() { now } else { next };
+        let next = self.full_size.due.min(self.checksum.due);
+        let next = if self.flows.next_flow().is_some() { now } else { next };
         self.due = (now + self.pause()).min(next.max(now));
-        Some(open.kind)
+        Some(pending.kind)
     }
 
-    /// A packet of the peer's own: its kernel lives, whatever becomes of ours.
-    pub(super) fn hear(&mut self, now: Time, elsewhere: bool) {
-        self.is_diverted_inbound = elsewhere;
-        (self.heard, self.life, self.silent_since) = (Some(now), now, None);
+    /// Records a packet that the peer sent unprompted: its kernel is alive, even if probes are lost.
+    pub(super) fn on_packet(&mut self, now: Time, diverted: bool) {
+        self.is_diverted_inbound = diverted;
+        (self.last_packet, self.last_sign_of_life, self.silent_since) = (Some(now), now, None);
         self.withdrawn = false;
     }
 
-    /// News of the peer's agent, over the underlay.
-    pub(super) fn on_agent(&mut self, now: Time, spoke: bool, round_trip: Option<Duration>) {
-        self.estimate = round_trip;
-        if spoke {
-            self.distrust(now, OUTLIVED);
+    /// Records what is known of the peer's agent over the underlay.
+    pub(super) fn on_agent(&mut self, now: Time, has_sent: bool, round_trip: Option<Duration>) {
+        self.underlay_round_trip = round_trip;
+        if has_sent {
+            self.distrust(now, SURVIVAL_PROOF);
         }
     }
 
-    fn distrust(&mut self, now: Time, outlived: Duration) {
-        for witness in [&mut self.echo, &mut self.datagram] {
-            witness.trusted &= witness.silent_since.is_none_or(|at| now.since(at) < outlived);
+    fn distrust(&mut self, now: Time, survival: Duration) {
+        for replies in [&mut self.echo, &mut self.datagram] {
+            replies.trusted &= replies.silent_since.is_none_or(|at| now.since(at) < survival);
         }
     }
 
-    /// Draws conclusions from what was not answered in time.
-    pub(super) fn judge(&mut self, now: Time, withdraw_after: Option<Duration>) {
-        self.lose(now);
+    /// Evaluates the probes whose timeout has passed.
+    pub(super) fn update_withdrawn(&mut self, now: Time, withdraw_after: Option<Duration>) {
+        self.mark_lost(now);
         if self.is_alive() {
-            self.distrust(now, OUTLIVED_BY_GOSSIP);
+            self.distrust(now, SURVIVAL_PROOF_BY_GOSSIP);
         }
         let silence = self.silent_since.map(|since| now.since(since));
-        let is_over = withdraw_after.is_some_and(|patience| silence.is_some_and(|s| s >= patience));
-        let is_dead = self.withdrawn || is_over && self.has_trusted();
+        let is_over = withdraw_after.is_some_and(|timeout| silence.is_some_and(|s| s >= timeout));
+        let is_dead = self.withdrawn || is_over && self.has_trusted_kind();
         self.withdrawn = self.is_down() && self.lost > 0 && is_dead;
     }
 
-    fn lose(&mut self, now: Time) {
-        let patience = self.patience();
-        for index in 0..self.open.len() {
-            let open = &mut self.open[index];
-            if !open.lost && now.since(open.sent) >= patience {
-                open.lost = true;
-                let open = *open;
-                self.on_loss(now, open);
+    fn mark_lost(&mut self, now: Time) {
+        let timeout = self.timeout();
+        for index in 0..self.pending.len() {
+            let pending = &mut self.pending[index];
+            if !pending.lost && now.since(pending.sent) >= timeout {
+                pending.lost = true;
+                let pending = *pending;
+                self.on_loss(now, pending);
             }
         }
     }
 
-    fn on_loss(&mut self, now: Time, Open { kind, sent, special, counted, .. }: Open) {
+    fn on_loss(
+        &mut self,
+        now: Time,
+        PendingProbe { kind, sent, is_side_check, is_counted, .. }: PendingProbe,
+    ) {
         match kind {
-            Kind::Small => self.echo.lose(sent),
+            Kind::Small => self.echo.mark_lost(sent),
             Kind::Datagram { flow } => {
-                self.datagram.lose(sent);
+                self.datagram.mark_lost(sent);
                 self.flows.on_loss(flow, sent);
             }
             Kind::Flow { flow } => self.flows.on_loss(flow, sent),
             Kind::Full { .. } => {}
         }
         if self.echo.is_silent() {
-            // It says nothing about sizes and checksums any more.
-            (self.full.lost, self.checksum.lost, self.narrow) = (0, 0, None);
+            // Losses of full-size echoes and datagrams mean nothing without small echoes for comparison.
+            (self.full_size.lost, self.checksum.lost, self.size_search) = (0, 0, None);
         }
-        self.tally.lost += u32::from(counted);
-        if special {
+        self.tally.lost += u32::from(is_counted);
+        if is_side_check {
             match kind {
                 Kind::Flow { .. } => {}
                 _ if self.echo.lost > 0 => {}
                 Kind::Full { less: 0 } => {
-                    self.full.lost += 1;
-                    self.full.due = now + SPECIAL_AGAIN;
-                    if self.full.lost >= VERDICT {
-                        self.narrow_down(now, |_| {});
+                    self.full_size.lost += 1;
+                    self.full_size.due = now + SIDE_CHECK_RETRY;
+                    if self.full_size.lost >= LOSSES_UNTIL_LOST {
+                        self.continue_size_search(now, |_| {});
                     }
                 }
-                Kind::Full { less } => self.narrow_down(now, |narrow| narrow.lost = less),
+                Kind::Full { less } => {
+                    self.continue_size_search(now, |size_search| size_search.lost = less)
+                }
                 _ => {
                     self.checksum.lost += 1;
-                    let again = self.checksum.lost < VERDICT;
-                    // A firewall may drop them for ever.
-                    self.checksum.due = now + if again { SPECIAL_AGAIN } else { SPECIAL };
+                    let again = self.checksum.lost < LOSSES_UNTIL_LOST;
+                    // A firewall may drop datagrams permanently.
+                    self.checksum.due =
+                        now + if again { SIDE_CHECK_RETRY } else { SIDE_CHECK_INTERVAL };
                 }
             }
-            // A small one follows, which tells whether it was the kind.
+            // The next small echo shows whether only this kind was lost.
             self.due = self.due.min(now);
             return;
         }
         self.lost += 1;
-        self.flows.forgive();
-        self.silent_since.get_or_insert(sent.max(self.life));
+        self.flows.discard_unconfirmed();
+        self.silent_since.get_or_insert(sent.max(self.last_sign_of_life));
         self.due = self.due.min(sent + self.pause());
     }
 
-    /// Whether datagrams are lost where echoes are not.
-    pub(super) const fn is_deaf(&self) -> bool {
-        self.checksum.lost >= VERDICT && self.lost == 0 && self.echo.lost == 0
+    /// Returns whether datagrams are lost while echoes are answered.
+    pub(super) const fn is_losing_datagrams(&self) -> bool {
+        self.checksum.lost >= LOSSES_UNTIL_LOST && self.lost == 0 && self.echo.lost == 0
     }
 
     pub(super) fn flows(&self) -> Option<(usize, usize)> {
         self.flows.tally()
     }
 
-    /// Datagrams of which each counts are to be sent, and those under way do not count any more.
+    /// Requests datagrams that count for a new tally. Those already sent no longer count.
     pub(super) fn begin_trial(&mut self, now: Time, count: u32) {
-        (self.tally, self.trial) = (Tally::default(), count);
-        self.open.iter_mut().for_each(|open| open.counted = false);
+        (self.tally, self.trial_remaining) = (Tally::default(), count);
+        self.pending.iter_mut().for_each(|pending| pending.is_counted = false);
         self.due = self.due.min(now);
     }
 
-    /// How long an answer is waited for.
-    fn patience(&self) -> Duration {
-        let usual = self.round_trip.max(self.estimate);
-        usual.map_or(LOST_FIRST, |usual| (usual * 2).clamp(LOST_MIN, LOST_MAX))
+    /// Returns how long an answer may take.
+    fn timeout(&self) -> Duration {
+        let usual_round_trip = self.round_trip.max(self.underlay_round_trip);
+        usual_round_trip
+            .map_or(INITIAL_TIMEOUT, |round_trip| (round_trip * 2).clamp(MIN_TIMEOUT, MAX_TIMEOUT))
     }
 
-    pub(super) const fn is_doubted(&self) -> bool {
+    pub(super) const fn is_suspect(&self) -> bool {
         self.round_trip.is_none() || self.lost > 0 || self.echo.lost > 0 && self.echo.trusted
     }
 
@@ -429,66 +446,42 @@ impl Path {
         matches!(self.liveness, None | Some(Liveness::Down))
     }
 
-    const fn has_trusted(&self) -> bool {
+    const fn has_trusted_kind(&self) -> bool {
         self.echo.trusted || self.datagram.trusted
     }
 
-    pub(super) fn is_calm(&self) -> bool {
-        let is_open = |lost: u32| (1..VERDICT).contains(&lost);
-        let is_clear = self.round_trip.is_some() && self.lost == 0 && self.trial == 0;
-        let is_decided = !self.is_measured() && !is_open(self.checksum.lost);
-        let is_decided = is_decided && !is_open(self.echo.lost) && !self.flows.is_open();
-        self.is_alive() && is_clear && is_decided
+    pub(super) fn is_healthy(&self) -> bool {
+        let is_undecided = |lost: u32| (1..LOSSES_UNTIL_LOST).contains(&lost);
+        let is_answered = self.round_trip.is_some() && self.lost == 0 && self.trial_remaining == 0;
+        let is_certain = !self.is_measuring_size() && !is_undecided(self.checksum.lost);
+        let is_certain = is_certain && !is_undecided(self.echo.lost) && !self.flows.is_undecided();
+        self.is_alive() && is_answered && is_certain
     }
 
     fn pause(&self) -> Duration {
-        let is_well = self.lost == 0 && self.trial == 0 && self.round_trip.is_some();
+        let is_well = self.lost == 0 && self.trial_remaining == 0 && self.round_trip.is_some();
         let is_well = is_well && (self.echo.lost == 0 || self.echo.is_silent());
         match self.liveness {
-            _ if self.withdrawn => WITHDRAWN,
-            Some(Liveness::Alive) if is_well => CALM,
-            _ => ANXIOUS,
+            _ if self.withdrawn => WITHDRAWN_INTERVAL,
+            Some(Liveness::Alive) if is_well => HEALTHY_INTERVAL,
+            _ => SUSPECT_INTERVAL,
         }
     }
 
     pub(super) fn state(&self, now: Time) -> PathState {
-        let heard = self.heard.is_some_and(|at| now.since(at) < HEARD);
+        let has_recent_packet = self.last_packet.is_some_and(|at| now.since(at) < PACKET_VALIDITY);
         match self.round_trip {
             _ if self.withdrawn => PathState::Withdrawn,
-            _ if self.lost >= VERDICT && heard => PathState::OneWay,
-            _ if self.lost >= VERDICT && self.is_down() && self.has_trusted() => PathState::Dead,
-            _ if self.lost >= VERDICT => PathState::Unanswered,
+            _ if self.lost >= LOSSES_UNTIL_LOST && has_recent_packet => PathState::OneWay,
+            _ if self.lost >= LOSSES_UNTIL_LOST && self.is_down() && self.has_trusted_kind() => {
+                PathState::Dead
+            }
+            _ if self.lost >= LOSSES_UNTIL_LOST => PathState::Unanswered,
             _ if self.flows.tally().is_some() => PathState::PartlyLost,
-            _ if self.full.lost >= VERDICT => PathState::MtuTooLarge,
+            _ if self.full_size.lost >= LOSSES_UNTIL_LOST => PathState::MtuTooLarge,
             Some(_) if self.diverted => PathState::Asymmetric,
             Some(_) => PathState::Ok,
             None => PathState::Unknown,
         }
-    }
-}
-
-impl Narrow {
-    /// No link is known to carry more than so much less than others.
-    const MOST: u32 = 512;
-    const EXACT: u32 = 8;
-
-    /// What is to be tried next; none, when the answer is known, or there is none.
-    fn next(self) -> Option<u32> {
-        match self.answered {
-            None => (self.lost < Self::MOST).then_some(Self::MOST),
-            Some(answered) if answered - self.lost <= Self::EXACT => None,
-            Some(answered) => Some(self.lost.midpoint(answered)),
-        }
-    }
-}
-
-impl Witness {
-    fn lose(&mut self, sent: Time) {
-        self.lost += 1;
-        self.silent_since.get_or_insert(sent);
-    }
-
-    const fn is_silent(&self) -> bool {
-        self.lost >= VERDICT
     }
 }

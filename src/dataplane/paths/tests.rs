@@ -1,4 +1,4 @@
-//! Stories of one peer, or a thousand, told second by second.
+//! Scenarios with one peer, or a thousand, in steps of [`TICK`].
 
 use std::net::Ipv4Addr;
 
@@ -8,43 +8,49 @@ const PEER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 42, 7, 0));
 const UNDERLAY: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7));
 const TICK: Duration = Duration::from_millis(100);
 
-/// A peer whose kernel answers while `answers` says so.
-struct Story {
+/// One peer. The `answers` of [`Scenario::run`] decide which probes it answers.
+struct Scenario {
     paths: Paths,
     node: NodeId,
     now: Time,
     liveness: Liveness,
-    ask: bool,
+    may_probe: bool,
     sent: u32,
-    /// An agent answers datagrams, and not the kernel.
+    /// The peer's agent answers datagrams; otherwise its kernel refuses them.
     agent: bool,
     round_trip: Duration,
-    /// Answers on their way.
-    on_way: Vec<(Time, Probe)>,
-    worst: BTreeSet<PathState>,
+    /// Answers that have not arrived yet.
+    in_flight: Vec<(Time, Probe)>,
+    states_seen: BTreeSet<PathState>,
 }
 
-impl Story {
+impl Scenario {
     fn new() -> Self {
-        let mut story = Self {
+        let mut scenario = Self {
             paths: Paths::new(Some(Duration::from_secs(10))),
             node: NodeId::of_public_key(&[1; 32]),
             now: Time::ZERO,
             liveness: Liveness::Alive,
-            ask: true,
+            may_probe: true,
             sent: 0,
             agent: true,
             round_trip: Duration::from_millis(1),
-            on_way: Vec::new(),
-            worst: BTreeSet::new(),
+            in_flight: Vec::new(),
+            states_seen: BTreeSet::new(),
         };
-        story.update();
-        story
+        scenario.update();
+        scenario
     }
 
     fn update(&mut self) {
         let (node, liveness) = (self.node, Some(self.liveness));
-        let peer = Subject { node, vtep: PEER, underlay: UNDERLAY, liveness, ask: self.ask };
+        let peer = ProbedPeer {
+            node,
+            vtep: PEER,
+            underlay: UNDERLAY,
+            liveness,
+            may_probe: self.may_probe,
+        };
         self.paths.update(self.now, [peer].into_iter());
     }
 
@@ -52,11 +58,11 @@ impl Story {
         let end = self.now + Duration::from_secs(seconds);
         while self.now < end {
             self.now = self.now + TICK;
-            let arrived = self.on_way.extract_if(.., |(at, _)| *at <= self.now);
+            let arrived = self.in_flight.extract_if(.., |(at, _)| *at <= self.now);
             for (_, probe) in arrived.collect::<Vec<_>>() {
                 match probe.kind {
                     Kind::Datagram { .. } | Kind::Flow { .. } => {
-                        let by = if self.agent { By::Agent } else { By::Kernel };
+                        let by = if self.agent { Responder::Agent } else { Responder::Kernel };
                         self.paths.on_arrival(self.now, PEER, probe.sequence, by, false);
                     }
                     _ => self.paths.on_answer(self.now, PEER, probe.sequence, false),
@@ -66,10 +72,10 @@ impl Story {
             while let Some(probe) = self.paths.poll(self.now) {
                 self.sent += 1;
                 if answers(&probe) {
-                    self.on_way.push((self.now + self.round_trip, probe));
+                    self.in_flight.push((self.now + self.round_trip, probe));
                 }
             }
-            self.worst.insert(self.state());
+            self.states_seen.insert(self.state());
         }
     }
 
@@ -91,233 +97,248 @@ const fn is_datagram(probe: &Probe) -> bool {
 }
 
 #[test]
-fn a_peer_that_answers_is_ok_and_asked_rarely() {
-    let mut story = Story::new();
-    story.run(60, |_| true);
-    assert_eq!(story.state(), PathState::Ok);
-    assert!(story.sent <= 11, "{} requests in a minute", story.sent);
+fn answering_peer_is_ok_and_probed_rarely() {
+    let mut scenario = Scenario::new();
+    scenario.run(60, |_| true);
+    assert_eq!(scenario.state(), PathState::Ok);
+    assert!(scenario.sent <= 11, "{} requests in a minute", scenario.sent);
 }
 
 #[test]
-fn down_is_not_dead_while_the_kernel_answers() {
-    let mut story = Story::new();
-    story.run(5, |_| true);
-    story.liveness = Liveness::Down;
-    story.run(60, |_| true);
-    assert_eq!(story.state(), PathState::Ok);
-    assert!(story.paths.withdrawn().is_empty());
+fn down_peer_is_ok_while_its_kernel_answers() {
+    let mut scenario = Scenario::new();
+    scenario.run(5, |_| true);
+    scenario.liveness = Liveness::Down;
+    scenario.run(60, |_| true);
+    assert_eq!(scenario.state(), PathState::Ok);
+    assert!(scenario.paths.withdrawn().is_empty());
 }
 
 #[test]
-fn who_is_down_and_silent_is_withdrawn_in_time_and_back_with_the_first_answer() {
-    let mut story = Story::new();
-    story.run(20, |_| true);
-    story.liveness = Liveness::Suspect;
-    story.run(6, |_| false);
-    story.liveness = Liveness::Down;
-    story.run(3, |_| false);
-    assert_eq!(story.state(), PathState::Dead);
-    assert!(story.paths.withdrawn().is_empty(), "not for ten seconds");
-    story.run(4, |_| false);
-    assert_eq!(story.paths.withdrawn(), BTreeSet::from([story.node]));
-    let before = story.sent;
-    story.run(60, |_| false);
-    assert!(story.sent - before <= 13, "{} to a dead host", story.sent - before);
-    story.run(6, |_| true);
-    assert!(story.paths.withdrawn().is_empty());
+fn down_and_silent_peer_is_withdrawn_in_time_and_restored_by_first_answer() {
+    let mut scenario = Scenario::new();
+    scenario.run(20, |_| true);
+    scenario.liveness = Liveness::Suspect;
+    scenario.run(6, |_| false);
+    scenario.liveness = Liveness::Down;
+    scenario.run(3, |_| false);
+    assert_eq!(scenario.state(), PathState::Dead);
+    assert!(scenario.paths.withdrawn().is_empty(), "withdrawn only after ten seconds");
+    scenario.run(4, |_| false);
+    assert_eq!(scenario.paths.withdrawn(), BTreeSet::from([scenario.node]));
+    let before = scenario.sent;
+    scenario.run(60, |_| false);
+    assert!(scenario.sent - before <= 13, "{} to a dead host", scenario.sent - before);
+    scenario.run(6, |_| true);
+    assert!(scenario.paths.withdrawn().is_empty());
 }
 
 #[test]
-fn who_may_not_be_asked_stays_withdrawn_until_gossip_has_it_back() {
-    let mut story = Story::new();
-    story.run(5, |_| true);
-    story.liveness = Liveness::Down;
-    story.run(20, |_| false);
-    (story.ask, story.sent) = (false, 0);
-    story.run(60, |_| true);
-    assert_eq!((story.state(), story.sent), (PathState::Withdrawn, 0));
-    assert_eq!(story.paths.next_due(), None);
-    story.liveness = Liveness::Alive;
-    story.update();
-    assert!(story.paths.withdrawn().is_empty());
+fn withdrawn_peer_that_may_not_be_probed_is_restored_by_gossip() {
+    let mut scenario = Scenario::new();
+    scenario.run(5, |_| true);
+    scenario.liveness = Liveness::Down;
+    scenario.run(20, |_| false);
+    (scenario.may_probe, scenario.sent) = (false, 0);
+    scenario.run(60, |_| true);
+    assert_eq!((scenario.state(), scenario.sent), (PathState::Withdrawn, 0));
+    assert_eq!(scenario.paths.next_due(), None);
+    scenario.liveness = Liveness::Alive;
+    scenario.update();
+    assert!(scenario.paths.withdrawn().is_empty());
 }
 
 #[test]
-fn gossip_alone_brings_it_back_too() {
-    let mut story = Story::new();
-    story.run(5, |_| true);
-    story.liveness = Liveness::Down;
-    story.run(20, |_| false);
-    assert_eq!(story.state(), PathState::Withdrawn);
-    story.liveness = Liveness::Alive;
-    story.run(1, |_| false);
-    assert_eq!(story.state(), PathState::Unanswered);
+fn withdrawn_peer_is_restored_by_gossip_alone() {
+    let mut scenario = Scenario::new();
+    scenario.run(5, |_| true);
+    scenario.liveness = Liveness::Down;
+    scenario.run(20, |_| false);
+    assert_eq!(scenario.state(), PathState::Withdrawn);
+    scenario.liveness = Liveness::Alive;
+    scenario.run(1, |_| false);
+    assert_eq!(scenario.state(), PathState::Unanswered);
 }
 
 #[test]
-fn a_live_agent_behind_a_closed_tunnel_is_named_and_never_withdrawn() {
-    let mut story = Story::new();
-    story.run(40, |_| false);
-    assert_eq!(story.state(), PathState::Unanswered);
-    story.paths.on_packet(story.now, PEER, false);
-    assert_eq!(story.state(), PathState::OneWay);
-    assert!(story.paths.withdrawn().is_empty());
+fn alive_peer_behind_closed_tunnel_is_unanswered_and_never_withdrawn() {
+    let mut scenario = Scenario::new();
+    scenario.run(40, |_| false);
+    assert_eq!(scenario.state(), PathState::Unanswered);
+    scenario.paths.on_packet(scenario.now, PEER, false);
+    assert_eq!(scenario.state(), PathState::OneWay);
+    assert!(scenario.paths.withdrawn().is_empty());
 }
 
 #[test]
-fn full_packets_that_are_lost_where_small_ones_are_not_mean_the_mtu() {
-    let mut story = Story::new();
-    story.run(20, |probe| !matches!(probe.kind, Kind::Full { .. }));
-    assert_eq!(story.state(), PathState::MtuTooLarge);
-    assert_eq!(story.paths.narrower_by(story.node), None, "none of any size arrives");
-    story.run(30, |_| true);
-    assert_eq!(story.state(), PathState::Ok);
-    // The full size is tried now and then.
-    story.run(360, |probe| !matches!(probe.kind, Kind::Full { less: ..60 }));
-    assert_eq!(story.state(), PathState::MtuTooLarge);
-    let narrower = story.paths.narrower_by(story.node).expect("it is known");
+fn lost_full_size_echoes_with_answered_small_ones_mean_mtu_too_large() {
+    let mut scenario = Scenario::new();
+    scenario.run(20, |probe| !matches!(probe.kind, Kind::Full { .. }));
+    assert_eq!(scenario.state(), PathState::MtuTooLarge);
+    assert_eq!(scenario.paths.mtu_reduction(scenario.node), None, "no size passes");
+    scenario.run(30, |_| true);
+    assert_eq!(scenario.state(), PathState::Ok);
+    // The full size is tried occasionally.
+    scenario.run(360, |probe| !matches!(probe.kind, Kind::Full { less: ..60 }));
+    assert_eq!(scenario.state(), PathState::MtuTooLarge);
+    let narrower = scenario.paths.mtu_reduction(scenario.node).expect("it is known");
     assert!((60..68).contains(&narrower), "{narrower}");
-    assert!(story.paths.are_calm());
-    story.run(30, |_| true);
-    assert_eq!((story.state(), story.paths.narrower_by(story.node)), (PathState::Ok, None));
+    assert!(scenario.paths.are_healthy());
+    scenario.run(30, |_| true);
+    assert_eq!(
+        (scenario.state(), scenario.paths.mtu_reduction(scenario.node)),
+        (PathState::Ok, None)
+    );
 }
 
 #[test]
-fn datagrams_that_are_lost_where_echoes_are_not_are_noticed_and_counted_when_asked_for() {
-    let mut story = Story::new();
-    story.run(20, is_echo);
-    let peer = BTreeSet::from([story.node]);
-    assert_eq!((story.state(), story.paths.deaf()), (PathState::Ok, peer.clone()));
-    story.paths.ask_datagrams(story.now, &peer, 6);
-    assert_eq!(story.paths.tally(story.node), Some(Tally::default()));
-    story.run(8, |_| true);
-    assert_eq!(story.paths.tally(story.node), Some(Tally { answered: 6, lost: 0 }));
-    assert!(story.paths.deaf().is_empty());
-    story.paths.ask_datagrams(story.now, &peer, 6);
-    story.run(15, is_echo);
-    assert_eq!(story.paths.tally(story.node), Some(Tally { answered: 0, lost: 6 }));
+fn datagrams_lost_while_echoes_pass_are_noticed_and_counted_on_request() {
+    let mut scenario = Scenario::new();
+    scenario.run(20, is_echo);
+    let peer = BTreeSet::from([scenario.node]);
+    assert_eq!(
+        (scenario.state(), scenario.paths.losing_datagrams()),
+        (PathState::Ok, peer.clone())
+    );
+    scenario.paths.request_datagrams(scenario.now, &peer, 6);
+    assert_eq!(scenario.paths.tally(scenario.node), Some(Tally::default()));
+    scenario.run(8, |_| true);
+    assert_eq!(scenario.paths.tally(scenario.node), Some(Tally { answered: 6, lost: 0 }));
+    assert!(scenario.paths.losing_datagrams().is_empty());
+    scenario.paths.request_datagrams(scenario.now, &peer, 6);
+    scenario.run(15, is_echo);
+    assert_eq!(scenario.paths.tally(scenario.node), Some(Tally { answered: 0, lost: 6 }));
 }
 
 #[test]
-fn a_path_whose_echoes_are_filtered_is_ok_while_datagrams_are_answered() {
-    let mut story = Story::new();
-    story.run(20, |_| true);
-    story.worst.clear();
-    story.run(120, is_datagram);
-    story.sent = 0;
-    story.run(60, is_datagram);
-    assert_eq!(story.worst, BTreeSet::from([PathState::Ok]));
-    assert!(story.sent <= 10, "{} requests in a minute", story.sent);
-    // The agent goes; its kernel refuses what it had answered.
-    (story.liveness, story.agent) = (Liveness::Down, false);
-    story.run(60, is_datagram);
-    assert!(!story.is_withdrawn());
-    // The host loses its power.
-    story.run(13, |_| false);
-    assert!(story.is_withdrawn());
-    (story.liveness, story.agent) = (Liveness::Alive, true);
-    story.run(310, |_| true);
-    assert!(story.state() == PathState::Ok && story.paths.are_calm());
+fn path_with_filtered_echoes_is_ok_while_datagrams_are_answered() {
+    let mut scenario = Scenario::new();
+    scenario.run(20, |_| true);
+    scenario.states_seen.clear();
+    scenario.run(120, is_datagram);
+    scenario.sent = 0;
+    scenario.run(60, is_datagram);
+    assert_eq!(scenario.states_seen, BTreeSet::from([PathState::Ok]));
+    assert!(scenario.sent <= 10, "{} requests in a minute", scenario.sent);
+    // The agent ends; the kernel then refuses the datagrams.
+    (scenario.liveness, scenario.agent) = (Liveness::Down, false);
+    scenario.run(60, is_datagram);
+    assert!(!scenario.is_withdrawn());
+    // The host loses power.
+    scenario.run(13, |_| false);
+    assert!(scenario.is_withdrawn());
+    (scenario.liveness, scenario.agent) = (Liveness::Alive, true);
+    scenario.run(310, |_| true);
+    assert!(scenario.state() == PathState::Ok && scenario.paths.are_healthy());
 }
 
 #[test]
-fn an_agent_that_answered_datagrams_takes_that_witness_with_it() {
-    let mut story = Story::new();
-    story.run(20, |_| true);
-    // The host lets neither echoes nor refusals out.
-    story.run(120, is_datagram);
-    story.liveness = Liveness::Down;
-    story.run(60, |_| false);
-    assert_eq!((story.state(), story.is_withdrawn()), (PathState::Unanswered, false));
+fn missing_datagram_answers_prove_nothing_after_agent_ended() {
+    let mut scenario = Scenario::new();
+    scenario.run(20, |_| true);
+    // The host drops both echo replies and refusals.
+    scenario.run(120, is_datagram);
+    scenario.liveness = Liveness::Down;
+    scenario.run(60, |_| false);
+    assert_eq!((scenario.state(), scenario.is_withdrawn()), (PathState::Unanswered, false));
 }
 
 #[test]
-fn size_of_packets_is_asked_at_once_where_those_of_others_were_lost_by_it() {
+fn requested_size_check_is_sent_at_once() {
     let is_small = |probe: &Probe| !matches!(probe.kind, Kind::Full { less: ..60 });
-    let mut story = Story::new();
-    story.run(60, |_| true);
-    story.run(30, is_small);
-    assert_eq!(story.state(), PathState::Ok, "it is not asked for minutes");
-    story.paths.doubt_size(story.now, story.node);
-    story.run(3, is_small);
-    assert!(story.paths.is_measured(story.node));
-    story.run(12, is_small);
-    assert_eq!(story.state(), PathState::MtuTooLarge);
-    assert!(!story.paths.is_measured(story.node));
-    assert!(story.paths.narrower_by(story.node).is_some_and(|less| less < 68));
-    // What is known already is not asked again, and what gets through is known after one question.
-    let sent = story.sent;
-    story.paths.doubt_size(story.now, story.node);
-    story.run(1, is_small);
-    assert_eq!(story.sent, sent);
-    story.run(60, |_| true);
-    story.paths.doubt_size(story.now, story.node);
-    story.run(5, |_| true);
-    assert_eq!((story.state(), story.paths.is_measured(story.node)), (PathState::Ok, false));
+    let mut scenario = Scenario::new();
+    scenario.run(60, |_| true);
+    scenario.run(30, is_small);
+    assert_eq!(scenario.state(), PathState::Ok, "full-size probes are minutes apart");
+    scenario.paths.request_size_check(scenario.now, scenario.node);
+    scenario.run(3, is_small);
+    assert!(scenario.paths.is_measuring_size(scenario.node));
+    scenario.run(12, is_small);
+    assert_eq!(scenario.state(), PathState::MtuTooLarge);
+    assert!(!scenario.paths.is_measuring_size(scenario.node));
+    assert!(scenario.paths.mtu_reduction(scenario.node).is_some_and(|less| less < 68));
+    // A known reduction is not measured again, and one answered probe shows that the full size passes.
+    let sent = scenario.sent;
+    scenario.paths.request_size_check(scenario.now, scenario.node);
+    scenario.run(1, is_small);
+    assert_eq!(scenario.sent, sent);
+    scenario.run(60, |_| true);
+    scenario.paths.request_size_check(scenario.now, scenario.node);
+    scenario.run(5, |_| true);
+    assert_eq!(
+        (scenario.state(), scenario.paths.is_measuring_size(scenario.node)),
+        (PathState::Ok, false)
+    );
 }
 
 #[test]
-fn a_peer_that_never_answered_is_never_withdrawn() {
-    let mut story = Story::new();
-    story.liveness = Liveness::Down;
-    story.run(600, |_| false);
-    assert_eq!((story.state(), story.is_withdrawn()), (PathState::Unanswered, false));
+fn peer_that_never_answered_is_never_withdrawn() {
+    let mut scenario = Scenario::new();
+    scenario.liveness = Liveness::Down;
+    scenario.run(600, |_| false);
+    assert_eq!((scenario.state(), scenario.is_withdrawn()), (PathState::Unanswered, false));
 }
 
 #[test]
-fn witnesses_that_fell_silent_while_the_agent_lived_do_not_condemn() {
-    for by_gossip in [true, false] {
-        let mut story = Story::new();
-        story.run(20, |_| true);
-        // All but the agent's own packets is dropped there from now on.
-        story.run(16, |_| false);
+fn probes_unanswered_while_agent_was_alive_do_not_withdraw_peer() {
+    for gossip_only in [true, false] {
+        let mut scenario = Scenario::new();
+        scenario.run(20, |_| true);
+        // From now on the peer's firewall drops everything except the agent's own packets.
+        scenario.run(16, |_| false);
         for _ in 0..6 {
-            story.paths.on_agent(story.now, story.node, !by_gossip, None);
-            story.run(1, |_| false);
+            scenario.paths.on_agent(scenario.now, scenario.node, !gossip_only, None);
+            scenario.run(1, |_| false);
         }
-        if by_gossip {
-            story.run(10, |_| false);
+        if gossip_only {
+            scenario.run(10, |_| false);
         }
-        story.liveness = Liveness::Down;
-        story.run(60, |_| false);
-        assert_eq!((story.state(), story.is_withdrawn()), (PathState::Unanswered, false));
-        // Once they have answered again they can.
-        story.run(5, |_| true);
-        assert_eq!(story.state(), PathState::Ok);
-        story.run(13, |_| false);
-        assert_eq!(story.state(), PathState::Withdrawn);
+        scenario.liveness = Liveness::Down;
+        scenario.run(60, |_| false);
+        assert_eq!((scenario.state(), scenario.is_withdrawn()), (PathState::Unanswered, false));
+        // After new answers, missing answers count again.
+        scenario.run(5, |_| true);
+        assert_eq!(scenario.state(), PathState::Ok);
+        scenario.run(13, |_| false);
+        assert_eq!(scenario.state(), PathState::Withdrawn);
     }
 }
 
 #[test]
-fn packets_of_a_peer_keep_its_path_for_as_long_as_they_come() {
-    let mut story = Story::new();
-    story.run(20, |_| true);
-    story.liveness = Liveness::Down;
+fn unprompted_packets_prevent_withdrawal_while_they_arrive() {
+    let mut scenario = Scenario::new();
+    scenario.run(20, |_| true);
+    scenario.liveness = Liveness::Down;
     for _ in 0..40 {
-        story.run(1, |_| false);
-        story.paths.on_packet(story.now, UNDERLAY, false);
+        scenario.run(1, |_| false);
+        scenario.paths.on_packet(scenario.now, UNDERLAY, false);
     }
-    assert_eq!((story.state(), story.is_withdrawn()), (PathState::OneWay, false));
-    story.run(12, |_| false);
-    assert!(story.is_withdrawn());
-    story.paths.on_packet(story.now, UNDERLAY, false);
-    assert!(!story.is_withdrawn());
+    assert_eq!((scenario.state(), scenario.is_withdrawn()), (PathState::OneWay, false));
+    scenario.run(12, |_| false);
+    assert!(scenario.is_withdrawn());
+    scenario.paths.on_packet(scenario.now, UNDERLAY, false);
+    assert!(!scenario.is_withdrawn());
 }
 
 #[test]
-fn packets_from_an_address_of_several_peers_prove_nothing_about_one() {
+fn packets_from_address_of_several_peers_prove_nothing() {
     let subject = |n: u8| {
         let vtep = IpAddr::from([10, 42, n, 0]);
         let node = NodeId::of_public_key(&[n; 32]);
-        Subject { node, vtep, underlay: UNDERLAY, liveness: Some(Liveness::Alive), ask: true }
+        ProbedPeer {
+            node,
+            vtep,
+            underlay: UNDERLAY,
+            liveness: Some(Liveness::Alive),
+            may_probe: true,
+        }
     };
-    let state = |peers: &[Subject]| {
+    let state = |peers: &[ProbedPeer]| {
         let (mut paths, mut now) = (Paths::new(None), Time::ZERO);
         paths.update(now, peers.iter().copied());
         for _ in 0..200 {
             now = now + TICK;
-            paths.judge(now);
+            paths.update_withdrawn(now);
             while paths.poll(now).is_some() {}
         }
         paths.on_packet(now, UNDERLAY, false);
@@ -328,68 +349,67 @@ fn packets_from_an_address_of_several_peers_prove_nothing_about_one() {
 }
 
 #[test]
-fn a_round_trip_of_three_seconds_is_no_loss_whatever_gossip_says() {
-    let mut story = Story::new();
-    story.round_trip = Duration::from_secs(3);
+fn round_trip_of_three_seconds_is_no_loss_for_any_liveness() {
+    let mut scenario = Scenario::new();
+    scenario.round_trip = Duration::from_secs(3);
     for liveness in [Liveness::Alive, Liveness::Suspect, Liveness::Down] {
-        story.liveness = liveness;
-        story.run(60, |_| true);
+        scenario.liveness = liveness;
+        scenario.run(60, |_| true);
     }
-    assert_eq!(story.worst, BTreeSet::from([PathState::Unknown, PathState::Ok]));
-    // A fast path that becomes slow, and the other way round.
+    assert_eq!(scenario.states_seen, BTreeSet::from([PathState::Unknown, PathState::Ok]));
+    // A fast path that becomes slow, and the reverse.
     for milliseconds in [20, 3_000, 20] {
-        story.liveness = Liveness::Alive;
-        story.round_trip = Duration::from_millis(milliseconds);
-        story.run(60, |_| true);
-        assert_eq!(story.state(), PathState::Ok);
-        story.liveness = Liveness::Down;
-        story.worst.clear();
-        story.run(60, |_| true);
-        assert_eq!(story.worst, BTreeSet::from([PathState::Ok]));
+        scenario.liveness = Liveness::Alive;
+        scenario.round_trip = Duration::from_millis(milliseconds);
+        scenario.run(60, |_| true);
+        assert_eq!(scenario.state(), PathState::Ok);
+        scenario.liveness = Liveness::Down;
+        scenario.states_seen.clear();
+        scenario.run(60, |_| true);
+        assert_eq!(scenario.states_seen, BTreeSet::from([PathState::Ok]));
     }
 }
 
 #[test]
-fn an_agent_that_stood_still_has_lost_nothing() {
-    let mut story = Story::new();
-    story.run(20, |_| true);
-    story.liveness = Liveness::Down;
+fn probes_pending_while_process_was_stopped_are_not_lost() {
+    let mut scenario = Scenario::new();
+    scenario.run(20, |_| true);
+    scenario.liveness = Liveness::Down;
     for _ in 0..5 {
-        story.run(1, |_| true);
-        story.worst.clear();
-        // What was asked at the last moment is answered while nobody reads it.
-        story.now = story.now + Duration::from_secs(60);
+        scenario.run(1, |_| true);
+        scenario.states_seen.clear();
+        // The last probes are answered while the process is stopped.
+        scenario.now = scenario.now + Duration::from_secs(60);
     }
-    story.run(5, |_| true);
-    assert_eq!(story.worst, BTreeSet::from([PathState::Ok]));
-    assert_eq!(story.paths.next_due().map(|due| due > story.now), Some(true));
+    scenario.run(5, |_| true);
+    assert_eq!(scenario.states_seen, BTreeSet::from([PathState::Ok]));
+    assert_eq!(scenario.paths.next_due().map(|due| due > scenario.now), Some(true));
 }
 
 #[test]
-fn loss_of_two_in_five_packets_withdraws_nobody() {
-    let mut story = Story::new();
+fn loss_of_two_in_five_packets_withdraws_no_peer() {
+    let mut scenario = Scenario::new();
     for seed in 1..30_u32 {
-        story.liveness = if seed.is_multiple_of(3) { Liveness::Down } else { Liveness::Alive };
+        scenario.liveness = if seed.is_multiple_of(3) { Liveness::Down } else { Liveness::Alive };
         let survives = |probe: &Probe| {
             (u32::from(probe.sequence) + seed).wrapping_mul(2_654_435_761) >> 16 & 0xff > 102
         };
-        story.run(60, survives);
-        assert!(!story.is_withdrawn());
+        scenario.run(60, survives);
+        assert!(!scenario.is_withdrawn());
     }
 }
 
 #[test]
-fn a_thousand_peers_are_asked_no_faster_than_fifty_a_second_and_eight_at_each_look_while_all_is_well()
- {
+fn thousand_peers_are_probed_at_fifty_a_second_or_eight_per_check_while_healthy() {
     let mut paths = Paths::new(None);
     let subject = |n: u32| {
         let bytes = [(n >> 8) as u8 + 1, n as u8].repeat(16);
         let node = NodeId::of_public_key(&bytes.try_into().expect("32 bytes"));
         let vtep = Ipv4Addr::from(n).into();
-        Subject { node, vtep, underlay: vtep, liveness: Some(Liveness::Alive), ask: true }
+        ProbedPeer { node, vtep, underlay: vtep, liveness: Some(Liveness::Alive), may_probe: true }
     };
-    let subjects: Vec<Subject> = (0..1_000).map(subject).collect();
-    let mut ask = |from: u64, answers: bool| {
+    let subjects: Vec<ProbedPeer> = (0..1_000).map(subject).collect();
+    let mut may_probe = |from: u64, answers: bool| {
         let mut sent = 0;
         for tick in 0..1_000 {
             let now = Time::ZERO + Duration::from_millis((from * 1_000 + tick) * 10);
@@ -402,20 +422,20 @@ fn a_thousand_peers_are_asked_no_faster_than_fifty_a_second_and_eight_at_each_lo
                 sent += 1;
                 if answers {
                     paths.on_answer(now, probe.to, probe.sequence, false);
-                    paths.on_arrival(now, probe.to, probe.sequence, By::Agent, false);
+                    paths.on_arrival(now, probe.to, probe.sequence, Responder::Agent, false);
                 }
             }
         }
         sent
     };
-    // Ten seconds each.
-    assert!((450..=501).contains(&ask(0, false)));
-    (1..9).for_each(|tens| _ = ask(tens, true));
-    assert!((72..=82).contains(&ask(9, true)));
+    // Ten seconds per round.
+    assert!((450..=501).contains(&may_probe(0, false)));
+    (1..9).for_each(|tens| _ = may_probe(tens, true));
+    assert!((72..=82).contains(&may_probe(9, true)));
 }
 
-/// Of a link with two legs, of which one is dead.
-fn is_on_a_good_leg(probe: &Probe, echoes: bool) -> bool {
+/// Returns whether a probe takes the working link of a bond of two links, of which the other is dead.
+fn takes_working_link(probe: &Probe, echoes: bool) -> bool {
     match probe.kind {
         Kind::Datagram { flow } | Kind::Flow { flow } => flow % 2 == 0,
         _ => echoes,
@@ -423,45 +443,49 @@ fn is_on_a_good_leg(probe: &Probe, echoes: bool) -> bool {
 }
 
 #[test]
-fn flows_that_are_lost_while_others_pass_are_counted_until_they_pass_again() {
+fn flows_lost_while_others_pass_are_counted_until_they_pass() {
     for echoes in [true, false] {
-        let mut story = Story::new();
-        story.run(20, |_| true);
-        assert_eq!(story.paths.flows(story.node), None);
-        story.run(80, |probe| is_on_a_good_leg(probe, echoes));
-        assert_eq!(story.paths.flows(story.node), Some((4, 8)), "echoes: {echoes}");
-        assert_eq!(story.state(), PathState::PartlyLost);
-        assert!(story.paths.deaf().is_empty(), "no fault of checksums");
-        (story.sent, story.worst) = (0, BTreeSet::new());
-        story.run(60, |probe| is_on_a_good_leg(probe, echoes));
-        assert_eq!(story.worst, BTreeSet::from([PathState::PartlyLost]));
-        assert!(story.sent <= 60, "{} requests in a minute", story.sent);
-        story.run(40, |_| true);
-        assert_eq!((story.state(), story.paths.flows(story.node)), (PathState::Ok, None));
+        let mut scenario = Scenario::new();
+        scenario.run(20, |_| true);
+        assert_eq!(scenario.paths.flows(scenario.node), None);
+        scenario.run(80, |probe| takes_working_link(probe, echoes));
+        assert_eq!(scenario.paths.flows(scenario.node), Some((4, 8)), "echoes: {echoes}");
+        assert_eq!(scenario.state(), PathState::PartlyLost);
+        assert!(scenario.paths.losing_datagrams().is_empty(), "checksums are not the cause");
+        (scenario.sent, scenario.states_seen) = (0, BTreeSet::new());
+        scenario.run(60, |probe| takes_working_link(probe, echoes));
+        assert_eq!(scenario.states_seen, BTreeSet::from([PathState::PartlyLost]));
+        assert!(scenario.sent <= 60, "{} requests in a minute", scenario.sent);
+        scenario.run(40, |_| true);
+        assert_eq!((scenario.state(), scenario.paths.flows(scenario.node)), (PathState::Ok, None));
     }
 }
 
 #[test]
-fn flows_tell_nothing_where_all_of_them_are_lost_or_everything_is() {
-    let mut story = Story::new();
-    story.run(20, |_| true);
-    story.worst.clear();
-    story.run(120, is_echo);
-    assert_eq!(story.worst, BTreeSet::from([PathState::Ok]), "a firewall drops datagrams");
-    story.run(120, |_| true);
-    story.run(60, |_| false);
-    assert!(!story.worst.contains(&PathState::PartlyLost), "{:?}", story.worst);
-    assert_eq!(story.paths.flows(story.node), None);
+fn flows_are_not_counted_when_all_flows_or_all_probes_are_lost() {
+    let mut scenario = Scenario::new();
+    scenario.run(20, |_| true);
+    scenario.states_seen.clear();
+    scenario.run(120, is_echo);
+    assert_eq!(
+        scenario.states_seen,
+        BTreeSet::from([PathState::Ok]),
+        "a firewall may drop datagrams"
+    );
+    scenario.run(120, |_| true);
+    scenario.run(60, |_| false);
+    assert!(!scenario.states_seen.contains(&PathState::PartlyLost), "{:?}", scenario.states_seen);
+    assert_eq!(scenario.paths.flows(scenario.node), None);
 }
 
 #[test]
-fn lossy_paths_have_no_lost_flows() {
-    let mut story = Story::new();
+fn lossy_path_has_no_lost_flows() {
+    let mut scenario = Scenario::new();
     for seed in 1..30_u32 {
         let survives = |probe: &Probe| {
             (u32::from(probe.sequence) + seed).wrapping_mul(2_654_435_761) >> 16 & 0xff > 12
         };
-        story.run(60, survives);
+        scenario.run(60, survives);
     }
-    assert_eq!(story.worst, BTreeSet::from([PathState::Unknown, PathState::Ok]));
+    assert_eq!(scenario.states_seen, BTreeSet::from([PathState::Unknown, PathState::Ok]));
 }

@@ -1,144 +1,180 @@
-//! Causes of silence, and the sentences that tell them with what helps.
+//! Causes of missing packets, and the sentences that describe them with advice.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::{Facts, IN, OUT, Suspect, Traces};
+use super::{
+    Facts, IN, OUT, Suspect, Traces,
+    commands::{MAX_PORTS, open_chain, open_for_answers, open_for_pods},
+};
 use crate::model::Mac;
 
-/// Peers that are named in one sentence.
-const NAMED: usize = 3;
-/// The same of ports: iptables takes 15 at once.
-const PORTS: usize = 8;
+/// Maximum number of peers named in one sentence.
+const MAX_NAMED_PEERS: usize = 3;
 
-/// Why no packet of this process leaves it, where no rule for packets of this host drops it.
-pub const MAY_NOT_SEND: &str = "the kernel refuses what the agent sends (EPERM): IPAddressDeny= of its unit \
-                                (systemctl show gossamer -p IPAddressDeny), or another eBPF program of its \
-                                cgroup (bpftool cgroup tree), forbids it";
+/// Why the kernel refuses all packets of this process, if no firewall rule of this host drops them.
+pub const MAY_NOT_SEND: &str = "the kernel refuses packets that the agent sends (EPERM): IPAddressDeny= of \
+                                its unit (systemctl show gossamer -p IPAddressDeny), or another eBPF program \
+                                of its cgroup (bpftool cgroup tree), forbids it";
 
-/// This host's end.
+/// This host's end of the tunnels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// The underlay's interface: index and name.
+    /// Index of the underlay interface.
     pub link: u32,
+    /// Name of the underlay interface.
     pub interface: String,
-    /// Name of the VXLAN device, and of the table of nftables.
+    /// Name of the VXLAN device, and of gossamer's nftables table.
     pub device: String,
+    /// This host's underlay address.
     pub local: IpAddr,
-    /// Source of tunnel packets.
+    /// Source address of tunnel packets.
     pub source: IpAddr,
+    /// UDP port of the tunnel.
     pub port: u16,
     /// UDP port of this host's agent.
     pub gossip: u16,
-    /// Tunnel packets under addresses that are no member's are dropped here.
+    /// The guard is on: this host drops tunnel packets from addresses of non-members.
     pub guard: bool,
     /// The first network of the overlay.
     pub overlay: IpNet,
 }
 
-/// A chain of nftables that was seen to drop packets.
+/// An nftables chain that drops packets, as the kernel's trace showed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Culprit {
-    /// Family, table and name.
+pub struct DroppingRule {
+    /// Family, table and name of the chain.
     pub chain: String,
-    /// The rule; none if it was the chain's policy.
+    /// The handle of the rule; `None` if the chain's policy drops the packets.
     pub handle: Option<u64>,
-    /// It hands them to a program, which has not let them pass.
+    /// The rule passes packets to a program in user space, which does not let them pass.
     pub queued: bool,
 }
 
-/// What drops packets of a peer's pods that come in by one interface, while packets to them leave by another.
+/// Packets of a peer's pods that arrive by one interface while packets to them leave by another, and are
+/// dropped for that.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Diverted {
-    pub by: Culprit,
+    /// The rule that drops them.
+    pub by: DroppingRule,
+    /// Name of the interface at which they arrive.
     pub came: String,
+    /// Name of the interface by which packets to them leave.
     pub goes: String,
 }
 
-/// An entry of the kernel's neighbor table that never changes, and who answers for its address.
+/// A permanent neighbor entry that contradicts the answers for its address.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Pinned {
+    /// The address of the entry.
     pub address: IpAddr,
+    /// Name of the interface of the entry.
     pub interface: String,
+    /// The MAC of the entry.
     pub mac: Mac,
+    /// MACs that answer for the address.
     pub answering: BTreeSet<Mac>,
 }
 
-/// Why a peer is silent.
+/// Why no packets arrive from a peer.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cause {
-    /// Another machine has this host's address, too.
+    /// Another machine has this host's address.
     AddressTaken {
+        /// The other machine's MAC.
         mac: Mac,
     },
-    /// The peer's card has the hardware address of one of ours.
+    /// The peer's network card has a MAC of this host.
     SameMac {
+        /// The MAC of both.
         mac: Mac,
     },
+    /// The reverse path filter drops the peer's packets.
     Filtered {
+        /// Name of the interface at which they arrive.
         interface: String,
     },
+    /// An nftables rule drops tunnel packets.
     Dropped {
+        /// Drops packets to the peer, otherwise those from it.
         outgoing: bool,
-        by: Culprit,
+        /// The rule.
+        by: DroppingRule,
     },
+    /// A rule drops packets that arrive by another way than packets to their source take.
     Diverted(Diverted),
-    /// The kernel refuses what the agent sends.
+    /// The kernel refuses the agent's packets.
     Forbidden,
-    /// This host sends under another address than the one that peers know.
+    /// Tunnel packets leave with another source address than the one that peers know.
     Translated {
+        /// The source address of the packets that leave.
         seen: IpAddr,
+        /// The nftables chain that changes it.
         chain: Option<String>,
+        /// The iptables-legacy rule that changes it, as part of a sentence, and the command against it.
         legacy: Option<(String, String)>,
     },
-    /// The peer's packets arrive under another address than the one that it advertises.
+    /// The peer's tunnel packets arrive from another address than the advertised one.
     UnknownSender {
+        /// The source address of the packets that arrive.
         seen: IpAddr,
     },
-    /// Several cards claim the peer's address.
+    /// Several MACs claim the peer's address.
     Claimed {
+        /// The MACs.
         macs: BTreeSet<Mac>,
     },
+    /// A permanent neighbor entry has the wrong MAC.
     Pinned(Pinned),
     /// This host drops the answers for the next hop.
     Refused {
+        /// The next hop, if it is not the peer itself.
         gateway: Option<IpAddr>,
+        /// Name of the interface at which the answers arrive.
         interface: String,
-        by: Option<Culprit>,
-        /// What may take all that comes in.
+        /// The rule that drops them, if known.
+        by: Option<DroppingRule>,
+        /// What may consume all packets that arrive, with advice, as a sentence.
         passthru: Option<String>,
     },
-    /// The VXLAN device drops what routers have marked as having met congestion.
+    /// The VXLAN device drops packets that routers marked as having met congestion (RFC 6040).
     Congested,
-    /// The next hop has no hardware address.
+    /// The MAC of the next hop cannot be resolved.
     Unresolved {
+        /// Address of the next hop.
         address: IpAddr,
+        /// Name of the interface to it.
         interface: String,
+        /// The next hop is not the peer itself.
         is_gateway: bool,
     },
-    /// Packets are sent and do not reach any interface.
+    /// Tunnel packets are sent but do not leave by any interface.
     NotLeaving {
+        /// What may drop the packets, with advice, as sentences.
         hints: Vec<String>,
     },
-    /// Packets are handed to the VXLAN device, and no tunnel packets come of them.
-    NotCarried {
+    /// Packets enter the VXLAN device, but no tunnel packets leave.
+    NotEncapsulated {
+        /// What may drop the packets, with advice, as sentences.
         hints: Vec<String>,
     },
-    /// Packets come out of the tunnel, and something at the VXLAN device may drop them.
-    Swallowed {
+    /// Tunnel packets arrive, but something attached to the VXLAN device may drop the packets inside them.
+    LostInDevice {
+        /// What may drop the packets, with advice, as sentences.
         hints: Vec<String>,
     },
-    /// Packets arrive at the interface and do not come as far as the guard.
-    NotTaken {
+    /// Tunnel packets arrive at the interface but do not reach the guard.
+    LostBeforeGuard {
+        /// What may drop the packets, with advice, as sentences.
         hints: Vec<String>,
     },
-    /// Packets leave, none arrive, and a program may have dropped them before they could be seen.
-    Unseen,
+    /// Packets leave and none arrive; an XDP program may drop them before they can be captured.
+    LostToXdp,
 }
 
-/// What is known of one peer.
-pub(super) struct Seen<'a> {
+/// The evidence about one peer.
+pub(super) struct Evidence<'a> {
     pub suspect: &'a Suspect,
     pub traces: &'a Traces,
     pub facts: &'a Facts,
@@ -147,9 +183,9 @@ pub(super) struct Seen<'a> {
 }
 
 impl Cause {
-    /// The first that applies, the most certain ones before others.
-    pub(super) fn of(seen: &Seen<'_>, place: &Place) -> Option<Self> {
-        let Seen { suspect, traces, facts, claim, own } = seen;
+    /// Returns the first cause that applies; the most certain ones are tried first.
+    pub(super) fn of(seen: &Evidence<'_>, place: &Place) -> Option<Self> {
+        let Evidence { suspect, traces, facts, claim, own } = seen;
         let has_left = !traces.left.is_empty();
         if let Some(mac) = *claim {
             return Some(Self::AddressTaken { mac });
@@ -169,7 +205,7 @@ impl Cause {
             return Some(Self::Filtered { interface });
         }
         for (way, outgoing) in [(OUT, true), (IN, false)] {
-            // What is seen to leave is not dropped, whatever a rule does with some other packet.
+            // Tunnel packets that left were not dropped, even if a rule drops other packets.
             let applies = !(outgoing && has_left);
             if let Some(by) = facts.dropped[way].clone().filter(|_| applies) {
                 return Some(Self::Dropped { outgoing, by });
@@ -199,35 +235,35 @@ impl Cause {
             return Some(Self::NotLeaving { hints: facts.hints[OUT].clone() });
         }
         if facts.entered && !traces.carried[OUT] {
-            return Some(Self::NotCarried { hints: facts.device_hints[OUT].clone() });
+            return Some(Self::NotEncapsulated { hints: facts.device_hints[OUT].clone() });
         }
         let is_lost_here = facts.uncounted && traces.came.contains(&place.link);
         if is_lost_here {
-            return Some(Self::NotTaken { hints: facts.hints[IN].clone() });
+            return Some(Self::LostBeforeGuard { hints: facts.hints[IN].clone() });
         }
         if facts.congested && traces.came.contains(&place.link) {
             return Some(Self::Congested);
         }
         if traces.carried[IN] && !facts.device_hints[IN].is_empty() {
-            return Some(Self::Swallowed { hints: facts.device_hints[IN].clone() });
+            return Some(Self::LostInDevice { hints: facts.device_hints[IN].clone() });
         }
-        (has_left && traces.came.is_empty() && facts.xdp).then_some(Self::Unseen)
+        (has_left && traces.came.is_empty() && facts.xdp).then_some(Self::LostToXdp)
     }
 
-    /// What is wrong and what helps.
-    pub fn sentence(&self, whom: &[&Suspect], place: &Place) -> String {
+    /// Describes the cause with advice. `peers` are all peers that it concerns.
+    pub fn sentence(&self, suspects: &[&Suspect], place: &Place) -> String {
         let Place { interface: underlay, device, local, source, port, .. } = place;
-        let peers = named(whom);
+        let peers = list_names(suspects);
         match self {
             Self::AddressTaken { mac } => format!(
                 "another machine has the address {local} of this host, too: a card with MAC {mac} claims it \
-                 on {underlay}, and packets for {local} go to the one or the other; give one of the two \
-                 another address"
+                 on {underlay}, and packets to {local} reach either machine; change the address of one of \
+                 them"
             ),
             Self::SameMac { mac } => format!(
                 "{peers} and this host have the same MAC address {mac} on {underlay}, so the network \
-                 delivers packets for the one to the other: give one of them another (ip link set {underlay} \
-                 address MAC, or in the settings of the virtual machine; cloned machines have the same)"
+                 delivers packets to the wrong host: change one of them (ip link set {underlay} address MAC, \
+                 or the settings of the virtual machine; cloned machines have the same MAC)"
             ),
             Self::Filtered { interface } => {
                 let other = match interface == underlay {
@@ -235,7 +271,7 @@ impl Cause {
                     false => format!(
                         ", not on {underlay}, which has its address (two cards in one network: sysctl -w \
                          net.ipv4.conf.all.arp_ignore=1 and net.ipv4.conf.all.arp_announce=2 make each \
-                         answer for its own)"
+                         answer only for its own address)"
                     ),
                 };
                 format!(
@@ -246,29 +282,31 @@ impl Cause {
             }
             Self::Dropped { outgoing, by } => {
                 let packets = if *outgoing { "to" } else { "from" };
-                // What drops the one usually drops the other as well, and a member needs both.
+                // A rule that drops tunnel packets usually drops gossip packets as well, and a member needs
+                // both.
                 let mut ports = vec![*port];
                 match outgoing {
-                    true => ports.extend(whom.iter().map(|suspect| suspect.gossip)),
+                    true => ports.extend(suspects.iter().map(|suspect| suspect.gossip)),
                     false => ports.push(place.gossip),
                 }
                 ports.sort_unstable();
                 ports.dedup();
-                ports.truncate(PORTS);
-                let does = by.does();
+                ports.truncate(MAX_PORTS);
+                let action = by.action();
                 format!(
-                    "{by} {does} on this host, UDP {port} {packets} {peers}: {}",
+                    "{by} {action} on this host, UDP {port} {packets} {peers}: {}",
                     open_chain(&by.chain, &ports)
                 )
             }
             Self::Diverted(Diverted { by, came, goes }) => format!(
                 "{by} drops packets of {peers} and of pods there on this host: they come in by {came}, and \
-                 packets to them leave by {goes}, as where two hosts have different modes; rules about the \
-                 reverse path (rpfilter, fib) drop that. Set the same mode on all nodes, or: {}",
+                 packets to them leave by {goes}, for example because the two hosts have different modes; \
+                 reverse path rules (rpfilter, fib) drop such packets. Set the same mode on all nodes, \
+                 or: {}",
                 open_for_pods(&by.chain, place.overlay)
             ),
             Self::Forbidden => format!(
-                "packets of the agent to {peers} do not leave this host, though those of pods may: \
+                "packets of the agent to {peers} do not leave this host, although those of pods may: \
                  {MAY_NOT_SEND}"
             ),
             Self::Translated { seen, chain, legacy } => {
@@ -288,8 +326,9 @@ impl Cause {
             Self::UnknownSender { seen } => {
                 let dropped =
                     if place.guard { ", so the guard of this host drops them" } else { "" };
-                let address =
-                    whom.first().map_or_else(String::new, |suspect| suspect.address.to_string());
+                let address = suspects
+                    .first()
+                    .map_or_else(String::new, |suspect| suspect.address.to_string());
                 format!(
                     "tunnel packets of {peers} arrive under the address {seen}{dropped}: an address \
                      translation there or on the way changes {address}; exempt UDP {port} from it (there: \
@@ -311,8 +350,8 @@ impl Cause {
                 format!(
                     "this host sends packets to {peers} to the hardware address {mac}, which a permanent \
                      entry has for {address} on {interface}, and {} answers for that address: ip neigh del \
-                     {address} dev {interface} (and where it is set: a script, /etc/ethers, [Neighbor] of \
-                     systemd-networkd)",
+                     {address} dev {interface} (and remove it where it is set: a script, /etc/ethers, \
+                     [Neighbor] of systemd-networkd)",
                     answering.join(", ")
                 )
             }
@@ -321,7 +360,9 @@ impl Cause {
                 let asked = if ipv4 { "ARP" } else { "neighbor discovery" };
                 let (of, hops) = match gateway {
                     Some(gateway) => (format!("the gateway {gateway}"), vec![*gateway]),
-                    None => (peers.clone(), whom.iter().map(|suspect| suspect.address).collect()),
+                    None => {
+                        (peers.clone(), suspects.iter().map(|suspect| suspect.address).collect())
+                    }
                 };
                 let why = match (by, passthru) {
                     (Some(by), _) => format!("{by} does: {}", open_for_answers(&by.chain, &hops)),
@@ -343,12 +384,12 @@ impl Cause {
             }
             Self::Congested => format!(
                 "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and the VXLAN device drops \
-                 them, as its RX frame errors tell (ip -s -s link): they are marked as having met \
-                 congestion (ECN CE) and packets inside know no such marks (RFC 6040). A switch or router \
-                 on the way marks them, or a rule of one of the hosts: let it mark only packets that have \
-                 ECT, or drop instead. Until then, on this host: nft 'add table inet unmark; add chain inet \
-                 unmark in {{ type filter hook prerouting priority -300; }}; add rule inet unmark in udp \
-                 dport {port} {} ecn set not-ect'",
+                 them, as its RX frame errors show (ip -s -s link): they are marked as having met \
+                 congestion (ECN CE), and the packets inside do not support such marks (RFC 6040). A switch \
+                 or router on the way marks them, or a rule of one of the hosts: let it mark only packets \
+                 with ECT, or drop packets instead. Until then, on this host: nft 'add table inet unmark; \
+                 add chain inet unmark in {{ type filter hook prerouting priority -300; }}; add rule inet \
+                 unmark in udp dport {port} {} ecn set not-ect'",
                 if local.is_ipv4() { "ip" } else { "ip6" }
             ),
             Self::Unresolved { address, interface, is_gateway } => {
@@ -364,23 +405,23 @@ impl Cause {
                 "tunnel packets (UDP {port}) to {peers} do not leave this host, though it sends them: {}",
                 hints.join("; ")
             ),
-            Self::NotCarried { hints } => format!(
-                "packets to {peers} are lost on this host: they are handed to {device}, and no tunnel \
-                 packets come of them, though those that the agent sends past {device} leave by \
+            Self::NotEncapsulated { hints } => format!(
+                "packets to {peers} are lost on this host: they are handed to {device}, which emits no \
+                 tunnel packets for them, although tunnel packets that the agent sends itself leave by \
                  {underlay}: {}",
                 hints.join("; ")
             ),
-            Self::Swallowed { hints } => format!(
-                "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and what is inside them may be \
-                 dropped by what hangs on {device}: {}",
+            Self::LostInDevice { hints } => format!(
+                "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and the packets inside them \
+                 may be dropped by what is attached to {device}: {}",
                 hints.join("; ")
             ),
-            Self::Unseen => format!(
+            Self::LostToXdp => format!(
                 "tunnel packets (UDP {port}) to {peers} leave this host, and none arrive: they are lost \
-                 there, on the way, or to the XDP program of {underlay}, which sees packets before all else \
+                 there, on the way, or to the XDP program of {underlay}, which processes packets first \
                  (ip -d link show dev {underlay}; bpftool net)"
             ),
-            Self::NotTaken { hints } => format!(
+            Self::LostBeforeGuard { hints } => format!(
                 "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and this host drops them \
                  before its guard: {}",
                 hints.join("; ")
@@ -389,8 +430,8 @@ impl Cause {
     }
 }
 
-impl Culprit {
-    const fn does(&self) -> &'static str {
+impl DroppingRule {
+    const fn action(&self) -> &'static str {
         if self.queued {
             "hands tunnel packets to a program that does not let them pass"
         } else {
@@ -399,8 +440,8 @@ impl Culprit {
     }
 }
 
-/// The rule or policy by its chain.
-impl std::fmt::Display for Culprit {
+/// The rule, or the policy, and its chain.
+impl std::fmt::Display for DroppingRule {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { chain, handle, .. } = self;
         match handle {
@@ -412,77 +453,12 @@ impl std::fmt::Display for Culprit {
     }
 }
 
-/// The command that lets answers for these next hops through a chain, and what they ask.
-fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
-    if hops.iter().any(IpAddr::is_ipv6) {
-        let types = "{ nd-neighbor-solicit, nd-neighbor-advert }";
-        return match chain {
-            "ip6 filter INPUT" => ["neighbour-solicitation", "neighbour-advertisement"]
-                .map(|kind| format!("ip6tables -I INPUT -p icmpv6 --icmpv6-type {kind} -j ACCEPT"))
-                .join("; "),
-            _ => format!("nft insert rule {chain} icmpv6 type {types} accept"),
-        };
-    }
-    let hops: Vec<String> = hops.iter().take(PORTS).map(ToString::to_string).collect();
-    match (chain, hops.as_slice()) {
-        ("arp filter INPUT", _) => {
-            let open = |hop: &String| format!("arptables -I INPUT -s {hop} -j ACCEPT");
-            hops.iter().map(open).collect::<Vec<_>>().join("; ")
-        }
-        (_, [hop]) => format!("nft insert rule {chain} arp saddr ip {hop} accept"),
-        _ => format!("nft insert rule {chain} arp saddr ip {{ {} }} accept", hops.join(", ")),
-    }
-}
-
-/// The command that lets UDP to these ports through a chain, at its beginning.
-pub fn open_chain(chain: &str, ports: &[u16]) -> String {
-    match (by_iptables(chain), ports) {
-        (Some(insert), _) => format!("{insert} {} -j ACCEPT", iptables_ports(ports)),
-        (None, [port]) => format!("nft insert rule {chain} udp dport {port} accept"),
-        _ => format!("nft insert rule {chain} udp dport {{ {} }} accept", list(ports, ", ")),
-    }
-}
-
-/// The same for packets of pods.
-fn open_for_pods(chain: &str, overlay: IpNet) -> String {
-    let family = if overlay.addr().is_ipv4() { "ip" } else { "ip6" };
-    match by_iptables(chain) {
-        Some(insert) => format!("{insert} -s {overlay} -j ACCEPT"),
-        None => format!("nft insert rule {chain} {family} saddr {overlay} accept"),
-    }
-}
-
-/// The command that puts a rule at the beginning of a chain which iptables has made of its own accord.
-fn by_iptables(chain: &str) -> Option<String> {
-    let [family @ ("ip" | "ip6"), table @ ("filter" | "nat" | "mangle" | "raw"), name] =
-        chain.split(' ').collect::<Vec<_>>()[..]
-    else {
-        return None;
-    };
-    let program = if family == "ip" { "iptables" } else { "ip6tables" };
-    let table = if table == "filter" { String::new() } else { format!(" -t {table}") };
-    let is_built_in = name.bytes().all(|byte| byte.is_ascii_uppercase());
-    is_built_in.then(|| format!("{program}{table} -I {name}"))
-}
-
-/// UDP to these ports, as iptables has it.
-pub fn iptables_ports(ports: &[u16]) -> String {
-    match ports {
-        [port] => format!("-p udp --dport {port}"),
-        _ => format!("-p udp -m multiport --dports {}", list(ports, ",")),
-    }
-}
-
-fn list(ports: &[u16], between: &str) -> String {
-    ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(between)
-}
-
-fn named(whom: &[&Suspect]) -> String {
-    let some = whom.iter().take(NAMED);
+fn list_names(suspects: &[&Suspect]) -> String {
+    let some = suspects.iter().take(MAX_NAMED_PEERS);
     let mut names: Vec<String> =
         some.map(|suspect| format!("{} ({})", suspect.name, suspect.address)).collect();
-    if whom.len() > NAMED {
-        names.push(format!("{} more", whom.len() - NAMED));
+    if suspects.len() > MAX_NAMED_PEERS {
+        names.push(format!("{} more", suspects.len() - MAX_NAMED_PEERS));
     }
     names.join(", ")
 }

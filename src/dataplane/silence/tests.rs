@@ -1,4 +1,4 @@
-//! What was seen on the interfaces, and the cause that it tells of.
+//! Captured packets and the causes that follow from them.
 
 use super::*;
 
@@ -65,76 +65,76 @@ fn tunnel(from: [u8; 4], to: [u8; 4]) -> Vec<u8> {
     bytes
 }
 
-fn see(watch: &mut Watch, kind: u8, protocol: u16, bytes: &[u8]) {
-    watch.see(&Packet { link: 2, kind, protocol, bytes });
-    // Whatever is cut off is read as far as it goes.
+fn on_packet(watch: &mut Watch, kind: u8, protocol: u16, bytes: &[u8]) {
+    watch.on_packet(&Packet { link: 2, kind, protocol, bytes });
+    // Truncated packets must not panic.
     (0..bytes.len()).for_each(|end| {
         let mut other = Watch::new(LOCAL.into(), PORT, BTreeSet::new(), &[suspect()]);
-        other.see(&Packet { link: 2, kind, protocol, bytes: &bytes[..end] });
+        other.on_packet(&Packet { link: 2, kind, protocol, bytes: &bytes[..end] });
     });
 }
 
-fn told(watch: &Watch, facts: Facts) -> Option<String> {
+fn cause_of(watch: &Watch, facts: Facts) -> Option<String> {
     let facts = BTreeMap::from([(suspect().node, facts)]);
     watch.conclude(&[suspect()], &facts, &place()).into_values().next()?.cause
 }
 
-fn assert_told(watch: &Watch, facts: Facts, parts: &[&str]) {
-    let sentence = told(watch, facts).expect("a cause");
+fn assert_cause(watch: &Watch, facts: Facts, parts: &[&str]) {
+    let sentence = cause_of(watch, facts).expect("a cause");
     parts.iter().for_each(|part| assert!(sentence.contains(part), "{part}: {sentence}"));
 }
 
 #[test]
-fn packets_that_leave_and_arrive_as_they_should_have_no_cause_here() {
+fn packets_that_leave_and_arrive_give_no_cause() {
     let mut watch = watch();
-    see(&mut watch, LEAVING, IPV4, &tunnel(LOCAL, PEER));
-    see(&mut watch, TO_THIS_HOST, IPV4, &tunnel(PEER, LOCAL));
-    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(2), PEER));
-    assert_eq!(told(&watch, Facts { sent: true, ..Facts::default() }), None);
+    on_packet(&mut watch, PACKET_OUTGOING, IPV4, &tunnel(LOCAL, PEER));
+    on_packet(&mut watch, PACKET_HOST, IPV4, &tunnel(PEER, LOCAL));
+    on_packet(&mut watch, PACKET_HOST, ARP, &arp(mac(2), PEER));
+    assert_eq!(cause_of(&watch, Facts { sent: true, ..Facts::default() }), None);
 }
 
 #[test]
-fn address_of_this_host_that_another_card_claims_is_named_unless_it_claims_all() {
+fn address_claimed_by_another_mac_is_reported_unless_the_mac_claims_several() {
     let mut watch = watch();
-    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(1), LOCAL));
-    assert_eq!(watch.claim(), None, "its own card");
-    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(7), LOCAL));
-    assert_told(&watch, Facts::default(), &["address 192.0.2.1", "02:00:00:00:00:07"]);
-    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(7), PEER));
-    assert_eq!(watch.claim(), None, "a router that answers for a whole network");
+    on_packet(&mut watch, PACKET_HOST, ARP, &arp(mac(1), LOCAL));
+    assert_eq!(watch.claim(), None, "this host's own MAC");
+    on_packet(&mut watch, PACKET_HOST, ARP, &arp(mac(7), LOCAL));
+    assert_cause(&watch, Facts::default(), &["address 192.0.2.1", "02:00:00:00:00:07"]);
+    on_packet(&mut watch, PACKET_HOST, ARP, &arp(mac(7), PEER));
+    assert_eq!(watch.claim(), None, "a router with proxy ARP");
 }
 
 #[test]
-fn hardware_addresses_of_a_peer_tell_a_clone_and_a_double() {
+fn macs_of_a_peer_distinguish_cloned_machine_from_duplicate_address() {
     let mut clone = watch();
-    see(&mut clone, 1, ARP, &arp(mac(1), PEER));
-    assert_told(&clone, Facts::default(), &["same MAC address 02:00:00:00:00:01", "n2"]);
+    on_packet(&mut clone, 1, ARP, &arp(mac(1), PEER));
+    assert_cause(&clone, Facts::default(), &["same MAC address 02:00:00:00:00:01", "n2"]);
     let mut again = watch();
-    again.recall(&clone.duplicates());
-    assert_eq!(again.duplicates(), clone.duplicates(), "seen before");
+    again.add_known_duplicates(&clone.duplicates());
+    assert_eq!(again.duplicates(), clone.duplicates(), "from an earlier capture");
     let mut probe = watch();
     let question = [&arp(mac(1), [0; 4])[..24], &PEER].concat();
-    see(&mut probe, 1, ARP, &question);
-    assert_eq!(probe.duplicates(), clone.duplicates(), "it asks for its own address");
+    on_packet(&mut probe, 1, ARP, &question);
+    assert_eq!(probe.duplicates(), clone.duplicates(), "an ARP probe for its own address");
     let mut double = watch();
-    see(&mut double, TO_THIS_HOST, ARP, &arp(mac(3), PEER));
-    see(&mut double, TO_THIS_HOST, ARP, &arp(mac(4), PEER));
-    assert_told(&double, Facts::default(), &["02:00:00:00:00:03, 02:00:00:00:00:04"]);
+    on_packet(&mut double, PACKET_HOST, ARP, &arp(mac(3), PEER));
+    on_packet(&mut double, PACKET_HOST, ARP, &arp(mac(4), PEER));
+    assert_cause(&double, Facts::default(), &["02:00:00:00:00:03, 02:00:00:00:00:04"]);
 }
 
 #[test]
-fn source_addresses_that_are_translated_are_named_at_both_ends() {
+fn translated_source_addresses_are_reported_at_both_ends() {
     let mut here = watch();
-    see(&mut here, LEAVING, IPV4, &tunnel(OTHER, PEER));
+    on_packet(&mut here, PACKET_OUTGOING, IPV4, &tunnel(OTHER, PEER));
     let facts = Facts { translating: Some("ip nat POSTROUTING".to_owned()), ..Facts::default() };
     let parts = ["under the address 192.0.2.100", "iptables -t nat -I POSTROUTING -p udp"];
-    assert_told(&here, facts, &parts);
+    assert_cause(&here, facts, &parts);
     let rule = ("iptables-legacy has `-A X -j SNAT`, which".to_owned(), "fix it".to_owned());
     let legacy = Facts { translating_legacy: Some(rule), ..Facts::default() };
-    assert_told(&here, legacy, &["`-A X -j SNAT`, which changes it; exempt UDP 8472: fix it"]);
+    assert_cause(&here, legacy, &["`-A X -j SNAT`, which changes it; exempt UDP 8472: fix it"]);
     let mut there = watch();
-    see(&mut there, TO_THIS_HOST, IPV4, &tunnel(OTHER, LOCAL));
-    assert_told(
+    on_packet(&mut there, PACKET_HOST, IPV4, &tunnel(OTHER, LOCAL));
+    assert_cause(
         &there,
         Facts::default(),
         &["of n2 (192.0.2.2) arrive under the address 192.0.2.100"],
@@ -142,91 +142,96 @@ fn source_addresses_that_are_translated_are_named_at_both_ends() {
 }
 
 #[test]
-fn tunnel_packets_of_this_hosts_own_trial_are_no_translated_ones_of_a_peer() {
+fn tunnel_packets_of_own_trial_are_not_translated_packets_of_a_peer() {
     let mut here = watch();
-    see(&mut here, TO_THIS_HOST, IPV4, &tunnel(LOCAL, LOCAL));
-    let said = told(&here, Facts::default()).unwrap_or_default();
-    assert!(!said.contains("arrive under the address"), "{said}");
+    on_packet(&mut here, PACKET_HOST, IPV4, &tunnel(LOCAL, LOCAL));
+    let cause = cause_of(&here, Facts::default()).unwrap_or_default();
+    assert!(!cause.contains("arrive under the address"), "{cause}");
 }
 
 #[test]
-fn what_does_not_leave_is_told_by_the_rule_or_by_where_to_look() {
-    let by = Culprit { chain: "inet hard out".to_owned(), handle: None, queued: false };
+fn packets_that_do_not_leave_are_explained_by_rule_or_hints() {
+    let by = DroppingRule { chain: "inet hard out".to_owned(), handle: None, queued: false };
     let dropped = Facts { sent: true, dropped: [Some(by), None], ..Facts::default() };
     let parts = ["the policy of chain inet hard out", "to n2", "nft insert rule inet hard out udp"];
-    assert_told(&watch(), dropped.clone(), &parts);
+    assert_cause(&watch(), dropped.clone(), &parts);
     let hints = [vec!["look there".to_owned()], Vec::new()];
     let sent = Facts { sent: true, hints, ..Facts::default() };
-    assert_told(&watch(), sent, &["do not leave this host", "look there"]);
+    assert_cause(&watch(), sent, &["do not leave this host", "look there"]);
     let mut left = watch();
-    see(&mut left, LEAVING, IPV4, &tunnel(LOCAL, PEER));
-    assert_eq!(told(&left, dropped), None, "it has left");
+    on_packet(&mut left, PACKET_OUTGOING, IPV4, &tunnel(LOCAL, PEER));
+    assert_eq!(cause_of(&left, dropped), None, "it has left");
     let hidden = Facts { sent: true, xdp: true, ..Facts::default() };
-    assert_told(&left, hidden, &["none arrive", "XDP program of eth0"]);
+    assert_cause(&left, hidden, &["none arrive", "XDP program of eth0"]);
 }
 
 #[test]
-fn agent_that_may_not_send_is_told_from_a_host_that_sends_nothing() {
+fn agent_refused_by_kernel_is_distinguished_from_packets_that_do_not_leave() {
     let words = ["packets of the agent to n2", "(EPERM): IPAddressDeny=", "bpftool cgroup tree"];
     let forbidden = Facts { sent: true, forbidden: true, ..Facts::default() };
-    assert_told(&watch(), forbidden.clone(), &words);
+    assert_cause(&watch(), forbidden.clone(), &words);
     let mut left = watch();
-    see(&mut left, LEAVING, IPV4, &tunnel(LOCAL, PEER));
-    assert_told(&left, forbidden.clone(), &words);
-    let by = Culprit { chain: "inet hard out".to_owned(), handle: None, queued: false };
+    on_packet(&mut left, PACKET_OUTGOING, IPV4, &tunnel(LOCAL, PEER));
+    assert_cause(&left, forbidden.clone(), &words);
+    let by = DroppingRule { chain: "inet hard out".to_owned(), handle: None, queued: false };
     let dropped = Facts { dropped: [Some(by), None], ..forbidden };
-    assert_told(&watch(), dropped, &["the policy of chain inet hard out"]);
+    assert_cause(&watch(), dropped, &["the policy of chain inet hard out"]);
 }
 
 #[test]
-fn what_arrives_and_is_lost_here_is_told_by_rule_filter_or_interface() {
+fn packets_that_arrive_and_are_lost_are_explained_by_rule_filter_or_interface() {
     let mut watch = watch();
-    see(&mut watch, TO_THIS_HOST, IPV4, &tunnel(PEER, LOCAL));
-    let by = Culprit { chain: "netdev ddos in".to_owned(), handle: Some(4), queued: false };
+    on_packet(&mut watch, PACKET_HOST, IPV4, &tunnel(PEER, LOCAL));
+    let by = DroppingRule { chain: "netdev ddos in".to_owned(), handle: Some(4), queued: false };
     let dropped = Facts { dropped: [None, Some(by)], ..Facts::default() };
-    assert_told(&watch, dropped, &["chain netdev ddos in (handle 4", "from n2"]);
+    assert_cause(&watch, dropped, &["chain netdev ddos in (handle 4", "from n2"]);
     let filtered = Facts { filtered: Some("eth1.5".to_owned()), ..Facts::default() };
     let parts = ["arrive on eth1.5, not on eth0", "net.ipv4.conf.eth1/5.rp_filter=2"];
-    assert_told(&watch, filtered, &parts);
+    assert_cause(&watch, filtered, &parts);
     let hints = [Vec::new(), vec!["look there".to_owned()]];
     let uncounted = Facts { uncounted: true, hints, ..Facts::default() };
-    assert_told(&watch, uncounted, &["arrive on eth0", "before its guard: look there"]);
+    assert_cause(&watch, uncounted, &["arrive on eth0", "before its guard: look there"]);
 }
 
 #[test]
-fn what_is_lost_at_the_device_is_told_from_what_the_network_loses() {
+fn loss_in_device_is_distinguished_from_loss_in_network() {
     let hints = || [vec!["look there".to_owned()], vec!["look here".to_owned()]];
     let entered = Facts { sent: true, entered: true, device_hints: hints(), ..Facts::default() };
     let of_device = |mut packet: Vec<u8>| {
-        packet[28] = HAS_NETWORK;
+        packet[28] = VNI_IS_VALID;
         packet
     };
     let mut here = watch();
-    // A knock of the agent, past the device.
-    see(&mut here, LEAVING, IPV4, &tunnel(LOCAL, PEER));
-    let parts = ["handed to gossamer.1, and no tunnel packets come of them", "eth0: look there"];
-    assert_told(&here, entered.clone(), &parts);
-    see(&mut here, LEAVING, IPV4, &of_device(tunnel(LOCAL, PEER)));
-    assert_eq!(told(&here, entered.clone()), None, "the network");
-    see(&mut here, TO_THIS_HOST, IPV4, &of_device(tunnel(PEER, LOCAL)));
-    assert_told(&here, entered.clone(), &["may be dropped by what hangs on gossamer.1: look here"]);
+    // A test packet of the agent, which bypasses the device.
+    on_packet(&mut here, PACKET_OUTGOING, IPV4, &tunnel(LOCAL, PEER));
+    let parts =
+        ["handed to gossamer.1, which emits no tunnel packets for them", "eth0: look there"];
+    assert_cause(&here, entered.clone(), &parts);
+    on_packet(&mut here, PACKET_OUTGOING, IPV4, &of_device(tunnel(LOCAL, PEER)));
+    assert_eq!(cause_of(&here, entered.clone()), None, "lost in the network");
+    on_packet(&mut here, PACKET_HOST, IPV4, &of_device(tunnel(PEER, LOCAL)));
+    assert_cause(
+        &here,
+        entered.clone(),
+        &["may be dropped by what is attached to gossamer.1: look here"],
+    );
     let nothing = Facts { device_hints: Default::default(), ..entered };
-    assert_eq!(told(&here, nothing), None, "nothing hangs there");
+    assert_eq!(cause_of(&here, nothing), None, "nothing is attached to the device");
 }
 
 #[test]
-fn next_hop_without_an_answer_is_named_as_the_peer_or_its_gateway() {
+fn unresolved_next_hop_is_reported_as_peer_or_gateway() {
     let facts = |address: [u8; 4]| Facts {
         sent: true,
         unresolved: Some((address.into(), "eth0".to_owned())),
         ..Facts::default()
     };
-    assert_told(&watch(), facts(PEER), &["answers ARP for 192.0.2.2, so"]);
-    assert_told(&watch(), facts([192, 0, 2, 254]), &["ARP for 192.0.2.254, the gateway"]);
+    assert_cause(&watch(), facts(PEER), &["answers ARP for 192.0.2.2, so"]);
+    assert_cause(&watch(), facts([192, 0, 2, 254]), &["ARP for 192.0.2.254, the gateway"]);
 }
 
 #[test]
-fn cause_of_several_peers_is_told_once() {
+fn cause_of_several_peers_is_reported_once() {
     let (first, second) = (
         suspect(),
         Suspect {
@@ -244,28 +249,28 @@ fn cause_of_several_peers_is_told_once() {
     let watch = Watch::new(LOCAL.into(), PORT, BTreeSet::new(), &suspects);
     let facts = Facts { filtered: Some("eth1".to_owned()), ..Facts::default() };
     let facts = suspects.iter().map(|suspect| (suspect.node, facts.clone())).collect();
-    let told = watch.conclude(&suspects, &facts, &place());
+    let verdicts = watch.conclude(&suspects, &facts, &place());
     let sentences: BTreeSet<&String> =
-        told.values().filter_map(|verdict| verdict.cause.as_ref()).collect();
-    assert_eq!((told.len(), sentences.len()), (2, 1));
+        verdicts.values().filter_map(|verdict| verdict.cause.as_ref()).collect();
+    assert_eq!((verdicts.len(), sentences.len()), (2, 1));
     assert!(sentences.iter().all(|text| text.contains("n2 (192.0.2.2), n3 (192.0.2.3)")));
 }
 
 #[test]
-fn answers_that_come_for_a_next_hop_are_seen_in_both_families() {
+fn answers_for_next_hop_are_collected_in_both_families() {
     let hops = [IpAddr::from(PEER), "fd99::2".parse().expect("an address")];
     let mut watch = watch();
-    watch.expect(hops);
-    see(&mut watch, LEAVING, ARP, &arp(mac(2), PEER));
-    assert!(watch.answering(hops[0]).is_empty(), "its own");
-    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(2), PEER));
+    watch.expect_answers(hops);
+    on_packet(&mut watch, PACKET_OUTGOING, ARP, &arp(mac(2), PEER));
+    assert!(watch.answering(hops[0]).is_empty(), "sent by this host");
+    on_packet(&mut watch, PACKET_HOST, ARP, &arp(mac(2), PEER));
     let mut advertisement = vec![0x60; 40];
     (advertisement[6], advertisement[7]) = (ICMPV6, 255);
     advertisement.extend([ADVERTISEMENT, 0, 0, 0, 0x60, 0, 0, 0]);
     advertisement.extend("fd99::2".parse::<std::net::Ipv6Addr>().expect("an address").octets());
     advertisement.extend([2, 1]);
     advertisement.extend(mac(3).as_bytes());
-    see(&mut watch, TO_THIS_HOST, IPV6, &advertisement);
+    on_packet(&mut watch, PACKET_HOST, IPV6, &advertisement);
     for (hop, last) in hops.into_iter().zip([2, 3]) {
         assert_eq!(watch.answering(hop), BTreeSet::from([mac(last)]));
         assert_eq!(watch.answered_at(hop).collect::<Vec<_>>(), [2]);
@@ -273,8 +278,8 @@ fn answers_that_come_for_a_next_hop_are_seen_in_both_families() {
 }
 
 #[test]
-fn answers_that_this_host_drops_are_told_by_their_rule() {
-    let by = |chain: &str| Culprit { chain: chain.to_owned(), handle: None, queued: false };
+fn answers_dropped_by_this_host_are_explained_by_rule() {
+    let by = |chain: &str| DroppingRule { chain: chain.to_owned(), handle: None, queued: false };
     let facts = |address: [u8; 4], by| Facts {
         sent: true,
         unresolved: Some((address.into(), "eth0".to_owned())),
@@ -283,17 +288,17 @@ fn answers_that_this_host_drops_are_told_by_their_rule() {
     };
     let parts =
         ["answers of n2 (192.0.2.2) to ARP arrive on eth0", "arptables -I INPUT -s 192.0.2.2 -j"];
-    assert_told(&watch(), facts(PEER, Some(by("arp filter INPUT"))), &parts);
+    assert_cause(&watch(), facts(PEER, Some(by("arp filter INPUT"))), &parts);
     let gateway = facts([192, 0, 2, 254], Some(by("netdev wall in")));
     let parts =
         ["of the gateway 192.0.2.254", "nft insert rule netdev wall in arp saddr ip 192.0.2.254"];
-    assert_told(&watch(), gateway, &parts);
-    assert_told(&watch(), facts(PEER, None), &["arptables-legacy -S INPUT"]);
+    assert_cause(&watch(), gateway, &parts);
+    assert_cause(&watch(), facts(PEER, None), &["arptables-legacy -S INPUT"]);
 }
 
 #[test]
-fn packets_of_pods_that_come_by_another_way_and_are_dropped_are_told_by_the_rule() {
-    let by = |chain: &str| Culprit { chain: chain.to_owned(), handle: Some(4), queued: false };
+fn dropped_packets_of_pods_that_arrive_diverted_are_explained_by_rule() {
+    let by = |chain: &str| DroppingRule { chain: chain.to_owned(), handle: Some(4), queued: false };
     let diverted = |chain| {
         let (came, goes) = ("eth0".to_owned(), "gossamer.1".to_owned());
         Facts { diverted: Some(Diverted { by: by(chain), came, goes }), ..Facts::default() }
@@ -303,19 +308,19 @@ fn packets_of_pods_that_come_by_another_way_and_are_dropped_are_told_by_the_rule
         "come in by eth0, and packets to them leave by gossamer.1",
         "nft insert rule ip mangle rpf ip saddr 10.42.0.0/16 accept",
     ];
-    assert_told(&watch(), diverted("ip mangle rpf"), &parts);
+    assert_cause(&watch(), diverted("ip mangle rpf"), &parts);
     let built_in = "iptables -t raw -I PREROUTING -s 10.42.0.0/16 -j ACCEPT";
-    assert_told(&watch(), diverted("ip raw PREROUTING"), &[built_in]);
+    assert_cause(&watch(), diverted("ip raw PREROUTING"), &[built_in]);
 }
 
 #[test]
-fn signs_of_a_machine_that_is_on_are_seen_in_both_families() {
+fn signs_of_running_machine_are_found_in_both_families() {
     let sign = |watch: &Watch| watch.traces[&suspect().node].sign;
     let mut here = watch();
-    see(&mut here, 1, ARP, &arp(mac(1), PEER));
-    see(&mut here, LEAVING, ARP, &arp(mac(2), PEER));
+    on_packet(&mut here, 1, ARP, &arp(mac(1), PEER));
+    on_packet(&mut here, PACKET_OUTGOING, ARP, &arp(mac(2), PEER));
     assert_eq!(sign(&here), None, "this host's own");
-    see(&mut here, 1, ARP, &arp(mac(2), PEER));
+    on_packet(&mut here, 1, ARP, &arp(mac(2), PEER));
     assert_eq!(sign(&here), Some(Sign::Arp));
     let peer: std::net::Ipv6Addr = "fd99::2".parse().expect("an address");
     let local = "fd99::1".parse().expect("an address");
@@ -325,8 +330,8 @@ fn signs_of_a_machine_that_is_on_are_seen_in_both_families() {
     (question[6], question[7]) = (ICMPV6, 255);
     question[8..24].copy_from_slice(&peer.octets());
     question.extend([SOLICITATION, 0, 0, 0, 0, 0, 0, 0]);
-    see(&mut here, LEAVING, IPV6, &question);
+    on_packet(&mut here, PACKET_OUTGOING, IPV6, &question);
     assert_eq!(sign(&here), None, "this host's own");
-    see(&mut here, 2, IPV6, &question);
+    on_packet(&mut here, 2, IPV6, &question);
     assert_eq!(sign(&here), Some(Sign::Discovery));
 }

@@ -72,8 +72,6 @@ const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 /// `NFT_META_PKTTYPE`.
 const META_PKTTYPE: u32 = 19;
-/// `NFT_META_OIFKIND` (Linux 5.1).
-const META_OIFKIND: u32 = 27;
 /// `PACKET_HOST` (linux/if_packet.h): sent to this host only.
 const PACKET_HOST: u8 = 0;
 /// `NFT_REJECT_ICMPX_UNREACH`.
@@ -236,20 +234,15 @@ impl Rule {
         Self(self.0.nest(1, &limit(packets, LIMIT_BURST)))
     }
 
-    /// Matches packets that leave through an interface of this kind, as in `ip -details link`.
-    pub fn to_kind(self, kind: &str) -> Self {
-        self.meta(META_OIFKIND).compare(EQUAL, &name_bytes(kind))
-    }
-
     /// Matches packets of this network namespace's sockets that a user other than root has opened.
     pub fn of_user(self) -> Self {
         self.meta(META_SKUID).compare(UNEQUAL, &0_u32.to_ne_bytes())
     }
 
-    /// Matches packets whose priority has any of these bits, or none of them.
-    pub fn prioritized(self, bits: u32, any: bool) -> Self {
-        let masked = self.meta(META_PRIORITY).mask(&bits.to_ne_bytes());
-        masked.compare(if any { UNEQUAL } else { EQUAL }, &0_u32.to_ne_bytes())
+    /// Matches packets whose priority, under a mask, has this value.
+    pub fn prioritized(self, mask: u32, value: u32) -> Self {
+        let masked = self.meta(META_PRIORITY).mask(&mask.to_ne_bytes());
+        masked.compare(EQUAL, &value.to_ne_bytes())
     }
 
     /// Sets or clears these bits of the packet's priority.

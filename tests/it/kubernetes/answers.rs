@@ -176,7 +176,7 @@ fn node_that_is_registered_anew_with_another_subnet_moves_to_it() {
         // The node's object is gone: that is said, and nothing else changes.
         server.delete("n1");
         wait_until("it is said that the node is not registered", 3 * TIMEOUT, || {
-            has_problem(&mut agents[0], "this node goes on with 10.42.0.0/24")
+            has_problem(&mut agents[0], "this node continues with 10.42.0.0/24")
         });
         tool(&spaces[0], &format!("ping -c 1 -W 5 {}", address(&far)));
         server.register("n1", &hosts[0].ip.to_string(), &["10.42.9.0/24"]);

@@ -1,19 +1,19 @@
-//! What is under way in one round of trials.
+//! The state of one round of trials.
 
 use std::collections::BTreeMap;
 
-use super::{ASK, SENDS, TIMEOUT, target::Target};
+use super::{REPORT_REQUEST_TIME, REPORT_TIMEOUT, SEND_TIMES, target::Target};
 use crate::model::{NodeId, Time};
 
-/// A trial of a few peers at once.
+/// A round of trials with a few peers.
 #[derive(Debug)]
 pub(super) struct Round {
     pub(super) number: u32,
     pub(super) begun: Time,
-    /// How often packets were sent.
+    /// How many times packets were sent.
     pub(super) sent: usize,
-    pub(super) asked: Option<Time>,
-    pub(super) judged_at: Option<Time>,
+    pub(super) report_requested: Option<Time>,
+    pub(super) ends_at: Option<Time>,
     pub(super) targets: BTreeMap<NodeId, Target>,
 }
 
@@ -26,10 +26,12 @@ impl Round {
         if self.is_answered() {
             return self.begun;
         }
-        match (SENDS.get(self.sent), self.asked) {
+        match (SEND_TIMES.get(self.sent), self.report_requested) {
             (Some(at), _) => self.begun + *at,
-            (None, None) => self.begun + ASK,
-            (None, Some(asked)) => self.judged_at.unwrap_or(asked + TIMEOUT),
+            (None, None) => self.begun + REPORT_REQUEST_TIME,
+            (None, Some(report_requested)) => {
+                self.ends_at.unwrap_or(report_requested + REPORT_TIMEOUT)
+            }
         }
     }
 }

@@ -1,34 +1,40 @@
-//! One peer in one round: what was sent to it, and what became of that.
+//! One peer in one round: the packets sent to it, and their results.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
 use super::{
-    super::{Direction, Kind, Seen, Sort, Transport, Way},
-    Subject,
+    super::{Direction, Kind, Sort, Transport, TrialResult, Way},
+    FarPeer,
 };
 use crate::wire::Arrivals;
 
+/// The state of one peer in a round.
 #[derive(Debug, Default)]
 pub struct Target {
+    /// Sorts without an answer.
     pub open: BTreeSet<Sort>,
+    /// Sorts with an answer.
     pub answered: BTreeSet<Sort>,
-    /// Families of which connections were made early in the round, so that they have carried data.
+    /// Families (true: IPv4) whose connection was established early enough to carry data.
     pub connected: BTreeSet<bool>,
-    /// Of which family the packets are that are counted, how many were sent, and how many were answered.
+    /// Destination of the samples; `None` if none were sent.
     pub sampled: Option<IpAddr>,
+    /// Number of samples sent.
     pub samples: u16,
+    /// Number of samples answered.
     pub samples_answered: u16,
-    /// What its agent has told; none if it says that there is no pod, or nothing.
+    /// The report of the peer's agent; `None` if it reported that it has no pod, or nothing.
     pub arrivals: Option<Arrivals>,
 }
 
 impl Target {
+    /// Returns whether all packets are answered.
     pub fn is_answered(&self) -> bool {
         self.open.is_empty() && self.samples_answered >= self.samples
     }
 
-    /// How many of those that are counted have come there; none if that is not known, or where a small packet
-    /// that is sent again and again does not get through either, so that nothing is lost by chance.
+    /// Returns how many samples arrived at the peer. `None` if that is unknown, or if the repeated small
+    /// packet is not answered either, so that the loss is not random.
     pub fn samples_came(&self) -> Option<u16> {
         let small = Sort { ipv4: self.sampled?.is_ipv4(), kind: Kind::Small };
         if !self.answered.contains(&small) {
@@ -40,24 +46,29 @@ impl Target {
         self.arrivals.filter(|arrivals| !arrivals.shed).map(|arrivals| arrivals.samples)
     }
 
-    /// What became of each sort on its way there, and on its way back.
-    pub fn verdicts(&self, proves_loss: bool) -> impl Iterator<Item = (Sort, Seen, Seen)> {
+    /// Returns for each sort the results of the way there and of the way back.
+    pub fn verdicts(
+        &self,
+        proves_loss: bool,
+    ) -> impl Iterator<Item = (Sort, TrialResult, TrialResult)> {
         let arrivals = self.arrivals.filter(|arrivals| proves_loss && !arrivals.shed);
-        let answered = self.answered.iter().map(|sort| (*sort, Seen::Passed, Seen::Passed));
-        let open =
-            self.open.iter().map(move |sort| match arrivals.filter(|_| self.is_tried(*sort)) {
-                None => (*sort, Seen::Unclear, Seen::Unclear),
+        let answered =
+            self.answered.iter().map(|sort| (*sort, TrialResult::Passed, TrialResult::Passed));
+        let open = self.open.iter().map(move |sort| {
+            match arrivals.filter(|_| self.is_conclusive(*sort)) {
+                None => (*sort, TrialResult::Unclear, TrialResult::Unclear),
                 Some(Arrivals { came, .. }) if came & sort.bit() == 0 => {
-                    (*sort, Seen::Lost, Seen::Unclear)
+                    (*sort, TrialResult::Lost, TrialResult::Unclear)
                 }
-                Some(_) => (*sort, Seen::Passed, Seen::Lost),
-            });
+                Some(_) => (*sort, TrialResult::Passed, TrialResult::Lost),
+            }
+        });
         answered.chain(open.filter(move |_| proves_loss))
     }
 
-    /// Whether silence says something about packets of this sort, and not about others that had to pass
-    /// first: data takes a connection, and large segments come where large packets do.
-    fn is_tried(&self, sort: Sort) -> bool {
+    /// Returns whether a missing answer is evidence about this sort, and not about another one that must pass
+    /// first: data needs a connection, and passes only where large packets do.
+    fn is_conclusive(&self, sort: Sort) -> bool {
         let is_lost = |kind| self.open.contains(&Sort { kind, ..sort });
         sort.kind != Kind::Data
             || self.connected.contains(&sort.ipv4)
@@ -66,28 +77,28 @@ impl Target {
     }
 }
 
-/// What is tried with a peer.
-pub fn sorts(subject: &Subject, lost_here: &[Way]) -> impl Iterator<Item = Sort> {
-    let Subject { addresses, carried, takes_large, .. } = *subject;
+/// Returns the sorts of packets to try with a peer.
+pub fn sorts(info: &FarPeer, ways_lost_here: &[Way]) -> impl Iterator<Item = Sort> {
+    let FarPeer { addresses, carried, takes_large, .. } = *info;
     let all = addresses.iter().flat_map(move |ip| {
         let is_sendable =
             move |kind: &Kind| *kind == Kind::Segment || kind.size(ip, carried).is_some();
         Kind::ALL.into_iter().filter(is_sendable).map(move |kind| Sort { ipv4: ip.is_ipv4(), kind })
     });
     all.filter(move |sort| {
-        let is_lost = lost_here.iter().any(|way| explains(*way, *sort));
+        let is_lost = ways_lost_here.iter().any(|way| implies_loss(*way, *sort));
         !is_lost && (takes_large || !sort.kind.is_large())
     })
 }
 
-/// Whether large packets are not known to be lost on the way to a peer.
-pub fn carries_large(subject: &Subject, lost_here: &[Way], ipv4: bool) -> bool {
+/// Returns whether large packets to a peer are not known to be lost.
+pub fn carries_large(info: &FarPeer, ways_lost_here: &[Way], ipv4: bool) -> bool {
     let large = Way { direction: Direction::LargeOut, ipv4 };
-    subject.takes_large && !lost_here.contains(&large)
+    info.takes_large && !ways_lost_here.contains(&large)
 }
 
-/// Whether packets of a sort are lost where this host drops those on a way.
-fn explains(way: Way, sort: Sort) -> bool {
+/// Returns whether losses of `sort` follow from this host dropping packets on `way`.
+fn implies_loss(way: Way, sort: Sort) -> bool {
     let is_of = |transport: Transport| sort.kind.transport() == transport;
     let concerns = match way.direction {
         Direction::Out(transport) | Direction::In(transport) => is_of(transport),
@@ -95,7 +106,7 @@ fn explains(way: Way, sort: Sort) -> bool {
         Direction::Carried | Direction::Gateway => true,
         Direction::TooLarge
         | Direction::Between(_)
-        | Direction::Finding
+        | Direction::NeighborDiscovery
         | Direction::ToHost
         | Direction::FromHost(_) => false,
     };

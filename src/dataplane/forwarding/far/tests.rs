@@ -1,45 +1,45 @@
-//! Rounds with a peer, and what follows from them.
+//! Rounds of trials with simulated peers.
 
 use super::{
-    super::{Direction, Seen, Transport},
+    super::{Direction, Transport, TrialResult},
     *,
 };
 
 const PEER: NodeId = NodeId::from_bytes([1; 8]);
 const SMALL: Sort = Sort { ipv4: true, kind: Kind::Small };
 
-fn subject(number: u8) -> Subject {
+fn far_peer(number: u8) -> FarPeer {
     let first = IpAddr::from([10, 42, number, 254]);
-    Subject {
+    FarPeer {
         node: NodeId::from_bytes([number; 8]),
         addresses: Addresses { first, second: None },
         carried: 1450,
         takes_large: true,
-        is_doubted: false,
+        is_suspect: false,
     }
 }
 
-/// A clock that goes from one moment at which something is due to the next, and peers.
+/// Simulated peers, and a clock that advances to the next due time.
 struct World {
     far: FarPods,
     now: Time,
     number: u32,
-    /// Which sorts come to each peer that has a pod, and whether answers to them come back.
+    /// By peer with a pod: the kinds that arrive there, and whether their answers return.
     peers: BTreeMap<NodeId, Vec<(Kind, bool)>>,
-    /// Peers that tell what has come, and for how long they have had a pod.
-    telling: BTreeMap<NodeId, u32>,
-    /// Peers shed packets.
-    is_shedding: bool,
-    /// Of those that are counted one in so many is lost on its way there, or back.
-    loses: Option<(Half, u32)>,
+    /// By peer that reports arrivals: the age of its pod in milliseconds.
+    pod_ages: BTreeMap<NodeId, u32>,
+    /// Peers discard packets because they receive too many.
+    is_discarding: bool,
+    /// Every n-th sample is lost on this half of the path.
+    sample_loss: Option<(Half, u32)>,
     counted: u32,
-    /// Packets of several datagrams cannot be sent.
+    /// This host cannot send packets of several datagrams.
     cannot_send: bool,
-    /// After so long connections are made.
+    /// Time after which connections are established.
     connects_after: Duration,
-    /// Peers see no data of connections.
-    is_old: bool,
-    /// Others than those.
+    /// Peers are of a version that does not report data of connections.
+    lacks_data_reports: bool,
+    /// Destinations of all packets except samples.
     sent: Vec<IpAddr>,
 }
 
@@ -54,27 +54,27 @@ const ALL: [(Kind, bool); 6] = [
 
 impl World {
     fn new(count: u8) -> Self {
-        let subjects: Vec<Subject> = (1..=count).map(subject).collect();
+        let peers_to_try: Vec<FarPeer> = (1..=count).map(far_peer).collect();
         let mut far = FarPods::default();
-        far.update(&subjects, &[]);
-        let nodes = subjects.iter().map(|subject| subject.node);
+        far.update(&peers_to_try, &[]);
+        let nodes = peers_to_try.iter().map(|info| info.node);
         Self {
             far,
             now: Time::ZERO + Duration::from_secs(100),
             number: 0,
             peers: nodes.clone().map(|node| (node, ALL.to_vec())).collect(),
-            telling: nodes.map(|node| (node, u32::MAX)).collect(),
-            is_shedding: false,
-            loses: None,
+            pod_ages: nodes.map(|node| (node, u32::MAX)).collect(),
+            is_discarding: false,
+            sample_loss: None,
             counted: 0,
             cannot_send: false,
             connects_after: Duration::ZERO,
-            is_old: false,
+            lacks_data_reports: false,
             sent: Vec::new(),
         }
     }
 
-    /// Until a round has ended, and then as many more.
+    /// Runs this many rounds.
     fn rounds(&mut self, count: usize) {
         for _ in 0..count {
             self.number += 1;
@@ -92,8 +92,9 @@ impl World {
                     FarOutput::Begin(_) => {}
                     FarOutput::Send { to, kind: Kind::Sample, number, .. } => {
                         self.counted += 1;
-                        let node = subject_at(to);
-                        let lost = self.loses.filter(|(_, of)| self.counted.is_multiple_of(*of));
+                        let node = node_at(to);
+                        let lost =
+                            self.sample_loss.filter(|(_, of)| self.counted.is_multiple_of(*of));
                         let half = lost.map(|(half, _)| half);
                         let has_pod = self.peers.get(&node).is_some_and(|sorts| !sorts.is_empty());
                         if has_pod && half != Some(Half::There) {
@@ -108,7 +109,7 @@ impl World {
                         if kind == Kind::Aggregate && self.cannot_send {
                             self.far.on_unsent(to, kind, number);
                         }
-                        let node = subject_at(to);
+                        let node = node_at(to);
                         if kind == Kind::Data {
                             let sorts = self.peers.get(&node).into_iter().flatten();
                             if sorts.into_iter().any(|sort| *sort == (Kind::Segment, true)) {
@@ -117,23 +118,23 @@ impl World {
                             }
                         }
                         let passing = self.peers.get(&node).into_iter().flatten();
-                        for (_, comes_back) in passing.filter(|(passing, _)| *passing == kind) {
+                        for (_, is_returned) in passing.filter(|(passing, _)| *passing == kind) {
                             *came.entry(node).or_default() |= Sort { ipv4: true, kind }.bit();
-                            if *comes_back {
+                            if *is_returned {
                                 self.far.on_answer(to, kind, number);
                             }
                         }
                     }
-                    FarOutput::Ask(number, nodes) => {
-                        let told = nodes.into_iter().filter_map(|node| {
-                            let pod_age_ms = *self.telling.get(&node)?;
-                            let sees_data = if self.is_old { 0 } else { SEES_DATA };
+                    FarOutput::RequestReports(number, nodes) => {
+                        let reports = nodes.into_iter().filter_map(|node| {
+                            let pod_age_ms = *self.pod_ages.get(&node)?;
+                            let sees_data = if self.lacks_data_reports { 0 } else { SEES_DATA };
                             let came = came.get(&node).copied().unwrap_or(0) | sees_data;
                             let samples = samples.get(&node).copied().unwrap_or(0);
-                            let shed = self.is_shedding;
+                            let shed = self.is_discarding;
                             Some((node, Arrivals { pod_age_ms, came, samples, shed }))
                         });
-                        self.far.on_arrivals_told(self.now, number, &told.collect());
+                        self.far.on_arrivals_reported(self.now, number, &reports.collect());
                     }
                 }
             }
@@ -144,43 +145,46 @@ impl World {
     }
 }
 
-fn subject_at(ip: IpAddr) -> NodeId {
+fn node_at(ip: IpAddr) -> NodeId {
     let IpAddr::V4(ip) = ip else { panic!("not asked for") };
     NodeId::from_bytes([ip.octets()[2]; 8])
 }
 
 #[test]
-fn a_pod_that_answers_all_is_open_and_left_alone_for_a_while() {
+fn pod_that_answers_all_is_open_and_rests() {
     let mut world = World::new(1);
     world.rounds(1);
     assert_eq!((world.far.answering(), world.far.closed()), ([PEER].into(), vec![]));
-    assert_eq!(world.far.next_due(), Some(world.now + CALM));
+    assert_eq!(world.far.next_due(), Some(world.now + TRIAL_INTERVAL));
     assert_eq!(world.sent.len(), Kind::ALL.len());
 }
 
 #[test]
-fn packets_that_do_not_come_there_are_lost_there_after_three_rounds() {
+fn packets_that_do_not_arrive_are_lost_there_after_three_rounds() {
     let mut world = World::new(1);
     let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Fragmented);
     world.peers.insert(PEER, without.collect());
     world.rounds(2);
-    assert!(world.far.closed().is_empty() && world.far.is_in_doubt());
+    assert!(world.far.closed().is_empty() && world.far.has_recent_loss());
     world.rounds(1);
     let sort = Sort { ipv4: true, kind: Kind::Fragmented };
     assert_eq!(world.far.closed(), [FarWay { node: PEER, half: Half::There, sort }]);
-    assert!(world.far.next_due() > Some(world.now + WATCH), "it is not hurried any more");
+    assert!(
+        world.far.next_due() > Some(world.now + CLOSED_ROUND_INTERVAL),
+        "no longer at the short interval"
+    );
     world.peers.insert(PEER, ALL.to_vec());
     world.rounds(1);
-    assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+    assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
 }
 
 #[test]
-fn peer_to_which_large_packets_alone_are_lost_is_told_after_one_round() {
-    for (passing, told) in [(&ALL[..2], 1), (&ALL[..1], 0), (&ALL[2..], 0)] {
+fn peer_losing_only_large_packets_is_reported_after_one_round() {
+    for (passing, expected) in [(&ALL[..2], 1), (&ALL[..1], 0), (&ALL[2..], 0)] {
         let mut world = World::new(1);
         world.peers.insert(PEER, passing.to_vec());
         world.rounds(1);
-        assert_eq!(world.far.losing_large().len(), told, "{passing:?}");
+        assert_eq!(world.far.losing_large().len(), expected, "{passing:?}");
         world.peers.insert(PEER, ALL.to_vec());
         world.rounds(1);
         assert!(world.far.losing_large().is_empty());
@@ -188,19 +192,19 @@ fn peer_to_which_large_packets_alone_are_lost_is_told_after_one_round() {
 }
 
 #[test]
-fn peer_that_sheds_packets_is_told_of_until_all_is_answered() {
+fn peer_that_discards_packets_is_overloaded_until_all_is_answered() {
     let mut world = World::new(1);
     world.peers.insert(PEER, ALL[..3].to_vec());
-    world.is_shedding = true;
+    world.is_discarding = true;
     world.rounds(4);
-    assert_eq!((world.far.overrun(), world.far.closed()), (vec![PEER], vec![]));
-    world.is_shedding = false;
+    assert_eq!((world.far.overloaded(), world.far.closed()), (vec![PEER], vec![]));
+    world.is_discarding = false;
     world.rounds(1);
-    assert!(world.far.overrun().is_empty() && world.far.is_in_doubt());
+    assert!(world.far.overloaded().is_empty() && world.far.has_recent_loss());
 }
 
 #[test]
-fn answers_that_do_not_come_back_are_lost_on_their_way_back() {
+fn answers_that_do_not_return_are_lost_on_the_way_back() {
     let mut world = World::new(1);
     let without = |(kind, _)| (kind, kind != Kind::Small);
     world.peers.insert(PEER, ALL.map(without).to_vec());
@@ -209,10 +213,10 @@ fn answers_that_do_not_come_back_are_lost_on_their_way_back() {
 }
 
 #[test]
-fn silence_of_a_peer_that_tells_nothing_is_no_loss_and_it_is_tried_more_rarely() {
+fn peer_without_reports_has_no_loss_and_is_tried_more_rarely() {
     let mut world = World::new(1);
     world.peers.clear();
-    world.telling.clear();
+    world.pod_ages.clear();
     let mut before = world.now;
     let mut pauses = Vec::new();
     for _ in 0..8 {
@@ -220,39 +224,42 @@ fn silence_of_a_peer_that_tells_nothing_is_no_loss_and_it_is_tried_more_rarely()
         pauses.push(world.now.since(before));
         before = world.now;
     }
-    assert!(!world.far.is_in_doubt());
-    assert!(pauses[7] > CALM * 30, "{pauses:?}");
-    // Its pod is there now, and tells so by its own trials.
+    assert!(!world.far.has_recent_loss());
+    assert!(pauses[7] > TRIAL_INTERVAL * 30, "{pauses:?}");
+    // The pod exists now, and its own trials show that.
     world.peers.insert(PEER, ALL.to_vec());
-    world.far.on_question(world.now, subject(1).addresses.first);
+    world.far.on_question(world.now, far_peer(1).addresses.first);
     assert_eq!(world.far.next_due(), Some(world.now));
     world.rounds(1);
     assert_eq!(world.far.answering(), [PEER].into());
 }
 
 #[test]
-fn a_pod_that_is_younger_than_the_round_has_lost_nothing() {
+fn pod_younger_than_the_round_has_no_loss() {
     let mut world = World::new(1);
     world.peers.clear();
-    world.telling.insert(PEER, 1_000);
+    world.pod_ages.insert(PEER, 1_000);
     world.rounds(5);
-    assert!(!world.far.is_in_doubt());
+    assert!(!world.far.has_recent_loss());
 }
 
 #[test]
-fn a_peer_that_had_to_shed_packets_proves_nothing() {
+fn peer_that_discarded_packets_gives_unclear_results() {
     let mut target = Target { open: [SMALL].into(), ..Target::default() };
     target.arrivals = Some(Arrivals { pod_age_ms: 60_000, shed: true, ..Arrivals::default() });
-    assert_eq!(target.verdicts(true).next(), Some((SMALL, Seen::Unclear, Seen::Unclear)));
+    assert_eq!(
+        target.verdicts(true).next(),
+        Some((SMALL, TrialResult::Unclear, TrialResult::Unclear))
+    );
 }
 
 #[test]
-fn a_process_that_had_no_turn_for_long_has_seen_no_loss() {
+fn round_of_a_stopped_process_proves_no_loss() {
     let mut world = World::new(1);
     world.peers.clear();
     for number in 0..20 {
         while let Some(due) = world.far.next_due() {
-            world.now = world.now.max(due) + STALL + Duration::from_millis(1);
+            world.now = world.now.max(due) + MAX_STEP_DELAY + Duration::from_millis(1);
             let mut outputs = Vec::new();
             while let Some(output) = world.far.poll(world.now, number) {
                 outputs.push(output);
@@ -262,23 +269,23 @@ fn a_process_that_had_no_turn_for_long_has_seen_no_loss() {
             }
         }
     }
-    assert!(!world.far.is_in_doubt());
+    assert!(!world.far.has_recent_loss());
 }
 
 #[test]
-fn what_this_host_drops_itself_is_not_tried_and_not_told_twice() {
+fn packets_dropped_by_this_host_are_not_tried_and_not_reported_twice() {
     let mut world = World::new(1);
     world.peers.insert(PEER, vec![(Kind::Segment, true)]);
     world.rounds(3);
-    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 2, "data is large, too");
+    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 2, "data counts as large as well");
     let way = Way { direction: Direction::In(Transport::Udp), ipv4: true };
-    world.far.update(&[subject(1)], &[way]);
+    world.far.update(&[far_peer(1)], &[way]);
     assert!(world.far.closed().is_empty());
     world.sent.clear();
     world.peers.insert(PEER, vec![(Kind::Segment, true), (Kind::Data, true)]);
     world.rounds(1);
     assert_eq!(world.sent.len(), 2);
-    world.far.update(&[Subject { takes_large: false, ..subject(1) }], &[]);
+    world.far.update(&[FarPeer { takes_large: false, ..far_peer(1) }], &[]);
     world.sent.clear();
     world.peers.insert(PEER, ALL.to_vec());
     world.rounds(1);
@@ -286,7 +293,7 @@ fn what_this_host_drops_itself_is_not_tried_and_not_told_twice() {
 }
 
 #[test]
-fn data_that_a_connection_does_not_carry_is_lost_where_connections_are_made() {
+fn data_is_lost_when_connections_are_established_but_carry_none() {
     let data = Sort { ipv4: true, kind: Kind::Data };
     let closed = |half| [FarWay { node: PEER, half, sort: data }];
     let mut world = World::new(1);
@@ -295,29 +302,29 @@ fn data_that_a_connection_does_not_carry_is_lost_where_connections_are_made() {
     assert_eq!(world.far.closed(), closed(Half::There));
     world.peers.insert(PEER, ALL.map(|(kind, _)| (kind, kind != Kind::Data)).to_vec());
     world.far.update(&[], &[]);
-    world.far.update(&[subject(1)], &[]);
+    world.far.update(&[far_peer(1)], &[]);
     world.rounds(3);
     assert_eq!(world.far.closed(), closed(Half::Back));
 }
 
 #[test]
-fn data_that_did_not_get_so_far_or_that_a_peer_does_not_know_of_is_not_lost() {
+fn data_not_sent_in_time_or_not_reported_by_peer_is_not_lost() {
     let mut slow = World::new(1);
-    slow.connects_after = CONNECTED + Duration::from_millis(1);
+    slow.connects_after = MAX_CONNECT_TIME + Duration::from_millis(1);
     let mut old = World::new(1);
-    old.is_old = true;
+    old.lacks_data_reports = true;
     for world in [&mut slow, &mut old] {
         world.peers.insert(PEER, ALL[..5].to_vec());
         world.rounds(5);
-        assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+        assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
         assert_eq!(world.far.answering(), [PEER].into());
     }
-    // Where large packets do not pass, data does not, either.
+    // If large packets are lost, data is not tried.
     let mut world = World::new(1);
     world.peers.insert(PEER, ALL[..2].to_vec());
     world.rounds(3);
     assert!(world.far.closed().iter().all(|way| way.sort.kind.is_large()));
-    // And where connections are not made.
+    // If connections cannot be established, data is not tried either.
     world.peers.insert(PEER, ALL[1..5].to_vec());
     world.rounds(3);
     let sort = Sort { ipv4: true, kind: Kind::Segment };
@@ -325,57 +332,63 @@ fn data_that_did_not_get_so_far_or_that_a_peer_does_not_know_of_is_not_lost() {
 }
 
 #[test]
-fn one_bad_peer_does_not_keep_the_others_from_being_tried() {
+fn bad_peers_do_not_prevent_trials_of_others() {
     let mut world = World::new(9);
-    let bad: Vec<NodeId> = (1..=4).map(|number| subject(number).node).collect();
+    let bad: Vec<NodeId> = (1..=4).map(|number| far_peer(number).node).collect();
     bad.iter().for_each(|node| _ = world.peers.insert(*node, Vec::new()));
     world.rounds(40);
     let closed: BTreeSet<NodeId> = world.far.closed().iter().map(|way| way.node).collect();
     assert_eq!(closed, bad.into_iter().collect());
     assert_eq!(world.far.answering().len(), 5);
-    let most = SENDS.len() * Kind::ALL.len() * AT_ONCE * 40;
+    let most = SEND_TIMES.len() * Kind::ALL.len() * PEERS_PER_ROUND * 40;
     assert!(world.sent.len() < most, "{}", world.sent.len());
 }
 
 #[test]
-fn a_peer_that_is_gone_is_forgotten_with_all_that_was_lost() {
+fn removed_peer_is_forgotten_with_its_losses() {
     let mut world = World::new(2);
     world.peers.insert(PEER, Vec::new());
     world.rounds(8);
-    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 1, "without a connection no data");
-    world.far.update(&[subject(2)], &[]);
-    assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 1, "no data without a connection");
+    world.far.update(&[far_peer(2)], &[]);
+    assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
 }
 
 #[test]
-fn a_peer_whose_host_answers_nothing_any_more_is_tried_at_once_and_known_by_that_alone() {
+fn new_suspect_is_tried_at_once_and_judged_only_by_new_results() {
     let mut world = World::new(9);
     world.rounds(3);
     assert_eq!(world.far.answering().len(), 9);
-    let doubted: Vec<Subject> =
-        (1..=9).map(|number| Subject { is_doubted: true, ..subject(number) }).collect();
-    world.far.update(&doubted, &[]);
-    assert!(world.far.answering().is_empty(), "it was known before the doubt");
+    let suspects: Vec<FarPeer> =
+        (1..=9).map(|number| FarPeer { is_suspect: true, ..far_peer(number) }).collect();
+    world.far.update(&suspects, &[]);
+    assert!(world.far.answering().is_empty(), "earlier results do not count");
     assert!(world.far.next_due() <= Some(world.now));
     let begun = world.now;
     world.rounds(3);
     assert_eq!(world.far.answering().len(), 9);
-    assert!(world.now.since(begun) <= ANXIOUS * 3, "none waits for calm rounds");
-    world.far.update(&doubted, &[]);
-    assert_eq!(world.far.answering().len(), 9, "the doubt is not new");
-    assert_eq!(world.far.next_due(), Some(world.now + CALM));
+    assert!(
+        world.now.since(begun) <= SUSPECT_TRIAL_INTERVAL * 3,
+        "no peer waits for the regular interval"
+    );
+    world.far.update(&suspects, &[]);
+    assert_eq!(world.far.answering().len(), 9, "it was suspect before");
+    assert_eq!(world.far.next_due(), Some(world.now + TRIAL_INTERVAL));
 }
 
 #[test]
-fn what_is_lost_by_chance_is_told_with_its_share_and_hides_no_other_trial() {
+fn random_loss_is_reported_with_its_percentage_and_other_trials_pass() {
     for half in [Half::There, Half::Back] {
         let mut world = World::new(2);
         world.rounds(4);
-        world.loses = Some((half, 4));
+        world.sample_loss = Some((half, 4));
         let begun = world.now;
         while world.far.losses().len() < 2 {
             world.rounds(1);
-            assert!(world.now.since(begun) < CALM * 4, "it is hurried");
+            assert!(
+                world.now.since(begun) < TRIAL_INTERVAL * 4,
+                "rounds follow at short intervals"
+            );
         }
         world.rounds(6);
         let losses = world.far.losses();
@@ -383,80 +396,80 @@ fn what_is_lost_by_chance_is_told_with_its_share_and_hides_no_other_trial() {
         for loss in losses {
             assert_eq!((loss.half, loss.percent), (half, 25));
         }
-        assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+        assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
         assert_eq!(world.far.answering().len(), 2);
-        world.loses = None;
+        world.sample_loss = None;
         world.rounds(8);
         assert_eq!(world.far.losses(), []);
-        assert_eq!(world.far.next_due(), Some(world.now + CALM));
+        assert_eq!(world.far.next_due(), Some(world.now + TRIAL_INTERVAL));
     }
 }
 
 #[test]
-fn what_is_known_to_be_lost_is_not_told_as_lost_by_chance() {
+fn known_loss_is_not_reported_as_random_loss() {
     let mut world = World::new(1);
-    world.loses = Some((Half::There, 1));
+    world.sample_loss = Some((Half::There, 1));
     let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Small);
     world.peers.insert(PEER, without.collect());
     world.rounds(20);
     assert_eq!((world.far.closed().len(), world.far.losses()), (1, vec![]));
     let mut world = World::new(1);
-    world.loses = Some((Half::There, 2));
+    world.sample_loss = Some((Half::There, 2));
     world.rounds(20);
     assert_eq!(world.far.losses().len(), 1);
     let way = Way { direction: Direction::Out(Transport::Udp), ipv4: true };
-    world.far.update(&[subject(1)], &[way]);
+    world.far.update(&[far_peer(1)], &[way]);
     assert_eq!(world.far.losses(), []);
 }
 
 #[test]
-fn a_packet_that_could_not_be_sent_is_no_loss() {
+fn packet_that_could_not_be_sent_is_no_loss() {
     let mut world = World::new(1);
     let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Aggregate);
     world.peers.insert(PEER, without.collect());
     world.cannot_send = true;
     world.rounds(5);
-    assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+    assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
 }
 
 #[test]
-fn where_a_trial_has_a_price_a_peer_is_left_alone_after_it_unless_something_is_lost() {
+fn peer_with_costly_trials_rests_after_each_unless_packets_are_lost() {
     let rest = Duration::from_secs(400);
     let mut world = World::new(1);
     world.far.set_rest(Some(rest));
-    // It is tried all the same if it has asked first.
-    world.far.on_question(world.now, subject(1).addresses.first);
+    // A packet from the peer's pod ends the waiting.
+    world.far.on_question(world.now, far_peer(1).addresses.first);
     assert!(world.far.next_due() <= Some(world.now));
     world.rounds(1);
     assert_eq!(world.far.answering(), [PEER].into());
     assert_eq!(world.far.next_due(), Some(world.now + rest));
-    // What it asks is a use, too.
+    // Packets from the peer's pod count as use, too, and extend the rest.
     let later = world.now + rest / 2;
-    world.far.on_question(later, subject(1).addresses.first);
+    world.far.on_question(later, far_peer(1).addresses.first);
     assert_eq!(world.far.next_due(), Some(later + rest));
     let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Fragmented);
     world.peers.insert(PEER, without.collect());
     world.rounds(1);
     let begun = world.now;
-    // Now it is no reason to wait.
-    world.far.on_question(world.now, subject(1).addresses.first);
+    // While something is lost, they do not.
+    world.far.on_question(world.now, far_peer(1).addresses.first);
     world.rounds(3);
     assert_eq!(world.far.closed().len(), 1);
-    assert!(world.now.since(begun) < CALM);
-    // Nor is a rest where it is not known what became of a part.
+    assert!(world.now.since(begun) < TRIAL_INTERVAL);
+    // A partial answer without a report also prevents the rest.
     world.far.update(&[], &[]);
-    world.far.update(&[subject(1)], &[]);
-    world.telling.insert(PEER, 0);
+    world.far.update(&[far_peer(1)], &[]);
+    world.pod_ages.insert(PEER, 0);
     world.rounds(1);
-    assert_eq!(world.far.next_due(), Some(world.now + CALM));
-    // One that has no pod is not asked more often for that.
+    assert_eq!(world.far.next_due(), Some(world.now + TRIAL_INTERVAL));
+    // A peer without a pod is not tried more often because of that.
     world.peers.clear();
-    world.telling.clear();
+    world.pod_ages.clear();
     world.far.update(&[], &[]);
-    world.far.update(&[subject(1)], &[]);
+    world.far.update(&[far_peer(1)], &[]);
     world.rounds(1);
     assert!(world.far.next_due() >= Some(world.now + rest));
-    // Once it has one it tells so.
-    world.far.on_question(world.now, subject(1).addresses.first);
+    // Once the pod exists, its own packets show it.
+    world.far.on_question(world.now, far_peer(1).addresses.first);
     assert_eq!(world.far.next_due(), Some(world.now));
 }

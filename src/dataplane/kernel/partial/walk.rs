@@ -138,12 +138,12 @@ impl Walk<'_> {
         taken: &Selection,
     ) -> Vec<(Act, Vec<String>)> {
         let Place { hook, .. } = self.base.place;
-        let is_of_pods = self.traffic.tunnel.is_none();
+        let is_pod_conflict = self.traffic.tunnel.is_none();
         let mut what = taken.what.clone();
         let mut acts = Vec::new();
         for change in changes {
             match change {
-                Change::Destination if hook == PREROUTING && is_of_pods => {
+                Change::Destination if hook == PREROUTING && is_pod_conflict => {
                     acts.push((Act::Redirects(taken.port), what.clone()));
                 }
                 Change::Ttl(ttl) if *ttl <= self.hops_ahead(taken.ways) => {
@@ -167,14 +167,14 @@ impl Walk<'_> {
         };
         if !what.is_empty() {
             acts.extend(of_verdict.map(|act| (act, what.clone())));
-            if hook == POSTROUTING && is_of_pods && changes.contains(&Change::Source) {
+            if hook == POSTROUTING && is_pod_conflict && changes.contains(&Change::Source) {
                 acts.push((Act::Translates, what.clone()));
             }
         }
         for change in changes {
             if let Change::Mark { marked, of_connection: false } = change {
                 let what = [what.clone(), marked.what.clone()].concat();
-                if !what.is_empty() && is_of_pods {
+                if !what.is_empty() && is_pod_conflict {
                     acts.push((Act::Marks(marked.mark), what));
                 }
             }

@@ -1,4 +1,4 @@
-//! What the kernel is asked about the packets of a silent peer, and packets of our own to it.
+//! Kernel queries about the packets of a silent peer, and the sender of test packets.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,17 +9,18 @@ use std::{
 use rtnetlink::packet_route::{link::LinkAttribute, neighbour::NeighbourState};
 use socket2::SockRef;
 
+use super::Case;
 use crate::{
     agent::{
         hooks::{self, Side},
-        legacy::{self, Way},
+        iptables_legacy::{self, Way},
     },
     dataplane::{
         audit::EXDEV,
         kernel::FirewallTable,
-        silence::{Culprit, Diverted, OUT, Pinned, Place, Suspect, open_chain},
+        silence::{Diverted, DroppingRule, OUT, Pinned, Place, Suspect, open_chain},
     },
-    model::{Mac, Transport},
+    model::{Mac, NodeId, Transport},
     netlink::{
         Netlink,
         link::Link,
@@ -28,24 +29,31 @@ use crate::{
     },
 };
 
+/// `EPERM`: a rule or a program refused the packet.
 const EPERM: i32 = 1;
+/// `EINVAL`: see [`PeerRoutes::filtered`].
 const EINVAL: i32 = 22;
-/// A header of VXLAN that names no network: every device drops it (RFC 7348, 5).
-const NO_NETWORK: [u8; 8] = [0; 8];
-/// Value of `rp_filter` (RFC 3704, strict).
-const STRICT: u8 = 1;
-/// Programs and policies that are named.
-const NAMED: usize = 3;
+/// A VXLAN header without the I flag: every device drops the packet (RFC 7348, section 5).
+const INVALID_VXLAN_HEADER: [u8; 8] = [0; 8];
+/// Value of `rp_filter` for strict mode (RFC 3704).
+const RP_FILTER_STRICT: u8 = 1;
+/// Limit of programs and policies named.
+const MAX_NAMED: usize = 3;
 
-/// Sends packets to the port of tunnels, as this host's own are sent.
-pub struct Knock {
+/// Sends test packets to a peer as this host sends its tunnel packets.
+pub struct TestSender {
     socket: UdpSocket,
+    /// UDP port of the tunnels.
     port: u16,
-    /// One for each family of the overlay.
-    inside: Vec<UdpSocket>,
+    /// Sockets of the overlay, at most one per family.
+    overlay_sockets: Vec<UdpSocket>,
 }
 
-impl Knock {
+impl TestSender {
+    /// Opens the sockets, bound to the underlay's interface if packets are pinned to it.
+    ///
+    /// # Errors
+    /// Fails when a socket cannot be opened or bound.
     pub fn open(place: &Place, pinned: bool) -> io::Result<Self> {
         let socket = UdpSocket::bind((place.source, 0))?;
         socket.set_nonblocking(true)?;
@@ -53,95 +61,129 @@ impl Knock {
             SockRef::from(&socket).bind_device(Some(place.interface.as_bytes()))?;
         }
         let any = [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()];
-        let inside = any.into_iter().filter_map(|any| UdpSocket::bind((any, 0)).ok());
-        let inside: Vec<UdpSocket> = inside.collect();
-        inside.iter().try_for_each(|socket| socket.set_nonblocking(true))?;
-        Ok(Self { socket, port: place.port, inside })
+        let overlay_sockets = any.into_iter().filter_map(|any| UdpSocket::bind((any, 0)).ok());
+        let overlay_sockets: Vec<UdpSocket> = overlay_sockets.collect();
+        overlay_sockets.iter().try_for_each(|socket| socket.set_nonblocking(true))?;
+        Ok(Self { socket, port: place.port, overlay_sockets })
     }
 
-    /// Sends an empty datagram through the tunnel, to the peer's agent. Says whether the kernel took it.
-    pub fn inside(&self, suspect: &Suspect) -> bool {
+    /// Sends an empty datagram through the tunnel to the agent of the peer. Returns whether the kernel
+    /// accepted it.
+    pub fn send_through_tunnel(&self, suspect: &Suspect) -> bool {
         let to = SocketAddr::new(suspect.vtep, suspect.gossip);
-        let is_it = |socket: &&UdpSocket| {
+        let has_family = |socket: &&UdpSocket| {
             socket.local_addr().is_ok_and(|local| local.is_ipv4() == to.is_ipv4())
         };
-        self.inside.iter().find(is_it).is_some_and(|socket| socket.send_to(&[], to).is_ok())
+        self.overlay_sockets
+            .iter()
+            .find(has_family)
+            .is_some_and(|socket| socket.send_to(&[], to).is_ok())
     }
 
-    /// Sends one, and says what became of it.
-    pub fn at(&self, address: IpAddr) -> Knocked {
-        match self.socket.send_to(&NO_NETWORK, (address, self.port)) {
-            Ok(_) => Knocked::Sent,
-            Err(error) if error.raw_os_error() == Some(EPERM) => Knocked::Forbidden,
-            Err(_) => Knocked::NoWay,
+    /// Sends a packet to the tunnels' port without the VXLAN device, and returns the outcome.
+    pub fn send_past_device(&self, address: IpAddr) -> SendOutcome {
+        match self.socket.send_to(&INVALID_VXLAN_HEADER, (address, self.port)) {
+            Ok(_) => SendOutcome::Accepted,
+            Err(error) if error.raw_os_error() == Some(EPERM) => SendOutcome::Forbidden,
+            Err(_) => SendOutcome::NoRoute,
         }
     }
 }
 
-/// What became of a packet of our own.
+/// The outcome of sending a test packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Knocked {
-    Sent,
-    /// A rule, or a program of this process's cgroup, has refused it.
+pub enum SendOutcome {
+    /// The kernel accepted it.
+    Accepted,
+    /// A firewall rule, or a program of this process's cgroup, refused it.
     Forbidden,
-    NoWay,
+    /// It failed for another reason, such as a missing route.
+    NoRoute,
 }
 
-/// Interfaces of this host, and its ways to the peers.
-pub struct Ways {
+/// Peers to which test packets were sent.
+#[derive(Debug, Default)]
+pub struct SentPackets {
+    /// Without the VXLAN device.
+    pub past_device: BTreeSet<NodeId>,
+    /// Those of `past_device` to which the kernel refused to send.
+    pub forbidden: BTreeSet<NodeId>,
+    /// Through the VXLAN device.
+    pub into_device: BTreeSet<NodeId>,
+}
+
+/// Returns the tunnel packets that the guard has counted, by underlay address; `None` where it does not
+/// count.
+pub fn counted_packets(case: &Case) -> Option<BTreeMap<IpAddr, u64>> {
+    let mut table = FirewallTable::open().ok().filter(|_| case.place.guard)?;
+    table.packets_of_members(&case.place.device).ok()
+}
+
+/// Interfaces of this host, and its routes to the peers.
+pub struct PeerRoutes {
     links: Vec<Link>,
-    found: BTreeMap<IpAddr, RouteLookup>,
+    /// Routes by underlay address of the peer.
+    routes: BTreeMap<IpAddr, RouteLookup>,
 }
 
-impl Ways {
-    /// A `pinned` underlay's packets leave by its interface, whatever the main table says.
+impl PeerRoutes {
+    /// Reads the interfaces, and the route to each peer. With `pinned`, packets leave by the underlay's
+    /// interface whatever the main routing table says.
+    ///
+    /// # Errors
+    /// Fails when the kernel does not report the interfaces.
     pub fn find(
         netlink: &mut Netlink,
         place: &Place,
         pinned: bool,
-        asked: &[Suspect],
+        suspects: &[Suspect],
     ) -> io::Result<Self> {
         let links = netlink.links()?;
-        let mut found = BTreeMap::new();
-        for Suspect { address, .. } in asked {
+        let mut routes = BTreeMap::new();
+        for Suspect { address, .. } in suspects {
             let output = pinned.then_some(place.link);
             let (from, transport) = (Some(place.source), Some(Transport::udp_to(place.port)));
             let query = Query { output, from, transport, ..Query::to(*address) };
-            if let Ok(way) = netlink.route(&query) {
-                found.insert(*address, way);
+            if let Ok(route) = netlink.route(&query) {
+                routes.insert(*address, route);
             }
         }
-        Ok(Self { links, found })
+        Ok(Self { links, routes })
     }
 
-    /// Hardware addresses of this host: none answers for another machine.
+    /// Returns the hardware addresses of this host's interfaces.
     pub fn own_macs(&self) -> BTreeSet<Mac> {
         let macs = self.links.iter().filter(|link| !link.loopback).filter_map(|link| link.mac);
         macs.filter(|mac| mac.as_bytes() != &[0; 6]).collect()
     }
 
-    /// The next hop to a peer, and the interface.
+    /// Returns the next hop to a peer, and its interface.
     fn hop(&self, address: IpAddr) -> Option<(IpAddr, &Link)> {
-        let way = self.found.get(&address)?;
-        let link = self.links.iter().find(|link| link.index == way.link)?;
-        Some((way.gateway.unwrap_or(address), link))
+        let route = self.routes.get(&address)?;
+        let link = self.links.iter().find(|link| link.index == route.link)?;
+        Some((route.gateway.unwrap_or(address), link))
     }
 
-    /// Next hops to all peers on the underlay's interface.
+    /// Returns the next hops to all peers on the underlay's interface.
     pub fn hops(&self, place: &Place) -> BTreeSet<IpAddr> {
-        let hops = self.found.keys().filter_map(|address| self.hop(*address));
+        let hops = self.routes.keys().filter_map(|address| self.hop(*address));
         hops.filter(|(_, link)| link.index == place.link).map(|(hop, _)| hop).collect()
     }
 
     /// Whether one of these interfaces is that of the next hop to a peer, or a port of it.
-    pub fn leads_by(&self, address: IpAddr, mut came: impl Iterator<Item = u32>) -> bool {
+    pub fn has_next_hop_at(
+        &self,
+        address: IpAddr,
+        mut interfaces: impl Iterator<Item = u32>,
+    ) -> bool {
         let Some((_, wanted)) = self.hop(address) else { return false };
-        let is_it =
+        let is_match =
             |link: &Link| link.index == wanted.index || link.controller() == Some(wanted.index);
-        came.any(|index| self.links.iter().any(|link| link.index == index && is_it(link)))
+        interfaces.any(|index| self.links.iter().any(|link| link.index == index && is_match(link)))
     }
 
-    /// What the next hop to a peer has for good, where others answer for it.
+    /// Returns the permanent neighbor entry of the next hop to a peer, if other hardware addresses answer for
+    /// that hop.
     pub fn pinned(
         &self,
         netlink: &mut Netlink,
@@ -156,7 +198,7 @@ impl Ways {
         is_other.then_some(Pinned { address, interface, mac, answering })
     }
 
-    /// The next hop to a peer if the kernel does not find its hardware address, with the interface.
+    /// Returns the next hop to a peer and its interface, if the kernel cannot resolve its hardware address.
     pub fn unresolved(&self, netlink: &mut Netlink, address: IpAddr) -> Option<(IpAddr, String)> {
         let (hop, link) = self.hop(address)?;
         let state = netlink.neighbour(link.index, hop).ok()??;
@@ -164,19 +206,21 @@ impl Ways {
         is_unresolved.then(|| (hop, link.name.clone()))
     }
 
-    /// The interface at which the reverse path filter drops what comes from a peer; it has come there, and
-    /// not by the underlay's.
+    /// Returns the interface at which the reverse path filter drops packets from a peer. Considers the
+    /// interfaces at which they arrive (`arrival_links`); if the underlay's is one of them, only that.
     pub fn filtered(
         &self,
         netlink: &mut Netlink,
         place: &Place,
         peer: IpAddr,
-        came: &BTreeSet<u32>,
+        arrival_links: &BTreeSet<u32>,
     ) -> Option<String> {
-        let came =
-            if came.contains(&place.link) { BTreeSet::from([place.link]) } else { came.clone() };
-        // What comes in by a port is taken for its bridge or bond.
-        let links = came.iter().filter_map(|index| {
+        let considered = match arrival_links.contains(&place.link) {
+            true => BTreeSet::from([place.link]),
+            false => arrival_links.clone(),
+        };
+        // The kernel attributes packets at a port to its bridge or bond.
+        let links = considered.iter().filter_map(|index| {
             self.links.iter().find(|link| link.index == *index && link.controller().is_none())
         });
         let mut links = links.filter(|link| {
@@ -184,7 +228,7 @@ impl Ways {
             let query = Query { transport, ..Query::forwarded(peer, place.local, link.index) };
             match netlink.route(&query).map_err(|error| error.raw_os_error()) {
                 Err(Some(EXDEV)) => true,
-                // Kernels since 6.14 say so, to this and to much else.
+                // Kernels since 6.14 return this for the filter, and for other reasons.
                 Err(Some(EINVAL)) => is_strict(&link.name),
                 _ => false,
             }
@@ -192,52 +236,55 @@ impl Ways {
         links.next().map(|link| link.name.clone())
     }
 
-    /// Whether packets to a peer's pods go to the VXLAN device: a route of others may come first.
-    pub fn leads_into(&self, netlink: &mut Netlink, place: &Place, vtep: IpAddr) -> bool {
-        let goes = netlink.route(&Query::to(vtep)).map(|found| found.link);
+    /// Whether packets to a peer's pods go to the VXLAN device; a route of another program may take
+    /// precedence.
+    pub fn routes_to_device(&self, netlink: &mut Netlink, place: &Place, vtep: IpAddr) -> bool {
+        let output_link = netlink.route(&Query::to(vtep)).map(|found| found.link);
         self.links
             .iter()
-            .any(|link| goes.as_ref().ok() == Some(&link.index) && link.name == place.device)
+            .any(|link| output_link.as_ref().ok() == Some(&link.index) && link.name == place.device)
     }
 
-    /// What drops packets of a peer's pods that come in by one interface, if those to them leave by another.
+    /// Returns what drops packets of a peer's pods that arrive at one interface while those to them leave by
+    /// another.
     pub fn diverted(
         &self,
         netlink: &mut Netlink,
         vtep: IpAddr,
-        by: Culprit,
+        by: DroppingRule,
         at: u32,
     ) -> Option<Diverted> {
-        let goes = netlink.route(&Query::to(vtep)).ok()?.link;
+        let output_link = netlink.route(&Query::to(vtep)).ok()?.link;
         let name = |index: u32| {
             let link = self.links.iter().find(|link| link.index == index)?;
             Some(link.name.clone())
         };
-        let (came, goes) = (name(at)?, name(goes).filter(|_| goes != at)?);
+        let (came, goes) = (name(at)?, name(output_link).filter(|_| output_link != at)?);
         Some(Diverted { by, came, goes })
     }
 
-    /// Whether a program sees packets that come in at the underlay's interface before packet sockets do.
+    /// Whether an XDP program receives packets at the underlay's interface before packet sockets do.
     pub fn has_xdp(&self, place: &Place) -> bool {
         let link = self.links.iter().find(|link| link.index == place.link);
         link.is_some_and(Link::has_xdp)
     }
 
-    /// What takes all that comes in at the underlay's interface, if something may.
+    /// Returns what may take all packets that arrive at the underlay's interface.
     pub fn passthru(&self, place: &Place) -> Option<String> {
         hooks::passthru(self.links.iter().find(|link| link.index == place.link)?)
     }
 
-    /// What else may drop tunnel packets on their way out or in, for none that nftables tells of does.
+    /// Returns what may drop tunnel packets in this direction (`OUT` or `IN`) where no nftables rule does.
     pub fn hints(&self, netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String> {
         let Place { local, port, gossip, .. } = place;
         let is_out = way == OUT;
         let side = if is_out { Side::Egress } else { Side::Ingress };
         let legacy = if is_out { Way::Out } else { Way::In };
-        let mut hints = legacy::around_tunnels(local.is_ipv4(), legacy, *port, Some(*gossip));
+        let mut hints =
+            iptables_legacy::around_tunnels(local.is_ipv4(), legacy, *port, Some(*gossip));
         if !is_out {
             hints.extend(redirecting(local.is_ipv4(), *port));
-            hints.extend(legacy::redirecting(local.is_ipv4(), *port));
+            hints.extend(iptables_legacy::redirecting(local.is_ipv4(), *port));
         }
         let underlay = self.links.iter().find(|link| link.index == place.link);
         hints.extend(underlay.into_iter().flat_map(|link| hooks::at(netlink, link, side)));
@@ -248,7 +295,7 @@ impl Ways {
             let ours = if is_out { policy.from } else { policy.to };
             !policy.lets_pass() && policy.direction == direction && ours.contains(local)
         });
-        hints.extend(concerned.take(NAMED).map(|policy| {
+        hints.extend(concerned.take(MAX_NAMED).map(|policy| {
             format!(
                 "an IPsec policy takes packets from {} to {} (ip xfrm policy: dir {direction}, priority {}): \
                  exempt UDP {port} from it",
@@ -259,18 +306,18 @@ impl Ways {
     }
 }
 
-/// Where to look if there are no hints.
+/// Returns the sentence that names further places to check, for use without other hints.
 pub fn nothing_found(interface: &str, way: usize) -> String {
     let legacy = if way == OUT { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
     format!(
-        "no rule or policy that drops them was found, and {}; look at ip rule and iptables -t mangle -S \
+        "no rule or policy that drops them was found, and {}; check ip rule and iptables -t mangle -S \
          OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}",
         hooks::nothing_found(interface)
     )
 }
 
-/// What may drop packets at the VXLAN device on their way in or out; none where nothing hangs there but what
-/// cannot be seen.
+/// Returns what may drop packets at the VXLAN device in this direction; empty for arriving packets if nothing
+/// is found.
 pub fn at_device(netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String> {
     let device = &place.device;
     let Ok(Some(link)) = netlink.link(device) else { return Vec::new() };
@@ -278,14 +325,14 @@ pub fn at_device(netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String
     let mut hints = hooks::at(netlink, &link, side);
     if way == OUT && hints.is_empty() {
         hints.push(format!(
-            "{}; look at nft list ruleset (family netdev)",
+            "{}; check nft list ruleset (family netdev)",
             hooks::nothing_found(device)
         ));
     }
     hints
 }
 
-/// Rules that give tunnel packets another destination.
+/// Returns the nftables chains that give tunnel packets another destination, as sentences.
 fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
     let chains = FirewallTable::open().and_then(|mut table| table.redirected_port(ipv4, port));
     let sentence = |chain: String| {
@@ -296,10 +343,10 @@ fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
             open_chain(&chain, &[port])
         )
     };
-    chains.unwrap_or_default().into_iter().take(NAMED).map(sentence).collect()
+    chains.unwrap_or_default().into_iter().take(MAX_NAMED).map(sentence).collect()
 }
 
-/// Packets that the VXLAN device has dropped for their marks of congestion.
+/// Returns the number of packets that the VXLAN device dropped for their ECN marks.
 pub fn congested(netlink: &mut Netlink, device: &str) -> Option<u64> {
     let link = netlink.link(device).ok()??;
     link.message.attributes.iter().find_map(|attribute| match attribute {
@@ -308,11 +355,12 @@ pub fn congested(netlink: &mut Netlink, device: &str) -> Option<u64> {
     })
 }
 
-/// Whether a strict reverse path filter is in force: the larger value counts.
+/// Whether a strict reverse path filter is in force: the larger of the values for all interfaces and for this
+/// one applies.
 fn is_strict(interface: &str) -> bool {
     let value = |name: &str| {
         let value = fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"));
         value.ok().and_then(|value| value.trim().parse::<u8>().ok()).unwrap_or(0)
     };
-    value("all").max(value(interface)) == STRICT
+    value("all").max(value(interface)) == RP_FILTER_STRICT
 }

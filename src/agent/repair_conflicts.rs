@@ -1,6 +1,7 @@
-//! Fights with other programs: which there are, who the other side may be, and how that is said.
+//! Conflicts with other programs that keep undoing repairs: how often, which program it may be, and the
+//! sentence for operators.
 //!
-//! Each of the threads that repair has its own. What is a fight is decided in `dataplane::fight`.
+//! Each thread that repairs has its own instance. `dataplane::fight` decides what counts as a conflict.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,13 +11,13 @@ use std::{
 };
 
 use crate::{
-    dataplane::fight::{Begun, Fights, Kind},
+    dataplane::fight::{FightStart, Fights, Kind},
     files,
     model::Time,
 };
 
-/// Programs that change interfaces, addresses and routes of others, the likeliest first.
-const NETWORK: [&str; 20] = [
+/// Programs that change interfaces, addresses and routes of other programs, the most likely first.
+const NETWORK_PROGRAMS: [&str; 20] = [
     "systemd-networkd",
     "NetworkManager",
     "connmand",
@@ -39,7 +40,7 @@ const NETWORK: [&str; 20] = [
     "monit",
 ];
 /// Programs that write or flush tables of nftables.
-const FIREWALL: [&str; 12] = [
+const FIREWALL_PROGRAMS: [&str; 12] = [
     "firewalld",
     "ufw",
     "shorewall",
@@ -54,7 +55,7 @@ const FIREWALL: [&str; 12] = [
     "chef-client",
 ];
 /// Programs that write sysctls.
-const SYSCTLS: [&str; 9] = [
+const SYSCTL_PROGRAMS: [&str; 9] = [
     "tuned",
     "systemd-networkd",
     "NetworkManager",
@@ -65,45 +66,46 @@ const SYSCTLS: [&str; 9] = [
     "salt-minion",
     "chef-client",
 ];
-/// The kernel keeps so much of a program's name (`TASK_COMM_LEN` less the zero at the end).
-const COMM: usize = 15;
-/// More names help no reader.
-const NAMED: usize = 3;
+/// Bytes of a program's name that the kernel keeps (`TASK_COMM_LEN` less the terminating zero).
+const COMM_LEN: usize = 15;
+/// Limit of programs named.
+const MAX_NAMED: usize = 3;
 
-/// The fights of one thread.
-pub struct Opponents {
+/// The conflicts of one thread.
+pub struct RepairConflicts {
     begun: Instant,
     fights: Fights,
-    /// Of each fight that is under way.
+    /// One sentence for each present conflict.
     sentences: BTreeMap<Kind, String>,
 }
 
-impl Opponents {
+impl RepairConflicts {
+    /// Returns an instance without conflicts.
     pub fn new() -> Self {
         Self { begun: Instant::now(), fights: Fights::default(), sentences: BTreeMap::new() }
     }
 
-    /// Counts a repair of `object`, which is about the interface with index `link`, if about any.
+    /// Counts a repair of `object`, which concerns the interface with index `link`, if any.
     pub fn note(&mut self, kind: Kind, object: &str, link: Option<u32>) {
         let now = self.now();
         if let Some(begun) = self.fights.note(now, kind) {
-            let who = likely(Path::new("/"), kind, link);
-            self.sentences.insert(kind, sentence(kind, object, begun, &who));
+            let suspects = find_suspects(Path::new("/"), kind, link);
+            self.sentences.insert(kind, sentence(kind, object, begun, &suspects));
         }
     }
 
-    /// How long after the last repair the next one of this kind waits.
+    /// Returns how long the next repair of this kind has to wait after the last one.
     pub fn pause(&self, kind: Kind) -> Duration {
-        self.fights.pause(kind)
+        self.fights.delay(kind)
     }
 
-    /// Whether one of this kind is under way.
+    /// Whether there is a conflict of this kind now.
     pub fn is_under_way(&mut self, kind: Kind) -> bool {
         let now = self.now();
         self.fights.is_under_way(now, kind)
     }
 
-    /// The fights that are under way, as sentences.
+    /// Returns the present conflicts as sentences.
     pub fn problems(&mut self) -> Vec<String> {
         let now = self.now();
         self.sentences.retain(|kind, _| self.fights.is_under_way(now, *kind));
@@ -115,7 +117,7 @@ impl Opponents {
     }
 }
 
-fn sentence(kind: Kind, object: &str, begun: Begun, who: &Suspects) -> String {
+fn sentence(kind: Kind, object: &str, begun: FightStart, suspects: &Suspects) -> String {
     let (what, see) = match kind {
         Kind::Entries => ("gossamer's entries in the kernel", "ip monitor all"),
         Kind::Bridge => ("the pods' bridge and its ports", "ip monitor link address"),
@@ -125,51 +127,52 @@ fn sentence(kind: Kind, object: &str, begun: Begun, who: &Suspects) -> String {
         Kind::Spoofing => ("a table of nftables about pods' addresses", "nft monitor"),
         Kind::Sysctls => ("sysctls that gossamer sets", "grep -r net /etc/sysctl.d"),
     };
-    let Begun { repairs, within } = begun;
+    let FightStart { repairs, within } = begun;
     let seconds = within.as_secs().max(1);
-    let who = match who {
+    let cause = match suspects {
         Suspects { managed: true, .. } => "systemd-networkd manages that interface: let it leave \
              gossamer's alone (the package's /usr/lib/systemd/network/05-gossamer.network)"
             .to_owned(),
         Suspects { running, .. } if running.is_empty() => {
-            format!("no program that is known for this runs here: see who it is ({see})")
+            format!("no program known for this runs here: find the program ({see})")
         }
         Suspects { running, .. } => format!(
-            "it may be {}, which runs here: make it leave gossamer's interfaces, routes and tables alone \
-             (docs/TROUBLESHOOTING.md), or see who it is ({see})",
+            "it may be {}, which runs here: make it ignore gossamer's interfaces, routes and tables \
+             (docs/TROUBLESHOOTING.md), or find the program ({see})",
             running.join(" or ")
         ),
     };
     format!(
         "another program keeps changing {what} ({object}): repaired {repairs} times in {seconds} s, and only \
-         every few seconds from now on; {who}"
+         every few seconds from now on; {cause}"
     )
 }
 
-/// Who the other side may be.
+/// The programs that may cause the conflict.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Suspects {
-    /// systemd-networkd says that it manages the interface.
+    /// Whether systemd-networkd reports that it manages the interface.
     managed: bool,
+    /// Known programs that run here.
     running: Vec<&'static str>,
 }
 
-/// Looks at the programs that run in this network namespace, below `root`.
-fn likely(root: &Path, kind: Kind, link: Option<u32>) -> Suspects {
+/// Finds known programs that run in this network namespace; `root` is the root of the file system.
+fn find_suspects(root: &Path, kind: Kind, link: Option<u32>) -> Suspects {
     let known = match kind {
-        Kind::Entries | Kind::Bridge => &NETWORK[..],
-        Kind::Firewall | Kind::Spoofing => &FIREWALL[..],
-        Kind::Sysctls => &SYSCTLS[..],
+        Kind::Entries | Kind::Bridge => &NETWORK_PROGRAMS[..],
+        Kind::Firewall | Kind::Spoofing => &FIREWALL_PROGRAMS[..],
+        Kind::Sysctls => &SYSCTL_PROGRAMS[..],
     };
-    let about_links = matches!(kind, Kind::Entries | Kind::Bridge);
-    let managed = about_links && link.is_some_and(|index| is_managed(root, index));
+    let concerns_links = matches!(kind, Kind::Entries | Kind::Bridge);
+    let managed = concerns_links && link.is_some_and(|index| is_managed(root, index));
     let comms = comms(root);
-    let runs = |program: &&&str| comms.contains(&program[..program.len().min(COMM)]);
-    let running = known.iter().filter(runs).take(NAMED).copied().collect();
+    let runs = |program: &&&str| comms.contains(&program[..program.len().min(COMM_LEN)]);
+    let running = known.iter().filter(runs).take(MAX_NAMED).copied().collect();
     Suspects { managed, running }
 }
 
-/// Names of the processes that are in this process's network namespace, as far as that is shown.
+/// Returns the names of the processes in this network namespace, as far as /proc shows them.
 fn comms(root: &Path) -> BTreeSet<String> {
     let namespace = |process: &Path| fs::read_link(process.join("ns/net")).ok();
     let ours = namespace(&root.join("proc/thread-self"));
@@ -185,7 +188,7 @@ fn comms(root: &Path) -> BTreeSet<String> {
         .collect()
 }
 
-/// See sd-network(3); "unmanaged" is what it should be.
+/// Whether systemd-networkd manages the interface, by its `ADMIN_STATE` (sd-network(3)).
 fn is_managed(root: &Path, index: u32) -> bool {
     let path = root.join(format!("run/systemd/netif/links/{index}"));
     let state = files::read_text(&path, files::SMALL).unwrap_or_default();
@@ -198,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_other_side_is_named_by_what_runs_and_by_what_networkd_says() {
+    fn find_suspects_returns_running_programs_and_networkd_state() {
         let root = std::env::temp_dir().join(format!("gossamer-suspects-{}", std::process::id()));
         let put = |path: &str, text: &str| {
             let path = root.join(path);
@@ -211,26 +214,29 @@ mod tests {
         put("proc/self/comm", "keepalived\n");
         put("run/systemd/netif/links/7", "# private\nADMIN_STATE=configured\n");
         put("run/systemd/netif/links/8", "ADMIN_STATE=unmanaged\n");
-        let entries = likely(&root, Kind::Bridge, Some(8));
+        let entries = find_suspects(&root, Kind::Bridge, Some(8));
         assert_eq!(entries, Suspects { managed: false, running: vec!["systemd-networkd"] });
-        assert!(likely(&root, Kind::Bridge, Some(7)).managed);
-        assert_eq!(likely(&root, Kind::Firewall, None).running, ["firewalld"]);
-        assert_eq!(likely(&root.join("nothing"), Kind::Bridge, Some(7)), Suspects::default());
+        assert!(find_suspects(&root, Kind::Bridge, Some(7)).managed);
+        assert_eq!(find_suspects(&root, Kind::Firewall, None).running, ["firewalld"]);
+        assert_eq!(
+            find_suspects(&root.join("nothing"), Kind::Bridge, Some(7)),
+            Suspects::default()
+        );
         fs::remove_dir_all(&root).expect("removed");
     }
 
     #[test]
-    fn a_fight_is_said_with_what_how_often_and_who() {
-        let begun = Begun { repairs: 10, within: Duration::from_secs(12) };
-        let say = |managed, running: &[&'static str]| {
-            let who = Suspects { managed, running: running.to_vec() };
-            sentence(Kind::Bridge, "port gsm1", begun, &who)
+    fn sentence_of_a_conflict_names_object_rate_and_program() {
+        let begun = FightStart { repairs: 10, within: Duration::from_secs(12) };
+        let text_for = |managed, running: &[&'static str]| {
+            let suspects = Suspects { managed, running: running.to_vec() };
+            sentence(Kind::Bridge, "port gsm1", begun, &suspects)
         };
-        let text = say(false, &["NetworkManager"]);
+        let text = text_for(false, &["NetworkManager"]);
         for part in ["bridge", "port gsm1", "10 times in 12 s", "NetworkManager"] {
             assert!(text.contains(part), "{text}");
         }
-        assert!(say(true, &[]).contains("systemd-networkd manages"));
-        assert!(say(false, &[]).contains("ip monitor"));
+        assert!(text_for(true, &[]).contains("systemd-networkd manages"));
+        assert!(text_for(false, &[]).contains("ip monitor"));
     }
 }

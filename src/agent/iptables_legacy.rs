@@ -1,6 +1,7 @@
-//! Rules of iptables-legacy: read by its own program where that is installed. The kernel's traces of nftables
-//! do not tell of them. Which may drop packets or change their addresses is looked for where packets are
-//! known to be lost or changed on this host.
+//! Rules of iptables-legacy that may drop packets or change their addresses.
+//!
+//! The kernel's traces of nftables do not contain these rules, so they are read with `iptables-legacy-save`
+//! where that is installed. They are read only where packets are known to be lost or changed on this host.
 
 use std::{
     fs,
@@ -15,26 +16,36 @@ use ipnet::IpNet;
 
 use crate::dataplane::{kernel::LegacyTable, silence::iptables_ports};
 
-/// The program prints at once, or does not at all.
+/// How long to wait for the output of the program.
 const TIMEOUT: Duration = Duration::from_secs(2);
-const MOST: u64 = 1 << 20;
-/// Tables that are read, and rules that are named.
-const TABLES: usize = 5;
-const NAMED: usize = 3;
+/// Limit of the output, in bytes.
+const MAX_OUTPUT: u64 = 1 << 20;
+/// Limit of tables read per family.
+const MAX_TABLES: usize = 5;
+/// Limit of rules named in one result.
+const MAX_NAMED: usize = 3;
+/// Targets and policies that drop packets.
 const DROPPING: [&str; 2] = ["DROP", "REJECT"];
+/// Targets that change the destination.
 const REDIRECTING: [&str; 3] = ["DNAT", "REDIRECT", "NETMAP"];
+/// Targets that change the source.
 const TRANSLATING: [&str; 3] = ["SNAT", "MASQUERADE", "NETMAP"];
+/// Chains that the kernel calls itself.
 const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
 
-/// The way of a packet through the built-in chains.
+/// The route of a packet through the built-in chains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
+    /// Sent by this host.
     Out,
+    /// Received by this host.
     In,
+    /// Forwarded by this host.
     Forward,
 }
 
 impl Way {
+    /// Returns the built-in chains in the order in which a packet passes them.
     const fn chains(self) -> &'static [&'static str] {
         match self {
             Self::Out => &["OUTPUT", "POSTROUTING"],
@@ -44,28 +55,31 @@ impl Way {
     }
 }
 
-/// A rule, or a policy, as `iptables-save` prints it.
+/// A rule or policy that may affect the packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Suspicious {
+struct SuspectRule {
+    /// As `iptables-save` prints it.
     line: String,
     chain: String,
 }
 
-/// What may drop tunnel packets, UDP to this port, and what helps: what lets gossip to a port pass, too.
+/// Returns the rules that may drop tunnel packets (UDP to `port`), each with a remedy that also admits gossip
+/// to its port.
 pub fn around_tunnels(ipv4: bool, way: Way, port: u16, gossip: Option<u16>) -> Vec<String> {
     let ports: Vec<u16> = [port].into_iter().chain(gossip).collect();
     let ports = iptables_ports(&ports);
     suspects(ipv4, way, Some(port), |command| format!("{command} {ports} -j ACCEPT"))
 }
 
-/// What may drop packets of pods that are forwarded, all or some: with what helps.
+/// Returns the rules that may drop some or all forwarded packets of pods, each with a remedy.
 pub fn around_pods(network: IpNet) -> Vec<String> {
     suspects(network.addr().is_ipv4(), Way::Forward, None, |command| {
         format!("{command} -s {network} -j ACCEPT; {command} -d {network} -j ACCEPT")
     })
 }
 
-/// What gives tunnel packets that come in, UDP to this port, another destination: with what helps.
+/// Returns the rules that give arriving tunnel packets (UDP to `port`) another destination, each with a
+/// remedy.
 pub fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
     let rules = translating_rules(ipv4, Way::In, port, &REDIRECTING).into_iter();
     let sentence = |(rule, fix)| {
@@ -77,12 +91,14 @@ pub fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
     rules.map(sentence).collect()
 }
 
-/// The rule that gives tunnel packets which leave, UDP to this port, another source, and what exempts them.
+/// Returns the first rule that gives leaving tunnel packets (UDP to `port`) another source, and the command
+/// that exempts them.
 pub fn translating(ipv4: bool, port: u16) -> Option<(String, String)> {
     translating_rules(ipv4, Way::Out, port, &TRANSLATING).into_iter().next()
 }
 
-/// Rules of the table of address translations, and what exempts UDP to a port from each.
+/// Returns the rules of the table `nat` with one of these targets, and the command that exempts UDP to `port`
+/// from each.
 fn translating_rules(ipv4: bool, way: Way, port: u16, targets: &[&str]) -> Vec<(String, String)> {
     let name = program(ipv4);
     if !tables(ipv4).iter().any(|table| table == "nat") {
@@ -90,55 +106,57 @@ fn translating_rules(ipv4: bool, way: Way, port: u16, targets: &[&str]) -> Vec<(
     }
     let Some(rules) = save(name, "nat") else {
         let rule = format!("a rule of {name} that cannot be read here may be what");
-        return vec![(rule, format!("look at {name} -t nat -S"))];
+        return vec![(rule, format!("check {name} -t nat -S"))];
     };
-    let found = suspicious(&rules, way, Some(port), targets).into_iter().take(NAMED);
-    let named = found.map(|Suspicious { line, chain }| {
+    let found = suspect_rules(&rules, way, Some(port), targets).into_iter().take(MAX_NAMED);
+    let named = found.map(|SuspectRule { line, chain }| {
         let open = format!("{name} -t nat -I {chain} {} -j ACCEPT", iptables_ports(&[port]));
         (format!("{name} has `{line}` in its table nat, which"), open)
     });
     named.collect()
 }
 
-/// All tables of a family that can be read.
+/// Returns the tables of a family that can be read.
 pub fn all_tables(ipv4: bool) -> Vec<LegacyTable> {
     let name = program(ipv4);
     let read = |table: &String| Some(LegacyTable::new(name, table, &save(name, table)?));
-    tables(ipv4).iter().take(TABLES).filter_map(read).collect()
+    tables(ipv4).iter().take(MAX_TABLES).filter_map(read).collect()
 }
 
+/// Returns the name of the program of a family.
 const fn program(ipv4: bool) -> &'static str {
     if ipv4 { "iptables-legacy" } else { "ip6tables-legacy" }
 }
 
-/// Tables that are in the kernel.
+/// Returns the names of the tables that the kernel has loaded.
 fn tables(ipv4: bool) -> Vec<String> {
     let file = if ipv4 { "/proc/net/ip_tables_names" } else { "/proc/net/ip6_tables_names" };
     let names = fs::read_to_string(file).unwrap_or_default();
     names.lines().map(str::to_owned).collect()
 }
 
+/// Returns the dropping rules as sentences; `fix` makes the remedy from the command that inserts a rule.
 fn suspects(ipv4: bool, way: Way, port: Option<u16>, fix: impl Fn(&str) -> String) -> Vec<String> {
     let name = program(ipv4);
     let mut suspects = Vec::new();
-    for table in tables(ipv4).iter().filter(|table| *table != "nat").take(TABLES) {
+    for table in tables(ipv4).iter().filter(|table| *table != "nat").take(MAX_TABLES) {
         let Some(rules) = save(name, table) else {
             suspects.push(format!(
                 "{name} has rules, too, which cannot be read here: {name} -t {table} -S"
             ));
             continue;
         };
-        let found = suspicious(&rules, way, port, &DROPPING).into_iter();
-        suspects.extend(found.map(|Suspicious { line, chain }| {
+        let found = suspect_rules(&rules, way, port, &DROPPING).into_iter();
+        suspects.extend(found.map(|SuspectRule { line, chain }| {
             let fix = fix(&format!("{name} -t {table} -I {chain}"));
             format!("{name} has `{line}` in its table {table}, which may: {fix}")
         }));
     }
-    suspects.truncate(NAMED);
+    suspects.truncate(MAX_NAMED);
     suspects
 }
 
-/// What `iptables-save` prints of one table.
+/// Returns what `iptables-save` prints for one table; `None` if it fails or takes too long.
 fn save(name: &str, table: &str) -> Option<String> {
     let mut child = Command::new(format!("{name}-save"))
         .args(["-t", table])
@@ -151,10 +169,10 @@ fn save(name: &str, table: &str) -> Option<String> {
     let (done, read) = mpsc::channel();
     let reader = thread::Builder::new().spawn(move || {
         let mut text = String::new();
-        let whole = output.take(MOST).read_to_string(&mut text);
+        let whole = output.take(MAX_OUTPUT).read_to_string(&mut text);
         let _ = done.send(whole.is_ok().then_some(text));
     });
-    // Without a thread its end of the channel is gone, and nothing is waited for.
+    // Without a thread the sender is dropped, and `recv_timeout` returns at once.
     let text = read.recv_timeout(TIMEOUT).ok().flatten();
     let _ = child.kill();
     let _ = child.wait();
@@ -162,32 +180,32 @@ fn save(name: &str, table: &str) -> Option<String> {
     text
 }
 
-/// Rules with one of these targets, and policies, that concern such packets, or may: with a port those that
-/// name no other protocol or port.
-fn suspicious(rules: &str, way: Way, port: Option<u16>, targets: &[&str]) -> Vec<Suspicious> {
+/// Returns the rules and policies with one of these targets that affect the packets, or may. With a port,
+/// rules for another protocol or port are omitted.
+fn suspect_rules(rules: &str, way: Way, port: Option<u16>, targets: &[&str]) -> Vec<SuspectRule> {
     let concerned = |line: &str| {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
             [chain, policy, ..] if line.starts_with(':') => {
                 let chain = chain.strip_prefix(':')?;
-                let is_it = way.chains().contains(&chain) && targets.contains(&policy);
+                let is_match = way.chains().contains(&chain) && targets.contains(&policy);
                 let line = format!("-P {chain} {policy}");
-                is_it.then(|| Suspicious { line, chain: chain.to_owned() })
+                is_match.then(|| SuspectRule { line, chain: chain.to_owned() })
             }
             ["-A", chain, ref rest @ ..] => {
-                let of = |option: &str| {
+                let value_of = |option: &str| {
                     let at = rest.iter().position(|word| *word == option)?;
                     rest.get(at + 1).copied()
                 };
-                let is_other = BUILT_IN.contains(&chain) && !way.chains().contains(&chain);
-                let is_target = of("-j").is_some_and(|target| targets.contains(&target));
-                let ports = of("--dport").or_else(|| of("--dports"));
+                let is_other_path = BUILT_IN.contains(&chain) && !way.chains().contains(&chain);
+                let is_target = value_of("-j").is_some_and(|target| targets.contains(&target));
+                let ports = value_of("--dport").or_else(|| value_of("--dports"));
                 let concerns = port.is_none_or(|port| {
-                    of("-p").is_none_or(|protocol| protocol == "udp" || protocol == "all")
-                        && ports.is_none_or(|ports| holds(ports, port))
+                    value_of("-p").is_none_or(|protocol| protocol == "udp" || protocol == "all")
+                        && ports.is_none_or(|ports| contains_port(ports, port))
                 });
-                let found = || Suspicious { line: line.to_owned(), chain: chain.to_owned() };
-                (is_target && concerns && !is_other).then(found)
+                let found = || SuspectRule { line: line.to_owned(), chain: chain.to_owned() };
+                (is_target && concerns && !is_other_path).then(found)
             }
             _ => None,
         }
@@ -195,8 +213,8 @@ fn suspicious(rules: &str, way: Way, port: Option<u16>, targets: &[&str]) -> Vec
     rules.lines().filter_map(concerned).collect()
 }
 
-/// Ports as iptables writes them: numbers and ranges.
-fn holds(ports: &str, port: u16) -> bool {
+/// Whether a list of ports and ranges, as iptables writes it, contains a port.
+fn contains_port(ports: &str, port: u16) -> bool {
     ports.split(',').any(|part| {
         let (first, last) = part.split_once(':').unwrap_or((part, part));
         let number = |text: &str| text.parse::<u16>().ok();
@@ -209,7 +227,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rules_that_drop_the_port_are_found_and_others_are_not() {
+    fn suspect_rules_returns_only_rules_that_drop_the_port() {
         let rules = "*filter\n:INPUT ACCEPT [0:0]\n:OUTPUT DROP [1:2]\n:mine - [0:0]\n\
                      -A INPUT -p udp -m udp --dport 8472 -j DROP\n\
                      -A OUTPUT -p tcp -j DROP\n\
@@ -217,7 +235,7 @@ mod tests {
                      -A mine -p udp -m udp --dport 53 -j DROP\n\
                      -A mine -s 192.0.2.1/32 -j DROP\nCOMMIT\n";
         let drop = |way, port| {
-            let found = suspicious(rules, way, port, &DROPPING).into_iter();
+            let found = suspect_rules(rules, way, port, &DROPPING).into_iter();
             found.map(|rule| rule.line).collect::<Vec<_>>()
         };
         assert_eq!(
@@ -234,8 +252,9 @@ mod tests {
             ["-A mine -p udp -m udp --dport 53 -j DROP", "-A mine -s 192.0.2.1/32 -j DROP"];
         assert_eq!(drop(Way::Forward, None), of_pods);
     }
+
     #[test]
-    fn rules_that_translate_the_port_are_found_with_the_chain_that_has_them() {
+    fn suspect_rules_translating_the_port_are_returned_with_their_chain() {
         let rules = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n\
                      -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
                      -A OUTPUT -p udp -j REDIRECT --to-ports 9\n\
@@ -243,7 +262,7 @@ mod tests {
                      -A DOCKER -p tcp -m tcp --dport 8472 -j DNAT --to-destination 172.17.0.9:8472\n\
                      -A DOCKER -p udp -m udp --dport 8472 -j DNAT --to-destination 172.17.0.2:8472\n";
         let chains = |way, targets: &[&str]| {
-            let found = suspicious(rules, way, Some(8_472), targets).into_iter();
+            let found = suspect_rules(rules, way, Some(8_472), targets).into_iter();
             found.map(|rule| rule.chain).collect::<Vec<_>>()
         };
         assert_eq!(chains(Way::In, &REDIRECTING), ["DOCKER"]);

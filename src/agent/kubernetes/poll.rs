@@ -1,5 +1,5 @@
-//! The source of this node's subnet is asked again and again while the agent runs: another subnet is noticed,
-//! and other nodes are found by a list that failed at first.
+//! Periodic queries for the subnet of this node while the agent runs. They notice an assignment of another
+//! subnet, and repeat a list of nodes that failed at the start.
 
 use std::{
     collections::BTreeMap,
@@ -11,7 +11,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
     super::{Agent, Ending, LoopEvent},
-    Age, Given, RETRY, Unknown, api, ask,
+    Assignment, Freshness, LookupError, RETRY, api, query,
 };
 use crate::{
     api::{EventKind, EventLevel},
@@ -19,43 +19,46 @@ use crate::{
     model::Pool,
 };
 
-/// The source is asked this often as long as nothing is missing.
-const PERIOD: Duration = Duration::from_secs(20);
+/// Time between queries while nothing is missing.
+const POLL_INTERVAL: Duration = Duration::from_secs(20);
 
-/// What was heard of this node, and of others if that was asked.
+/// The answer about this node, and the list of others if it was requested.
 #[derive(Debug)]
 pub(crate) struct NodeReport {
-    cidrs: Result<Vec<IpNet>, Unknown>,
+    cidrs: Result<Vec<IpNet>, LookupError>,
     others: Option<Result<Vec<std::net::IpAddr>, String>>,
 }
 
-/// Where the subnet of this node is said, and what is known from there.
-pub(crate) struct Source {
+/// The source of this node's subnets, and what is known from it.
+pub(crate) struct PodCidrSource {
     from: PodCidr,
+    /// Name of this node.
     name: String,
     pool: Pool,
+    /// The subnets that this node uses.
     cidrs: Vec<IpNet>,
     report: UnboundedSender<LoopEvent>,
-    /// When to ask; none while an answer is awaited.
+    /// When to query next; `None` while an answer is pending.
     due: Option<Instant>,
-    /// Why the other nodes are not known, as long as no list has come.
+    /// Why the other nodes are unknown, until a first list has come.
     unlisted: Option<String>,
     /// Seeds of the last list.
     seeds: Vec<String>,
-    /// What is wrong with this node's subnet.
+    /// The problem of this node's subnet.
     problem: Option<String>,
-    /// The last failure of each kind in the log.
+    /// The last logged failure of each kind.
     logged: BTreeMap<&'static str, String>,
+    /// Pause before the next query.
     pause: Duration,
 }
 
-impl Source {
-    /// None, if it always says the same.
+impl PodCidrSource {
+    /// Returns `None` if the source cannot change.
     pub(crate) fn new(
         from: &PodCidr,
         name: &str,
         pool: Pool,
-        given: &Given,
+        given: &Assignment,
         seeds: Vec<String>,
         report: UnboundedSender<LoopEvent>,
     ) -> Option<Self> {
@@ -63,7 +66,7 @@ impl Source {
             return None;
         }
         let unlisted = given.others.as_ref().err().cloned();
-        let pause = if unlisted.is_some() { RETRY } else { PERIOD };
+        let pause = if unlisted.is_some() { RETRY } else { POLL_INTERVAL };
         Some(Self {
             from: from.clone(),
             name: name.to_owned(),
@@ -79,11 +82,13 @@ impl Source {
         })
     }
 
+    /// Returns when to query next.
     pub(crate) const fn next(&self) -> Option<Instant> {
         self.due
     }
 
-    /// What is wrong: with the subnet of this node, and with the list of others if it knows `no_other`.
+    /// Returns the problem with the subnet of this node, and with `no_other` (no other node is known) the
+    /// problem with the list of nodes.
     pub(crate) fn problems(&self, no_other: bool) -> impl Iterator<Item = String> {
         let unlisted =
             self.unlisted.as_ref().filter(|_| no_other).map(|why| {
@@ -92,22 +97,24 @@ impl Source {
         self.problem.iter().cloned().chain(unlisted)
     }
 
-    /// Whether a list of nodes has never come.
+    /// Whether no list of nodes has come yet.
     pub(crate) const fn lacks_list(&self) -> bool {
         self.unlisted.is_some()
     }
 
-    fn ask(&mut self, is_alone: bool) {
+    /// Queries the source in a task, which reports to the event loop. Requests a list of nodes too if none
+    /// has come or no other member is known.
+    fn query(&mut self, is_alone: bool) {
         self.due = None;
         let with_list = matches!(self.from, PodCidr::Api) && (self.unlisted.is_some() || is_alone);
         let (from, name, pool) = (self.from.clone(), self.name.clone(), self.pool);
         let (known, report) = (self.cidrs.clone(), self.report.clone());
         tokio::spawn(async move {
-            let cidrs = match ask(&from, &name, &pool, Age::Cached).await {
+            let cidrs = match query(&from, &name, &pool, Freshness::Cached).await {
                 Ok((cidrs, _)) if cidrs == known => Ok(cidrs),
-                // What a cache says may be old.
-                Ok(_) | Err(Unknown::Said(_)) => {
-                    ask(&from, &name, &pool, Age::Newest).await.map(|(cidrs, _)| cidrs)
+                // A changed answer from a cache may be outdated: query the newest state.
+                Ok(_) | Err(LookupError::NotAssigned(_)) => {
+                    query(&from, &name, &pool, Freshness::Newest).await.map(|(cidrs, _)| cidrs)
                 }
                 Err(error) => Err(error),
             };
@@ -119,37 +126,39 @@ impl Source {
         });
     }
 
+    /// Logs a failure, if it differs from the last of its kind.
     fn log(&mut self, why: String, event: &'static str) {
-        if self.is_news(&why, event) {
+        if self.is_new_failure(&why, event) {
             tracing::warn!(%why, "{event}");
         }
     }
 
-    /// Whether a failure is another one than the last of its kind.
-    fn is_news(&mut self, why: &str, event: &'static str) -> bool {
+    /// Stores a failure, and returns whether it differs from the last of its kind.
+    fn is_new_failure(&mut self, why: &str, event: &'static str) -> bool {
         self.logged.insert(event, why.to_owned()).as_deref() != Some(why)
     }
 
-    /// Plans the next question: soon after a failure, and then less and less often.
+    /// Sets the time of the next query: soon after a first failure, then with doubling pauses.
     fn plan(&mut self, now: Instant, failed: bool, at_least: Duration) {
         self.pause = match failed {
-            true if self.pause >= PERIOD => RETRY,
-            true => (self.pause * 2).min(PERIOD - RETRY),
-            false => PERIOD,
+            true if self.pause >= POLL_INTERVAL => RETRY,
+            true => (self.pause * 2).min(POLL_INTERVAL - RETRY),
+            false => POLL_INTERVAL,
         };
         self.due = Some(now + self.pause.max(at_least));
     }
 }
 
 impl Agent {
-    /// Asks where it is time.
-    pub(in crate::agent) fn ask_about_node(&mut self, now: Instant) {
+    /// Queries the source, if that is due.
+    pub(in crate::agent) fn poll_pod_cidrs(&mut self, now: Instant) {
         let is_alone = !self.node.has_active_peer();
         if let Some(source) = self.source.as_mut().filter(|s| s.due.is_some_and(|due| due <= now)) {
-            source.ask(is_alone);
+            source.query(is_alone);
         }
     }
 
+    /// Applies an answer of the source.
     pub(in crate::agent) fn on_node_report(&mut self, NodeReport { cidrs, others }: NodeReport) {
         let now = Instant::now();
         let Some(source) = &mut self.source else { return };
@@ -158,16 +167,16 @@ impl Agent {
         match cidrs {
             Ok(cidrs) if cidrs == source.cidrs => source.problem = None,
             Ok(cidrs) => return self.move_to(&cidrs),
-            Err(Unknown::Said(why)) => {
+            Err(LookupError::NotAssigned(why)) => {
                 failed = true;
                 let known =
                     source.cidrs.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");
-                source.problem = Some(format!("{why}; this node goes on with {known}"));
-                source.log(why, "Kubernetes gives this node no usable subnet any more");
+                source.problem = Some(format!("{why}; this node continues with {known}"));
+                source.log(why, "Kubernetes no longer assigns this node a usable subnet");
             }
-            Err(Unknown::Unanswered { why, pause: asked }) => {
-                (failed, pause) = (true, asked);
-                source.log(why, "Kubernetes says nothing about this node");
+            Err(LookupError::NoAnswer { why, pause: requested }) => {
+                (failed, pause) = (true, requested);
+                source.log(why, "no answer from Kubernetes about this node");
             }
         }
         let listed = match others {
@@ -188,7 +197,7 @@ impl Agent {
         };
         if !failed && !source.logged.is_empty() {
             source.logged.clear();
-            tracing::info!("Kubernetes answers");
+            tracing::info!("Kubernetes answers again");
         }
         source.plan(now, failed, pause);
         if let Some(seeds) = listed {
@@ -196,7 +205,7 @@ impl Agent {
         }
     }
 
-    /// Takes the seeds of a new list in the place of those of the last one.
+    /// Replaces the seeds of the last list by those of a new one.
     fn replace_listed(&mut self, seeds: Vec<String>) {
         let Some(source) = &mut self.source else { return };
         let before = std::mem::replace(&mut source.seeds, seeds);
@@ -215,15 +224,15 @@ impl Agent {
         }
     }
 
-    /// Starts again with other subnets, which the start saves. Pods keep their addresses until they are
-    /// started again.
+    /// Ends this run for a restart with other subnets, which the start saves. Pods keep their addresses until
+    /// they are restarted.
     fn move_to(&mut self, cidrs: &[IpNet]) {
         let listed =
             |cidrs: &[IpNet]| cidrs.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");
         let old = self.source.as_ref().map_or_else(String::new, |source| listed(&source.cidrs));
         let new = listed(cidrs);
-        tracing::warn!(%old, %new, "Kubernetes has given this node another subnet: starting again with it");
-        let text = format!("Kubernetes has given this node {new} in the place of {old}");
+        tracing::warn!(%old, %new, "Kubernetes assigned this node another subnet; restarting with it");
+        let text = format!("Kubernetes assigned this node {new} in place of {old}");
         self.journal.note(EventKind::Agent, EventLevel::Warn, text);
         self.ending = Some(Ending::Reassigned);
     }
@@ -235,17 +244,18 @@ mod tests {
     use crate::model::PoolSpec;
 
     #[test]
-    fn failures_of_two_kinds_that_last_are_news_once_each() {
+    fn is_new_failure_lasting_failures_are_new_once_per_kind() {
         let network: IpNet = "10.42.0.0/16".parse().expect("a network");
         let pool = Pool::new(&PoolSpec::of(network)).expect("a pool");
-        let given = Given { cidrs: Vec::new(), address: network.network(), others: Ok(Vec::new()) };
+        let given =
+            Assignment { cidrs: Vec::new(), address: network.network(), others: Ok(Vec::new()) };
         let (report, _news) = tokio::sync::mpsc::unbounded_channel();
-        let source = Source::new(&PodCidr::Api, "n1", pool, &given, Vec::new(), report);
+        let source = PodCidrSource::new(&PodCidr::Api, "n1", pool, &given, Vec::new(), report);
         let mut source = source.expect("a source that may change");
         for is_first in [true, false, false] {
-            assert_eq!(source.is_news("no answer", "nothing about this node"), is_first);
-            assert_eq!(source.is_news("no list", "no other nodes"), is_first);
+            assert_eq!(source.is_new_failure("no answer", "nothing about this node"), is_first);
+            assert_eq!(source.is_new_failure("no list", "no other nodes"), is_first);
         }
-        assert!(source.is_news("403", "no other nodes"));
+        assert!(source.is_new_failure("403", "no other nodes"));
     }
 }

@@ -1,6 +1,6 @@
-//! Asking seeds whether they would let this host in, without joining.
+//! Checks whether seeds would admit this host, without joining.
 //!
-//! Under a key that is made up for that, so no member mistakes it for a node it knows.
+//! The check uses a newly drawn node key, so that no member mistakes it for a known node.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -14,8 +14,12 @@ use crate::{
     wire::{Frame, Request, Roots, Secret},
 };
 
-/// What each seed says: nothing is wrong, or why it gave no answer. Ends within ten seconds.
-pub async fn knock(
+/// Sends a request to each seed. Returns, sorted by seed, nothing or why the seed gave no answer. Takes at
+/// most ten seconds.
+///
+/// # Errors
+/// Fails when the system gives no random bytes, or no UDP socket can be bound.
+pub async fn check_seeds(
     seeds: &[String],
     secret: &Secret,
 ) -> anyhow::Result<Vec<(String, Result<(), CallError>)>> {
@@ -25,8 +29,8 @@ pub async fn knock(
     let bound = Transport::bind(any, &credentials);
     let bound = bound.or_else(|_| Transport::bind(([0, 0, 0, 0], 0).into(), &credentials));
     let (mut transport, mut events) = bound?;
-    let question = Request::Compare(Roots::default()).encode();
-    let frame = Frame::Request(&question).encode(ClusterId::UNKNOWN);
+    let request = Request::Compare(Roots::default()).encode();
+    let frame = Frame::Request(&request).encode(ClusterId::UNKNOWN);
     for (number, seed) in seeds.iter().enumerate() {
         transport.call_name(CallId(number as u64), seed.clone(), frame.clone());
     }
@@ -44,8 +48,8 @@ pub async fn knock(
     Ok(answers)
 }
 
-/// Whether a seed is an address of this host.
-pub fn is_own(seed: &str) -> bool {
+/// Whether a seed is an address of this host. False for a name that is not an address.
+pub fn is_own_address(seed: &str) -> bool {
     let Ok(address) = seed.parse::<SocketAddr>() else { return false };
     let own = getifaddrs().into_iter().flatten().filter_map(|interface| interface.address);
     let ip = |own: nix::sys::socket::SockaddrStorage| -> Option<IpAddr> {
@@ -55,8 +59,9 @@ pub fn is_own(seed: &str) -> bool {
     own.filter_map(ip).any(|own| own == address.ip())
 }
 
-/// That seeds are this host's own addresses, and what helps.
-pub fn own_sentence(seeds: &[&str], of_token: bool) -> String {
+/// Returns the sentence that these seeds are addresses of this host, with the remedy. `of_token`: they come
+/// from the token.
+pub fn own_address_problem(seeds: &[&str], of_token: bool) -> String {
     let (of, is) = match (of_token, seeds.len()) {
         (true, 1) => ("the token's address", "is"),
         (true, _) => ("the token's addresses", "are"),
@@ -64,10 +69,10 @@ pub fn own_sentence(seeds: &[&str], of_token: bool) -> String {
         (false, _) => ("the seeds", "are"),
     };
     format!(
-        "{of} {} {is} this host's own, so no member is found there (virtual machines, each behind a NAT of \
-         its own, have the same address): name a member by an address that this host reaches (--join \
+        "{of} {} {is} this host's own, so no member is found there (virtual machines that are each behind \
+         their own NAT have the same address): name a member by an address that this host reaches (--join \
          ADDRESS); or start the member that made the token with --iface NAME or --advertise ADDRESS, and \
-         take a new token from it (gossamer token)",
+         use a new token of that member (gossamer token)",
         seeds.join(", ")
     )
 }

@@ -1,4 +1,4 @@
-//! What operators are told about ownership: the audit log, and how far a forgetting has come.
+//! Reports on slot ownership for operators: the audit log of changes, and the progress of a forget.
 
 use serde_json::{Value, json};
 
@@ -10,8 +10,8 @@ use crate::{
 };
 
 impl Agent {
-    /// One line per change of owner.
-    pub(super) fn note_owners(&mut self, changes: &[Change]) {
+    /// Appends one line per change of owner to the history, and adds events.
+    pub(super) fn record_owner_changes(&mut self, changes: &[Change]) {
         let Some(cluster) = self.node.cluster() else { return };
         let pool = cluster.settings.pool;
         let at = wall_clock().as_secs();
@@ -32,8 +32,8 @@ impl Agent {
             })
         };
         let lines: Vec<Value> = changes.iter().map(line).collect();
-        // Who comes into a cluster learns of all free subnets at once, which is no news.
-        let told = |(run, before): &Change| {
+        // Free slots without an earlier record are no event: a joiner learns of all of them at once.
+        let event = |(run, before): &Change| {
             let owner = self.node.name_of(run.record.owner);
             match (run.record.state, before) {
                 (SlotState::Leased, _) => {
@@ -46,11 +46,13 @@ impl Agent {
                 }
             }
         };
-        let told = changes.iter().filter_map(told).collect();
+        let events = changes.iter().filter_map(event).collect();
         self.archive.append(lines);
-        self.journal.note_all(EventKind::Lease, EventLevel::Info, told);
+        self.journal.note_all(EventKind::Lease, EventLevel::Info, events);
     }
 
+    /// Returns the progress of forgetting a node as JSON: slots to reclaim, and the member that is waited
+    /// for.
     pub(super) fn forget_progress(&self, node: NodeId) -> Value {
         let reclaiming =
             self.node.reclaiming().into_iter().find(|reclaiming| reclaiming.node == node);
@@ -62,7 +64,7 @@ impl Agent {
         })
     }
 
-    /// `name (id)`: names need not be unique.
+    /// Returns `name (id)`, as names need not be unique.
     fn display(&self, node: NodeId) -> String {
         format!("{} ({node})", self.node.name_of(node))
     }

@@ -1,0 +1,270 @@
+//! The listeners of an agent: the control socket, the socket of Docker's plugin and the `http` address.
+//!
+//! An agent does not start without the control socket. The other two are opened later if they cannot be
+//! opened at start, because any user may take a TCP port while no agent runs. The control socket is created
+//! again when its file is gone: cleaners of temporary files remove files that no process has opened for a
+//! long time.
+
+use std::{
+    collections::BTreeMap,
+    io::ErrorKind,
+    net::{SocketAddr, TcpListener},
+    os::unix::net,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
+};
+
+use tokio::{
+    net::UnixListener,
+    sync::{mpsc, oneshot, watch},
+};
+
+use super::{LoopEvent, StartFailure};
+use crate::{
+    api::{self, SocketError},
+    config::Config,
+    docker,
+};
+
+/// Pause after the first failed attempt to open a listener. It doubles up to [`MAX_RETRY_PAUSE`].
+const FIRST_RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// Longest pause between attempts to open a listener.
+const MAX_RETRY_PAUSE: Duration = Duration::from_secs(30);
+/// Time between checks that the file of the control socket exists.
+const SOCKET_CHECK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The open listeners. They are opened before the agent waits for its disk or for other hosts, so that an
+/// agent that cannot start can report why. Dropping them removes the socket files.
+pub(super) struct Listeners {
+    _control: Arc<Mutex<api::Socket>>,
+    _plugin: Option<api::Socket>,
+    /// The socket of the plugin, once a later attempt has opened it.
+    _pending_plugin: Option<oneshot::Receiver<api::Socket>>,
+    /// Why listeners are not open.
+    problems: watch::Receiver<Problems>,
+    /// Set to stop accepting requests of Docker.
+    closing_plugin: watch::Sender<bool>,
+}
+
+/// Why listeners are not open, updated while the agent runs.
+#[derive(Clone, Debug)]
+pub(super) struct ListenerProblems(watch::Receiver<Problems>);
+
+/// Key of the control socket in [`Problems`].
+const CONTROL: &str = "control";
+
+/// Sentences by the name of the listener.
+type Problems = BTreeMap<&'static str, String>;
+
+impl ListenerProblems {
+    /// Returns one sentence with a remedy for each listener that is not open.
+    pub(super) fn problems(&self) -> Vec<String> {
+        self.0.borrow().values().cloned().collect()
+    }
+}
+
+impl Listeners {
+    /// Opens the listeners, and sends requests to `events`. `plugin` is the socket of Docker's plugin, if the
+    /// service manager has opened it.
+    ///
+    /// # Errors
+    /// Fails where waiting does not help: another agent answers at the control socket, a file that is not a
+    /// socket has its path, or the `http` address may not be used.
+    pub(super) fn open(
+        config: &Config,
+        plugin: Option<net::UnixListener>,
+        events: &mpsc::UnboundedSender<LoopEvent>,
+    ) -> Result<Self, StartFailure> {
+        let control = api::serve(&config.socket, question_sender(events))?;
+        let control = Arc::new(Mutex::new(control));
+        let (problems, reader) = watch::channel(Problems::new());
+        tokio::spawn(keep_control(
+            config.socket.clone(),
+            Arc::downgrade(&control),
+            problems.clone(),
+            events.clone(),
+        ));
+        let mut pending_plugin = None;
+        let closing_plugin = watch::Sender::new(false);
+        let plugin = match (plugin, &config.docker_plugin) {
+            (Some(listener), _) => {
+                let listener = UnixListener::from_std(listener)?;
+                docker::handle(listener, closing_plugin.subscribe(), request_sender(events));
+                None
+            }
+            (None, Some(path)) => match api::Socket::listen(path) {
+                Ok((socket, listener)) => {
+                    docker::handle(listener, closing_plugin.subscribe(), request_sender(events));
+                    Some(socket)
+                }
+                Err(error @ SocketError::NotASocket(_)) => return Err(error.into()),
+                Err(error) => {
+                    let first = plugin_problem(path, &error);
+                    let (opened, socket) = oneshot::channel();
+                    let (path, problems, events) = (path.clone(), problems.clone(), events.clone());
+                    let closing = closing_plugin.clone();
+                    tokio::spawn(async move {
+                        let socket = open_plugin(&path, first, &problems, &closing, &events).await;
+                        let _ = opened.send(socket);
+                    });
+                    pending_plugin = Some(socket);
+                    None
+                }
+            },
+            (None, None) => None,
+        };
+        if let Some(address) = config.http {
+            match listen(address, events) {
+                Ok(()) => {}
+                Err(error) if is_temporary(&error) => {
+                    let first = http_problem(address, &error);
+                    tokio::spawn(open_http(address, first, problems, events.clone()));
+                }
+                Err(error) => return Err(StartFailure::Http { address, error }),
+            }
+        }
+        Ok(Self {
+            _control: control,
+            _plugin: plugin,
+            _pending_plugin: pending_plugin,
+            problems: reader,
+            closing_plugin,
+        })
+    }
+
+    /// Stops accepting requests of Docker, and returns when all accepted ones are answered.
+    pub(super) async fn close_plugin(&self) {
+        self.closing_plugin.send_replace(true);
+        self.closing_plugin.closed().await;
+    }
+
+    /// Returns the reasons why listeners are not open, now and later.
+    pub(super) fn problems(&self) -> ListenerProblems {
+        ListenerProblems(self.problems.clone())
+    }
+}
+
+/// Returns a function that sends a request of the API to the event loop; false once the loop has ended.
+fn question_sender(
+    events: &mpsc::UnboundedSender<LoopEvent>,
+) -> impl Fn(api::Question) -> bool + Send + Sync + 'static {
+    let report = events.clone();
+    move |question| report.send(LoopEvent::Api(question)).is_ok()
+}
+
+/// Returns a function that sends a request of Docker to the event loop; false once the loop has ended.
+fn request_sender(
+    events: &mpsc::UnboundedSender<LoopEvent>,
+) -> impl Fn(docker::Request) -> bool + Send + Sync + 'static {
+    let report = events.clone();
+    move |request| report.send(LoopEvent::Docker(request)).is_ok()
+}
+
+fn listen(address: SocketAddr, events: &mpsc::UnboundedSender<LoopEvent>) -> std::io::Result<()> {
+    TcpListener::bind(address)
+        .and_then(|listener| api::serve_http(listener, question_sender(events)))
+}
+
+/// Whether a later attempt may succeed: the port is in use, or the address is not on this host yet.
+fn is_temporary(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable)
+}
+
+fn http_problem(address: SocketAddr, error: &std::io::Error) -> String {
+    let port = address.port();
+    format!(
+        "http: {address}: {error}: metrics, health and the dashboard are not served; find the program that \
+         has the port (ss -ltnp sport = :{port}), or choose another address; retrying"
+    )
+}
+
+fn plugin_problem(path: &Path, error: &SocketError) -> String {
+    let path = path.display();
+    format!("docker_plugin: {path}: Docker cannot reach this agent: {error}; retrying")
+}
+
+/// Creates the control socket again when its file is gone, until the socket is dropped.
+async fn keep_control(
+    path: PathBuf,
+    control: Weak<Mutex<api::Socket>>,
+    problems: watch::Sender<Problems>,
+    events: mpsc::UnboundedSender<LoopEvent>,
+) {
+    loop {
+        tokio::time::sleep(SOCKET_CHECK_INTERVAL).await;
+        let Some(control) = control.upgrade() else { return };
+        let mut socket = control.lock().unwrap_or_else(PoisonError::into_inner);
+        if socket.still_exists() {
+            continue;
+        }
+        match api::serve(&path, question_sender(&events)) {
+            Ok(new) => {
+                tracing::warn!(path = %path.display(), "control socket created again: its file was gone");
+                *socket = new;
+                problems.send_modify(|problems| _ = problems.remove(CONTROL));
+            }
+            Err(error) => {
+                let why = format!(
+                    "{error}: the file of the control socket is gone, and cannot be created again; retrying"
+                );
+                if problems.borrow().get(CONTROL) != Some(&why) {
+                    tracing::error!("{why}");
+                }
+                problems.send_modify(|problems| _ = problems.insert(CONTROL, why));
+            }
+        }
+    }
+}
+
+/// Repeats the attempt to listen at the `http` address until it succeeds.
+async fn open_http(
+    address: SocketAddr,
+    first: String,
+    problems: watch::Sender<Problems>,
+    events: mpsc::UnboundedSender<LoopEvent>,
+) {
+    let open = || listen(address, &events).map_err(|error| http_problem(address, &error));
+    retry_until_open("http", first, &problems, open).await;
+}
+
+/// Repeats the attempt to open the socket of the plugin until it succeeds.
+async fn open_plugin(
+    path: &Path,
+    first: String,
+    problems: &watch::Sender<Problems>,
+    closing: &watch::Sender<bool>,
+    events: &mpsc::UnboundedSender<LoopEvent>,
+) -> api::Socket {
+    let open = || api::Socket::listen(path).map_err(|error| plugin_problem(path, &error));
+    let (socket, listener) = retry_until_open("docker_plugin", first, problems, open).await;
+    docker::handle(listener, closing.subscribe(), request_sender(events));
+    socket
+}
+
+/// Calls `open` until it succeeds, and publishes meanwhile why it fails.
+async fn retry_until_open<T>(
+    listener: &'static str,
+    first: String,
+    problems: &watch::Sender<Problems>,
+    mut open: impl FnMut() -> Result<T, String>,
+) -> T {
+    let (mut why, mut pause) = (first, FIRST_RETRY_PAUSE);
+    loop {
+        let is_news = problems.borrow().get(listener) != Some(&why);
+        if is_news {
+            tracing::error!("{why}");
+            problems.send_modify(|problems| _ = problems.insert(listener, why));
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(MAX_RETRY_PAUSE);
+        match open() {
+            Ok(opened) => {
+                tracing::info!(listener, "listener opened");
+                problems.send_modify(|problems| _ = problems.remove(listener));
+                return opened;
+            }
+            Err(error) => why = error,
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! The event loop's side of the silence diagnosis: which peers are silent, and the findings about them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
+
+use super::{Case, MAX_SUSPECTS, SilenceDiagnosis, SilenceFindings, VERDICT_LIFETIME};
+use crate::{
+    agent::Agent,
+    dataplane::{
+        desired::{Way, device_name},
+        silence::{Place, Suspect, Verdict},
+    },
+    model::{NodeId, PathState},
+};
+
+impl SilenceDiagnosis {
+    /// Drops all findings.
+    pub fn forget(&mut self) {
+        (self.findings, self.recovered) = (SilenceFindings::default(), BTreeMap::new());
+    }
+
+    /// Returns the verdict on a silent peer.
+    pub fn verdict(&self, node: NodeId) -> Option<&Verdict> {
+        self.findings.verdicts.get(&node)
+    }
+
+    /// Returns the sentence that another machine has this host's address.
+    pub const fn claim(&self) -> Option<&String> {
+        self.findings.claim.as_ref()
+    }
+
+    /// Orders a case, if it has changed, and drops the verdicts on peers that recovered a while ago.
+    fn set(&mut self, case: Option<Case>) {
+        if self.ordered == case {
+            return;
+        }
+        let suspects = case.iter().flat_map(|case| &case.suspects);
+        let silent: BTreeSet<NodeId> = suspects.map(|suspect| suspect.node).collect();
+        let Self { findings, recovered, .. } = self;
+        let is_kept = |at: &Instant| at.elapsed() < VERDICT_LIFETIME;
+        findings.verdicts.retain(|node, _| recovered.get(node).is_none_or(is_kept));
+        recovered.retain(|node, _| !silent.contains(node) && findings.verdicts.contains_key(node));
+        for node in findings.verdicts.keys().filter(|node| !silent.contains(node)) {
+            recovered.entry(*node).or_insert_with(Instant::now);
+        }
+        self.ordered.clone_from(&case);
+        self.worker.order(case);
+    }
+}
+
+impl Agent {
+    /// Orders a diagnosis if the set of silent peers has changed.
+    pub(in crate::agent) fn update_silence_diagnosis(&mut self) {
+        let case = self.diagnosis_case();
+        self.silence_diagnosis.set(case);
+    }
+
+    /// Stores the findings about peers that are still silent, and logs new causes.
+    pub(in crate::agent) fn on_silence_findings(
+        &mut self,
+        SilenceFindings { claim, verdicts }: SilenceFindings,
+    ) {
+        let ordered = self.silence_diagnosis.ordered.iter().flat_map(|case| &case.suspects);
+        let silent: BTreeSet<NodeId> = ordered.map(|suspect| suspect.node).collect();
+        let known = &mut self.silence_diagnosis.findings;
+        let mut new: Vec<String> = Vec::new();
+        new.extend(claim.clone().filter(|_| known.claim != claim));
+        known.claim = claim;
+        for (node, verdict) in verdicts.into_iter().filter(|(node, _)| silent.contains(node)) {
+            let is_known = |cause: &String| {
+                known.claim.as_ref() == Some(cause)
+                    || known.verdicts.values().any(|earlier| earlier.cause.as_ref() == Some(cause))
+            };
+            new.extend(verdict.cause.clone().filter(|cause| !is_known(cause)));
+            known.verdicts.insert(node, verdict);
+        }
+        new.iter().for_each(|problem| tracing::warn!("{problem}"));
+    }
+
+    /// Returns the input of a diagnosis; `None` while the data plane or the underlay is not ready.
+    fn diagnosis_case(&self) -> Option<Case> {
+        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
+        if self.kernel.underlay_problem.is_some() || !self.underlay.is_present() {
+            return None;
+        }
+        let local = self.underlay.local;
+        let is_silent = |node: NodeId, state: PathState| {
+            let is_known = state != PathState::Unknown;
+            let is_lost = self.is_lost(state) || state == PathState::PartlyLost;
+            is_lost || is_known && !self.prober.paths.is_alive(node)
+        };
+        let silent = self.path_states().filter(|(node, state, _)| is_silent(*node, *state));
+        let underlay = self.underlay.with_mode(self.config.mode);
+        let suspects = silent.filter_map(|(node, ..)| {
+            let address = view.peers.get(&node)?.vtep.underlay;
+            let mac = view.peers.get(&node)?.vtep.mac;
+            let name = self.node.name_of(node).to_owned();
+            let vtep = view.peers.get(&node)?.leases.first()?.1.first.network();
+            let of_family = address.is_ipv4() == local.is_ipv4();
+            let gossip = self.node.address_of(node)?.port();
+            let lives = self.prober.paths.is_alive(node);
+            let subnet = view.peers.get(&node)?.leases.first()?.1.first;
+            let tunnelled = matches!(underlay.way(address, subnet), Way::Overlay(_));
+            of_family.then_some(Suspect {
+                node,
+                name,
+                address,
+                gossip,
+                mac,
+                vtep,
+                lives,
+                tunnelled,
+            })
+        });
+        let suspects: Vec<Suspect> = suspects.take(MAX_SUSPECTS).collect();
+        let place = Place {
+            link: self.underlay.link,
+            interface: self.underlay.name.clone(),
+            device: device_name(view.settings.vni),
+            local,
+            source: self.underlay.source,
+            port: view.settings.vxlan_port,
+            gossip: self.node.address().port(),
+            guard: self.config.firewall.guard,
+            overlay: view.settings.pool.network(),
+        };
+        let pinned = self.underlay.pinned;
+        Some(Case { place, pinned, suspects })
+    }
+}
