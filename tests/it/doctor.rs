@@ -280,7 +280,7 @@ fn doctor_without_an_agent_reports_what_would_prevent_its_start() {
         let whole = bytes.clone();
         bytes.iter_mut().for_each(|byte| *byte ^= 0x5a);
         fs::write(&database, &bytes)?;
-        assert_reported(host, "", "state", "knows of no cluster");
+        assert_reported(host, "", "state", "contains no cluster");
         assert_eq!(fs::read(&database)?, bytes, "nothing was changed");
         fs::write(&database, whole)?;
         assert!(complaints(host, "").iter().all(|finding| finding["check"] != "state"));

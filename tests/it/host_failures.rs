@@ -139,7 +139,7 @@ fn swapped_databases_of_two_hosts_are_moved_aside_and_no_pod_is_lost() {
         for (n, before) in before.iter().enumerate() {
             let log = cluster.agents[n].log();
             assert!(log.contains("written by node"), "{log}");
-            assert!(!log.contains("pods that nobody knows"), "{log}");
+            assert!(!log.contains("interfaces of unknown pods"), "{log}");
             let after = cluster.agents[n].ask("/v1/pods", TIMEOUT)?;
             assert_eq!(after["pods"][0]["addresses"], before["pods"][0]["addresses"]);
             assert!(cluster.hosts[n].dir.join("state/db.damaged-1").exists());

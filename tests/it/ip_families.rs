@@ -174,7 +174,7 @@ fn configured_mtu_too_small_for_ipv6_is_reported_and_the_agent_starts() {
         let mut agent = Agent::start(program(), &host, &["--mtu", "1200"])?;
         let status = agent.wait_converged(1, TIMEOUT)?;
         let problems = status["problems"].to_string();
-        assert!(problems.contains("settings is 1200 (IPv4 goes on)"), "{status:#}");
+        assert!(problems.contains("settings is 1200 (IPv4 continues)"), "{status:#}");
         Ok(())
     });
 }

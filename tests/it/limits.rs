@@ -30,7 +30,7 @@ fn underlay_mtu_below_the_quic_minimum_is_reported_by_creator_and_joiner() {
         for agent in [&mut creator, &mut joiner] {
             wait_until("it is not reported", TIMEOUT, || {
                 has_problem(agent, "interface eth0 has MTU 1200")
-                    && has_problem(agent, "QUIC, which needs at least 1228")
+                    && has_problem(agent, "gossip (QUIC) needs at least 1228")
             });
         }
         hosts.iter().for_each(|host| set_mtu(host, 1_228));

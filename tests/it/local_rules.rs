@@ -59,14 +59,14 @@ fn rule_that_drops_packet_too_large_errors_to_pods_is_reported() {
             ],
         );
         let fix = "nft insert rule ip quiet out icmp type destination-unreachable accept";
-        let said = "pods do not hear that a packet is too large for the tunnel (IPv4)";
+        let said = "pods do not learn that a packet is too large for the tunnel (IPv4)";
         wait_until("it is not reported", TIMEOUT, || {
             [said, "a rule of chain ip quiet out (handle ", fix]
                 .iter()
                 .all(|words| has_problem(agent, words))
         });
         let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
-        assert!(doctor.contains("PROBLEM   forwarding     pods do not hear"), "{doctor}");
+        assert!(doctor.contains("PROBLEM   forwarding     pods do not learn"), "{doctor}");
         tool(&host.netns, fix);
         status_where(agent, |status| status["problems"] == serde_json::json!([]));
         Ok(())
@@ -150,7 +150,7 @@ fn rule_that_drops_large_datagrams_is_reported_as_a_forwarding_fault() {
                 .iter()
                 .all(|words| has_problem(agent, words))
         });
-        assert!(!has_problem(agent, "pods do not hear"), "an error that nothing was sent for");
+        assert!(!has_problem(agent, "pods do not learn"), "an error that nothing was sent for");
         tool(&host.netns, fix);
         status_where(agent, |status| status["problems"] == serde_json::json!([]));
         Ok(())

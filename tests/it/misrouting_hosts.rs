@@ -291,7 +291,7 @@ fn host_closed_to_its_pods_or_cut_off_from_them_is_warned_of_with_the_chain() {
         wait_for_warning(
             agent,
             &[
-                "pods do not reach the host that they are on",
+                "pods do not reach their own host",
                 "chain inet wall in (hook input) has the policy drop",
                 "nft insert rule inet wall in ip saddr 10.42.0.0/16 accept",
             ],
@@ -349,10 +349,10 @@ fn impossible_forwarding_test_is_warned_of_with_the_dropping_chain() {
         wait_for_warning(
             agent,
             &[
-                "whether this host forwards packets of pods is not known",
+                "it is unknown whether this host forwards packets of pods",
                 "raise user.max_net_namespaces",
-                "chain ip filter FORWARD (hook forward) has the policy drop, and no rule in it seems to let \
-                 packets of pods pass: iptables -I FORWARD -s 10.42.0.0/16 -j ACCEPT",
+                "chain ip filter FORWARD (hook forward) has the policy drop, and no rule in it seems to accept \
+                 packets of pods: iptables -I FORWARD -s 10.42.0.0/16 -j ACCEPT",
             ],
         );
         let status = agent.ask("/v1/status", TIMEOUT)?;

@@ -187,7 +187,7 @@ fn reverse_path_rule_is_reported_on_its_host_when_modes_differ() {
         tool(&cluster.hosts[0].netns, advice);
         wait_until("the advice does not help", REPORT_TIMEOUT, || {
             !has_problem(&mut cluster.agents[0], "chain ip rpf pre")
-                && has_problem(&mut cluster.agents[1], "its answers come without")
+                && has_problem(&mut cluster.agents[1], "its answers arrive without")
         });
         Ok(())
     });

@@ -100,7 +100,7 @@ fn bridged_card_that_keeps_its_address_is_reported_and_the_advice_works() {
             host,
             "ip link add br0 type bridge && ip link set br0 up && ip link set eth0 master br0",
         );
-        let words = "eth0 is a port of br0 and has the address 10.99.0.11/16 all the same";
+        let words = "eth0 is a port of br0 and nevertheless has the address 10.99.0.11/16";
         let advice = "ip addr del 10.99.0.11/16 dev eth0; ip addr add 10.99.0.11/16 dev br0";
         wait_until(words, TIMEOUT, || has_problem(agent, words) && has_problem(agent, advice));
         advice.split("; ").for_each(|command| _ = tool(host, command));

@@ -357,7 +357,7 @@ fn flows_lost_on_a_dead_aggregation_link_are_counted() {
             );
             return Ok(());
         }
-        let lost = "flows do not get through, and the others do";
+        let lost = "flows do not get through, the others do";
         // Each of eight flows uses a link at random, so all may use the same one with a single bit.
         let is_reported = [15, 14, 13].into_iter().any(|bit| {
             assert!(nft("add chain bridge lag f { type filter hook forward priority 0 ; }"));
@@ -396,7 +396,7 @@ fn answers_on_another_path_are_reported() {
         let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let (here, there) = (cluster.hosts[0].ip, &cluster.hosts[1].netns);
         tool(there, &format!("ip route add {}/32 via {here} dev eth0", subnet.network()));
-        let said = "its answers come without";
+        let said = "its answers arrive without";
         wait_until("it is not reported", TIMEOUT, || has_problem(&mut cluster.agents[0], said));
         assert!(path(&mut cluster.agents[0], "n2").contains("asymmetric"));
         tool(there, &format!("ip route del {}/32", subnet.network()));

@@ -337,7 +337,7 @@ fn pod_that_changed_its_own_interface_is_no_problem() {
         wait_for_answers(&mut cluster, "1 pod answers when asked");
         tool(&spaces[1], "ip link set eth0 arp off");
         let said = format!("pod b eth0 ({}, {}) does not answer ARP: ", pods[1].1, pods[1].0);
-        wait_for_report(&mut cluster, &[&said, "and no answer comes from eth0"])?;
+        wait_for_report(&mut cluster, &[&said, "and no answer arrives from eth0"])?;
         tool(&spaces[1], "ip link set eth0 arp on");
         wait_until_not_reported(&mut cluster);
         Ok(())
@@ -375,7 +375,7 @@ fn answers_to_other_stations_than_the_bridge_are_no_local_loss() {
                     std::thread::sleep(Duration::from_millis(20));
                 }
             });
-            let named = wait_for_report(&mut cluster, &["and no answer comes from eth0"]);
+            let named = wait_for_report(&mut cluster, &["and no answer arrives from eth0"]);
             is_over.store(true, Ordering::Relaxed);
             named
         })

@@ -300,7 +300,7 @@ fn pods_survive_a_lost_state_directory_over_several_restarts() {
                 tool(&spaces[0], &format!("ping -c 1 -W 5 {gateway}"));
             }
         }
-        assert!(!agent.log().contains("removed interfaces of pods"), "{}", agent.log());
+        assert!(!agent.log().contains("removed interfaces of unknown pods"), "{}", agent.log());
         Ok(())
     });
 }

@@ -127,7 +127,7 @@ fn host_with_changed_address_or_mtu_keeps_its_subnet_and_connections() {
         let status = cluster.agents[1].wait_converged(3, TIMEOUT)?;
         assert_eq!(Agent::subnet(&status)?, subnet);
         let log = cluster.agents[1].log();
-        assert!(log.contains("the underlay has changed"), "{log}");
+        assert!(log.contains("underlay changed"), "{log}");
 
         tool(host, "ip link set eth0 mtu 1400");
         eventually(host, "ip link show gossamer.1", |link| link.contains("mtu 1350 "));

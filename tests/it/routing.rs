@@ -301,11 +301,11 @@ fn policy_rule_behind_many_others_is_reported_with_the_number_of_skipped_ones() 
             status["kernel"]["routing"]["detail"].as_str().unwrap_or_default().to_owned()
         };
         let status = status_where(agent, |status| status["problems"] == serde_json::json!([]));
-        assert!(!detail(&status).contains("not looked at"), "{status:#}");
+        assert!(!detail(&status).contains("not tested"), "{status:#}");
         for number in 0..36 {
             add(5_000 + number, &format!("from 10.42.1.{}", 100 + number), "main");
         }
-        let words = "5 policy rules that may select packets of pods were not looked at";
+        let words = "5 policy rules that may select packets of pods were not tested";
         let status = status_where(agent, |status| detail(status).contains(words));
         assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");
         Ok(())

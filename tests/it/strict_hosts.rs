@@ -59,7 +59,7 @@ fn host_open_for_members_only_is_no_problem_once_its_pods_answer() {
         // It is a problem again once packets of pods are lost as well.
         let host = &cluster.hosts[1].netns;
         sh(host, "nft insert rule inet strict in udp dport 8472 drop");
-        let words = "nothing that is asked of n2 through the tunnel is answered";
+        let words = "no probe of n2 through the tunnel is answered";
         wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[0], words));
         Ok(())
     });

@@ -108,8 +108,9 @@ fn lossy(world: &mut World) -> anyhow::Result<()> {
         machine.figures()
     ));
     // Agents without CPU time for seconds look dead.
-    let slow = machine
-        .ok("cat /run/h*.log | grep -o 'event loop was slow.*' | wc -l; cat /proc/loadavg")?;
+    let slow = machine.ok(
+        "cat /run/h*.log | grep -o 'slow turn of the event loop.*' | wc -l; cat /proc/loadavg",
+    )?;
     say(&format!("slow turns of loops, and load: {}", slow.trim().replace('\n', ", ")));
     ensure!(
         downs == 0,

@@ -185,7 +185,7 @@ fn ends_at_the_second_signal(scene: &mut Scene, disk: &mut Disk) -> anyhow::Resu
     });
     assert!(signaled.elapsed() < Duration::from_secs(4), "{:?}", signaled.elapsed());
     agent.wait()?;
-    assert!(agent.log().contains("a second time"), "{}", agent.log());
+    assert!(agent.log().contains("second signal received"), "{}", agent.log());
     changes.end();
     disk.mend()?;
     scene.starts()?;

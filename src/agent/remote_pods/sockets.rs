@@ -1,4 +1,5 @@
-//! Sockets inside the agent's own pod: for questions of others, and for our own.
+//! Sockets in the network namespace of the agent's own pod: they answer trials of other hosts and send
+//! this host's trials.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -17,7 +18,7 @@ use nix::{
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::streams::{self, Calls, Event, Guests};
+use super::streams::{self, Event, IncomingStreams, OutgoingStreams};
 use crate::{
     agent::{
         packet_filter::{Condition, FilterInput, Sources, receive_only, receive_only_where},
@@ -30,113 +31,117 @@ use crate::{
     pods::standin::Room,
 };
 
-/// Larger than any datagram.
-const LONGEST: usize = 1 << 16;
-/// Enough of a packet with a segment in it.
-const HEADERS: usize = 128;
-/// Packets that are taken from a socket at once, and connections.
-const AT_ONCE: usize = 256;
-/// Bytes of packets for which a socket has room.
-const BUFFER: usize = 2 << 20;
-/// The kernel counts a packet for less than this and twice its length.
-const EACH: usize = 1280;
-/// Connections that may be half open. An answer that is lost, or whose refusal is, keeps one for a minute.
+/// Buffer size in bytes, larger than any datagram.
+const BUFFER_LEN: usize = 1 << 16;
+/// Bytes read of a packet with a TCP segment: all of its headers.
+const HEADERS_LEN: usize = 128;
+/// Maximum number of packets or connections taken from a socket in one pass.
+const MAX_PER_PASS: usize = 256;
+/// Receive buffer of a socket in bytes.
+const RECEIVE_BUFFER: usize = 2 << 20;
+/// Upper limit of the kernel's accounting overhead per packet in bytes, added to twice the packet's
+/// length.
+const PACKET_OVERHEAD: usize = 1280;
+/// Maximum number of half-open connections. A lost answer or reset keeps one of them for a minute.
 const BACKLOG: i32 = 1024;
 
-/// What has come.
+/// A received packet, or the state of a connection.
 pub enum SocketEvent {
-    Question {
-        from: IpAddr,
-        round: u32,
-        sort: Sort,
-    },
-    Answer {
-        from: IpAddr,
-        round: u32,
-        kind: Kind,
-    },
-    /// A connection to there is made, and carries data.
-    Connected {
-        to: IpAddr,
-        round: u32,
-    },
-    /// Packets that the kernel had no room for.
+    /// A probe of another host's trial.
+    Question { from: IpAddr, round: u32, sort: Sort },
+    /// An answer to a probe of this host's trial.
+    Answer { from: IpAddr, round: u32, kind: Kind },
+    /// A connection to this address is established and carries data.
+    Connected { to: IpAddr, round: u32 },
+    /// The kernel had no room for some packets.
     Overflow,
 }
 
-/// Those of the pod, which has an address of each family.
+/// Sockets of the pod, which has an address of each family.
 pub struct RoomSockets {
     room: Room,
     families: Vec<FamilySockets>,
-    /// From where questions come.
+    /// Addresses from which probes are accepted.
     sources: Vec<Sources>,
     round: Option<u32>,
     buffer: Vec<u8>,
 }
 
+/// Sockets of one address family.
 struct FamilySockets {
     address: IpAddr,
-    /// Where questions come in.
+    /// Receives and answers probes.
     echoes: UdpSocket,
-    echoes_taken: Taken,
-    /// Of this round.
+    echoes_taken: BufferUse,
+    /// Sends the probes of the current round and receives their answers.
     asking: UdpSocket,
     segments: Socket,
-    segments_taken: Taken,
-    /// Makes the kernel accept connections, as services of pods do: firewalls may drop refusals alone.
+    segments_taken: BufferUse,
+    /// Makes the kernel accept connections as services in pods do: firewalls may drop resets only.
     listener: Socket,
-    /// Connections with data: those that are made here, and those of others.
-    calls: Calls,
-    guests: Guests,
+    /// Connections with data made by this host.
+    outgoing: OutgoingStreams,
+    /// Connections with data made by other hosts.
+    incoming: IncomingStreams,
 }
 
-/// What was taken from a socket since it was last empty. The kernel's own count of packets for which there
-/// was no room holds those that the filter has dropped as well.
-struct Taken {
+/// Bytes taken from a socket since it was last empty. The kernel's drop counter is unsuitable, because
+/// it includes packets that the socket filter rejected.
+struct BufferUse {
+    /// Bytes of buffer space that the taken packets used.
     bytes: usize,
-    /// A buffer that was full held more.
+    /// Size of the buffer: more taken bytes than this show that it was full.
     limit: usize,
 }
 
 impl RoomSockets {
-    /// Questions from other addresses than these are dropped by the kernel.
+    /// Opens the sockets. The kernel drops probes from addresses other than `sources`.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened or configured.
     pub fn open(room: Room, sources: &[Sources]) -> io::Result<Self> {
         let open = |address: IpAddr| {
             let (echoes, segments) = (datagrams(address, FAR_PORT)?, segments(address)?);
             Ok(FamilySockets {
                 address,
-                echoes_taken: Taken::of(&echoes)?,
-                echoes: whole(echoes),
+                echoes_taken: BufferUse::of(&echoes)?,
+                echoes: with_gro(echoes),
                 asking: datagrams(address, 0)?,
-                segments_taken: Taken::of(&segments)?,
+                segments_taken: BufferUse::of(&segments)?,
                 segments,
                 listener: listener(address)?,
-                calls: Calls::default(),
-                guests: Guests::listen(address)?,
+                outgoing: OutgoingStreams::default(),
+                incoming: IncomingStreams::listen(address)?,
             })
         };
         let addresses = room.addresses;
         let families =
             room.inside(|| addresses.iter().map(open).collect::<io::Result<Vec<_>>>())?;
         let mut opened =
-            Self { room, families, sources: Vec::new(), round: None, buffer: vec![0; LONGEST] };
+            Self { room, families, sources: Vec::new(), round: None, buffer: vec![0; BUFFER_LEN] };
         opened.admit(sources)?;
         Ok(opened)
     }
 
-    /// Takes questions from these addresses alone from now on.
+    /// Replaces the addresses from which probes are accepted.
+    ///
+    /// # Errors
+    /// Fails if a filter cannot be attached.
     pub fn admit(&mut self, sources: &[Sources]) -> io::Result<()> {
         self.sources = sources.to_vec();
         self.families.iter().try_for_each(|family| family.admit(sources, self.round))
     }
 
-    /// Asks from other ports from now on, and hears answers of this round alone.
-    pub fn renew(&mut self, round: u32) -> io::Result<()> {
+    /// Starts a round: sends from new ports, and accepts answers of this round only.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened or configured.
+    pub fn start_round(&mut self, round: u32) -> io::Result<()> {
         let Self { room, families, .. } = self;
         self.round = Some(round);
         room.inside(|| {
             for sockets in families {
-                sockets.calls.forget();
+                sockets.outgoing.forget();
                 sockets.asking = datagrams(sockets.address, 0)?;
                 receive_only(&sockets.asking, FilterInput::Segment, &[is_of_round(round)])?;
                 sockets.admit(&self.sources, self.round)?;
@@ -145,23 +150,29 @@ impl RoomSockets {
         })
     }
 
+    /// Returns the descriptors to poll for reading.
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.families.iter().flat_map(|sockets| {
-            let FamilySockets { echoes, asking, segments, listener, calls, guests, .. } = sockets;
+            let FamilySockets { echoes, asking, segments, listener, outgoing, incoming, .. } =
+                sockets;
             let single = [echoes.as_fd(), asking.as_fd(), segments.as_fd(), listener.as_fd()];
-            single.into_iter().chain(calls.readable()).chain(guests.readable())
+            single.into_iter().chain(outgoing.readable()).chain(incoming.readable())
         })
     }
 
-    /// Those that wait for room to send.
+    /// Returns the descriptors of connections that wait to send.
     pub fn writable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.families.iter().flat_map(|sockets| {
-            let FamilySockets { calls, guests, .. } = sockets;
-            calls.writable().chain(guests.writable())
+            let FamilySockets { outgoing, incoming, .. } = sockets;
+            outgoing.writable().chain(incoming.writable())
         })
     }
 
-    /// What cannot be sent does not arrive, and so is seen.
+    /// Sends a probe. `size` is the size of a datagram or stream in bytes; `None` sends a TCP segment. A
+    /// probe that cannot be sent does not arrive, and is detected that way.
+    ///
+    /// # Errors
+    /// Fails if the probe cannot be sent.
     pub fn send(
         &mut self,
         to: IpAddr,
@@ -175,12 +186,12 @@ impl RoomSockets {
         let from = sockets.address;
         let sent = match size {
             Some(size) if kind == Kind::Data => {
-                let open = || room.inside(|| streams::caller(from));
-                sockets.calls.begin(to, round, size, open)
+                let open = || room.inside(|| streams::open_outgoing(from));
+                sockets.outgoing.begin(to, round, size, open)
             }
             Some(size) => {
                 let payload = question(kind, round, size * kind.segments());
-                send_in(&sockets.asking, &payload, SocketAddr::new(to, FAR_PORT), size)
+                send_segmented(&sockets.asking, &payload, SocketAddr::new(to, FAR_PORT), size)
             }
             None => {
                 let to = SocketAddr::new(to, 0);
@@ -191,14 +202,14 @@ impl RoomSockets {
         sent.inspect_err(|error| tracing::trace!(%error, %to, ?kind, "not sent"))
     }
 
-    /// Gives all that has come, and answers a question if the answer is yes.
-    pub fn hear(&mut self, mut give: impl FnMut(SocketEvent) -> bool) {
+    /// Passes everything received to `give`, and answers a probe if `give` returns `true`.
+    pub fn receive_all(&mut self, mut give: impl FnMut(SocketEvent) -> bool) {
         for sockets in &mut self.families {
             let FamilySockets { address, echoes, asking, segments, listener, .. } = sockets;
             let (echoes_taken, segments_taken) =
                 (&mut sockets.echoes_taken, &mut sockets.segments_taken);
             let ipv4 = address.is_ipv4();
-            for _ in 0..AT_ONCE {
+            for _ in 0..MAX_PER_PASS {
                 let received = receive(echoes, &mut self.buffer);
                 if echoes_taken.note(&received) {
                     give(SocketEvent::Overflow);
@@ -217,15 +228,16 @@ impl RoomSockets {
                     let sort = Sort { ipv4, kind };
                     if give(SocketEvent::Question { from: from.ip(), round, sort }) {
                         answer(payload);
-                        let sent = send_in(echoes, payload, from, datagram)
-                            .or_else(|_| send_in(echoes, &payload[..datagram], from, datagram));
+                        let sent = send_segmented(echoes, payload, from, datagram).or_else(|_| {
+                            send_segmented(echoes, &payload[..datagram], from, datagram)
+                        });
                         if let Err(error) = sent {
                             tracing::trace!(%error, %from, "not answered");
                         }
                     }
                 }
             }
-            for _ in 0..AT_ONCE {
+            for _ in 0..MAX_PER_PASS {
                 let Ok((length, from)) = asking.recv_from(&mut self.buffer) else { break };
                 if let Some((MessageType::Answer, kind, round)) = read(&self.buffer[..length])
                     && from.port() == FAR_PORT
@@ -233,23 +245,23 @@ impl RoomSockets {
                     give(SocketEvent::Answer { from: from.ip(), round, kind });
                 }
             }
-            for _ in 0..AT_ONCE {
+            for _ in 0..MAX_PER_PASS {
                 let Ok((connection, _)) = listener.accept() else { break };
-                // Reset, so that the kernel remembers nothing of it.
+                // Closed with a reset, so that the kernel keeps no state of it.
                 let _ = connection.set_linger(Some(Duration::ZERO));
             }
-            for _ in 0..AT_ONCE {
-                let mut packet = [0; HEADERS];
+            for _ in 0..MAX_PER_PASS {
+                let mut packet = [0; HEADERS_LEN];
                 let received = receive(segments, &mut packet);
                 if segments_taken.note(&received) {
                     give(SocketEvent::Overflow);
                 }
                 let Ok(Received { length, from, .. }) = received else { break };
                 let Some(from) = from.map(|from| from.ip()) else { continue };
-                let packet = &packet[..length.min(HEADERS)];
+                let packet = &packet[..length.min(HEADERS_LEN)];
                 let kind = Kind::Segment;
                 match raw_tcp::segment(*address, packet).and_then(far_segment) {
-                    // The kernel answers.
+                    // The kernel itself answers the segment.
                     Some(Segment::Question(round)) => {
                         give(SocketEvent::Question { from, round, sort: Sort { ipv4, kind } });
                     }
@@ -262,12 +274,12 @@ impl RoomSockets {
             let kind = Kind::Data;
             let sort = Sort { ipv4, kind };
             let is_full = sockets
-                .guests
-                .go_on(|from, round| give(SocketEvent::Question { from, round, sort }));
+                .incoming
+                .advance(|from, round| give(SocketEvent::Question { from, round, sort }));
             if is_full {
                 give(SocketEvent::Overflow);
             }
-            sockets.calls.go_on(|event| {
+            sockets.outgoing.advance(|event| {
                 give(match event {
                     Event::Connected(to, round) => SocketEvent::Connected { to, round },
                     Event::Answered(from, round) => SocketEvent::Answer { from, round, kind },
@@ -278,7 +290,7 @@ impl RoomSockets {
 }
 
 impl FamilySockets {
-    /// Whatever else is sent to the sockets must not fill their buffers, nor the queue of connections.
+    /// Attaches filters so that unrelated packets fill neither the buffers nor the connection queue.
     fn admit(&self, sources: &[Sources], round: Option<u32>) -> io::Result<()> {
         let is_of_family = |sources: &&Sources| sources.is_ipv4() == self.address.is_ipv4();
         let from = sources.iter().find(is_of_family).map(Condition::From);
@@ -288,7 +300,7 @@ impl FamilySockets {
         receive_only_where(&self.echoes, FilterInput::Segment, &[&question(IS_MESSAGE)])?;
         receive_only_where(&self.listener, FilterInput::Segment, &[&question(to_port)])?;
         let to_data = question(Field::Half(2, FAR_DATA_PORT));
-        receive_only_where(self.guests.listener(), FilterInput::Segment, &[&to_data])?;
+        receive_only_where(self.incoming.listener(), FilterInput::Segment, &[&to_data])?;
         let question = question(to_port);
         let answer = round.map(|round| [from_port, answers_segment(round)].map(Condition::Field));
         let answer = answer.as_ref().map(<[_; 2]>::as_slice);
@@ -299,7 +311,7 @@ impl FamilySockets {
     fn first_segment(&self, to: IpAddr, round: u32) -> Vec<u8> {
         let mut nonce = [0; NONCE_LEN];
         nonce[..4].copy_from_slice(&round.to_be_bytes());
-        // Another one in each round, as connections have it.
+        // A different source port in each round, as new connections have.
         let port = round as u16 | 0x8000;
         let (from, ports) = (self.address, [port, FAR_PORT]);
         Probe { transport: Transport::Tcp, from, to, ports, nonce }.segment()
@@ -328,24 +340,30 @@ fn segments(address: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// A packet read from a socket.
 struct Received {
-    /// Of the packet, also where it is longer than what it was read into.
+    /// Length of the packet in bytes, even if it exceeds the buffer.
     length: usize,
     from: Option<SocketAddr>,
-    /// Bytes of each of several datagrams that came in one packet.
+    /// Size in bytes of each datagram if the packet contains several (UDP GRO).
     segment: Option<usize>,
 }
 
-/// Has the kernel give several datagrams that came in one packet at once, where it can.
-fn whole(socket: UdpSocket) -> UdpSocket {
+/// Enables UDP GRO if possible: the kernel then delivers several datagrams of one packet together.
+fn with_gro(socket: UdpSocket) -> UdpSocket {
     if let Err(error) = setsockopt(&socket, UdpGroSegment, &true) {
-        tracing::debug!(%error, "packets of several datagrams come in parts");
+        tracing::debug!(%error, "UDP GRO unavailable");
     }
     socket
 }
 
-/// Sends datagrams of this size in one packet. The last one may be smaller.
-fn send_in(socket: &UdpSocket, payload: &[u8], to: SocketAddr, size: usize) -> io::Result<()> {
+/// Sends datagrams of `size` bytes as one packet (UDP GSO). The last one may be smaller.
+fn send_segmented(
+    socket: &UdpSocket,
+    payload: &[u8],
+    to: SocketAddr,
+    size: usize,
+) -> io::Result<()> {
     if payload.len() <= size {
         return socket.send_to(payload, to).map(drop);
     }
@@ -357,20 +375,21 @@ fn send_in(socket: &UdpSocket, payload: &[u8], to: SocketAddr, size: usize) -> i
     Ok(())
 }
 
-impl Taken {
-    /// Gives a socket a large buffer. Without the right to that the kernel gives as much as it may.
+impl BufferUse {
+    /// Enlarges a socket's receive buffer. Without the privilege to force the size, the kernel grants as
+    /// much as `net.core.rmem_max` allows.
     fn of(socket: &impl AsFd) -> io::Result<Self> {
         let given = SockRef::from(socket);
-        if setsockopt(socket, RcvBufForce, &BUFFER).is_err() {
-            given.set_recv_buffer_size(BUFFER)?;
+        if setsockopt(socket, RcvBufForce, &RECEIVE_BUFFER).is_err() {
+            given.set_recv_buffer_size(RECEIVE_BUFFER)?;
         }
         Ok(Self { bytes: 0, limit: given.recv_buffer_size()? / 2 })
     }
 
-    /// Says whether packets may have come for which there was no room.
+    /// Records the result of a read, and returns whether packets may have been lost for lack of room.
     fn note(&mut self, received: &io::Result<Received>) -> bool {
         match received {
-            Ok(Received { length, .. }) => self.bytes += EACH + 2 * length,
+            Ok(Received { length, .. }) => self.bytes += PACKET_OVERHEAD + 2 * length,
             Err(_) => self.bytes = 0,
         }
         self.bytes > self.limit
@@ -402,17 +421,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffer_that_had_no_room_is_noticed_and_dropped_garbage_is_not() {
+    fn full_buffer_is_detected_and_filtered_packets_are_not() {
         let [to, from] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").expect("a socket"));
         to.set_nonblocking(true).expect("a socket");
         receive_only(&to, FilterInput::Segment, &[IS_MESSAGE]).expect("a filter");
-        let mut taken = Taken::of(&to).expect("a buffer");
+        let mut taken = BufferUse::of(&to).expect("a buffer");
         let room = SockRef::from(&to).recv_buffer_size().expect("its size");
         let mut send_and_take = |payload: &[u8]| {
             for _ in 0..room / 500 {
                 from.send_to(payload, to.local_addr().expect("an address")).expect("sent");
             }
-            let mut buffer = [0; HEADERS];
+            let mut buffer = [0; HEADERS_LEN];
             let mut is_noticed = false;
             loop {
                 let received = receive(&to, &mut buffer);

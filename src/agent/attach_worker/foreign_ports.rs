@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use crate::pods::bridge::Bridge;
 
-/// Ports that a warning names.
+/// Maximum number of ports in a warning.
 const SHOWN: usize = 4;
 
-/// A sentence about ports of other programs on the pods' bridge.
+/// Returns the warning about ports of other programs on the pods' bridge.
 pub(super) fn warning(bridge: &Bridge, foreign_ports: &BTreeSet<String>) -> Option<String> {
     let first = foreign_ports.first()?;
     let held = match bridge.anti_spoofing {
@@ -23,9 +23,9 @@ pub(super) fn warning(bridge: &Bridge, foreign_ports: &BTreeSet<String>) -> Opti
     };
     let (name, subnet) = (&bridge.name, bridge.subnets.first);
     Some(format!(
-        "{}{more} on the pods' bridge {name} is not gossamer's: what sends there can use {held}; if it is \
-         there on purpose (a virtual machine), give it addresses of {subnet} that no pod has (gossamer \
-         pods), else take it off: ip link set {first} nomaster",
+        "{}{more} on the pods' bridge {name} is not gossamer's: its packets can use {held}; if it is \
+         there intentionally (a virtual machine), give it addresses of {subnet} that no pod has (gossamer \
+         pods), else detach it: ip link set {first} nomaster",
         names.join(", ")
     ))
 }

@@ -1,7 +1,7 @@
-//! What else of a host decides whether packets pass: our table in nftables, chains of others, sysctls.
+//! Checks of the host outside gossamer's entries: the nftables table, other programs' chains, sysctls.
 //!
-//! Part of the kernel's thread (`programmer`). Nothing here keeps a node from being a member: what is wrong
-//! is said, and tried again.
+//! They run in the kernel thread (`programmer`). Nothing here ends a node's membership: problems are
+//! reported and the operations repeated.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,50 +33,53 @@ use crate::{
     netlink::{Netlink, netconf::ForwardingMonitor, nftables::Changes},
 };
 
-/// Chains of others may have very many rules: reading them takes no more than one part in so many of the
-/// time.
-const SHARE: u32 = 1_000;
-/// The same for the packets of members, which are read only while one of them is in doubt.
+/// Other programs' chains may have very many rules: reading them takes at most this fraction (1/n) of
+/// the time.
+const CHAIN_READ_SHARE: u32 = 1_000;
+/// The same limit for counters of the members' packets, which are read only while a peer is unverified.
 const COUNT_SHARE: u32 = 100;
-/// What the kernel refused is tried again after so long. Every try changes the table.
-const TRY_AGAIN: Duration = Duration::from_secs(60);
+/// Time after which an operation refused by the kernel is repeated. Each attempt changes the table.
+const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 
-/// As it was last seen.
+/// The last reported result of the host checks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostState {
+    /// The problems, with their remedies.
     pub problems: Vec<String>,
-    /// The kernel's table of connections drops packets, as one of the problems says.
+    /// Whether the kernel's connection tracking table is full and drops packets, as one of the problems
+    /// says.
     pub is_table_full: bool,
-    /// Our table is in the kernel, and drops what would give this host routes of pods.
+    /// Whether the kernel has gossamer's table, which drops packets that would redirect routes of pods.
     pub refuses_routers: bool,
-    /// Tunnel packets of non-members that were dropped.
+    /// Number of dropped tunnel packets of non-members.
     pub dropped: u64,
-    /// What other programs had changed and was put right, by kind; since the last report.
+    /// Kinds of other programs' changes that were repaired since the last report.
     pub repaired: Vec<&'static str>,
 }
 
-pub struct Surroundings {
+/// The host checks and what they need.
+pub struct HostChecks {
     table: io::Result<FirewallTable>,
-    /// Interfaces that lead into tunnels, as last read.
+    /// Interfaces of tunnels at the last reading.
     tunnels: Option<BTreeSet<String>>,
     changes: Option<Changes>,
     users: UsersRule,
     users_problem: Option<String>,
     mode: Mode,
     set_sysctls: bool,
-    /// Sysctls that were right when last looked at.
-    right: BTreeSet<String>,
-    /// Interfaces that take router advertisements although this host forwards, because it was told to.
+    /// Names of sysctls that were correct at the last check.
+    correct_sysctls: BTreeSet<String>,
+    /// Interfaces configured to accept router advertisements although this host forwards.
     kept: BTreeSet<String>,
     begun: Instant,
-    switches: Option<ForwardingMonitor>,
+    forwarding_monitor: Option<ForwardingMonitor>,
     forwarding_changes: ForwardingChanges,
-    /// The device was closed to what comes out of it when last looked at.
+    /// Whether the device was closed to router advertisements from the overlay at the last check.
     was_closed: bool,
     table_problem: Option<String>,
-    /// The kernel has the guard, as far as it was last asked.
+    /// Whether the kernel had the guard at the last check.
     guarded: bool,
-    /// The kernel would not have the masquerade.
+    /// When the kernel refused the masquerade rules.
     refused_at: Option<Instant>,
     connections: Conntrack,
     fragments: Fragments,
@@ -85,18 +88,19 @@ pub struct Surroundings {
     problems: Vec<String>,
     dropped: u64,
     repaired: Vec<&'static str>,
-    /// Before this, chains of others are not read again.
+    /// Earliest time to read other programs' chains again.
     read_chains_at: Instant,
     chain_problems: Vec<String>,
-    /// Before this, packets are not counted again.
+    /// Earliest time to read the packet counters again.
     count_at: Instant,
-    /// Fights about the entries, the table and sysctls.
+    /// Repeated conflicts with other programs about entries, the table and sysctls.
     pub repair_conflicts: RepairConflicts,
-    told: HostState,
+    /// The last reported state.
+    reported: HostState,
 }
 
-impl Surroundings {
-    /// Opens what it can; what it cannot is a problem only where it is needed.
+impl HostChecks {
+    /// Opens all sockets. A socket that cannot be opened is a problem only where it is needed.
     pub fn open(mode: Mode, set_sysctls: bool) -> Self {
         Self {
             table: FirewallTable::open(),
@@ -106,10 +110,10 @@ impl Surroundings {
             users_problem: None,
             mode,
             set_sysctls,
-            right: BTreeSet::new(),
+            correct_sysctls: BTreeSet::new(),
             kept: BTreeSet::new(),
             begun: Instant::now(),
-            switches: ForwardingMonitor::open().ok(),
+            forwarding_monitor: ForwardingMonitor::open().ok(),
             forwarding_changes: ForwardingChanges::default(),
             was_closed: false,
             table_problem: None,
@@ -126,23 +130,26 @@ impl Surroundings {
             chain_problems: Vec::new(),
             count_at: Instant::now(),
             repair_conflicts: RepairConflicts::new(),
-            told: HostState::default(),
+            reported: HostState::default(),
         }
     }
 
-    /// Readable when some table of nftables has changed.
+    /// Returns a descriptor that is readable when an nftables table has changed.
     pub fn changes(&self) -> Option<BorrowedFd<'_>> {
         self.changes.as_ref().map(|changes| changes.as_fd())
     }
 
-    /// Reads what has changed, and says whether it was in this table.
+    /// Reads the pending change notifications and returns whether one concerns this table.
+    ///
+    /// # Errors
+    /// Fails if the notifications cannot be read.
     pub fn touched(&mut self, table: &str) -> io::Result<bool> {
         self.changes.as_mut().map_or(Ok(false), |changes| changes.touched(table))
     }
 
-    /// Sees to it that users of this host send nothing to the VXLAN port, or may again. Without the guard
-    /// nothing is done about who sends tunnel packets.
-    pub fn keep_users_out(&mut self, firewall: &Firewall) {
+    /// Ensures with a policy rule that users of this host cannot send to the VXLAN port. Without the
+    /// guard, removes the rule.
+    pub fn block_users(&mut self, firewall: &Firewall) {
         let kept = match &firewall.guard {
             Some(guard) => self.users.keep(guard.port, &guard.members),
             None => self.users.remove().map(|()| false),
@@ -160,7 +167,7 @@ impl Surroundings {
         }
     }
 
-    /// Makes our table equal to what is wanted, without reading it.
+    /// Writes the desired nftables table without reading the present one.
     pub fn write_table(&mut self, firewall: &Firewall) {
         if self.tunnels.is_none() {
             self.read_tunnels(firewall.port);
@@ -168,7 +175,7 @@ impl Surroundings {
         self.on_table(firewall, FirewallTable::write);
     }
 
-    /// Reads our table, and puts right what is wrong in it.
+    /// Reads gossamer's table and repairs it.
     pub fn verify_table(&mut self, firewall: &Firewall) {
         self.read_tunnels(firewall.port);
         if let Some(pass) = self.on_table(firewall, FirewallTable::verify) {
@@ -191,12 +198,13 @@ impl Surroundings {
         }
     }
 
-    /// Whether what was written has not been read since.
+    /// Returns whether the last written table has not been verified yet.
     pub fn is_table_unread(&self) -> bool {
         self.table.as_ref().is_ok_and(FirewallTable::is_unread)
     }
 
-    /// Tunnel packets by member, where they are counted. With very many members it is not done each time.
+    /// Returns tunnel packets by member where the kernel counts them; `None` if they were read too
+    /// recently. Large clusters are read less often.
     pub fn count_packets(&mut self, table: &str) -> Option<BTreeMap<IpAddr, u64>> {
         let begun = Instant::now();
         let tables = self.table.as_mut().ok().filter(|_| self.count_at <= begun)?;
@@ -205,8 +213,8 @@ impl Surroundings {
         counted.inspect_err(|error| tracing::debug!(%error, "packets of members not read")).ok()
     }
 
-    /// Looks at sysctls, at tables of the kernel that may be full and, now and then, at chains of others.
-    pub fn look(&mut self, desired: &Desired, bridge: &str, underlay: &str) {
+    /// Checks sysctls, kernel tables that may be full and, less often, other programs' chains.
+    pub fn check(&mut self, desired: &Desired, bridge: &str, underlay: &str) {
         let begun = Instant::now();
         let networks: Vec<_> = desired.pool.networks().iter().collect();
         if self.read_chains_at <= begun {
@@ -214,40 +222,41 @@ impl Surroundings {
             let chains = chains.and_then(Result::ok).unwrap_or_default();
             let drops = chains.dropping.iter().map(|chain| direct_access(chain, desired));
             self.chain_problems = drops.collect();
-            self.read_chains_at = begun + begun.elapsed() * SHARE;
+            self.read_chains_at = begun + begun.elapsed() * CHAIN_READ_SHARE;
         }
         self.problems.clear();
         self.problems.extend(self.connections.check());
-        self.problems.extend(self.fragments.look());
+        self.problems.extend(self.fragments.check());
         if let Ok(netlink) = &mut self.netlink {
             match self.neighbors.check(netlink) {
                 Ok(problems) => self.problems.extend(problems),
-                Err(error) => tracing::debug!(%error, "tables of neighbors not looked at"),
+                Err(error) => tracing::debug!(%error, "neighbor tables not read"),
             }
         }
         for setting in sysctl::wanted(&networks, &desired.device.name, self.mode, underlay) {
             let Some(problem) = setting.problem() else {
-                self.right.insert(setting.name().to_owned());
+                self.correct_sysctls.insert(setting.name().to_owned());
                 continue;
             };
             if !self.set_sysctls {
                 self.problems.push(problem);
                 continue;
             }
-            let was_right = self.right.remove(setting.name());
+            let was_correct = self.correct_sysctls.remove(setting.name());
             match setting.set() {
                 Ok(kept) => {
                     self.kept.extend(kept);
-                    self.right.insert(setting.name().to_owned());
-                    self.repaired.extend(was_right.then_some("sysctl"));
+                    self.correct_sysctls.insert(setting.name().to_owned());
+                    self.repaired.extend(was_correct.then_some("sysctl"));
                 }
                 Err(error) => self.problems.push(error),
             }
         }
-        self.look_at_switches([&desired.device.name, bridge]);
+        self.check_forwarding_switches([&desired.device.name, bridge]);
         let kept = sysctl::keep_advertisements(&self.kept);
         let closed = interface::close(&desired.device.name, Ipv6::AsItIs);
-        // One that an earlier version has left is not as this one makes it.
+        // A device that an earlier version left has other settings, so only a change since the last
+        // check is a repair.
         let opened = closed.set > 0 && self.was_closed;
         self.repaired.extend((kept || opened).then_some("sysctl"));
         if self.repaired.contains(&"sysctl") {
@@ -259,18 +268,18 @@ impl Surroundings {
         }
     }
 
-    /// Forwarding that was off for a moment, of all interfaces or of these.
-    fn look_at_switches(&mut self, interfaces: [&str; 2]) {
-        let Some(switches) = &mut self.switches else { return };
-        let heard = switches.read().unwrap_or_else(|error| {
-            tracing::debug!(%error, "cannot hear of forwarding");
+    /// Reports forwarding that was switched off briefly, globally or on these interfaces.
+    fn check_forwarding_switches(&mut self, interfaces: [&str; 2]) {
+        let Some(forwarding_monitor) = &mut self.forwarding_monitor else { return };
+        let switched_settings = forwarding_monitor.read().unwrap_or_else(|error| {
+            tracing::debug!(%error, "forwarding notifications not read");
             Vec::new()
         });
         let now = Time::ZERO + self.begun.elapsed();
-        let is_needed = heard.iter().any(|switched| switched.link.is_some());
+        let is_needed = switched_settings.iter().any(|switched| switched.link.is_some());
         let netlink = self.netlink.as_mut().ok().filter(|_| is_needed);
         let links = netlink.map(|netlink| interfaces.map(|name| netlink.link(name).ok().flatten()));
-        for switched in heard {
+        for switched in switched_settings {
             let mut links = links.iter().flatten().flatten();
             let interface = match switched.link {
                 None => None,
@@ -285,14 +294,14 @@ impl Surroundings {
                 switched.forwards,
             );
         }
-        // What is repaired each time is told as a fight.
+        // A setting that is repaired repeatedly is reported as a conflict.
         if !self.repair_conflicts.is_under_way(Kind::Sysctls) {
             self.problems.extend(self.forwarding_changes.problems(now));
         }
     }
 
-    /// The state, if it is another one than last time.
-    pub fn news(&mut self) -> Option<HostState> {
+    /// Returns the state if it has changed since the last call.
+    pub fn take_change(&mut self) -> Option<HostState> {
         let problems = self.table_problem.iter().chain(&self.users_problem);
         let problems = problems.chain(&self.chain_problems).chain(&self.problems);
         let problems = problems.cloned().chain(self.repair_conflicts.problems());
@@ -303,20 +312,23 @@ impl Surroundings {
             dropped: self.dropped,
             repaired: std::mem::take(&mut self.repaired),
         };
-        let news = state != self.told;
-        self.told = HostState { repaired: Vec::new(), ..state.clone() };
+        let news = state != self.reported;
+        self.reported = HostState { repaired: Vec::new(), ..state.clone() };
         news.then_some(state)
     }
 
-    /// Takes our table away.
+    /// Removes gossamer's table and policy rules.
+    ///
+    /// # Errors
+    /// Fails if the table cannot be removed.
     pub fn remove(&mut self, table: &str) -> io::Result<()> {
         self.guarded = false;
         if let Err(error) = self.users.remove() {
-            tracing::error!(%error, "the policy rules about the VXLAN port were not removed");
+            tracing::error!(%error, "policy rules of the VXLAN port not removed");
         }
         match &mut self.table {
             Ok(tables) => tables.remove(table),
-            // It cannot have been written either.
+            // Without a socket, the table cannot have been written.
             Err(_) => Ok(()),
         }
     }
@@ -335,7 +347,8 @@ impl Surroundings {
         done
     }
 
-    /// Where masquerade is impossible the guard is not given up.
+    /// Applies `act` to the table. If the kernel refuses the masquerade rules, the guard is kept without
+    /// them.
     fn try_on_table<T>(
         &mut self,
         firewall: &Firewall,
@@ -349,7 +362,7 @@ impl Surroundings {
                 return None;
             }
         };
-        if self.refused_at.is_none_or(|at| at.elapsed() >= TRY_AGAIN) {
+        if self.refused_at.is_none_or(|at| at.elapsed() >= RETRY_INTERVAL) {
             match act(table, firewall) {
                 Ok(done) => {
                     (self.refused_at, self.table_problem) = (None, None);

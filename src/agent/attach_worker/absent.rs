@@ -1,4 +1,4 @@
-//! Veth pairs of pods that are not there any more, and veth pairs that no container uses.
+//! Veth pairs of pods that are missing, and veth pairs that no container uses.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,20 +7,20 @@ use std::{
     time::Instant,
 };
 
-use super::{AttachResult, LOOK, Looked, Suspect};
+use super::{AttachResult, GonePods, RECHECK_INTERVAL, Suspect};
 use crate::pods::{
     bridge::{RepairReport, Tenants},
     wiring::{Wiring, loose_end},
 };
 
-/// Veth pairs whose loose ends Docker has fetched. It puts an end back on this host when the container has
-/// ended or has left the network, and tells the agent, if that runs.
+/// Veth pairs whose loose ends Docker has fetched. Docker returns an end to this host when the container
+/// has ended or left the network, and reports it to the agent if that runs.
 #[derive(Default)]
 pub(super) struct Fetched(pub(super) BTreeSet<String>);
 
 impl Fetched {
-    /// Veth pairs that are of no container any more: those that are not there, and those with a loose end
-    /// again.
+    /// Returns the veth pairs that belong to no container any more: missing ones, and those whose loose
+    /// end has returned.
     pub(super) fn gone(&mut self, tenants: &Tenants, seen: &RepairReport) -> BTreeSet<String> {
         let is_fetched =
             |veth: &&String| !seen.absent.contains(*veth) && !seen.loose.contains(*veth);
@@ -30,9 +30,9 @@ impl Fetched {
     }
 }
 
-/// Tells of veth pairs that are not there, as often as that changes, and of those that have not been there
-/// for long enough.
-pub(super) fn note_absent(
+/// Reports missing veth pairs whenever they change, and those that have been missing for
+/// [`RECHECK_INTERVAL`].
+pub(super) fn report_absent(
     known: &mut BTreeMap<String, Instant>,
     absent: &BTreeSet<String>,
     now: Instant,
@@ -47,7 +47,7 @@ pub(super) fn note_absent(
     }
     let confirmed: BTreeSet<String> = known
         .iter()
-        .filter(|(_, since)| now.duration_since(**since) >= LOOK)
+        .filter(|(_, since)| now.duration_since(**since) >= RECHECK_INTERVAL)
         .map(|(link, _)| link.clone())
         .collect();
     if is_news || !confirmed.is_empty() {
@@ -55,14 +55,14 @@ pub(super) fn note_absent(
     }
 }
 
-/// Sorts pods by what the kernel and the file system still have of them.
+/// Classifies pods by the kernel's veth pairs and the paths of their namespaces.
 pub(super) fn look(
     pods: Vec<Suspect>,
     wiring: &mut Wiring,
     fetched: &Fetched,
-) -> io::Result<Looked> {
+) -> io::Result<GonePods> {
     let links = wiring.links()?;
-    let mut looked = Looked::default();
+    let mut looked = GonePods::default();
     for Suspect { link, netns } in pods {
         let is_back = links.contains_key(&loose_end(&link)) && fetched.0.contains(&link);
         match links.get(&link).filter(|_| !is_back) {

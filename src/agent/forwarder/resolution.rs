@@ -1,7 +1,7 @@
-//! How pods of one host find each other: by ARP, or by neighbor discovery, of which the first pod of the
-//! agent's own sends frames to the second. What comes there is seen before any kernel answers it.
+//! Address resolution between pods of one host. The first pod of the agent sends ARP or neighbor
+//! discovery frames to the second one, where they are captured before the kernel answers them.
 //!
-//! The frames tell what is so in any case: which MAC the address of the first one has.
+//! The frames state the truth: the MAC of the first pod's address.
 
 use std::{io, net::IpAddr};
 
@@ -17,18 +17,23 @@ use crate::{
     pods::standin::{INNER, StandIn, mate_mac},
 };
 
-/// To all stations, and to the second pod alone.
+/// Number of frames: one to all stations, one to the second pod.
 const FRAMES: usize = 2;
 
-/// Of one family.
-pub struct Finding {
+/// The sockets and frames of one family.
+pub struct Resolution {
     sender: Socket,
+    /// The expected frames, without padding.
     receiver: Socket,
     frames: [Vec<u8>; FRAMES],
 }
 
-impl Finding {
-    /// From the first pod, with this address, to the second one, with that.
+impl Resolution {
+    /// Opens sockets to send from the first pod, with address `from`, to the second one, with address
+    /// `to`.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened, or if the addresses are of different families.
     pub fn open(first: &StandIn, mate: &StandIn, from: IpAddr, to: IpAddr) -> io::Result<Self> {
         let (sender, mac) = first.inside(|| sender_at(INNER))?;
         let to_mac = mate_mac(first.addresses());
@@ -48,9 +53,9 @@ impl Finding {
         Ok(Self { sender, receiver, frames })
     }
 
-    /// What cannot be sent is not seen arriving.
+    /// Sends the frames. A frame that cannot be sent does not arrive, and is detected that way.
     pub fn send(&self) {
-        // Of an earlier trial.
+        // Discards frames of an earlier trial.
         drain(&self.receiver, |_, _| {});
         for frame in &self.frames {
             if let Err(error) = self.sender.send(frame) {
@@ -59,21 +64,22 @@ impl Finding {
         }
     }
 
+    /// Returns the receiving socket, to poll it.
     pub const fn socket(&self) -> &Socket {
         &self.receiver
     }
 
-    /// Notes which of them have come.
-    pub fn hear(&self, come: &mut [bool; FRAMES]) {
+    /// Records which of the frames have arrived.
+    pub fn receive(&self, arrived: &mut [bool; FRAMES]) {
         drain(&self.receiver, |frame, _| {
-            for (come, sent) in come.iter_mut().zip(&self.frames) {
-                *come |= frame.starts_with(sent);
+            for (arrived, sent) in arrived.iter_mut().zip(&self.frames) {
+                *arrived |= frame.starts_with(sent);
             }
         });
     }
 }
 
-/// For the kernel's packet filter: frames of this sender.
+/// Returns a socket filter that accepts frames of this sender.
 fn comes_from(mac: Mac) -> Vec<SockFilter> {
     let [a, b, c, d, e, f] = *mac.as_bytes();
     vec![
@@ -95,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_of_other_senders_do_not_fill_the_buffer() {
+    fn filter_rejects_frames_of_other_senders() {
         let mac = Mac::from_bytes([2, 0x85, 0, 0, 0x90, 1]);
         let (to, from) = UnixDatagram::pair().expect("sockets");
         from.set_nonblocking(true).expect("a socket");

@@ -1,4 +1,4 @@
-//! What a pod's other interfaces take over from one that is to be removed.
+//! Passes the routes of a veth pair that is being removed to other interfaces of the same pod.
 
 use std::{fs::File, path::Path};
 
@@ -6,7 +6,7 @@ use super::{AttachResult, PodWorker};
 use crate::{model::Attachment, pods::bridge::Tenant};
 
 impl<F: Fn(AttachResult)> PodWorker<'_, F> {
-    /// Gives the routes of a veth pair that is to be removed to another one of the same container.
+    /// Gives the routes of a veth pair that is being removed to another one of the same container.
     pub(super) fn hand_over(
         &mut self,
         attachment: &Attachment,
@@ -14,18 +14,19 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         opened: Option<&File>,
         index: u32,
     ) {
-        let is_its = |(_, other): &(_, &Tenant)| other.container == attachment.container();
-        let others = self.tenants.iter().filter(is_its).map(|(veth, _)| veth);
+        let is_same_container =
+            |(_, other): &(_, &Tenant)| other.container == attachment.container();
+        let others = self.tenants.iter().filter(is_same_container).map(|(veth, _)| veth);
         let others: Vec<&String> = others.collect();
         if others.is_empty() {
             return;
         }
-        // Its addresses are of the others too.
+        // The others share its addresses.
         self.touched = true;
         let (Some(bridge), Some(tenant)) = (&self.kept, tenant) else { return };
         let netns = Path::new(&tenant.netns);
         if let Err(error) = self.wiring.hand_over(bridge, index, (netns, opened), &others) {
-            tracing::debug!(pod = %attachment, %error, "its other interfaces have not got its routes");
+            tracing::debug!(pod = %attachment, %error, "routes not passed to the pod's other interfaces");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The loop's side of what routers have told of paths: what is tried, and what the kernel is to forget.
+//! Checks the path MTUs that routers reported, and makes the kernel forget wrong ones.
 
 use std::net::IpAddr;
 
@@ -11,8 +11,9 @@ use crate::{
 };
 
 impl Agent {
-    /// Tries what routers have told of the paths to peers, and has the kernel forget what is false.
-    pub(super) fn judge_reports(&mut self) {
+    /// Probes the paths with path MTUs that routers reported, and makes the kernel forget those that are
+    /// wrong.
+    pub(super) fn check_path_mtu_reports(&mut self) {
         let now = self.clock.now();
         let told = self.kernel.routing.path_mtus.iter().filter(|(_, path)| path.learned);
         let told = told.map(|(host, path)| (*host, path.mtu)).collect();
@@ -27,21 +28,22 @@ impl Agent {
         }
     }
 
-    /// Of IPv4 the kernel can forget all reports only. Those that are true are told again.
+    /// Makes the kernel forget a wrong path MTU. For IPv4 the kernel can only forget all of them;
+    /// routers report the correct ones again.
     fn forget_path_mtus(&mut self, node: NodeId, host: IpAddr, told: u32) {
-        // The problem in the status tells of one that comes back.
+        // If the report keeps coming back, the status already has it as a problem.
         let is_told = self.prober.reports.recurring_false_mtu(host).is_some();
         let forgotten = match host {
             IpAddr::V4(_) => sysctl::write("net/ipv4/route/flush", "1"),
             IpAddr::V6(host) => Netlink::open().and_then(|mut netlink| netlink.forget_path(host)),
         };
         let text = format!(
-            "a host has told that the path to {} ({host}) carries {told} bytes, which is false: packets of \
+            "a router reported that the path to {} ({host}) carries {told} bytes, which is wrong: packets of \
              full size arrive; {}",
             self.node.name_of(node),
             match &forgotten {
-                Ok(()) => "the kernel was made to forget it".to_owned(),
-                Err(error) => format!("the kernel could not be made to forget it: {error}"),
+                Ok(()) => "the kernel has dropped the report".to_owned(),
+                Err(error) => format!("the kernel could not drop the report: {error}"),
             }
         );
         if is_told {

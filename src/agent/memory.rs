@@ -1,4 +1,4 @@
-//! What a node knows when it starts, whatever has become of its disk.
+//! Loads a node's memory from its state directory, even if its disk lost parts of it.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::{
     StartFailure,
     start::random,
-    waiting::{PREDECESSOR_PATIENCE, Waiting},
+    startup_wait::{PREDECESSOR_TIMEOUT, StartupWait},
 };
 use crate::{
     config::Config,
@@ -24,78 +24,86 @@ use crate::{
     worker::Thread,
 };
 
-/// A state directory that could not be read is read again after this.
-const RETRY: Duration = Duration::from_secs(1);
-/// No node writes as many batches; a copy that says so does not keep the count from rising.
+/// Time after which an unreadable state directory is read again.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Upper limit of a batch count read from the copy. No node writes this many batches, and the limit
+/// leaves the counter room to grow if the copy contains a false number.
 const MAX_BATCHES: u64 = 1 << 48;
-/// What takes longer is said in the status.
-const USUAL: Duration = Duration::from_secs(2);
+/// Reads that take longer are reported in the status.
+const SLOW_READ: Duration = Duration::from_secs(2);
 
-/// What a node finds in its state directory.
+/// The content of a node's state directory.
 pub(super) struct Memory {
+    /// The open directory.
     pub(super) state: Arc<StateDir>,
+    /// The node's key pair.
     pub(super) key: NodeKey,
-    /// The node has started for the first time.
+    /// Whether the node starts for the first time.
     pub(super) is_fresh: bool,
+    /// The saved token.
     pub(super) saved: Option<Token>,
+    /// The saved secrets.
     pub(super) keyring: Option<Keyring>,
-    /// The address of this host and the MTU of its overlay, as they last were.
+    /// The last known underlay address of this host and MTU of the overlay in bytes.
     pub(super) underlay: Option<(IpAddr, u32)>,
+    /// Whether the host has not been restarted since the last run.
     pub(super) is_same_boot: bool,
-    pub(super) recalled: Recalled,
+    /// The database and its records.
+    pub(super) stored: StoredRecords,
 }
 
-/// Reads the state directory, and waits for it while the system does not let a known node read or write it:
-/// none if a signal ends the agent first. A thread reads, so a disk that hangs keeps neither questions nor
-/// signals waiting.
+/// Reads the state directory. For a known node it waits while the system cannot read or write the
+/// directory. Returns `None` if a signal ends the agent first. A separate thread reads, so a hanging
+/// disk blocks neither requests nor signals.
 ///
 /// # Errors
-/// The directory cannot be this node's, or has what this program cannot use, or is of a new node and fails.
-pub(super) async fn memory(
+/// Fails if the directory cannot belong to this node, has content that this program cannot use, or
+/// belongs to a new node and cannot be read or written.
+pub(super) async fn load(
     config: &Config,
-    waiting: &mut Waiting<'_>,
+    waiting: &mut StartupWait<'_>,
 ) -> Result<Option<Memory>, StartFailure> {
     let path = config.state_dir.display();
     let begun = Instant::now();
     loop {
         let (reply, answer) = oneshot::channel();
-        let of_thread = config.clone();
-        // Not waited for: a disk that hangs would keep the agent.
-        let _thread = Thread::start("recall", move || _ = reply.send(read(&of_thread)))?;
+        let thread_config = config.clone();
+        // Not joined: a hanging disk would block the agent.
+        let _thread = Thread::start("recall", move || _ = reply.send(read(&thread_config)))?;
         let mut answer = std::pin::pin!(answer);
         let read = loop {
-            let turn = waiting.until(tokio::time::timeout(USUAL, &mut answer)).await;
+            let turn = waiting.run(tokio::time::timeout(SLOW_READ, &mut answer)).await;
             match turn {
                 None => return Ok(None),
                 Some(Ok(answer)) => break answer,
-                // In the same words each time: the log has it once.
-                Some(Err(_)) => waiting.say(format!(
+                // The text is the same each time, so it is logged once.
+                Some(Err(_)) => waiting.report_problem(format!(
                     "waiting for the state directory: {path} does not answer: look at its disk (dmesg)"
                 )),
             }
         };
-        // A thread that panicked has logged it.
+        // The thread has logged its panic.
         let read = read.map_err(|_| StoreError::Database("it could not be read".to_owned()))?;
         match read {
-            Err(StartFailure::Store(error)) if may_pass(config, &error) => {
-                waiting.say(format!("waiting for the state directory: {error}"));
+            Err(StartFailure::Store(error)) if is_temporary(config, &error) => {
+                waiting.report_problem(format!("waiting for the state directory: {error}"));
             }
             Err(StartFailure::Store(error @ StoreError::InUse { .. }))
-                if begun.elapsed() < PREDECESSOR_PATIENCE =>
+                if begun.elapsed() < PREDECESSOR_TIMEOUT =>
             {
-                waiting.say_predecessor(&error);
+                waiting.report_predecessor(&error);
             }
             read => return read.map(Some),
         }
-        if waiting.until(tokio::time::sleep(RETRY)).await.is_none() {
+        if waiting.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
             return Ok(None);
         }
     }
 }
 
-/// Whether a failure is of the disk or of this host's resources, and the state directory of a node that is
-/// known: its pods are there, and it goes on once the disk does.
-fn may_pass(config: &Config, error: &StoreError) -> bool {
+/// Returns whether the failure comes from the disk or this host's resources and the state directory
+/// belongs to a known node. The pods of such a node exist, and it continues as soon as the disk works.
+fn is_temporary(config: &Config, error: &StoreError) -> bool {
     let StoreError::Directory { error, .. } = error else { return false };
     let is_of_disk = matches!(
         error.raw_os_error().map(Errno::from_raw),
@@ -140,35 +148,37 @@ fn read_node(
         }
     };
     let saved = state.token()?;
-    let recalled = recall(&state, key.id(), config, saved.as_ref())?;
+    let stored = open_database(&state, key.id(), config, saved.as_ref())?;
     let (keyring, underlay) = (state.keyring()?, state.underlay()?);
     let is_same_boot = state.is_same_boot();
-    Ok(Memory { state, key, is_fresh, saved, keyring, underlay, is_same_boot, recalled })
+    Ok(Memory { state, key, is_fresh, saved, keyring, underlay, is_same_boot, stored })
 }
 
-/// What a node begins with.
-pub(super) struct Recalled {
+/// The records that a node starts with.
+pub(super) struct StoredRecords {
+    /// The open database.
     pub(super) database: Database,
+    /// The records of the database, completed from the second copy.
     pub(super) records: Vec<(Key, Record)>,
-    /// The database is another one than that of the last run.
+    /// Whether the database is not the one of the last run.
     pub(super) is_new: bool,
 }
 
-/// Opens the database. One that was damaged, or is another node's, is moved aside: the other members know
-/// most of what was in it. A node that knows none of them takes the second copy of what makes a node. So does
-/// a node whose database has lost its last changes, for these.
-fn recall(
+/// Opens the database. A database that is damaged or belongs to another node is moved aside: the other
+/// members have most of its records. A node that knows no other member uses the second copy of its
+/// essential records instead. If the database lost its last changes, the second copy completes it.
+fn open_database(
     state: &StateDir,
     me: NodeId,
     config: &Config,
     saved: Option<&Token>,
-) -> Result<Recalled, StoreError> {
+) -> Result<StoredRecords, StoreError> {
     let path = state.database();
     let LoadedDatabase { mut database, mut records, quarantined } = Database::open(&path, me)?;
     let counted = database.batches();
     let mut is_new = quarantined.is_some();
     if let Some((aside, why)) = quarantined {
-        tracing::error!(%why, moved_to = %aside.display(), "the database is moved aside");
+        tracing::error!(%why, moved_to = %aside.display(), "database moved aside");
     }
     let has_cluster = |records: &[(Key, Record)]| {
         records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)))
@@ -185,15 +195,15 @@ fn recall(
                 tracing::error!(
                     batches,
                     counted,
-                    "the database has lost its last changes: this node goes on with the second copy of them"
+                    "database lost its last changes, completing it from the second copy"
                 );
-                complete(&database, &mut records, copy);
+                restore_lost_changes(&database, &mut records, copy);
                 is_new = true;
             }
             Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "the second copy of the records cannot be read"),
+            Err(error) => tracing::warn!(%error, "second copy of the records unreadable"),
         }
-        return Ok(Recalled { database, records, is_new });
+        return Ok(StoredRecords { database, records, is_new });
     };
     if !is_new {
         let (empty, aside) = database.set_aside(&path)?;
@@ -209,27 +219,28 @@ fn recall(
         let is_of_cluster =
             |record: &Record| matches!(record, Record::Cluster(known) if known.id == cluster);
         if copy.iter().any(|(_, record)| is_of_cluster(record)) {
-            tracing::warn!(
-                records = copy.len(),
-                "this node goes on with the second copy of its records"
-            );
+            tracing::warn!(records = copy.len(), "using the second copy of the records");
             records = copy;
         }
     }
-    Ok(Recalled { database, records, is_new })
+    Ok(StoredRecords { database, records, is_new })
 }
 
-/// Adds to a database and to its records what the copy has of changes that were lost.
-fn complete(database: &Database, records: &mut Vec<(Key, Record)>, copy: Vec<(Key, Record)>) {
-    // A pod that the copy lacks was disconnected. Slots and members merge.
+/// Adds to the database and to `records` the lost changes that the copy contains.
+fn restore_lost_changes(
+    database: &Database,
+    records: &mut Vec<(Key, Record)>,
+    copy: Vec<(Key, Record)>,
+) {
+    // A pod that the copy lacks was disconnected. Slots and members are merged.
     let is_pod = |(key, _): &mut (Key, Record)| matches!(key, Key::Pod(_));
     let pods = records.extract_if(.., is_pod).map(|(key, _)| (key, Vec::new()));
-    let mut missed: BTreeMap<Key, Vec<u8>> = pods.collect();
-    // The database has the slots of others beside this node's own.
+    let mut lost_changes: BTreeMap<Key, Vec<u8>> = pods.collect();
+    // The database also has slots of other nodes, so the copy's slots do not replace its slots.
     let is_whole = |(key, _): &&(Key, Record)| !matches!(key, Key::Slots(_));
-    missed.extend(copy.iter().filter(is_whole).map(|(key, record)| (*key, record.encode())));
-    if let Err(error) = database.write(&missed) {
-        tracing::warn!(%error, "the lost changes are not in the database yet");
+    lost_changes.extend(copy.iter().filter(is_whole).map(|(key, record)| (*key, record.encode())));
+    if let Err(error) = database.write(&lost_changes) {
+        tracing::warn!(%error, "lost changes not yet written to the database");
     }
     records.extend(copy);
 }

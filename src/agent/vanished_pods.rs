@@ -1,7 +1,8 @@
-//! Pods that are gone: those that ended while the agent was away, and those whose runtime has not said so.
+//! Frees addresses of pods that ended while the agent did not run, or whose runtime did not report their
+//! end.
 //!
-//! A veth pair goes with its namespace, so a pod without one uses its addresses no more. They are taken back
-//! when a later look confirms it, and at once where they are needed.
+//! A veth pair disappears together with its namespace, so a pod without one no longer uses its
+//! addresses. They are freed when a second check confirms it, and immediately if they are needed.
 
 use std::{
     collections::BTreeSet,
@@ -14,10 +15,10 @@ use tokio::sync::oneshot::Sender;
 
 use super::{
     Agent,
+    attach_worker::{GonePods, Job, Suspect},
     docker::{Join, Reservation},
     pod_address::AddressError,
     pods::status_of,
-    wirer::{Job, Looked, Suspect},
 };
 use crate::{
     api::{AttachRequest, Attached, AttachmentName, PodError, PodErrorKind, PodStatus},
@@ -26,25 +27,28 @@ use crate::{
     pods::{NoAddress, wiring::link_name},
 };
 
-/// Between two looks for notes of the CNI plugin. It leaves them when an agent that runs does not answer.
-const NOTES_EVERY: Duration = Duration::from_secs(5);
+/// Time between two checks for notes of the CNI plugin. It leaves notes if a running agent does not
+/// answer.
+const NOTES_INTERVAL: Duration = Duration::from_secs(5);
 
-/// What waits for a look at the veth pairs.
-pub(super) enum Looking {
-    /// A pod for which there is no address, as long as all others are there.
+/// A request that waits for a check of the veth pairs.
+pub(super) enum PendingRequest {
+    /// A pod for which no address is free unless another pod is gone.
     Attach {
         request: AttachRequest,
         netns: Option<OwnedFd>,
         reply: Sender<Result<Attached, PodError>>,
     },
+    /// Docker's request for an address.
     Reserve(Reservation),
+    /// Docker's request to connect an endpoint.
     Join(Join),
-    Release {
-        reply: Sender<Result<Vec<PodStatus>, PodError>>,
-    },
+    /// The command that frees the addresses of pods that are gone.
+    Release { reply: Sender<Result<Vec<PodStatus>, PodError>> },
 }
 
-impl Looking {
+impl PendingRequest {
+    /// Returns whether the request is about this attachment.
     pub(super) fn is_of(&self, attachment: &Attachment) -> bool {
         match self {
             Self::Attach { request, .. } => {
@@ -55,6 +59,7 @@ impl Looking {
         }
     }
 
+    /// Answers the request with an error.
     pub(super) fn refuse(self, error: PodError) {
         match self {
             Self::Attach { reply, .. } => _ = reply.send(Err(error)),
@@ -66,110 +71,116 @@ impl Looking {
 }
 
 impl Agent {
-    /// Does what the CNI plugin has noted while no agent answered it.
-    pub(super) fn catch_up(&mut self) {
-        self.pods.catch_up_at = Some(Instant::now() + NOTES_EVERY);
+    /// Carries out what the CNI plugin noted while no agent answered it.
+    pub(super) fn apply_notes(&mut self) {
+        self.pods.next_notes_check = Some(Instant::now() + NOTES_INTERVAL);
         let spool = Spool::beside(&self.config.socket);
         let mut notes = spool.read();
         notes.retain(|note| !self.pods.applied_notes.values().flatten().any(|other| other == note));
         if notes.is_empty() {
             return;
         }
-        tracing::info!(count = notes.len(), "carrying out what the CNI plugin has noted");
+        tracing::info!(count = notes.len(), "carrying out notes of the CNI plugin");
         for note in &notes {
             let names = match note {
                 Note::Detach(name) => vec![name.clone()],
-                Note::Collect { owner, valid } => self.not_valid(owner, valid),
+                Note::Collect { owner, valid } => self.stale_attachments(owner, valid),
             };
             for AttachmentName { container, interface } in names {
                 match Attachment::new(&container, &interface) {
                     Ok(attachment) => self.detach_then(&attachment, None, |_| ()),
-                    Err(error) => tracing::warn!(%error, "a note of the CNI plugin"),
+                    Err(error) => tracing::warn!(%error, "note of the CNI plugin invalid"),
                 }
             }
         }
-        // Behind all of them.
+        // This write comes after the writes of all notes.
         let number = self.pods.next();
         self.pods.applied_notes.insert(number, notes);
         self.writer.save(Vec::new(), number);
     }
 
-    /// A pod that is asked for is a new one: what was noted before is not about it.
-    pub(super) fn catch_up_before(&mut self, request: &AttachRequest) {
+    /// Carries out earlier notes about a requested pod first: they concern its predecessor, not the new
+    /// pod.
+    pub(super) fn apply_notes_before(&mut self, request: &AttachRequest) {
         let (container, interface) = (request.container.clone(), request.interface.clone());
         let detach = Note::Detach(AttachmentName { container, interface });
         let collect = Note::Collect { owner: request.owner.clone(), valid: Vec::new() };
         let spool = Spool::beside(&self.config.socket);
         if [detach, collect].iter().any(|note| spool.holds(note)) {
-            self.catch_up();
+            self.apply_notes();
         }
     }
 
-    /// Drops notes when what they asked for is on disk.
+    /// Removes notes whose changes are on disk.
     pub(super) fn drop_notes(&mut self, number: u64) {
         let notes = self.pods.applied_notes.remove(&number);
         let spool = Spool::beside(&self.config.socket);
         notes.iter().flatten().for_each(|note| spool.drop(note));
     }
 
-    fn not_valid(&self, owner: &str, valid: &[AttachmentName]) -> Vec<AttachmentName> {
+    /// Returns the pods of this owner that are not among `valid`.
+    fn stale_attachments(&self, owner: &str, valid: &[AttachmentName]) -> Vec<AttachmentName> {
         let its = self.pods.table.iter().filter(|pod| pod.owner == owner);
         let names = its.map(|pod| AttachmentName::from(&pod.attachment));
         names.filter(|name| !valid.contains(name)).collect()
     }
 
-    /// Whether a pod is there, as far as is known.
+    /// Returns whether the pod's veth pair existed at the last check.
     pub(super) fn is_present(&self, pod: &Pod) -> bool {
         !self.pods.absent.contains(&link_name(&pod.attachment))
     }
 
-    /// Takes back the addresses of pods that are gone.
+    /// Frees the addresses of pods that are gone.
     pub(super) fn release_vanished(&mut self, reply: Sender<Result<Vec<PodStatus>, PodError>>) {
-        self.look(Looking::Release { reply });
+        self.check_gone_pods(PendingRequest::Release { reply });
     }
 
-    /// Asks which pods are gone. [`Agent::on_looked`] has the answer.
-    pub(super) fn look(&mut self, looking: Looking) {
+    /// Starts a check of which pods are gone. [`Agent::on_gone_pods`] handles the result.
+    pub(super) fn check_gone_pods(&mut self, looking: PendingRequest) {
         let number = self.pods.next();
         let pods = self
-            .suspects()
+            .possibly_gone()
             .map(|pod| Suspect { link: link_name(&pod.attachment), netns: pod.netns.clone() });
-        let job = Job::Look { number, pods: pods.collect() };
+        let job = Job::FindGone { number, pods: pods.collect() };
         self.pods.looking.insert(number, looking);
-        self.wirer.ask(job);
+        self.attach_worker.ask(job);
     }
 
-    /// Pods that may be gone. What Docker has asked for and not plugged in yet has no veth pair.
-    fn suspects(&self) -> impl Iterator<Item = &Pod> {
+    /// Returns pods that may be gone. An endpoint that Docker has not connected yet has no veth pair.
+    fn possibly_gone(&self) -> impl Iterator<Item = &Pod> {
         let may_be = |pod: &&Pod| !pod.netns.is_empty() && !self.pods.is_attaching(&pod.attachment);
         self.pods.table.iter().filter(may_be)
     }
 
-    pub(super) fn on_looked(&mut self, number: u64, result: io::Result<Looked>) {
+    /// Handles the result of a check, and continues the request that waited for it.
+    pub(super) fn on_gone_pods(&mut self, number: u64, result: io::Result<GonePods>) {
         let Some(looking) = self.pods.looking.remove(&number) else { return };
         let looked = result.map_err(|error| {
-            PodError::new(PodErrorKind::Failed, format!("looking for pods that are gone: {error}"))
+            PodError::new(
+                PodErrorKind::Failed,
+                format!("pods that are gone could not be determined: {error}"),
+            )
         });
         match (looking, looked) {
             (looking, Err(error)) => looking.refuse(error),
-            (Looking::Release { reply }, Ok(looked)) => {
-                let released = self.take_back(&looked.gone);
+            (PendingRequest::Release { reply }, Ok(looked)) => {
+                let released = self.free_pods(&looked.gone);
                 let number = self.pods.next();
                 let answer =
                     move |saved: Result<(), PodError>| _ = reply.send(saved.map(|()| released));
                 self.pods.saving.insert(number, Box::new(answer));
                 self.writer.save(Vec::new(), number);
             }
-            (Looking::Reserve(reservation), Ok(looked)) => {
-                self.take_back(&looked.gone);
+            (PendingRequest::Reserve(reservation), Ok(looked)) => {
+                self.free_pods(&looked.gone);
                 self.retry_reservation(reservation);
             }
-            (Looking::Join(join), Ok(looked)) => {
-                self.take_back(&looked.gone);
+            (PendingRequest::Join(join), Ok(looked)) => {
+                self.free_pods(&looked.gone);
                 self.finish_join(join);
             }
-            (Looking::Attach { request, netns, reply }, Ok(looked)) => {
-                self.take_back(&looked.gone);
+            (PendingRequest::Attach { request, netns, reply }, Ok(looked)) => {
+                self.free_pods(&looked.gone);
                 match self.assign_address(&request) {
                     Err(AddressError::Address(error)) => {
                         let again = is_about_to_change(&error, &looked.going);
@@ -182,26 +193,27 @@ impl Agent {
         }
     }
 
-    /// What the bridge's keeper has seen. Pods that were gone a while ago too are forgotten.
+    /// Handles a check by the bridge thread. Frees pods that were already gone in an earlier check.
     pub(super) fn on_absent(&mut self, links: BTreeSet<String>, confirmed: &BTreeSet<String>) {
         self.pods.absent = links;
-        self.take_back(confirmed);
+        self.free_pods(confirmed);
     }
 
-    /// Forgets pods by their veth pairs; says which.
-    fn take_back(&mut self, links: &BTreeSet<String>) -> Vec<PodStatus> {
+    /// Frees the pods with these veth pairs and returns them.
+    fn free_pods(&mut self, links: &BTreeSet<String>) -> Vec<PodStatus> {
         let is_gone = |pod: &&Pod| links.contains(&link_name(&pod.attachment));
-        let gone: Vec<Pod> = self.suspects().filter(is_gone).cloned().collect();
+        let gone: Vec<Pod> = self.possibly_gone().filter(is_gone).cloned().collect();
         for pod in &gone {
             let (name, address) = (&pod.attachment, pod.addresses.first);
-            tracing::info!(pod = %name, %address, "gone without notice: its addresses are free again");
+            tracing::info!(pod = %name, %address, "gone without notice, addresses freed");
             self.detach_then(name, None, |_| ());
         }
         gone.iter().map(|pod| PodStatus { orphan: true, ..status_of(pod) }).collect()
     }
 }
 
-/// Whether the kernel is removing a pod that is in the way.
+/// Returns whether the kernel is removing the pod that caused the error, so that a repetition may
+/// succeed.
 fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
     match error {
         NoAddress::Attached { attachment, .. } => going.contains(&link_name(attachment)),

@@ -1,21 +1,24 @@
-//! Routes of other programs that were there before this agent, or before it had heard of a peer.
+//! Routes of other programs that existed before the agent started or learned of a peer.
 
 use std::{collections::BTreeSet, io, time::Instant};
 
 use rtnetlink::packet_route::route::RouteProtocol;
 
-use super::{Auditor, SHARE};
+use super::{Auditor, TIME_SHARE};
 use crate::{
     dataplane::desired::{Desired, ROUTE_PROTOCOL},
     netlink::{Netlink, route::Destination},
 };
 
-/// Routes of which the ways are asked for at once.
+/// Maximum number of routes whose destinations are audited.
 const MAX_ROUTES: usize = 256;
 
 impl Auditor {
-    /// Reads which routes of other programs there are, where there are peers that were not there before: of
-    /// those made later the kernel tells.
+    /// Reads the routes of other programs if there are new peers. The kernel reports routes that are
+    /// made later.
+    ///
+    /// # Errors
+    /// Fails if the routes cannot be read.
     pub(super) fn read_routes(
         &mut self,
         begun: Instant,
@@ -29,7 +32,7 @@ impl Auditor {
         let mut conditional = BTreeSet::new();
         for network in desired.pool.networks().iter() {
             let found = match netlink.destinations(network.addr().is_ipv4()) {
-                // A kernel without IPv6.
+                // The kernel lacks IPv6.
                 Err(_) if network.addr().is_ipv6() => continue,
                 found => found?,
             };
@@ -45,7 +48,7 @@ impl Auditor {
         }
         self.conditional = conditional;
         self.read_for = desired.tables.routes.keys().copied().collect();
-        self.read_at = begun + begun.elapsed() * SHARE;
+        self.read_at = begun + begun.elapsed() * TIME_SHARE;
         Ok(())
     }
 }

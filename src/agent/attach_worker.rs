@@ -1,11 +1,11 @@
-//! The threads that plug pods in and pull them out: the loop never waits for them.
+//! The threads that connect and disconnect pods, so that the event loop never waits for the kernel.
 //!
-//! What pods are plugged into is kept as it should be: this wakes when the kernel tells of a change to it,
-//! and by a slow timer.
+//! The first thread also repairs the bridge and its ports: on change notifications of the kernel, and
+//! every ten seconds.
 
 mod absent;
-mod guests;
-mod news;
+mod foreign_ports;
+mod notifications;
 mod successors;
 
 use std::{
@@ -22,7 +22,7 @@ use std::{
 
 use tokio::sync::oneshot::Sender;
 
-use self::absent::{Fetched, look, note_absent};
+use self::absent::{Fetched, look, report_absent};
 use super::{overruns::Overruns, repair_conflicts::RepairConflicts};
 use crate::{
     api::{PodError, PodStatus},
@@ -36,46 +36,49 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// The bridge is looked at this often, whatever the kernel tells.
-const LOOK: Duration = Duration::from_secs(10);
-/// At least so long between two repairs: what changes without end must not take a whole CPU.
-const GAP: Duration = Duration::from_millis(20);
+/// Longest time between two repairs of the bridge.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// Shortest time between two repairs, so that endless changes cannot use a whole CPU.
+const MIN_REPAIR_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What is to be done, and the number under which it is answered.
+/// A task for the thread. Results are reported under the task's number.
 #[derive(Debug)]
 pub enum Job {
+    /// Connects a pod.
     Connect {
         number: u64,
         bridge: Bridge,
         pod: Pod,
-        /// None where another program gives it one that this process has not heard of.
+        /// The pod's MAC; `None` if another program assigns one that this process does not know.
         mac: Option<Mac>,
+        /// Where the other end of the veth pair goes.
         end: End,
     },
+    /// Disconnects a pod.
     Disconnect {
         number: u64,
         attachment: Attachment,
-        /// Its namespace, where it was opened already.
+        /// Its namespace, if it is already open.
         netns: Option<File>,
     },
-    /// Keeps a bridge as it is to be from now on, with the ports of all pods on it.
+    /// Sets the bridge to repair from now on, with the pods on it.
     Keep { bridge: Bridge, tenants: Tenants },
-    /// Looks whether pods could be plugged into a bridge that no pod has needed yet.
+    /// Checks whether pods could be connected to a bridge that does not exist yet.
     Expect(Bridge),
-    /// Removes what an agent that ended in the middle has left.
+    /// Removes veth pairs that a killed agent has left, except those in `keep`.
     Sweep { bridge: String, keep: BTreeSet<String> },
-    /// Answered by the thread itself, for nothing follows from it.
+    /// Checks a pod. The thread itself sends the reply.
     Check {
         pod: Pod,
-        /// Its namespace, where it was opened already.
+        /// Its namespace, if it is already open.
         netns: Option<File>,
-        /// What it is held to.
+        /// The MAC that it must have.
         mac: Option<Mac>,
         reply: Sender<Result<Vec<IpAddr>, PodError>>,
     },
-    /// Looks which of these pods are gone.
-    Look { number: u64, pods: Vec<Suspect> },
-    /// Answered by the thread itself.
+    /// Checks which of these pods are gone.
+    FindGone { number: u64, pods: Vec<Suspect> },
+    /// Marks pods without a veth pair as orphans. The thread itself sends the reply.
     List { pods: Vec<PodStatus>, reply: Sender<Vec<PodStatus>> },
 }
 
@@ -88,72 +91,70 @@ pub struct Suspect {
     pub netns: String,
 }
 
-/// Which pods are gone, by the names of their veth pairs.
+/// Pods that are gone or about to be, by the names of their veth pairs.
 #[derive(Debug, Default)]
-pub struct Looked {
-    /// The kernel has no such veth pair.
+pub struct GonePods {
+    /// The kernel has no such veth pair any more.
     pub gone: BTreeSet<String>,
-    /// The kernel still has the veth pair, but the path does not lead to its namespace any more: it may be
+    /// The veth pair exists, but the path does not lead to its namespace any more: the kernel may be
     /// removing both.
     pub going: BTreeSet<String>,
 }
 
-/// How it went.
+/// A result or an event of the threads.
 #[derive(Debug)]
 pub enum AttachResult {
-    Connected {
-        number: u64,
-        result: Result<ConnectedPod, WiringError>,
-    },
-    Disconnected {
-        number: u64,
-        attachment: Attachment,
-        result: io::Result<bool>,
-    },
-    Looked {
-        number: u64,
-        result: io::Result<Looked>,
-    },
-    /// Veth pairs of pods that the kernel does not have, and those of them that it did not have a while ago.
-    Absent {
-        links: BTreeSet<String>,
-        confirmed: BTreeSet<String>,
-    },
-    /// It has been looked whether pods could be plugged in. What was found came before.
-    LookedAhead,
-    /// Why no pod can be plugged in; none, when pods can be again.
+    /// A pod was connected, or could not be.
+    Connected { number: u64, result: Result<ConnectedPod, WiringError> },
+    /// A pod was disconnected. The result is `false` if it had no veth pair.
+    Disconnected { number: u64, attachment: Attachment, result: io::Result<bool> },
+    /// Which pods are gone.
+    GonePods { number: u64, result: io::Result<GonePods> },
+    /// Veth pairs of pods that are missing, and those among them that have been missing for
+    /// [`RECHECK_INTERVAL`].
+    Absent { links: BTreeSet<String>, confirmed: BTreeSet<String> },
+    /// The check of [`Job::Expect`] is complete. Its result was reported before.
+    PlaceChecked,
+    /// Why no pod can be connected; `None` once pods can be connected again.
     Refusal(Option<String>),
-    RepairReport {
-        /// How much of the bridge and its ports was not as it should be, or why that is not known.
+    /// The bridge was repaired, or its problems have changed.
+    BridgeRepaired {
+        /// What was repaired at the bridge and its ports, or why it could not be.
         result: io::Result<RepairReport>,
-        /// What is wrong with them in the long run.
+        /// Lasting problems of the bridge and its ports.
         problems: Vec<String>,
-        /// Where sysctls let pods give this host routes.
+        /// Interfaces whose sysctls let pods change this host's routes.
         open: Vec<String>,
         /// A warning about ports of other programs.
         guests: Option<String>,
     },
 }
 
-pub struct Wirer {
+/// Handle of the threads.
+pub struct AttachWorker {
+    /// The thread.
     pub(super) worker: Worker<Job>,
 }
 
 impl Order for Job {
-    /// Each is answered, or is about a pod of its own.
+    /// Each task has a reply, or concerns another pod.
     fn supersedes(&self, _: &Self) -> bool {
         false
     }
 }
 
-impl Wirer {
+impl AttachWorker {
+    /// Starts the threads. `report` receives their results.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened or a thread cannot be created.
     pub fn start(report: impl Fn(AttachResult) + Send + Sync + 'static) -> io::Result<Self> {
         let (wiring, reaper) = (Wiring::open()?, Wiring::open()?);
         let monitor = Monitor::of_interfaces()?;
         let worker = Worker::start("pods", move |jobs| {
-            let (doomed, reaping) = mpsc::channel();
+            let (pending_deletes, reaping) = mpsc::channel();
             thread::scope(|scope| {
-                let work = || reap(reaper, reaping, &report);
+                let work = || remove_veth_pairs(reaper, reaping, &report);
                 if let Err(error) = thread::Builder::new().spawn_scoped(scope, work) {
                     return tracing::error!(%error, "no thread that removes veth pairs");
                 }
@@ -162,7 +163,7 @@ impl Wirer {
                     monitor,
                     overruns: Overruns::default(),
                     jobs,
-                    doomed,
+                    pending_deletes,
                     report: &report,
                     kept: None,
                     expected: None,
@@ -171,7 +172,7 @@ impl Wirer {
                     tables: PodTables::open(),
                     touched: false,
                     table_touched: false,
-                    looked: Instant::now(),
+                    checked_at: Instant::now(),
                     failing: None,
                     refusal: None,
                     repair_conflicts: RepairConflicts::new(),
@@ -188,74 +189,80 @@ impl Wirer {
         Ok(Self { worker })
     }
 
+    /// Queues a task.
     pub fn ask(&self, job: Job) {
         self.worker.order(job);
     }
 
-    /// Ends it after what is under way.
+    /// Ends the threads after the current task.
     pub fn end(self) -> Thread {
         self.worker.end()
     }
 }
 
-/// An interface that is to be removed, by its index: its name may be another's by then.
+/// A veth pair to remove, by its index: another interface may have its name by then.
 struct PendingDelete {
     number: u64,
     attachment: Attachment,
     index: u32,
 }
 
+/// The first thread: its tasks, and the state of the bridge.
 struct PodWorker<'a, F> {
     wiring: Wiring,
     monitor: Monitor,
     overruns: Overruns,
     jobs: Orders<Job>,
-    doomed: mpsc::Sender<PendingDelete>,
+    /// Veth pairs for the second thread.
+    pending_deletes: mpsc::Sender<PendingDelete>,
     report: &'a F,
-    /// What is to be kept right: since the first pod came.
+    /// The bridge to repair; set when the first pod is connected.
     kept: Option<Bridge>,
-    /// What pods will be plugged into, as long as there was none.
+    /// The bridge that pods will be connected to, while none is.
     expected: Option<Bridge>,
-    /// What the bridge was last found or made like. What another value changes about it is of this agent's
-    /// settings, and of no other program.
+    /// The settings with which the bridge was last found or made. A repair after a change of settings is
+    /// not counted as a change by another program.
     seen: Option<Bridge>,
     tenants: Tenants,
     tables: PodTables,
+    /// Whether the bridge or its ports have changed since the last repair.
     touched: bool,
+    /// Whether the tables of pods' addresses have changed since the last repair.
     table_touched: bool,
-    looked: Instant,
-    /// As last told.
+    checked_at: Instant,
+    /// Why the last repair failed.
     failing: Option<String>,
-    /// As last told.
+    /// The last reported refusal.
     refusal: Option<String>,
     repair_conflicts: RepairConflicts,
-    /// As last told.
+    /// The last reported problems.
     problems: Vec<String>,
-    /// As last told.
+    /// The last reported interfaces.
     open: Vec<String>,
-    /// As last told.
+    /// The last reported warning.
     guests: Option<String>,
     fetched: Fetched,
-    /// Since when veth pairs of pods are not there.
+    /// Missing veth pairs, and since when.
     absent: BTreeMap<String, Instant>,
-    /// What the kernel tells of our own work is read when those who wait for it have their answers.
+    /// When the last task ended. Notifications of the thread's own changes are read after all requests
+    /// have been answered.
     worked: Instant,
 }
 
 impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     fn run(mut self) {
         while self.take_jobs() {
-            if self.worked.elapsed() < GAP {
+            if self.worked.elapsed() < MIN_REPAIR_INTERVAL {
                 self.wait();
                 continue;
             }
             self.listen();
-            self.mend();
+            self.repair_bridge();
             self.wait();
         }
     }
 
-    /// Says whether the agent still runs.
+    /// Carries out all queued tasks. Returns `false` once the agent has ended.
     fn take_jobs(&mut self) -> bool {
         loop {
             match self.jobs.take() {
@@ -279,7 +286,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 if result.is_ok() {
                     self.seen = Some(bridge.clone());
                 }
-                // Ports of others may be on a bridge that has not been looked at.
+                // A bridge that has not been checked may have ports of other programs.
                 self.touched |= self.kept.as_ref() != Some(&bridge);
                 self.kept = Some(bridge);
                 self.fetched.0.remove(&veth);
@@ -301,9 +308,9 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                     self.tables.shut_out(&veth, tenant);
                     self.wiring.forget_neighbors(tenant.addresses);
                 }
-                // Its addresses are of the container's other veth pairs too.
-                let is_its = |other: &Tenant| other.container == attachment.container();
-                self.touched |= self.tenants.values().any(is_its);
+                // The container's other veth pairs share its addresses.
+                let is_same_container = |other: &Tenant| other.container == attachment.container();
+                self.touched |= self.tenants.values().any(is_same_container);
                 let gone = |result| {
                     (self.report)(AttachResult::Disconnected {
                         number,
@@ -314,15 +321,16 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 match self.wiring.index(&attachment) {
                     Ok(Some(index)) => {
                         self.hand_over(&attachment, tenant.as_ref(), netns.as_ref(), index);
-                        // The other thread lives as long as this one.
-                        let _ = self.doomed.send(PendingDelete { number, attachment, index });
+                        // The other thread lives as long as this one, so sending cannot fail.
+                        let _ =
+                            self.pending_deletes.send(PendingDelete { number, attachment, index });
                     }
                     Ok(None) => gone(Ok(false)),
                     Err(error) => gone(Err(error)),
                 }
             }
             Job::Keep { bridge, tenants } => {
-                // An agent that has just started was not there to see it.
+                // An agent that has just started did not see whether Docker fetched the ends.
                 let new = tenants.keys().filter(|veth| !self.tenants.contains_key(*veth));
                 self.fetched.0.extend(new.cloned());
                 (self.kept, self.tenants) = (Some(bridge), tenants);
@@ -330,21 +338,21 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             }
             Job::Expect(bridge) => {
                 self.expected = Some(bridge);
-                self.look_ahead();
-                (self.report)(AttachResult::LookedAhead);
+                self.check_place();
+                (self.report)(AttachResult::PlaceChecked);
             }
             Job::Sweep { bridge, keep } => match self.wiring.sweep(&bridge, &keep) {
                 Ok(0) => {}
-                Ok(count) => tracing::warn!(count, "removed interfaces of pods that nobody knows"),
-                Err(error) => tracing::error!(%error, "interfaces of pods not looked at"),
+                Ok(count) => tracing::warn!(count, "removed interfaces of unknown pods"),
+                Err(error) => tracing::error!(%error, "interfaces of unknown pods not removed"),
             },
             Job::Check { pod, netns, mac, reply } => {
                 let checked = self.wiring.check(&pod, netns.as_ref(), mac);
                 let _ = reply.send(checked.map_err(PodError::from));
             }
-            Job::Look { number, pods } => {
+            Job::FindGone { number, pods } => {
                 let result = look(pods, &mut self.wiring, &self.fetched);
-                (self.report)(AttachResult::Looked { number, result });
+                (self.report)(AttachResult::GonePods { number, result });
             }
             Job::List { mut pods, reply } => {
                 match self.wiring.links() {
@@ -361,14 +369,15 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         }
     }
 
-    fn mend(&mut self) {
-        if self.looked.elapsed() < self.pause() {
+    /// Repairs the bridge, its ports and the tables if it is time to, and reports changes.
+    fn repair_bridge(&mut self) {
+        if self.checked_at.elapsed() < self.pause() {
             return;
         }
         let Some(bridge) = &self.kept else {
-            self.looked = Instant::now();
+            self.checked_at = Instant::now();
             (self.touched, self.table_touched) = (false, false);
-            return self.look_ahead();
+            return self.check_place();
         };
         let mut result = self.wiring.repair(bridge, &self.tenants);
         for (veth, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
@@ -377,7 +386,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         let foreign_ports = result.as_ref().ok().map(|mended| &mended.foreign_ports);
         let links = || Ok(self.wiring.links()?.into_keys().collect());
         let rewritten = self.tables.keep(bridge, &self.tenants, foreign_ports, links);
-        self.looked = Instant::now();
+        self.checked_at = Instant::now();
         (self.touched, self.table_touched) = (false, false);
         let (mut problems, mut open, mut guests) = (Vec::new(), Vec::new(), None);
         let mut is_news = false;
@@ -387,12 +396,12 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             if !as_before {
                 self.seen = Some(bridge.clone());
                 if mended.count() > 0 {
-                    tracing::info!(bridge = %bridge.name, "the pods' bridge is as the settings want it");
+                    tracing::info!(bridge = %bridge.name, "bridge changed to the new settings");
                 }
                 mended.reset_counts();
             }
             let gone = self.fetched.gone(&self.tenants, mended);
-            note_absent(&mut self.absent, &gone, self.looked, self.report);
+            report_absent(&mut self.absent, &gone, self.checked_at, self.report);
             if let Some((object, link)) = mended.object() {
                 self.repair_conflicts.note(Kind::Bridge, object, Some(link));
             }
@@ -401,7 +410,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             }
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
-            guests = guests::warning(bridge, &mended.foreign_ports);
+            guests = foreign_ports::warning(bridge, &mended.foreign_ports);
         }
         for table in rewritten.iter().filter(|_| as_before) {
             self.repair_conflicts.note(Kind::Spoofing, table, None);
@@ -417,22 +426,22 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         is_news |= why.is_some() && why != self.failing && refusal.is_none();
         self.failing = why;
         if is_news {
-            (self.report)(AttachResult::RepairReport { result, problems, open, guests });
+            (self.report)(AttachResult::BridgeRepaired { result, problems, open, guests });
         }
-        self.tell_refusal(refusal);
+        self.report_refusal(refusal);
     }
 
-    /// Looks at the place of a bridge that may not be needed yet.
-    fn look_ahead(&mut self) {
+    /// Checks the place of a bridge that no pod has needed yet.
+    fn check_place(&mut self) {
         let Some(bridge) = &self.expected else { return };
         match self.wiring.obstacle(bridge) {
-            Ok(obstacle) => self.tell_refusal(obstacle),
-            Err(error) => tracing::debug!(%error, "the pods' bridge not looked at"),
+            Ok(obstacle) => self.report_refusal(obstacle),
+            Err(error) => tracing::debug!(%error, "bridge not checked"),
         }
     }
 
-    /// Why no pod can be plugged in, after a look at the bridge that failed with `why`. What fails once may
-    /// do the next time, unless another interface has the bridge's name.
+    /// Returns why no pod can be connected, after a repair that failed with `why`. A first failure may
+    /// be temporary, unless another interface has the bridge's name.
     fn refusal_of(&mut self, why: Option<&str>) -> Option<String> {
         let (why, bridge) = (why?, self.kept.as_ref()?);
         let obstacle = self.wiring.obstacle(bridge).ok().flatten();
@@ -441,41 +450,48 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         obstacle.or_else(|| again.then(lasting))
     }
 
-    fn tell_refusal(&mut self, refusal: Option<String>) {
+    fn report_refusal(&mut self, refusal: Option<String>) {
         if refusal != self.refusal {
             self.refusal.clone_from(&refusal);
             (self.report)(AttachResult::Refusal(refusal));
         }
     }
 
-    /// Between two looks at the bridge. One that another program fights about is looked at more rarely.
+    /// Returns the time between two repairs of the bridge. It is longer while another program keeps
+    /// changing it.
     fn pause(&self) -> Duration {
-        let after =
-            |touched: bool, kind| touched.then(|| GAP.max(self.repair_conflicts.pause(kind)));
+        let after = |touched: bool, kind| {
+            touched.then(|| MIN_REPAIR_INTERVAL.max(self.repair_conflicts.pause(kind)))
+        };
         let bridge = after(self.touched, Kind::Bridge);
         let table = after(self.table_touched, Kind::Spoofing);
-        bridge.into_iter().chain(table).min().unwrap_or(LOOK)
+        bridge.into_iter().chain(table).min().unwrap_or(RECHECK_INTERVAL)
     }
 
     fn wait(&mut self) {
-        let quiet = GAP.saturating_sub(self.worked.elapsed());
+        let quiet = MIN_REPAIR_INTERVAL.saturating_sub(self.worked.elapsed());
         if !quiet.is_zero() {
             self.jobs.sleeper.wait([], Some(quiet));
             return;
         }
         let looks = self.kept.as_ref().or(self.expected.as_ref());
-        let mend = looks.map(|_| self.pause().saturating_sub(self.looked.elapsed()));
+        let repair_bridge = looks.map(|_| self.pause().saturating_sub(self.checked_at.elapsed()));
         let now = Instant::now();
         let lost = self.overruns.due(now).map(|due| due.saturating_duration_since(now));
-        let mend = mend.into_iter().chain(lost).min();
+        let repair_bridge = repair_bridge.into_iter().chain(lost).min();
         let changes = [Some(self.monitor.as_fd()), self.tables.changes()];
-        self.jobs.sleeper.wait(changes.into_iter().flatten(), mend);
+        self.jobs.sleeper.wait(changes.into_iter().flatten(), repair_bridge);
     }
 }
 
-/// The kernel takes ten times as long to remove an interface as to make one: nobody waits behind that.
-fn reap(mut wiring: Wiring, doomed: mpsc::Receiver<PendingDelete>, report: &impl Fn(AttachResult)) {
-    for PendingDelete { number, attachment, index } in doomed {
+/// Removes veth pairs. The kernel takes ten times as long to remove an interface as to make one, so a
+/// second thread does it.
+fn remove_veth_pairs(
+    mut wiring: Wiring,
+    pending_deletes: mpsc::Receiver<PendingDelete>,
+    report: &impl Fn(AttachResult),
+) {
+    for PendingDelete { number, attachment, index } in pending_deletes {
         let result = wiring.delete(index);
         report(AttachResult::Disconnected { number, attachment, result });
     }

@@ -1,4 +1,4 @@
-//! What is known of the way to each peer, in the status; what is wrong with it, and what helps, as sentences.
+//! The path to each peer in the status: its measurements, and problems with their remedies.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,10 +17,12 @@ use crate::{
     model::{NodeId, PathState},
 };
 
-/// No IPv4 path carries less (RFC 791 asks of hosts to take 576 bytes): a smaller MTU is no route's.
+/// Smallest MTU, in bytes, that is set on a route: no IPv4 path carries less (RFC 791 requires hosts to
+/// accept 576 bytes).
 const ROUTE_MTU_MIN: u32 = 576;
 
 impl Agent {
+    /// Returns the status of the path to each peer.
     pub(super) fn path_statuses(&self) -> Vec<PathStatus> {
         let status =
             |(node, state, round_trip): (NodeId, PathState, Option<Duration>)| PathStatus {
@@ -36,8 +38,9 @@ impl Agent {
         self.path_states().map(status).collect()
     }
 
-    /// Keeps packets to a peer to what its path carries: the kernel then says so to pods that send larger
-    /// ones (RFC 1191), where otherwise those are lost or fragmented in silence.
+    /// Lowers the MTU of the route to a peer to what its path carries. The kernel then reports larger
+    /// packets to the sending pods (RFC 1191); otherwise they would be lost or fragmented without
+    /// notice.
     pub(super) fn follow_path_mtus(&mut self) {
         let Some(view) = &self.kernel.wanted else { return };
         let device = self.underlay.tunnel_mtu;
@@ -46,7 +49,7 @@ impl Agent {
             let probed = self.prober.paths.mtu_reduction(*node);
             let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
             let host = peer.vtep.underlay;
-            // What a route of this host says needs no trial.
+            // An MTU set by a route of this host needs no probe.
             let by_route = self.kernel.routing.path_mtus.get(&host).filter(|path| !path.learned);
             let by_route = by_route.map(|path| path.mtu);
             let told = by_route.or_else(|| self.prober.reports.correct_mtu(host));
@@ -78,14 +81,15 @@ impl Agent {
         self.program();
     }
 
-    /// The way to each peer with a subnet, and how long the last answer took.
+    /// Returns the state of the path to each peer with a subnet, and the round-trip time of the last
+    /// answer.
     pub(super) fn path_states(
         &self,
     ) -> impl Iterator<Item = (NodeId, PathState, Option<Duration>)> + '_ {
         self.prober.paths.states(self.clock.now())
     }
 
-    /// What a translator between the two hosts does to the peer's address, if the agent's packets show one.
+    /// Describes an address translator between the two hosts if the agent's packets show one.
     fn translation(&self, node: NodeId, there: IpAddr) -> String {
         let seen = self.transport.remote(node).map(|remote| remote.ip().to_canonical());
         match seen.filter(|seen| *seen != there && seen.is_ipv4() == there.is_ipv4()) {
@@ -97,51 +101,53 @@ impl Agent {
         }
     }
 
-    /// Why nothing reaches a silent peer: this host sends its tunnel packets elsewhere.
+    /// Returns the problem that this host sends the tunnel packets to a silent peer elsewhere.
     fn detour_problem(&self, name: &str, here: IpAddr, there: IpAddr, port: u16) -> Option<String> {
         let detour = self.kernel.routing.detours.get(&there)?;
         Some(detour.sentence(name, [here, there], port, &self.underlay.name))
     }
 
-    /// Whether nothing that is asked of a peer is answered.
+    /// Returns whether no probe of a peer is answered.
     pub(super) const fn is_lost(&self, state: PathState) -> bool {
         let is_dead = matches!(state, PathState::Dead | PathState::Withdrawn);
         is_dead || matches!(state, PathState::Unanswered | PathState::OneWay)
     }
 
-    /// What is wrong, and what helps.
+    /// Returns the problem of a path, with its remedy.
     pub(super) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
-        match self.path_words(node, state)? {
-            Words::Problem(problem) => Some(problem),
-            Words::Warning(_) => None,
+        match self.path_text(node, state)? {
+            PathText::Problem(problem) => Some(problem),
+            PathText::Warning(_) => None,
         }
     }
 
-    /// What may be wrong, and may as well harm no pod.
+    /// Returns what may be wrong without affecting any pod.
     pub(super) fn path_warnings(&self) -> impl Iterator<Item = String> + '_ {
-        self.path_states().filter_map(|(node, state, _)| match self.path_words(node, state)? {
-            Words::Problem(_) => None,
-            Words::Warning(warning) => Some(warning),
+        self.path_states().filter_map(|(node, state, _)| match self.path_text(node, state)? {
+            PathText::Problem(_) => None,
+            PathText::Warning(warning) => Some(warning),
         })
     }
 
-    /// Whether packets of pods get to a peer and back, though what is asked of its host is not answered.
+    /// Returns whether packets of pods reach a peer and return, although probes of its host are not
+    /// answered.
     pub(super) fn is_passed_by_pods(&self, node: NodeId, state: PathState) -> bool {
         matches!(state, PathState::Unanswered | PathState::OneWay)
-            && self.kernel.far.answering.contains(&node)
+            && self.kernel.remote_pods.answering.contains(&node)
     }
 
-    /// That nothing is answered, and no cause was found. Where packets of the peer arrive, its firewall may
-    /// drop the questions alone; then it is a problem only if packets of pods are known to be lost as well.
-    fn unanswered(&self, node: NodeId, state: PathState, words: String) -> Option<Words> {
-        let is_proven = self.kernel.far.closed.iter().any(|way| way.node == node);
+    /// Returns the text for a path without answers and without a known cause. If packets of the peer
+    /// arrive, its firewall may drop only the probes, so it is a problem only if packets of pods are
+    /// known to be lost as well.
+    fn unanswered(&self, node: NodeId, state: PathState, text: String) -> Option<PathText> {
+        let is_proven = self.kernel.remote_pods.closed.iter().any(|way| way.node == node);
         Some(match state {
-            PathState::OneWay if !is_proven => Words::Warning(words),
-            _ => Words::Problem(words),
+            PathState::OneWay if !is_proven => PathText::Warning(text),
+            _ => PathText::Problem(text),
         })
     }
 
-    fn path_words(&self, node: NodeId, state: PathState) -> Option<Words> {
+    fn path_text(&self, node: NodeId, state: PathState) -> Option<PathText> {
         if self.is_passed_by_pods(node, state) {
             return None;
         }
@@ -152,45 +158,46 @@ impl Agent {
         let gossip = self.node.address_of(node)?.port();
         let (_, subnets) = peer.leases.first()?;
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
-        // Without a network there is no way to any peer: one cause, told once.
+        // Without an underlay, no peer is reachable: the cause is reported once.
         let is_silent = (self.is_lost(state) || !self.prober.paths.is_alive(node))
             && self.kernel.underlay_problem.is_none();
         if is_silent && let Some(problem) = self.moved_problem() {
-            return certain(problem);
+            return problem_text(problem);
         }
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
-            return certain(problem);
+            return problem_text(problem);
         }
         if let Some(told) = self.prober.reports.recurring_false_mtu(there) {
-            return certain(false_report(name, there, told, self.underlay.carried));
+            return problem_text(wrong_mtu_problem(name, there, told, self.underlay.carried));
         }
         let is_partly = state == PathState::PartlyLost;
-        // This host drops packets of new flows, whichever peer they go to.
+        // This host drops packets of new flows to every peer, which is reported elsewhere.
         if (lost || is_partly) && self.kernel.host.is_table_full {
             return None;
         }
         let found = self.silence_diagnosis.verdict(node).filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
-            return certain(cause);
+            return problem_text(cause);
         }
         let is_gone = self.is_lost(state) && !self.prober.paths.is_alive(node);
-        let is_mute = is_gone && state != PathState::OneWay;
-        if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_mute) {
-            return certain(mute_problem(name, there, sign, [port, gossip]));
+        let is_unanswered = is_gone && state != PathState::OneWay;
+        if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_unanswered) {
+            return problem_text(silent_machine_problem(name, there, sign, [port, gossip]));
         }
-        // What goes on there, gossip says already.
+        // Gossip has already reported that the peer is down.
         if lost && !self.prober.paths.is_alive(node) {
             return None;
         }
-        // It never left, or its answer was lost here: that is told by its cause.
+        // The probe left by another interface, or its answer was lost on this host; that is reported by
+        // its cause.
         if lost && subnets.iter().any(|subnet| self.kernel.routing.diverted.contains(&subnet)) {
             return None;
         }
-        // Answers that come without a tunnel may be this host's own packets that a route turns round.
+        // Answers without a tunnel may be this host's own packets that a route returned.
         if state == PathState::Asymmetric && !self.kernel.routing.problems.is_empty() {
             return None;
         }
-        // An answer that came would be dropped by rules of this host, which are told by what they do to pods.
+        // Rules of this host would drop an answer; they are reported by their effect on pods.
         let ipv4 = subnets.first.addr().is_ipv4();
         if lost && self.kernel.forwarding.drops_incoming[usize::from(!ipv4)] {
             return None;
@@ -200,17 +207,17 @@ impl Agent {
         let is_direct = matches!(ways[0], Way::Direct { .. });
         if lost && self.prober.paths.is_diverted_inbound(node) {
             let own = view.own.subnets.first.network();
-            return certain(mixed_problem(name, own, is_direct));
+            return problem_text(mixed_modes_problem(name, own, is_direct));
         }
         match ways[0] {
             Way::Unreachable => {
-                return certain(format!(
+                return problem_text(format!(
                     "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no \
                      tunnels: use mode = \"direct\" on all nodes"
                 ));
             }
             _ if ways.contains(&Way::Unreachable) => {
-                return certain(format!(
+                return problem_text(format!(
                     "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay \
                      address {there}; use mode = \"direct\" on all nodes"
                 ));
@@ -228,12 +235,12 @@ impl Agent {
                     view.own.subnets.first.network()
                 ));
             }
-            // Whoever is spoken to directly may answer as it likes.
+            // With direct routing, both packets with and without a tunnel are valid answers.
             Way::Direct { .. } if state == PathState::Asymmetric => return None,
             _ => {}
         }
-        // Filters of both ends count as well as the network's, and so do those that drop the answers.
-        let walls = match found.is_some_and(|found| found.leaves) {
+        // Filters of both hosts and of the network may drop probes or answers.
+        let filters_text = match found.is_some_and(|found| found.leaves) {
             true => format!(
                 " (tunnel packets to it leave this host, so by the network, or by {name}: gossamer status \
                  there may name it; nft list ruleset, iptables-legacy -S, ip xfrm policy, and ingress \
@@ -248,26 +255,37 @@ impl Agent {
         };
         let translated = self.translation(node, there);
         match state {
-            PathState::Unanswered => self.unanswered(node, state, format!(
-                "nothing that is asked of {name} through the tunnel is answered, though its agent lives: \
-                 either UDP {port} is closed on the way between {here} and {there}{walls}, or the firewall \
-                 of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
-            )),
-            PathState::OneWay => self.unanswered(node, state, format!(
-                "nothing that is asked of {name} through the tunnel is answered, though its packets arrive: \
-                 either UDP {port} is closed on the way from {here} to {there}{walls}, or the firewall of \
-                 {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
-            )),
-            PathState::Asymmetric => certain(format!(
-                "packets to {name} go through the tunnel, and its answers come without: another route or \
-                 another mode leads it here (there: ip route get {}); rp_filter and firewalls may drop that",
+            PathState::Unanswered => self.unanswered(
+                node,
+                state,
+                format!(
+                    "no probe of {name} through the tunnel is answered, though its agent is alive: \
+                 either UDP {port} is closed on the way between {here} and {there}{filters_text}, \
+                 or the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, \
+                 which harms no pod{translated}"
+                ),
+            ),
+            PathState::OneWay => self.unanswered(
+                node,
+                state,
+                format!(
+                    "no probe of {name} through the tunnel is answered, though its packets arrive: \
+                 either UDP {port} is closed on the way from {here} to {there}{filters_text}, or \
+                 the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, which \
+                 harms no pod{translated}"
+                ),
+            ),
+            PathState::Asymmetric => problem_text(format!(
+                "packets to {name} go through the tunnel, and its answers arrive without one: \
+                 another route or another mode leads it here (there: ip route get {}); rp_filter \
+                 and firewalls may drop that",
                 view.own.subnets.first.network()
             )),
             PathState::PartlyLost => {
                 let (lost, of) = self.prober.paths.flows(node)?;
-                certain(format!(
-                    "packets to {name} are partly lost: {lost} of {of} flows do not get through, and the \
-                     others do. Either one of several links or routers between {here} and {there} that share \
+                problem_text(format!(
+                    "packets to {name} are partly lost: {lost} of {of} flows do not get through, the others \
+                     do. Either one of several links or routers between {here} and {there} that share \
                      the load (bonds, port channels, ECMP: each flow takes one) is dead or drops UDP {port}: \
                      look at bonds of both hosts (/proc/net/bonding), routes with several next hops (ip \
                      route get {there}), and the switches and routers between; or there are more packets \
@@ -285,11 +303,12 @@ impl Agent {
                 };
                 let lowered = match self.kernel.narrow.get(&node) {
                     Some(mtu) => format!(
-                        "; the MTU of its route is lowered to {mtu}, which pods that hear ICMP follow"
+                        "; the MTU of its route is lowered to {mtu}, which pods that receive ICMP \
+                        errors follow"
                     ),
                     None => String::new(),
                 };
-                certain(format!(
+                problem_text(format!(
                     "packets of {mtu} bytes to {name} are lost, {arrive} arrive: some link between {here} \
                      and {there} carries less than this host's{lowered}; set {smaller} on all nodes"
                 ))
@@ -299,20 +318,26 @@ impl Agent {
     }
 }
 
-/// What is said of the way to a peer.
-enum Words {
+/// The text about a path.
+enum PathText {
+    /// A problem of pods.
     Problem(String),
-    /// It may harm no pod.
+    /// Something that may affect no pod.
     Warning(String),
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "as it is returned")]
-fn certain(words: String) -> Option<Words> {
-    Some(Words::Problem(words))
+fn problem_text(text: String) -> Option<PathText> {
+    Some(PathText::Problem(text))
 }
 
-/// That a machine with a peer's address was seen, though neither its agent nor its kernel answers.
-fn mute_problem(name: &str, there: IpAddr, sign: Sign, [port, gossip]: [u16; 2]) -> String {
+/// Describes a peer whose agent and kernel do not answer, although a machine with its address was seen.
+fn silent_machine_problem(
+    name: &str,
+    there: IpAddr,
+    sign: Sign,
+    [port, gossip]: [u16; 2],
+) -> String {
     format!(
         "neither the agent of {name} ({there}) nor its tunnel answers, though a machine has that address: \
          {sign}. Either its agent does not run (there: systemctl status gossamer), or packets between the \
@@ -321,30 +346,31 @@ fn mute_problem(name: &str, there: IpAddr, sign: Sign, [port, gossip]: [u16; 2])
     )
 }
 
-/// A report that packets to a peer are too large, which comes again and again and is false.
-fn false_report(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
+/// Describes a wrong path MTU report that keeps coming back.
+fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
     let (family, icmp) = match there {
         IpAddr::V4(_) => ("ip", "ICMP type 3 code 4"),
         IpAddr::V6(_) => ("ip -6", "ICMPv6 packet too big"),
     };
     format!(
-        "this host's kernel holds that the path to {name} ({there}) carries {told} bytes ({family} route get \
-         {there}), though packets of {carried} arrive: another host forges {icmp}, or a router errs, and \
-         tunnel packets become small and slow; drop {icmp} from outside the underlay where its MTU is known"
+        "this host's kernel assumes that the path to {name} ({there}) carries {told} bytes ({family} \
+         route get {there}), though packets of {carried} arrive: another host forges {icmp}, or a router \
+         errs, and tunnel packets become small and slow; drop {icmp} from outside the underlay where its \
+         MTU is known"
     )
 }
 
-/// That packets to a peer go one way and its own come another, and nothing is answered.
-fn mixed_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
+/// Describes packets that take different ways in both directions, without any answer.
+fn mixed_modes_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
     let (go, come) = match is_direct {
         true => ("without a tunnel", "through one"),
         false => ("through the tunnel", "without one"),
     };
     format!(
-        "packets to {name} go {go}, its own come {come}, and nothing that is asked of it is answered: either \
+        "packets to {name} go {go}, its own come {come}, and no probe of it is answered: either \
          the two hosts have different modes, or a route of another program leads one of them (there: ip \
          route get {own}), and on one of the two a rule about the reverse path (rpfilter, fib) or rp_filter \
-         drops what comes by the other way: set the same mode on all nodes; a host that drops packets names \
-         the rule (there: gossamer status)"
+         drops packets that arrive by the other way: set the same mode on all nodes; a host that \
+         drops packets names the rule (there: gossamer status)"
     )
 }

@@ -1,7 +1,9 @@
-//! A node that cannot begin yet: it waits for its disk, its subnet or an underlay, and says for which.
+//! Waiting at startup for the state directory, the subnet's kernel objects, the gossip port or an
+//! underlay.
 //!
-//! Nothing can be agreed with peers before, and a member record without an address would mislead them. A
-//! node that is known already does not wait for an underlay: it serves the pods of its host at once.
+//! Before that, the node can agree on nothing with peers, and a member record without an address would
+//! mislead them. A node that already has a subnet does not wait for an underlay: it serves the pods of
+//! its host immediately.
 
 use std::{
     fmt::Display,
@@ -30,32 +32,33 @@ use crate::{
     transport::{BindError, Handshakes},
 };
 
-/// What an earlier process still holds is waited for so long: one whose disk hangs keeps its files and
-/// sockets for a while after it was killed.
-pub(super) const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(10);
-/// The interfaces are looked at this often.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
-/// The problem of an agent that has not begun to wait.
+/// How long to wait for resources that an earlier process still holds: a process whose disk hangs keeps
+/// its files and sockets for a while after it was killed.
+pub(super) const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time between two attempts.
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// The problem shown before the agent waits for something.
 const STARTING: &str = "the agent is starting";
-/// The service manager and questions with a deadline are looked after this often.
-const TICK: Duration = Duration::from_millis(500);
+/// Interval at which the service manager and requests with a deadline are served.
+const SERVE_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Answers questions and follows signals while the node waits.
-pub(super) struct Waiting<'a> {
+/// Answers requests and handles signals while the node waits.
+pub(super) struct StartupWait<'a> {
     name: NodeName,
     node: NodeId,
     closed: ListenerProblems,
     signals: &'a mut Signals,
     questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     service: Service,
-    /// Questions for convergence wait on.
+    /// Requests that wait for convergence; they are answered after the start.
     waiters: Vec<Waiter>,
-    /// So does Docker.
+    /// Docker's requests with their time of arrival; they are answered after the start.
     docker: Vec<(Instant, docker::Request)>,
     problem: String,
 }
 
-impl<'a> Waiting<'a> {
+impl<'a> StartupWait<'a> {
+    /// Starts to answer requests from `questions`.
     pub(super) fn new(
         name: NodeName,
         closed: ListenerProblems,
@@ -69,46 +72,48 @@ impl<'a> Waiting<'a> {
         Self { name, node, closed, signals, questions, service, waiters, docker, problem }
     }
 
-    /// The node's key was read.
+    /// Sets the node id, once the key has been read.
     pub(super) const fn identify(&mut self, node: NodeId) {
         self.node = node;
     }
 
-    /// Where no questions come in that should.
+    /// Returns the control sockets that could not be opened.
     pub(super) fn closed(&self) -> ListenerProblems {
         self.closed.clone()
     }
 
-    /// Questions that have had no answer: for convergence, and Docker's.
+    /// Returns the unanswered requests: those that wait for convergence, and Docker's.
     pub(super) fn into_questions(self) -> (Vec<Waiter>, Vec<(Instant, docker::Request)>) {
         (self.waiters, self.docker)
     }
 
-    /// Says in the status what is waited for, and in the log if that is news.
-    pub(super) fn say(&mut self, problem: String) {
+    /// Sets the problem in the status, and logs it if it is new.
+    pub(super) fn report_problem(&mut self, problem: String) {
         if self.problem != problem {
             tracing::error!("{problem}");
             self.problem = problem;
         }
     }
 
-    /// Says what a process holds that may be an earlier one of this agent, on its way out.
-    pub(super) fn say_predecessor(&mut self, error: &impl Display) {
-        let patience = PREDECESSOR_PATIENCE.as_secs();
-        self.say(format!("waiting up to {patience} s for an earlier process to end: {error}"));
+    /// Reports what another process holds, which may be an earlier process of this agent that is ending.
+    pub(super) fn report_predecessor(&mut self, error: &impl Display) {
+        let timeout_secs = PREDECESSOR_TIMEOUT.as_secs();
+        self.report_problem(format!(
+            "waiting up to {timeout_secs} s for an earlier process to end: {error}"
+        ));
     }
 
-    /// Says in the status alone what is under way.
-    pub(super) fn begin(&mut self, what: &str) {
+    /// Sets the problem in the status without logging it.
+    pub(super) fn set_activity(&mut self, what: &str) {
         what.clone_into(&mut self.problem);
     }
 
-    /// Does some work, and answers questions meanwhile; none if a signal ends the agent first.
-    pub(super) async fn until<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+    /// Runs `work` and answers requests meanwhile. Returns `None` if a signal ends the agent first.
+    pub(super) async fn run<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = std::pin::pin!(work);
         loop {
             let now = Instant::now();
-            // A start without anything to wait for is no news to the service manager.
+            // A start that waits for nothing is not reported to the service manager.
             if self.problem != STARTING && self.service.is_due(now) {
                 self.service.report(now, self.problem.clone());
             }
@@ -127,16 +132,16 @@ impl<'a> Waiting<'a> {
                     LoopEvent::Docker(request) => self.docker.push((Instant::now(), request)),
                     _ => {}
                 },
-                () = tokio::time::sleep(TICK) => {}
+                () = tokio::time::sleep(SERVE_INTERVAL) => {}
             }
         }
     }
 
-    /// Waits until an interface can carry tunnels; none if a signal ends the agent first.
+    /// Waits until an interface can carry tunnels. Returns `None` if a signal ends the agent first.
     ///
     /// # Errors
-    /// A setting that no network can satisfy, or no netlink socket.
-    pub(super) async fn for_underlay(
+    /// Fails if no network can satisfy the settings, or if no netlink socket can be opened.
+    pub(super) async fn wait_for_underlay(
         &mut self,
         config: &Config,
     ) -> Result<Option<ChosenUnderlay>, StartFailure> {
@@ -145,55 +150,56 @@ impl<'a> Waiting<'a> {
             match underlay::choose(&mut netlink, config, std::iter::empty()) {
                 Ok(chosen) => return Ok(Some(chosen)),
                 Err(error @ (UnderlayError::NoMatch { .. } | UnderlayError::Netlink(_))) => {
-                    self.say(format!("waiting for the network: {error}"));
+                    self.report_problem(format!("waiting for the network: {error}"));
                 }
                 Err(error) => return Err(error.into()),
             }
-            if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
+            if self.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
                 return Ok(None);
             }
         }
     }
 
-    /// Binds the port of gossip, and waits a while for a process that has it; none if a signal ends the agent
-    /// first.
+    /// Binds the gossip port, waiting for a while if another process has it. Returns `None` if a signal
+    /// ends the agent first.
     ///
     /// # Errors
-    /// The port cannot be had.
-    pub(super) async fn for_port<T>(
+    /// Fails if the port cannot be bound.
+    pub(super) async fn bind_port<T>(
         &mut self,
         bind: impl Fn() -> Result<T, BindError>,
     ) -> Result<Option<T>, BindError> {
         let begun = Instant::now();
         loop {
             match bind() {
-                Err(error @ BindError::InUse { .. }) if begun.elapsed() < PREDECESSOR_PATIENCE => {
-                    self.say_predecessor(&error);
+                Err(error @ BindError::InUse { .. }) if begun.elapsed() < PREDECESSOR_TIMEOUT => {
+                    self.report_predecessor(&error);
                 }
                 bound => return bound.map(Some),
             }
-            if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
+            if self.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
                 return Ok(None);
             }
         }
     }
 
-    /// Asks the kernel until it is not merely busy; none if a signal ends the agent first.
+    /// Repeats a kernel request while it fails transiently. Returns `None` if a signal ends the agent
+    /// first.
     ///
     /// # Errors
-    /// What the kernel will not do in a moment either.
-    pub(super) async fn for_kernel<T>(
+    /// Fails if the request fails permanently.
+    pub(super) async fn retry_kernel<T>(
         &mut self,
         mut ask: impl FnMut() -> Result<T, KernelError>,
     ) -> Result<Option<T>, KernelError> {
         loop {
             match ask() {
                 Err(error) if error.is_transient() => {
-                    self.say(format!("waiting for the kernel: {error}"));
+                    self.report_problem(format!("waiting for the kernel: {error}"));
                 }
                 answer => return answer.map(Some),
             }
-            if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
+            if self.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
                 return Ok(None);
             }
         }
@@ -235,11 +241,11 @@ fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
     }
 }
 
-/// Answers what can be answered. A question for convergence is given back.
+/// Answers a request. Returns a request that waits for convergence to the caller.
 fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
     let why = || status.node.problems.first().cloned().unwrap_or_default();
     let not_ready = || PodError::new(PodErrorKind::NotReady, why());
-    // A client that is gone needs no answer.
+    // A failed reply means that the client is gone.
     match question {
         Question::Wait { seconds, members, reply } => {
             let deadline = Instant::now() + Duration::from_secs(seconds);
@@ -256,7 +262,7 @@ fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
         Question::Ping { reply, .. } => _ = reply.send(Err(why())),
         Question::History { reply } => _ = reply.send(Ok(Vec::new())),
         Question::Attach { reply, .. } => _ = reply.send(Err(not_ready())),
-        // The plugin notes it for later.
+        // The plugin stores a note and repeats the request later.
         Question::Detach { reply, .. } => _ = reply.send(Err(not_ready())),
         Question::Check { reply, .. } => _ = reply.send(Err(not_ready())),
         Question::Pods { reply } => _ = reply.send(Vec::new()),
@@ -264,7 +270,7 @@ fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
         Question::Events { reply } => _ = reply.send(Err(why())),
         Question::PastEvents { reply } => _ = reply.send(Vec::new()),
         Question::Samples { reply } => _ = reply.send(Vec::new()),
-        // Without an answer the client hears that the agent does not answer it.
+        // Dropping the reply tells the client that the agent does not answer.
         Question::Matrix { reply } => drop(reply),
         Question::Routes { reply } => _ = reply.send(Err(why())),
         Question::Peer { reply, .. } => _ = reply.send(Err(why())),

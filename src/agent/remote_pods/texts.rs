@@ -1,4 +1,4 @@
-//! What is said of packets that are lost between pods of this host and those of others.
+//! Texts about packets that are lost between pods of this host and pods of other hosts.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,22 +9,22 @@ use crate::{
     model::{NodeId, PathState},
 };
 
-/// Peers that are named at once.
+/// Maximum number of peers named in one text.
 const NAMED: usize = 3;
 
 impl Agent {
-    /// What is known of packets of pods, with this.
-    pub(in crate::agent) fn far_added_to(&self, known: CheckStatus) -> CheckStatus {
+    /// Adds the results for pods of other hosts to the status of forwarding.
+    pub(in crate::agent) fn add_remote_pods_status(&self, known: CheckStatus) -> CheckStatus {
         let CheckStatus { state, mut detail } = known;
-        if !self.kernel.far.overrun.is_empty() {
-            let names = self.names(&self.kernel.far.overrun);
+        if !self.kernel.remote_pods.overrun.is_empty() {
+            let names = self.names(&self.kernel.remote_pods.overrun);
             detail = format!(
                 "{detail}; skipped with pods of {names}: more packets come to port {FAR_PORT} of the agent's \
                  own pod there than it answers"
             );
         }
-        let nodes: Vec<NodeId> = self.far_lost().into_keys().collect();
-        match (nodes.as_slice(), self.kernel.far.answering.len()) {
+        let nodes: Vec<NodeId> = self.lost_to_remote_pods().into_keys().collect();
+        match (nodes.as_slice(), self.kernel.remote_pods.answering.len()) {
             ([], 0) => CheckStatus { state, detail },
             ([], count) => {
                 let hosts =
@@ -38,11 +38,11 @@ impl Agent {
         }
     }
 
-    /// Sentences about packets that do not come to pods of other hosts, or whose answers do not come back.
-    /// Peers of which the same is true are told of together.
-    pub(in crate::agent) fn far_problems(&self) -> Vec<String> {
+    /// Returns the problems about packets that do not reach pods of other hosts, or whose answers do not
+    /// return. Peers with the same losses share a sentence.
+    pub(in crate::agent) fn remote_pod_problems(&self) -> Vec<String> {
         let mut alike: BTreeMap<Vec<(Half, Sort)>, Vec<NodeId>> = BTreeMap::new();
-        for (node, lost) in self.far_lost() {
+        for (node, lost) in self.lost_to_remote_pods() {
             alike.entry(lost).or_default().push(node);
         }
         let suspects = self.kernel.forwarding.suspects.join("; ");
@@ -56,11 +56,12 @@ impl Agent {
         alike.into_iter().map(sentence).collect()
     }
 
-    /// Sentences about packets of which a part is lost by chance, with the share and the direction.
-    pub(in crate::agent) fn far_warnings(&self) -> Vec<String> {
-        let tried = self.kernel.far.answering.len();
+    /// Returns the warnings about packets of which a part is lost at random, with the share and the
+    /// direction.
+    pub(in crate::agent) fn remote_pod_warnings(&self) -> Vec<String> {
+        let tried = self.kernel.remote_pods.answering.len();
         let of = |half: Half| {
-            let losses = self.kernel.far.losses.iter().filter(|loss| loss.half == half);
+            let losses = self.kernel.remote_pods.losses.iter().filter(|loss| loss.half == half);
             let losses: Vec<FarLoss> = losses.copied().collect();
             let (least, most) = losses.iter().fold((u32::MAX, 0), |(least, most), loss| {
                 (least.min(loss.percent), most.max(loss.percent))
@@ -75,10 +76,11 @@ impl Agent {
         [Half::There, Half::Back].into_iter().filter_map(of).collect()
     }
 
-    /// What is lost to or from pods of each peer. Where nothing gets through, the path as a whole is bad, and
-    /// where full packets do not, it may be narrow: that is told by what the path is found to be.
-    fn far_lost(&self) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
-        let answering = &self.kernel.far.answering;
+    /// Returns what is lost to or from the pods of each peer. Excludes peers that receive nothing,
+    /// because the status of the path reports those, and large packets while the path MTU is being
+    /// measured.
+    fn lost_to_remote_pods(&self) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
+        let answering = &self.kernel.remote_pods.answering;
         let unanswered: BTreeSet<NodeId> = self
             .path_states()
             .filter(|(node, state, _)| {
@@ -87,7 +89,7 @@ impl Agent {
             })
             .map(|(node, ..)| node)
             .collect();
-        let mut lost = by_node(&self.kernel.far.closed);
+        let mut lost = by_node(&self.kernel.remote_pods.closed);
         for (node, lost) in &mut lost {
             let is_measured = self.prober.paths.is_measuring_size(*node);
             lost.retain(|(_, sort)| !(is_measured && sort.kind.is_large()));
@@ -96,6 +98,7 @@ impl Agent {
         lost
     }
 
+    /// Joins the names of the first [`NAMED`] peers and the number of the others.
     fn names(&self, nodes: &[NodeId]) -> String {
         let named = nodes.iter().take(NAMED).map(|node| self.node.name_of(*node).to_owned());
         let mut named: Vec<String> = named.collect();
@@ -135,11 +138,11 @@ fn sentence(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> Strin
     let others = format!("{names} (there: gossamer status) or the network between");
     match suspects {
         "" => format!(
-            "{seen}: this host's own trials of forwarding found no loss here, and of its rules that might \
+            "{seen}: this host's own tests of forwarding found no loss here, and of its rules that might \
              drop them none was found; what drops packets of established connections, or changes them (TTL, \
-             NFQUEUE), is not seen that way: look at nft list ruleset here as well as on {others}"
+             NFQUEUE), is not detected that way: check nft list ruleset here as well as on {others}"
         ),
-        suspects => format!("{seen}: {suspects}; if it is none of that, look at {others}"),
+        suspects => format!("{seen}: {suspects}; if it is none of that, check {others}"),
     }
 }
 
@@ -163,19 +166,19 @@ fn loss_sentence(half: Half, names: &str, share: &str, link: &str, is_all: bool)
     };
     format!(
         "{seen}, so their connections are slow (small packets were counted): {place}: errors and drops of \
-         interfaces (ip -s -s link show dev {link}; ethtool -S {link}), veth pairs, radio links and switches, \
+         interfaces (ip -s -s link show dev {link}; ethtool -S {link}), cables, radio links and switches, \
          queues that are full (tc -s qdisc show dev {link}), and rules that drop by chance or by rate (nft \
          list ruleset)"
     )
 }
 
-/// Sorts of packets, by family; all of a family as the family alone.
+/// Lists kinds of packets by family. A family that loses all kinds is named without them.
 fn list(sorts: &[Sort]) -> String {
     let of_family = |ipv4: bool| {
         let kinds: Vec<Kind> =
             sorts.iter().filter(|sort| sort.ipv4 == ipv4).map(|sort| sort.kind).collect();
         let family = if ipv4 { "IPv4" } else { "IPv6" };
-        // Where single large packets do not pass, several in one do not either, and data takes connections.
+        // Lost large packets imply lost aggregates, and lost TCP segments imply lost data.
         let [has_large, has_first] = [Kind::Large, Kind::Segment].map(|kind| kinds.contains(&kind));
         let named = kinds.iter().filter_map(|kind| match kind {
             Kind::Segment => Some("TCP"),
@@ -205,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_family_of_which_all_is_lost_is_named_alone() {
+    fn family_that_loses_all_kinds_is_named_without_kinds() {
         let all = sorts(true, &Kind::ALL);
         assert_eq!(list(&all), "IPv4");
         let both = [all, sorts(false, &[Kind::Large, Kind::Fragmented])].concat();
@@ -222,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_by_chance_is_told_with_share_direction_and_peers() {
+    fn random_loss_is_described_with_share_direction_and_peers() {
         let there = loss_sentence(Half::There, "n2", "20", "eth0", false);
         assert!(there.starts_with(
             "about 20 % of the packets of pods here to pods of n2 are lost on their way there"
@@ -236,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_direction_in_which_packets_are_lost_is_told() {
+    fn loss_is_described_with_direction() {
         let fragments = sorts(true, &[Kind::Fragmented]);
         let said = sentence("n2", &fragments, &[], "a rule");
         assert!(said.starts_with(

@@ -1,8 +1,8 @@
-//! Tries packets between the pod that is the agent's own and this host itself: input rules may drop what pods
-//! send to their host, and output rules what the host sends to pods, a kubelet's probes among it.
+//! Trials between the agent's own pod and this host: input rules may drop what pods send to their host,
+//! and output rules what the host sends to pods, for example a kubelet's probes.
 //!
-//! Many hosts let pods at some of their ports only, on purpose. So what comes to this host counts as lost
-//! only where an echo, a datagram and the first segment of a connection are all without effect.
+//! Many hosts intentionally admit pods at some ports only. So packets to this host count as lost only if
+//! an echo, a datagram and the first segment of a connection all have no effect.
 
 use std::{
     collections::BTreeSet,
@@ -32,49 +32,59 @@ use crate::{
     },
 };
 
-/// What has not come by then is lost.
+/// Time limit of a trial.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sockets of both families, in the pod and on this host.
-pub struct Home(Vec<Ends>);
+pub struct HostTrial(Vec<HostSockets>);
 
-struct Ends {
+/// The sockets of one family.
+struct HostSockets {
     family: Family,
     pod: IpAddr,
     gateway: IpAddr,
-    /// Inside the pod.
+    /// Echo socket inside the pod.
     echo: Socket,
+    /// UDP socket inside the pod.
     inside: Socket,
+    /// Raw TCP socket inside the pod.
     segments: Socket,
-    /// On this host, under the gateway's address.
+    /// UDP socket on this host, bound to the gateway's address.
     outside: Socket,
-    /// Only sends.
+    /// Raw TCP socket on this host; only sends.
     sender: Socket,
 }
 
-/// What is sent, and what has been seen of it.
+/// A trial of one family and its results.
 struct Check<'a> {
-    ends: &'a Ends,
+    host_sockets: &'a HostSockets,
     asker: ProbeIdentity,
     nonce: [u8; NONCE_LEN],
     /// Source port of the segment to this host.
-    fresh: u16,
-    heard: bool,
+    source_port: u16,
+    /// Whether anything has returned from this host to the pod.
+    has_reply: bool,
+    /// Packets from this host that have arrived in the pod.
     arrived: BTreeSet<Transport>,
 }
 
-impl Home {
-    /// Leaves out a family whose gateway is not there.
+impl HostTrial {
+    /// Opens the sockets. A family whose gateway address is missing is skipped.
     pub fn open(standin: &StandIn, shape: &Shape) -> Self {
         let pairs = shape.addresses.iter().zip(shape.subnets.iter());
-        let opened = pairs.map(|(pod, subnet)| Ends::open(standin, pod, gateway(subnet)));
-        let logged = opened.map(|ends| {
-            ends.inspect_err(|error| tracing::debug!(%error, "pods and their host: not tried"))
+        let opened = pairs.map(|(pod, subnet)| HostSockets::open(standin, pod, gateway(subnet)));
+        let logged = opened.map(|host_sockets| {
+            host_sockets.inspect_err(
+                |error| tracing::debug!(%error, "packets between pods and this host not tested"),
+            )
         });
         Self(logged.filter_map(Result::ok).collect())
     }
 
-    /// Waits by `wait`, which says whether to go on; gives nothing if not.
+    /// Runs a trial. `wait` polls and returns whether to continue; otherwise the result is empty.
+    ///
+    /// # Errors
+    /// Fails if the trial cannot be prepared.
     pub fn run(
         &self,
         mut wait: impl FnMut(&[BorrowedFd<'_>], Duration) -> bool,
@@ -84,11 +94,11 @@ impl Home {
         let until = Instant::now() + TIMEOUT;
         loop {
             let pause = until.saturating_duration_since(Instant::now());
-            let fds: Vec<_> = checks.iter().flat_map(|check| check.ends.fds()).collect();
+            let fds: Vec<_> = checks.iter().flat_map(|check| check.host_sockets.fds()).collect();
             if !pause.is_zero() && !wait(&fds, pause) {
                 return Ok(Vec::new());
             }
-            checks.iter_mut().for_each(Check::hear);
+            checks.iter_mut().for_each(Check::receive);
             if pause.is_zero() || checks.iter().all(Check::is_done) {
                 return Ok(checks.iter().flat_map(Check::seen).collect());
             }
@@ -96,7 +106,7 @@ impl Home {
     }
 }
 
-impl Ends {
+impl HostSockets {
     fn open(standin: &StandIn, pod: IpAddr, gateway: IpAddr) -> io::Result<Self> {
         let family = Family::of(pod);
         let datagrams = |address: IpAddr| {
@@ -105,7 +115,7 @@ impl Ends {
             io::Result::Ok(Socket::from(socket))
         };
         let sender = raw_tcp::open(gateway)?;
-        // It would be given each segment that comes to this host.
+        // Without this filter the socket would receive every segment sent to this host.
         receive_only(&sender, FilterInput::raw(gateway), &[])?;
         let outside = datagrams(gateway)?;
         standin.inside(|| {
@@ -126,32 +136,33 @@ impl Ends {
 }
 
 impl<'a> Check<'a> {
-    fn begin(ends: &'a Ends) -> io::Result<Self> {
+    fn begin(host_sockets: &'a HostSockets) -> io::Result<Self> {
         let [a, b, c, d, ref nonce @ ..] =
             random::<{ NONCE_LEN + 4 }>().map_err(io::Error::other)?;
         let asker = ProbeIdentity { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
-        ends.family.filter(&ends.echo, asker, false)?;
+        host_sockets.family.filter(&host_sockets.echo, asker, false)?;
         for (socket, transport) in [
-            (&ends.inside, Transport::Udp),
-            (&ends.outside, Transport::Udp),
-            (&ends.segments, Transport::Tcp),
+            (&host_sockets.inside, Transport::Udp),
+            (&host_sockets.outside, Transport::Udp),
+            (&host_sockets.segments, Transport::Tcp),
         ] {
-            only_with(socket, transport, ends.pod, *nonce)?;
+            only_with(socket, transport, host_sockets.pod, *nonce)?;
         }
-        let fresh = u16::from_ne_bytes([c, d]) | 0x8000;
-        let (heard, arrived) = (false, BTreeSet::new());
-        Ok(Self { ends, asker, nonce: *nonce, fresh, heard, arrived })
+        let source_port = u16::from_ne_bytes([c, d]) | 0x8000;
+        let (has_reply, arrived) = (false, BTreeSet::new());
+        Ok(Self { host_sockets, asker, nonce: *nonce, source_port, has_reply, arrived })
     }
 
-    /// The segment from this host to the pod, or the other way.
+    /// Returns the segment from this host to the pod, or the reverse.
     fn segment(&self, from: IpAddr, to: IpAddr) -> Probe {
-        let ports = [self.fresh, UNUSED];
+        let ports = [self.source_port, UNUSED];
         Probe { transport: Transport::Tcp, from, to, ports, nonce: self.nonce }
     }
 
-    /// What cannot be sent is not seen.
+    /// Sends all packets. A packet that cannot be sent does not arrive, and is detected that way.
     fn send(&self) {
-        let Ends { family, pod, gateway, echo, inside, segments, outside, sender } = self.ends;
+        let HostSockets { family, pod, gateway, echo, inside, segments, outside, sender } =
+            self.host_sockets;
         let payload = Probe::payload(self.nonce);
         let at = |ip: IpAddr| SocketAddr::new(ip, 0).into();
         let request = family.request_with(self.asker.identifier, 0, &[0; SMALL]);
@@ -165,24 +176,26 @@ impl<'a> Check<'a> {
         let _ = sender.send_to(&self.segment(*gateway, *pod).segment(), &at(*pod));
     }
 
-    fn hear(&mut self) {
-        let Ends { family, pod, gateway, echo, inside, segments, outside, .. } = self.ends;
+    /// Records what has arrived.
+    fn receive(&mut self) {
+        let HostSockets { family, pod, gateway, echo, inside, segments, outside, .. } =
+            self.host_sockets;
         while let Ok(heard) = family.receive(echo, self.asker) {
-            self.heard |= heard.is_some_and(|heard| matches!(heard.kind, IcmpKind::Answer(_)));
+            self.has_reply |= heard.is_some_and(|heard| matches!(heard.kind, IcmpKind::Answer(_)));
         }
         let payload = Probe::payload(self.nonce);
-        drain(outside, |datagram, _| self.heard |= datagram == payload);
+        drain(outside, |datagram, _| self.has_reply |= datagram == payload);
         drain(inside, |datagram, _| {
             if datagram == payload {
                 self.arrived.insert(Transport::Udp);
             }
         });
         let to_pod = self.segment(*gateway, *pod);
-        // This host refuses the connection, for nothing listens there.
-        let refused = [UNUSED, self.fresh].map(u16::to_be_bytes).concat();
+        // This host resets the connection, because nothing listens on the port.
+        let refused = [UNUSED, self.source_port].map(u16::to_be_bytes).concat();
         drain(segments, |packet, _| {
             let segment = raw_tcp::segment(*pod, packet).unwrap_or_default();
-            self.heard |= segment.starts_with(&refused);
+            self.has_reply |= segment.starts_with(&refused);
             if to_pod.is(segment) {
                 self.arrived.insert(Transport::Tcp);
             }
@@ -190,17 +203,17 @@ impl<'a> Check<'a> {
     }
 
     fn is_done(&self) -> bool {
-        self.heard && self.arrived.len() == Transport::ALL.len()
+        self.has_reply && self.arrived.len() == Transport::ALL.len()
     }
 
     fn seen(&self) -> Vec<(Way, TrialResult)> {
-        let ipv4 = self.ends.pod.is_ipv4();
+        let ipv4 = self.host_sockets.pod.is_ipv4();
         let verdict = |is_there| if is_there { TrialResult::Passed } else { TrialResult::Lost };
         let from_host = Transport::ALL.map(|transport| {
             let arrived = verdict(self.arrived.contains(&transport));
             (Way { direction: Direction::FromHost(transport), ipv4 }, arrived)
         });
         let to_host = Way { direction: Direction::ToHost, ipv4 };
-        from_host.into_iter().chain([(to_host, verdict(self.heard))]).collect()
+        from_host.into_iter().chain([(to_host, verdict(self.has_reply))]).collect()
     }
 }
