@@ -351,8 +351,8 @@ fn impossible_forwarding_test_is_warned_of_with_the_dropping_chain() {
             &[
                 "it is unknown whether this host forwards packets of pods",
                 "raise user.max_net_namespaces",
-                "chain ip filter FORWARD (hook forward) has the policy drop, and no rule in it seems to accept \
-                 packets of pods: iptables -I FORWARD -s 10.42.0.0/16 -j ACCEPT",
+                "chain ip filter FORWARD (hook forward) has the policy drop, and no rule in it seems to \
+                 accept packets of pods: iptables -I FORWARD -s 10.42.0.0/16 -j ACCEPT",
             ],
         );
         let status = agent.ask("/v1/status", TIMEOUT)?;
