@@ -3,7 +3,7 @@
 
 use std::{
     fs, io,
-    net::{Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
 };
 
 use nix::sched::{CloneFlags, unshare};
@@ -13,7 +13,7 @@ use super::{Examination, Finding, Numbers};
 use crate::{
     agent::{LACKS_IPV6, choose_underlay},
     dataplane::{
-        desired::{IPV6_MTU_MIN, Mode, device_name},
+        desired::{IPV6_MTU_MIN, Mode, device_name, overhead},
         firewall::Firewall,
         kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
@@ -280,6 +280,17 @@ fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Find
     }));
 }
 
+/// Returns the bytes that a tunnel adds to each packet on this host's underlay; none without tunnels.
+fn tunnel_overhead(examination: &Examination) -> u32 {
+    if examination.config.as_ref().is_ok_and(|config| config.mode == Mode::HostGw) {
+        return 0;
+    }
+    let address = examination
+        .status()
+        .and_then(|status| status["kernel"]["underlay_address"].as_str()?.parse::<IpAddr>().ok());
+    overhead(address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()))
+}
+
 /// Checks the chain of MTUs from the underlay to the pods.
 fn mtu(examination: &Examination, links: &[Link], underlay: Option<&str>) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -287,8 +298,9 @@ fn mtu(examination: &Examination, links: &[Link], underlay: Option<&str>) -> Vec
     let device = links.iter().find(|link| link.name == device_name(vni));
     let carrier = underlay.and_then(|name| links.iter().find(|link| link.name == name));
     let own = device.map(|device| device.mtu);
+    let overhead = tunnel_overhead(examination);
     if let (Some(mtu), Some(carrier)) = (own, carrier)
-        && mtu + 50 > carrier.mtu
+        && mtu + overhead > carrier.mtu
     {
         findings.push(Finding::problem(
             "mtu",
@@ -296,7 +308,7 @@ fn mtu(examination: &Examination, links: &[Link], underlay: Option<&str>) -> Vec
             "large packets are lost, small ones pass: connections are established and then hang",
             format!(
                 "set mtu = {} or less, or raise the MTU of {}",
-                carrier.mtu.saturating_sub(50),
+                carrier.mtu.saturating_sub(overhead),
                 carrier.name
             ),
         ));
