@@ -1,9 +1,9 @@
-//! How fast a cluster forms and what an agent costs at rest: real agents on real kernels, in network
-//! namespaces on one machine. `cargo bench --bench cluster [-- SIZE ...]`.
+//! Measures how fast a cluster forms and what an idle agent costs. Real agents run on real kernels, in
+//! network namespaces on one machine. `cargo bench --bench cluster [-- SIZE ...]`.
 //!
-//! The clock: a netlink socket in each namespace sees every route, neighbor and FDB entry as the kernel
-//! announces it. All hosts share the cores of this machine, so figures of many nodes are bound by its
-//! CPU; compare them only with figures from the same machine.
+//! Times come from netlink: a socket in each namespace receives every route, neighbor and FDB entry that
+//! the kernel announces. All hosts share the cores of this machine, so the CPU limits results for many
+//! nodes. Compare them only with results from the same machine.
 
 #![allow(clippy::expect_used)]
 
@@ -35,11 +35,12 @@ use rtnetlink::{
 const PROGRAM: &str = env!("CARGO_BIN_EXE_gossamer");
 const SIZES: [usize; 3] = [3, 10, 30];
 const TIMEOUT: Duration = Duration::from_secs(60);
-const AT_REST: Duration = Duration::from_secs(20);
+/// Length of the idle measurement.
+const IDLE_PERIOD: Duration = Duration::from_secs(20);
 const ENTRIES_PER_PEER: usize = 3;
 
-/// flannel v0.28.9 with etcd 3.4 on a 2-core machine of the same kind, measured earlier with the same
-/// kind of clock; medians in ms: (joiner seen by all others, joiner complete, all at once).
+/// Reference: flannel v0.28.9 with etcd 3.4 on a 2-core machine of the same kind, measured earlier with
+/// the same kind of clock. Medians in ms: (joiner seen by all other nodes, joiner complete, all at once).
 const FLANNEL: [(usize, [u32; 3]); 4] =
     [(3, [39, 167, 217]), (10, [42, 170, 598]), (30, [68, 193, 2185]), (100, [197, 406, 12_927])];
 
@@ -86,7 +87,7 @@ fn measure(sizes: &[usize]) -> anyhow::Result<()> {
         };
         println!("{size:<6} {} {} {}", cell(seen, 0), cell(complete, 1), cell(at_once, 2));
     }
-    println!("\nat rest for {AT_REST:?} [flannel: 36-38 MB (9-10), CPU 0.20-0.26 %, and etcd]");
+    println!("\nat rest for {IDLE_PERIOD:?} [flannel: 36-38 MB (9-10), CPU 0.20-0.26 %, and etcd]");
     println!("nodes  RSS MB (anonymous)  CPU % of a core, median of the agents");
     for (size, (rss, anonymous, cpu)) in rest {
         println!("{size:<6} {rss:.1} ({anonymous:.1})          {cpu:.3}");
@@ -95,23 +96,25 @@ fn measure(sizes: &[usize]) -> anyhow::Result<()> {
 }
 
 fn hosts(lab: &mut Lab, size: usize) -> anyhow::Result<Vec<Host>> {
-    // Each size has numbers of its own: hosts stay until the end.
+    // Each size uses its own host numbers, because hosts exist until the end.
     let base = (size * 40) as u16;
     let host = |n| Ok(lab.host(base + n, &format!("s{size}-{n}"))?);
     (1..=size as u16).map(host).collect()
 }
 
-/// Everybody starts at the same moment, nobody knows anything but one address.
+/// Starts all agents at the same moment; each knows one seed address only. Returns the time until all
+/// entries exist.
 fn all_at_once(hosts: &[Host]) -> anyhow::Result<Duration> {
     let token = new_token()?;
     hosts.iter().try_for_each(clean)?;
-    let (watch, start) = (Watch::start(hosts)?, Instant::now());
+    let (watch, start) = (EntryWatch::start(hosts)?, Instant::now());
     let _agents = boot(hosts, &token)?;
     let done = watch.until(hosts.len() * (hosts.len() - 1) * ENTRIES_PER_PEER)?;
     Ok(done.duration_since(start))
 }
 
-/// One more host joins a cluster at rest.
+/// Adds one host to an idle cluster. Returns the time until all other nodes have programmed it, and until
+/// it has programmed them.
 fn joiner(hosts: &[Host]) -> anyhow::Result<(Duration, Duration, Vec<Agent>)> {
     let token = new_token()?;
     hosts.iter().try_for_each(clean)?;
@@ -121,7 +124,7 @@ fn joiner(hosts: &[Host]) -> anyhow::Result<(Duration, Duration, Vec<Agent>)> {
         agent.wait_converged(others.len(), TIMEOUT)?;
     }
     let seed = hosts[0].ip.to_string();
-    let (watch, start) = (Watch::start(hosts)?, Instant::now());
+    let (watch, start) = (EntryWatch::start(hosts)?, Instant::now());
     agents.push(Agent::start(Path::new(PROGRAM), last, &["--join", &seed, "--token", &token])?);
     let mut times = [None, None];
     let (mut theirs, mut own) = (vec![0; others.len()], 0);
@@ -154,7 +157,8 @@ fn boot(hosts: &[Host], token: &str) -> anyhow::Result<Vec<Agent>> {
         .collect()
 }
 
-/// No state and no device: deleting one takes the kernel tens of milliseconds, so it is not timed.
+/// Removes the state and the device of an earlier run. Deleting a device takes the kernel tens of
+/// milliseconds, so this is not timed.
 fn clean(host: &Host) -> anyhow::Result<()> {
     let _ = fs::remove_dir_all(host.dir.join("state"));
     let mut netlink = host.netns.netlink()?;
@@ -169,12 +173,12 @@ fn new_token() -> anyhow::Result<String> {
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-/// Sees entries of ours appear, in all namespaces, and when.
-struct Watch {
+/// Receives gossamer's kernel entries as they appear, with the time, in all namespaces.
+struct EntryWatch {
     events: mpsc::Receiver<(usize, Instant)>,
 }
 
-impl Watch {
+impl EntryWatch {
     fn start(hosts: &[Host]) -> anyhow::Result<Self> {
         let (sender, events) = mpsc::channel();
         for (n, host) in hosts.iter().enumerate() {
@@ -208,7 +212,7 @@ impl Watch {
         Ok(self.events.recv_timeout(TIMEOUT)?)
     }
 
-    /// When so many entries have appeared in all.
+    /// Returns the time at which the given total number of entries has appeared.
     fn until(&self, wanted: usize) -> anyhow::Result<Instant> {
         (1..wanted).try_for_each(|_| self.next().map(drop))?;
         Ok(self.next()?.1)
@@ -216,19 +220,19 @@ impl Watch {
 }
 
 fn multicast(netns: &NetNs) -> anyhow::Result<Socket> {
-    const NEIGHBOURS: u32 = 3;
+    const NEIGHBORS: u32 = 3;
     const IPV4_ROUTES: u32 = 7;
     Ok(netns.run(|| {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, 0))?;
         socket.set_rx_buf_sz(4 << 20)?;
-        socket.add_membership(NEIGHBOURS)?;
+        socket.add_membership(NEIGHBORS)?;
         socket.add_membership(IPV4_ROUTES)?;
         Ok(socket)
     })?)
 }
 
-/// What tells an entry of ours from the others, if the message announces one.
+/// Returns the key of a gossamer entry, if the message announces one.
 fn key_of_entry(message: &RouteNetlinkMessage) -> Option<String> {
     match message {
         RouteNetlinkMessage::NewRoute(route)
@@ -249,15 +253,14 @@ fn key_of_entry(message: &RouteNetlinkMessage) -> Option<String> {
     }
 }
 
-/// Resident and anonymous memory in MB and CPU in percent of a core; medians over the agents.
+/// Returns resident and anonymous memory in MB and CPU in percent of a core, as medians over the agents.
 fn at_rest(agents: &[Agent]) -> (f64, f64, f64) {
     thread::sleep(Duration::from_secs(5));
     let before: Vec<f64> = agents.iter().map(|agent| cpu_seconds(agent.pid())).collect();
-    thread::sleep(AT_REST);
-    let used = agents
-        .iter()
-        .zip(before)
-        .map(|(agent, before)| (cpu_seconds(agent.pid()) - before) / AT_REST.as_secs_f64() * 100.0);
+    thread::sleep(IDLE_PERIOD);
+    let used = agents.iter().zip(before).map(|(agent, before)| {
+        (cpu_seconds(agent.pid()) - before) / IDLE_PERIOD.as_secs_f64() * 100.0
+    });
     let memory = |field| agents.iter().map(|agent| memory_mib(agent.pid(), field)).collect();
     (median(memory("VmRSS:")), median(memory("RssAnon:")), median(used.collect()))
 }

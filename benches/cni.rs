@@ -1,9 +1,10 @@
-//! What it takes to connect and to disconnect a container: gossamer's CNI plugin against Debian's `bridge`
-//! with `host-local`, as a runtime calls them. `cargo bench --bench cni [-- ROUNDS]`.
+//! Measures how long it takes to connect and disconnect a container: gossamer's CNI plugin against
+//! Debian's `bridge` with `host-local`, called as a runtime calls them. `cargo bench --bench cni [--
+//! ROUNDS]`.
 //!
-//! Both take turns on one host, each with a namespace of its own in every round; the clock runs from the
-//! start of the plugin's process to its end. Needs `containernetworking-plugins`. `GOSSAMER=PATH` measures
-//! another program than this build's: the static one that is shipped starts faster.
+//! Both plugins alternate on one host, with a new namespace in each round. The time runs from the start
+//! of the plugin's process to its end. Needs `containernetworking-plugins`. `GOSSAMER=PATH` measures
+//! another program than this build's. The shipped static program starts faster.
 
 #![allow(clippy::expect_used)]
 
@@ -33,7 +34,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// A plugin with its configuration.
+/// A plugin with its configuration and measured times.
 struct Plugin {
     name: &'static str,
     program: PathBuf,
@@ -74,7 +75,7 @@ fn measure(rounds: usize) -> anyhow::Result<()> {
         ),
     ];
     for round in 0..rounds {
-        // Whoever is first has no advantage.
+        // Alternate the order, so that neither plugin always runs first.
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
         for plugin in order {
             plugins[plugin].round(&host, &format!("c{round}-{plugin}"))?;

@@ -1,8 +1,8 @@
-//! How fast a kernel is programmed: three entries for each of many peers, from nothing, against what `bridge
-//! -batch` and `ip -batch` take for the same entries, and the kernel for the same bytes.
-//! `cargo bench --bench netlink [-- PEERS ...]`.
+//! Measures how fast a kernel is programmed from nothing: three entries for each of many peers. Compares
+//! this with `bridge -batch` and `ip -batch` for the same entries, and with the kernel's own time for the
+//! same bytes. `cargo bench --bench netlink [-- PEERS ...]`.
 //!
-//! Each run has a namespace of its own; the two ways take turns, and medians are compared.
+//! Each run has a new namespace. The ways alternate, and medians are compared.
 
 #![allow(clippy::expect_used)]
 
@@ -122,7 +122,8 @@ fn desired(peers: u32, local: Ipv4Addr, link: u32) -> Desired {
     Desired::new(&view, &Underlay::of_tunnels(link, local.into(), 1450), &BTreeSet::new())
 }
 
-/// The same entries as bytes that were encoded before, on a device that is there: what the kernel needs.
+/// Sends the same entries, encoded in advance, to an existing device. This is the time that the kernel
+/// itself needs.
 fn send_encoded(desired: &Desired) -> io::Result<Duration> {
     let mut netlink = Netlink::open()?;
     let alone = Desired { tables: Tables::default(), ..desired.clone() };
@@ -153,7 +154,7 @@ fn send_encoded(desired: &Desired) -> io::Result<Duration> {
     Ok(begun.elapsed())
 }
 
-/// The same entries by the system's tools; only the tools' work is timed.
+/// Programs the same entries with `bridge` and `ip`. Only the run time of the tools is measured.
 fn batch(desired: &Desired, directory: &std::path::Path) -> io::Result<Duration> {
     let device = "vx";
     let mac = desired.device.mac;

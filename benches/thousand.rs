@@ -1,12 +1,13 @@
-//! What one agent costs in a cluster of a thousand: `cargo bench --bench thousand [-- MEMBERS] [watched]`.
+//! Measures what one agent costs in a cluster of a thousand members: `cargo bench --bench thousand [--
+//! MEMBERS] [watched]`.
 //!
-//! `GOSSAMER=PATH` measures that program: the static one, as it is shipped.
-//! `watched`: while somebody looks at its dashboard and a collector reads its metrics.
+//! `GOSSAMER=PATH` measures that program, for example the shipped static one. `watched` measures while a
+//! browser shows the agent's dashboard and a collector reads its metrics.
 //!
-//! The agent is real, with its kernel, database and QUIC. The others are the production core in one
-//! process: they speak to each other in memory and to the agent by QUIC, each from an endpoint of its own.
-//! Their host's kernel answers for all their VTEPs through a real tunnel, and asks back as often as a
-//! thousand kernels would.
+//! The agent is real, with its kernel, database and QUIC. The other members are the production core in
+//! one process: they exchange messages in memory, and talk to the agent by QUIC, each from its own
+//! endpoint. The kernel of their host answers for all their VTEPs through a real tunnel, and sends probes
+//! as often as a thousand kernels would.
 
 #![allow(clippy::expect_used)]
 
@@ -37,13 +38,14 @@ const MEMBERS: usize = 1_000;
 const TIMEOUT: Duration = Duration::from_secs(300);
 const PORT: u16 = 20_000;
 const HTTP: &str = "127.0.0.1:9473";
-/// Room for 4,096 subnets.
+/// A network with room for 4,096 subnets.
 const NETWORK: &str = "172.16.0.0/12";
-/// Until what a start costs is over.
+/// Time until the load of the start has ended.
 const SETTLE: Duration = Duration::from_secs(30);
-const AT_REST: Duration = Duration::from_secs(60);
-/// Between two requests that the members together send to the agent's VTEP.
-const ASKED: Duration = Duration::from_millis(200);
+/// Length of the idle measurement.
+const IDLE_PERIOD: Duration = Duration::from_secs(60);
+/// Interval between two probes that all members together send to the agent's VTEP.
+const PROBE_INTERVAL: Duration = Duration::from_millis(200);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -96,7 +98,8 @@ fn measure(members: usize, watched: bool) -> anyhow::Result<()> {
         begun.elapsed()
     );
 
-    // Otherwise that takes most of an hour, with a new connection for each of them.
+    // Without this, the first comparison with all members takes most of an hour, with a new connection
+    // for each of them.
     let begun = Instant::now();
     while agent.ask("/v1/status?wait=0&members=1", TIMEOUT)?["members"]
         .as_array()
@@ -110,8 +113,8 @@ fn measure(members: usize, watched: bool) -> anyhow::Result<()> {
     }
     thread::sleep(SETTLE);
     let before = cpu_seconds(agent.pid());
-    thread::sleep(AT_REST);
-    let cpu = (cpu_seconds(agent.pid()) - before) / AT_REST.as_secs_f64() * 100.0;
+    thread::sleep(IDLE_PERIOD);
+    let cpu = (cpu_seconds(agent.pid()) - before) / IDLE_PERIOD.as_secs_f64() * 100.0;
     let memory = |field| memory_mib(agent.pid(), field);
     let (rss, anonymous) = (memory("VmRSS:"), memory("RssAnon:"));
     let status = agent.ask("/v1/status", TIMEOUT)?;
@@ -125,12 +128,12 @@ fn measure(members: usize, watched: bool) -> anyhow::Result<()> {
         count("paths", "state", "ok"),
         status["connections"]
     );
-    println!("one agent among {members}, at rest for {AT_REST:?} (goals: 40 MiB, 0.2 %)");
+    println!("one agent among {members}, at rest for {IDLE_PERIOD:?} (goals: 40 MiB, 0.2 %)");
     println!("RSS {rss:.1} MiB (anonymous {anonymous:.1}), CPU {cpu:.3} % of a core");
     Ok(())
 }
 
-/// Asks what a dashboard asks, as often as it does, and what a collector does.
+/// Sends the requests of a dashboard, as often as a dashboard does, and those of a metrics collector.
 fn watch(host: &Host) -> anyhow::Result<()> {
     let ask = |path: &'static str, every: Duration| {
         let netns = host.netns.file().try_clone();
@@ -155,7 +158,7 @@ fn watch(host: &Host) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The other end of the agent's tunnel to everybody: a kernel that has all addresses.
+/// Sets up the remote end of the agent's tunnel to all members: a kernel that has all their addresses.
 fn tunnel(host: &Host, remote: Ipv4Addr, vtep: Ipv4Addr, mac: &str) -> anyhow::Result<()> {
     let commands = [
         format!(
@@ -164,18 +167,18 @@ fn tunnel(host: &Host, remote: Ipv4Addr, vtep: Ipv4Addr, mac: &str) -> anyhow::R
         ),
         "ip link set vx up mtu 1450".to_owned(),
         "ip link set lo up".to_owned(),
-        // A kernel says only once a second to the same asker that nobody waits for a datagram: this one says
-        // it for all members.
+        // The kernel limits "port unreachable" to one per second and destination. This kernel sends it
+        // for all members.
         "sysctl -q net.ipv4.icmp_ratelimit=0".to_owned(),
         format!("ip route add local {NETWORK} dev lo"),
         format!("ip route add table 7 {vtep} dev vx"),
-        // The agent's address is the only one that is not here.
+        // All addresses are local here, except the agent's.
         "ip rule add priority 100 table local".to_owned(),
         "ip rule del priority 0".to_owned(),
         format!("ip rule add to {vtep} table 7 priority 10"),
         format!("ip neigh add {vtep} lladdr {mac} dev vx nud permanent"),
         format!("bridge fdb add {mac} dev vx dst {remote}"),
-        // Frames for each member's MAC are for this host.
+        // Accept frames that are addressed to any member's MAC.
         "nft add table netdev others".to_owned(),
         "nft add chain netdev others in { type filter hook ingress device vx priority 0 ; }"
             .to_owned(),
@@ -208,7 +211,7 @@ fn member(number: usize, node: NodeId, ip: Ipv4Addr) -> MemberRecord {
     }
 }
 
-/// One of the others.
+/// A simulated member.
 struct Member {
     id: NodeId,
     node: Node,
@@ -218,12 +221,12 @@ struct Member {
     timer: Option<Time>,
 }
 
-/// All of them, and what is on its way between them.
+/// All simulated members, and the messages in transit between them.
 struct Crowd {
     members: Vec<Member>,
     places: BTreeMap<NodeId, usize>,
     inputs: VecDeque<(usize, Input)>,
-    /// Who waits for an answer in memory.
+    /// The member and call that wait for an in-memory reply.
     replies: BTreeMap<ReplyId, (usize, CallId)>,
     asked: u64,
     timers: BTreeSet<(Time, usize)>,
@@ -232,7 +235,7 @@ struct Crowd {
 }
 
 impl Crowd {
-    /// All begin with the same database.
+    /// Starts all members with the same database content.
     fn start(
         keys: &[NodeKey],
         records: Vec<MemberRecord>,
@@ -245,7 +248,7 @@ impl Crowd {
             places: records.iter().enumerate().map(|(n, record)| (record.node, n)).collect(),
             inputs: VecDeque::new(),
             replies: BTreeMap::new(),
-            // Far above the numbers that transports give to questions.
+            // Far above the call ids that transports assign.
             asked: 1 << 60,
             timers: BTreeSet::new(),
             arrivals,
@@ -290,7 +293,7 @@ impl Crowd {
     }
 
     async fn run(mut self, agent: Ipv4Addr) {
-        let mut asks = tokio::time::interval(ASKED);
+        let mut asks = tokio::time::interval(PROBE_INTERVAL);
         loop {
             let now = self.now();
             while let Some((at, member)) = self.timers.first().copied().filter(|(at, _)| *at <= now)
@@ -309,12 +312,12 @@ impl Crowd {
                     self.inputs.extend(input.map(|input| (member, input)));
                 }
                 _ = asks.tick() => self.ask(agent),
-                () = tokio::time::sleep(next.min(ASKED)) => {}
+                () = tokio::time::sleep(next.min(PROBE_INTERVAL)) => {}
             }
         }
     }
 
-    /// One of the members asks the agent's kernel for an echo.
+    /// Sends an ICMP echo request from one of the members to the agent's kernel.
     fn ask(&mut self, agent: Ipv4Addr) {
         self.asked += 1;
         let member = self.members.get(self.asked as usize % self.members.len());
@@ -380,12 +383,12 @@ impl Crowd {
                 self.inputs.push_back((member, Input::KernelSubnet(Some(subnet))));
             }
             Output::InquiryReceived { reply, .. } => {
-                let everybody = self.members.iter().map(|member| PathReport {
+                let paths_to_all = self.members.iter().map(|member| PathReport {
                     node: member.id,
                     state: PathState::Ok,
                     round_trip_us: Some(300),
                 });
-                let report = Report { paths: everybody.collect(), ..Report::default() };
+                let report = Report { paths: paths_to_all.collect(), ..Report::default() };
                 let node = &mut self.members[member].node;
                 node.report(reply, report);
                 while let Some(output) = self.members[member].node.poll_output() {

@@ -1,7 +1,8 @@
-//! What a pod's TCP stream to a pod on another host gets: through gossamer's tunnel against one made by hand,
-//! and by gossamer's direct routes against plain ones. `cargo bench --bench throughput [-- SECONDS]`.
+//! Measures the TCP throughput between pods on two hosts: gossamer's tunnel against a hand-made one, and
+//! gossamer's direct routes against plain ones. `cargo bench --bench throughput [-- SECONDS]`.
 //!
-//! All four pairs of hosts exist at once and take turns, so the ratios are of one run. Needs `iperf3`.
+//! All four pairs of hosts exist at the same time and alternate, so each ratio compares results of one
+//! run. Needs `iperf3`.
 
 #![allow(clippy::expect_used)]
 
@@ -34,10 +35,10 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Two hosts with a pod each, whose pods can talk.
+/// Two hosts with a pod each; the pods reach each other.
 struct Pair {
     pods: [Pod; 2],
-    /// They forward for as long as they live.
+    /// Kept alive, because the agents maintain the path.
     _agents: Vec<Agent>,
     _hosts: [Host; 2],
 }
@@ -58,7 +59,7 @@ fn measure(seconds: u32) -> anyhow::Result<()> {
     ];
     let mut rates: [Vec<f64>; 4] = Default::default();
     for round in 0..ROUNDS {
-        // Whoever is first has no advantage.
+        // Alternate the order, so that no pair always runs first.
         let order = if round % 2 == 0 { [0, 1, 2, 3] } else { [3, 2, 1, 0] };
         for number in order {
             rates[number].push(pairs[number].1.rate(seconds)?);
@@ -90,7 +91,7 @@ impl Pair {
             client.args(["-c", &to.ip.to_string(), "-J", "-t", &seconds.to_string(), "-O", "1"]);
             client.args(["--connect-timeout", "1000"]).stdout(Stdio::piped());
             let output = from.netns.spawn(&mut client)?.wait_with_output()?;
-            // Its exit code says nothing; the server may not listen yet.
+            // The exit code is not meaningful, because the server may not listen yet.
             let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
             match report["end"]["sum_received"]["bits_per_second"].as_f64() {
                 Some(rate) => break rate / 1e9,
@@ -122,7 +123,7 @@ fn by_gossamer(hosts: [Host; 2], mode: &str) -> anyhow::Result<Pair> {
     Ok(Pair { pods, _agents: agents, _hosts: hosts })
 }
 
-/// What a person with `ip` and `bridge` would set up.
+/// Sets up what an administrator would do with `ip` and `bridge`.
 fn by_hand(hosts: [Host; 2], tunnel: bool) -> anyhow::Result<Pair> {
     let subnets = ["10.50.1.0/24", "10.50.2.0/24"];
     let macs = ["02:00:00:00:00:01", "02:00:00:00:00:02"];

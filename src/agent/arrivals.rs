@@ -3,9 +3,9 @@
 use tokio::sync::mpsc;
 
 use super::{
-    archive::ArchiveEvent, far, forwarder::ForwarderNews, kernel_event::KernelEvent,
-    kubernetes::NodeReport, pod_answers::PodAnswers, silence_diagnosis::SilenceFindings,
-    wirer::AttachResult,
+    archive::ArchiveEvent, attach_worker::AttachResult, forwarder::ForwarderEvent,
+    kernel_event::KernelEvent, kubernetes::NodeReport, pod_answers::PodAnswers,
+    remote_pods::RemotePodsEvent, silence_diagnosis::SilenceFindings,
 };
 use crate::{
     api::Question, docker as docker_plugin, icmp::IcmpEvent, store::WriteEvent, transport::Event,
@@ -32,14 +32,14 @@ pub(super) enum LoopEvent {
     /// The programmer has changed or read the kernel.
     Kernel(KernelEvent),
     /// The trial of forwarding on this host has a result.
-    Forwarding(ForwarderNews),
+    Forwarding(ForwarderEvent),
     /// The trial between pods of different hosts has a result.
-    Far(far::FarEvent),
+    RemotePods(RemotePodsEvent),
     /// Whether pods of this host answer ARP or neighbor discovery.
     PodAnswers(PodAnswers),
     /// Why peers are silent.
     SilenceFindings(SilenceFindings),
-    /// The wirer has made, removed or looked up veth pairs.
+    /// The attach worker has made, removed or looked up veth pairs.
     Pods(AttachResult),
     /// A request at the control socket or the `http` listener.
     Api(Question),

@@ -1,8 +1,8 @@
-//! Asks the kernel for the way of packets, as [`crate::dataplane::audit`] wants it, and finds out why one
-//! does not go as it should.
+//! Looks up the routes of packets that [`crate::dataplane::audit`] selects, and determines why a packet
+//! does not take its intended way.
 //!
-//! Part of the kernel's thread (`programmer`). Bounded: so many lookups per pass, and no more than one part
-//! in fifty of the time.
+//! Part of the kernel thread (`programmer`). The lookups per pass are limited, and they take at most a
+//! fiftieth of the time.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use rtnetlink::packet_route::route::RouteType;
 
 mod detour;
-mod others;
+mod foreign_routes;
 mod policy;
 mod witness;
 
@@ -40,46 +40,50 @@ use crate::{
     pods::bridge::ALIAS,
 };
 
-/// Between two passes while all is well.
-const CALM: Duration = Duration::from_secs(10);
-/// The same while something is not certain.
-const ANXIOUS: Duration = Duration::from_secs(1);
-/// After a change: what belongs together should be over.
-const SETTLE: Duration = Duration::from_millis(300);
-/// A pass takes no more than one part in so many of the time, unless the wait would be longer than this.
-const SHARE: u32 = 50;
-/// Paths whose MTU is asked for in one pass.
-const PATHS: usize = 256;
-const LONGEST: Duration = Duration::from_secs(3);
+/// Time between two passes while nothing is wrong.
+const PASS_INTERVAL: Duration = Duration::from_secs(10);
+/// Time between two passes while a result is uncertain.
+const UNCERTAIN_PASS_INTERVAL: Duration = Duration::from_secs(1);
+/// Time from a change to the next pass, so that related changes are complete.
+const SETTLE_TIME: Duration = Duration::from_millis(300);
+/// A pass takes at most this fraction (1/n) of the time, unless the pause would exceed [`MAX_PAUSE`].
+const TIME_SHARE: u32 = 50;
+/// Maximum number of hosts whose path MTU is looked up in one pass.
+const MAX_PATHS: usize = 256;
+/// Longest pause between two passes.
+const MAX_PAUSE: Duration = Duration::from_secs(3);
 
 const EACCES: i32 = 13;
 const EINVAL: i32 = 22;
 const ENETUNREACH: i32 = 101;
 const EHOSTUNREACH: i32 = 113;
 
-/// What was found.
+/// The result of the audit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routing {
-    /// Why packets do not go as they should, with what helps.
+    /// Why packets do not take their intended way, with remedies.
     pub problems: Vec<String>,
     /// Subnets of peers whose packets take a wrong way.
     pub diverted: BTreeSet<IpNet>,
-    /// MTU of the underlay's path to these hosts, where it is smaller than that of the interface: a router
-    /// has said so, or a route has it.
+    /// MTU of the path to these hosts, if it is smaller than that of the underlay interface because of a
+    /// router's report or a route.
     pub path_mtus: BTreeMap<IpAddr, PathMtu>,
-    /// Hosts whose tunnel packets do not leave by the underlay's interface.
+    /// Hosts whose tunnel packets do not leave by the underlay interface.
     pub detours: BTreeMap<IpAddr, Detour>,
+    /// The state of the check for the status.
     pub status: CheckStatus,
 }
 
-/// What the path to a host carries, as far as the kernel says.
+/// The MTU of the path to a host, according to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PathMtu {
+    /// In bytes.
     pub mtu: u32,
-    /// A router has told it; otherwise a route has it.
+    /// Whether a router reported it; otherwise a route sets it.
     pub learned: bool,
 }
 
+/// The state of the audit between passes.
 #[derive(Debug)]
 pub struct Auditor {
     audit: Audit,
@@ -87,37 +91,41 @@ pub struct Auditor {
     not_before: Instant,
     path_mtus: BTreeMap<IpAddr, PathMtu>,
     detours: BTreeMap<IpAddr, Detour>,
-    /// By which tunnel packets to each host leave.
+    /// Next hop of tunnel packets to each host.
     next_hops: BTreeMap<IpAddr, Hop>,
-    /// The host whose path was asked for last.
-    path_asked: Option<IpAddr>,
-    /// Subnets of peers for which routes of others have been read.
+    /// The host whose path was looked up last.
+    last_path: Option<IpAddr>,
+    /// Subnets of peers for which routes of other programs have been read.
     read_for: BTreeSet<IpNet>,
-    /// Before this they are not read again.
+    /// Earliest time to read them again.
     read_at: Instant,
-    /// What routes of others select that ask for more than the destination.
+    /// Selectors of other programs' routes that depend on more than the destination.
     conditional: BTreeSet<Selector>,
-    /// Selectors of policy rules and of such routes with which no packets are tried.
+    /// Numbers of policy rules and of such routes whose selectors are not tested.
     unread: [usize; 2],
-    told: Routing,
+    /// The last reported result.
+    reported: Routing,
 }
 
-/// Where this host stands.
+/// The interfaces and addresses of this host.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
     /// Index of the VXLAN device.
     pub device: u32,
-    /// Index and address of the underlay interface.
+    /// Index of the underlay interface.
     pub underlay: u32,
+    /// Address of this host on the underlay.
     pub local: IpAddr,
-    /// Its MTU.
+    /// MTU of the underlay interface in bytes.
     pub carried: u32,
-    /// Networks of the interface.
+    /// Networks of the underlay interface.
     pub networks: &'a [IpNet],
+    /// Whether the firewall masquerades packets of pods.
     pub masquerade: bool,
 }
 
 impl<'a> Place<'a> {
+    /// Combines the device, the underlay and the firewall.
     pub fn new(device: u32, underlay: &'a ChosenUnderlay, firewall: &Firewall) -> Self {
         let masquerade = !firewall.masquerade.is_empty();
         let ChosenUnderlay { link, local, carried, ref networks, .. } = *underlay;
@@ -126,6 +134,7 @@ impl<'a> Place<'a> {
 }
 
 impl Auditor {
+    /// Returns an auditor whose first pass is due at `now`.
     pub fn new(now: Instant) -> Self {
         Self {
             audit: Audit::default(),
@@ -134,41 +143,43 @@ impl Auditor {
             path_mtus: BTreeMap::new(),
             detours: BTreeMap::new(),
             next_hops: BTreeMap::new(),
-            path_asked: None,
+            last_path: None,
             read_for: BTreeSet::new(),
             read_at: now,
             conditional: BTreeSet::new(),
             unread: [0; 2],
-            told: Routing::default(),
+            reported: Routing::default(),
         }
     }
 
-    /// Something has changed that may lead packets elsewhere: these routes, for one.
-    pub fn touch(&mut self, now: Instant, routes: ForeignRoutes) {
+    /// Schedules a pass after a change that may divert packets, including these routes of other
+    /// programs.
+    pub fn on_change(&mut self, now: Instant, routes: ForeignRoutes) {
         self.audit.begin();
         self.audit.suspect(routes.to);
         if routes.has_conditional {
             self.read_for.clear();
         }
-        self.due = self.due.min((now + SETTLE).max(self.not_before));
+        self.due = self.due.min((now + SETTLE_TIME).max(self.not_before));
     }
 
-    /// There is nothing to ask about yet.
-    pub fn put_off(&mut self, now: Instant) {
-        self.due = now + CALM;
+    /// Postpones the pass, because nothing is programmed yet.
+    pub fn postpone(&mut self, now: Instant) {
+        self.due = now + PASS_INTERVAL;
     }
 
+    /// Returns when the next pass is due.
     pub const fn due(&self) -> Instant {
         self.due
     }
 
-    /// To which tunnel packets are sent.
+    /// Returns the next hops of tunnel packets.
     pub fn next_hops(&self) -> BTreeSet<Hop> {
         self.next_hops.values().copied().collect()
     }
 
-    /// One pass, if it is due. Gives what is known, if it is something else than before.
-    pub fn look(
+    /// Runs a pass if it is due. Returns the result if it has changed.
+    pub fn run_pass(
         &mut self,
         begun: Instant,
         netlink: &mut Netlink,
@@ -179,19 +190,20 @@ impl Auditor {
             return None;
         }
         if let Err(error) = self.read_routes(begun, netlink, desired) {
-            tracing::debug!(%error, "routes of other programs were not read");
+            tracing::debug!(%error, "routes of other programs not read");
         }
         match self.pass(netlink, desired, place) {
             Ok(()) => {}
-            Err(error) => tracing::debug!(%error, "the kernel was not asked for routes"),
+            Err(error) => tracing::debug!(%error, "routes not looked up"),
         }
-        let rest = (begun.elapsed() * SHARE).min(LONGEST);
-        let pause = if self.audit.is_unfinished() { ANXIOUS } else { CALM };
-        self.not_before = begun + rest.max(ANXIOUS);
+        let rest = (begun.elapsed() * TIME_SHARE).min(MAX_PAUSE);
+        let pause =
+            if self.audit.is_unfinished() { UNCERTAIN_PASS_INTERVAL } else { PASS_INTERVAL };
+        self.not_before = begun + rest.max(UNCERTAIN_PASS_INTERVAL);
         self.due = begun + pause.max(rest);
         let problems = self.audit.sentences(desired.pool.networks());
         let (state, detail) = match (self.audit.subjects(), problems.as_slice()) {
-            (0, _) => (CheckState::Skipped, "there is no peer to ask about".to_owned()),
+            (0, _) => (CheckState::Skipped, "there is no peer".to_owned()),
             (count, []) => (CheckState::Ok, policy::detail(count, self.unread)),
             (_, problems) => (CheckState::Failing, problems.join("; ")),
         };
@@ -202,12 +214,12 @@ impl Auditor {
             }
             _ => (state, detail),
         };
-        self.ask_paths(netlink, desired, place);
+        self.look_up_paths(netlink, desired, place);
         let (path_mtus, detours) = (self.path_mtus.clone(), self.detours.clone());
         let status = CheckStatus { state, detail };
         let state = Routing { problems, diverted, path_mtus, detours, status };
-        let is_news = state != self.told;
-        self.told.clone_from(&state);
+        let is_news = state != self.reported;
+        self.reported.clone_from(&state);
         is_news.then_some(state)
     }
 
@@ -230,18 +242,18 @@ impl Auditor {
         Ok(())
     }
 
-    /// Asks for the way of tunnel packets to each peer's host, and its MTU, as far as one pass gets.
-    fn ask_paths(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place<'_>) {
+    /// Looks up the route of tunnel packets to each peer's host, and its MTU, for up to [`MAX_PATHS`] hosts.
+    fn look_up_paths(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place<'_>) {
         let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
         self.path_mtus.retain(|host, _| hosts.contains(host));
         self.detours.retain(|host, _| hosts.contains(host));
         self.next_hops.retain(|host, _| hosts.contains(host));
-        let begin = self.path_asked.map_or(Bound::Unbounded, Bound::Excluded);
+        let begin = self.last_path.map_or(Bound::Unbounded, Bound::Excluded);
         let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
         let output = Some(desired.device.link).filter(|link| *link != 0);
         let mut links = None;
-        for host in next.take(hosts.len().min(PATHS)).copied().collect::<Vec<_>>() {
-            self.path_asked = Some(host);
+        for host in next.take(hosts.len().min(MAX_PATHS)).copied().collect::<Vec<_>>() {
+            self.last_path = Some(host);
             let transport = Some(Transport::udp_to(desired.device.port));
             let from = Some(desired.device.local).filter(|local| local.is_ipv4() == host.is_ipv4());
             let query = Query { output, from, transport, ..Query::to(host) };
@@ -250,12 +262,12 @@ impl Auditor {
                 Ok(found) => match refusal(found.kind) {
                     Some(errno) => Some(Detour::Refused(reason(errno))),
                     None if found.link == place.underlay => {
-                        detour::around(netlink, &query, found, place.networks)
+                        detour::gateway_detour(netlink, &query, found, place.networks)
                     }
                     None => {
                         let links =
                             links.get_or_insert_with(|| netlink.links().unwrap_or_default());
-                        detour::elsewhere(netlink, &query, links, found, place.underlay)
+                        detour::interface_detour(netlink, &query, links, found, place.underlay)
                     }
                 },
                 Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),
@@ -283,9 +295,9 @@ impl Auditor {
     }
 }
 
-/// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.
-/// Where there are several, ours is the right one. The second is how many selectors of rules, and of routes,
-/// are left out.
+/// Determines the interface of the pods by its addresses: gossamer's bridge, Docker's, or one made by
+/// hand. If there are several, gossamer's is preferred. The second value is the numbers of selectors of
+/// rules and routes that are not tested.
 fn ground(
     netlink: &mut Netlink,
     desired: &Desired,
@@ -322,7 +334,7 @@ fn ground(
     Ok((Ground { device, underlay, local, own, has, masquerade, selected }, unread))
 }
 
-/// With IPv6 the kernel shows such a route, with IPv4 it gives its error.
+/// Converts a rejecting route to an error number: IPv6 lookups return the route, IPv4 lookups fail.
 const fn refusal(kind: RouteType) -> Option<i32> {
     match kind {
         RouteType::Unreachable => Some(EHOSTUNREACH),
@@ -333,7 +345,7 @@ const fn refusal(kind: RouteType) -> Option<i32> {
     }
 }
 
-/// As the kernel's users know it.
+/// Returns the text of an error number.
 fn reason(errno: i32) -> String {
     io::Error::from_raw_os_error(errno).to_string()
 }

@@ -1,6 +1,6 @@
 //! The event loop's side of the pods' bridge: its desired state, and whether pods can be connected to it.
 
-use super::{Agent, wirer::Job};
+use super::{Agent, attach_worker::Job};
 use crate::{core::View, dataplane::desired::device_name, pods::bridge::Bridge};
 
 impl Agent {
@@ -13,7 +13,7 @@ impl Agent {
         }
         self.pods.bridge.clone_from(&bridge);
         if let Some(bridge) = bridge {
-            self.wirer.ask(Job::Keep { bridge, tenants: self.pods.tenants() });
+            self.attach_worker.ask(Job::Keep { bridge, tenants: self.pods.tenants() });
         }
     }
 
@@ -25,7 +25,7 @@ impl Agent {
         {
             self.pods.expected_bridge = Some(bridge.clone());
             self.pods.pending_bridge_checks += 1;
-            self.wirer.ask(Job::Expect(bridge));
+            self.attach_worker.ask(Job::Expect(bridge));
         }
     }
 

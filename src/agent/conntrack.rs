@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use super::recent::Recent;
+use super::recent_loss::RecentLoss;
 
 /// Number of checks for which the table counts as full after the last packet that it dropped.
 const HOLD_CHECKS: u32 = 3;
@@ -27,7 +27,7 @@ pub struct Conntrack {
     /// The counter of dropped packets at the last check.
     dropped: Option<u64>,
     /// Packets dropped for lack of room.
-    recent: Recent,
+    recent: RecentLoss,
 }
 
 impl Conntrack {

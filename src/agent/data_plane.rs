@@ -1,7 +1,9 @@
-//! The loop's side of the data plane: what the kernel is to be made equal to, and what it said.
+//! The event loop's part of the data plane: computes the desired state, and handles the kernel thread's
+//! events.
 //!
-//! The kernel's own thread does the work and repeats it (`programmer`); here goals are numbered, failures
-//! become problems, repairs are counted, and the core hears what is in use and where this host is.
+//! The kernel thread (`programmer`) applies and repairs. This module numbers the desired states, turns
+//! failures into problems, counts repairs, and passes to the core which subnet the kernel uses and this
+//! host's address.
 
 use std::{
     borrow::Cow,
@@ -16,13 +18,13 @@ use super::{
     Agent, Ending,
     archive::SavedFile,
     auditor::Routing,
-    far::FarState,
-    forwarder::{ForwarderNews, Forwarding},
+    forwarder::{ForwarderEvent, Forwarding},
+    host_checks::HostState,
     kernel_event::{DemandState, KernelEvent, Outcome},
     pod_answers::PodAnswers,
     programmer::{DesiredState, State},
+    remote_pods::RemotePodsState,
     subnet_env::SubnetFile,
-    surroundings::HostState,
     underlay::{ChosenUnderlay, UnderlayError},
 };
 use crate::{
@@ -41,56 +43,65 @@ use crate::{
     pods::wiring::Wiring,
 };
 
-/// A node that cannot use the kernel gives its new subnet back within this time, or just goes.
-const GIVE_BACK: Duration = Duration::from_secs(5);
+/// Time limit for a node that cannot use the kernel to return its new subnet before it ends.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the loop knows of the kernel.
+/// The event loop's knowledge of the kernel.
 #[derive(Default)]
 pub(super) struct KernelState {
+    /// The view to program.
     pub(super) wanted: Option<View>,
-    /// What the core was last told that the kernel uses.
+    /// The subnet that the core was last told to be in use by the kernel.
     pub(super) in_use: Option<Option<IpNet>>,
+    /// Whether the kernel must hold nothing of gossamer's.
     pub(super) withdrawn: bool,
-    /// Peers whose subnets are unreachable: neither gossip nor their kernels have answered for long.
+    /// Peers with `unreachable` routes, because neither gossip nor their kernels have answered for a
+    /// long time.
     pub(super) withdrawn_peers: BTreeSet<NodeId>,
-    /// MTU of the packets to each peer whose path carries less than the overlay device.
+    /// MTU of packets to each peer whose path carries less than the overlay device, in bytes.
     pub(super) narrow: BTreeMap<NodeId, u32>,
+    /// Number of the last desired state passed to the thread.
     pub(super) requested: u64,
+    /// Number of the last desired state that the thread has handled.
     pub(super) answered: u64,
-    /// Its index, as long as there is one.
+    /// Index of the VXLAN device while it exists.
     pub(super) device: Option<u32>,
-    /// Whether checksums are left to it, as far as is known.
+    /// Whether the device leaves checksums to the network card, if known.
     pub(super) checksum_offload: Option<bool>,
-    /// The device has been made equal to the view at least once.
+    /// Whether the kernel has equaled the desired state at least once.
     pub(super) programmed_once: bool,
+    /// Why the kernel cannot be programmed.
     pub(super) problem: Option<String>,
-    /// Peers to which packets do not get for want of an entry, as sentences.
+    /// Problems of single peers whose entries the kernel refused.
     pub(super) peer_problems: Vec<String>,
-    /// Why the underlay cannot be used as it is.
+    /// Why the underlay is unusable.
     pub(super) underlay_problem: Option<String>,
-    /// The carrier of the underlay's interface comes and goes, as a sentence.
+    /// The problem that the carrier of the underlay interface flaps.
     pub(super) flapping: Option<String>,
-    /// Addresses of this host inside the overlay's networks, as sentences.
+    /// Problems about addresses of this host inside the overlay's networks.
     pub(super) overlaps: Vec<String>,
     /// Where the kernel sends packets.
     pub(super) routing: Routing,
     /// Whether packets of pods are forwarded.
     pub(super) forwarding: Forwarding,
-    /// Whether they come to pods of other hosts, and answers come back.
-    pub(super) far: FarState,
+    /// Whether packets of pods reach pods of other hosts, and answers return.
+    pub(super) remote_pods: RemotePodsState,
     /// Whether pods of this host answer.
     pub(super) answers: PodAnswers,
+    /// Kernel requests for missing entries, and the peers in use.
     pub(super) demand: DemandState,
     /// Firewall and sysctls.
     pub(super) host: HostState,
+    /// Number of kernel operations since the start.
     pub(super) operations: u64,
-    /// What other programs had changed and was put right, by kind.
+    /// Number of repaired changes of other programs, by kind.
     pub(super) repairs: BTreeMap<&'static str, u64>,
-    /// When a repair of each kind was last logged, and how many since.
+    /// When a repair of each kind was last logged, and the number of repairs since.
     pub(super) logged: BTreeMap<&'static str, (Option<Instant>, u64)>,
 }
 
 impl Agent {
+    /// Computes the desired state and passes it to the kernel thread.
     pub(super) fn program(&mut self) {
         let state = match (&self.kernel.wanted, self.node.cluster()) {
             (Some(view), _) => {
@@ -124,6 +135,7 @@ impl Agent {
         self.programmer.program(DesiredState { number: self.kernel.requested, state });
     }
 
+    /// Handles an event of the kernel thread.
     pub(super) fn on_kernel_event(&mut self, told: KernelEvent) {
         match told {
             KernelEvent::Outcome(outcome) => self.on_kernel(outcome),
@@ -151,6 +163,7 @@ impl Agent {
         }
     }
 
+    /// Handles the result of programming.
     fn on_kernel(&mut self, Outcome { number, repair, result }: Outcome) {
         self.kernel.answered = number;
         match result {
@@ -167,7 +180,7 @@ impl Agent {
                     tracing::debug!(operations, "kernel programmed");
                 }
                 self.note_kernel_failures(&report.failed);
-                self.tell_what_is_in_use();
+                self.report_kernel_subnet();
                 if self.kernel.withdrawn {
                     let _ = std::fs::remove_file(&self.config.subnet_file);
                     return;
@@ -183,10 +196,11 @@ impl Agent {
         }
     }
 
-    pub(super) fn on_forwarding(&mut self, news: ForwarderNews) {
+    /// Handles an event of the forwarder thread.
+    pub(super) fn on_forwarding(&mut self, news: ForwarderEvent) {
         let state = match news {
-            ForwarderNews::State(state) => state,
-            ForwarderNews::Room(room) => return self.far.set_room(room),
+            ForwarderEvent::State(state) => state,
+            ForwarderEvent::Room(room) => return self.remote_pods.set_room(room),
         };
         let before = &self.kernel.forwarding;
         let of = |state: &Forwarding| {
@@ -199,15 +213,17 @@ impl Agent {
             .filter(|problem| !known(problem))
             .for_each(|problem| tracing::warn!("{problem}"));
         self.kernel.forwarding = state;
-        self.update_far();
+        self.update_remote_pods();
     }
 
+    /// Counts kernel requests for missing entries, and updates the paths if the peers in use have
+    /// changed.
     fn on_demand(&mut self, state: DemandState) {
         let before = std::mem::replace(&mut self.kernel.demand, state);
         let now = &self.kernel.demand;
         let missed = now.answered.saturating_sub(before.answered);
         if now.in_use.is_none() && missed > 0 {
-            // All peers are programmed, so an entry was gone and nobody had told.
+            // All peers are programmed, so an entry was removed without a notification.
             self.record_repair("miss", missed);
         }
         if self.kernel.demand.in_use != before.in_use {
@@ -215,6 +231,7 @@ impl Agent {
         }
     }
 
+    /// Handles a change of the host checks.
     fn on_host(&mut self, state: HostState) {
         let known = &self.kernel.host.problems;
         state.problems.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::error!("{p}"));
@@ -224,13 +241,13 @@ impl Agent {
         self.kernel.host = state;
     }
 
-    /// The interface that carries the tunnels has changed, or what makes it the chosen one.
+    /// Handles a change of the underlay interface, its address or MTU.
     fn on_underlay(&mut self, underlay: Result<ChosenUnderlay, UnderlayError>) {
         let chosen = match underlay {
             Ok(chosen) => chosen,
             Err(error) => {
                 let why = match error {
-                    // Routes lead tunnel packets by the interface that has the address.
+                    // Tunnel packets leave by the interface that has the address.
                     UnderlayError::Moved { .. } => format!(
                         "no underlay: {error}; until then the tunnels stay as they were, whether packets \
                          of pods pass or not"
@@ -257,11 +274,11 @@ impl Agent {
             format!("{} ({}, MTU {})", chosen.local, chosen.name, chosen.mtu)
         };
         if before.is_present() && what(&before) == what(now) {
-            tracing::debug!(?before, ?now, "the underlay's interface has changed");
+            tracing::debug!(?before, ?now, "underlay interface changed");
         } else if before.is_present() {
-            tracing::warn!(before = what(&before), now = what(now), "the underlay has changed");
+            tracing::warn!(before = what(&before), now = what(now), "underlay changed");
         } else {
-            tracing::info!(underlay = what(now), "the network is there");
+            tracing::info!(underlay = what(now), "underlay available");
         }
         if before.local != now.local && self.config.advertise.is_none() {
             self.isolation.on_address_change(before.local, now.local);
@@ -278,16 +295,17 @@ impl Agent {
         self.program();
     }
 
-    /// A host that starts without a network serves its pods by what is saved here. The address is the one
-    /// that members know, so that a start under another one is noticed.
+    /// Saves the underlay, by which a host that starts without a network serves its pods. The saved
+    /// address is the one that members know, so that a start with another address is noticed.
     pub(super) fn save_underlay(&mut self) {
         let ChosenUnderlay { local, mtu, .. } = self.underlay;
         let local = self.isolation.previous_address().unwrap_or(local);
         self.archive.save(SavedFile::Underlay(local, mtu));
     }
 
-    /// The core gives a subnet away only when the kernel does not use it any more.
-    fn tell_what_is_in_use(&mut self) {
+    /// Passes to the core which subnet the kernel uses. The core gives a subnet away only when it is not
+    /// in use.
+    fn report_kernel_subnet(&mut self) {
         if self.kernel.answered != self.kernel.requested {
             return;
         }
@@ -297,8 +315,9 @@ impl Agent {
         }
     }
 
-    /// What is refused of one peer's entries is a problem of that peer. What is about this host, about its
-    /// own entries, or about all of several peers is a problem of the kernel as a whole.
+    /// Turns refused entries into problems. A refusal of one peer's entries is a problem of that peer. A
+    /// refusal because of this host, of its own entries, or of entries of all of several peers is a
+    /// problem of the kernel.
     fn note_kernel_failures(&mut self, failed: &[RefusedEntry]) {
         let peers = self.kernel.wanted.as_ref().map(|view| &view.peers);
         let owner = |entry: &RefusedEntry| {
@@ -332,7 +351,7 @@ impl Agent {
         self.kernel.problem = problem;
     }
 
-    /// Peers to whose underlay addresses nothing can be sent from this host, as sentences.
+    /// Returns the problems of peers whose underlay addresses this host cannot send to.
     pub(super) fn unusable_peers(&self) -> Vec<String> {
         let underlay = self.underlay.with_mode(self.config.mode);
         let peers = self.kernel.wanted.iter().flat_map(|view| &view.peers);
@@ -347,8 +366,8 @@ impl Agent {
         peers.filter_map(problem).collect()
     }
 
-    /// Before the first success this host cannot be a member: say why and go. Later on, and while the kernel
-    /// is merely busy, keep trying.
+    /// Handles a kernel error. Before the first success this host cannot be a member, so the agent ends
+    /// with the reason. Later errors and transient ones are retried.
     fn on_kernel_error(&mut self, error: &KernelError) {
         let why = error.to_string();
         if self.kernel.problem.as_ref() != Some(&why) {
@@ -359,9 +378,9 @@ impl Agent {
             return;
         }
         if self.fresh {
-            tracing::info!("giving the subnet back");
-            self.giving_up = Some((why, Instant::now() + GIVE_BACK));
-            // What was refused is not there.
+            tracing::info!("returning the subnet");
+            self.giving_up = Some((why, Instant::now() + LEAVE_TIMEOUT));
+            // The refused entries do not exist.
             self.input(Input::KernelSubnet(None));
             self.input(Input::Command(Command::Leave));
         } else {
@@ -369,6 +388,7 @@ impl Agent {
         }
     }
 
+    /// Writes `subnet.env`.
     fn write_subnet_env(&mut self) {
         let Some(view) = &self.kernel.wanted else { return };
         let networks = view.settings.pool.networks();
@@ -379,7 +399,7 @@ impl Agent {
     }
 }
 
-/// Whether an entry leads to a peer.
+/// Returns whether the operation concerns an entry of this peer.
 fn concerns(op: &Op, peer: &Peer) -> bool {
     let contains = |address: IpAddr| {
         let mut subnets = peer.leases.iter().flat_map(|(_, subnets)| subnets.iter());
@@ -397,8 +417,8 @@ fn concerns(op: &Op, peer: &Peer) -> bool {
     }
 }
 
-/// Takes away the device of a VNI with every entry on it, routes into the pool's networks, the pods' bridge
-/// with their veth pairs, and the file.
+/// Removes the device of a VNI with all its entries, routes into the pool's networks, the pods' bridge
+/// with its veth pairs, and `subnet.env`.
 pub(super) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
     let Some((vni, pool)) = traces else { return };
     let device = device_name(vni);
@@ -406,22 +426,22 @@ pub(super) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
         .map_err(KernelError::from)
         .and_then(|mut kernel| kernel.remove(&device, &pool));
     if let Err(error) = removed {
-        tracing::error!(%error, "the device was not removed");
+        tracing::error!(%error, "device not removed");
     }
     let removed = FirewallTable::open().and_then(|mut table| table.remove(&device));
     if let Err(error) = removed {
-        tracing::debug!(%error, "no table of nftables removed");
+        tracing::debug!(%error, "nftables table not removed");
     }
     if let Err(error) = UsersRule::open().remove() {
-        tracing::error!(%error, "the policy rules about the VXLAN port were not removed");
+        tracing::error!(%error, "policy rules of the VXLAN port not removed");
     }
     if let Err(error) = PodTables::open().remove(&device) {
-        tracing::debug!(%error, "no tables of nftables about pods removed");
+        tracing::debug!(%error, "nftables tables of pods not removed");
     }
     let bridge = config.bridge_name(vni);
     let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));
     if let Err(error) = removed {
-        tracing::error!(%error, "the pods' bridge was not removed");
+        tracing::error!(%error, "bridge not removed");
     }
     let _ = std::fs::remove_file(&config.subnet_file);
 }

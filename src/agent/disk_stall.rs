@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Agent, pods::PendingAttach, status::DISK_PATIENCE, wirer::Job};
+use super::{Agent, attach_worker::Job, pods::PendingAttach, status::DISK_TIMEOUT};
 use crate::{
     api::{PodError, PodErrorKind},
     docker,
@@ -25,7 +25,7 @@ impl Agent {
         let waits = !self.pods.saving.is_empty()
             || self.pods.pending_attaches.values().any(|pending| !pending.saved);
         let stalled = self.writer.silent_for().filter(|_| waits)?;
-        let left = (DISK_PATIENCE + Duration::from_millis(1)).saturating_sub(stalled);
+        let left = (DISK_TIMEOUT + Duration::from_millis(1)).saturating_sub(stalled);
         Some(Instant::now() + left)
     }
 
@@ -44,7 +44,7 @@ impl Agent {
             if pod.owner == docker::OWNER {
                 // Docker releases the address itself.
                 let number = self.pods.next();
-                self.wirer.ask(Job::Disconnect { number, attachment, netns: None });
+                self.attach_worker.ask(Job::Disconnect { number, attachment, netns: None });
             } else {
                 self.detach_then(&attachment, None, |_| ());
             }

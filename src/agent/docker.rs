@@ -13,7 +13,7 @@ use std::{
 use ipnet::IpNet;
 use tokio::sync::oneshot::Sender;
 
-use super::{Agent, pod_address::AddressError, pods::record, vanished::Looking};
+use super::{Agent, pod_address::AddressError, pods::record, vanished_pods::PendingRequest};
 use crate::{
     api::{PodError, PodErrorKind},
     docker::{self, Endpoint, EndpointInterface, OWNER, Request},
@@ -128,7 +128,7 @@ impl Agent {
         match self.find_or_reserve(&reservation) {
             // A container that no longer exists may hold the address, for example after a power cut.
             Err(AddressError::Address(error)) if error.is_pod_conflict() => {
-                self.look(Looking::Reserve(reservation));
+                self.check_gone_pods(PendingRequest::Reserve(reservation));
             }
             result => self.answer_reservation(reservation, result),
         }
@@ -278,7 +278,7 @@ impl Agent {
     fn join(&mut self, join: Join) {
         // Docker may have removed the container from the other network while no agent ran.
         if self.other_in_sandbox(&join).is_some() {
-            self.look(Looking::Join(join));
+            self.check_gone_pods(PendingRequest::Join(join));
         } else {
             self.finish_join(join);
         }

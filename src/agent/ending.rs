@@ -74,10 +74,10 @@ impl Agent {
         let threads = [
             self.programmer.end(),
             self.forwarder.end(),
-            self.far.end(),
+            self.remote_pods.end(),
             self.answer_check.end(),
             self.silence_diagnosis.end(),
-            self.wirer.end(),
+            self.attach_worker.end(),
             self.writer.end(),
             self.archive.end(),
         ];

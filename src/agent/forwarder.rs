@@ -1,21 +1,22 @@
-//! The thread that tries whether this host forwards packets of pods, and finds out what drops them if not.
+//! The thread that tests whether this host forwards packets of pods, and determines what drops them if
+//! not.
 //!
-//! It has a pod of its own on the bridge (`pods::standin`), for as long as there are pods and none needs its
-//! address. What follows from what it sees is decided in [`crate::dataplane::forwarding`]. Nothing waits
-//! for it, and each step is bounded.
+//! It has its own pod on the bridge (`pods::standin`) while there are pods and none needs its address.
+//! [`crate::dataplane::forwarding`] draws the conclusions. Nothing waits for this thread, and each step
+//! has a time limit.
 
 mod capture;
 mod carried;
 mod explain;
-mod finding;
 mod gateway;
-mod home;
 mod ipsec;
 mod marks;
 mod output;
+mod own_host;
 mod partial;
 mod pod;
 mod report;
+mod resolution;
 mod setting;
 mod stage;
 mod trial;
@@ -45,53 +46,58 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// Rules of nftables have changed: what belongs together should be over.
-const SETTLE: Duration = Duration::from_millis(200);
-/// At least so long between two trials that changes of rules have caused.
-const GAP: Duration = Duration::from_secs(2);
-/// So many trials in a row that cannot be made are told.
-const FAILURES: u32 = 3;
-/// Where nothing can be tried, it is looked again whether it can.
-const LOOK: Duration = Duration::from_secs(15);
-/// The same where a first pod is about to bring the bridge.
-const LOOK_SOON: Duration = Duration::from_secs(1);
-/// Rules are read again after so long, while they are in the way.
-const READ: Duration = Duration::from_secs(10);
-/// They may be very many: reading them takes no more than one part in so many of the time.
-const SHARE: u32 = 100;
-/// What is known.
+/// Time from a change of nftables rules to the next trial, so that related changes are complete.
+const SETTLE_TIME: Duration = Duration::from_millis(200);
+/// Shortest time between two trials after changes of rules.
+const MIN_TRIAL_INTERVAL: Duration = Duration::from_secs(2);
+/// Number of consecutive failures to make a trial that is reported.
+const FAILURES_UNTIL_REPORTED: u32 = 3;
+/// Time until the next attempt if no trial is possible.
+const RETRY_INTERVAL: Duration = Duration::from_secs(15);
+/// The same if a first pod is about to create the bridge.
+const SHORT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Shortest time between two readings of the rules while packets are lost.
+const MIN_READ_INTERVAL: Duration = Duration::from_secs(10);
+/// There may be very many rules: reading them takes at most this fraction (1/n) of the time.
+const READ_SHARE: u32 = 100;
+/// The results.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Forwarding {
+    /// The state of the check for the status.
     pub status: CheckStatus,
-    /// As sentences with what helps.
+    /// Problems, with remedies.
     pub problems: Vec<String>,
-    /// What may hurt some packets, or keeps this host from knowing; the same.
+    /// Warnings about losses of some packets, or about a missing test, with remedies.
     pub warnings: Vec<String>,
-    /// Why tunnel packets of members do not get in.
+    /// Why tunnel packets of members do not arrive.
     pub input: Vec<String>,
-    /// Whatever comes out of the tunnel is dropped here, for this host itself too, as one of the problems
-    /// says: with IPv4, and with IPv6.
+    /// Whether this host drops everything that comes out of the tunnel, even packets to itself, as one
+    /// of the problems says; for IPv4 and IPv6.
     pub drops_incoming: [bool; 2],
-    /// Pods do not find their gateway, as one of the problems says.
+    /// Whether pods cannot resolve their gateway, as one of the problems says.
     pub lacks_gateway: bool,
-    /// Ways that packets do not pass.
+    /// Ways on which packets are lost.
     pub closed: Vec<Way>,
-    /// Under which packets of other hosts' pods arrive at pods here in place of their own.
+    /// Source addresses that replace those of other hosts' pods in incoming packets.
     pub arriving: BTreeSet<IpAddr>,
-    /// What may drop packets of pods to other hosts, or answers to them, where such are lost.
+    /// Rules that may drop packets of pods to other hosts or answers to them, if such packets are lost.
     pub suspects: Vec<String>,
 }
 
-/// What the thread tells.
-pub enum ForwarderNews {
+/// An event of the thread.
+pub enum ForwarderEvent {
+    /// The results have changed.
     State(Forwarding),
-    /// Its pod is there now, or is not any more.
+    /// Its pod was created or removed.
     Room(Option<Room>),
 }
 
+/// Handle of the thread.
 pub struct Forwarder {
+    /// The thread.
     pub(super) worker: Worker<Option<Setting>>,
-    told: Option<Setting>,
+    /// The last setting that was passed to the thread.
+    reported: Option<Setting>,
 }
 
 impl Order for Option<Setting> {
@@ -101,7 +107,11 @@ impl Order for Option<Setting> {
 }
 
 impl Forwarder {
-    pub fn start(tell: impl Fn(ForwarderNews) + Send + 'static) -> io::Result<Self> {
+    /// Starts the thread. `tell` receives its events.
+    ///
+    /// # Errors
+    /// Fails if a netlink socket cannot be opened or the thread cannot be created.
+    pub fn start(tell: impl Fn(ForwarderEvent) + Send + 'static) -> io::Result<Self> {
         let netlink = Netlink::open()?;
         let begin = |orders| TrialRunner {
             netlink,
@@ -117,86 +127,91 @@ impl Forwarder {
             skipped: String::new(),
             failures: 0,
             warnings: Vec::new(),
-            warnings_read: None,
+            next_warnings: None,
             turn: 0,
             due: Instant::now(),
-            tried: None,
-            read_at: None,
+            last_trial: None,
+            next_reading: None,
             reasons: Reasons::default(),
             input: Vec::new(),
-            told: Forwarding::default(),
+            reported: Forwarding::default(),
         };
         let worker = Worker::start("forwarding", move |orders| begin(orders).run())?;
-        Ok(Self { worker, told: None })
+        Ok(Self { worker, reported: None })
     }
 
+    /// Passes a setting to the thread if it has changed.
     fn set(&mut self, setting: Option<Setting>) {
-        if self.told == setting {
+        if self.reported == setting {
             return;
         }
-        self.told.clone_from(&setting);
+        self.reported.clone_from(&setting);
         self.worker.order(setting);
     }
 
-    /// Ends it after the step under way. Once the thread has ended its pod is gone.
+    /// Ends the thread after the current step. It removes its pod before it ends.
     pub fn end(self) -> Thread {
         self.worker.end()
     }
 }
 
+/// The state of the thread.
 struct TrialRunner<F> {
     netlink: Netlink,
     changes: Option<Changes>,
     orders: Orders<Option<Setting>>,
     tell: F,
     setting: Option<Setting>,
-    /// It is another one than that of the last trial.
+    /// Whether the setting has changed since the last trial.
     is_new: bool,
     stage: Option<Stage>,
     trials: Trials,
-    /// Which address packets of pods leave under in place of theirs, by whether it is IPv4.
+    /// Source address that replaces the pod's in outgoing packets, by whether it is IPv4.
     translated: BTreeMap<bool, IpAddr>,
-    /// The same of packets that come in, under which they arrive at pods.
+    /// Source address that replaces the sender's in incoming packets, by whether it is IPv4.
     arriving: BTreeMap<bool, IpAddr>,
     /// Why there was no trial; empty if there was one.
     skipped: String,
-    /// Trials in a row that could not be made.
+    /// Number of consecutive trials that could not be made.
     failures: u32,
     warnings: Vec<String>,
-    /// Before this, rules that are warned of are not read again.
-    warnings_read: Option<Instant>,
+    /// Earliest time to read the rules behind the warnings again.
+    next_warnings: Option<Instant>,
+    /// Number of the last trial.
     turn: usize,
     due: Instant,
-    tried: Option<Instant>,
-    /// Before this, rules are not read again.
-    read_at: Option<Instant>,
-    /// What may drop packets, by what was last read.
+    /// Time of the last trial.
+    last_trial: Option<Instant>,
+    /// Earliest time to read the rules again.
+    next_reading: Option<Instant>,
+    /// Possible causes of losses, from the last reading of the rules.
     reasons: Reasons,
     input: Vec<String>,
-    told: Forwarding,
+    /// The last reported results.
+    reported: Forwarding,
 }
 
-impl<F: Fn(ForwarderNews)> TrialRunner<F> {
+impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     fn run(mut self) {
         while self.take_orders() {
             let now = Instant::now();
             if self.have_rules_changed() {
-                let earliest = self.tried.map_or(now, |tried| tried + GAP);
-                self.due = self.due.min(earliest.max(now + SETTLE));
-                (self.read_at, self.warnings_read) = (None, None);
+                let earliest = self.last_trial.map_or(now, |tried| tried + MIN_TRIAL_INTERVAL);
+                self.due = self.due.min(earliest.max(now + SETTLE_TIME));
+                (self.next_reading, self.next_warnings) = (None, None);
             }
             if self.due <= now {
-                self.look(now);
+                self.run_due(now);
                 self.report();
             }
             let pause = self.due.saturating_duration_since(Instant::now());
             let changes = self.changes.as_ref().map(|changes| changes.as_fd());
             self.orders.sleeper.wait(changes, Some(pause));
         }
-        self.give_up();
+        self.remove_stage();
     }
 
-    /// Says whether the agent still runs.
+    /// Takes all queued settings. Returns `false` once the agent has ended.
     fn take_orders(&mut self) -> bool {
         loop {
             match self.orders.take() {
@@ -207,7 +222,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
                     let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
                     if shape.is_none() {
                         // A pod needs the address now.
-                        self.give_up();
+                        self.remove_stage();
                     }
                 }
                 Err(TryRecvError::Empty) => return true,
@@ -219,58 +234,59 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     fn have_rules_changed(&mut self) -> bool {
         let changed = self.changes.as_mut().map_or(Ok(false), Changes::any);
         changed.unwrap_or_else(|error| {
-            tracing::debug!(%error, "cannot hear of changes of nftables");
+            tracing::debug!(%error, "nftables notifications not read");
             self.changes = None;
             false
         })
     }
 
-    fn look(&mut self, now: Instant) {
+    /// Makes a trial, and reads the rules if packets are lost.
+    fn run_due(&mut self, now: Instant) {
         self.is_new = false;
         let Some(setting) = self.setting.clone() else {
-            self.give_up();
-            self.skip("this node has no subnet in use".to_owned());
-            self.due = now + LOOK;
+            self.remove_stage();
+            self.discard_results("this node has no subnet in use".to_owned());
+            self.due = now + RETRY_INTERVAL;
             return;
         };
-        match self.try_it(&setting) {
+        match self.run_trial(&setting) {
             Ok(()) => {
                 self.failures = 0;
                 self.due = now + self.trials.pause();
             }
-            Err(Untried::Idle(why)) => {
+            Err(NoTrial::Idle(why)) => {
                 self.failures = 0;
-                self.skip(why);
+                self.discard_results(why);
                 let is_coming = setting.has_pods && setting.shape.is_some();
-                self.due = now + if is_coming { LOOK_SOON } else { LOOK };
+                self.due = now + if is_coming { SHORT_RETRY_INTERVAL } else { RETRY_INTERVAL };
             }
-            Err(Untried::Failed(error)) => {
-                tracing::debug!(%error, "forwarding was not tried");
+            Err(NoTrial::Failed(error)) => {
+                tracing::debug!(%error, "forwarding not tested");
                 self.failures = self.failures.saturating_add(1);
-                let is_certain = self.failures >= FAILURES;
+                let is_certain = self.failures >= FAILURES_UNTIL_REPORTED;
                 if is_certain {
-                    self.skip(cannot(&error));
+                    self.discard_results(no_trial_reason(&error));
                 }
-                self.due = now + if is_certain { LOOK } else { LOOK_SOON };
+                self.due = now + if is_certain { RETRY_INTERVAL } else { SHORT_RETRY_INTERVAL };
             }
         }
         if self.is_new {
             self.due = now;
             return;
         }
-        self.tried = Some(now);
+        self.last_trial = Some(now);
         self.read_rules(&setting);
         self.read_warnings(&setting);
     }
 
-    /// What the trial could not see.
+    /// Reads rules for warnings about what a trial cannot detect.
     fn read_warnings(&mut self, setting: &Setting) {
         let begun = Instant::now();
-        if self.warnings_read.is_some_and(|at| at > begun) {
+        if self.next_warnings.is_some_and(|at| at > begun) {
             return;
         }
         self.warnings.clear();
-        if self.failures >= FAILURES {
+        if self.failures >= FAILURES_UNTIL_REPORTED {
             self.warnings.extend(warnings::untried(setting, &self.skipped));
         }
         let closed = self.trials.closed();
@@ -285,21 +301,21 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         for (ipv4, address) in &self.arriving {
             self.warnings.push(warnings::arriving(setting, *ipv4, *address));
         }
-        self.warnings_read = Some(begun + begun.elapsed() * SHARE);
+        self.next_warnings = Some(begun + begun.elapsed() * READ_SHARE);
     }
 
-    /// One trial of each way.
+    /// Makes one trial of each way.
     ///
     /// # Errors
-    /// Why there was none.
-    fn try_it(&mut self, setting: &Setting) -> Result<(), Untried> {
-        let idle = |why: &str| Untried::Idle(why.to_owned());
+    /// Fails with the reason if no trial is possible.
+    fn run_trial(&mut self, setting: &Setting) -> Result<(), NoTrial> {
+        let idle = |why: &str| NoTrial::Idle(why.to_owned());
         let Some(shape) = &setting.shape else {
-            return Err(idle("a pod has the address that it is tried from"));
+            return Err(idle("a pod has the address that the test needs"));
         };
         if setting.peers.is_empty() && !setting.has_pods {
-            self.give_up();
-            return Err(idle("there are no pods, and no peer to try it with"));
+            self.remove_stage();
+            return Err(idle("there are no pods, and no peer to test with"));
         }
         let between = explain::are_bridged_filtered(&mut self.netlink, setting);
         let with_mate = between.contains(&true);
@@ -308,10 +324,10 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
             None => false,
         };
         if !is_right {
-            self.give_up();
+            self.remove_stage();
             let set = Stage::set(&mut self.netlink, shape, with_mate)?;
             if let Some(stage) = &set {
-                (self.tell)(ForwarderNews::Room(Some(stage.room())));
+                (self.tell)(ForwarderEvent::Room(Some(stage.room())));
             }
             self.stage = set;
         }
@@ -320,11 +336,11 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         self.turn = self.turn.wrapping_add(1);
         let turn = self.turn;
         let found = stage.gateway.find(|pause| self.wait(&[], pause));
-        // Without a gateway nothing else can be found out.
+        // Without a gateway, nothing else can be tested.
         let has_gateway =
             found.is_empty() || found.iter().any(|(_, seen)| *seen != TrialResult::Lost);
         found.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
-        // What is not tried any more is not known any more.
+        // Results of ways that are no longer tested are discarded.
         self.trials.retain(|way| match way.direction {
             Direction::Between(_) | Direction::NeighborDiscovery => between[usize::from(!way.ipv4)],
             Direction::Out(_) | Direction::In(_) => !setting.peers.is_empty(),
@@ -334,8 +350,10 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
             Direction::Gateway | Direction::ToHost | Direction::FromHost(_) => true,
         });
         if has_gateway && !self.is_new {
-            let seen = stage.home.run(|fds, pause| self.wait(fds, pause));
-            let seen = seen.inspect_err(|error| tracing::debug!(%error, "not tried"));
+            let seen = stage.own_host.run(|fds, pause| self.wait(fds, pause));
+            let seen = seen.inspect_err(
+                |error| tracing::debug!(%error, "packets between pods and this host not tested"),
+            );
             let seen = seen.unwrap_or_default().into_iter();
             seen.for_each(|(way, seen)| self.trials.note(way, seen));
         }
@@ -349,7 +367,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
                     seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
                     self.translated = translated;
                     if self.arriving != arriving {
-                        (self.arriving, self.warnings_read) = (arriving, None);
+                        (self.arriving, self.next_warnings) = (arriving, None);
                     }
                     if let Some(index) = stray {
                         let links = self.netlink.links().unwrap_or_default();
@@ -368,14 +386,15 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         let is_wanted = shape.is_some();
         self.stage = Some(stage);
         if !is_wanted {
-            self.give_up();
+            self.remove_stage();
         }
         tried?;
         self.skipped.clear();
         Ok(())
     }
 
-    /// Peers to whose tunnels several next hops lead, so that packets leave by any of these.
+    /// Returns peers to whose underlay addresses several next hops lead, so that packets leave by any of
+    /// them.
     fn spread(&mut self, setting: &Setting) -> BTreeSet<IpAddr> {
         let hosts = setting.peers.iter().filter(|peer| peer.tunnelled).map(|peer| peer.underlay);
         let query = |host| Query {
@@ -389,42 +408,44 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         hosts.filter(leads_to_several).collect()
     }
 
-    /// Says whether to go on: what wants something else does not wait for the end of a trial.
+    /// Waits and returns whether to continue: a new order does not wait for the end of a trial.
     fn wait(&mut self, fds: &[BorrowedFd<'_>], pause: Duration) -> bool {
         self.orders.sleeper.wait(fds.iter().copied(), Some(pause));
         self.take_orders() && !self.is_new
     }
 
-    fn skip(&mut self, why: String) {
+    /// Discards all results, for this reason.
+    fn discard_results(&mut self, why: String) {
         self.trials.clear();
         self.translated.clear();
         self.arriving.clear();
         self.skipped = why;
     }
 
-    fn give_up(&mut self) {
+    /// Removes the pods and sockets of the trials.
+    fn remove_stage(&mut self) {
         if let Some(stage) = self.stage.take() {
-            (self.tell)(ForwarderNews::Room(None));
+            (self.tell)(ForwarderEvent::Room(None));
             stage.remove(&mut self.netlink);
         }
     }
 
-    /// What may be in the way, where something is.
+    /// Reads the rules if packets are lost.
     fn read_rules(&mut self, setting: &Setting) {
         let closed = self.trials.closed();
-        self.reasons.keep(&closed, setting.is_far_lost);
+        self.reasons.keep(&closed, setting.is_remote_lost);
         if !setting.unanswered {
             self.input.clear();
         }
         let begun = Instant::now();
         let translated = &self.translated;
         let is_explained = self.reasons.explain(&closed, translated)
-            && setting.is_far_lost == self.reasons.far.is_some();
-        let is_early = self.read_at.is_some_and(|at| at > begun) && is_explained;
+            && setting.is_remote_lost == self.reasons.remote.is_some();
+        let is_early = self.next_reading.is_some_and(|at| at > begun) && is_explained;
         let is_well = closed.is_empty()
             && translated.is_empty()
             && !setting.unanswered
-            && !setting.is_far_lost;
+            && !setting.is_remote_lost;
         if is_well || is_early {
             return;
         }
@@ -434,31 +455,33 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         if setting.unanswered {
             self.input = explain::input(setting);
         }
-        self.read_at = Some(begun + READ.max(begun.elapsed() * SHARE));
+        self.next_reading = Some(begun + MIN_READ_INTERVAL.max(begun.elapsed() * READ_SHARE));
     }
 }
 
 /// Why a trial was not made.
-enum Untried {
-    /// There is nothing to try.
+enum NoTrial {
+    /// There is nothing to test.
     Idle(String),
+    /// It failed.
     Failed(io::Error),
 }
 
-impl From<io::Error> for Untried {
+impl From<io::Error> for NoTrial {
     fn from(error: io::Error) -> Self {
         Self::Failed(error)
     }
 }
 
-fn cannot(error: &io::Error) -> String {
+fn no_trial_reason(error: &io::Error) -> String {
     let why = match error.kind() {
-        io::ErrorKind::PermissionDenied => "that takes CAP_SYS_ADMIN and CAP_NET_RAW".to_owned(),
+        io::ErrorKind::PermissionDenied => "it needs CAP_SYS_ADMIN and CAP_NET_RAW".to_owned(),
         // user_namespaces(7)
-        io::ErrorKind::StorageFull => "no more network namespaces can be made: raise \
-                                       user.max_net_namespaces (sysctl), or end what makes so many"
+        io::ErrorKind::StorageFull => "no more network namespaces can be created: raise \
+                                       user.max_net_namespaces (sysctl), or end the program that \
+                                       makes so many"
             .to_owned(),
         _ => error.to_string(),
     };
-    format!("it cannot be tried: {why}")
+    format!("no test is possible: {why}")
 }

@@ -1,58 +1,62 @@
-//! The kernel's memory for packets that come in fragments: once it is full, the kernel drops fragments of all
-//! others, tunnel packets among them. A pod that sends many first fragments to its host is enough.
+//! The kernel's memory for reassembling fragments. Once it is full, the kernel drops all further fragments,
+//! including those of tunnel packets. One pod that sends many first fragments to its host can fill it.
 
 use std::fs;
 
-use super::recent::Recent;
+use super::recent_loss::RecentLoss;
 
-/// So many looks after it was last seen full the memory is taken for that.
-const HOLD: u32 = 3;
-/// Of a hundred bytes, from which on it is full: a packet takes some thousands.
-const FULL: u64 = 90;
-/// Bytes below which fragments of a few packets at the same time find no room. Kernels have 4 MiB.
-const SMALL: u64 = 256 << 10;
-const USUAL: u64 = 4 << 20;
+/// Number of checks for which a shortage stays reported.
+const HOLD_CHECKS: u32 = 3;
+/// Usage in percent from which the memory counts as full: one packet uses some thousand bytes.
+const FULL_PERCENT: u64 = 90;
+/// Limit in bytes below which fragments of a few simultaneous packets may find no room.
+const SMALL_LIMIT: u64 = 256 << 10;
+/// The kernel's default limit in bytes.
+const DEFAULT_LIMIT: u64 = 4 << 20;
 
-/// What the kernel shows of one family.
+/// The kernel's values for one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Memory {
     is_ipv4: bool,
+    /// Bytes in use.
     used: u64,
-    most: u64,
-    /// Fragments that were dropped otherwise than for want of the rest, since the kernel has started.
+    /// Limit in bytes.
+    limit: u64,
+    /// Reassembly failures since the kernel started, without those for missing fragments.
     refused: u64,
 }
 
-/// What was seen over some looks.
+/// The state of both families over several checks.
 #[derive(Debug, Default)]
 pub struct Fragments {
-    seen: [Seen; 2],
+    families: [FamilyState; 2],
 }
 
+/// The state of one family.
 #[derive(Debug, Default)]
-struct Seen {
+struct FamilyState {
     refused: Option<u64>,
-    recent: Recent,
+    recent: RecentLoss,
 }
 
 impl Fragments {
-    /// Looks at the memory: a problem with what helps for each family that has too little.
-    pub fn look(&mut self) -> Vec<String> {
-        memories().filter_map(|memory| self.judge(memory)).collect()
+    /// Checks the memory. Returns a problem, with its remedy, for each family that has too little.
+    pub fn check(&mut self) -> Vec<String> {
+        memories().filter_map(|memory| self.update(memory)).collect()
     }
 
-    fn judge(&mut self, memory: Memory) -> Option<String> {
-        let seen = &mut self.seen[usize::from(memory.is_ipv4)];
-        let before = seen.refused.replace(memory.refused)?;
+    fn update(&mut self, memory: Memory) -> Option<String> {
+        let state = &mut self.families[usize::from(memory.is_ipv4)];
+        let before = state.refused.replace(memory.refused)?;
         let new = memory.refused.saturating_sub(before);
         let is_scarce = memory.is_full() || memory.is_small() && new > 0;
-        seen.recent.note(is_scarce.then_some(new), HOLD);
-        let count = seen.recent.lost()?;
+        state.recent.note(is_scarce.then_some(new), HOLD_CHECKS);
+        let count = state.recent.lost()?;
         Some(format!("{}; {count} found no room at the last count", memory.sentence()))
     }
 }
 
-/// The same as an explanation of fragments that are lost.
+/// Returns the same sentences as possible causes of lost fragments.
 pub fn scarce() -> impl Iterator<Item = String> {
     let scarce = memories().filter(|memory| memory.is_full() || memory.is_small());
     scarce.map(|memory| memory.sentence())
@@ -65,48 +69,48 @@ fn memories() -> impl Iterator<Item = Memory> {
 impl Memory {
     fn read(is_ipv4: bool) -> Option<Self> {
         let read = |path: &str| fs::read_to_string(path).ok();
-        let [sockets, counters, limit] = match is_ipv4 {
+        let [sockets, counters, limit_file] = match is_ipv4 {
             true => ["/proc/net/sockstat", "/proc/net/snmp", "ipv4/ipfrag_high_thresh"],
             false => ["/proc/net/sockstat6", "/proc/net/snmp6", "ipv6/ip6frag_high_thresh"],
         };
-        let most = read(&format!("/proc/sys/net/{limit}"))?.trim().parse().ok()?;
+        let limit = read(&format!("/proc/sys/net/{limit_file}"))?.trim().parse().ok()?;
         let (used, refused) = (used(&read(sockets)?)?, refused(&read(counters)?)?);
-        Some(Self { is_ipv4, used, most, refused })
+        Some(Self { is_ipv4, used, limit, refused })
     }
 
     const fn is_full(self) -> bool {
-        self.used > 0 && self.used.saturating_mul(100) >= self.most.saturating_mul(FULL)
+        self.used > 0 && self.used.saturating_mul(100) >= self.limit.saturating_mul(FULL_PERCENT)
     }
 
     const fn is_small(self) -> bool {
-        self.most < SMALL
+        self.limit < SMALL_LIMIT
     }
 
     fn sentence(self) -> String {
-        let Self { is_ipv4, used, most, .. } = self;
+        let Self { is_ipv4, used, limit, .. } = self;
         let how = if self.is_full() { "full" } else { "small" };
         let (family, sysctl, filter) = match is_ipv4 {
             true => ("IPv4", "net.ipv4.ipfrag_high_thresh", "ip[6:2] & 0x3fff != 0"),
             false => ("IPv6", "net.ipv6.ip6frag_high_thresh", "ip6[6] == 44"),
         };
         format!(
-            "the kernel's memory for {family} fragments is {how} ({used} of {most} bytes), so packets that \
-             come to this host in fragments are dropped: raise the limit (sysctl -w {sysctl}={}, and a file \
-             in /etc/sysctl.d), and look for what sends fragments (tcpdump -ni any '{filter}')",
-            most.saturating_mul(4).max(USUAL)
+            "the kernel's memory for {family} fragments is {how} ({used} of {limit} bytes), so packets that \
+             arrive here in fragments are dropped: raise the limit (sysctl -w {sysctl}={}, and a file in \
+             /etc/sysctl.d), and find the sender of the fragments (tcpdump -ni any '{filter}')",
+            limit.saturating_mul(4).max(DEFAULT_LIMIT)
         )
     }
 }
 
-/// Bytes that fragments take (net/ipv4/proc.c, `sockstat_seq_show`).
+/// Returns the bytes that fragments use (net/ipv4/proc.c, `sockstat_seq_show`).
 fn used(sockets: &str) -> Option<u64> {
     let line = sockets.lines().find(|line| line.starts_with("FRAG"))?;
     let mut words = line.split_whitespace().skip_while(|word| *word != "memory");
     words.nth(1)?.parse().ok()
 }
 
-/// Packets that failed to be put together, but for those whose rest did not come. The kernel lists counters
-/// of IPv4 by lines of names and of values, and those of IPv6 each on a line of its own.
+/// Returns the number of packets that could not be reassembled, without those whose fragments were missing.
+/// The kernel lists IPv4 counters as a line of names and a line of values, and each IPv6 counter on a line.
 fn refused(counters: &str) -> Option<u64> {
     let lines = || counters.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
     let mut ipv4 = lines().filter(|words| words.first() == Some(&"Ip:"));
@@ -139,28 +143,31 @@ mod tests {
         let ipv6 = "Ip6InReceives 9\nIp6ReasmTimeout \t4\nIp6ReasmFails    \t6\n";
         assert_eq!(refused(ipv6), Some(2));
         assert_eq!(refused("Ip6InReceives 9\n").or(refused("Ip:\n")), None);
-        assert!(memories().any(|memory| memory.is_ipv4 && memory.most > 0));
+        assert!(memories().any(|memory| memory.is_ipv4 && memory.limit > 0));
     }
 
     #[test]
-    fn full_memory_is_told_and_small_memory_while_fragments_find_no_room() {
-        let memory = |is_ipv4, used, most, refused| Memory { is_ipv4, used, most, refused };
+    fn full_memory_is_reported_and_small_memory_only_with_losses() {
+        let memory = |is_ipv4, used, limit, refused| Memory { is_ipv4, used, limit, refused };
         let mut fragments = Fragments::default();
-        let mut judge =
-            |is_ipv4, used, most, refused| fragments.judge(memory(is_ipv4, used, most, refused));
-        assert_eq!(judge(true, 4_000_000, USUAL, 7), None, "what was before is not known");
-        let told = judge(true, 4_000_000, USUAL, 12).expect("it is full");
-        assert!(told.contains("IPv4") && told.contains("full (4000000 of 4194304"), "{told}");
-        assert!(told.contains("ipfrag_high_thresh=16777216"), "{told}");
-        assert!(told.contains("5 found no room"), "{told}");
-        for _ in 0..HOLD {
-            assert!(judge(true, 9, USUAL, 12).is_some());
+        let mut update =
+            |is_ipv4, used, limit, refused| fragments.update(memory(is_ipv4, used, limit, refused));
+        assert_eq!(update(true, 4_000_000, DEFAULT_LIMIT, 7), None, "the first value is no loss");
+        let problem = update(true, 4_000_000, DEFAULT_LIMIT, 12).expect("it is full");
+        assert!(
+            problem.contains("IPv4") && problem.contains("full (4000000 of 4194304"),
+            "{problem}"
+        );
+        assert!(problem.contains("ipfrag_high_thresh=16777216"), "{problem}");
+        assert!(problem.contains("5 found no room"), "{problem}");
+        for _ in 0..HOLD_CHECKS {
+            assert!(update(true, 9, DEFAULT_LIMIT, 12).is_some());
         }
-        assert_eq!(judge(true, 9, USUAL, 20), None, "dropped for another reason");
-        assert_eq!(judge(false, 0, 9_000, 3), None);
-        assert_eq!(judge(false, 0, 9_000, 3), None, "small, and nothing is dropped");
-        let told = judge(false, 0, 9_000, 5).expect("it is small");
-        assert!(told.contains("IPv6") && told.contains("small (0 of 9000"), "{told}");
-        assert!(told.contains("ip6frag_high_thresh=4194304"), "{told}");
+        assert_eq!(update(true, 9, DEFAULT_LIMIT, 20), None, "dropped for another reason");
+        assert_eq!(update(false, 0, 9_000, 3), None);
+        assert_eq!(update(false, 0, 9_000, 3), None, "small, and nothing is dropped");
+        let problem = update(false, 0, 9_000, 5).expect("it is small");
+        assert!(problem.contains("IPv6") && problem.contains("small (0 of 9000"), "{problem}");
+        assert!(problem.contains("ip6frag_high_thresh=4194304"), "{problem}");
     }
 }

@@ -1,4 +1,4 @@
-//! What the kernel's thread (`programmer`) tells the loop.
+//! Events that the kernel thread (`programmer`) sends to the event loop.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     auditor::Routing,
-    surroundings::HostState,
+    host_checks::HostState,
     underlay::{ChosenUnderlay, UnderlayError},
 };
 use crate::{
@@ -15,43 +15,46 @@ use crate::{
     model::Mac,
 };
 
-/// What the thread has to say.
+/// An event of the kernel thread.
 #[derive(Debug)]
 pub enum KernelEvent {
+    /// The result of programming a view.
     Outcome(Outcome),
-    /// The interface that carries the tunnels is another one, or has another address or MTU; or there is
-    /// none that would do.
+    /// The interface that carries the tunnels has changed, or its address or MTU has; or no interface is
+    /// suitable.
     Underlay(Result<ChosenUnderlay, UnderlayError>),
-    /// The carrier of that interface comes and goes, as a sentence; or does not any more.
+    /// The carrier of that interface flaps, as a sentence; `None` once it no longer does.
     Flapping(Option<String>),
-    /// Where the kernel sends packets is not where they should go, or is again.
+    /// The difference between where the kernel sends packets and where it should has changed.
     Routing(Routing),
     /// Addresses of this host inside the overlay's networks, as sentences.
     Overlaps(Vec<String>),
-    /// What the kernel has asked for, and who is in use.
+    /// Counters of the kernel's requests for missing entries, and the peers in use.
     Demand(DemandState),
-    /// Firewall and sysctls are not as they were when last told.
+    /// The host checks (firewall, sysctls) have changed.
     Host(HostState),
-    /// How many tunnel packets have come from each member's underlay address, where the kernel counts them.
+    /// The number of tunnel packets from each member's underlay address, where the kernel counts them.
     Counted(BTreeMap<IpAddr, u64>),
 }
 
-/// Misses since the start, and what follows from them.
+/// Kernel requests for missing entries since the start, and the peers in use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DemandState {
-    /// About peers: answered from the view.
+    /// Requests for peers, answered from the view.
     pub answered: u64,
-    /// About addresses and MACs of nobody.
+    /// Requests for addresses and MACs that belong to no peer.
     pub unknown: u64,
-    /// Peers whose entries are in the kernel, by their MACs; none, if that is all of them.
+    /// MACs of the peers whose entries are in the kernel; `None` if all peers have entries.
     pub in_use: Option<BTreeSet<Mac>>,
 }
 
-/// How a goal was reached, or not.
+/// The result of bringing the kernel to the desired state of one view.
 #[derive(Debug)]
 pub struct Outcome {
+    /// The number of the view, counted from the start of the agent.
     pub number: u64,
-    /// The goal had been reached before, and something has changed since.
+    /// Whether the kernel had reached this desired state before and has changed since.
     pub repair: bool,
+    /// The operations that were applied, or why they failed.
     pub result: Result<Report, KernelError>,
 }

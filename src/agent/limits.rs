@@ -1,4 +1,4 @@
-//! What the underlay is too small for: named, for none of it can be seen from what fails.
+//! Problems of an underlay whose MTU is too small. The failures themselves do not show the cause.
 
 use std::net::IpAddr;
 
@@ -8,20 +8,20 @@ use crate::{
     model::{Pool, Subnets},
 };
 
-/// Words of the sentence that says so of IPv6 in the overlay.
+/// Part of the problem about IPv6 in the overlay, by which the doctor recognizes it.
 pub const LACKS_IPV6: &str = "is left out on this host";
-/// UDP datagrams that QUIC must be able to send (RFC 9000, section 14).
+/// Size in bytes of UDP datagrams that QUIC must be able to send (RFC 9000, section 14).
 const QUIC_DATAGRAM: u32 = 1_200;
 
 impl Agent {
-    /// The subnets that pods of this host can have addresses of: IPv6 needs a larger MTU than IPv4.
+    /// Returns the subnets that pods of this host can use: IPv6 needs a larger MTU than IPv4.
     pub(super) fn subnets_of_pods(&self, subnets: Subnets) -> Subnets {
         let carried =
             |subnet: &ipnet::IpNet| subnet.addr().is_ipv4() || self.underlay.mtu >= IPV6_MTU_MIN;
         Subnets { first: subnets.first, second: subnets.second.filter(carried) }
     }
 
-    /// What this host's end of the underlay is too small for.
+    /// Returns the problems of this host's underlay MTU.
     pub(super) fn underlay_limits(&self) -> Vec<String> {
         let cluster = self.node.cluster().map(|cluster| cluster.settings.pool);
         limits(&self.underlay, cluster.as_ref())
@@ -37,8 +37,8 @@ fn limits(chosen: &ChosenUnderlay, pool: Option<&Pool>) -> Vec<String> {
     let needed = QUIC_DATAGRAM + headers_of_udp(*local);
     if *carried < needed {
         limits.push(format!(
-            "interface {name} has MTU {carried}, and agents speak QUIC, which needs at least {needed} \
-             (RFC 9000): this host hears of no member; raise it on all hosts: ip link set {name} mtu {}",
+            "interface {name} has MTU {carried}, and gossip (QUIC) needs at least {needed} \
+             (RFC 9000): this host reaches no member; raise it on all hosts: ip link set {name} mtu {}",
             IPV6_MTU_MIN + overhead(*local)
         ));
     }
@@ -49,11 +49,11 @@ fn limits(chosen: &ChosenUnderlay, pool: Option<&Pool>) -> Vec<String> {
         let enough = IPV6_MTU_MIN + overhead(*local);
         let why = match *carried < enough {
             true => format!(
-                "interface {name} with MTU {carried} leaves {left} (IPv4 goes on): ip link set {name} mtu \
+                "interface {name} with MTU {carried} leaves {left} (IPv4 continues): ip link set {name} mtu \
                  {enough}"
             ),
             false => format!(
-                "`mtu` of this host's settings is {left} (IPv4 goes on): raise it, or leave it out"
+                "`mtu` of this host's settings is {left} (IPv4 continues): raise it, or leave it out"
             ),
         };
         limits.push(format!(
@@ -64,7 +64,7 @@ fn limits(chosen: &ChosenUnderlay, pool: Option<&Pool>) -> Vec<String> {
     limits
 }
 
-/// IP and UDP headers.
+/// Returns the length of the IP and UDP headers in bytes.
 const fn headers_of_udp(underlay: IpAddr) -> u32 {
     match underlay {
         IpAddr::V4(_) => 28,
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn an_mtu_below_that_of_quic_is_named_with_the_interface_and_the_minimum() {
+    fn mtu_below_quic_minimum_is_reported_with_interface_and_minimum() {
         for (local, minimum) in [("192.0.2.1", 1_228), ("2001:db8::1", 1_248)] {
             assert!(limits(&chosen(local, minimum), None).is_empty());
             let said = limits(&chosen(local, minimum - 1), None).join("");
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn an_mtu_too_small_for_ipv6_is_named_where_the_cluster_has_ipv6() {
+    fn mtu_below_ipv6_minimum_is_reported_if_cluster_has_ipv6() {
         let ipv4 = PoolSpec::of("10.42.0.0/16".parse().expect("a network"));
         let pool = Pool::new(&PoolSpec { network6: "fd42::/48".parse().ok(), ..ipv4 });
         let pool = pool.expect("a pool");

@@ -1,11 +1,12 @@
-//! The shell: one loop that feeds the core and carries out what it asks for.
+//! The agent: one loop that passes events to the core and carries out its outputs.
 //!
-//! Events (network, disk, kernel, operator, clock, signals) come in one at a time, become inputs of the
-//! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
-//! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
+//! Events (network, disk, kernel, operator, clock, signals) are processed one at a time and become
+//! inputs of the core. The loop owns all state; there are no locks. The core decides; this module does
+//! the IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
 mod archive;
 mod arrivals;
+mod attach_worker;
 mod auditor;
 mod bridge;
 mod clock;
@@ -15,10 +16,10 @@ mod disk_stall;
 mod docker;
 mod ending;
 mod events;
-mod far;
 mod forwarder;
 mod fragments;
 mod hooks;
+mod host_checks;
 mod host_view;
 mod iptables_legacy;
 mod isolation;
@@ -27,10 +28,12 @@ mod kubernetes;
 mod lease_audit;
 mod limits;
 mod listeners;
+mod memory;
 mod neighbor_tables;
 mod overruns;
 mod packet_filter;
-mod path_words;
+mod path_mtu;
+mod path_status;
 mod ping;
 mod pod_address;
 mod pod_answers;
@@ -39,12 +42,11 @@ mod pods;
 mod probe;
 mod programmer;
 mod raw_tcp;
-mod recall;
 mod receive_buffer;
-mod recent;
+mod recent_loss;
 mod reload;
+mod remote_pods;
 mod repair_conflicts;
-mod reports;
 mod routes;
 mod secrets;
 mod seed_check;
@@ -52,16 +54,14 @@ mod service;
 mod signals;
 mod silence_diagnosis;
 mod start;
+mod startup_wait;
 mod status;
 mod subnet_env;
-mod surroundings;
 mod survey;
 mod tap;
 mod threads;
 mod underlay;
-mod vanished;
-mod waiting;
-mod wirer;
+mod vanished_pods;
 
 use std::{
     pin::pin,
@@ -74,10 +74,10 @@ use tokio::sync::oneshot;
 use self::{
     archive::{Archive, ArchiveEvent},
     arrivals::{Arrival, Arrivals, LoopEvent},
+    attach_worker::AttachWorker,
     clock::Clock,
     data_plane::KernelState,
     events::Journal,
-    far::Far,
     forwarder::Forwarder,
     isolation::Isolation,
     kubernetes::PodCidrSource,
@@ -87,7 +87,8 @@ use self::{
     pods::PodState,
     probe::Prober,
     programmer::Programmer,
-    receive_buffer::Unread,
+    receive_buffer::ReceiveDrops,
+    remote_pods::RemotePods,
     secrets::Steps,
     service::Service,
     signals::Signals,
@@ -95,7 +96,6 @@ use self::{
     status::Waiter,
     survey::Surveys,
     underlay::ChosenUnderlay,
-    wirer::Wirer,
 };
 use crate::{
     api::Question,
@@ -108,17 +108,17 @@ use crate::{
 
 pub use ending::Ending;
 pub use limits::LACKS_IPV6;
-pub use reload::Reread;
+pub use reload::SettingsReader;
 pub use seed_check::{check_seeds, is_own_address, own_address_problem};
 pub use signals::guard;
 pub use start::{StartFailure, random, run};
 pub use underlay::choose as choose_underlay;
 
-/// A turn of the loop that takes longer is logged: everything else waits for it.
+/// A longer turn of the loop is logged, because everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);
-/// How long the end waits for answers to Docker.
-const LAST_ANSWERS: Duration = Duration::from_millis(500);
-/// Events taken in one turn before the outputs are carried out.
+/// Time that the end waits for answers to Docker.
+const DOCKER_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
+/// Maximum number of rounds of events in one turn, before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
 
 /// The agent between start and end.
@@ -130,59 +130,64 @@ struct Agent {
     gate: Gate,
     programmer: Programmer,
     forwarder: Forwarder,
-    far: Far,
+    remote_pods: RemotePods,
     answer_check: PodAnswerCheck,
     silence_diagnosis: SilenceDiagnosis,
     kernel: KernelState,
     prober: Prober,
     isolation: Isolation,
-    unread: Unread,
+    receive_drops: ReceiveDrops,
     pods: PodState,
-    wirer: Wirer,
+    attach_worker: AttachWorker,
     underlay: ChosenUnderlay,
     config: Config,
     state: Arc<StateDir>,
-    /// Of the settings alone.
-    given_seeds: Vec<String>,
-    /// The token as it was last saved.
+    /// Seeds of the configuration only.
+    configured_seeds: Vec<String>,
+    /// The last saved token.
     saved_token: Option<Token>,
     archive: Archive,
     keyring: Keyring,
-    /// Steps with secrets that are not on disk yet.
+    /// Changes of the keyring that are not on disk yet.
     steps: Steps,
     /// Whether this process created the state, so that a refusal may remove it.
     fresh: bool,
-    /// Who waits for convergence, and for how many members.
+    /// Requests that wait for convergence with a number of members.
     waiters: Vec<Waiter>,
     /// Pings that wait for answers.
     ping_rounds: Vec<PingRound>,
+    /// The operator's request to leave, until it is answered.
     leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
+    /// Why the disk cannot be written.
     store_failure: Option<String>,
     service: Service,
     journal: Journal,
-    /// Where no questions come in that should.
+    /// Control sockets that could not be opened.
     listener_problems: ListenerProblems,
     surveys: Surveys,
-    /// Where the subnet of this node is said, if that is outside the cluster.
+    /// Where the subnet of this node comes from, if it is assigned from outside the cluster.
     source: Option<PodCidrSource>,
-    /// Set when the kernel refuses the device of a node that has only just come.
+    /// Set when the kernel refuses the device of a new node: the reason, and when the agent ends.
     giving_up: Option<(String, Instant)>,
-    /// Where threads that are started later tell what they find.
+    /// Sends events of threads that are started later.
     news: threads::Sender,
+    /// Monitoring threads that have ended.
     ended: threads::Ended,
+    /// How the agent ends; set once it is to end.
     ending: Option<Ending>,
 }
 
 impl Agent {
+    /// Runs the loop until the agent ends.
     async fn run(
         mut self,
         mut signals: Signals,
         mut arrivals: Arrivals,
-        reread: &Reread,
+        read_settings: &SettingsReader,
         listeners: &Listeners,
     ) -> Ending {
         self.carry_out();
-        self.catch_up();
+        self.apply_notes();
         while self.ending.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_deadline());
             let first = tokio::select! {
@@ -194,13 +199,13 @@ impl Agent {
                 arrival = arrivals.next() => arrival,
             };
             let turn = Instant::now();
-            self.on_arrival(first, turn, reread);
+            self.on_arrival(first, turn, read_settings);
             for _ in 0..EVENTS_PER_TURN {
                 let mut more = arrivals.take().peekable();
                 if more.peek().is_none() {
                     break;
                 }
-                more.for_each(|arrival| self.on_arrival(arrival, turn, reread));
+                more.for_each(|arrival| self.on_arrival(arrival, turn, read_settings));
             }
             self.carry_out();
             self.restore_paths();
@@ -208,29 +213,29 @@ impl Agent {
             self.answer_early_docker_requests();
             self.fail_requests_on_disk_stall();
             self.finish_pings();
-            self.end_surveys(turn);
+            self.end_overdue_surveys(turn);
             self.report_to_service(turn);
             self.record_changes(turn);
             let took = turn.elapsed();
             if took > SLOW_TURN {
-                tracing::warn!(?took, "a turn of the event loop was slow");
+                tracing::warn!(?took, "slow turn of the event loop");
             }
         }
         if self.ending == Some(Ending::Stopped) {
-            self.answer_docker_to_the_end(&mut arrivals, reread, listeners).await;
+            self.answer_docker_to_the_end(&mut arrivals, read_settings, listeners).await;
         }
         self.finish().await
     }
 
-    /// Answers what Docker has asked before the end: what is lost it repeats without the request's body.
+    /// Answers Docker's requests before the end: Docker repeats a lost request without its body.
     async fn answer_docker_to_the_end(
         &mut self,
         arrivals: &mut Arrivals,
-        reread: &Reread,
+        read_settings: &SettingsReader,
         listeners: &Listeners,
     ) {
         let mut answered = pin!(listeners.close_plugin());
-        let mut deadline = pin!(tokio::time::sleep(LAST_ANSWERS));
+        let mut deadline = pin!(tokio::time::sleep(DOCKER_DRAIN_TIMEOUT));
         loop {
             let arrival = tokio::select! {
                 biased;
@@ -238,24 +243,26 @@ impl Agent {
                 () = &mut deadline => return,
                 arrival = arrivals.next() => arrival,
             };
-            self.on_arrival(arrival, Instant::now(), reread);
+            self.on_arrival(arrival, Instant::now(), read_settings);
             self.carry_out();
             self.answer_early_docker_requests();
         }
     }
 
-    fn on_arrival(&mut self, arrival: Arrival, now: Instant, reread: &Reread) {
+    /// Passes an event to its handler.
+    fn on_arrival(&mut self, arrival: Arrival, now: Instant, read_settings: &SettingsReader) {
         match arrival {
             Arrival::Deadline => self.on_deadline(now),
-            Arrival::Hangup => self.reload(reread),
+            Arrival::Hangup => self.reload(read_settings),
             Arrival::LoopEvent(news) => self.on_loop_event(news),
             Arrival::Network(event) => self.on_network(event),
             Arrival::Icmp(heard) => self.on_icmp_event(heard),
         }
     }
 
+    /// Returns when the loop must run again without an event.
     fn next_deadline(&self) -> Instant {
-        let far = Instant::now() + Duration::from_secs(3600);
+        let latest = Instant::now() + Duration::from_secs(3600);
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
         let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
         let ping_rounds = self.ping_rounds.iter().map(PingRound::deadline);
@@ -268,12 +275,13 @@ impl Agent {
             .chain(waiters)
             .chain(ping_rounds)
             .chain(giving_up)
-            .chain(self.pods.catch_up_at)
+            .chain(self.pods.next_notes_check)
             .chain(self.disk_stall_deadline())
             .chain(self.source.iter().filter_map(PodCidrSource::next))
-            .fold(far, Instant::min)
+            .fold(latest, Instant::min)
     }
 
+    /// Handles the passing of deadlines.
     fn on_deadline(&mut self, now: Instant) {
         if self.node.poll_timeout().is_some_and(|at| self.clock.instant(at) <= now) {
             self.input(Input::Timeout);
@@ -281,13 +289,13 @@ impl Agent {
         if self.next_probe().is_some_and(|at| at <= now) {
             self.probe();
             self.update_forwarder();
-            self.update_far();
+            self.update_remote_pods();
             self.refresh_roster();
             self.update_silence_diagnosis();
         }
         self.poll_pod_cidrs(now);
-        if self.pods.catch_up_at.is_some_and(|at| at <= now) {
-            self.catch_up();
+        if self.pods.next_notes_check.is_some_and(|at| at <= now) {
+            self.apply_notes();
         }
         if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
             self.ending = Some(Ending::Failed(why));
@@ -303,35 +311,35 @@ impl Agent {
     fn on_loop_event(&mut self, news: LoopEvent) {
         match news {
             LoopEvent::Disk(WriteEvent::Durable(seq)) => {
-                // Not before: a token that names a cluster says that the database knew it.
+                // Not earlier: a token that names a cluster implies that the database contains it.
                 self.save_token();
                 for output in self.gate.open(seq) {
                     self.execute(output);
                 }
             }
             LoopEvent::Disk(WriteEvent::Failing(why)) => {
-                tracing::error!(%why, "cannot write to the state directory: nothing new is granted");
+                tracing::error!(%why, "state directory not writable, nothing new is granted");
                 self.store_failure = Some(why);
             }
             LoopEvent::Disk(WriteEvent::Recovered) => {
-                tracing::info!("the state directory can be written again");
+                tracing::info!("state directory writable again");
                 self.store_failure = None;
             }
             LoopEvent::Disk(WriteEvent::Emptied) => {
-                tracing::error!("the database was lost and is rewritten");
+                tracing::error!("database lost, rewriting it");
                 self.input(Input::Command(Command::SaveAll));
                 self.save_pods();
             }
             LoopEvent::Disk(WriteEvent::Saved(number)) => self.on_saved(number),
             LoopEvent::Kernel(told) => self.on_kernel_event(told),
             LoopEvent::Forwarding(news) => self.on_forwarding(news),
-            LoopEvent::Far(told) => self.on_far(told),
+            LoopEvent::RemotePods(told) => self.on_remote_pods(told),
             LoopEvent::PodAnswers(state) => self.on_answers(state),
             LoopEvent::SilenceFindings(findings) => self.on_silence_findings(findings),
             LoopEvent::Pods(wired) => self.on_attach_result(wired),
             LoopEvent::Api(request) => self.on_api(request),
             LoopEvent::Docker(request) => self.on_docker(request),
-            // Who waits for convergence is served at the end of the turn.
+            // Requests that wait for convergence are answered at the end of the turn.
             LoopEvent::Archive(ArchiveEvent::SubnetFile) => {}
             LoopEvent::Archive(ArchiveEvent::Secrets(result)) => self.on_secrets_saved(result),
             LoopEvent::Node(heard) => self.on_node_report(heard),
@@ -342,6 +350,7 @@ impl Agent {
         self.node.handle(self.clock.now(), input);
     }
 
+    /// Carries out the core's outputs. The gate holds those that depend on an unfinished write.
     fn carry_out(&mut self) {
         while let Some(output) = self.node.poll_output() {
             if let Some(output) = self.gate.pass(output) {
@@ -388,11 +397,9 @@ impl Agent {
             }
             Output::PingResult { node, answered } => self.on_answered(node, answered),
             Output::InquiryReceived { reply, from, inquiry } => {
-                self.on_inquired(reply, from, inquiry)
+                self.on_inquiry(reply, from, inquiry)
             }
-            Output::InquiryResult { node, number, report } => {
-                self.on_reported(node, number, report)
-            }
+            Output::InquiryResult { node, number, report } => self.on_report(node, number, report),
             Output::Stop(stop) => self.on_stop(stop),
         }
     }
@@ -411,7 +418,7 @@ impl Agent {
                 let _ = reply.send(self.token(seeds).map(|token| token.to_string()));
             }
             Question::Leave { reply } if self.leave_reply.is_some() => {
-                let _ = reply.send(Err("it is leaving already".to_owned()));
+                let _ = reply.send(Err("this node is already leaving".to_owned()));
             }
             Question::Leave { reply } => {
                 self.leave_reply = Some(reply);

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use super::recent::Recent;
+use super::recent_loss::RecentLoss;
 use crate::netlink::{Netlink, neighbour::NeighborTable};
 
 /// Number of checks for which a table counts as full after the last entry that it refused.
@@ -22,7 +22,7 @@ struct FamilyState {
     /// The counter of refused entries at the last check.
     refused: Option<u64>,
     /// Entries refused for lack of room.
-    recent: Recent,
+    recent: RecentLoss,
 }
 
 impl NeighborTables {

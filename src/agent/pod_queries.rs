@@ -6,8 +6,8 @@ use tokio::sync::oneshot::Sender;
 
 use super::{
     Agent,
+    attach_worker::Job,
     pods::{mac_of, status_of},
-    wirer::Job,
 };
 use crate::{
     api::{AttachmentName, PodError, PodErrorKind, PodStatus},
@@ -34,14 +34,14 @@ impl Agent {
             Ok(pod) => {
                 let netns = netns.map(File::from);
                 let mac = mac_of(&pod).filter(|_| self.config.anti_spoofing);
-                self.wirer.ask(Job::Check { pod, netns, mac, reply });
+                self.attach_worker.ask(Job::Check { pod, netns, mac, reply });
             }
         }
     }
 
-    /// Replies with all pods; the wirer adds which of them the kernel lacks.
+    /// Replies with all pods; the attach worker adds which of them the kernel lacks.
     pub(super) fn list_pods(&self, reply: Sender<Vec<PodStatus>>) {
         let pods = self.pods.table.iter().map(status_of).collect();
-        self.wirer.ask(Job::List { pods, reply });
+        self.attach_worker.ask(Job::List { pods, reply });
     }
 }

@@ -1,7 +1,7 @@
 //! The event loop's side of pods: it assigns and releases addresses, stores records, and orders veth pairs.
 //!
 //! A request is answered when both the disk and the kernel have done their part; a request that fails
-//! half-way is undone. The writer and the wirer do the work, so the loop never waits.
+//! half-way is undone. The writer and the attach worker do the work, so the loop never waits.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,10 +15,10 @@ use tokio::sync::oneshot::Sender;
 use super::{
     Agent,
     archive::SavedFile,
+    attach_worker::{AttachResult, Job},
     docker::is_network_reservation,
     pod_address::AddressError,
-    vanished::Looking,
-    wirer::{AttachResult, Job},
+    vanished_pods::PendingRequest,
 };
 use crate::{
     api::{
@@ -70,7 +70,7 @@ pub(super) struct PodState {
     /// Why no pod can be connected to the bridge.
     pub(super) refusal: Option<String>,
     /// Requests that wait for a lookup of the veth pairs.
-    pub(super) looking: BTreeMap<u64, Looking>,
+    pub(super) looking: BTreeMap<u64, PendingRequest>,
     /// The number last drawn.
     number: u64,
     /// ADD requests that wait for the disk or the kernel.
@@ -80,7 +80,7 @@ pub(super) struct PodState {
     /// Number of the write that removes the pods of an earlier boot.
     boot_number: Option<u64>,
     /// When to read the notes of the CNI plugin again.
-    pub(super) catch_up_at: Option<Instant>,
+    pub(super) next_notes_check: Option<Instant>,
     /// Applied notes, kept until their effect is on disk.
     pub(super) applied_notes: BTreeMap<u64, Vec<Note>>,
     /// Replies to DEL requests for unknown pods, which wait for the kernel: they may have an interface all
@@ -193,11 +193,11 @@ impl Agent {
         if reply.is_closed() {
             return;
         }
-        self.catch_up_before(&request);
+        self.apply_notes_before(&request);
         match self.assign_address(&request) {
             // A pod that no longer exists may hold the address: look for it.
             Err(AddressError::Address(error)) if error.is_pod_conflict() => {
-                self.look(Looking::Attach { request, netns, reply });
+                self.check_gone_pods(PendingRequest::Attach { request, netns, reply });
             }
             assigned => self.attach_with(assigned, &request, netns, reply),
         }
@@ -234,7 +234,7 @@ impl Agent {
         let mac = mac_of(&pod);
         // The disk first: it takes longest, and its thread leaves the CPU to the kernel meanwhile.
         self.writer.save(vec![record(&pod)], number);
-        self.wirer.ask(Job::Connect { number, bridge: job_bridge, pod: job_pod, mac, end });
+        self.attach_worker.ask(Job::Connect { number, bridge: job_bridge, pod: job_pod, mac, end });
         self.pods.bridge = Some(bridge.clone());
         let pending = PendingAttach { bridge, pod, saved: false, connected: None, reply };
         self.pods.pending_attaches.insert(number, pending);
@@ -309,7 +309,7 @@ impl Agent {
         } else {
             self.pods.pending_detaches.insert(number, Box::new(answer));
         }
-        self.wirer.ask(Job::Disconnect { number, attachment: attachment.clone(), netns });
+        self.attach_worker.ask(Job::Disconnect { number, attachment: attachment.clone(), netns });
     }
 
     /// Fails the pending ADD request of an attachment that is being disconnected.
@@ -331,7 +331,7 @@ impl Agent {
         }
     }
 
-    /// Applies a report of the wirer.
+    /// Applies a report of the attach worker.
     pub(super) fn on_attach_result(&mut self, result: AttachResult) {
         match result {
             AttachResult::Connected { number, result: Ok(connected) } => {
@@ -352,13 +352,13 @@ impl Agent {
                 }
                 reply(Err(error.into()));
             }
-            AttachResult::Looked { number, result } => self.on_looked(number, result),
+            AttachResult::GonePods { number, result } => self.on_gone_pods(number, result),
             AttachResult::Absent { links, confirmed } => self.on_absent(links, &confirmed),
-            AttachResult::LookedAhead => {
+            AttachResult::PlaceChecked => {
                 self.pods.pending_bridge_checks = self.pods.pending_bridge_checks.saturating_sub(1)
             }
             AttachResult::Refusal(refusal) => self.on_refusal(refusal),
-            AttachResult::RepairReport { result, problems, open, guests } => {
+            AttachResult::BridgeRepaired { result, problems, open, guests } => {
                 match result {
                     Ok(mended) => {
                         self.record_and_log_repair("bridge", mended.bridge + mended.ports);

@@ -258,9 +258,9 @@ impl Agent {
             self.update_paths();
             self.check_other_signs_of_life();
             self.update_offload();
-            self.judge_reports();
+            self.check_path_mtu_reports();
         }
-        self.unread.look(now, self.transport.receive_buffer());
+        self.receive_drops.look(now, self.transport.receive_buffer());
         let now = self.clock.now();
         while let Some(probe) = self.prober.paths.poll(now) {
             let from = self.probe_source(probe.node);

@@ -1,11 +1,11 @@
-//! The thread that owns the kernel: it makes it equal to the latest view, keeps it so, and says how that
-//! went.
+//! The thread that programs the kernel: it makes the kernel equal to the latest desired state, repairs
+//! it, and reports the results.
 //!
-//! Netlink calls block, so they have a thread of their own. It wakes for a new goal, for a change that
-//! somebody else made to our part of the kernel, and by a slow timer. Only the newest goal counts: those that
-//! piled up behind a slow kernel are skipped.
+//! Netlink calls block, so they have their own thread. It runs for a new desired state, for a change by
+//! another program to gossamer's part of the kernel, and by a slow timer. Only the newest desired state
+//! counts: older ones that queue up behind a slow kernel are skipped.
 
-mod looks;
+mod checks;
 
 use std::{
     collections::BTreeSet,
@@ -17,9 +17,9 @@ use std::{
 
 use super::{
     auditor::Auditor,
+    host_checks::HostChecks,
     kernel_event::{DemandState, KernelEvent, Outcome},
     overruns::Overruns,
-    surroundings::Surroundings,
     underlay::{ChosenUnderlay, Flaps, Watch},
 };
 use crate::{
@@ -37,31 +37,40 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// The kernel is compared with the goal at least this often with up to so many routes. With more of them it
-/// takes longer, and is done less often.
-const RECONCILE: Duration = Duration::from_secs(10);
-const RECONCILED: f64 = 250.0;
-const RECONCILE_MAX: Duration = Duration::from_secs(60);
-/// Again after a failure.
-const RETRY: Duration = Duration::from_secs(1);
-/// At least so long between two looks at the interfaces: containers come and go in crowds.
-const LOOK_GAP: Duration = Duration::from_millis(100);
-/// At least so long between two repairs: what changes without end must not take a whole CPU.
-const REPAIR_GAP: Duration = Duration::from_millis(20);
+/// Interval of comparisons of the kernel with the desired state, for up to [`RECONCILE_ROUTES`] routes. The
+/// interval grows in proportion to further routes.
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(10);
+/// Number of routes up to which the interval is [`RECONCILE_INTERVAL`].
+const RECONCILE_ROUTES: f64 = 250.0;
+/// Longest interval of comparisons.
+const RECONCILE_MAX_INTERVAL: Duration = Duration::from_secs(60);
+/// Time until the next attempt after a failure.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Shortest time between two checks of the interfaces: many containers may start at once.
+const MIN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// Shortest time between two repairs, so that endless changes cannot use a whole CPU.
+const MIN_REPAIR_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What to make the kernel equal to; the number tells the answers apart.
+/// A state to establish in the kernel.
 pub struct DesiredState {
+    /// Number that identifies the results.
     pub number: u64,
+    /// The state.
     pub state: State,
 }
 
-/// The tables as they should be, and what is there.
+/// The desired tables and those of the kernel.
 pub type Tables = (desired::Tables, Actual);
-type Look = Box<dyn FnOnce(Result<Tables, String>) + Send>;
+/// Receives the tables.
+type TableRequest = Box<dyn FnOnce(Result<Tables, String>) + Send>;
 
+/// A task for the thread.
 pub(super) enum Task {
+    /// Establish a desired state.
     DesiredState(DesiredState),
-    Look(Look),
+    /// Read the tables.
+    TableRequest(TableRequest),
+    /// Read the packet counters of members.
     Count,
 }
 
@@ -74,21 +83,31 @@ impl Order for Task {
     }
 }
 
+/// What the kernel has to hold.
 pub enum State {
+    /// The device, the entries and the firewall table.
     Overlay(Box<Desired>, Box<Firewall>),
-    /// No device of this name, no entry on it, no table of nftables that is called like it, and no route of
-    /// ours into this pool's networks.
+    /// No device of this name, no entry on it, no nftables table of that name, and no route of
+    /// gossamer's into this pool's networks.
     Nothing {
+        /// Name of the VXLAN device.
         device: String,
+        /// The cluster's pool.
         pool: Pool,
     },
 }
 
+/// Handle of the kernel thread.
 pub struct Programmer {
+    /// The thread.
     pub(super) worker: Worker<Task>,
 }
 
 impl Programmer {
+    /// Starts the thread. `tell` receives its events.
+    ///
+    /// # Errors
+    /// Fails if a netlink socket cannot be opened or the thread cannot be created.
     pub fn start(
         kernel: Kernel,
         config: Config,
@@ -96,15 +115,15 @@ impl Programmer {
         tell: impl Fn(KernelEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let netlink = Netlink::open()?;
-        let surroundings = Surroundings::open(config.mode, config.set_sysctls);
+        let host_checks = HostChecks::open(config.mode, config.set_sysctls);
         let begin = |orders| Reconciler {
             demand: Demand::new(config.program),
             part: None,
             part_is_new: false,
-            adopted: false,
-            demand_told: DemandState::default(),
-            demand_told_at: Instant::now(),
-            surroundings,
+            has_adopted: false,
+            reported_demand: DemandState::default(),
+            demand_reported_at: Instant::now(),
+            host_checks,
             table_touched: false,
             kernel,
             netlink,
@@ -112,10 +131,10 @@ impl Programmer {
             underlay: Watch::new(Instant::now(), chosen),
             flaps: Flaps::default(),
             flapping: None,
-            looked: None,
+            underlay_checked_at: None,
             orders,
             tell,
-            lookers: Vec::new(),
+            table_requests: Vec::new(),
             count: false,
             desired_state: None,
             reached: false,
@@ -125,83 +144,91 @@ impl Programmer {
             auditor: Auditor::new(Instant::now()),
             next_hops: NextHops::default(),
             due: None,
-            worked: None,
+            last_repair: None,
         };
         Ok(Self { worker: Worker::start("kernel", move |orders| begin(orders).run())? })
     }
 
+    /// Queues a desired state.
     pub fn program(&self, desired_state: DesiredState) {
         self.worker.order(Task::DesiredState(desired_state));
     }
 
-    /// Reads the kernel's tables, once what was ordered before is under way.
-    pub fn look(&self, then: impl FnOnce(Result<Tables, String>) + Send + 'static) {
-        self.worker.order(Task::Look(Box::new(then)));
+    /// Reads the kernel's tables after the tasks queued before, and passes them to `then`.
+    pub fn read_tables(&self, then: impl FnOnce(Result<Tables, String>) + Send + 'static) {
+        self.worker.order(Task::TableRequest(Box::new(then)));
     }
 
-    /// Reads how many tunnel packets have come from each member.
+    /// Reads the number of tunnel packets from each member.
     pub fn count(&self) {
         self.worker.order(Task::Count);
     }
 
-    /// Ends it after the pass under way. Once the thread has ended nothing touches the kernel any more.
+    /// Ends the thread after the current pass. Afterwards nothing changes the kernel.
     pub fn end(self) -> Thread {
         self.worker.end()
     }
 }
 
+/// The state of the thread.
 struct Reconciler<F> {
     kernel: Kernel,
     demand: Demand,
-    /// What of the goal is to be in the kernel now; none, if that is all of it.
+    /// The part of the desired state that is needed now; `None` if all of it is.
     part: Option<Box<Desired>>,
-    /// It is another one than the kernel was last made equal to.
+    /// Whether the part has changed since the kernel last equaled it.
     part_is_new: bool,
-    adopted: bool,
-    demand_told: DemandState,
-    demand_told_at: Instant,
-    surroundings: Surroundings,
+    /// Whether the entries of an earlier process have been read.
+    has_adopted: bool,
+    /// The last reported state, and when it was reported.
+    reported_demand: DemandState,
+    demand_reported_at: Instant,
+    host_checks: HostChecks,
+    /// Whether the nftables table has changed since its last repair.
     table_touched: bool,
     netlink: Netlink,
     config: Config,
     underlay: Watch,
     flaps: Flaps,
-    /// As last told.
+    /// The last reported problem.
     flapping: Option<String>,
-    /// When the interfaces were last looked at.
-    looked: Option<Instant>,
+    /// When the interfaces were last checked.
+    underlay_checked_at: Option<Instant>,
     orders: Orders<Task>,
-    /// Who wants to see the tables.
-    lookers: Vec<Look>,
+    /// Requests for the tables.
+    table_requests: Vec<TableRequest>,
+    /// Whether the packet counters are requested.
     count: bool,
     tell: F,
     desired_state: Option<DesiredState>,
-    /// The kernel has been equal to the goal.
+    /// Whether the kernel has equaled the desired state.
     reached: bool,
     touched: Touched,
     overruns: Overruns,
-    /// As last told.
+    /// The last reported overlaps.
     overlaps: Vec<String>,
     auditor: Auditor,
     next_hops: NextHops,
+    /// When to compare next.
     due: Option<Instant>,
-    worked: Option<Instant>,
+    /// Time of the last repair.
+    last_repair: Option<Instant>,
 }
 
 impl<F: Fn(KernelEvent)> Reconciler<F> {
     fn run(mut self) {
         while self.take_orders() {
-            if let Err(error) = self.listen() {
-                tracing::error!(%error, "cannot hear of changes in the kernel");
+            if let Err(error) = self.read_notifications() {
+                tracing::error!(%error, "kernel notifications not read");
                 self.touched = Touched::EVERYTHING;
-                thread::sleep(RETRY);
+                thread::sleep(RETRY_INTERVAL);
             }
             let now = Instant::now();
             if self.overruns.take(now) {
                 self.touched = Touched::EVERYTHING;
             }
             if self.underlay_due(now).is_some_and(|due| due <= now) {
-                self.look_at_underlay(now);
+                self.check_underlay(now);
             }
             let is_due = self.due.is_some_and(|due| due <= now);
             let may_repair = |kind| self.repair_at(kind).is_none_or(|at| now >= at);
@@ -209,19 +236,19 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             let verify = firewall_touched && may_repair(Kind::Firewall) || is_due && self.reached;
             let may_repair = may_repair(Kind::Entries);
             if is_due || verify {
-                self.see_to_table(verify);
+                self.update_table(verify);
             }
             if is_due || (self.touched.ours && may_repair) {
-                self.work();
+                self.reconcile();
             }
-            if is_due && self.surroundings.is_table_unread() {
-                self.see_to_table(true);
+            if is_due && self.host_checks.is_table_unread() {
+                self.update_table(true);
             }
             if is_due {
-                self.look_around();
+                self.check_host();
             }
             self.audit();
-            self.show_tables();
+            self.answer_table_requests();
             if std::mem::take(&mut self.count) {
                 self.count_packets();
             }
@@ -229,17 +256,18 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
-    /// Before this nothing of that kind is repaired once more.
+    /// Returns the earliest time of the next repair of this kind.
     fn repair_at(&self, kind: Kind) -> Option<Instant> {
-        let gap = REPAIR_GAP.max(self.surroundings.repair_conflicts.pause(kind));
-        self.worked.map(|worked| worked + gap)
+        let gap = MIN_REPAIR_INTERVAL.max(self.host_checks.repair_conflicts.pause(kind));
+        self.last_repair.map(|last_repair| last_repair + gap)
     }
 
-    fn show_tables(&mut self) {
-        for then in std::mem::take(&mut self.lookers) {
+    /// Answers the requests for the tables.
+    fn answer_table_requests(&mut self) {
+        for then in std::mem::take(&mut self.table_requests) {
             let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state
             else {
-                then(Err("this node has nothing in the kernel yet".to_owned()));
+                then(Err("this node has not programmed the kernel yet".to_owned()));
                 continue;
             };
             let desired = self.part.as_ref().unwrap_or(all);
@@ -249,26 +277,27 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
+    /// Reports the packet counters of members.
     fn count_packets(&mut self) {
         let Some(DesiredState { state: State::Overlay(_, firewall), .. }) = &self.desired_state
         else {
             return;
         };
-        if let Some(counted) = self.surroundings.count_packets(&firewall.table) {
+        if let Some(counted) = self.host_checks.count_packets(&firewall.table) {
             (self.tell)(KernelEvent::Counted(counted));
         }
     }
 
-    /// Says whether the agent still runs.
+    /// Takes all queued tasks. Returns `false` once the agent has ended.
     fn take_orders(&mut self) -> bool {
         loop {
             match self.orders.take() {
-                Ok(Task::Look(then)) => self.lookers.push(then),
+                Ok(Task::TableRequest(then)) => self.table_requests.push(then),
                 Ok(Task::Count) => self.count = true,
                 Ok(Task::DesiredState(desired_state)) => {
                     let had_peers = self.underlays().next().is_some();
                     self.desired_state = Some(desired_state);
-                    // Which uplink leads to them is known only now.
+                    // Only now is it known which uplink leads to the peers.
                     self.touched.underlay |= !had_peers && self.underlays().next().is_some();
                     self.choose_part();
                     self.reached = false;
@@ -280,11 +309,12 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
-    fn listen(&mut self) -> io::Result<()> {
+    /// Reads the kernel's change notifications and requests for missing entries.
+    fn read_notifications(&mut self) -> io::Result<()> {
         let Some(DesiredState { state: State::Overlay(all, firewall), .. }) = &self.desired_state
         else {
-            // Read all the same: what is not read wakes this thread again and again.
-            self.surroundings.touched("")?;
+            // Unread notifications would wake this thread again and again.
+            self.host_checks.touched("")?;
             let heard = self.kernel.listen(None)?;
             self.touched.merge(heard.touched);
             self.overruns.note(heard.overrun);
@@ -294,7 +324,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let heard = self.kernel.listen(Some(desired))?;
         self.touched.merge(heard.touched);
         self.overruns.note(heard.overrun);
-        self.table_touched |= self.surroundings.touched(&firewall.table)?;
+        self.table_touched |= self.host_checks.touched(&firewall.table)?;
         if heard.misses.is_empty() {
             return Ok(());
         }
@@ -302,11 +332,11 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             heard.misses.into_iter().flat_map(|miss| self.demand.answer(all, miss)).collect();
         let answered = self.kernel.answer(&ops);
         self.choose_part();
-        self.tell_demand();
+        self.report_demand();
         answered
     }
 
-    /// With entries on demand only a part of the goal is to be in the kernel.
+    /// Chooses the needed part of the desired state, if entries are made on demand.
     fn choose_part(&mut self) {
         let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
             self.part = None;
@@ -321,141 +351,124 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.part = Some(Box::new(part));
     }
 
-    /// Peers that an earlier process had in use. Until they are known nothing is removed.
+    /// Adopts the peers that an earlier process had in use. No entry is removed before that.
     fn adopt(&mut self) -> Result<(), KernelError> {
         let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
             return Ok(());
         };
-        if self.adopted || self.demand.in_use().is_none() {
+        if self.has_adopted || self.demand.in_use().is_none() {
             return Ok(());
         }
         let actual = self.kernel.observe(&all.device.name, None)?;
         self.demand.adopt(actual.fdb.iter().map(|(mac, _)| *mac));
-        self.adopted = true;
+        self.has_adopted = true;
         self.choose_part();
         Ok(())
     }
 
-    fn tell_demand(&mut self) {
+    /// Reports the counters and the peers in use if they have changed.
+    fn report_demand(&mut self) {
         let Demand { answered, unknown, .. } = self.demand;
         let state = DemandState { answered, unknown, in_use: self.demand.in_use().cloned() };
-        // Questions about nobody may come in any number.
-        let only_unknown = DemandState { unknown, ..self.demand_told.clone() } == state;
-        if state == self.demand_told || only_unknown && self.demand_told_at.elapsed() < RETRY {
+        // Requests for unknown addresses may be very frequent.
+        let only_unknown = DemandState { unknown, ..self.reported_demand.clone() } == state;
+        if state == self.reported_demand
+            || only_unknown && self.demand_reported_at.elapsed() < RETRY_INTERVAL
+        {
             return;
         }
-        self.demand_told = state.clone();
-        self.demand_told_at = Instant::now();
+        self.reported_demand = state.clone();
+        self.demand_reported_at = Instant::now();
         (self.tell)(KernelEvent::Demand(state));
     }
 
-    /// Takes away what nobody needs any more.
-    fn age(&mut self) -> io::Result<()> {
+    /// Removes entries that are no longer used.
+    fn remove_idle(&mut self) -> io::Result<()> {
         if self.demand.in_use().is_none() {
             return Ok(());
         }
         let idle = self.kernel.idle_macs(self.config.idle_after)?;
         self.demand.remove_idle(idle.into_iter());
-        // Those that let a first packet go, and those that nobody could answer: a pod that tries all
+        // Removes neighbor entries for first packets and for unknown addresses: a pod that tries all
         // addresses must not fill the kernel's table.
         let passing: Vec<Op> =
             self.kernel.temporary_neighbors()?.into_iter().map(Op::RemoveNeighbor).collect();
         self.kernel.answer(&passing)?;
         self.choose_part();
-        self.tell_demand();
+        self.report_demand();
         Ok(())
     }
 
-    /// Before the tunnels: a new member is let in before it is spoken to. It does not wait for the whole
-    /// table to be read.
-    fn see_to_table(&mut self, verify: bool) {
+    /// Writes or verifies the nftables table. This happens before the tunnels are programmed, so that a
+    /// new member is admitted before packets are sent to it.
+    fn update_table(&mut self, verify: bool) {
         let Some(DesiredState { state: State::Overlay(_, firewall), .. }) = &self.desired_state
         else {
             return;
         };
         if verify {
             self.table_touched = false;
-            self.surroundings.verify_table(firewall);
+            self.host_checks.verify_table(firewall);
         } else {
-            self.surroundings.write_table(firewall);
+            self.host_checks.write_table(firewall);
         }
         self.touched.rules = false;
-        self.surroundings.keep_users_out(firewall);
-        self.worked = Some(Instant::now());
-        self.tell_host();
+        self.host_checks.block_users(firewall);
+        self.last_repair = Some(Instant::now());
+        self.report_host();
     }
 
-    fn look_around(&mut self) {
-        let Some(DesiredState { state: State::Overlay(desired, _), .. }) = &self.desired_state
-        else {
-            return;
-        };
-        let bridge = self.config.bridge_name(desired.device.vni);
-        self.surroundings.look(desired, &bridge, &self.underlay.present().name);
-        self.tell_host();
-        self.look_for_overlaps();
-        // An event may have been lost.
-        self.touched.underlay = true;
-    }
-
-    fn tell_host(&mut self) {
-        if let Some(state) = self.surroundings.news() {
-            (self.tell)(KernelEvent::Host(state));
-        }
-    }
-
-    fn work(&mut self) {
+    /// Makes the kernel equal to the desired state and reports the result.
+    fn reconcile(&mut self) {
         self.touched.ours = false;
-        let result = self.adopt().and_then(|()| self.bring_about());
+        let result = self.adopt().and_then(|()| self.program_kernel());
         let now = Instant::now();
-        self.worked = Some(now);
+        self.last_repair = Some(now);
         let Some(DesiredState { number, state }) = &self.desired_state else { return };
         let clean = result.as_ref().is_ok_and(|report| report.failed.is_empty());
         let routes = match state {
             State::Overlay(all, _) => self.part.as_ref().unwrap_or(all).tables.routes.len(),
             State::Nothing { .. } => 0,
         };
-        let pause = RECONCILE.mul_f64(routes as f64 / RECONCILED);
-        let pause = pause.clamp(RECONCILE, RECONCILE_MAX);
-        let next = now + if clean { pause } else { RETRY };
-        // Repairs that follow one another must not put off what is looked at by the clock alone.
+        let pause = RECONCILE_INTERVAL.mul_f64(routes as f64 / RECONCILE_ROUTES);
+        let pause = pause.clamp(RECONCILE_INTERVAL, RECONCILE_MAX_INTERVAL);
+        let next = now + if clean { pause } else { RETRY_INTERVAL };
+        // Consecutive repairs must not postpone the checks that only the timer starts.
         self.due = Some(self.due.filter(|due| *due > now).map_or(next, |due| due.min(next)));
-        // What follows from another part of the goal is nobody's doing.
+        // A change of the needed part is not a change by another program.
         let repair = self.reached && !std::mem::take(&mut self.part_is_new);
         self.touched.routing |= !self.reached;
         self.reached |= result.is_ok();
         let done = result.as_ref().ok().filter(|report| repair && !report.done.is_empty());
         if let Some(report) = done {
             let kinds: Vec<&str> = report.done.keys().copied().collect();
-            self.surroundings.repair_conflicts.note(
-                Kind::Entries,
-                &kinds.join(", "),
-                report.device,
-            );
+            self.host_checks.repair_conflicts.note(Kind::Entries, &kinds.join(", "), report.device);
         }
         (self.tell)(KernelEvent::Outcome(Outcome { number: *number, repair, result }));
-        self.tell_host();
+        self.report_host();
     }
 
-    fn bring_about(&mut self) -> Result<Report, KernelError> {
-        if let Err(error) = self.age() {
-            tracing::debug!(%error, "peers that are not used any more not found out");
+    /// Programs the kernel once.
+    fn program_kernel(&mut self) -> Result<Report, KernelError> {
+        if let Err(error) = self.remove_idle() {
+            tracing::debug!(%error, "unused peers not determined");
         }
         match &self.desired_state {
             Some(DesiredState { state: State::Overlay(all, _), .. }) => {
                 let report = self.kernel.reconcile(self.part.as_ref().unwrap_or(all))?;
-                // Without it only events tell of missing entries; on demand there would be none at all.
+                // Without requests for missing entries, only notifications reveal them; entries on
+                // demand would not work.
                 match self.kernel.request_misses() {
                     Err(error) if self.demand.in_use().is_some() => Err(error.into()),
                     _ => Ok(report),
                 }
             }
             Some(DesiredState { state: State::Nothing { device, pool }, .. }) => {
-                if let Err(error) = self.surroundings.remove(device) {
-                    tracing::error!(%error, "the table of nftables was not removed");
+                if let Err(error) = self.host_checks.remove(device) {
+                    tracing::error!(%error, "nftables table not removed");
                 }
                 if let Err(error) = self.next_hops.keep(&mut self.netlink, &BTreeSet::new()) {
-                    tracing::error!(%error, "neighbor entries of next hops were not given back");
+                    tracing::error!(%error, "neighbor entries of next hops not released");
                 }
                 self.kernel.remove(device, pool).map(|()| Report::default())
             }
@@ -472,7 +485,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let until = self.due.into_iter().chain(repairs).chain(self.underlay_due(now));
         let until = until.chain(self.overruns.due(now)).chain([self.auditor.due()]).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
-        let changes = [Some(self.kernel.changes()), self.surroundings.changes()];
+        let changes = [Some(self.kernel.changes()), self.host_checks.changes()];
         self.orders.sleeper.wait(changes.into_iter().flatten(), pause);
     }
 }

@@ -1,4 +1,4 @@
-//! Sockets by which segments of TCP are sent and seen as they are, whatever the kernel makes of them.
+//! Raw sockets that send and receive TCP segments independently of the kernel's TCP state.
 
 use std::{
     io,
@@ -9,7 +9,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::dataplane::forwarding::parse;
 
-/// Sends from an address, and is shown each segment that comes to it. Takes CAP_NET_RAW.
+/// Opens a nonblocking raw TCP socket bound to `address`. It sends from that address and receives a copy
+/// of each segment sent to it. Needs CAP_NET_RAW.
 pub(super) fn open(address: IpAddr) -> io::Result<Socket> {
     let at = SocketAddr::new(address, 0);
     let socket = Socket::new(Domain::for_address(at), Type::RAW, Some(Protocol::TCP))?;
@@ -18,8 +19,8 @@ pub(super) fn open(address: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// The segment in what such a socket with this address has received: with IPv4 it comes with the header
-/// before it.
+/// Returns the TCP segment in data received on a socket of [`open`] with this address. IPv4 raw sockets
+/// deliver the IP header as well; IPv6 ones do not.
 pub(super) fn segment(address: IpAddr, received: &[u8]) -> Option<&[u8]> {
     match address {
         IpAddr::V4(_) => parse(received).map(|(.., segment)| segment),

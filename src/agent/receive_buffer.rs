@@ -1,36 +1,36 @@
-//! Packets of gossip that this host has taken in and the agent has not read in time.
+//! Gossip packets that this host received but the agent did not read in time.
 
 use std::time::{Duration, Instant};
 
-use super::recent::Recent;
+use super::recent_loss::RecentLoss;
 use crate::transport::ReceiveBuffer;
 
-/// Between two looks.
-const LOOK: Duration = Duration::from_secs(10);
-/// Packets between two looks that are no problem: a burst on a busy host.
-const USUAL: u64 = 100;
-/// So many looks after the last loss it is told.
-const HOLD: u32 = 6;
+/// Time between two readings of the drop counter.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// Drops between two readings that are not a problem: a burst on a busy host.
+const TOLERATED_DROPS: u64 = 100;
+/// Number of readings for which a loss stays reported.
+const HOLD_READINGS: u32 = 6;
 
-/// What was seen of the socket's buffer over some looks.
+/// The state of the gossip socket's drop counter over several readings.
 #[derive(Debug, Default)]
-pub(super) struct Unread {
-    looked: Option<Instant>,
+pub(super) struct ReceiveDrops {
+    last_reading: Option<Instant>,
     dropped: u64,
-    /// Packets that were lost, where they were many.
-    recent: Recent,
+    /// Recent losses above [`TOLERATED_DROPS`].
+    recent: RecentLoss,
 }
 
-impl Unread {
-    /// Packets lost since the start.
+impl ReceiveDrops {
+    /// Returns the number of packets dropped since the start.
     pub(super) const fn dropped(&self) -> u64 {
         self.dropped
     }
 
-    /// Looks at the socket, if it is time to.
+    /// Reads the socket's drop counter if [`RECHECK_INTERVAL`] has passed.
     pub(super) fn look(&mut self, now: Instant, buffer: ReceiveBuffer) {
-        if self.looked.is_none_or(|at| now.duration_since(at) >= LOOK) {
-            self.looked = Some(now);
+        if self.last_reading.is_none_or(|at| now.duration_since(at) >= RECHECK_INTERVAL) {
+            self.last_reading = Some(now);
             self.count(buffer.dropped().unwrap_or_default());
         }
     }
@@ -38,13 +38,14 @@ impl Unread {
     fn count(&mut self, dropped: u64) {
         let new = dropped.saturating_sub(self.dropped);
         self.dropped = dropped;
-        self.recent.note((new > USUAL).then_some(new), HOLD);
+        self.recent.note((new > TOLERATED_DROPS).then_some(new), HOLD_READINGS);
     }
 
-    /// As a sentence with what helps.
+    /// Returns the problem with its remedy. `capped` is the buffer size in bytes if `net.core.rmem_max`
+    /// limited it.
     pub(super) fn problem(&self, port: u16, capped: Option<usize>) -> Option<String> {
         let count = self.recent.lost()?;
-        let (seconds, wanted) = (LOOK.as_secs(), ReceiveBuffer::wanted());
+        let (seconds, wanted) = (RECHECK_INTERVAL.as_secs(), ReceiveBuffer::wanted());
         let helps = match capped {
             Some(size) => format!(
                 "its buffer has {size} bytes: sysctl -w net.core.rmem_max={wanted}, and a file in \
@@ -64,19 +65,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_lost_packets_are_told_for_a_while_and_a_few_are_not() {
-        let mut unread = Unread::default();
-        unread.count(USUAL);
-        assert_eq!(unread.problem(8473, None), None);
-        unread.count(USUAL * 3);
-        let told = unread.problem(8473, Some(212_992)).expect("many");
+    fn many_drops_are_reported_for_hold_readings_and_few_are_not() {
+        let mut receive_drops = ReceiveDrops::default();
+        receive_drops.count(TOLERATED_DROPS);
+        assert_eq!(receive_drops.problem(8473, None), None);
+        receive_drops.count(TOLERATED_DROPS * 3);
+        let told = receive_drops.problem(8473, Some(212_992)).expect("many");
         assert!(told.contains("200 packets to UDP 8473") && told.contains("rmem_max"), "{told}");
-        assert!(unread.problem(8473, None).is_some_and(|told| !told.contains("rmem_max")));
-        for _ in 0..HOLD {
-            unread.count(USUAL * 3);
-            assert!(unread.problem(8473, None).is_some());
+        assert!(receive_drops.problem(8473, None).is_some_and(|told| !told.contains("rmem_max")));
+        for _ in 0..HOLD_READINGS {
+            receive_drops.count(TOLERATED_DROPS * 3);
+            assert!(receive_drops.problem(8473, None).is_some());
         }
-        unread.count(USUAL * 3);
-        assert_eq!((unread.problem(8473, None), unread.dropped()), (None, USUAL * 3));
+        receive_drops.count(TOLERATED_DROPS * 3);
+        assert_eq!(
+            (receive_drops.problem(8473, None), receive_drops.dropped()),
+            (None, TOLERATED_DROPS * 3)
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! Showing the kernel's tables beside what they should be.
+//! Shows the kernel's entries next to the desired ones.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl Agent {
-    /// The kernel's own thread reads it, between two pieces of its work.
+    /// Sends the comparison to `reply`. The kernel thread reads the tables between two of its tasks.
     pub(super) fn show_routes(&self, reply: Sender<Result<Vec<KernelEntry>, String>>) {
         let mut names: BTreeMap<Key, String> = BTreeMap::new();
         for (node, peer) in self.kernel.wanted.iter().flat_map(|view| &view.peers) {
@@ -22,7 +22,7 @@ impl Agent {
                 names.insert(Key::Neighbor(subnet.network()), name.to_owned());
             }
         }
-        self.programmer.look(move |tables: Result<Tables, String>| {
+        self.programmer.read_tables(move |tables: Result<Tables, String>| {
             let _ = reply.send(tables.map(|(wanted, actual)| {
                 let entries = compare(&wanted, &actual);
                 entries.into_iter().map(|(key, entry)| row(key, entry, &names)).collect()

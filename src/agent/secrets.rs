@@ -1,7 +1,8 @@
-//! Changing the cluster's secret while everybody goes on talking.
+//! Rotation of the cluster's secret without interrupting communication.
 //!
-//! The operator asks one agent, which asks all others: whether they are ready for the step, then to do it.
-//! A step for which somebody is not ready is refused, and named; nothing has happened then.
+//! The operator requests a step from one agent, which first queries whether all members are ready for it
+//! and then requests the step from them. If a member is not ready, the step is refused with the member's
+//! name, and nothing changes.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -19,30 +20,30 @@ use crate::{
 
 type Reply = Sender<Result<Value, String>>;
 
-/// What the mode with subnets from outside has to say.
-const ASSIGNED: &str = "with lease_source = \"podcidr\" the cluster's id follows from its secret: change \
-                        it where all agents get it from, and restart them together";
+/// Refusal of secret changes with subnets assigned from outside.
+const REFUSED_WITH_POD_CIDR: &str = "with lease_source = \"podcidr\" the cluster's id follows \
+                        from its secret: change it where all agents get it from, and restart them together";
 
-/// Seeds that are saved: those that were given, then members.
+/// Maximum number of saved seeds: configured seeds first, then members.
 const MAX_SAVED_SEEDS: usize = 8;
 
-/// Steps that wait for the disk; more are refused.
+/// Maximum number of steps that wait for the disk.
 const MAX_STEPS: usize = 64;
 
-/// What follows a step.
+/// Runs after a step.
 type Then = Box<dyn FnOnce(&mut Agent, Result<(), String>) + Send>;
 
-/// Steps with secrets that are not on disk yet, in the order in which they came.
+/// Changes of the keyring that are not on disk yet, in order of arrival.
 #[derive(Default)]
 pub(super) struct Steps {
     queue: VecDeque<(SecretOrder, Then)>,
-    /// The one that is being written, and the secrets after it.
+    /// The step that is being written, and the keyring after it.
     written: Option<(Keyring, SecretOrder, Then)>,
 }
 
 impl Agent {
-    /// A restart needs no `--token` and no `--join` once the node is in the cluster, not even if its
-    /// database is lost.
+    /// Saves the token, so that a restart of a node in the cluster needs neither `--token` nor `--join`,
+    /// even if the database is lost.
     pub(super) fn save_token(&mut self) {
         let mut seeds = self.config.seeds.clone();
         seeds.extend(self.node.member_addresses().map(|address| address.to_string()));
@@ -59,56 +60,61 @@ impl Agent {
         self.saved_token = token;
     }
 
+    /// Returns the token of the cluster with these seeds; `None` outside a cluster.
     pub(super) fn token(&self, seeds: Vec<String>) -> Option<Token> {
         let cluster = self.node.cluster()?.id;
         Some(Token { cluster, secret: self.keyring.in_use().clone(), seeds })
     }
 
-    /// An operator's step, on all members.
+    /// Carries out an operator's step on all members.
     pub(super) fn change_secret(&mut self, step: SecretStep, force: bool, reply: Reply) {
         if self.config.pod_cidr.is_some() {
-            return drop(reply.send(Err(ASSIGNED.to_owned())));
+            return drop(reply.send(Err(REFUSED_WITH_POD_CIDR.to_owned())));
         }
         let members: Vec<NodeId> = self.node.peers().collect();
         match step {
-            SecretStep::List => self.tell_secrets(Vec::new(), reply),
+            SecretStep::List => self.list_secrets(Vec::new(), reply),
             SecretStep::Add(secret) => {
-                // Without a new one: whoever lacks one of those there are is given it.
+                // Without a new secret, every member receives the secrets that this node accepts.
                 let all = self.keyring.accepted();
                 let orders = secret.map_or_else(|| all.to_vec(), |secret| vec![secret]);
                 let orders: Vec<SecretOrder> = orders.into_iter().map(SecretOrder::Add).collect();
-                self.give(members, orders, Vec::new(), reply);
+                self.send_orders(members, orders, Vec::new(), reply);
             }
             SecretStep::Use(id) => {
                 if !self.keyring.accepts(id) {
-                    let why = format!("secret {id} is not known here: see `gossamer secret list`");
+                    let why =
+                        format!("secret {id} is unknown on this node: see `gossamer secret list`");
                     return drop(reply.send(Err(why)));
                 }
                 let ready = move |report: &Report| report.secrets.contains(&id);
-                let lack = format!("have not got secret {id} (run `gossamer secret add` again)");
-                self.when_ready(members, ready, lack, force, SecretOrder::Use(id), reply);
+                let lack = format!("do not have secret {id} (run `gossamer secret add` again)");
+                self.send_if_ready(members, ready, lack, force, SecretOrder::Use(id), reply);
             }
             SecretStep::Drop(id) => {
                 if self.keyring.in_use().id() == id {
-                    let why = format!("secret {id} is in use: use another one first");
+                    let why = format!("secret {id} is in use: switch to another one first");
                     return drop(reply.send(Err(why)));
                 }
                 let ready = move |report: &Report| report.secrets.first() != Some(&id);
                 let lack = format!("still use secret {id} (run `gossamer secret use` again)");
-                self.when_ready(members, ready, lack, force, SecretOrder::Drop(id), reply);
+                self.send_if_ready(members, ready, lack, force, SecretOrder::Drop(id), reply);
             }
         }
     }
 
-    /// Somebody else's operator.
-    pub(super) fn on_inquired(&mut self, reply: ReplyId, from: NodeId, inquiry: Inquiry) {
+    /// Answers a query of another member's agent.
+    pub(super) fn on_inquiry(&mut self, reply: ReplyId, from: NodeId, inquiry: Inquiry) {
         let refused = match inquiry {
             Inquiry::Report => None,
-            Inquiry::Arrivals(round) => return self.far.testify(reply, from, round),
-            Inquiry::Secret(_) if self.config.pod_cidr.is_some() => Some(ASSIGNED.to_owned()),
+            Inquiry::Arrivals(round) => return self.remote_pods.testify(reply, from, round),
+            Inquiry::Secret(_) if self.config.pod_cidr.is_some() => {
+                Some(REFUSED_WITH_POD_CIDR.to_owned())
+            }
             Inquiry::Secret(order) => {
-                return self
-                    .obey(order, move |agent, done| agent.answer_inquiry(reply, done.err()));
+                return self.apply_order(order, move |agent, done| {
+                    agent.answer_inquiry(reply, done.err())
+                });
             }
         };
         self.answer_inquiry(reply, refused);
@@ -120,8 +126,8 @@ impl Agent {
         self.node.report(reply, report);
     }
 
-    /// Sends a step to all, if all are ready for it.
-    fn when_ready(
+    /// Sends a step to all members if all are ready for it.
+    fn send_if_ready(
         &mut self,
         members: Vec<NodeId>,
         ready: impl Fn(&Report) -> bool + Send + 'static,
@@ -144,8 +150,8 @@ impl Agent {
             }
             if !silent.is_empty() {
                 why.push(format!(
-                    "{silent} did not answer (a member that misses this gets in again with a new token; \
-                     --force goes on without it)"
+                    "{silent} did not answer (a member that misses this step needs a new token to reconnect; \
+                     --force continues without it)"
                 ));
             }
             if !why.is_empty() && !force {
@@ -153,30 +159,31 @@ impl Agent {
                     reply.send(Err(format!("not all members are ready: {}", why.join("; ")))),
                 );
             }
-            agent.give(all, vec![order], Vec::new(), reply);
+            agent.send_orders(all, vec![order], Vec::new(), reply);
         };
         self.survey(members, Inquiry::Report, then);
     }
 
-    /// Sends steps to all, one after the other, does them here, and tells how it is then.
-    fn give(
+    /// Sends the steps to all members one after the other, carries them out here, and answers with the
+    /// result.
+    fn send_orders(
         &mut self,
         members: Vec<NodeId>,
         mut orders: Vec<SecretOrder>,
         refused: Vec<String>,
         reply: Reply,
     ) {
-        let Some(order) = orders.pop() else { return self.tell_secrets(refused, reply) };
+        let Some(order) = orders.pop() else { return self.list_secrets(refused, reply) };
         if !matches!(order, SecretOrder::Add(_)) {
-            return self.give_one(members, order, orders, refused, reply);
+            return self.send_order(members, order, orders, refused, reply);
         }
-        self.obey(order.clone(), move |agent, done| match done {
-            Ok(()) => agent.give_one(members, order, orders, refused, reply),
+        self.apply_order(order.clone(), move |agent, done| match done {
+            Ok(()) => agent.send_order(members, order, orders, refused, reply),
             Err(why) => drop(reply.send(Err(why))),
         });
     }
 
-    fn give_one(
+    fn send_order(
         &mut self,
         members: Vec<NodeId>,
         order: SecretOrder,
@@ -191,29 +198,30 @@ impl Agent {
                 let why = report.as_ref()?.refused.as_ref()?;
                 Some(format!("{}: {why}", agent.node.name_of(*node)))
             }));
-            // Those who were asked are ahead: whoever carries out a step last can still be understood by all.
-            agent.obey(order, move |agent, done| match done {
-                Ok(()) => agent.give(all, orders, refused, reply),
+            // This node carries out the step after the members: until the last node has done so, all
+            // nodes still understand each other.
+            agent.apply_order(order, move |agent, done| match done {
+                Ok(()) => agent.send_orders(all, orders, refused, reply),
                 Err(why) => drop(reply.send(Err(why))),
             });
         });
     }
 
-    /// Carries out a step here, after those that came before: on disk first, then on the network.
-    pub(super) fn obey(
+    /// Carries out a step on this node after all earlier ones: on disk first, then on the network.
+    pub(super) fn apply_order(
         &mut self,
         order: SecretOrder,
         then: impl FnOnce(&mut Self, Result<(), String>) + Send + 'static,
     ) {
         if self.steps.queue.len() >= MAX_STEPS {
-            let why = "the disk has not taken earlier steps with secrets yet".to_owned();
+            let why = "earlier changes of secrets are not on disk yet".to_owned();
             return then(self, Err(why));
         }
         self.steps.queue.push_back((order, Box::new(then)));
-        self.next_step();
+        self.run_next_step();
     }
 
-    fn next_step(&mut self) {
+    fn run_next_step(&mut self) {
         while self.steps.written.is_none()
             && let Some((order, then)) = self.steps.queue.pop_front()
         {
@@ -229,12 +237,12 @@ impl Agent {
         }
     }
 
-    /// The secrets of the step that waits are on disk, or cannot be.
+    /// Handles the result of writing the pending keyring. `kept` contains the seed of the node's key.
     pub(super) fn on_secrets_saved(&mut self, kept: Result<[u8; 32], String>) {
         let Some((keyring, order, then)) = self.steps.written.take() else { return };
         let done = kept.and_then(|seed| self.use_keyring(keyring, &order, seed));
         then(self, done);
-        self.next_step();
+        self.run_next_step();
     }
 
     fn use_keyring(
@@ -250,9 +258,9 @@ impl Agent {
         self.keyring = keyring;
         self.save_token();
         let (id, what) = match order {
-            SecretOrder::Add(secret) => (secret.id(), "is accepted too"),
+            SecretOrder::Add(secret) => (secret.id(), "is accepted"),
             SecretOrder::Use(id) => (*id, "is in use"),
-            SecretOrder::Drop(id) => (*id, "is not accepted any more"),
+            SecretOrder::Drop(id) => (*id, "is no longer accepted"),
         };
         let text = format!("secret {id} {what}");
         tracing::info!("{text}");
@@ -260,13 +268,13 @@ impl Agent {
         Ok(())
     }
 
-    /// Who accepts and who uses which.
-    fn tell_secrets(&mut self, refused: Vec<String>, reply: Reply) {
+    /// Sends which members accept and use which secrets.
+    fn list_secrets(&mut self, refused: Vec<String>, reply: Reply) {
         let members = self.node.peers().collect();
         self.survey(members, Inquiry::Report, move |agent, mut found| {
             found.insert(agent.node.id(), Some(agent.own_report()));
             let name = |node: &NodeId| agent.node.name_of(*node).to_owned();
-            let who = |which: &dyn Fn(&Report) -> bool| -> Vec<String> {
+            let members_where = |which: &dyn Fn(&Report) -> bool| -> Vec<String> {
                 let fits = found.iter().filter(|(_, r)| r.as_ref().is_some_and(which));
                 fits.map(|(node, _)| name(node)).collect()
             };
@@ -277,9 +285,9 @@ impl Agent {
             let secret = |id: &SecretId| {
                 json!({
                     "secret": id.to_string(),
-                    "used_by": who(&|report| report.secrets.first() == Some(id)),
-                    "accepted_by": who(&|report| report.secrets.contains(id)),
-                    "lacked_by": who(&|report| !report.secrets.contains(id)),
+                    "used_by": members_where(&|report| report.secrets.first() == Some(id)),
+                    "accepted_by": members_where(&|report| report.secrets.contains(id)),
+                    "lacked_by": members_where(&|report| !report.secrets.contains(id)),
                 })
             };
             let silent: Vec<String> =

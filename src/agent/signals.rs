@@ -1,5 +1,5 @@
-//! The signals that an agent follows. They are caught from its first step on: the first process of a
-//! container has no other handling of them.
+//! The signals that the agent handles. Handlers are installed first: for the first process of a
+//! container, the kernel ignores signals without a handler.
 
 use std::{io, process, thread, time::Duration};
 
@@ -7,18 +7,24 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::api::block_on;
 
-/// An agent that has been told to end has ended after so long, whatever hangs.
+/// The agent ends this long after the first signal, even if something hangs.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Streams of the handled signals.
 pub(super) struct Signals {
+    /// SIGTERM: ends the agent.
     pub(super) terminate: Signal,
+    /// SIGINT: ends the agent.
     pub(super) interrupt: Signal,
+    /// SIGHUP: re-reads settings.
     pub(super) hangup: Signal,
 }
 
 impl Signals {
+    /// Installs the handlers.
+    ///
     /// # Errors
-    /// A handler cannot be installed.
+    /// Fails if a handler cannot be installed.
     pub(super) fn catch() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
@@ -27,7 +33,7 @@ impl Signals {
         })
     }
 
-    /// Returns when the agent is to end.
+    /// Returns at the next SIGTERM or SIGINT.
     pub(super) async fn end(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
@@ -36,11 +42,11 @@ impl Signals {
     }
 }
 
-/// Ends this process where the agent does not: [`TIMEOUT`] after the first signal to end, and at once at the
-/// second. It has a thread of its own, so it does not depend on anything that may hang.
+/// Ends this process if the agent does not end itself: [`TIMEOUT`] after the first SIGTERM or SIGINT,
+/// and immediately at the second. Runs in its own thread, so it depends on nothing that may hang.
 ///
 /// # Errors
-/// The system gives no thread.
+/// Fails if the thread cannot be created.
 pub fn guard() -> io::Result<()> {
     let watch = || {
         let waited = block_on(async {
@@ -50,13 +56,13 @@ pub fn guard() -> io::Result<()> {
             io::Result::Ok(is_again)
         });
         match waited {
-            Ok(Ok(true)) => tracing::error!("told to end a second time: ending at once"),
+            Ok(Ok(true)) => tracing::error!("second signal received, exiting immediately"),
             Ok(Ok(false)) => tracing::error!(
-                patience = ?TIMEOUT,
-                "something hangs (a disk, the kernel, a runtime): ending without waiting for it"
+                timeout = ?TIMEOUT,
+                "shutdown timed out (disk, kernel or runtime hangs), exiting"
             ),
             Ok(Err(error)) | Err(error) => {
-                tracing::error!(%error, "signals are not watched: ending may take long");
+                tracing::error!(%error, "signals not watched, shutdown may take long");
                 return;
             }
         }

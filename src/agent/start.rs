@@ -1,5 +1,5 @@
-//! From a configuration to a running agent, in an order that leaves nothing half done: what can be
-//! refused is checked before anything is written, and what is written first is removed on refusal.
+//! Startup, from the configuration to a running agent. Everything that may be refused is checked before
+//! anything is written; what is written earlier is removed on refusal.
 
 use std::{
     io,
@@ -12,16 +12,17 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Archive, Arrivals, Clock, Ending, Gate, Isolation, Journal, KernelState, LoopEvent,
-    PodCidrSource, PodState, Prober, Programmer, Reread, Service, Signals, Surveys, Unread, Wirer,
+    Agent, Archive, Arrivals, AttachWorker, Clock, Ending, Gate, Isolation, Journal, KernelState,
+    LoopEvent, PodCidrSource, PodState, Prober, Programmer, ReceiveDrops, Service, SettingsReader,
+    Signals, Surveys,
+    attach_worker::Job,
     host_view::{self, HostView},
     kubernetes,
     listeners::Listeners,
-    recall::{self, Memory, Recalled},
+    memory::{self, Memory, StoredRecords},
     secrets::Steps,
+    startup_wait::StartupWait,
     threads, underlay,
-    waiting::Waiting,
-    wirer::Job,
 };
 use crate::{
     api,
@@ -36,71 +37,93 @@ use crate::{
     wire::{Key, Keyring, Record, Secret, Token, TokenError},
 };
 
+/// Length of a new secret in bytes.
 const SECRET_LEN: usize = 32;
 
-/// Why an agent did not start. Each is one sentence with the cause and the fix.
+/// The reason why an agent did not start: one sentence with the cause and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum StartFailure {
+    /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The state directory or the database cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// No interface can carry tunnels.
     #[error(transparent)]
     Underlay(#[from] underlay::UnderlayError),
+    /// A kernel request failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The gossip port cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The core refused the configuration or the records.
     #[error(transparent)]
     Node(#[from] StartError),
+    /// The TLS credentials cannot be made.
     #[error(transparent)]
     Credentials(#[from] CredentialError),
+    /// The token or secret is invalid.
     #[error(transparent)]
     Secret(#[from] TokenError),
+    /// The node is to join a cluster without a token.
     #[error("join: a token is needed: pass --token-file with the output of `gossamer token`")]
     NoToken,
+    /// A cluster is to be created with the token of an existing one.
     #[error(
         "init: the token is of cluster {0}, which exists: enter it with --join, \
          or use a token made by `gossamer token --new`"
     )]
     TokenOfACluster(ClusterId),
+    /// The database of a member is lost, and no seed is known.
     #[error(
         "state_dir: this host is in cluster {0}, but its database is lost and no other member is known: \
          name one with --join, or remove the state directory to restart"
     )]
     LostDatabase(ClusterId),
+    /// The listening address does not receive packets to the underlay address.
     #[error(
         "listen: {listen} does not receive what is sent to the underlay address {underlay}: \
          leave it out, or set --advertise or --iface"
     )]
     Listen { listen: SocketAddr, underlay: IpAddr },
+    /// The podCIDR of this node cannot be determined.
     #[error("pod_cidr: {0}")]
     PodCidr(String),
+    /// The HTTP server cannot listen.
     #[error("http: {address}: {error}: choose another address, or leave it out")]
     Http { address: SocketAddr, error: io::Error },
+    /// The control socket cannot be opened.
     #[error(transparent)]
     Socket(#[from] api::SocketError),
-    #[error("the system gives no random bytes: {0}")]
+    /// The system's random number generator failed.
+    #[error("the system's random number generator failed: {0}")]
     Random(#[from] getrandom::Error),
+    /// A system call failed.
     #[error("{0}")]
     Io(#[from] io::Error),
 }
 
-/// Runs an agent until it ends. Must be called within a tokio runtime of its own, which takes the sockets
-/// along when it is dropped. After [`Ending::Restart`] and
-/// [`Ending::Reassigned`] it is to be called again. `plugin` is the socket of Docker's plugin, if the service
-/// manager has opened it. `reread` is called at SIGHUP.
+/// Runs an agent until it ends. Must be called within its own tokio runtime, which closes the sockets
+/// when it is dropped. Must be called again after [`Ending::Restart`] and [`Ending::Reassigned`].
+///
+/// `plugin` is the socket of Docker's plugin, if the service manager has opened it. `read_settings` is called
+/// at SIGHUP.
+///
+/// # Errors
+/// Fails if the agent cannot start.
 pub async fn run(
     config: Config,
     plugin: Option<net::UnixListener>,
-    reread: &Reread,
+    read_settings: &SettingsReader,
 ) -> Result<Ending, StartFailure> {
     let mut signals = Signals::catch()?;
     let (sender, mut threads) = mpsc::unbounded_channel();
     let listeners = Listeners::open(&config, plugin, &sender)?;
     let mut waiting =
-        Waiting::new(config.name.clone(), listeners.problems(), &mut signals, &mut threads);
-    let Some(memory) = recall::memory(&config, &mut waiting).await? else {
+        StartupWait::new(config.name.clone(), listeners.problems(), &mut signals, &mut threads);
+    let Some(memory) = memory::load(&config, &mut waiting).await? else {
         return Ok(Ending::Stopped);
     };
     let (state, fresh) = (memory.state.clone(), memory.is_fresh);
@@ -108,7 +131,7 @@ pub async fn run(
         Ok(None) => Ok(Ending::Stopped),
         Ok(Some(Prepared { agent, network, heard })) => {
             let arrivals = Arrivals { threads, network, icmp: heard };
-            let ending = agent.run(signals, arrivals, reread, &listeners).await;
+            let ending = agent.run(signals, arrivals, read_settings, &listeners).await;
             if ending == Ending::Restart {
                 state.new_identity(&random()?)?;
             }
@@ -123,31 +146,31 @@ pub async fn run(
     }
 }
 
-/// An agent whose loop can begin, and where its news comes from.
+/// An agent that is ready for its loop, and the receivers of its events.
 struct Prepared {
     agent: Agent,
     network: mpsc::Receiver<Event>,
     heard: mpsc::Receiver<IcmpEvent>,
 }
 
-/// Gives none if a signal ends the agent before it is ready.
+/// Prepares the agent. Returns `None` if a signal ends it before it is ready.
 async fn prepare(
     mut config: Config,
     memory: Memory,
-    mut waiting: Waiting<'_>,
+    mut waiting: StartupWait<'_>,
     sender: mpsc::UnboundedSender<LoopEvent>,
 ) -> Result<Option<Prepared>, StartFailure> {
     waiting.identify(memory.key.id());
     let Memory { state, key, is_fresh: fresh, saved, keyring: kept, .. } = memory;
-    let Recalled { database, records, is_new } = memory.recalled;
-    let given_seeds = config.seeds.clone();
+    let StoredRecords { database, records, is_new } = memory.stored;
+    let configured_seeds = config.seeds.clone();
     let known_cluster = records.iter().find_map(|(_, record)| match record {
         Record::Cluster(cluster) => Some(*cluster),
         _ => None,
     });
     let is_assigned = config.pod_cidr.is_some();
     if !is_assigned {
-        remember(&mut config, saved.as_ref(), known_cluster.is_some())?;
+        complete_config(&mut config, saved.as_ref(), known_cluster.is_some())?;
     } else if config.seeds.is_empty() {
         config.seeds.extend(saved.iter().flat_map(|token| token.seeds.clone()));
     }
@@ -162,7 +185,7 @@ async fn prepare(
         None => return Err(StartFailure::NoToken),
     };
     if token.is_none() {
-        // Of a cluster that is created now: the secret is on disk before the database can be.
+        // A cluster is being created: the secret must be on disk before the database.
         let seeds = Vec::new();
         state.save_token(&Token { cluster: ClusterId::UNKNOWN, secret: secret.clone(), seeds })?;
     }
@@ -172,7 +195,7 @@ async fn prepare(
     {
         tracing::warn!(
             secret = %given.secret.id(),
-            "the token of the configuration has a secret that the cluster has done with: replace it \
+            "the configured token has a secret that the cluster no longer uses: replace it \
              (gossamer token)"
         );
     }
@@ -197,12 +220,12 @@ async fn prepare(
     let chosen = match underlay::choose(&mut Netlink::open()?, &config, peers) {
         Ok(chosen) => chosen,
         Err(error @ underlay::UnderlayError::Mtu { .. }) => return Err(error.into()),
-        Err(error) => match remembered_underlay(memory.underlay, &records, key.id()) {
+        Err(error) => match saved_underlay(memory.underlay, &records, key.id()) {
             Some(chosen) => {
-                tracing::warn!(%error, "this node starts without an underlay");
+                tracing::warn!(%error, "starting without an underlay");
                 chosen
             }
-            None => match waiting.for_underlay(&config).await? {
+            None => match waiting.wait_for_underlay(&config).await? {
                 Some(found) => found,
                 None => return Ok(None),
             },
@@ -224,13 +247,13 @@ async fn prepare(
             .map(|s| s.pool),
         bridge: &bridge,
     };
-    let Some(view) = waiting.for_kernel(|| host_view::inspect(&plan)).await? else {
+    let Some(view) = waiting.retry_kernel(|| host_view::inspect(&plan)).await? else {
         return Ok(None);
     };
     let HostView { kernel, foreign, pods: found, macs } = view;
     let listen = listen_address(&config, chosen.local)?;
     let credentials = Credentials::new(keyring.accepted(), &key)?;
-    let bound = waiting.for_port(|| Transport::bind(listen, &credentials)).await?;
+    let bound = waiting.bind_port(|| Transport::bind(listen, &credentials)).await?;
     let Some((transport, network)) = bound else { return Ok(None) };
     let closed = waiting.closed();
     let (waiters, early) = waiting.into_questions();
@@ -238,14 +261,15 @@ async fn prepare(
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let mut pods = PodState::from_records(&records, memory.is_same_boot, &found);
     if known_cluster.is_none() || is_new || !memory.is_same_boot {
-        // Pods outlive the state directory and the database. One whose record is gone from a database that is
-        // whole was disconnected: its veth pair is swept away.
+        // Pods outlive the state directory and the database. If the database is complete, a pod without
+        // a record was disconnected, and its veth pair is removed.
         pods.adopt(found);
     }
     pods.early_requests = early;
     let fresh = fresh && pods.table.is_empty();
     pods.table.learn_macs(&macs);
-    // Bridges hold this host's containers, and pods that run keep their addresses, and so their subnet.
+    // Networks of bridges belong to this host's containers. Running pods keep their addresses, and so
+    // their subnet.
     let pool = known_cluster.map(|cluster| cluster.settings.pool);
     let addresses: Vec<IpAddr> = pods.table.iter().flat_map(|pod| pod.addresses.iter()).collect();
     let occupied = foreign.into_iter().filter(|found| {
@@ -283,7 +307,7 @@ async fn prepare(
     );
 
     if is_new {
-        // Once the loop runs it writes all that is known.
+        // The running loop then writes all known records.
         let _ = sender.send(LoopEvent::Disk(WriteEvent::Emptied));
     }
     let report = sender.clone();
@@ -295,17 +319,17 @@ async fn prepare(
         let _ = report.send(LoopEvent::Kernel(told));
     })?;
     let forwarder = threads::start_forwarder(sender.clone())?;
-    let far = threads::start_far(sender.clone())?;
+    let remote_pods = threads::start_remote_pods(sender.clone())?;
     let answer_check = threads::start_answer_check(sender.clone())?;
     let silence_diagnosis = threads::start_silence_diagnosis(sender.clone())?;
     let report = sender.clone();
-    let wirer = Wirer::start(move |wired| {
+    let attach_worker = AttachWorker::start(move |wired| {
         let _ = report.send(LoopEvent::Pods(wired));
     })?;
     pods.save_initial(&writer);
     if known_cluster.is_some() {
-        // All pods that are there are known, so the others are of nobody.
-        wirer.ask(Job::Sweep { bridge, keep: pods.links() });
+        // All existing pods are known, so other veth pairs belong to no pod.
+        attach_worker.ask(Job::Sweep { bridge, keep: pods.links() });
     }
     let report = sender.clone();
     let archive = Archive::start(state.clone(), move |event| {
@@ -327,18 +351,18 @@ async fn prepare(
         gate: Gate::default(),
         programmer,
         forwarder,
-        far,
+        remote_pods,
         answer_check,
         silence_diagnosis,
         kernel: KernelState::default(),
         prober,
         isolation,
-        unread: Unread::default(),
+        receive_drops: ReceiveDrops::default(),
         pods,
-        wirer,
+        attach_worker,
         underlay: chosen,
         config,
-        given_seeds,
+        configured_seeds,
         archive,
         state,
         saved_token: token.filter(|_| known_cluster.is_some()),
@@ -365,8 +389,8 @@ async fn prepare(
     Ok(Some(Prepared { agent, network, heard }))
 }
 
-/// The end of the underlay that a member had when its host last had a network; none for a new node.
-fn remembered_underlay(
+/// Returns the underlay that a known member had when its host last had a network; `None` for a new node.
+fn saved_underlay(
     saved: Option<(IpAddr, u32)>,
     records: &[(Key, Record)],
     me: NodeId,
@@ -380,8 +404,8 @@ fn remembered_underlay(
     local.map(|local| underlay::ChosenUnderlay::remembered(local, mtu))
 }
 
-/// The cluster of nodes whose subnets are given from outside has no creator who could make up an id: it
-/// follows from what all of them know. Nodes with other settings are in another cluster, and hear so.
+/// Derives the id of a cluster whose subnets are assigned from outside. Such a cluster has no creator
+/// that could draw an id. Nodes with other settings compute another id, and are refused with the reason.
 fn common_id(secret: &Secret, settings: ClusterSettings) -> ClusterId {
     let record = Record::Cluster(ClusterRecord { id: ClusterId::UNKNOWN, settings }).encode();
     let mut hash = Sha256::new();
@@ -392,27 +416,31 @@ fn common_id(secret: &Secret, settings: ClusterSettings) -> ClusterId {
     ClusterId::from_bytes(std::array::from_fn(|i| hash[i]))
 }
 
-/// Where gossip listens; peers must be able to reach it at the underlay address.
+/// Returns the address on which gossip listens. Peers must be able to reach it at the underlay address.
 fn listen_address(config: &Config, underlay: IpAddr) -> Result<SocketAddr, StartFailure> {
     match config.listen {
         None if underlay.is_ipv4() => Ok((Ipv4Addr::UNSPECIFIED, config.port).into()),
         None => Ok((Ipv6Addr::UNSPECIFIED, config.port).into()),
-        Some(listen) if config.advertise.is_none() && !receives(listen, underlay) => {
+        Some(listen) if config.advertise.is_none() && !is_reached_by(listen, underlay) => {
             Err(StartFailure::Listen { listen, underlay })
         }
         Some(listen) => Ok(listen),
     }
 }
 
-/// Whether what is sent to this host's underlay address comes in there.
-fn receives(listen: SocketAddr, underlay: IpAddr) -> bool {
+/// Returns whether packets to this host's underlay address arrive at this listening address.
+fn is_reached_by(listen: SocketAddr, underlay: IpAddr) -> bool {
     let families = listen.is_ipv6() || underlay.is_ipv4();
     families && (!listen.ip().is_loopback() || underlay.is_loopback())
 }
 
-/// Fills in what the last run knew. A host that was in a cluster never creates another one, not even when
-/// its database is gone: it finds the old one again.
-fn remember(
+/// Completes the configuration from the last run. A host that was in a cluster never creates another
+/// one, even if its database is gone: it finds the cluster again.
+///
+/// # Errors
+/// Fails if the configuration contradicts the saved token, or no seed is known although the database is
+/// lost.
+fn complete_config(
     config: &mut Config,
     saved: Option<&Token>,
     knows_cluster: bool,
@@ -436,7 +464,10 @@ fn remember(
     Ok(())
 }
 
-/// Bytes from the operating system's generator.
+/// Returns bytes of the operating system's random number generator.
+///
+/// # Errors
+/// Fails if the generator fails.
 pub fn random<const N: usize>() -> Result<[u8; N], getrandom::Error> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes)?;

@@ -1,4 +1,4 @@
-//! Filling in the status: what the core says, and the shell's part: kernel, disk, connections.
+//! Builds the status from the core's part and the agent's: kernel, disk, connections.
 
 use std::{
     collections::BTreeSet,
@@ -16,19 +16,23 @@ use crate::{
     wire::visible,
 };
 
-/// Who waits for convergence; more are answered at once.
+/// Maximum number of requests that wait for convergence; further ones are answered immediately.
 const MAX_WAITERS: usize = 64;
 /// A disk that has not answered for longer is a problem.
-pub(super) const DISK_PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const DISK_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Wants to hear once this node has converged with so many members, or when the time is over.
+/// A request that waits until this node has converged with a number of members, or until a deadline.
 pub(super) struct Waiter {
+    /// Number of live members required, including this one.
     pub(super) members: usize,
+    /// When to answer regardless of convergence.
     pub(super) deadline: Instant,
+    /// Receives the status.
     pub(super) reply: oneshot::Sender<AgentStatus>,
 }
 
 impl Agent {
+    /// Stores a request that waits for convergence.
     pub(super) fn add_waiter(&mut self, waiter: Waiter) {
         if self.waiters.len() < MAX_WAITERS {
             self.waiters.push(waiter);
@@ -37,10 +41,11 @@ impl Agent {
         }
     }
 
+    /// Answers requests whose condition is met or whose deadline has passed.
     pub(super) fn serve_waiters(&mut self) {
         self.waiters.retain(|waiter| !waiter.reply.is_closed());
         let now = Instant::now();
-        // The status of a large cluster is long: it is made only where it may be an answer.
+        // The status of a large cluster is long, so it is built only if it may be an answer.
         let (is_converged, active) = (self.is_converged(), self.node.active_count());
         let may_be_served =
             |waiter: &Waiter| is_converged && active >= waiter.members || waiter.deadline <= now;
@@ -58,6 +63,7 @@ impl Agent {
         }
     }
 
+    /// Reports to the service manager if it is time to.
     pub(super) fn report_to_service(&mut self, now: Instant) {
         if !self.service.is_due(now) {
             return;
@@ -69,6 +75,7 @@ impl Agent {
         self.service.report(now, format!("{subnet}, {alive} of {all} members alive{problem}"));
     }
 
+    /// Returns the status.
     pub(super) fn status(&self) -> AgentStatus {
         let mut node = self.node.status();
         node.problems = self.problems();
@@ -94,7 +101,8 @@ impl Agent {
                 misses_answered: kernel.demand.answered,
                 misses_unknown: kernel.demand.unknown,
                 routing: kernel.routing.status.clone(),
-                forwarding: self.far_added_to(kernel.answers.added_to(&kernel.forwarding.status)),
+                forwarding: self
+                    .add_remote_pods_status(kernel.answers.added_to(&kernel.forwarding.status)),
             },
             paths: self.path_statuses(),
             pods: self.pods.table.iter().filter(|pod| self.is_present(pod)).count(),
@@ -102,25 +110,25 @@ impl Agent {
             pods_refused: self.refuses_pods(),
             connections: self.transport.connections(),
             handshakes: self.transport.handshakes(),
-            gossip_dropped: self.unread.dropped(),
+            gossip_dropped: self.receive_drops.dropped(),
             node,
         }
     }
 
-    /// Why changes do not get onto the disk.
+    /// Returns why the disk cannot be written.
     pub(super) fn store_problem(&self) -> Option<String> {
-        let is_silent = self.writer.silent_for().is_some_and(|silent| silent > DISK_PATIENCE);
+        let is_silent = self.writer.silent_for().is_some_and(|silent| silent > DISK_TIMEOUT);
         let silence = || {
-            let patience = DISK_PATIENCE.as_secs();
+            let patience = DISK_TIMEOUT.as_secs();
             format!(
-                "the disk has not answered for more than {patience} s, so pods and leases do not change: \
-                 look at it (dmesg)"
+                "the disk has not answered for more than {patience} s, so pods and leases cannot change: \
+                 check it (dmesg)"
             )
         };
         self.store_failure.clone().or_else(|| is_silent.then(silence))
     }
 
-    /// Everything that is wrong, as sentences with what helps.
+    /// Returns all problems, with their remedies.
     pub(super) fn problems(&self) -> Vec<String> {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
@@ -129,19 +137,19 @@ impl Agent {
         problems.extend(self.isolation_problem());
         problems.extend(self.ended.problems());
         problems.extend(self.silence_diagnosis.claim().cloned());
-        problems.extend(self.flood_problem().into_iter().chain(self.crowd_problem()));
+        problems.extend(self.flood_problem().into_iter().chain(self.handshake_problem()));
         let capped = self.transport.receive_buffer().capped;
-        problems.extend(self.unread.problem(self.node.address().port(), capped));
+        problems.extend(self.receive_drops.problem(self.node.address().port(), capped));
         problems.extend(kernel.flapping.clone());
         problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());
-        // What is sent elsewhere is not forwarded either: one cause, one problem.
+        // Diverted packets are not forwarded either: one cause, one problem.
         if !self.is_all_diverted() {
             problems.extend(kernel.forwarding.problems.iter().cloned());
-            problems.extend(self.far_problems());
+            problems.extend(self.remote_pod_problems());
         }
-        // Where no pod gets an answer of this host, what drops that drops answers of pods as well.
+        // If pods cannot resolve the gateway, the same cause drops other answers of pods as well.
         if !kernel.forwarding.lacks_gateway {
             problems.extend(kernel.answers.problems.iter().cloned());
         }
@@ -163,23 +171,23 @@ impl Agent {
         }
         let states = self.path_states();
         problems.extend(states.filter_map(|(node, state, _)| self.path_problem(node, state)));
-        // A cause may concern several peers.
+        // One cause may concern several peers.
         let mut told = BTreeSet::new();
         problems.retain(|problem| told.insert(problem.clone()));
-        // Some repeat what others said.
+        // Some problems contain text received from other hosts.
         problems.iter().map(|problem| visible(problem)).collect()
     }
 
-    /// What may hurt some packets, or keeps this node from knowing, as sentences with what helps.
+    /// Returns warnings about losses of some packets or missing tests, with remedies.
     fn warnings(&self) -> Vec<String> {
         let kernel = &self.kernel;
         let known = kernel.forwarding.warnings.iter().chain(&kernel.answers.warnings);
         let known = known.chain(&self.pods.guests);
-        let known = known.cloned().chain(self.path_warnings()).chain(self.far_warnings());
+        let known = known.cloned().chain(self.path_warnings()).chain(self.remote_pod_warnings());
         known.map(|warning| visible(&warning)).collect()
     }
 
-    /// Non-members that flood the gossip port, as a sentence.
+    /// Describes non-members that flood the gossip port.
     fn flood_problem(&self) -> Option<String> {
         let Flood { packets, example } = self.transport.flood()?;
         let port = self.node.address().port();
@@ -190,8 +198,8 @@ impl Agent {
         ))
     }
 
-    /// Programs that take the places of handshakes, as a sentence.
-    fn crowd_problem(&self) -> Option<String> {
+    /// Describes programs that use up the capacity for handshakes.
+    fn handshake_problem(&self) -> Option<String> {
         let Flood { packets, example } = self.transport.crowd()?;
         let port = self.node.address().port();
         Some(format!(
@@ -202,7 +210,7 @@ impl Agent {
         ))
     }
 
-    /// Whether packets to every peer take a wrong way.
+    /// Returns whether packets to every peer take a wrong way.
     fn is_all_diverted(&self) -> bool {
         let diverted = &self.kernel.routing.diverted;
         let peers = self.kernel.wanted.iter().flat_map(|view| view.peers.values());
@@ -211,29 +219,32 @@ impl Agent {
             && subnets.all(|subnets| subnets.iter().any(|subnet| diverted.contains(&subnet)))
     }
 
+    /// Returns whether the node has converged (see the glossary).
     pub(super) fn is_converged(&self) -> bool {
         self.node.phase() == Phase::Member
             && self.node.is_settled()
             && self.is_in_sync()
-            && !self.is_in_the_dark()
+            && !self.may_lack_members()
             && self.archive.is_subnet_file_current()
     }
 
-    /// Whether there may be other nodes of which this one has not heard.
-    fn is_in_the_dark(&self) -> bool {
+    /// Returns whether other nodes may exist that this node does not know of.
+    fn may_lack_members(&self) -> bool {
         self.node.is_alone() && self.source.as_ref().is_some_and(PodCidrSource::lacks_list)
     }
 
+    /// Returns whether the kernel equals the desired state.
     fn is_in_sync(&self) -> bool {
         let kernel = &self.kernel;
         kernel.wanted.is_some()
             && kernel.answered == kernel.requested
             && kernel.programmed_once
             && kernel.problem.is_none()
-            // Pods are a part of what the kernel is to reach.
+            // Pods are part of the desired state.
             && self.takes_pods()
     }
 
+    /// Returns the number of pods with addresses outside this node's subnet.
     fn pods_outside(&self) -> usize {
         let subnets = self.kernel.wanted.as_ref().map(|view| view.own.subnets);
         let outside = self.pods.table.outside(subnets);

@@ -1,4 +1,4 @@
-//! `subnet.env`, flannel's file to the letter: how other programs learn this host's subnet.
+//! `subnet.env`, in flannel's format: other programs read this host's subnet from it.
 
 use std::{io, path::Path};
 
@@ -9,17 +9,19 @@ use crate::{
     store::{PUBLIC, replace},
 };
 
-/// What the file says.
+/// The content of the file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SubnetFile(String);
 
 impl SubnetFile {
+    /// Returns the content for these networks of the cluster, this host's subnets, and the MTU in bytes.
     pub fn new(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> Self {
         Self(contents(networks, subnets, mtu, masquerade))
     }
 }
 
-/// Writes the file, unless it says so already. Readers see the old or the new file, never half of one.
+/// Writes the file if its content differs. The replacement is atomic: readers see the old or the new
+/// file.
 ///
 /// # Errors
 /// Fails if the file cannot be written.
@@ -49,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_is_flannels_to_the_letter() {
+    fn subnet_file_has_flannels_format_and_is_not_rewritten() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("run/subnet.env");
         let networks = subnets("10.42.0.0/16", None);
@@ -66,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn ipv6_has_lines_of_its_own_beside_ipv4_or_alone() {
+    fn subnet_file_has_separate_ipv6_lines() {
         let dual = contents(
             subnets("10.42.0.0/16", Some("fd42::/48")),
             subnets("10.42.64.0/24", Some("fd42:0:0:40::/64")),

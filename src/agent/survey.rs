@@ -1,8 +1,9 @@
-//! Asking all members at once: whom they reach, and which secrets they know.
+//! Surveys: queries to many members at the same time about the peers they reach and the secrets they
+//! accept.
 //!
-//! One survey at a time for operators, and one for trials of packets between pods; a few members at
-//! once, each asked once and not waited for longer than that. Members that gossip does not hold as alive are
-//! not asked at all.
+//! One survey for operators and one for tests of packets between pods run at a time. A few members are
+//! queried simultaneously, each once and with a time limit. Members that gossip does not hold as alive
+//! are not queried.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -19,67 +20,71 @@ use crate::{
     wire::{Inquiry, PathReport, Report},
 };
 
-/// Members asked at once: each may take a handshake, which is a millisecond of CPU.
-const AT_ONCE: usize = 16;
-/// Members asked in all.
-const MAX_ASKED: usize = 256;
-/// What has not answered by then does not answer.
-const TIMEOUT: Duration = Duration::from_secs(2);
-/// A picture of all paths this young is given again.
-const FRESH: Duration = Duration::from_secs(3);
-/// Surveys that wait.
-const MAX_WAITING: usize = 16;
+/// Members queried at the same time: each query may need a handshake, which takes a millisecond of CPU.
+const MAX_PARALLEL_QUERIES: usize = 16;
+/// Maximum number of members in the matrix of all paths.
+const MAX_MATRIX_MEMBERS: usize = 256;
+/// Time limit of a survey.
+const SURVEY_TIMEOUT: Duration = Duration::from_secs(2);
+/// A matrix younger than this is reused.
+const MATRIX_MAX_AGE: Duration = Duration::from_secs(3);
+/// Maximum length of a queue of surveys.
+const MAX_QUEUED: usize = 16;
 
-/// What each member said; none, if it said nothing.
+/// The report of each member; `None` if it did not answer.
 pub(super) type Findings = BTreeMap<NodeId, Option<Report>>;
 type Then = Box<dyn FnOnce(&mut Agent, Findings) + Send>;
 
+/// The queues of surveys, and the last matrix of all paths.
 #[derive(Default)]
 pub(super) struct Surveys {
-    /// Those for operators, and those of the agent's own trials. The first one of each is under way.
+    /// One queue for operators and one for the agent's own tests. The first survey of each is running.
     queues: [VecDeque<Survey>; 2],
     number: u64,
-    /// Who waits for the picture of all paths.
-    viewers: Vec<Sender<Bytes>>,
-    /// The last one, as it is sent.
+    /// Requests that wait for the matrix of all paths.
+    matrix_replies: Vec<Sender<Bytes>>,
+    /// The last matrix, serialized.
     matrix: Option<(Instant, Bytes)>,
 }
 
 struct Survey {
     number: u64,
     inquiry: Inquiry,
-    /// Not asked yet.
+    /// Members not queried yet.
     left: VecDeque<NodeId>,
     asked: BTreeSet<NodeId>,
     findings: Findings,
-    /// From the moment it is the first one.
+    /// Set when the survey starts.
     deadline: Option<Instant>,
     then: Then,
 }
 
 impl Surveys {
+    /// Returns when the next running survey times out.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.queues.iter().filter_map(|queue| queue.front()?.deadline).min()
     }
 
+    /// Appends a survey. Returns `false` if its queue is full.
     fn add(&mut self, survey: Survey) -> bool {
         let queue = &mut self.queues[usize::from(matches!(survey.inquiry, Inquiry::Arrivals(_)))];
-        let has_room = queue.len() < MAX_WAITING;
+        let has_room = queue.len() < MAX_QUEUED;
         if has_room {
             queue.push_back(survey);
         }
         has_room
     }
 
-    /// The one with this number, if it is under way.
-    fn under_way(&mut self, number: u64) -> Option<&mut Survey> {
+    /// Returns the survey with this number if it is running.
+    fn running(&mut self, number: u64) -> Option<&mut Survey> {
         let mut first = self.queues.iter_mut().filter_map(VecDeque::front_mut);
         first.find(|survey| survey.number == number)
     }
 }
 
 impl Agent {
-    /// Asks these members, and goes on with what they say. False, if too many surveys wait already.
+    /// Queries these members and calls `then` with their reports. Returns `false` if too many surveys
+    /// are queued.
     pub(super) fn survey(
         &mut self,
         members: Vec<NodeId>,
@@ -99,32 +104,34 @@ impl Agent {
             then: Box::new(then),
         });
         if is_added {
-            self.go_on_with_surveys();
+            self.advance_surveys();
         }
         is_added
     }
 
-    /// The way from each member to each other one.
+    /// Sends the matrix of all paths: from each member to each other member.
     pub(super) fn show_matrix(&mut self, reply: Sender<Bytes>) {
         if let Some((at, matrix)) = &self.surveys.matrix
-            && at.elapsed() < FRESH
+            && at.elapsed() < MATRIX_MAX_AGE
         {
             return drop(reply.send(matrix.clone()));
         }
-        self.surveys.viewers.push(reply);
-        if self.surveys.viewers.len() > 1 {
+        self.surveys.matrix_replies.push(reply);
+        if self.surveys.matrix_replies.len() > 1 {
             return;
         }
         let mut members: Vec<NodeId> = self.node.peers().collect();
-        let omitted = members.len().saturating_sub(MAX_ASKED);
-        members.truncate(MAX_ASKED);
-        if !self.survey(members, Inquiry::Report, move |agent, found| agent.draw(found, omitted)) {
-            // They hear that they get no answer.
-            self.surveys.viewers.clear();
+        let omitted = members.len().saturating_sub(MAX_MATRIX_MEMBERS);
+        members.truncate(MAX_MATRIX_MEMBERS);
+        if !self
+            .survey(members, Inquiry::Report, move |agent, found| agent.send_matrix(found, omitted))
+        {
+            // Dropping the replies tells the clients that there is no answer.
+            self.surveys.matrix_replies.clear();
         }
     }
 
-    /// How this node is, for others.
+    /// Returns this node's report for other members.
     pub(super) fn own_report(&self) -> Report {
         let path = |(node, state, round_trip): (NodeId, _, Option<Duration>)| PathReport {
             node,
@@ -142,17 +149,18 @@ impl Agent {
         }
     }
 
-    /// Ends what has taken too long.
-    pub(super) fn end_surveys(&mut self, now: Instant) {
+    /// Ends surveys whose time limit has passed.
+    pub(super) fn end_overdue_surveys(&mut self, now: Instant) {
         if self.surveys.deadline().is_some_and(|at| at <= now) {
-            self.go_on_with_surveys();
+            self.advance_surveys();
             self.carry_out();
         }
     }
 
-    pub(super) fn on_reported(&mut self, node: NodeId, number: u64, report: Option<Box<Report>>) {
+    /// Stores the report of a member. `None` means that it did not answer.
+    pub(super) fn on_report(&mut self, node: NodeId, number: u64, report: Option<Box<Report>>) {
         let known = self.node.peers().count() + 1;
-        let Some(survey) = self.surveys.under_way(number) else { return };
+        let Some(survey) = self.surveys.running(number) else { return };
         if survey.asked.remove(&node) {
             let report = report.map(|mut report| {
                 report.paths.truncate(known);
@@ -160,19 +168,19 @@ impl Agent {
             });
             survey.findings.insert(node, report);
         }
-        self.go_on_with_surveys();
+        self.advance_surveys();
     }
 
-    /// Asks the next ones, and ends surveys that are over.
-    pub(super) fn go_on_with_surveys(&mut self) {
-        (0..self.surveys.queues.len()).for_each(|queue| self.go_on_with(queue));
+    /// Queries the next members, and ends surveys that are complete.
+    pub(super) fn advance_surveys(&mut self) {
+        (0..self.surveys.queues.len()).for_each(|queue| self.advance_queue(queue));
     }
 
-    fn go_on_with(&mut self, queue: usize) {
+    fn advance_queue(&mut self, queue: usize) {
         let now = Instant::now();
         while let Some(survey) = self.surveys.queues[queue].front_mut() {
-            let is_late = *survey.deadline.get_or_insert(now + TIMEOUT) <= now;
-            while survey.asked.len() < AT_ONCE
+            let is_late = *survey.deadline.get_or_insert(now + SURVEY_TIMEOUT) <= now;
+            while survey.asked.len() < MAX_PARALLEL_QUERIES
                 && !is_late
                 && let Some(node) = survey.left.pop_front()
             {
@@ -192,7 +200,7 @@ impl Agent {
         }
     }
 
-    /// What one member says of itself; nothing, if it does not answer.
+    /// Sends the report of one member, or `None` if it does not answer.
     pub(super) fn show_peer(
         &mut self,
         whom: &str,
@@ -222,7 +230,8 @@ impl Agent {
         }
     }
 
-    fn draw(&mut self, mut findings: Findings, omitted: usize) {
+    /// Serializes the matrix and sends it to all waiting requests.
+    fn send_matrix(&mut self, mut findings: Findings, omitted: usize) {
         findings.insert(self.node.id(), Some(self.own_report()));
         let mut rows: Vec<MatrixRow> =
             findings.into_iter().map(|(node, report)| self.row(node, report)).collect();
@@ -230,7 +239,7 @@ impl Agent {
         let matrix = serde_json::to_vec(&Matrix { rows, omitted }).unwrap_or_default();
         let matrix = Bytes::from(matrix);
         self.surveys.matrix = Some((Instant::now(), matrix.clone()));
-        for viewer in self.surveys.viewers.drain(..) {
+        for viewer in self.surveys.matrix_replies.drain(..) {
             let _ = viewer.send(matrix.clone());
         }
     }
@@ -241,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_surveys_of_operators_leave_room_for_one_of_a_trial() {
+    fn full_operator_queue_leaves_room_for_trial_survey() {
         let survey = |number, inquiry| Survey {
             number,
             inquiry,
@@ -253,9 +262,9 @@ mod tests {
         };
         let mut surveys = Surveys::default();
         let added = (0..100).filter(|number| surveys.add(survey(*number, Inquiry::Report)));
-        assert_eq!(added.count(), MAX_WAITING);
+        assert_eq!(added.count(), MAX_QUEUED);
         assert!(surveys.add(survey(100, Inquiry::Arrivals(7))));
-        assert!(surveys.under_way(0).is_some() && surveys.under_way(100).is_some());
-        assert!(surveys.under_way(1).is_none());
+        assert!(surveys.running(0).is_some() && surveys.running(100).is_some());
+        assert!(surveys.running(1).is_none());
     }
 }

@@ -1,5 +1,5 @@
-//! Sees packets of tunnels, and ARP, at all interfaces: as they come in before anything drops them, and as
-//! they go out after everything has let them pass.
+//! Captures tunnel packets and ARP or neighbor discovery at all interfaces: incoming packets before any
+//! filter drops them, outgoing packets after all filters have accepted them.
 
 use std::{
     cell::Cell,
@@ -33,69 +33,87 @@ use crate::{
 };
 
 /// `ETH_P_ALL`
-const EVERYTHING: u16 = 3;
-/// `SKF_AD_OFF + SKF_AD_PROTOCOL` of linux/filter.h, and the same with `SKF_AD_PKTTYPE`.
+const ETH_P_ALL: u16 = 3;
+/// Offset of the protocol number: `SKF_AD_OFF + SKF_AD_PROTOCOL` of linux/filter.h.
+/// Offset of the packet type (`PACKET_OUTGOING` etc.): `SKF_AD_OFF + SKF_AD_PKTTYPE` of linux/filter.h.
 const PROTOCOL: u32 = 0xffff_f000;
-const KIND: u32 = 0xffff_f004;
-/// `SKF_LL_OFF`: the frame's header, which begins with the MAC it goes to.
-const FRAME: u32 = 0xffe0_0000;
-/// Bytes of a packet that are read: all headers up to the frame inside a tunnel packet.
-const READ: u32 = 128;
-/// Larger packets carry data of pods. Of those there may be very many, and small ones tell the same.
-const SMALL: u32 = 300;
-/// Bytes of packets that wait to be read.
-const BUFFER: usize = 1 << 20;
-/// No datagram goes there (RFC 768 reserves it).
-const NO_PORT: u16 = 0;
+const PACKET_TYPE: u32 = 0xffff_f004;
+/// `SKF_LL_OFF` of linux/filter.h: the start of the frame header, which begins with the destination MAC.
+const FRAME_HEADER: u32 = 0xffe0_0000;
+/// Bytes read of each packet: all headers up to the frame inside a tunnel packet.
+const READ_LEN: u32 = 128;
+/// Larger packets, in bytes, are not captured: they carry data of pods, may be very many, and show
+/// nothing that small packets do not show.
+const MAX_CAPTURED: u32 = 300;
+/// Size of the receive buffer in bytes.
+const RECEIVE_BUFFER: usize = 1 << 20;
+/// No datagram is sent to this port (RFC 768 reserves it).
+const UNUSED_PORT: u16 = 0;
 
-/// A socket that sees such packets.
+/// A packet socket that captures such packets.
 pub struct Tap {
     socket: Socket,
-    /// It had no room for a packet.
+    /// Whether the receive buffer had no room for a packet.
     has_missed: Cell<bool>,
 }
 
 impl Tap {
-    /// Tunnel packets are those to this UDP port. Takes CAP_NET_RAW.
+    /// Opens a socket for ARP, neighbor discovery and tunnel packets to this UDP port. Needs
+    /// CAP_NET_RAW.
+    ///
+    /// # Errors
+    /// Fails if the socket cannot be opened or its filter cannot be attached.
     pub fn open(port: u16) -> io::Result<Self> {
-        let socket = packet_socket(Type::DGRAM, EVERYTHING)?;
+        let socket = packet_socket(Type::DGRAM, ETH_P_ALL)?;
         socket.attach_filter(&program(port))?;
         let tap = Self::of(socket);
-        // What came before the filter is of no interest.
+        // Discards what arrived before the filter was attached.
         while tap.next(|_| ())?.is_some() {}
         Ok(tap)
     }
 
-    /// Sees ARP alone, and nothing of this host's own.
+    /// Opens a socket for incoming ARP packets only.
+    ///
+    /// # Errors
+    /// Fails if the socket cannot be opened.
     pub fn of_arp() -> io::Result<Self> {
         packet_socket(Type::DGRAM, silence::ARP).map(Self::of)
     }
 
-    /// The same of neighbor discovery.
+    /// Opens a socket for incoming neighbor discovery packets only.
+    ///
+    /// # Errors
+    /// Fails if the socket cannot be opened or its filter cannot be attached.
     pub fn of_discovery() -> io::Result<Self> {
         let socket = packet_socket(Type::DGRAM, IPV6)?;
-        socket.attach_filter(&program(NO_PORT))?;
+        socket.attach_filter(&program(UNUSED_PORT))?;
         Ok(Self::of(socket))
     }
 
-    /// Sees ARP and neighbor discovery at all interfaces, ports of bridges among them: as they leave, and of
-    /// what comes in the frames to this MAC alone. A bridge passes no others on to this host, or not only.
+    /// Opens a socket for ARP and neighbor discovery at all interfaces, including ports of bridges: all
+    /// outgoing packets, and incoming ones in frames to this MAC. A bridge passes other frames to other
+    /// hosts, not to this host alone.
+    ///
+    /// # Errors
+    /// Fails if the socket cannot be opened or its filter cannot be attached.
     pub fn of_neighbors(to: Mac) -> io::Result<Self> {
-        let socket = packet_socket(Type::DGRAM, EVERYTHING)?;
-        socket
-            .attach_filter(&to_mac(to).into_iter().chain(program(NO_PORT)).collect::<Vec<_>>())?;
+        let socket = packet_socket(Type::DGRAM, ETH_P_ALL)?;
+        socket.attach_filter(
+            &to_mac(to).into_iter().chain(program(UNUSED_PORT)).collect::<Vec<_>>(),
+        )?;
         let tap = Self::of(socket);
-        // What came before the filter is of no interest.
+        // Discards what arrived before the filter was attached.
         while tap.next(|_| ())?.is_some() {}
         Ok(tap)
     }
 
     fn of(socket: Socket) -> Self {
-        // What it misses in a storm of ARP would pass for lost. Without the right to more the kernel gives as
-        // much as it may.
-        let forced = setsockopt(&socket, RcvBufForce, &BUFFER);
-        let given =
-            forced.map_err(io::Error::from).or_else(|_| socket.set_recv_buffer_size(BUFFER));
+        // A packet missed in a storm of ARP would be taken for lost. Without the privilege to force the
+        // size, the kernel grants as much as `net.core.rmem_max` allows.
+        let forced = setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER);
+        let given = forced
+            .map_err(io::Error::from)
+            .or_else(|_| socket.set_recv_buffer_size(RECEIVE_BUFFER));
         let told = setsockopt(&socket, RxqOvfl, &1);
         if let Err(error) = given.and(told.map_err(io::Error::from)) {
             tracing::debug!(%error, "a packet socket may miss packets");
@@ -103,14 +121,17 @@ impl Tap {
         Self { socket, has_missed: Cell::new(false) }
     }
 
-    /// Whether packets came that it had no room for, as far as those that came later tell.
+    /// Returns whether the buffer had no room for packets, as far as later packets have reported it.
     pub fn has_missed(&self) -> bool {
         self.has_missed.get()
     }
 
-    /// Shows the next packet; none if there is no more.
+    /// Passes the next packet to `see`. Returns `None` if no packet is queued.
+    ///
+    /// # Errors
+    /// Fails if the socket cannot be read.
     pub fn next<T>(&self, see: impl FnOnce(&Packet<'_>) -> T) -> io::Result<Option<T>> {
-        let mut buffer = [0; READ as usize];
+        let mut buffer = [0; READ_LEN as usize];
         let mut control = cmsg_space!(u32);
         let mut slices = [IoSliceMut::new(&mut buffer)];
         let descriptor = self.socket.as_raw_fd();
@@ -127,7 +148,7 @@ impl Tap {
         let (length, from) = match received {
             Ok(received) => received,
             Err(Errno::EAGAIN) => return Ok(None),
-            // An interface has gone down.
+            // An interface was shut down.
             Err(Errno::ENETDOWN) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
@@ -147,54 +168,64 @@ impl AsFd for Tap {
     }
 }
 
-/// Asks for addresses by ARP or neighbor discovery at one Ethernet interface.
+/// Sends ARP requests or neighbor solicitations at one Ethernet interface.
 pub struct Asker {
     socket: Socket,
     mac: Mac,
 }
 
 impl Asker {
+    /// Opens the socket.
+    ///
     /// # Errors
-    /// `Unsupported` where the interface is no Ethernet.
+    /// Fails with `Unsupported` if the interface is not Ethernet.
     pub fn open(interface: &str) -> io::Result<Self> {
         let (socket, mac) = sender_at(interface)?;
         Ok(Self { socket, mac })
     }
 
-    /// Hardware address under which it asks.
+    /// Returns the source MAC of the requests.
     pub const fn mac(&self) -> Mac {
         self.mac
     }
 
-    /// Sends one question to one machine, or to all. Of its own address it is asked without a sender, so that
-    /// no table changes by it (RFC 5227).
+    /// Sends an ARP request to one machine, or to all. A request for the sender's own address carries no
+    /// sender address, so that it changes no ARP table (RFC 5227).
+    ///
+    /// # Errors
+    /// Fails if the frame cannot be sent.
     pub fn ask(&self, to: Option<Mac>, sender: [u8; 4], target: [u8; 4]) -> io::Result<()> {
         let sender = if sender == target { [0; 4] } else { sender };
         self.socket.send(&arp(self.mac, to, sender.into(), target.into())).map(drop)
     }
 
-    /// The same by neighbor discovery (RFC 4861, 4.3), whatever the kernel knows of the target.
+    /// Sends a neighbor solicitation (RFC 4861, 4.3), whatever the kernel's neighbor table contains for
+    /// the target.
+    ///
+    /// # Errors
+    /// Fails if the frame cannot be sent.
     pub fn solicit(&self, to: Option<Mac>, sender: Ipv6Addr, target: Ipv6Addr) -> io::Result<()> {
         self.socket.send(&solicitation(self.mac, to, sender, target)).map(drop)
     }
 }
 
-/// For the kernel's packet filter: lets pass what leaves and what comes to this MAC, for a filter behind it.
+/// Returns a socket filter that accepts outgoing packets and packets to this MAC, and continues with the
+/// filter appended to it.
 fn to_mac(mac: Mac) -> [SockFilter; 7] {
     let [a, b, c, d, e, f] = *mac.as_bytes();
     [
-        step(BPF_LD | BPF_B | BPF_ABS, KIND),
+        step(BPF_LD | BPF_B | BPF_ABS, PACKET_TYPE),
         when(PACKET_OUTGOING.into(), 5, 0),
-        step(BPF_LD | BPF_W | BPF_ABS, FRAME),
+        step(BPF_LD | BPF_W | BPF_ABS, FRAME_HEADER),
         when(u32::from_be_bytes([a, b, c, d]), 0, 2),
-        step(BPF_LD | BPF_H | BPF_ABS, FRAME + 4),
+        step(BPF_LD | BPF_H | BPF_ABS, FRAME_HEADER + 4),
         when(u32::from_be_bytes([0, 0, e, f]), 1, 0),
         step(BPF_RET, 0),
     ]
 }
 
-/// For the kernel's packet filter: ARP, neighbor discovery, and small datagrams to the port that are no
-/// fragments.
+/// Returns a socket filter that accepts ARP, neighbor discovery, and small unfragmented datagrams to the
+/// port.
 fn program(port: u16) -> [SockFilter; 23] {
     let when = |test: u32, value, then, otherwise| {
         SockFilter::new((BPF_JMP | test | BPF_K) as u16, then, otherwise, value)
@@ -221,8 +252,8 @@ fn program(port: u16) -> [SockFilter; 23] {
         step(BPF_LD | BPF_H | BPF_ABS, 42),
         when(BPF_JEQ, port, 0, 3),
         step(BPF_LD | BPF_W | BPF_LEN, 0),
-        when(BPF_JGT, SMALL, 1, 0),
-        step(BPF_RET, READ),
+        when(BPF_JGT, MAX_CAPTURED, 1, 0),
+        step(BPF_RET, READ_LEN),
         step(BPF_RET, 0),
     ]
 }

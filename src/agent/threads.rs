@@ -1,9 +1,9 @@
-//! Threads of the agent that have ended though nothing told them to: by a panic, or where the system gave
-//! them no thread of their own.
+//! Detects threads of the agent that ended unexpectedly: by a panic, or because the system could not
+//! create them.
 //!
-//! A thread that only watches is named as a problem and started again. Without one of the others the agent
-//! does nothing of what it is for: it ends with an error, and the service manager starts it again. Packets
-//! of pods pass meanwhile.
+//! A monitoring thread is reported as a problem and restarted. If an essential thread has ended, the
+//! agent ends with an error, and the service manager restarts it. Packets of pods are forwarded
+//! meanwhile.
 
 use std::{
     collections::BTreeMap,
@@ -14,179 +14,194 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Ending, Far, Forwarder, LoopEvent, PodAnswerCheck, SilenceDiagnosis,
-    far::{FarEvent, FarState},
-    forwarder::{ForwarderNews, Forwarding},
+    Agent, Ending, Forwarder, LoopEvent, PodAnswerCheck, RemotePods, SilenceDiagnosis,
+    forwarder::{ForwarderEvent, Forwarding},
     pod_answers::PodAnswers,
+    remote_pods::{RemotePodsEvent, RemotePodsState},
 };
 use crate::api::{CheckState, CheckStatus};
 
-/// From the end of a thread to its next start: a panic that comes again takes little of a CPU.
-const PAUSE: Duration = Duration::from_secs(20);
+/// Time between the end of a thread and its restart, so that a repeated panic uses little CPU.
+const RESTART_DELAY: Duration = Duration::from_secs(20);
 
-/// Threads that watch, and on which nothing else depends.
+/// Monitoring threads, on which nothing else depends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Watcher {
+pub(super) enum MonitorThread {
     Forwarding,
-    FarPods,
+    RemotePods,
     PodAnswers,
     Silence,
 }
 
-/// Since when these do not run, or when they were last tried to be started.
+/// Threads that do not run, with the time of their end or of the last attempt to restart them.
 #[derive(Debug, Default)]
-pub(super) struct Ended(BTreeMap<Watcher, Instant>);
+pub(super) struct Ended(BTreeMap<MonitorThread, Instant>);
 
-/// What is to be done about a thread that does not run.
+/// What to do about a thread that does not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Measure {
-    /// What it found is not known any more.
-    Forget,
-    Revive,
+enum Response {
+    /// Discard its findings.
+    Discard,
+    /// Start it again.
+    Restart,
 }
 
 impl Ended {
-    fn on_look(&mut self, now: Instant, watcher: Watcher, has_ended: bool) -> Option<Measure> {
+    /// Records whether a thread has ended, and returns what to do about it.
+    fn on_check(
+        &mut self,
+        now: Instant,
+        thread: MonitorThread,
+        has_ended: bool,
+    ) -> Option<Response> {
         if !has_ended {
-            self.0.remove(&watcher);
+            self.0.remove(&thread);
             return None;
         }
-        match self.0.get_mut(&watcher) {
+        match self.0.get_mut(&thread) {
             None => {
-                self.0.insert(watcher, now);
-                Some(Measure::Forget)
+                self.0.insert(thread, now);
+                Some(Response::Discard)
             }
-            Some(at) if now.saturating_duration_since(*at) >= PAUSE => {
+            Some(at) if now.saturating_duration_since(*at) >= RESTART_DELAY => {
                 *at = now;
-                Some(Measure::Revive)
+                Some(Response::Restart)
             }
             Some(_) => None,
         }
     }
 
-    /// As sentences with what helps.
+    /// Returns the problems, with their remedies.
     pub(super) fn problems(&self) -> impl Iterator<Item = String> {
-        let pause = PAUSE.as_secs();
-        self.0.keys().map(move |watcher| {
+        let pause = RESTART_DELAY.as_secs();
+        self.0.keys().map(move |thread| {
             format!(
-                "a thread of this agent has ended by an error in this program, so it is not known {}: it is \
-                 started again after {pause} s; if this stays, report what the log says of the thread",
-                watcher.task()
+                "a thread of this agent has ended because of a bug, so it is unknown {}: it is \
+                 restarted after {pause} s; if the problem remains, report the thread's log lines",
+                thread.task()
             )
         })
     }
 }
 
-impl Watcher {
-    const ALL: [Self; 4] = [Self::Forwarding, Self::FarPods, Self::PodAnswers, Self::Silence];
+impl MonitorThread {
+    const ALL: [Self; 4] = [Self::Forwarding, Self::RemotePods, Self::PodAnswers, Self::Silence];
 
-    /// What it finds out.
+    /// Returns what the thread determines.
     const fn task(self) -> &'static str {
         match self {
             Self::Forwarding => "whether this host forwards packets of pods",
-            Self::FarPods => "whether packets of pods come to pods of other hosts",
+            Self::RemotePods => "whether packets of pods come to pods of other hosts",
             Self::PodAnswers => "whether pods of this host answer",
             Self::Silence => "why peers are silent",
         }
     }
 }
 
-/// What a thread tells goes to the loop.
+/// Sends events of the threads to the event loop.
 pub(super) type Sender = mpsc::UnboundedSender<LoopEvent>;
 
+/// Starts the forwarder thread.
 pub(super) fn start_forwarder(news: Sender) -> io::Result<Forwarder> {
     Forwarder::start(move |told| _ = news.send(LoopEvent::Forwarding(told)))
 }
 
-pub(super) fn start_far(news: Sender) -> io::Result<Far> {
-    Far::start(move |told| _ = news.send(LoopEvent::Far(told)))
+/// Starts the thread that tests paths to pods of other hosts.
+pub(super) fn start_remote_pods(news: Sender) -> io::Result<RemotePods> {
+    RemotePods::start(move |told| _ = news.send(LoopEvent::RemotePods(told)))
 }
 
+/// Starts the thread that checks whether pods answer.
 pub(super) fn start_answer_check(news: Sender) -> io::Result<PodAnswerCheck> {
     PodAnswerCheck::start(move |state| _ = news.send(LoopEvent::PodAnswers(state)))
 }
 
+/// Starts the thread that investigates silent peers.
 pub(super) fn start_silence_diagnosis(news: Sender) -> io::Result<SilenceDiagnosis> {
     SilenceDiagnosis::start(move |findings| _ = news.send(LoopEvent::SilenceFindings(findings)))
 }
 
 impl Agent {
-    /// Looks for threads that have ended, and starts again what can be.
+    /// Detects threads that have ended, and restarts the monitoring threads.
     pub(super) fn watch_threads(&mut self, now: Instant) {
-        let needed = [
+        let essential = [
             ("kernel", self.programmer.worker.has_ended()),
-            ("pods", self.wirer.worker.has_ended()),
+            ("pods", self.attach_worker.worker.has_ended()),
             ("store", self.writer.has_ended()),
             ("archive", self.archive.worker.has_ended()),
         ];
-        if let Some((name, _)) = needed.iter().find(|(_, has_ended)| *has_ended) {
+        if let Some((name, _)) = essential.iter().find(|(_, has_ended)| *has_ended) {
             self.ending.get_or_insert(Ending::Broken(format!(
                 "the thread {name:?} has ended by an error in this program, and without it the agent \
                  cannot work: start it again (packets of pods pass meanwhile), and report what the log says"
             )));
         }
-        for watcher in Watcher::ALL {
-            let has_ended = self.has_ended(watcher);
-            match self.ended.on_look(now, watcher, has_ended) {
-                Some(Measure::Forget) => {
-                    tracing::error!(thread = ?watcher, "thread ended");
-                    self.forget_findings(watcher);
+        for thread in MonitorThread::ALL {
+            let has_ended = self.has_ended(thread);
+            match self.ended.on_check(now, thread, has_ended) {
+                Some(Response::Discard) => {
+                    tracing::error!(thread = ?thread, "thread ended");
+                    self.discard_findings(thread);
                 }
-                Some(Measure::Revive) => self.revive(watcher),
+                Some(Response::Restart) => self.restart(thread),
                 None => {}
             }
         }
     }
 
-    fn has_ended(&self, watcher: Watcher) -> bool {
-        match watcher {
-            Watcher::Forwarding => self.forwarder.worker.has_ended(),
-            Watcher::FarPods => self.far.worker.has_ended(),
-            Watcher::PodAnswers => self.answer_check.worker.has_ended(),
-            Watcher::Silence => self.silence_diagnosis.worker.has_ended(),
+    fn has_ended(&self, thread: MonitorThread) -> bool {
+        match thread {
+            MonitorThread::Forwarding => self.forwarder.worker.has_ended(),
+            MonitorThread::RemotePods => self.remote_pods.worker.has_ended(),
+            MonitorThread::PodAnswers => self.answer_check.worker.has_ended(),
+            MonitorThread::Silence => self.silence_diagnosis.worker.has_ended(),
         }
     }
 
-    /// What it told last is not known any more.
-    fn forget_findings(&mut self, watcher: Watcher) {
-        match watcher {
-            Watcher::Forwarding => {
+    /// Discards the last findings of a thread.
+    fn discard_findings(&mut self, thread: MonitorThread) {
+        match thread {
+            MonitorThread::Forwarding => {
                 let detail = "the thread that tries it has ended".to_owned();
                 let status = CheckStatus { state: CheckState::Skipped, detail };
                 let nothing = Forwarding { status, ..Forwarding::default() };
-                self.on_forwarding(ForwarderNews::Room(None));
-                self.on_forwarding(ForwarderNews::State(nothing));
+                self.on_forwarding(ForwarderEvent::Room(None));
+                self.on_forwarding(ForwarderEvent::State(nothing));
             }
-            Watcher::FarPods => self.on_far(FarEvent::State(FarState::default())),
-            Watcher::PodAnswers => self.on_answers(PodAnswers::default()),
-            Watcher::Silence => self.silence_diagnosis.forget(),
+            MonitorThread::RemotePods => {
+                self.on_remote_pods(RemotePodsEvent::State(RemotePodsState::default()))
+            }
+            MonitorThread::PodAnswers => self.on_answers(PodAnswers::default()),
+            MonitorThread::Silence => self.silence_diagnosis.forget(),
         }
     }
 
-    fn revive(&mut self, watcher: Watcher) {
+    fn restart(&mut self, thread: MonitorThread) {
         let news = self.news.clone();
-        let revived = match watcher {
-            Watcher::Forwarding => start_forwarder(news).map(|started| self.forwarder = started),
-            Watcher::FarPods => start_far(news).map(|mut started| {
-                started.set_room(self.far.room());
-                self.far = started;
+        let restarted = match thread {
+            MonitorThread::Forwarding => {
+                start_forwarder(news).map(|started| self.forwarder = started)
+            }
+            MonitorThread::RemotePods => start_remote_pods(news).map(|mut started| {
+                started.set_room(self.remote_pods.room());
+                self.remote_pods = started;
             }),
-            Watcher::PodAnswers => {
+            MonitorThread::PodAnswers => {
                 start_answer_check(news).map(|started| self.answer_check = started)
             }
-            Watcher::Silence => {
+            MonitorThread::Silence => {
                 start_silence_diagnosis(news).map(|started| self.silence_diagnosis = started)
             }
         };
-        match revived {
+        match restarted {
             Ok(()) => {
-                tracing::info!(thread = ?watcher, "thread started again");
+                tracing::info!(thread = ?thread, "thread started again");
                 self.update_forwarder();
-                self.update_far();
+                self.update_remote_pods();
                 self.update_roster();
                 self.update_silence_diagnosis();
             }
-            Err(error) => tracing::warn!(thread = ?watcher, %error, "thread not started again"),
+            Err(error) => tracing::warn!(thread = ?thread, %error, "thread not started again"),
         }
     }
 }
@@ -196,19 +211,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn thread_that_ended_is_a_problem_until_it_runs_again_and_is_revived_after_a_pause() {
+    fn ended_thread_is_problem_until_it_runs_and_is_restarted_after_delay() {
         let (mut ended, begun) = (Ended::default(), Instant::now());
-        let mut look =
-            |after, has_ended| ended.on_look(begun + after, Watcher::Forwarding, has_ended);
-        assert_eq!(look(Duration::ZERO, false), None);
-        assert_eq!(look(PAUSE, true), Some(Measure::Forget));
-        assert_eq!(look(PAUSE + PAUSE / 2, true), None);
-        assert_eq!(look(PAUSE * 2, true), Some(Measure::Revive));
-        // It could not be started, or has ended at once.
-        assert_eq!(look(PAUSE * 2 + PAUSE / 2, true), None);
-        assert_eq!(look(PAUSE * 3, true), Some(Measure::Revive));
+        let mut check =
+            |after, has_ended| ended.on_check(begun + after, MonitorThread::Forwarding, has_ended);
+        assert_eq!(check(Duration::ZERO, false), None);
+        assert_eq!(check(RESTART_DELAY, true), Some(Response::Discard));
+        assert_eq!(check(RESTART_DELAY + RESTART_DELAY / 2, true), None);
+        assert_eq!(check(RESTART_DELAY * 2, true), Some(Response::Restart));
+        // It could not be started, or ended immediately.
+        assert_eq!(check(RESTART_DELAY * 2 + RESTART_DELAY / 2, true), None);
+        assert_eq!(check(RESTART_DELAY * 3, true), Some(Response::Restart));
         assert_eq!(ended.problems().filter(|problem| problem.contains("forwards")).count(), 1);
-        assert_eq!(ended.on_look(begun + PAUSE * 4, Watcher::Forwarding, false), None);
+        assert_eq!(
+            ended.on_check(begun + RESTART_DELAY * 4, MonitorThread::Forwarding, false),
+            None
+        );
         assert_eq!(ended.problems().count(), 0);
     }
 }

@@ -18,7 +18,7 @@ use tracing_subscriber::{
 
 use super::{block_on, fail};
 use crate::{
-    agent::{self, Ending, Reread},
+    agent::{self, Ending, SettingsReader},
     config::{LogFormat, Settings},
 };
 
@@ -74,7 +74,7 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(error),
     };
-    let reread: Arc<Reread> = Arc::new(Box::new(move || {
+    let read_settings: Arc<SettingsReader> = Arc::new(Box::new(move || {
         let settings = args.settings.clone().complete(args.config.as_deref());
         let settings = settings.map_err(|error| error.to_string())?;
         let filter = filter(settings.log.as_deref())?;
@@ -91,12 +91,12 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
     let ended = loop {
         // `block_on` wakes its own future through the kernel, but a spawned task in memory, which is
         // cheaper.
-        let (config, reread) = (config.clone(), reread.clone());
+        let (config, read_settings) = (config.clone(), read_settings.clone());
         let plugin = match plugin.map(UnixListener::try_clone).transpose() {
             Ok(plugin) => plugin,
             Err(error) => break Err(error),
         };
-        let agent = async move { agent::run(config, plugin, &reread).await };
+        let agent = async move { agent::run(config, plugin, &read_settings).await };
         match block_on(async { tokio::spawn(agent).await }) {
             Ok(Ok(Ok(Ending::Restart | Ending::Reassigned))) => {}
             Ok(Ok(ended)) => break Ok(ended),

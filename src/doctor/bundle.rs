@@ -1,4 +1,5 @@
-//! A support archive: what the doctor saw, what the agent says, and the host's tables; without any secret.
+//! A support archive with the doctor's findings, the agent's status and the host's tables, but no
+//! secrets.
 
 use std::{
     fs::{self, File},
@@ -15,7 +16,7 @@ use serde_json::Value;
 use super::{Examination, Finding};
 use crate::{files, model::visible_lines};
 
-/// What is asked of the host; a program that is not there is left out.
+/// Files of the archive with the commands whose output they contain. Missing programs are skipped.
 const COMMANDS: [(&str, &str); 12] = [
     ("links.txt", "ip -d -s link"),
     ("addresses.txt", "ip address"),
@@ -30,39 +31,40 @@ const COMMANDS: [(&str, &str); 12] = [
     ("kernel.txt", "uname -a"),
     ("log.txt", "journalctl -u gossamer -n 2000 --no-pager"),
 ];
-/// Bytes of one file in the archive: its end counts.
-const MAX_FILE: usize = 4 << 20;
-const MEMBERS: [&str; 3] = ["/etc/os-release", "/proc/meminfo", "/run/gossamer/subnet.env"];
+/// Maximum size of a file in the archive in bytes; the beginning of a longer text is cut off.
+const MAX_FILE_BYTES: usize = 4 << 20;
+/// Files of the host that are copied into the archive.
+const HOST_FILES: [&str; 3] = ["/etc/os-release", "/proc/meminfo", "/run/gossamer/subnet.env"];
 
-/// Writes a `.tar.gz` that only its owner can read.
+/// Writes a `.tar.gz` archive that only its owner can read.
 ///
 /// # Errors
-/// One sentence, if it cannot be written or is there already.
+/// Fails with one sentence if the archive exists or cannot be written.
 pub fn write(
     path: &Path,
-    patient: &Examination,
+    examination: &Examination,
     findings: &[Finding],
     config: Option<&Path>,
 ) -> Result<(), String> {
     let fail = |error: io::Error| format!("bundle: {}: {error}", path.display());
     let file =
         fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(fail)?;
-    pack(file, patient, findings, config).map_err(fail)
+    pack(file, examination, findings, config).map_err(fail)
 }
 
 fn pack(
     file: File,
-    patient: &Examination,
+    examination: &Examination,
     findings: &[Finding],
     config: Option<&Path>,
 ) -> io::Result<()> {
     let mut archive = tar::Builder::new(GzEncoder::new(file, Compression::default()));
-    // All that is like a token: `wire/token.rs`.
+    // Everything that looks like a token: `wire/token.rs`.
     let token = Regex::new(r"gsm1\.[A-Za-z2-7]+").map_err(io::Error::other)?;
     let mut add = |name: &str, text: &str| {
         let text = visible_lines(text);
         let text = token.replace_all(&text, "gsm1.REDACTED");
-        let from = text.len().saturating_sub(MAX_FILE);
+        let from = text.len().saturating_sub(MAX_FILE_BYTES);
         let bytes = text.as_bytes().get(from..).unwrap_or_default();
         let mut header = tar::Header::new_gnu();
         header.set_size(bytes.len() as u64);
@@ -72,12 +74,12 @@ fn pack(
     let pretty = |value: &Value| format!("{value:#}\n");
     add("doctor.json", &pretty(&serde_json::to_value(findings)?))?;
     add("version.txt", concat!(env!("CARGO_PKG_VERSION"), "\n"))?;
-    if let Some(agent) = &patient.agent {
+    if let Some(agent) = &examination.agent {
         add("status.json", &pretty(&agent.status))?;
         add("kernel-entries.json", &pretty(&agent.routes))?;
         add("events.json", &pretty(&agent.events))?;
     }
-    for path in MEMBERS {
+    for path in HOST_FILES {
         if let Ok(text) = files::read_text(Path::new(path), files::SMALL) {
             add(&path.trim_start_matches('/').replace('/', "-"), &text)?;
         }

@@ -1,4 +1,4 @@
-//! The cluster as the agent sees it; without an agent, whether its members could be joined.
+//! Checks of the cluster as the agent sees it; without an agent, whether its members could be joined.
 
 use std::collections::BTreeMap;
 
@@ -13,23 +13,24 @@ use crate::{
     wire::visible,
 };
 
-/// So often down within the events that are kept, and a member comes and goes.
-const FLAPS: usize = 3;
+/// A member with this many "down" events among the stored ones is reported as flapping.
+const DOWNS_UNTIL_FLAPPING: usize = 3;
 
-pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
-    let Some(agent) = &patient.agent else {
-        findings.push(no_agent(patient));
-        findings.extend(seeds(patient));
+/// Runs the checks of the cluster.
+pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
+    let Some(agent) = &examination.agent else {
+        findings.push(no_agent(examination));
+        findings.extend(seeds(examination));
         return;
     };
     let Agent { status, routes, events } = agent;
-    let mut told: Vec<&str> = Vec::new();
-    let paths = paths(status, &mut told);
-    let identity = identity(status, &mut told);
-    let members = members(status, events, &mut told);
+    let mut reported: Vec<&str> = Vec::new();
+    let paths = paths(status, &mut reported);
+    let identity = identity(status, &mut reported);
+    let members = members(status, events, &mut reported);
     findings
         .push(Finding::ok("seeds", format!("{} connections to members", status["connections"])));
-    findings.extend(complaints(status, &told, findings));
+    findings.extend(agent_problems(status, &reported, findings));
     findings.extend(members);
     findings.extend(paths);
     findings.extend(addresses(status));
@@ -46,63 +47,63 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap_or_default()
 }
 
-fn no_agent(patient: &Examination) -> Finding {
+fn no_agent(examination: &Examination) -> Finding {
     Finding::problem(
         "agent",
-        patient.agent_error.clone().unwrap_or_else(|| "no agent answers".to_owned()),
-        "what it has programmed goes on working, but nothing is repaired and nobody new is reached",
+        examination.agent_error.clone().unwrap_or_else(|| "no agent answers".to_owned()),
+        "its kernel entries keep working, but nothing is repaired and new members are not reached",
         "start it: systemctl start gossamer, or gossamer agent",
     )
 }
 
-/// What the agent complains of that no other check has told.
-fn complaints(status: &Value, told: &[&str], findings: &[Finding]) -> Vec<Finding> {
+/// Returns the agent's problems that no other check has reported.
+fn agent_problems(status: &Value, reported: &[&str], findings: &[Finding]) -> Vec<Finding> {
     let is_told = |problem: &str| {
-        told.contains(&problem)
+        reported.contains(&problem)
             || findings
                 .iter()
                 .any(|finding| finding.fix.is_some() && problem.starts_with(finding.seen.as_str()))
             || findings.iter().any(|finding| finding.seen == problem)
     };
     let problems = each(status, "problems").filter_map(Value::as_str);
-    let mut complaints: Vec<Finding> = problems
+    let mut agent_problems: Vec<Finding> = problems
         .filter(|problem| !is_told(problem))
         .map(|problem| Finding::sentence("agent", problem))
         .collect();
-    if status["converged"] != true && complaints.is_empty() {
-        complaints.push(Finding::problem(
+    if status["converged"] != true && agent_problems.is_empty() {
+        agent_problems.push(Finding::problem(
             "agent",
             format!("it has not converged (it is {})", text(status, "phase")),
-            "until then its pods are not reached by all",
-            "wait a moment: gossamer status --wait; then see its log",
+            "until then some members cannot reach its pods",
+            "run gossamer status --wait; then check its log",
         ));
     }
     if text(status, "version") != env!("CARGO_PKG_VERSION") {
-        complaints.push(Finding::warning(
+        agent_problems.push(Finding::warning(
             "agent",
             format!(
                 "it runs version {}, this is {}",
                 text(status, "version"),
                 env!("CARGO_PKG_VERSION")
             ),
-            "the program was replaced, and the agent goes on with the old one",
-            "restart it, which costs no packet: systemctl restart gossamer",
+            "the program was replaced, and the agent still runs the old one",
+            "restart it, which interrupts no traffic: systemctl restart gossamer",
         ));
     }
-    if complaints.is_empty() {
-        complaints
+    if agent_problems.is_empty() {
+        agent_problems
             .push(Finding::ok("agent", format!("converged, with {}", text(status, "subnet"))));
     }
-    complaints
+    agent_problems
 }
 
-fn members<'a>(status: &'a Value, events: &Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
+fn members<'a>(status: &'a Value, events: &Value, reported: &mut Vec<&'a str>) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut problems = each(status, "problems").filter_map(Value::as_str);
-    // It names them, and says more.
+    // This problem names all members and says more.
     let of_all = problems.find(|problem| problem.starts_with("no other member answers"));
     if let Some(problem) = of_all {
-        told.push(problem);
+        reported.push(problem);
         findings.push(Finding::sentence("members", problem));
     }
     let present = || {
@@ -112,11 +113,11 @@ fn members<'a>(status: &'a Value, events: &Value, told: &mut Vec<&'a str>) -> Ve
     for member in present().filter(|_| of_all.is_none()) {
         let (name, state) = (text(member, "name"), text(member, "liveness"));
         if state != "alive" && state != "suspect" {
-            let state = if state.is_empty() { "has not been heard of" } else { "is down" };
+            let state = if state.is_empty() { "has never been seen" } else { "is down" };
             findings.push(Finding::problem(
                 "members",
                 format!("{name} ({}) {state}", text(member, "address")),
-                "its subnet stays its own: nobody else is given it, and its pods may still be reached",
+                "it keeps its subnet, and its pods may still be reachable",
                 remedy(status, name),
             ));
         }
@@ -127,11 +128,11 @@ fn members<'a>(status: &'a Value, events: &Value, told: &mut Vec<&'a str>) -> Ve
             *downs.entry(name).or_default() += 1;
         }
     }
-    for (name, count) in downs.into_iter().filter(|(_, count)| *count >= FLAPS) {
+    for (name, count) in downs.into_iter().filter(|(_, count)| *count >= DOWNS_UNTIL_FLAPPING) {
         findings.push(Finding::warning(
             "members",
             format!("{name} was down {count} times"),
-            "a member that comes and goes is a bad link, an overloaded host, or an agent that crashes",
+            "likely causes are a bad link, an overloaded host, or an agent that crashes",
             format!("gossamer events; on {name}: journalctl -u gossamer; gossamer ping {name}"),
         ));
     }
@@ -141,11 +142,12 @@ fn members<'a>(status: &'a Value, events: &Value, told: &mut Vec<&'a str>) -> Ve
     findings
 }
 
-/// What helps against a member that is down. To forget it is no advice where the fault may be on this host.
+/// Returns the remedy for a member that is down. Does not suggest forgetting it if the cause may be this
+/// host.
 fn remedy(status: &Value, name: &str) -> String {
     let mut paths = each(status, "paths").filter(|path| text(path, "name") == name);
     if paths.any(|path| path["problem"].is_string()) {
-        return "first what check `paths` says of it".to_owned();
+        return "follow the finding of check `paths` first".to_owned();
     }
     let mut others = each(status, "members")
         .filter(|member| member["node"] != status["node"] && member["left"] == false)
@@ -155,22 +157,22 @@ fn remedy(status: &Value, name: &str) -> String {
         return format!("{start}; if that host is gone for good: gossamer forget {name}");
     }
     format!(
-        "{start} if it does not run; if it does, its own status may name why it is not heard (there: \
+        "{start} if it does not run; if it does, its own status may name the cause (there: \
          gossamer status), or this host is cut off, for no other member answers: look at its network, routes \
          (ip route get ADDRESS; ip neigh), and firewall"
     )
 }
 
-fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
+fn paths<'a>(status: &'a Value, reported: &mut Vec<&'a str>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for path in each(status, "paths") {
         let (name, state) = (text(path, "name"), text(path, "state"));
         if let Some(problem) = path["problem"].as_str() {
-            // A cause may concern several peers.
-            if told.contains(&problem) {
+            // One cause may concern several peers.
+            if reported.contains(&problem) {
                 continue;
             }
-            told.push(problem);
+            reported.push(problem);
             findings.push(Finding::sentence("paths", problem));
         } else if matches!(state, "dead" | "withdrawn") {
             findings.push(Finding::problem(
@@ -182,22 +184,22 @@ fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
         }
     }
     if findings.is_empty() {
-        // Nothing but questions to that host is dropped, which harms no pod.
+        // If packets of pods pass, only probes of that host are dropped, which affects no pod.
         let is_ok = |path: &&Value| path["state"] == "ok" || path["pods_answer"] == true;
         let is_bad = |path: &&Value| !is_ok(path) && path["state"] != "unknown";
         let ok = each(status, "paths").filter(is_ok).count();
         let count = format!("{ok} of {} ok", each(status, "paths").count());
         findings.push(match each(status, "paths").find(is_bad) {
             None => Finding::ok("paths", count),
-            // Why, another check has told.
+            // Another check has reported the cause.
             Some(path) => {
                 let (name, state) = (text(path, "name"), text(path, "state"));
                 let why = match state {
-                    // It may be meant so.
+                    // Mixed modes may be intentional.
                     "asymmetric" => {
-                        "its answers come through the tunnel and packets to it go without, as with several \
-                         modes in one cluster: rp_filter or a rule with rpfilter or fib may drop that; set \
-                         the same mode on all nodes"
+                        "its answers arrive through the tunnel, packets to it go without one, as \
+                         with several modes in one cluster: rp_filter or a rule with rpfilter or \
+                         fib may drop that; set the same mode on all nodes"
                     }
                     _ => "see the other checks",
                 };
@@ -222,7 +224,7 @@ fn addresses(status: &Value) -> Vec<Finding> {
         }
         for (value, holders) in holders.into_iter().filter(|(_, holders)| holders.len() > 1) {
             let who = holders.join(", ");
-            let gone = "if one of them is a former self of the other: gossamer forget ID";
+            let gone = "if one of them is the other's earlier installation: gossamer forget ID";
             findings.push(match key {
                 "name" => Finding::warning(
                     "addresses",
@@ -233,13 +235,13 @@ fn addresses(status: &Value) -> Vec<Finding> {
                 _ => Finding::problem(
                     "addresses",
                     format!("{} members have the {what} {value}: {who}", holders.len()),
-                    "packets for the one reach the other",
+                    "packets for one reach the other",
                     format!("{gone}; otherwise set advertise on each"),
                 ),
             });
         }
         if key == "underlay" && !findings.is_empty() {
-            // The address of gossip is the same one, told already.
+            // The gossip address contains the same address, which is already reported.
             findings.dedup_by_key(|finding| finding.verdict);
         }
     }
@@ -249,12 +251,12 @@ fn addresses(status: &Value) -> Vec<Finding> {
     findings
 }
 
-fn identity<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Finding {
+fn identity<'a>(status: &'a Value, reported: &mut Vec<&'a str>) -> Finding {
     let mut problems = each(status, "problems").filter_map(Value::as_str);
     let about = |problem: &&str| problem.contains("state directory was");
     match problems.find(about) {
         Some(problem) => {
-            told.push(problem);
+            reported.push(problem);
             Finding::sentence("identity", problem)
         }
         None => Finding::ok("identity", format!("this node alone is {}", text(status, "node"))),
@@ -267,14 +269,14 @@ fn offload(status: &Value) -> Finding {
         return Finding::warning(
             "offload",
             "packets whose checksums were left to the network card did not arrive",
-            "the agent has the kernel fill them in since, which costs some throughput",
+            "the kernel computes them since then, which costs some throughput",
             format!(
                 "update the driver or firmware of {}, then restart the agent",
                 text(kernel, "underlay_interface")
             ),
         );
     }
-    Finding::ok("offload", "checksums arrive as they should")
+    Finding::ok("offload", "checksums arrive correctly")
 }
 
 fn tables(routes: &Value) -> Finding {
@@ -283,7 +285,7 @@ fn tables(routes: &Value) -> Finding {
     match differ.first() {
         None => Finding::ok(
             "tables",
-            format!("{} entries, all as they should be", each(routes, "entries").count()),
+            format!("{} entries, all correct", each(routes, "entries").count()),
         ),
         Some(first) => Finding::problem(
             "tables",
@@ -294,23 +296,23 @@ fn tables(routes: &Value) -> Finding {
                 text(first, "key"),
                 text(first, "verdict")
             ),
-            "somebody changes them faster than they are put right, or the kernel refuses them",
+            "another program changes them faster than the agent repairs them, or the kernel refuses them",
             "gossamer routes --differences; see what else manages routes here (NetworkManager, FRR)",
         ),
     }
 }
 
-/// Whether members could be joined by what is configured.
-fn seeds(patient: &Examination) -> Vec<Finding> {
-    let Ok(config) = &patient.config else { return Vec::new() };
-    // What the agent would fall back on, too.
+/// Checks whether the configured or saved seeds can be joined.
+fn seeds(examination: &Examination) -> Vec<Finding> {
+    let Ok(config) = &examination.config else { return Vec::new() };
+    // The agent falls back on the saved token, too.
     let saved = read_token(&config.state_dir).ok().flatten();
     let mut seeds = config.seeds.clone();
     if seeds.is_empty() {
         seeds.extend(saved.iter().flat_map(|token| token.seeds.clone()));
     }
     if seeds.is_empty() {
-        return vec![Finding::ok("seeds", "none are configured, and none are known")];
+        return vec![Finding::ok("seeds", "none configured, none known")];
     }
     let Some(token) = config.token.as_ref().or(saved.as_ref()) else {
         return vec![Finding::skipped("seeds", "without a token none of them answers")];
@@ -326,13 +328,10 @@ fn seeds(patient: &Examination) -> Vec<Finding> {
         let Err(error) = answer else { continue };
         let is_token = matches!(error, CallError::Rejected(_));
         let (why, fix) = if is_token {
-            (
-                "its secret is another one than ours",
-                "copy the token again: on a member, gossamer token",
-            )
+            ("it has another secret", "copy the token again: on a member, gossamer token")
         } else {
             (
-                "a host joins by one member that it reaches",
+                "a host needs one reachable member to join",
                 "see that its agent runs and that UDP is open there: allow the port in both firewalls",
             )
         };
@@ -342,14 +341,14 @@ fn seeds(patient: &Examination) -> Vec<Finding> {
             continue;
         }
         let seen = visible(&format!("{seed}: {error}"));
-        // One that answers is enough.
+        // One reachable seed is enough.
         findings.push(match reached {
             0 => Finding::problem("seeds", seen, why, fix),
             _ => Finding::warning("seeds", seen, why, fix),
         });
     }
     if findings.is_empty() {
-        findings.push(Finding::ok("seeds", format!("{reached} answer, and take our secret")));
+        findings.push(Finding::ok("seeds", format!("{reached} answered and accepted the secret")));
     }
     findings
 }
@@ -372,11 +371,11 @@ mod tests {
     }
 
     #[test]
-    fn addresses_and_names_that_two_members_have_are_named_once() {
+    fn shared_address_or_name_is_reported_once() {
         let members = [member("a", "192.0.2.1:8473"), member("b", "192.0.2.1:8473")];
         let found = addresses(&json!({ "members": members }));
         assert!(found.len() == 1 && is_bad(&found[0], "the address 192.0.2.1:8473"), "{found:?}");
-        // Behind one address with two ports.
+        // Two members behind one address with two ports.
         let members = [member("a", "192.0.2.1:1"), member("b", "192.0.2.1:2")];
         let found = addresses(&json!({ "members": members }));
         assert!(found.len() == 1 && is_bad(&found[0], "the underlay address"), "{found:?}");
@@ -388,24 +387,27 @@ mod tests {
     }
 
     #[test]
-    fn a_member_that_comes_and_goes_is_named() {
+    fn flapping_member_is_reported() {
         let status = json!({ "members": [member("a", "192.0.2.1:8473")] });
         let down = json!({ "kind": "member", "text": "a is down" });
         let events = |count| json!({ "events": vec![down.clone(); count] });
-        assert_eq!(members(&status, &events(FLAPS - 1), &mut Vec::new())[0].verdict, Verdict::Ok);
+        assert_eq!(
+            members(&status, &events(DOWNS_UNTIL_FLAPPING - 1), &mut Vec::new())[0].verdict,
+            Verdict::Ok
+        );
         assert!(is_bad(
-            &members(&status, &events(FLAPS), &mut Vec::new())[0],
+            &members(&status, &events(DOWNS_UNTIL_FLAPPING), &mut Vec::new())[0],
             "a was down 3 times"
         ));
     }
 
     #[test]
-    fn copies_cards_and_entries_that_are_wrong_are_named() {
+    fn duplicate_identity_bad_offload_and_wrong_entries_are_reported() {
         let problem = "this node's key is in use twice: its state directory was copied";
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         let status = json!({ "problems": [problem] });
-        assert!(is_bad(&identity(&status, &mut told), problem));
-        assert_eq!(told, [problem], "and nobody else tells it again");
+        assert!(is_bad(&identity(&status, &mut reported), problem));
+        assert_eq!(reported, [problem], "and no other check reports it again");
         let status = json!({ "kernel": { "checksum_offload_fails": true } });
         assert!(is_bad(&offload(&status), "checksums"));
         let entry = json!({ "table": "fdb", "key": "aa", "verdict": "missing" });

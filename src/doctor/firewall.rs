@@ -1,4 +1,4 @@
-//! Chains of others: what they do with our ports, and with packets of pods.
+//! Checks of other programs' chains: what they drop at gossamer's ports, and of packets of pods.
 
 use ipnet::IpNet;
 use serde_json::Value;
@@ -6,8 +6,9 @@ use serde_json::Value;
 use super::{Examination, Finding, Verdict};
 use crate::dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port};
 
-pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
-    let numbers = patient.numbers();
+/// Runs the checks `firewall`, `forwarding` and `docker`.
+pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
+    let numbers = examination.numbers();
     let ports = [numbers.gossip_port, numbers.vxlan_port];
     let read = FirewallTable::open().and_then(|mut table| {
         Ok((table.foreign_chains(&numbers.networks)?, table.closed_ports(&ports)?))
@@ -20,21 +21,21 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
             return findings.extend(checks.map(|check| Finding::skipped(check, &*seen)));
         }
     };
-    // Where packets are known to get in, reading rules has missed what lets them.
+    // If packets are known to arrive, the reading of the rules has missed one that accepts them.
     let is_tunnel = |port: u16| port == numbers.vxlan_port;
     let paths =
-        || patient.status().and_then(|status| status["paths"].as_array()).into_iter().flatten();
+        || examination.status().and_then(|status| status["paths"].as_array()).into_iter().flatten();
     let is_open = |path: &Value| path["state"] == "ok" || path["pods_answer"] == true;
     let tunnels_work = paths().count() > 0 && paths().all(is_open);
     let gossip_works =
-        patient.status().is_some_and(|status| status["connections"].as_u64() > Some(0));
-    // Gossip is so little that no limit is reached by it.
+        examination.status().is_some_and(|status| status["connections"].as_u64() > Some(0));
+    // Gossip sends so few packets that no rate limit affects it.
     for limited in closed.iter().filter(|closed| closed.limited && is_tunnel(closed.port)) {
         let ClosedPort { chain, port, .. } = limited;
         findings.push(Finding::warning(
             "firewall",
-            format!("chain {chain} drops UDP {port} above some number of packets a second"),
-            "all that pods of two hosts say to each other are packets to that port: under load many are lost",
+            format!("chain {chain} drops UDP {port} above some rate"),
+            "all traffic between pods of two hosts uses that port: under load many packets are lost",
             open_port(chain, *port),
         ));
     }
@@ -46,7 +47,7 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
         let fix = open_port(chain, *port);
         findings.push(if works && !by_port {
             let why =
-                format!("that is the port of {what}, by the form of its rules; so far they get in");
+                format!("that is the port of {what}, according to its rules; so far they arrive");
             Finding::warning("firewall", seen, why, fix)
         } else {
             let why = format!("that is the port of {what}: members do not reach this host");
@@ -54,16 +55,18 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
         });
     }
     if closed.is_empty() {
-        findings
-            .push(Finding::ok("firewall", format!("UDP {} and {} are let in", ports[0], ports[1])));
+        findings.push(Finding::ok(
+            "firewall",
+            format!("UDP {} and {} are accepted", ports[0], ports[1]),
+        ));
     }
-    let warnings = patient.warnings().map(|warning| Finding {
+    let warnings = examination.warnings().map(|warning| Finding {
         verdict: Verdict::Warning,
         ..Finding::sentence("forwarding", warning)
     });
     let warnings: Vec<Finding> = warnings.collect();
-    let found = forwarding(patient, &chains, &numbers.networks);
-    // The agent has said why, and what is likely in the way.
+    let found = forwarding(examination, &chains, &numbers.networks);
+    // The agent's warning already contains the reason and the likely cause.
     let is_told =
         |finding: &Finding| !warnings.is_empty() && matches!(finding.verdict, Verdict::Warning);
     findings.extend(found.into_iter().filter(|finding| !is_told(finding)));
@@ -72,20 +75,24 @@ pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
         findings.push(Finding::problem(
             "docker",
             format!("chain {chain} drops what other hosts send to containers"),
-            "Docker 28 and later let nobody but their own bridge speak to a container's address",
+            "Docker 28 and later let only their own bridge reach a container's address",
             "start dockerd with --allow-direct-routing, or make the network with -d gossamer",
         ));
     }
     if chains.dropping.is_empty() {
-        findings.push(Finding::ok("docker", "containers may be spoken to directly"));
+        findings.push(Finding::ok("docker", "containers are reachable directly"));
     }
 }
 
-/// What the agent has found by trying; where it could not try, a guess by what chains look like.
-fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet]) -> Vec<Finding> {
-    let tried = patient.status().map(|status| &status["kernel"]["forwarding"]);
-    let detail = tried.and_then(|tried| tried["detail"].as_str()).unwrap_or("no agent tries it");
-    let detail = if detail.is_empty() { "it has not been tried yet" } else { detail };
+/// Returns the results of the agent's trials; without them, a guess from the chains.
+fn forwarding(
+    examination: &Examination,
+    chains: &ForeignChains,
+    networks: &[IpNet],
+) -> Vec<Finding> {
+    let tried = examination.status().map(|status| &status["kernel"]["forwarding"]);
+    let detail = tried.and_then(|tried| tried["detail"].as_str()).unwrap_or("no agent tests it");
+    let detail = if detail.is_empty() { "not tested yet" } else { detail };
     match tried.and_then(|tried| tried["state"].as_str()) {
         Some("ok") => return vec![Finding::ok("forwarding", detail)],
         Some("failing") => {
@@ -96,7 +103,7 @@ fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet])
                     "do not find their gateway",
                     "do not find each other",
                     "leave under the address",
-                    "do not hear that a packet",
+                    "do not learn that a packet",
                     "do not leave this host inside",
                     "not answer ARP",
                     "not answer neighbor discovery",
@@ -104,15 +111,15 @@ fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet])
                 .iter()
                 .any(|words| problem.contains(words))
             };
-            let problems = patient.problems().filter(is_about_it);
+            let problems = examination.problems().filter(is_about_it);
             let findings = problems.filter_map(|problem| problem.split_once(": "));
             let findings = findings.map(|(seen, fix)| {
                 let why = if seen.contains("leave under") {
-                    "every container has an address of its own, by which others know it"
+                    "other containers identify a container by its address"
                 } else if seen.contains("too large") {
-                    "small packets pass, and connections hang at the first large one"
+                    "small packets pass, but connections hang at the first large one"
                 } else {
-                    "pods here do not reach others, or are not reached by them"
+                    "pods here do not reach other pods, or other pods do not reach them"
                 };
                 Finding::problem("forwarding", seen, why, fix)
             });
@@ -132,11 +139,11 @@ fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet])
             |network: &&IpNet| network.addr().is_ipv6() == chain.chain.starts_with("ip6 ");
         let network = networks.iter().find(of_family).or(networks.first());
         let fix =
-            network.map_or_else(|| "let the overlay's network pass".to_owned(), |n| chain.fix(*n));
+            network.map_or_else(|| "accept the overlay's network".to_owned(), |n| chain.fix(*n));
         Finding::warning(
             "forwarding",
-            format!("{chain}, and no rule in it seems to let pods' packets pass"),
-            "a guess by the form of its rules: each chain has to let a packet pass",
+            format!("{chain}, and no rule in it seems to accept packets of pods"),
+            "a guess from its rules: each chain must accept a packet",
             fix,
         )
     });

@@ -1,8 +1,9 @@
-//! The host without any agent: rights, kernel, interfaces, sysctls, ports, other overlays, MTUs.
+//! Checks of the host without an agent: privileges, kernel, interfaces, sysctls, ports, other overlays,
+//! MTUs.
 
 use std::{
     fs, io,
-    net::{Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
 };
 
 use nix::sched::{CloneFlags, unshare};
@@ -12,7 +13,7 @@ use super::{Examination, Finding, Numbers};
 use crate::{
     agent::{LACKS_IPV6, choose_underlay},
     dataplane::{
-        desired::{IPV6_MTU_MIN, Mode, device_name},
+        desired::{IPV6_MTU_MIN, Mode, device_name, overhead},
         firewall::Firewall,
         kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
@@ -20,8 +21,8 @@ use crate::{
     pods::{obstacle::obstacle, standin::OWN_ALIAS},
 };
 
-/// Devices and ports of other overlays.
-const OTHERS: [(&str, &str); 6] = [
+/// Prefixes of device names of other overlays, with the program.
+const OVERLAY_PREFIXES: [(&str, &str); 6] = [
     ("flannel", "flannel"),
     ("weave", "Weave Net"),
     ("cilium", "Cilium"),
@@ -30,46 +31,49 @@ const OTHERS: [(&str, &str); 6] = [
     ("genev_sys", "Open vSwitch"),
 ];
 
-pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
-    let numbers = patient.numbers();
-    privileges(patient, findings);
-    if lacking(held("self")).is_empty() {
+/// Runs the checks of the host.
+pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
+    let numbers = examination.numbers();
+    privileges(examination, findings);
+    if missing_capabilities(effective_capabilities("self")).is_empty() {
         findings.push(kernel());
     } else {
-        findings.push(Finding::skipped("kernel", "takes root"));
+        findings.push(Finding::skipped("kernel", "needs root"));
     }
-    let mode = patient.config.as_ref().map_or(Mode::Vxlan, |config| config.mode);
-    let underlay = underlay(patient, findings);
+    let mode = examination.config.as_ref().map_or(Mode::Vxlan, |config| config.mode);
+    let underlay = underlay(examination, findings);
     sysctls(&numbers, mode, underlay.as_deref(), findings);
-    ports(patient, &numbers, findings);
+    ports(examination, &numbers, findings);
     match Netlink::open().and_then(|mut netlink| netlink.links()) {
         Ok(links) => {
             findings.extend(overlays(&links, &numbers));
-            findings.extend(bridge(patient, &links, &numbers));
-            findings.extend(mtu(patient, &links, underlay.as_deref()));
+            findings.extend(bridge(examination, &links, &numbers));
+            findings.extend(mtu(examination, &links, underlay.as_deref()));
         }
         Err(error) => findings.push(Finding::skipped("overlays", format!("netlink: {error}"))),
     }
-    overlap(patient, &numbers, findings);
+    overlap(examination, &numbers, findings);
 }
 
-/// Number in linux/capability.h, name, and what the agent cannot do without it.
-const NEEDED: [(u8, &str, &str); 3] = [
+/// Required capabilities: number in linux/capability.h, name, and what fails without it.
+const REQUIRED_CAPABILITIES: [(u8, &str, &str); 3] = [
     (12, "CAP_NET_ADMIN", "it cannot program the kernel"),
     (13, "CAP_NET_RAW", "it cannot probe the overlay, and withdraws no path"),
     (21, "CAP_SYS_ADMIN", "it cannot connect pods (CNI, Docker)"),
 ];
 
-/// What the agent may do, or where none runs, what this process may.
-fn privileges(patient: &Examination, findings: &mut Vec<Finding>) {
-    // A process of another namespace has no number here.
-    let agent = patient.agent_pid().filter(|pid| *pid > 0);
-    let (held, holder) = match agent {
-        Some(pid) => (held(&pid.to_string()), format!("the agent (process {pid})")),
-        None => (held("self"), "this process".to_owned()),
+/// Checks the capabilities of the agent, or of this process if no agent runs.
+fn privileges(examination: &Examination, findings: &mut Vec<Finding>) {
+    // A process of another PID namespace has no number here.
+    let agent = examination.agent_pid().filter(|pid| *pid > 0);
+    let (effective_capabilities, holder) = match agent {
+        Some(pid) => {
+            (effective_capabilities(&pid.to_string()), format!("the agent (process {pid})"))
+        }
+        None => (effective_capabilities("self"), "this process".to_owned()),
     };
-    let lacking = lacking(held);
-    for (_, name, consequence) in &lacking {
+    let missing_capabilities = missing_capabilities(effective_capabilities);
+    for (_, name, consequence) in &missing_capabilities {
         let fix = format!("run it as root, or with {name} (AmbientCapabilities= of its unit)");
         let seen = format!("{name} is not held by {holder}");
         findings.push(Finding::problem(
@@ -79,27 +83,33 @@ fn privileges(patient: &Examination, findings: &mut Vec<Finding>) {
             fix,
         ));
     }
-    if lacking.is_empty() {
-        let names = NEEDED.map(|(_, name, _)| name).join(", ");
+    if missing_capabilities.is_empty() {
+        let names = REQUIRED_CAPABILITIES.map(|(_, name, _)| name).join(", ");
         findings.push(Finding::ok("privileges", names));
     }
 }
 
-/// The effective capabilities of a process: `CapEff` of proc_pid_status(5).
-fn held(process: &str) -> u64 {
+/// Returns the effective capabilities of a process: `CapEff` of proc_pid_status(5).
+fn effective_capabilities(process: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     line.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).unwrap_or(0)
 }
 
-fn lacking(held: u64) -> Vec<&'static (u8, &'static str, &'static str)> {
-    NEEDED.iter().filter(|(bit, ..)| held & 1 << bit == 0).collect()
+fn missing_capabilities(
+    effective_capabilities: u64,
+) -> Vec<&'static (u8, &'static str, &'static str)> {
+    REQUIRED_CAPABILITIES
+        .iter()
+        .filter(|(bit, ..)| effective_capabilities & 1 << bit == 0)
+        .collect()
 }
 
-/// Makes one of each in a network namespace that is gone afterwards.
+/// Creates one object of each kind in a temporary network namespace.
 fn kernel() -> Finding {
     let trial = in_thread(|| {
-        // Nothing in the kernel is missing then: a limit is reached (user_namespaces(7)).
+        // A failure here means that a limit is reached (user_namespaces(7)), not that the kernel lacks
+        // anything.
         if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
             return Ok(Err(error));
         }
@@ -129,35 +139,35 @@ fn kernel() -> Finding {
         Ok(Ok(()))
     });
     match trial {
-        Ok(Ok(())) => Finding::ok("kernel", "VXLAN, veth, bridge and nftables can be made"),
+        Ok(Ok(())) => Finding::ok("kernel", "VXLAN, veth, bridge and nftables work"),
         Ok(Err(error)) => Finding::warning(
             "kernel",
-            format!("no network namespace can be made: {error}"),
-            "neither this check nor the agent's trials of forwarding can be made, so a firewall that drops \
-             packets of pods is only guessed at",
+            format!("no network namespace can be created: {error}"),
+            "neither this check nor the agent's tests of forwarding are possible, so a firewall that drops \
+             packets of pods can only be guessed",
             "sysctl user.max_net_namespaces user.max_user_namespaces, and raise what is 0",
         ),
         Err(error) => Finding::problem(
             "kernel",
             error.to_string(),
-            "the overlay is made of these",
+            "the overlay needs these",
             "load the module it names (modprobe), or install the kernel's extra modules",
         ),
     }
 }
 
-/// Gives the interface's name.
-fn underlay(patient: &Examination, findings: &mut Vec<Finding>) -> Option<String> {
-    let kernel = patient.status().map(|status| &status["kernel"]);
+/// Checks the underlay and returns the interface's name.
+fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<String> {
+    let kernel = examination.status().map(|status| &status["kernel"]);
     if let Some((name, address)) = kernel.and_then(|kernel| {
         let name = kernel["underlay_interface"].as_str().filter(|name| !name.is_empty());
         Some((name?, kernel["underlay_address"].as_str()?))
     }) {
-        // What is wrong with it the agent says itself.
+        // The agent reports problems of the underlay itself.
         findings.push(Finding::ok("underlay", format!("{address} on {name}")));
         return Some(name.to_owned());
     }
-    let config = patient.config.as_ref().ok()?;
+    let config = examination.config.as_ref().ok()?;
     let chosen = Netlink::open().map_err(|error| error.to_string()).and_then(|mut netlink| {
         choose_underlay(&mut netlink, config, std::iter::empty()).map_err(|error| error.to_string())
     });
@@ -192,17 +202,17 @@ fn sysctls(numbers: &Numbers, mode: Mode, underlay: Option<&str>, findings: &mut
     }));
 }
 
-/// With an agent both ports are its own.
-fn ports(patient: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
+/// Checks the ports. With an agent, both ports are its own.
+fn ports(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
     let before = findings.len();
-    if patient.agent.is_none() {
+    if examination.agent.is_none() {
         if let Err(error) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, numbers.gossip_port)) {
             findings.push(Finding::problem(
                 "ports",
                 format!("UDP {}: {error}", numbers.gossip_port),
                 "the agent listens there for gossip",
                 format!(
-                    "see who has it (ss -lunp 'sport = :{}'), and stop that, or set listen",
+                    "find the program (ss -lunp 'sport = :{}') and stop it, or set listen",
                     numbers.gossip_port
                 ),
             ));
@@ -216,8 +226,10 @@ fn ports(patient: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) 
         }
     }
     if findings.len() == before {
-        let seen =
-            format!("UDP {} and {} are free or ours", numbers.gossip_port, numbers.vxlan_port);
+        let seen = format!(
+            "UDP {} and {} are free or gossamer's",
+            numbers.gossip_port, numbers.vxlan_port
+        );
         findings.push(Finding::ok("ports", seen));
     }
 }
@@ -226,12 +238,12 @@ fn overlays(links: &[Link], numbers: &Numbers) -> Vec<Finding> {
     let mut findings = Vec::new();
     let own = device_name(numbers.vni);
     for link in links.iter().filter(|link| link.name != own) {
-        let known = OTHERS.iter().find(|(prefix, _)| link.name.starts_with(prefix));
+        let known = OVERLAY_PREFIXES.iter().find(|(prefix, _)| link.name.starts_with(prefix));
         if let Some((_, whose)) = known {
             findings.push(Finding::warning(
                 "overlays",
-                format!("interface {} is of {whose}", link.name),
-                "two overlays on one host give pods two networks, and often want the same UDP port",
+                format!("interface {} belongs to {whose}", link.name),
+                "two overlays on one host give pods two networks, and often use the same UDP port",
                 format!("remove {whose} once its pods are gone (ip link del {})", link.name),
             ));
         }
@@ -242,23 +254,23 @@ fn overlays(links: &[Link], numbers: &Numbers) -> Vec<Finding> {
     findings
 }
 
-/// Another interface that has the name of the pods' bridge. With an agent, that says so itself.
-fn bridge(patient: &Examination, links: &[Link], numbers: &Numbers) -> Option<Finding> {
-    let config = patient.config.as_ref().ok().filter(|_| patient.agent.is_none())?;
+/// Checks for another interface with the name of the pods' bridge. An agent reports that itself.
+fn bridge(examination: &Examination, links: &[Link], numbers: &Numbers) -> Option<Finding> {
+    let config = examination.config.as_ref().ok().filter(|_| examination.agent.is_none())?;
     let name = config.bridge_name(numbers.vni);
     let obstacle = obstacle(links.iter().find(|link| link.name == name)?, None)?;
     Some(Finding::sentence("overlays", &obstacle))
 }
 
-/// Networks of interfaces that are also the overlay's.
-fn overlap(patient: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
+/// Checks for interfaces whose networks overlap the overlay's.
+fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
     let Ok(mut netlink) = Netlink::open() else { return };
     let own: Vec<ipnet::IpNet> = ["subnet", "subnet6"]
         .into_iter()
-        .filter_map(|key| patient.status()?[key].as_str()?.parse().ok())
+        .filter_map(|key| examination.status()?[key].as_str()?.parse().ok())
         .collect();
     let has_all_routes =
-        patient.status().is_none_or(|status| status["kernel"]["peers_in_use"].is_null());
+        examination.status().is_none_or(|status| status["kernel"]["peers_in_use"].is_null());
     let sentences = overlaps(&mut netlink, &numbers.networks, &own, has_all_routes);
     let sentences = sentences.unwrap_or_default();
     findings.extend(sentences.iter().map(|sentence| {
@@ -268,47 +280,60 @@ fn overlap(patient: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>
     }));
 }
 
-fn mtu(patient: &Examination, links: &[Link], underlay: Option<&str>) -> Vec<Finding> {
+/// Returns the bytes that a tunnel adds to each packet on this host's underlay; none without tunnels.
+fn tunnel_overhead(examination: &Examination) -> u32 {
+    if examination.config.as_ref().is_ok_and(|config| config.mode == Mode::HostGw) {
+        return 0;
+    }
+    let address = examination
+        .status()
+        .and_then(|status| status["kernel"]["underlay_address"].as_str()?.parse::<IpAddr>().ok());
+    overhead(address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()))
+}
+
+/// Checks the chain of MTUs from the underlay to the pods.
+fn mtu(examination: &Examination, links: &[Link], underlay: Option<&str>) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let vni = patient.numbers().vni;
+    let vni = examination.numbers().vni;
     let device = links.iter().find(|link| link.name == device_name(vni));
     let carrier = underlay.and_then(|name| links.iter().find(|link| link.name == name));
     let own = device.map(|device| device.mtu);
+    let overhead = tunnel_overhead(examination);
     if let (Some(mtu), Some(carrier)) = (own, carrier)
-        && mtu + 50 > carrier.mtu
+        && mtu + overhead > carrier.mtu
     {
         findings.push(Finding::problem(
             "mtu",
             format!("the overlay carries {mtu} bytes, {} only {}", carrier.name, carrier.mtu),
-            "large packets are lost, small ones get through: connections begin and then hang",
+            "large packets are lost, small ones pass: connections are established and then hang",
             format!(
-                "set mtu = {} or less, or raise that of {}",
-                carrier.mtu.saturating_sub(50),
+                "set mtu = {} or less, or raise the MTU of {}",
+                carrier.mtu.saturating_sub(overhead),
                 carrier.name
             ),
         ));
     }
-    let told = patient.problems().filter(|problem| problem.contains(LACKS_IPV6));
-    findings.extend(told.map(|problem| Finding::sentence("mtu", problem)));
-    let has_ipv6 = patient.numbers().networks.iter().any(|network| network.addr().is_ipv6());
-    let is_unheard = patient.agent.is_none() && has_ipv6;
-    if let Some(mtu) = own.filter(|mtu| is_unheard && *mtu < IPV6_MTU_MIN) {
+    let ipv6_problems = examination.problems().filter(|problem| problem.contains(LACKS_IPV6));
+    findings.extend(ipv6_problems.map(|problem| Finding::sentence("mtu", problem)));
+    let has_ipv6 = examination.numbers().networks.iter().any(|network| network.addr().is_ipv6());
+    let is_unreported = examination.agent.is_none() && has_ipv6;
+    if let Some(mtu) = own.filter(|mtu| is_unreported && *mtu < IPV6_MTU_MIN) {
         findings.push(Finding::problem(
             "mtu",
             format!("the overlay carries {mtu} bytes"),
-            format!("the kernel turns IPv6 off on interfaces below {IPV6_MTU_MIN} bytes"),
+            format!("the kernel disables IPv6 on interfaces below {IPV6_MTU_MIN} bytes"),
             "raise the underlay's MTU, or the setting mtu",
         ));
     }
-    let bridge = patient.config.as_ref().ok().map(|config| config.bridge_name(vni));
-    // A modem may have that name.
+    let bridge = examination.config.as_ref().ok().map(|config| config.bridge_name(vni));
+    // Another interface, such as a modem, may have that name.
     let is_it = |link: &&Link, name: &str| link.name == name && link.kind == "bridge";
     let bridge = bridge.and_then(|name| links.iter().find(|link| is_it(link, &name)));
     let pods = bridge.into_iter().flat_map(|bridge| {
-        let is_trials = |link: &&Link| link.alias == OWN_ALIAS;
+        let is_own_pod = |link: &&Link| link.alias == OWN_ALIAS;
         let ports = links.iter().filter(|link| link.is_plugged_into(bridge.index));
-        // What the agent tries with is larger, to find out what becomes of large packets.
-        ports.filter(move |link| !is_trials(link)).chain([bridge])
+        // The MTU of the agent's own pod is larger, to test the handling of large packets.
+        ports.filter(move |link| !is_own_pod(link)).chain([bridge])
     });
     for link in pods.filter(|link| own.is_some_and(|mtu| link.mtu > mtu)) {
         findings.push(Finding::problem(

@@ -1,8 +1,8 @@
-//! `gossamer doctor`: everything that keeps a host's pods from being reached, looked for one by one.
+//! `gossamer doctor`: checks everything that may make a host's pods unreachable.
 //!
-//! Works with and without a running agent, and changes nothing on the host. Each check says what was seen;
-//! one that found something also says why it matters and what helps. What only the agent can know is asked
-//! over its control socket.
+//! Works with and without a running agent, and changes nothing on the host. Each finding says what was
+//! seen; problems and warnings also say why it matters and what to do. What only the agent knows is
+//! queried over its control socket.
 
 mod bundle;
 mod cluster;
@@ -21,54 +21,59 @@ use crate::config::{Config, ConfigError, DEFAULT_VXLAN_PORT, Instance};
 
 pub use bundle::write as write_bundle;
 
-/// Everything that is looked at, in this order.
+/// The checks with their descriptions, in output order.
 pub const CHECKS: [(&str, &str); 23] = [
     ("configuration", "settings that contradict each other or cannot be read"),
     ("privileges", "capabilities that the agent needs"),
-    ("kernel", "VXLAN, veth, bridges and nftables, tried in a namespace of their own"),
+    ("kernel", "VXLAN, veth, bridges and nftables, tried in a separate namespace"),
     ("underlay", "the interface that carries the tunnels, and its address"),
     ("sysctls", "forwarding and reverse path filters"),
     ("ports", "other programs at the UDP ports of gossip and VXLAN"),
-    ("firewall", "rules and policies that drop what comes in at those ports"),
+    ("firewall", "rules and policies that drop packets to those ports"),
     ("forwarding", "whether packets of pods pass this host, and the chain that drops them"),
-    ("routing", "where the kernel sends packets to peers, and what leads them elsewhere"),
+    ("routing", "where the kernel sends packets to peers, and what diverts them"),
     ("docker", "Docker 28's rule against direct access to containers"),
     ("overlays", "other overlays and routes in the way"),
     ("mtu", "the chain of MTUs from the underlay to the pods"),
     ("clock", "a clock that was set back, or never set"),
     ("state", "the state directory: rights, space, the database's health"),
     ("token", "a token that is missing, damaged or of another cluster"),
-    ("seeds", "members to join by: names, reachability, and whether they take our secret"),
-    ("agent", "whether it runs, has converged, and what it complains of"),
-    ("members", "those that are down, or come and go"),
+    ("seeds", "members to join through: names, reachability, and whether they accept the secret"),
+    ("agent", "whether it runs and has converged, and its problems"),
+    ("members", "those that are down, or go down repeatedly"),
     ("paths", "peers that packets do not reach, and why"),
     ("addresses", "members with the same address or the same name"),
     ("identity", "a copied state directory"),
     ("offload", "checksums that the network card gets wrong"),
-    ("tables", "entries in the kernel that differ from what they should be"),
+    ("tables", "kernel entries that differ from the desired ones"),
 ];
 
-/// What one check found.
+/// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
+    /// Name of the check, one of [`CHECKS`].
     pub check: &'static str,
+    /// How serious it is.
     pub verdict: Verdict,
+    /// What was seen.
     pub seen: String,
-    /// Why it matters.
+    /// Why it matters; `None` for results without a problem, and for sentences of the agent.
     pub why: Option<String>,
-    /// What helps: a command, or a setting.
+    /// The remedy: a command or a setting; `None` as above.
     pub fix: Option<String>,
 }
 
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
+    /// Nothing is wrong.
     Ok,
-    /// It could not be looked at.
+    /// The check was not possible.
     Skipped,
-    /// It may hurt one day, or under load.
+    /// Pods may be affected later, or under load.
     Warning,
-    /// Pods are not reached, or will not be.
+    /// Pods are unreachable, or will be.
     Problem,
 }
 
@@ -100,44 +105,49 @@ impl Finding {
         Self { verdict: Verdict::Warning, ..Self::problem(check, seen, why, fix) }
     }
 
-    /// A sentence of the agent, which says what is wrong and what helps.
+    /// Returns a problem described by one sentence of the agent, which includes the remedy.
     fn sentence(check: &'static str, sentence: &str) -> Self {
         Self { verdict: Verdict::Problem, ..Self::ok(check, sentence) }
     }
 }
 
-/// What is examined.
+/// The input of the checks.
 pub struct Examination {
-    /// As the agent would read it.
+    /// The configuration, as the agent would read it.
     pub config: Result<Config, ConfigError>,
-    /// `/v1/status`, `/v1/routes` and the kept events; none, if no agent answers.
+    /// Replies of the agent; `None` if no agent answers.
     pub agent: Option<Agent>,
-    /// Why none answers.
+    /// Why no agent answers.
     pub agent_error: Option<String>,
+    /// Path of the control socket.
     pub socket: PathBuf,
 }
 
+/// Replies of the agent.
 pub struct Agent {
+    /// Reply of `/v1/status`.
     pub status: Value,
+    /// Reply of `/v1/routes`.
     pub routes: Value,
+    /// The stored events.
     pub events: Value,
 }
 
-/// All checks. Must be called outside of a runtime; takes a few seconds where a seed does not answer.
-pub fn examine(patient: &Examination) -> Vec<Finding> {
+/// Runs all checks. Must be called outside of a runtime. Takes a few seconds if a seed does not answer.
+pub fn examine(examination: &Examination) -> Vec<Finding> {
     let mut findings = Vec::new();
-    state::configuration(patient, &mut findings);
-    host::examine(patient, &mut findings);
-    firewall::examine(patient, &mut findings);
-    routing::examine(patient, &mut findings);
-    state::examine(patient, &mut findings);
-    cluster::examine(patient, &mut findings);
+    state::configuration(examination, &mut findings);
+    host::examine(examination, &mut findings);
+    firewall::examine(examination, &mut findings);
+    routing::examine(examination, &mut findings);
+    state::examine(examination, &mut findings);
+    cluster::examine(examination, &mut findings);
     let place = |finding: &Finding| CHECKS.iter().position(|(name, _)| *name == finding.check);
     findings.sort_by_key(place);
     findings
 }
 
-/// What is looked for follows from the cluster where it is known, from the settings otherwise.
+/// Numbers and networks to check: those of the cluster if it is known, otherwise those of the settings.
 struct Numbers {
     vni: u32,
     vxlan_port: u16,
@@ -150,19 +160,19 @@ impl Examination {
         self.agent.as_ref().map(|agent| &agent.status)
     }
 
-    /// What the agent complains of.
+    /// Returns the agent's problems.
     fn problems(&self) -> impl Iterator<Item = &str> {
         let problems = self.status().and_then(|status| status["problems"].as_array());
         problems.into_iter().flatten().filter_map(Value::as_str)
     }
 
-    /// What the agent warns of.
+    /// Returns the agent's warnings.
     fn warnings(&self) -> impl Iterator<Item = &str> {
         let warnings = self.status().and_then(|status| status["warnings"].as_array());
         warnings.into_iter().flatten().filter_map(Value::as_str)
     }
 
-    /// The process behind the control socket.
+    /// Returns the id of the process that owns the control socket.
     fn agent_pid(&self) -> Option<i32> {
         self.agent.as_ref()?;
         let stream = UnixStream::connect(&self.socket).ok()?;

@@ -1,4 +1,4 @@
-//! Where the kernel sends packets to peers: what the agent has heard from it, or what it says now.
+//! Checks where the kernel sends packets to peers: the agent's results, or route lookups of its own.
 
 use ipnet::IpNet;
 
@@ -9,42 +9,44 @@ use crate::{
     pods::gateway,
 };
 
-/// Routes of an agent that does not run, of which so many are asked about.
-const ASKED: usize = 64;
+/// Maximum number of routes that are checked if no agent runs.
+const MAX_ROUTES: usize = 64;
 
-pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
-    let Some(status) = patient.status() else {
-        return findings.push(without_agent(&device_name(patient.numbers().vni)));
+/// Runs the check `routing`.
+pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
+    let Some(status) = examination.status() else {
+        return findings.push(without_agent(&device_name(examination.numbers().vni)));
     };
     let check = &status["kernel"]["routing"];
     let detail = check["detail"].as_str().unwrap_or("the agent is of another version");
     match check["state"].as_str() {
         Some("ok") => findings.push(Finding::ok("routing", detail)),
         Some("failing") => {
-            let told = patient.problems().filter(|problem| detail.contains(problem));
-            let told: Vec<Finding> =
-                told.map(|problem| Finding::sentence("routing", problem)).collect();
-            if told.is_empty() {
+            let problems = examination.problems().filter(|problem| detail.contains(problem));
+            let problems: Vec<Finding> =
+                problems.map(|problem| Finding::sentence("routing", problem)).collect();
+            if problems.is_empty() {
                 let seen = format!("{detail}: see the other checks");
                 findings.push(Finding::skipped("routing", seen));
             }
-            findings.extend(told);
+            findings.extend(problems);
         }
         _ if detail.is_empty() => {
-            findings.push(Finding::skipped("routing", "the kernel has not been asked yet"));
+            findings.push(Finding::skipped("routing", "not checked yet"));
         }
         _ => findings.push(Finding::skipped("routing", detail)),
     }
 }
 
-/// What an agent has left in the kernel goes on working, unless something outranks it.
+/// Checks the routes of an agent that does not run. They keep working unless a policy rule overrides
+/// them.
 fn without_agent(device: &str) -> Finding {
-    let asked = Kernel::open().and_then(|mut kernel| {
+    let checked = Kernel::open().and_then(|mut kernel| {
         let mut netlink = Netlink::open()?;
         let Some(link) = netlink.link(device)? else { return Ok(None) };
         let routes = kernel.leftovers()?.routes;
         let addresses = netlink.addresses()?;
-        // The gateway of this host's own subnet is an address of its bridge.
+        // An address of the bridge is in this host's own subnet.
         let is_own = |subnet: &IpNet| {
             let mut own = addresses.iter().filter(|address| address.link == link.index);
             own.any(|address| subnet.contains(&address.ip))
@@ -53,7 +55,7 @@ fn without_agent(device: &str) -> Finding {
         let mut count = 0;
         let subnets = routes.iter().map(|(subnet, _)| subnet);
         let of_peers = subnets.filter(|subnet| !is_single(subnet) && !is_own(subnet));
-        for subnet in of_peers.take(ASKED) {
+        for subnet in of_peers.take(MAX_ROUTES) {
             let Ok(found) = netlink.route(&Query::to(gateway(*subnet))) else { continue };
             count += 1;
             if found.link != link.index && found.table != MAIN {
@@ -62,11 +64,11 @@ fn without_agent(device: &str) -> Finding {
         }
         Ok(Some((count, elsewhere)))
     });
-    match asked {
+    match checked {
         Err(error) => Finding::skipped("routing", format!("netlink: {error}")),
         Ok(None | Some((0, _))) => Finding::skipped("routing", "there are no routes to peers"),
         Ok(Some((count, elsewhere))) if elsewhere.is_empty() => {
-            Finding::ok("routing", format!("{count} subnets of peers are routed to"))
+            Finding::ok("routing", format!("{count} subnets of peers have routes"))
         }
         Ok(Some((_, elsewhere))) => Finding::problem(
             "routing",
@@ -77,7 +79,7 @@ fn without_agent(device: &str) -> Finding {
     }
 }
 
-/// `RT_TABLE_MAIN`
+/// `RT_TABLE_MAIN` of linux/rtnetlink.h.
 const MAIN: u32 = 254;
 
 fn is_single(subnet: &IpNet) -> bool {

@@ -1,4 +1,4 @@
-//! What this host remembers: settings, state directory, database, token, and the clock.
+//! Checks of this host's stored data: settings, state directory, database, token, and the clock.
 
 use std::{
     fs, io,
@@ -18,56 +18,58 @@ use crate::{
     wire::{Record, Token},
 };
 
-/// Less free space than this and a database of some thousand records may not be written.
-const SPACE: u64 = 16 << 20;
-/// No host of today has an earlier clock that is right: 2025-01-01.
+/// With less free space than this, in bytes, a database of some thousand records may not be writable.
+const MIN_FREE_BYTES: u64 = 16 << 20;
+/// A clock before this time (2025-01-01, since the Unix epoch) is wrong on any host.
 const EARLIEST: Duration = Duration::from_secs(1_735_689_600);
-/// A change of ownership that is so far in the future was noted by another clock.
-const TOLERANCE: u64 = 300;
+/// A change of ownership recorded more than this many seconds in the future was made by another clock.
+const CLOCK_TOLERANCE_SECS: u64 = 300;
 
-pub fn configuration(patient: &Examination, findings: &mut Vec<Finding>) {
-    findings.push(match &patient.config {
-        Ok(_) => Finding::ok("configuration", "all settings fit together"),
+/// Runs the check `configuration`.
+pub fn configuration(examination: &Examination, findings: &mut Vec<Finding>) {
+    findings.push(match &examination.config {
+        Ok(_) => Finding::ok("configuration", "all settings are consistent"),
         Err(error) => Finding::sentence("configuration", &error.to_string()),
     });
 }
 
-pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
-    let Ok(config) = &patient.config else {
-        let seen = "the settings cannot be used";
+/// Runs the checks `clock`, `state` and `token`.
+pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
+    let Ok(config) = &examination.config else {
+        let seen = "the settings are invalid";
         return findings.extend(["clock", "state", "token"].map(|c| Finding::skipped(c, seen)));
     };
     findings.push(clock(&config.state_dir));
     let before = findings.len();
     directory(&config.state_dir, findings);
-    if patient.agent.is_none() && findings.len() == before {
+    if examination.agent.is_none() && findings.len() == before {
         findings.extend(database(&config.state_dir));
     }
     if findings.len() == before {
         let seen = match config.state_dir.exists() {
             true => format!("{} can be read and written", config.state_dir.display()),
-            false => format!("{} is not there yet", config.state_dir.display()),
+            false => format!("{} does not exist yet", config.state_dir.display()),
         };
         findings.push(Finding::ok("state", seen));
     }
-    findings.push(token(patient, config));
+    findings.push(token(examination, config));
 }
 
 fn clock(state_dir: &Path) -> Finding {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let text = |at: Duration| humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + at);
-    let why = "no lease depends on it, but certificates of others, logs and events do";
+    let why = "no lease depends on it, but other programs' certificates, logs and events do";
     let fix =
-        "set it (timedatectl set-ntp true, or date -s), and give the host a clock that is kept";
+        "set it (timedatectl set-ntp true, or date -s), and give the host a battery-backed clock";
     if now < EARLIEST {
-        let seen = format!("this host believes it is {}", text(now));
+        let seen = format!("this host's clock says {}", text(now));
         return Finding::warning("clock", seen, why, fix);
     }
     let lines = History::new(state_dir).read().unwrap_or_default();
     let last = lines.iter().filter_map(|line| line["at"].as_u64()).max().unwrap_or(0);
-    if last > now.as_secs() + TOLERANCE {
+    if last > now.as_secs() + CLOCK_TOLERANCE_SECS {
         let seen = format!(
-            "it is {}, and this host noted a change of subnets at {}",
+            "it is {}, but this host recorded a change of subnets at {}",
             text(now),
             text(Duration::from_secs(last))
         );
@@ -83,7 +85,7 @@ fn directory(path: &Path, findings: &mut Vec<Finding>) {
         findings.push(Finding::problem(
             "state",
             format!(
-                "{shown} can be entered by others (mode {:o})",
+                "{shown} is open to other users (mode {:o})",
                 meta.permissions().mode() & 0o777
             ),
             "the secret and this node's key are in it",
@@ -95,19 +97,19 @@ fn directory(path: &Path, findings: &mut Vec<Finding>) {
     if exposed {
         findings.push(Finding::problem(
             "state",
-            format!("{} can be read by others", token.display()),
-            "whoever has the secret is a member",
+            format!("{} can be read by other users", token.display()),
+            "the secret admits any host to the cluster",
             format!("chmod 600 {}, then rotate the secret (gossamer secret add)", token.display()),
         ));
     }
     if let Ok(space) = statvfs(path) {
         let free = space.blocks_available() * space.fragment_size();
-        if free < SPACE {
+        if free < MIN_FREE_BYTES {
             findings.push(Finding::problem(
                 "state",
-                format!("{} KiB are free where {shown} is", free >> 10),
-                "what cannot be written is not granted: joins and new pods wait",
-                format!("make room (df -h {shown})"),
+                format!("{} KiB free on the file system of {shown}", free >> 10),
+                "without space for records, joins and new pods wait",
+                format!("free some space (df -h {shown})"),
             ));
         }
         if space.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY) {
@@ -121,22 +123,22 @@ fn directory(path: &Path, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Opens a copy: whatever is wrong with it, it stays as it is.
+/// Opens a copy of the database, so that the original stays as it is.
 fn database(state_dir: &Path) -> Option<Finding> {
     let original = state_dir.join("db");
     if !original.exists() {
         return None;
     }
-    // Without a key it is no node's; that is told of the state directory.
+    // Without a key the database belongs to no node; the directory's check reports that.
     let key = NodeKey::from_seed(node_key(state_dir).ok()??).ok()?;
     let token = read_token(state_dir).ok().flatten();
-    let was_in_one = token.as_ref().and_then(Token::known_cluster).is_some();
-    let opened = Copy::of(&original).and_then(|copy| {
+    let was_member = token.as_ref().and_then(Token::known_cluster).is_some();
+    let opened = DatabaseCopy::of(&original).and_then(|copy| {
         let opened = Database::open(&copy.database(), key.id()).map_err(io::Error::other);
         opened.map(|LoadedDatabase { quarantined, records, .. }| {
             let knows = records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)));
             quarantined.map(|(_, why)| format!("cannot be read: {why}")).or_else(|| {
-                (!knows && was_in_one).then(|| "knows of no cluster any more".to_owned())
+                (!knows && was_member).then(|| "contains no cluster any more".to_owned())
             })
         })
     });
@@ -145,7 +147,7 @@ fn database(state_dir: &Path) -> Option<Finding> {
         Ok(Some(why)) => Some(Finding::problem(
             "state",
             format!("the database {} {why}", original.display()),
-            "at its next start the agent asks the members for everything again",
+            "at its next start the agent requests all records from the members",
             "nothing, if another member is reachable; or restore a backup of the whole state directory",
         )),
         Err(error) => Some(Finding::problem(
@@ -157,10 +159,11 @@ fn database(state_dir: &Path) -> Option<Finding> {
     }
 }
 
-/// A copy of the database in a directory that nobody else can enter or foresee. Gone when dropped.
-struct Copy(PathBuf);
+/// A copy of the database in a directory with an unpredictable name that other users cannot enter.
+/// Removed when dropped.
+struct DatabaseCopy(PathBuf);
 
-impl Copy {
+impl DatabaseCopy {
     fn of(original: &Path) -> io::Result<Self> {
         let name = u64::from_ne_bytes(random().map_err(io::Error::other)?);
         let directory = std::env::temp_dir().join(format!("gossamer-doctor-{name:016x}"));
@@ -175,7 +178,7 @@ impl Copy {
     }
 }
 
-impl Drop for Copy {
+impl Drop for DatabaseCopy {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -195,7 +198,7 @@ fn copy_all(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn token(patient: &Examination, config: &Config) -> Finding {
+fn token(examination: &Examination, config: &Config) -> Finding {
     let saved: Result<Option<Token>, _> = read_token(&config.state_dir);
     let saved = match saved {
         Ok(saved) => saved,
@@ -203,12 +206,12 @@ fn token(patient: &Examination, config: &Config) -> Finding {
             return Finding::problem(
                 "token",
                 error.to_string(),
-                "without it a lost database cannot be got back from the members",
+                "without it a lost database cannot be restored from the members",
                 "write it again on another member (gossamer token), and pass it with --token-file",
             );
         }
     };
-    let in_cluster = patient.status().and_then(|status| status["cluster"].as_str());
+    let in_cluster = examination.status().and_then(|status| status["cluster"].as_str());
     let given = config.token.as_ref().and_then(Token::known_cluster);
     let known = saved.as_ref().and_then(Token::known_cluster);
     let ours = in_cluster.map(str::to_owned).or(known.map(|cluster| cluster.to_string()));
@@ -216,17 +219,17 @@ fn token(patient: &Examination, config: &Config) -> Finding {
         (Some(given), Some(ours)) if given != ours => Finding::problem(
             "token",
             format!("the token is of cluster {given}, this host is in {ours}"),
-            "clusters never merge: the agent keeps to the one it is in",
+            "clusters never merge: the agent stays in its own",
             "leave the token out, or leave the cluster first (gossamer leave)",
         ),
         (_, Some(ours)) => Finding::ok("token", format!("of cluster {ours}")),
-        _ if config.token.is_some() || saved.is_some() => Finding::ok("token", "there is one"),
-        _ if patient.status().is_some() => Finding::ok("token", "the agent has one"),
-        _ if config.create.is_some() => Finding::ok("token", "this host makes its own (init)"),
+        _ if config.token.is_some() || saved.is_some() => Finding::ok("token", "present"),
+        _ if examination.status().is_some() => Finding::ok("token", "the agent has one"),
+        _ if config.create.is_some() => Finding::ok("token", "this host creates one (init)"),
         _ => Finding::problem(
             "token",
-            "there is none",
-            "a host enters a cluster by its token, or creates one with --init",
+            "no token",
+            "a host needs a token to join a cluster; with --init it creates one",
             "on a member: gossamer token > token; here: gossamer agent --token-file token",
         ),
     }

@@ -1,5 +1,5 @@
 //! Agreement between real processes: partitions made with nft, joiners in both halves, kills, forgetting,
-//! and a state directory that was copied.
+//! and a copied state directory.
 
 use std::{fs, path::Path, process::Command, time::Duration};
 
@@ -9,11 +9,12 @@ use crate::common::{
 use gossamer::lab::{Agent, Host, Lab, Pod};
 use nix::sys::signal::Signal;
 
-/// Time for members that are gone to be called down, and for all to agree on that.
-const DOWN_PATIENCE: Duration = Duration::from_secs(40);
+/// Time until members that are gone are reported down, and until all members agree on that.
+const DOWN_TIMEOUT: Duration = Duration::from_secs(40);
 
-/// Drops everything between two groups of hosts, in both directions. Says whether `nft` is there to do it.
-fn cut(hosts: &[&Host], others: &[&Host]) -> bool {
+/// Drops all packets between two groups of hosts, in both directions. Returns false if `nft` is not
+/// installed.
+fn partition(hosts: &[&Host], others: &[&Host]) -> bool {
     let there = Command::new("nft").arg("--version").output().is_ok_and(|out| out.status.success());
     if !there {
         eprintln!("SKIPPED: a partition needs `nft` (Debian: nftables)");
@@ -37,19 +38,19 @@ fn cut(hosts: &[&Host], others: &[&Host]) -> bool {
     true
 }
 
-fn mend(hosts: &[&Host]) {
+fn heal_partition(hosts: &[&Host]) {
     hosts.iter().for_each(|host| _ = run(&host.netns, "nft delete table inet cut"));
 }
 
 fn subnet_of(agent: &mut Agent, members: usize) -> anyhow::Result<String> {
-    Ok(Agent::subnet(&agent.wait_converged(members, DOWN_PATIENCE)?)?.to_string())
+    Ok(Agent::subnet(&agent.wait_converged(members, DOWN_TIMEOUT)?)?.to_string())
 }
 
 fn assert_all_reach_all(cluster: &mut Cluster) -> anyhow::Result<()> {
     let count = cluster.agents.len();
     let mut pods: Vec<Pod> = Vec::new();
     for (host, agent) in cluster.hosts.iter().zip(&mut cluster.agents) {
-        let status = agent.wait_converged(count, DOWN_PATIENCE)?;
+        let status = agent.wait_converged(count, DOWN_TIMEOUT)?;
         pods.push(host.pod(Agent::subnet(&status)?, 1450)?);
     }
     for from in &pods {
@@ -61,7 +62,12 @@ fn assert_all_reach_all(cluster: &mut Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn joiner(cluster: &mut Cluster, lab: &mut Lab, number: u16, seed: usize) -> anyhow::Result<Host> {
+fn start_joiner(
+    cluster: &mut Cluster,
+    lab: &mut Lab,
+    number: u16,
+    seed: usize,
+) -> anyhow::Result<Host> {
     let host = lab.host(number, &format!("n{number}"))?;
     let seed = cluster.hosts[seed].ip.to_string();
     let arguments = ["--join", &seed, "--token", &cluster.token];
@@ -70,41 +76,41 @@ fn joiner(cluster: &mut Cluster, lab: &mut Lab, number: u16, seed: usize) -> any
 }
 
 #[test]
-fn both_halves_of_a_partition_take_joiners_and_become_one_again() {
+fn partitioned_cluster_accepts_joiners_in_both_halves_and_merges() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 5)?;
         let hosts: Vec<&Host> = cluster.hosts.iter().collect();
         let (left, right) = hosts.split_at(2);
-        if !cut(left, right) {
+        if !partition(left, right) {
             return Ok(());
         }
-        let left_host = joiner(&mut cluster, lab, 6, 0)?;
-        let right_host = joiner(&mut cluster, lab, 7, 4)?;
+        let left_host = start_joiner(&mut cluster, lab, 6, 0)?;
+        let right_host = start_joiner(&mut cluster, lab, 7, 4)?;
         {
             let hosts: Vec<&Host> = cluster.hosts.iter().collect();
-            cut(&[&left_host], &hosts[2..]);
-            cut(&[&right_host], &[&hosts[..2], &[&left_host]].concat());
+            partition(&[&left_host], &hosts[2..]);
+            partition(&[&right_host], &[&hosts[..2], &[&left_host]].concat());
         }
         let one = subnet_of(&mut cluster.agents[5], 1)?;
         let other = subnet_of(&mut cluster.agents[6], 1)?;
         assert_ne!(one, other, "each half gave its own");
 
-        // In the middle of it a member of each half dies and comes back.
+        // During the partition, a member of each half dies and restarts.
         for number in [1, 3] {
             cluster.agents[number].end(Signal::SIGKILL)?;
             cluster.agents[number] = Agent::start(program(), &cluster.hosts[number], &[])?;
         }
         cluster.hosts.extend([left_host, right_host]);
-        mend(&cluster.hosts.iter().collect::<Vec<_>>());
+        heal_partition(&cluster.hosts.iter().collect::<Vec<_>>());
         assert_all_reach_all(&mut cluster)?;
-        assert_eq!(subnet_of(&mut cluster.agents[5], 7)?, one, "nobody was renumbered");
+        assert_eq!(subnet_of(&mut cluster.agents[5], 7)?, one, "no member was renumbered");
         assert_eq!(subnet_of(&mut cluster.agents[6], 7)?, other);
-        wait_until("tables differ", TIMEOUT, || one_table_everywhere(&cluster));
+        wait_until("tables differ", TIMEOUT, || all_tables_are_equal(&cluster));
         Ok(())
     });
 }
 
-fn one_table_everywhere(cluster: &Cluster) -> bool {
+fn all_tables_are_equal(cluster: &Cluster) -> bool {
     let leases: Vec<String> = cluster
         .agents
         .iter()
@@ -113,7 +119,7 @@ fn one_table_everywhere(cluster: &Cluster) -> bool {
             let mut table: serde_json::Value =
                 serde_json::from_slice(&output.stdout).expect("JSON");
             for owner in table["owners"].as_array_mut().into_iter().flatten() {
-                // An opinion, which may differ for a while.
+                // Liveness is an opinion of each node and may differ for a while.
                 owner["liveness"].take();
             }
             table["owners"].to_string()
@@ -123,30 +129,33 @@ fn one_table_everywhere(cluster: &Cluster) -> bool {
 }
 
 #[test]
-fn a_member_that_is_gone_is_forgotten_and_one_that_returns_is_a_new_node() {
+fn forgotten_member_that_restarts_joins_as_a_new_node() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let lost = subnet_of(&mut cluster.agents[2], 3)?;
         let alive = client(&cluster.agents[0], &["forget", "n3"]);
         assert!(!alive.status.success());
         let said = String::from_utf8_lossy(&alive.stderr).into_owned();
-        assert!(said.contains("n3 is alive") && said.contains("gossamer leave"), "{said}");
+        assert!(
+            said.contains("n3 appears to be alive") && said.contains("gossamer leave"),
+            "{said}"
+        );
 
         cluster.agents[2].end(Signal::SIGKILL)?;
-        wait_until("n3 never went down", DOWN_PATIENCE, || {
+        wait_until("n3 never went down", DOWN_TIMEOUT, || {
             client(&cluster.agents[0], &["forget", "n3"]).status.success()
         });
         for agent in &mut cluster.agents[..2] {
             status_where(agent, |status| status["slots"]["leased"] == 2);
         }
-        wait_until("the way to it is still there", TIMEOUT, || {
+        wait_until("the route to it still exists", TIMEOUT, || {
             !tool(&cluster.hosts[0].netns, "ip route show proto 73").contains(&lost)
         });
         let history = client(&cluster.agents[0], &["lease", "history"]);
         let history = String::from_utf8(history.stdout)?;
         assert!(history.contains("n3") && history.contains(&lost), "{history}");
 
-        // It was not gone after all: it is told, and joins as a new node.
+        // The forgotten member was still alive: it learns that it was forgotten, and joins as a new node.
         cluster.agents[2] = Agent::start(program(), &cluster.hosts[2], &[])?;
         assert_all_reach_all(&mut cluster)?;
         let log = cluster.agents[2].log();
@@ -156,7 +165,7 @@ fn a_member_that_is_gone_is_forgotten_and_one_that_returns_is_a_new_node() {
 }
 
 #[test]
-fn a_copied_state_directory_is_named_on_both_hosts_and_cured_on_one() {
+fn copied_state_directory_is_reported_on_both_hosts_and_one_gets_a_new_identity() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let copy = lab.host(4, "n4")?;
@@ -167,7 +176,7 @@ fn a_copied_state_directory_is_named_on_both_hosts_and_cured_on_one() {
         cluster.hosts.push(copy);
         for number in [2, 3] {
             let both = [2, 3].map(|n: usize| cluster.hosts[n].ip.to_string());
-            wait_until("the copy is not named", DOWN_PATIENCE, || {
+            wait_until("the copy is not reported", DOWN_TIMEOUT, || {
                 let status = cluster.agents[number].ask("/v1/status", TIMEOUT);
                 let problems = status.expect("a status")["problems"].to_string();
                 problems.contains("reset-identity") && both.iter().all(|ip| problems.contains(ip))

@@ -1,4 +1,4 @@
-//! A headless Chromium, spoken to by the DevTools protocol over two pipes.
+//! Controls a headless Chromium by the DevTools protocol over two pipes.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -14,29 +14,31 @@ use nix::{sys::stat::Mode, unistd::mkfifo};
 use serde_json::{Value, json};
 
 const PROGRAM: &str = "chromium";
-/// It is started, opens a page and draws it, on a machine that does other things too.
+/// Covers the start of the browser and the first page, on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Returns whether Chromium is installed.
 pub fn is_installed() -> bool {
     let mut asked = Command::new(PROGRAM);
     asked.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
     asked.status().is_ok_and(|status| status.success())
 }
 
-/// One with one page. Ended when dropped.
+/// A browser with one page. It is terminated when dropped.
 pub struct Browser {
     child: Child,
     orders: File,
     answers: BufReader<File>,
     session: Value,
     number: u64,
-    /// What the page complained of: exceptions, errors on the console, refusals of its policy.
-    pub complaints: Vec<String>,
+    /// Errors that the page reported: exceptions, console errors, violations of its content security
+    /// policy.
+    pub page_errors: Vec<String>,
     _profile: tempfile::TempDir,
 }
 
 impl Browser {
-    /// In a network namespace, with an empty page.
+    /// Starts a browser in a network namespace, with an empty page.
     pub fn start(netns: &NetNs) -> anyhow::Result<Self> {
         let profile = tempfile::tempdir()?;
         let pipes = ["orders", "answers"].map(|name| profile.path().join(name));
@@ -55,7 +57,8 @@ impl Browser {
         command.args(["-c", &script]).env("HOME", profile.path()).stdin(Stdio::null());
         command.stdout(Stdio::null()).stderr(log);
         let child = netns.spawn(&mut command)?;
-        // In the order in which the shell opens them: each waits for its other end.
+        // In the order in which the shell opens the pipes: opening a pipe blocks until its other end is
+        // open.
         let orders = OpenOptions::new().write(true).open(&pipes[0])?;
         let answers = BufReader::new(File::open(&pipes[1])?);
         let mut browser = Self {
@@ -64,7 +67,7 @@ impl Browser {
             answers,
             session: Value::Null,
             number: 0,
-            complaints: Vec::new(),
+            page_errors: Vec::new(),
             _profile: profile,
         };
         let target = browser.order("Target.createTarget", json!({ "url": "about:blank" }))?;
@@ -76,7 +79,7 @@ impl Browser {
         Ok(browser)
     }
 
-    /// As on a screen of this size, light or dark.
+    /// Sets the screen size in pixels and the color scheme (`light` or `dark`).
     pub fn set_screen(&mut self, width: u32, height: u32, scheme: &str) -> anyhow::Result<()> {
         let size = json!({
             "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500,
@@ -87,12 +90,13 @@ impl Browser {
         Ok(())
     }
 
+    /// Opens a URL and waits until the page is loaded.
     pub fn open(&mut self, url: &str) -> anyhow::Result<()> {
         self.order("Page.navigate", json!({ "url": url }))?;
         self.wait_for("document.documentElement?.dataset.ready === 'true'")
     }
 
-    /// What an expression of JavaScript gives.
+    /// Evaluates a JavaScript expression and returns its value.
     pub fn ask(&mut self, expression: &str) -> anyhow::Result<Value> {
         let how = json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
         let mut answer = self.order("Runtime.evaluate", how)?;
@@ -101,20 +105,20 @@ impl Browser {
         Ok(answer["result"]["value"].take())
     }
 
-    /// Waits until an expression is true.
+    /// Waits until a JavaScript expression is true.
     pub fn wait_for(&mut self, expression: &str) -> anyhow::Result<()> {
         let begun = Instant::now();
         while self.ask(expression)? != true {
             if begun.elapsed() > TIMEOUT {
                 let page = self.ask("document.body.innerText")?;
-                anyhow::bail!("never: {expression}\n{page}\n{:?}", self.complaints);
+                anyhow::bail!("never: {expression}\n{page}\n{:?}", self.page_errors);
             }
             thread::sleep(Duration::from_millis(50));
         }
         Ok(())
     }
 
-    /// Presses and releases a key: "Tab", "Enter", "ArrowRight" ...
+    /// Presses and releases a key, for example "Tab", "Enter" or "ArrowRight".
     pub fn press(&mut self, key: &str) -> anyhow::Result<()> {
         let code = match key {
             "Tab" => 9,
@@ -133,7 +137,7 @@ impl Browser {
         Ok(())
     }
 
-    /// A picture of what the screen shows.
+    /// Saves a screenshot.
     pub fn photograph(&mut self, path: &Path) -> anyhow::Result<()> {
         let taken = self.order("Page.captureScreenshot", json!({ "format": "png" }))?;
         let text = taken["data"].as_str().unwrap_or_default().as_bytes();
@@ -172,7 +176,7 @@ impl Browser {
             _ => false,
         };
         if is_bad {
-            self.complaints.push(parameters.to_string());
+            self.page_errors.push(parameters.to_string());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The command line as scripts and people use it.
+//! The command line as scripts and users call it.
 
 use std::process::{Command, Output};
 
@@ -28,7 +28,7 @@ fn json(output: &Output) -> Value {
 }
 
 #[test]
-fn status_members_leases_and_token() {
+fn status_members_leases_and_token_commands_show_the_cluster() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 3)?;
         let status = client(&cluster, 1, &["status", "--wait=10", "--members", "3"]);
@@ -70,11 +70,11 @@ fn status_members_leases_and_token() {
 }
 
 #[test]
-fn what_is_known_of_one_member_and_of_the_kernel_is_shown() {
+fn members_and_routes_commands_show_one_member_and_the_kernel() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let _pods = cluster.pods()?;
-        // Until the paths are known.
+        // Wait until the paths are known.
         for agent in &mut cluster.agents {
             status_where(agent, |status| {
                 let paths = status["paths"].as_array().expect("paths");
@@ -95,17 +95,17 @@ fn what_is_known_of_one_member_and_of_the_kernel_is_shown() {
         ] {
             assert!(peer.contains(words), "{words:?} in\n{peer}");
         }
-        let nobody = client(&cluster, 0, &["peers", "n9"]);
-        assert!(String::from_utf8_lossy(&nobody.stderr).contains("no member is called n9"));
+        let absent = client(&cluster, 0, &["peers", "n9"]);
+        assert!(String::from_utf8_lossy(&absent.stderr).contains("no member is called n9"));
 
         let routes = client(&cluster, 0, &["routes"]);
         assert!(routes.status.success(), "{}", text(&routes));
         assert_eq!(text(&routes).matches(" same").count(), 7, "{}", text(&routes));
-        // An agent that is stopped puts nothing right; its kernel is compared when it goes on.
+        // A stopped agent repairs nothing. Its kernel is compared when it continues.
         let entries = json(&client(&cluster, 0, &["routes", "-o", "json"]));
         assert!(entries["entries"].as_array().is_some_and(|all| all.len() == 7), "{entries}");
 
-        // Whatever the format, and nothing of it in colours where nobody reads it on a terminal.
+        // Every format works, and no colors are printed when the output is not a terminal.
         let yaml = text(&client(&cluster, 0, &["members", "-o", "yaml"]));
         assert!(yaml.contains("  name: n2\n"), "{yaml}");
         let wide = text(&client(&cluster, 0, &["members", "-o", "wide"]));
@@ -122,10 +122,10 @@ fn what_is_known_of_one_member_and_of_the_kernel_is_shown() {
 }
 
 #[test]
-fn events_are_shown_as_they_happen_and_problems_come_first() {
+fn events_command_follows_events_and_status_shows_problems_first() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        // What is lost between pods is a problem, and else a warning.
+        // Lost packets are a problem if there are pods on both hosts, otherwise a warning.
         let _spaces = namespaces(&["a", "b"])?;
         Runtime::new(&cluster.agents[0]).add("a");
         Runtime::new(&cluster.agents[1]).add("b");
@@ -157,8 +157,8 @@ fn events_are_shown_as_they_happen_and_problems_come_first() {
         ] {
             tool(&cluster.hosts[1].netns, chain);
         }
-        let warned = wait_for("path", "packets to n2");
-        assert_eq!(warned["level"], "warn");
+        let wait_for_warning = wait_for("path", "packets to n2");
+        assert_eq!(wait_for_warning["level"], "warn");
         wait_for("problem", "n2");
         follower.kill()?;
         follower.wait()?;
@@ -174,7 +174,7 @@ fn events_are_shown_as_they_happen_and_problems_come_first() {
 }
 
 #[test]
-fn without_an_agent_it_says_so() {
+fn client_without_an_agent_reports_that_none_runs() {
     for command in ["status", "members", "leases", "routes", "events", "token", "leave"] {
         let output = Command::new(program())
             .args([command, "--socket", "/nonexistent/gossamer.sock"])
@@ -187,7 +187,7 @@ fn without_an_agent_it_says_so() {
 }
 
 #[test]
-fn new_tokens_differ_and_need_no_agent() {
+fn new_tokens_differ_without_an_agent() {
     let token = || {
         let output = Command::new(program()).args(["token", "--new"]).output().expect("runs");
         assert!(output.status.success());
@@ -197,7 +197,7 @@ fn new_tokens_differ_and_need_no_agent() {
 }
 
 #[test]
-fn completions_and_manual_pages_are_of_all_commands() {
+fn completions_and_manual_pages_cover_all_commands() {
     let dir = tempfile::tempdir().expect("a directory");
     let run = |arguments: &[&str]| {
         let output = Command::new(program()).args(arguments).output();
@@ -216,7 +216,7 @@ fn completions_and_manual_pages_are_of_all_commands() {
 }
 
 #[test]
-fn command_whose_output_is_read_no_further_ends_without_a_word() {
+fn command_with_closed_output_pipe_ends_silently() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
         let socket = cluster.agents[0].socket().display().to_string();

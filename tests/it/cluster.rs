@@ -1,6 +1,6 @@
-//! The main job on a real kernel: join, reach each other's pods, restart, leave.
+//! The main use on a real kernel: join, reach pods on other hosts, restart, leave.
 //!
-//! Results are checked with `ip`, `bridge` and `ping`, never with our own reader.
+//! Results are checked with `ip`, `bridge` and `ping`, not with gossamer's own reader.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ fn assert_pings(from: &Pod, to: &Pod) {
     assert!(reply.contains(" 1 received"), "{reply}");
 }
 
-/// `ip monitor` and `bridge monitor` in a namespace, until asked what they saw.
+/// `ip monitor` and `bridge monitor` in a namespace, recording until `seen` is called.
 struct Monitor(Vec<Child>);
 
 impl Monitor {
@@ -57,7 +57,7 @@ fn pods_on_three_hosts_reach_each_other() {
         for from in &pods {
             for to in pods.iter().filter(|to| to.ip != from.ip) {
                 assert_pings(from, to);
-                // 1,422 bytes and 28 of headers are the full MTU; nothing may be fragmented.
+                // 1,422 bytes and 28 bytes of headers are the full MTU; nothing may be fragmented.
                 let full = format!("ping -c 1 -W 10 -s 1422 -M do {}", to.ip);
                 assert!(tool(&from.netns, &full).contains(" 1 received"));
             }
@@ -67,7 +67,7 @@ fn pods_on_three_hosts_reach_each_other() {
 }
 
 #[test]
-fn the_kernel_holds_what_flannel_would_program() {
+fn kernel_entries_equal_those_of_flannel() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let status = cluster.agents[1].wait_converged(2, TIMEOUT)?;
@@ -82,8 +82,8 @@ fn the_kernel_holds_what_flannel_would_program() {
         let route = tool(first, "ip -4 route show dev gossamer.1");
         assert!(route.contains(&format!("{subnet} via {vtep} proto 73")), "{route}");
         assert!(route.contains("onlink") && route.lines().count() == 1, "{route}");
-        let neighbour = tool(first, "ip -4 neigh show dev gossamer.1");
-        assert_eq!(neighbour.trim(), format!("{vtep} lladdr {mac} PERMANENT"));
+        let neighbor = tool(first, "ip -4 neigh show dev gossamer.1");
+        assert_eq!(neighbor.trim(), format!("{vtep} lladdr {mac} PERMANENT"));
         let fdb = tool(first, "bridge fdb show dev gossamer.1");
         assert_eq!(fdb.trim(), format!("{mac} dst {underlay} self permanent"));
 
@@ -113,7 +113,7 @@ fn the_kernel_holds_what_flannel_would_program() {
 }
 
 #[test]
-fn ten_hosts_that_start_at_once_all_get_their_own_subnet() {
+fn ten_hosts_started_at_once_get_distinct_subnets() {
     isolated(|lab| {
         let token =
             String::from_utf8(Command::new(program()).args(["token", "--new"]).output()?.stdout)?;
@@ -145,7 +145,7 @@ fn ten_hosts_that_start_at_once_all_get_their_own_subnet() {
 }
 
 #[test]
-fn restarts_lose_no_packet_and_touch_no_entry() {
+fn agent_restarts_lose_no_packet_and_change_no_entry() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = cluster.pods()?;
@@ -157,7 +157,7 @@ fn restarts_lose_no_packet_and_touch_no_entry() {
             std::thread::spawn(move || pinger.stream(target, 300, Duration::from_millis(10)));
         for signal in [Signal::SIGTERM, Signal::SIGKILL] {
             cluster.agents[1].end(signal)?;
-            // With its state it needs neither seeds nor a token.
+            // With its state on disk, the agent needs neither seeds nor a token.
             cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
             cluster.agents[1].wait_converged(3, TIMEOUT)?;
         }
@@ -170,8 +170,13 @@ fn restarts_lose_no_packet_and_touch_no_entry() {
     });
 }
 
-/// One byte to and fro over one connection, every 10 ms until told to stop. Gives how many came back.
-fn talk(from: &Pod, to: &Pod, stop: Arc<AtomicBool>) -> io::Result<JoinHandle<io::Result<u32>>> {
+/// Sends one byte back and forth over one connection, every 10 ms until `stop` is set. The thread returns
+/// the number of round trips.
+fn exchange_bytes(
+    from: &Pod,
+    to: &Pod,
+    stop: Arc<AtomicBool>,
+) -> io::Result<JoinHandle<io::Result<u32>>> {
     let listener = to.netns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 9_000)))?;
     let there = to.ip;
     let mut here = from.netns.run(move || TcpStream::connect((there, 9_000)))?;
@@ -191,12 +196,12 @@ fn talk(from: &Pod, to: &Pod, stop: Arc<AtomicBool>) -> io::Result<JoinHandle<io
 }
 
 #[test]
-fn an_upgrade_of_all_agents_in_turn_loses_no_packet_and_no_connection() {
+fn rolling_upgrade_loses_no_packet_and_no_connection() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = cluster.pods()?;
         let stop = Arc::new(AtomicBool::new(false));
-        let talk = talk(&pods[0], &pods[1], stop.clone())?;
+        let exchange = exchange_bytes(&pods[0], &pods[1], stop.clone())?;
         let mut pinger = Pinger::new(&pods[2].netns)?;
         let target = pods[0].ip;
         let stream =
@@ -208,17 +213,17 @@ fn an_upgrade_of_all_agents_in_turn_loses_no_packet_and_no_connection() {
         }
         assert_eq!(stream.join().expect("no panic")?, 300, "packets were lost");
         stop.store(true, Ordering::Relaxed);
-        assert!(talk.join().expect("no panic")? > 50, "the connection stood still");
+        assert!(exchange.join().expect("no panic")? > 50, "the connection stalled");
         Ok(())
     });
 }
 
 #[test]
-fn a_node_killed_and_restarted_is_up_for_all_again_at_once() {
+fn killed_and_restarted_node_is_never_reported_down() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        // Of any two nodes one has the smaller id, so each is restarted: connections to the killed
-        // process must not be waited out on either side.
+        // Of any two nodes, the one with the smaller id opens the connection. Restarting each node in
+        // turn checks that neither side waits for a timeout of the connection to the killed process.
         for n in 0..3 {
             cluster.agents[n].end(Signal::SIGKILL)?;
             cluster.agents[n] = Agent::start(program(), &cluster.hosts[n], &[])?;
@@ -232,7 +237,7 @@ fn a_node_killed_and_restarted_is_up_for_all_again_at_once() {
 }
 
 #[test]
-fn the_monitor_of_these_tests_sees_changes() {
+fn monitor_reports_changes_of_the_kernel() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
         let netns = &cluster.hosts[0].netns;
@@ -248,14 +253,14 @@ fn the_monitor_of_these_tests_sees_changes() {
 }
 
 #[test]
-fn a_host_that_comes_back_needs_nobody() {
+fn restarted_host_without_peers_restores_its_subnet_and_entries() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let netns = |cluster: &Cluster, command: &str| tool(&cluster.hosts[1].netns, command);
         let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, TIMEOUT)?)?;
         let device = netns(&cluster, "ip -br link show dev gossamer.1");
         cluster.agents[1].end(Signal::SIGTERM)?;
-        // As after a reboot with the veth pair pulled: no device, no file, nobody to ask.
+        // As after a reboot with the veth pair unplugged: no device, no file, no reachable peer.
         netns(&cluster, "ip link del gossamer.1");
         fs::remove_file(cluster.hosts[1].dir.join("subnet.env"))?;
         lab.set_veth(2, false)?;
@@ -276,7 +281,7 @@ fn a_host_that_comes_back_needs_nobody() {
 }
 
 #[test]
-fn leaving_takes_every_trace_along_and_the_others_forget_the_way() {
+fn leaving_node_removes_its_state_and_peers_remove_its_entries() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let leaver = &cluster.hosts[2];
@@ -297,21 +302,21 @@ fn leaving_takes_every_trace_along_and_the_others_forget_the_way() {
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["slots"]["leased"], 2);
         assert_eq!(status["slots"]["free"], 253);
-        // Whoever left may come back, as a new node.
+        // A node that has left may come back, as a new node.
         cluster.agents[2] = cluster.start_agent(&cluster.hosts[2], &[])?;
         cluster.converge()
     });
 }
 
 #[test]
-fn entries_of_a_dead_process_are_swept_once_a_peer_agrees() {
+fn stale_entries_of_a_killed_agent_are_removed_once_a_peer_confirms() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         cluster.agents[0].end(Signal::SIGKILL)?;
         cluster.agents[2].leave()?;
         let show = "ip route show proto 73 dev gossamer.1";
         let stale = tool(&cluster.hosts[0].netns, show);
-        assert_eq!(stale.lines().count(), 2, "nobody was there to remove it");
+        assert_eq!(stale.lines().count(), 2, "the dead agent's entries remain");
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         let routes =
             eventually(&cluster.hosts[0].netns, show, |routes| routes.lines().count() == 1);

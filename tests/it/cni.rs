@@ -1,4 +1,5 @@
-//! Containers by the CNI plugin, called as a runtime calls it; `ip` and `ping` say what came of it.
+//! Containers connected by the CNI plugin, called as a runtime calls it. Results are checked with `ip`
+//! and `ping`.
 
 use std::{
     io::Write as _,
@@ -15,7 +16,7 @@ use crate::common::{
     Cluster, TIMEOUT, client, eventually, isolated, program, run, tool, wait_until,
 };
 
-/// A runtime on one host.
+/// A container runtime on one host.
 pub struct Runtime<'a> {
     socket: &'a Path,
     version: &'static str,
@@ -26,17 +27,17 @@ impl<'a> Runtime<'a> {
         Self::at(agent.socket())
     }
 
-    /// One that calls the agent behind a socket.
+    /// Creates a runtime that calls the agent behind the given socket.
     pub const fn at(socket: &'a Path) -> Self {
         Self { socket, version: "1.1.0" }
     }
 
-    /// One call of the plugin: whether it succeeded, and what it printed.
+    /// Calls the plugin once. Returns whether it succeeded, and its output.
     pub fn call(&self, verb: &str, container: &str, more: &Value) -> (bool, Value) {
         self.call_with(verb, container, &[], more)
     }
 
-    /// The same, with these variables in the place of the usual ones.
+    /// As `call`, with the given environment variables in place of the default ones.
     pub fn call_with(
         &self,
         verb: &str,
@@ -69,6 +70,7 @@ impl<'a> Runtime<'a> {
         config
     }
 
+    /// Calls ADD, which must succeed, and returns the result.
     pub fn add(&self, container: &str) -> Value {
         let (done, result) = self.call("ADD", container, &json!({}));
         assert!(done, "{result}");
@@ -80,6 +82,7 @@ impl<'a> Runtime<'a> {
         assert!(done && said.is_null(), "{said}");
     }
 
+    /// Makes a call that must fail. Returns the error's code and message.
     pub fn refused(&self, verb: &str, container: &str, more: &Value) -> (u64, String) {
         let (done, error) = self.call(verb, container, more);
         assert!(!done, "{verb} {container} should have failed: {error}");
@@ -88,12 +91,12 @@ impl<'a> Runtime<'a> {
     }
 }
 
-/// Runs a plugin: whether it succeeded, and what it printed.
+/// Runs a plugin. Returns whether it succeeded, and its output.
 pub fn invoke(plugin: &Path, variables: &[(&str, &str)], input: &str) -> (bool, Value) {
     let mut command = Command::new(plugin);
     command.envs(variables.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().expect("the plugin starts");
-    // One that refuses the environment may not read.
+    // A plugin that rejects the environment may not read its input.
     let _ = child.stdin.take().expect("a pipe").write_all(input.as_bytes());
     let output = child.wait_with_output().expect("the plugin ends");
     let said = match output.stdout.as_slice() {
@@ -103,23 +106,25 @@ pub fn invoke(plugin: &Path, variables: &[(&str, &str)], input: &str) -> (bool, 
     (output.status.success(), said)
 }
 
+/// Returns the first address of a result, without the prefix length.
 pub fn address(result: &Value) -> String {
     let text = result["ips"][0]["address"].as_str().expect("an address");
     text.split('/').next().expect("an address").to_owned()
 }
 
-/// Ends of pods' veth pairs on a host.
+/// Returns the number of veth interfaces of pods on a host.
 pub fn veths(host: &Host) -> usize {
     let links = tool(&host.netns, "ip -o link show type veth");
     links.lines().filter(|line| line.contains(": gsm")).count()
 }
 
+/// Returns the number of pods that the agent lists.
 pub fn pods(agent: &mut Agent) -> usize {
     let answer = agent.ask("/v1/pods", TIMEOUT).expect("pods");
     answer["pods"].as_array().expect("a list").len()
 }
 
-/// The first agent, once more.
+/// Kills the first agent and starts it again.
 fn kill_and_start(cluster: &mut Cluster) -> anyhow::Result<()> {
     cluster.agents[0].end(Signal::SIGKILL)?;
     cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
@@ -131,7 +136,7 @@ pub fn namespaces(names: &[&str]) -> std::io::Result<Vec<NetNs>> {
 }
 
 #[test]
-fn pods_of_two_hosts_reach_each_other_at_full_size() {
+fn cni_pods_on_two_hosts_exchange_full_size_packets() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
         let (one, two) = (NetNs::new("one")?, NetNs::new("two")?);
@@ -149,7 +154,7 @@ fn pods_of_two_hosts_reach_each_other_at_full_size() {
         let shown = tool(&one, "ip addr show dev eth0");
         assert!(shown.contains(&here) && shown.contains("mtu 1450"), "{shown}");
         assert!(shown.contains(first["interfaces"][2]["mac"].as_str().expect("a MAC")), "{shown}");
-        // Largest that fits, unfragmented, both ways; and this host itself.
+        // The largest packets that fit, unfragmented, in both directions; and this host itself.
         tool(&one, &format!("ping -c 2 -i 0.2 -W 2 -M do -s 1422 {there}"));
         tool(&two, &format!("ping -c 2 -i 0.2 -W 2 -M do -s 1422 {here}"));
         let gateway = first["ips"][0]["gateway"].as_str().expect("a gateway");
@@ -160,7 +165,7 @@ fn pods_of_two_hosts_reach_each_other_at_full_size() {
 }
 
 #[test]
-fn pods_keep_their_addresses_over_restarts_and_give_them_back_once() {
+fn pods_keep_addresses_over_agent_restarts_and_release_them_on_del() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces: Vec<NetNs> = namespaces(&["a", "b", "c"])?;
@@ -189,18 +194,18 @@ fn pods_keep_their_addresses_over_restarts_and_give_them_back_once() {
         runtime.del("a");
         runtime.del("a");
         eventually(&spaces[0], "ip -o link", |links| !links.contains("eth0"));
-        // What was given back rests.
+        // A released address is not assigned again at once.
         assert_ne!(address(&runtime.add("c")), address(&a));
-        // With its namespace gone only the address is left to be given back.
+        // Without its namespace, a pod has only its address left to release.
         run(&cluster.hosts[0].netns, "umount /run/netns/b");
         drop(spaces);
         runtime.del("b");
         assert_eq!(pods(&mut cluster.agents[0]), 1);
         eventually(&cluster.hosts[0].netns, "ip -o link show type veth master gsm0", |text| {
-            // Beside what the agent tries forwarding with.
+            // Ignore the port of the agent's own pod for forwarding trials.
             text.lines().filter(|line| !line.contains("forwarding trial")).count() == 1
         });
-        // A bridge without ports stays as it was, MTU included.
+        // A bridge without ports keeps its settings, including the MTU.
         Runtime::new(&cluster.agents[0]).del("c");
         let host = &cluster.hosts[0].netns;
         eventually(host, "ip -o link show type veth master gsm0", str::is_empty);
@@ -213,7 +218,7 @@ fn pods_keep_their_addresses_over_restarts_and_give_them_back_once() {
 }
 
 #[test]
-fn what_cannot_be_connected_is_refused_and_leaves_nothing() {
+fn add_that_cannot_succeed_is_rejected_and_leaves_no_state() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let space = NetNs::new("a")?;
@@ -233,7 +238,7 @@ fn what_cannot_be_connected_is_refused_and_leaves_nothing() {
         }
         assert_eq!(runtime.refused("CHECK", "a", &json!({})).0, 3);
         assert_eq!(pods(&mut cluster.agents[0]), 0);
-        // The pod that the agent tries forwarding with goes when the agent hears that there are no pods.
+        // The agent removes its own trial pod when it learns that there are no pods.
         let host = &cluster.hosts[0].netns;
         eventually(host, "ip -o link show type veth", |left| !left.contains("gsm"));
 
@@ -245,7 +250,7 @@ fn what_cannot_be_connected_is_refused_and_leaves_nothing() {
 }
 
 #[test]
-fn what_the_runtime_does_not_know_any_more_is_collected_and_nothing_of_others() {
+fn gc_removes_unlisted_pods_of_its_network_only() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _spaces: Vec<NetNs> = namespaces(&["a", "b", "c"])?;
@@ -267,7 +272,7 @@ fn what_the_runtime_does_not_know_any_more_is_collected_and_nothing_of_others() 
 }
 
 #[test]
-fn many_at_once_all_succeed() {
+fn two_hundred_concurrent_adds_succeed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let names: Vec<String> = (0..200).map(|number| format!("p{number}")).collect();
@@ -292,7 +297,7 @@ fn many_at_once_all_succeed() {
 }
 
 #[test]
-fn an_agent_that_is_killed_at_any_moment_leaves_neither_address_nor_interface() {
+fn agent_killed_during_add_leaks_no_address_and_no_interface() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _space = NetNs::new("a")?;
@@ -301,7 +306,8 @@ fn an_agent_that_is_killed_at_any_moment_leaves_neither_address_nor_interface() 
             let done = std::thread::scope(|scope| {
                 let runtime = Runtime::new(&cluster.agents[0]);
                 let adding = scope.spawn(move || runtime.call("ADD", "a", &json!({})).0);
-                // From before it is asked to after it has answered.
+                // The delays cover the time from before the agent reads the request to after it has
+                // answered.
                 std::thread::sleep(Duration::from_micros(2_000 + 700 * round));
                 let killed = nix::sys::signal::kill(
                     nix::unistd::Pid::from_raw(cluster.agents[0].pid() as i32),
@@ -312,10 +318,10 @@ fn an_agent_that_is_killed_at_any_moment_leaves_neither_address_nor_interface() 
             });
             cut_short += usize::from(!done);
             kill_and_start(&mut cluster)?;
-            // What a runtime does whose ADD failed.
+            // A runtime calls DEL after a failed ADD.
             Runtime::new(&cluster.agents[0]).del("a");
             if round % 2 == 0 {
-                // The interface may still be there then.
+                // In this case the interface may still exist.
                 kill_and_start(&mut cluster)?;
             }
             assert_eq!(pods(&mut cluster.agents[0]), 0, "{round}");
@@ -328,7 +334,7 @@ fn an_agent_that_is_killed_at_any_moment_leaves_neither_address_nor_interface() 
 }
 
 #[test]
-fn orphans_are_shown_and_a_node_that_leaves_takes_its_bridge_along() {
+fn orphaned_pod_is_listed_and_leaving_node_removes_its_bridge() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _space = NetNs::new("a")?;
@@ -350,7 +356,7 @@ fn orphans_are_shown_and_a_node_that_leaves_takes_its_bridge_along() {
 }
 
 #[test]
-fn the_plugin_is_installed_where_runtimes_look_and_nobodys_changes_are_lost() {
+fn cni_install_writes_plugin_and_list_and_preserves_foreign_changes() {
     let dir = tempfile::tempdir().expect("a directory");
     let [bin, conf] = ["bin", "net.d"].map(|name| dir.path().join(name));
     let install = |more: &[&str]| {
@@ -370,10 +376,10 @@ fn the_plugin_is_installed_where_runtimes_look_and_nobodys_changes_are_lost() {
     let file = conf.join("10-gossamer.conflist");
     let list: Value = serde_json::from_slice(&std::fs::read(&file).expect("read")).expect("JSON");
     assert_eq!(list["plugins"][0]["type"], "gossamer");
-    // A list with a plugin that is not there would keep all pods from starting.
+    // A list that names a missing plugin would keep all pods from starting.
     assert_eq!(list["plugins"].as_array().map(Vec::len), Some(1));
     std::fs::write(bin.join("portmap"), "").expect("written");
-    // One that is there is another package's.
+    // An existing plugin belongs to another package.
     std::fs::remove_file(bin.join("loopback")).expect("removed");
     std::fs::write(bin.join("loopback"), "theirs").expect("written");
     assert!(install(&["--copy"]).status.success());
@@ -383,7 +389,7 @@ fn the_plugin_is_installed_where_runtimes_look_and_nobodys_changes_are_lost() {
     assert!(copied.file_type().is_file(), "{copied:?}");
     let loopback = std::fs::read_to_string(bin.join("loopback")).expect("read");
     assert_eq!(loopback, "theirs");
-    // The list of an earlier version is no change of an operator's.
+    // A list written by an earlier version is not a change by an operator.
     let text = std::fs::read_to_string(&file).expect("read");
     let earlier =
         text.replace(r#"{ "ips": true, "mac": true, "dns": true }"#, r#"{ "ips": true }"#);
@@ -400,7 +406,7 @@ fn the_plugin_is_installed_where_runtimes_look_and_nobodys_changes_are_lost() {
 }
 
 #[test]
-fn a_subnet_that_is_used_up_is_said_and_what_is_given_back_is_given_again() {
+fn exhausted_subnet_is_reported_and_released_addresses_are_reused() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
@@ -422,7 +428,7 @@ fn a_subnet_that_is_used_up_is_said_and_what_is_given_back_is_given_again() {
 }
 
 #[test]
-fn an_overlay_that_is_too_narrow_for_ipv6_carries_pods_all_the_same() {
+fn overlay_with_mtu_below_ipv6_minimum_connects_ipv4_pods() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--mtu", "1200"])?;

@@ -1,5 +1,5 @@
-//! Other plugins in one list behind gossamer, and gossamer as `loopback`: what came of it is for packets and
-//! the kernel's tools to say.
+//! Other plugins chained behind gossamer, and gossamer as `loopback`. Results are checked with packets
+//! and kernel tools.
 
 use std::{
     io::{Read as _, Write as _},
@@ -19,7 +19,7 @@ use crate::{
 
 const VERSION: &str = "1.0.0";
 
-/// A list of plugins on a host, as a runtime goes through it.
+/// A list of plugins on a host, called as a runtime calls it.
 struct List<'a> {
     runtime: Runtime<'a>,
     host: &'a NetNs,
@@ -43,7 +43,7 @@ impl<'a> List<'a> {
         (succeeded, output)
     }
 
-    /// In order; gives both results.
+    /// Calls ADD in order; returns both results.
     fn add(&self, container: &str, more: &Value) -> (Value, Result<Value, Value>) {
         let mut config = more.clone();
         config["cniVersion"] = VERSION.into();
@@ -53,7 +53,7 @@ impl<'a> List<'a> {
         (first, if done { Ok(last) } else { Err(last) })
     }
 
-    /// In the opposite order.
+    /// Calls DEL in reverse order.
     fn del(&self, container: &str, result: &Value) {
         let (done, said) = self.call_behind("DEL", container, result);
         assert!(done, "{said}");
@@ -68,29 +68,29 @@ impl<'a> List<'a> {
     }
 }
 
-/// What keeps a test from being run.
+/// Returns why a test cannot run, if a plugin is missing.
 fn missing(plugin: &str) -> Option<String> {
     let path = Path::new(PLUGINS).join(plugin);
     (!path.exists()).then(|| format!("{} is not installed", path.display()))
 }
 
-/// Connects from one namespace to an address where a pod listens, and says something.
-fn talk(from: &NetNs, to: SocketAddr, pod: &NetNs, port: u16) -> anyhow::Result<()> {
+/// Connects from a namespace to an address behind which a pod listens, and sends a greeting.
+fn send_greeting(from: &NetNs, to: SocketAddr, pod: &NetNs, port: u16) -> anyhow::Result<()> {
     let listener = pod.run(|| TcpListener::bind(("0.0.0.0", port)))?;
-    let heard = std::thread::spawn(move || {
+    let received = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept()?;
         let mut text = String::new();
         stream.read_to_string(&mut text).map(|_| text)
     });
     from.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))?.write_all(b"hello"))?;
-    assert_eq!(heard.join().expect("a thread")?, "hello");
+    assert_eq!(received.join().expect("a thread")?, "hello");
     Ok(())
 }
 
 #[test]
-fn portmap_publishes_a_port_of_a_pod_to_other_hosts() {
+fn portmap_plugin_publishes_a_pods_port_to_other_hosts() {
     if let Some(why) = missing("portmap") {
-        return skipped("cni_chain::portmap_publishes_a_port_of_a_pod_to_other_hosts", &why);
+        return skipped("cni_chain::portmap_plugin_publishes_a_pods_port_to_other_hosts", &why);
     }
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
@@ -98,12 +98,12 @@ fn portmap_publishes_a_port_of_a_pod_to_other_hosts() {
         let mappings = json!([{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" }]);
         let behind = json!({ "type": "portmap", "runtimeConfig": { "portMappings": mappings } });
         let list = List::new(&cluster, behind);
-        // A runtime tells it to each plugin that says it has the capability.
+        // A runtime passes the mappings to each plugin that declares the capability.
         let more = json!({ "runtimeConfig": { "portMappings": mappings } });
         let (_, result) = list.add("a", &more);
         let result = result.expect("a published port");
         let published = SocketAddr::new(cluster.hosts[0].ip.into(), 8080);
-        talk(&cluster.hosts[1].netns, published, &spaces[0], 80)?;
+        send_greeting(&cluster.hosts[1].netns, published, &spaces[0], 80)?;
         assert!(list.check("a", &result).0);
         list.del("a", &result);
         let rules = tool(list.host, "iptables -t nat -S");
@@ -114,9 +114,12 @@ fn portmap_publishes_a_port_of_a_pod_to_other_hosts() {
 }
 
 #[test]
-fn firewall_lets_a_pods_packets_through_a_chain_that_drops() {
+fn firewall_plugin_admits_pod_packets_through_a_dropping_chain() {
     if let Some(why) = missing("firewall") {
-        return skipped("cni_chain::firewall_lets_a_pods_packets_through_a_chain_that_drops", &why);
+        return skipped(
+            "cni_chain::firewall_plugin_admits_pod_packets_through_a_dropping_chain",
+            &why,
+        );
     }
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
@@ -139,9 +142,12 @@ fn firewall_lets_a_pods_packets_through_a_chain_that_drops() {
 }
 
 #[test]
-fn bandwidth_finds_the_veth_of_a_pod_and_shapes_it() {
+fn bandwidth_plugin_finds_the_pods_veth_and_limits_its_rate() {
     if let Some(why) = missing("bandwidth") {
-        return skipped("cni_chain::bandwidth_finds_the_cable_of_a_pod_and_shapes_it", &why);
+        return skipped(
+            "cni_chain::bandwidth_plugin_finds_the_pods_veth_and_limits_its_rate",
+            &why,
+        );
     }
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
@@ -152,7 +158,7 @@ fn bandwidth_finds_the_veth_of_a_pod_and_shapes_it() {
         let (first, result) = list.add("a", &json!({}));
         let result = match result {
             Ok(result) => result,
-            // It asks for sch_tbf of the kernel.
+            // The plugin needs sch_tbf in the kernel.
             Err(why)
                 if run(
                     list.host,
@@ -165,7 +171,7 @@ fn bandwidth_finds_the_veth_of_a_pod_and_shapes_it() {
             }
             Err(why) => {
                 skipped(
-                    "cni_chain::bandwidth_finds_the_cable_of_a_pod_and_shapes_it",
+                    "cni_chain::bandwidth_plugin_finds_the_pods_veth_and_limits_its_rate",
                     &why.to_string(),
                 );
                 return Ok(());
@@ -184,12 +190,9 @@ fn bandwidth_finds_the_veth_of_a_pod_and_shapes_it() {
 }
 
 #[test]
-fn tuning_sets_what_is_the_pods_and_a_mac_is_for_gossamer_to_give() {
+fn tuning_plugin_sets_sysctls_but_its_mac_fails_check() {
     if let Some(why) = missing("tuning") {
-        return skipped(
-            "cni_chain::tuning_sets_what_is_the_pods_and_a_mac_is_for_gossamer_to_give",
-            &why,
-        );
+        return skipped("cni_chain::tuning_plugin_sets_sysctls_but_its_mac_fails_check", &why);
     }
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
@@ -216,7 +219,7 @@ fn tuning_sets_what_is_the_pods_and_a_mac_is_for_gossamer_to_give() {
         assert!(list.check("a", &result).0);
         list.del("a", &result);
 
-        // What another plugin gives is not known to those who keep pods to their MACs: CHECK says so.
+        // gossamer's anti-spoofing does not know a MAC that another plugin sets; CHECK reports it.
         let other = List::new(&cluster, tuning(json!({ "mac": "02:00:00:00:00:08" })));
         let (_, result) = other.add("b", &json!({}));
         let result = result.expect("tuned");
@@ -239,7 +242,7 @@ fn tuning_sets_what_is_the_pods_and_a_mac_is_for_gossamer_to_give() {
     });
 }
 
-/// The program under its other name.
+/// Creates a link to the program under the name `loopback`.
 fn loopback(dir: &Path) -> PathBuf {
     let path = dir.join("loopback");
     symlink(program(), &path).expect("a link");
@@ -247,7 +250,7 @@ fn loopback(dir: &Path) -> PathBuf {
 }
 
 #[test]
-fn the_program_called_loopback_sets_up_lo_without_an_agent() {
+fn program_called_loopback_sets_up_lo_without_an_agent() {
     isolated(|_| {
         let dir = tempfile::tempdir()?;
         let plugin = loopback(dir.path());

@@ -1,4 +1,4 @@
-//! Pods that are not as usual: with a second interface, a MAC of their own, a namespace without a name.
+//! Unusual pods: with a second interface, their own MAC, or a namespace without a name.
 
 use std::{
     fs,
@@ -25,11 +25,11 @@ fn ping(from: &NetNs, to: &str) {
 }
 
 #[test]
-fn first_packet_to_a_pod_that_was_just_connected_arrives() {
+fn first_packet_to_a_new_pod_arrives() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let runtime = Runtime::new(&cluster.agents[0]);
-        // This host knows the pod's MAC, so it asks for nothing and sends nothing twice.
+        // This host knows the pod's MAC, so it neither queries nor retransmits anything.
         let mut pinger = Pinger::new(&cluster.hosts[0].netns)?;
         for round in 0..40 {
             let name = format!("pod{round}");
@@ -44,7 +44,7 @@ fn first_packet_to_a_pod_that_was_just_connected_arrives() {
 }
 
 #[test]
-fn a_second_interface_has_its_own_address_and_the_first_keeps_the_default_route() {
+fn second_interface_gets_its_own_address_and_the_first_keeps_the_default_route() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
         let spaces = namespaces(&["a", "b", "c"])?;
@@ -55,10 +55,10 @@ fn a_second_interface_has_its_own_address_and_the_first_keeps_the_default_route(
         assert!(done && address(&other) != address(&first), "{other}");
         let default = tool(&spaces[0], "ip route show default");
         assert!(default.lines().count() == 1 && default.contains("dev eth0"), "{default}");
-        // What is said is what was done.
+        // The result must match the kernel.
         assert_eq!((&other["routes"], other["ips"][0]["gateway"].is_string()), (&json!([]), true));
         assert!(tool(&spaces[0], "ip addr show net1").contains(&address(&other)));
-        // Both can be reached, from this host and from the other.
+        // Both addresses can be reached, from this host and from the other one.
         runtime.add("b");
         Runtime::new(&cluster.agents[1]).add("c");
         for (from, result) in [(1, &first), (1, &other), (2, &first), (2, &other)] {
@@ -79,7 +79,7 @@ fn a_second_interface_has_its_own_address_and_the_first_keeps_the_default_route(
 }
 
 #[test]
-fn interface_that_is_left_gets_the_routes_of_the_one_that_is_removed() {
+fn remaining_interface_gets_the_routes_of_a_removed_one() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
@@ -97,7 +97,7 @@ fn interface_that_is_left_gets_the_routes_of_the_one_that_is_removed() {
             let defaults = routes(space, "default");
             let (done, result) = runtime.call_with("ADD", name, &second, &more);
             assert!(done, "{result}");
-            // The agent knows of the wish by what the kernel keeps.
+            // The agent reads the request for these routes back from the kernel.
             agent.end(nix::sys::signal::Signal::SIGKILL)?;
             agent = Agent::start(program(), &host, &[])?;
             agent.wait_converged(1, TIMEOUT)?;
@@ -120,7 +120,7 @@ fn interface_that_is_left_gets_the_routes_of_the_one_that_is_removed() {
 }
 
 #[test]
-fn interface_that_is_left_gets_the_routes_of_one_removed_without_an_agent() {
+fn remaining_interface_gets_the_routes_of_one_removed_without_an_agent() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a"])?;
@@ -144,11 +144,11 @@ fn interface_that_is_left_gets_the_routes_of_one_removed_without_an_agent() {
 }
 
 #[test]
-fn a_default_route_of_another_network_stays_and_the_overlay_has_its_own() {
+fn existing_default_route_is_kept_and_the_overlay_gets_its_own_route() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
         let spaces = namespaces(&["a", "b", "c"])?;
-        // As another plugin has left it, whatever its metric.
+        // The state that another plugin leaves; gossamer must keep it whatever its metric is.
         tool(&spaces[0], "ip link add eth0 type bridge");
         tool(&spaces[0], "ip addr add 192.0.2.2/24 dev eth0");
         tool(&spaces[0], "ip link set eth0 up");
@@ -173,7 +173,7 @@ fn a_default_route_of_another_network_stays_and_the_overlay_has_its_own() {
     });
 }
 
-/// A program that starts the agent with the capabilities of the systemd unit.
+/// Creates a script that starts the agent with the capabilities of the systemd unit.
 fn with_few_capabilities(host: &Host) -> PathBuf {
     let script = host.dir.join("gossamer-with-few-capabilities");
     let text = format!(
@@ -187,9 +187,12 @@ fn with_few_capabilities(host: &Host) -> PathBuf {
 }
 
 #[test]
-fn a_namespace_named_by_a_process_needs_no_capability_of_the_agent() {
+fn namespace_given_by_process_path_needs_no_extra_capability() {
     if Command::new("setpriv").arg("--version").output().is_err() {
-        return skipped("a_namespace_named_by_a_process", "setpriv (util-linux) is not installed");
+        return skipped(
+            "namespace_given_by_process_path_needs_no_extra_capability",
+            "setpriv (util-linux) is not installed",
+        );
     }
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
@@ -218,7 +221,7 @@ fn a_namespace_named_by_a_process_needs_no_capability_of_the_agent() {
         let (whole, why) = runtime.call_with("CHECK", "c", &named, &json!({}));
         assert!(whole, "{why}");
         ping(&host.netns, &address(&added));
-        // Its end is noticed like that of any other.
+        // Its end is detected as that of any other pod.
         container.kill()?;
         container.wait()?;
         wait_until("its veth pair is gone", TIMEOUT, || veths(&host) == 0);
@@ -231,13 +234,13 @@ fn a_namespace_named_by_a_process_needs_no_capability_of_the_agent() {
 }
 
 #[test]
-fn the_hosts_own_namespace_is_refused_and_keeps_its_routes() {
+fn host_namespace_is_rejected_and_keeps_its_routes() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let host = &cluster.hosts[0].netns;
         let routes = tool(host, "ip route show default");
         let runtime = Runtime::new(&cluster.agents[0]);
-        // Of the agent, by its process; and of the plugin itself.
+        // The namespace of the agent, by its process; and that of the plugin itself.
         let agents = format!("/proc/{}/ns/net", cluster.agents[0].pid());
         for path in [agents.as_str(), "/proc/self/ns/net"] {
             for verb in ["ADD", "CHECK"] {
@@ -258,7 +261,7 @@ fn the_hosts_own_namespace_is_refused_and_keeps_its_routes() {
 }
 
 #[test]
-fn ipv6_that_is_off_in_a_namespace_is_on_for_the_pods_interface_alone() {
+fn ipv6_disabled_in_a_namespace_is_enabled_on_the_pods_interface_only() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
@@ -272,7 +275,7 @@ fn ipv6_that_is_off_in_a_namespace_is_on_for_the_pods_interface_alone() {
             let gateway = added["ips"][1]["gateway"].as_str().expect("a gateway");
             assert!(gateway.starts_with("fd42:"), "{added}");
             ping(space, gateway);
-            // What was said of all others is still said.
+            // The setting for all other interfaces is unchanged.
             tool(space, "ip link add other type bridge");
             tool(space, "ip link set other up");
             assert_eq!(tool(space, "ip -6 addr show dev other"), "");
@@ -282,7 +285,7 @@ fn ipv6_that_is_off_in_a_namespace_is_on_for_the_pods_interface_alone() {
 }
 
 #[test]
-fn a_mac_that_is_asked_for_is_used_kept_over_restarts_and_given_to_one_pod_only() {
+fn requested_mac_is_used_kept_over_restarts_and_given_to_one_pod_only() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b", "c"])?;
@@ -297,7 +300,7 @@ fn a_mac_that_is_asked_for_is_used_kept_over_restarts_and_given_to_one_pod_only(
         assert!(code == 101 && why.contains("a eth0 has it"), "{code} {why}");
         let (code, why) = runtime.refused("ADD", "b", &json!({ "mac": "0a:58:0a:2a:00:01" }));
         assert!(code == 101 && why.contains("0a:58"), "{code} {why}");
-        // Those that this host has at the bridge itself, and that of the pod of its own trial.
+        // MACs that this host itself uses at the bridge, and the MAC of the agent's trial pod.
         let gateway_of_a = gateway(&a).to_owned();
         let (net, _) = gateway_of_a.rsplit_once('.').expect("dots");
         let octets: Vec<String> = net
@@ -319,18 +322,18 @@ fn a_mac_that_is_asked_for_is_used_kept_over_restarts_and_given_to_one_pod_only(
         assert!(done && b["interfaces"][2]["mac"] == "02:12:34:56:78:9b", "{b}");
 
         cluster.restart(0, &[])?;
-        // What keeps pods to their MACs is re-created.
+        // The anti-spoofing table is re-created.
         run(&cluster.hosts[0].netns, "nft delete table bridge gossamer.1");
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("c");
         ping(&spaces[0], gateway(&a));
         ping(&spaces[1], &address(&a));
         assert!(runtime.call("CHECK", "a", &json!({ "prevResult": a })).0);
-        // Another plugin's MAC is named, for what comes from it is dropped.
+        // A MAC set by another plugin is reported, because packets from it are dropped.
         tool(&spaces[2], "ip link set eth0 address 02:00:00:00:00:01");
         let (code, why) = runtime.refused("CHECK", "c", &json!({}));
         assert!(code == 5 && why.contains("capability mac"), "{code} {why}");
-        // What was given back may be given again.
+        // A released MAC may be assigned again.
         runtime.del("a");
         tool(&spaces[2], "ip link set eth0 down");
         runtime.del("c");
@@ -341,7 +344,7 @@ fn a_mac_that_is_asked_for_is_used_kept_over_restarts_and_given_to_one_pod_only(
 }
 
 #[test]
-fn neighbors_of_an_address_hear_at_once_that_it_has_another_mac() {
+fn changed_mac_of_an_address_is_announced_to_neighbors_at_once() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
@@ -361,7 +364,7 @@ fn neighbors_of_an_address_hear_at_once_that_it_has_another_mac() {
         let addresses = both(&a);
         addresses.iter().for_each(|address| ping(&spaces[0], address));
         runtime.del("a");
-        // One with a MAC that was asked for, and one with that which follows from the address.
+        // One pod with a requested MAC, and one with the MAC derived from the address.
         let ips = json!([addresses[0]]);
         for (name, mac) in [("b", Some("02:00:00:00:00:02")), ("c", None)] {
             let wish = json!({ "runtimeConfig": { "ips": ips, "mac": mac } });
@@ -375,7 +378,7 @@ fn neighbors_of_an_address_hear_at_once_that_it_has_another_mac() {
             }
             runtime.del(name);
         }
-        // The MAC that follows from the IPv4 address, whichever is named first.
+        // The MAC derived from the IPv4 address, whichever address comes first.
         let octets = addresses[0].parse::<std::net::Ipv4Addr>()?.octets();
         let octets = octets.map(|octet| format!("{octet:02x}")).join(":");
         let ips = json!([addresses[1], addresses[0]]);

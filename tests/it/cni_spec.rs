@@ -1,7 +1,7 @@
 //! The CNI specification, verb by verb, version by version and error by error (SPEC.md 1.1.0).
 //!
-//! The specification leaves the codes 8 to 10 free. Code 51 takes a node that has lost its subnet while pods
-//! run: `cni::plugin` tests it.
+//! The specification leaves codes 8 to 10 free. Code 51 needs a node that has lost its subnet while pods
+//! run; `cni::plugin` tests it.
 
 use gossamer::lab::Agent;
 use nix::sys::signal::Signal;
@@ -12,7 +12,7 @@ use crate::{
     common::{Cluster, TIMEOUT, isolated, program, tool},
 };
 
-/// With whether they have CHECK, and GC and STATUS.
+/// Versions; whether they have CHECK; whether they have GC and STATUS.
 const VERSIONS: [(&str, bool, bool); 7] = [
     ("0.1.0", false, false),
     ("0.2.0", false, false),
@@ -23,7 +23,7 @@ const VERSIONS: [(&str, bool, bool); 7] = [
     ("1.1.0", true, true),
 ];
 
-/// The address in a result of any version, and whether the result has the form of that version.
+/// Returns the address in a result, after checking that the result has the form of its version.
 fn address_of(version: &str, result: &Value) -> String {
     assert_eq!(result["cniVersion"], version);
     if matches!(version, "0.1.0" | "0.2.0") {
@@ -46,22 +46,22 @@ fn address_of(version: &str, result: &Value) -> String {
 }
 
 #[test]
-fn every_version_has_its_verbs_and_its_format() {
+fn each_cni_version_has_its_verbs_and_its_result_format() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a"])?;
         for (version, check, gc) in VERSIONS {
             let runtime = Runtime::new(&cluster.agents[0]);
-            let of = |more: Value| {
+            let with_version = |more: Value| {
                 let mut config = more;
                 config["cniVersion"] = version.into();
                 config
             };
-            let (done, result) = runtime.call("ADD", "a", &of(json!({})));
+            let (done, result) = runtime.call("ADD", "a", &with_version(json!({})));
             assert!(done, "{version}: {result}");
             let ip = address_of(version, &result);
             assert!(tool(&spaces[0], "ip addr show dev eth0").contains(&ip));
-            let (done, said) = runtime.call("VERSION", "a", &of(json!({})));
+            let (done, said) = runtime.call("VERSION", "a", &with_version(json!({})));
             let spoken = VERSIONS.map(|(version, ..)| version);
             assert!(done && said["supportedVersions"] == json!(spoken), "{said}");
             let keep = json!([{ "containerID": "a", "ifname": "eth0" }]);
@@ -70,7 +70,7 @@ fn every_version_has_its_verbs_and_its_format() {
                 ("STATUS", gc, json!({})),
                 ("GC", gc, json!({ "cni.dev/valid-attachments": keep })),
             ] {
-                let (done, said) = runtime.call(verb, "a", &of(more));
+                let (done, said) = runtime.call(verb, "a", &with_version(more));
                 assert_eq!(done, there, "{verb} {version}: {said}");
                 if there {
                     assert!(said.is_null(), "{verb} {version}: {said}");
@@ -78,10 +78,10 @@ fn every_version_has_its_verbs_and_its_format() {
                     assert_eq!((&said["code"], &said["cniVersion"]), (&json!(1), &json!(version)));
                 }
             }
-            // Once with the earlier result, once without, and once more.
+            // DEL with the earlier result, without it, and repeated.
             for more in [json!({ "prevResult": result }), json!({}), json!({ "prevResult": null })]
             {
-                let (done, said) = runtime.call("DEL", "a", &of(more));
+                let (done, said) = runtime.call("DEL", "a", &with_version(more));
                 assert!(done && said.is_null(), "DEL {version}: {said}");
             }
             assert_eq!(pods(&mut cluster.agents[0]), 0, "{version}");
@@ -109,7 +109,7 @@ fn case(
 }
 
 #[test]
-fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
+fn each_cni_error_has_the_specified_code_and_a_reason() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
@@ -119,7 +119,7 @@ fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
         let runtime = Runtime::new(&agent);
         let lost = runtime.add("a");
         tool(&spaces[0], "ip addr flush dev eth0");
-        // What the runtime believes is not what was given.
+        // The previous result of the runtime does not match what was assigned.
         let mut other = runtime.add("f");
         other["ips"][0]["address"] = "192.0.2.9/24".into();
         let none = || json!({});
@@ -153,7 +153,7 @@ fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
                 "/etc/passwd",
             ),
             case("ADD", &[("CNI_ARGS", "COLOUR=red")], none(), 4, "COLOUR"),
-            // For the second time.
+            // ADD for the second time.
             case("ADD", &[], none(), 4, "has an address already"),
             case("CHECK", &[], json!({ "prevResult": lost }), 5, "has lost"),
             case(
@@ -193,7 +193,7 @@ fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
         runtime.del("f");
         ["b", "c", "d", "e"].iter().for_each(|name| _ = runtime.add(name));
         assert_eq!(runtime.refused("ADD", "f", &json!({})).0, 100);
-        // What is wrong with one is not wrong with others.
+        // A fault of one pod does not affect the others.
         runtime.del("a");
         runtime.add("f");
         agent.end(Signal::SIGTERM)?;
@@ -205,7 +205,7 @@ fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
 }
 
 #[test]
-fn what_is_gone_already_is_no_error_of_del() {
+fn del_of_an_absent_pod_succeeds() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _space = namespaces(&["a"])?;
@@ -216,14 +216,14 @@ fn what_is_gone_already_is_no_error_of_del() {
             (vec![("CNI_NETNS", "/run/netns/nowhere")], json!({})),
             (vec![("CNI_NETNS", "/proc/self/ns/net")], json!({})),
             (vec![("CNI_CONTAINERID", "unknown")], json!({})),
-            // ADD refuses them, so there is nothing.
+            // ADD rejects these names, so there is nothing to delete.
             (vec![("CNI_CONTAINERID", "-")], json!({})),
             (vec![("CNI_CONTAINERID", too_long.as_str())], json!({})),
             (vec![("CNI_IFNAME", "all")], json!({})),
             (vec![("CNI_IFNAME", "eth%d")], json!({})),
             (vec![("CNI_IFNAME", "a-name-that-is-too-long")], json!({})),
             (vec![("CNI_ARGS", "nonsense")], json!({ "runtimeConfig": { "ips": "nonsense" } })),
-            // Its configuration was changed meanwhile.
+            // The configuration has changed since ADD.
             (vec![], json!({ "name": "another", "cniVersion": "0.3.1", "mac": "nonsense" })),
         ] {
             runtime.add("a");
@@ -237,7 +237,7 @@ fn what_is_gone_already_is_no_error_of_del() {
 }
 
 #[test]
-fn answer_that_cannot_be_written_is_no_success() {
+fn result_that_cannot_be_written_is_a_failure() {
     let full = std::fs::File::options().write(true).open("/dev/full").expect("/dev/full");
     let mut plugin = std::process::Command::new(program());
     plugin.env("CNI_COMMAND", "VERSION").stdin(std::process::Stdio::null()).stdout(full);
@@ -246,7 +246,7 @@ fn answer_that_cannot_be_written_is_no_success() {
 }
 
 #[test]
-fn gc_removes_what_is_not_valid_under_the_key_of_each_version_of_libcni() {
+fn gc_accepts_the_attachment_keys_of_all_libcni_versions() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _spaces = namespaces(&["a", "b"])?;
@@ -254,7 +254,7 @@ fn gc_removes_what_is_not_valid_under_the_key_of_each_version_of_libcni() {
         for (more, left) in [
             (json!({ "cni.dev/valid-attachments": keep("a") }), 1),
             (json!({ "cni.dev/attachments": keep("a") }), 1),
-            // Where they differ, what either knows stays.
+            // Where the two keys differ, a pod in either one is kept.
             (
                 json!({
                     "cni.dev/valid-attachments": keep("a"),
@@ -277,7 +277,7 @@ fn gc_removes_what_is_not_valid_under_the_key_of_each_version_of_libcni() {
 }
 
 #[test]
-fn check_names_the_route_of_the_earlier_result_that_is_gone() {
+fn check_reports_the_missing_route_of_the_previous_result() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a"])?;
@@ -295,13 +295,13 @@ fn check_names_the_route_of_the_earlier_result_that_is_gone() {
         tool(pod, "ip route del default");
         let default = format!("0.0.0.0/0 via {gateway}");
         names(&result, &default);
-        // Another one in its place is not the one that was given.
+        // A different default route does not count as the assigned one.
         let other = gateway.rsplit_once('.').map(|(net, _)| format!("{net}.77")).expect("dots");
         tool(pod, &format!("ip route add default via {other} dev eth0 onlink"));
         names(&result, &default);
         tool(pod, &format!("ip route replace default via {gateway}"));
         assert!(check(&result).0);
-        // Those that plugins behind gossamer have added, in any table and family.
+        // Routes that plugins behind gossamer have added, in any table and family.
         for (more, route, command) in [
             (json!({ "dst": "192.0.2.0/24" }), "192.0.2.0/24", "192.0.2.0/24 dev eth0"),
             (

@@ -1,4 +1,4 @@
-//! The CNI plugin with an agent of another version: a rolling upgrade replaces the one before the other.
+//! The CNI plugin with an agent of another version. A rolling upgrade replaces one before the other.
 
 use std::{
     fs,
@@ -18,8 +18,8 @@ use crate::{
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// An agent of another version, until the test ends: it answers as its HTTP library does what it does not
-/// know.
+/// Serves as an agent of another version until the test ends. It answers unknown requests as its HTTP
+/// library does.
 fn other_agent(socket: &Path, version: &'static str) -> std::io::Result<()> {
     let listener = UnixListener::bind(socket)?;
     thread::spawn(move || {
@@ -54,7 +54,7 @@ fn serve(stream: UnixStream, version: &str) -> Option<()> {
             let status = json!({ "version": version, "subnet": "10.42.7.0/24", "kernel": kernel });
             ("200 OK", status.to_string())
         }
-        // This one has other answers.
+        // This version has other answers.
         "/v1/pods" => ("200 OK", json!({ "pods": [{ "id": 1 }] }).to_string()),
         "/v1/pods/check" => ("200 OK", "{}".to_owned()),
         "/v1/pods/attach" => {
@@ -86,7 +86,7 @@ fn call(socket: &Path, verb: &str, more: &Value) -> (bool, Value) {
 }
 
 #[test]
-fn every_verb_works_with_an_agent_of_another_version_or_is_to_be_tried_again() {
+fn verbs_with_an_agent_of_another_version_succeed_or_ask_for_a_retry() {
     isolated(|lab| {
         let _spaces = namespaces(&["a"])?;
         let none = json!({ "cni.dev/valid-attachments": [] });
@@ -107,7 +107,7 @@ fn every_verb_works_with_an_agent_of_another_version_or_is_to_be_tried_again() {
             }
             let (_, error) = call(&socket, "ADD", &json!({}));
             assert!(error["details"].to_string().contains("unknown field `vlan`"), "{error}");
-            // A pod's end waits for nothing, and is noted for the agent that comes.
+            // The end of a pod does not wait for the agent: it is noted for the next agent.
             for verb in ["DEL", "GC", "STATUS", "VERSION"] {
                 let (done, said) = call(&socket, verb, &none);
                 assert!(done, "{verb}: {said}");
@@ -118,9 +118,9 @@ fn every_verb_works_with_an_agent_of_another_version_or_is_to_be_tried_again() {
     });
 }
 
-/// What ended while the agent was of another version is gone when the new one runs.
+/// Pods that ended while the old agent ran are gone when the new one runs.
 #[test]
-fn a_pod_that_ended_before_the_agent_was_upgraded_is_taken_back_afterwards() {
+fn pod_ended_before_an_agent_upgrade_is_removed_afterwards() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _spaces = namespaces(&["a"])?;

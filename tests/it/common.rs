@@ -1,4 +1,4 @@
-//! What the integration tests share: namespaces of their own, and the tools whose word counts.
+//! Shared parts of the integration tests: isolated namespaces, clusters, and wrappers of system tools.
 
 use std::{
     io::Write as _,
@@ -14,19 +14,21 @@ use nix::{
 };
 use serde_json::Value;
 
+/// Default time limit of waits.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// No test takes half of that on a quiet machine.
-const LIMIT_SECONDS: &str = "400";
+/// Time limit of one test, in seconds. No test takes half of it on an idle machine.
+const TEST_LIMIT_SECONDS: &str = "400";
 
+/// Returns the path of the program under test.
 pub fn program() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_gossamer"))
 }
 
-/// Runs the body of a test in fresh user, mount, process and network namespaces, by running this test
-/// alone once more inside them. Where the machine forbids that, says so and skips the test.
+/// Runs the body of a test in new user, mount, process and network namespaces. To do so, it starts this
+/// test alone again inside them. Skips the test where the machine forbids namespaces.
 pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
-    // The closure's type is named after the test that it stands in: it::module::test::{{closure}}.
+    // The type of the closure is named after its test: it::module::test::{{closure}}.
     let closure = std::any::type_name::<F>();
     let test = closure.trim_start_matches("it::").trim_end_matches("::{{closure}}");
     if std::env::var_os("GOSSAMER_LAB").is_some() {
@@ -40,9 +42,9 @@ pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
         return skipped(test, why.trim());
     }
     let this = std::env::current_exe().expect("the path of this test");
-    // A program that was to end and did not must not hold up all tests.
+    // A program that fails to end must not block all other tests.
     let output = Command::new("timeout")
-        .arg(LIMIT_SECONDS)
+        .arg(TEST_LIMIT_SECONDS)
         .arg(program())
         .args(["lab", "--"])
         .arg(this)
@@ -59,13 +61,13 @@ pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
     );
 }
 
-/// Says that a test was not run, and for want of what.
+/// Reports that a test was skipped, and why.
 pub fn skipped(test: &str, why: &str) {
-    // Not by a macro: the output of a test that passes is not shown.
+    // Not by a macro, because the output of a passing test is captured.
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
 }
 
-/// A cluster of `count` hosts; the first one created it.
+/// A cluster of `count` hosts. The first host created it.
 pub struct Cluster {
     pub hosts: Vec<Host>,
     pub agents: Vec<Agent>,
@@ -73,12 +75,12 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts hosts number 1 to `count`, and waits until all have converged.
+    /// Starts hosts number 1 to `count`, and waits until all agents have converged.
     pub fn start(lab: &mut Lab, count: u16) -> anyhow::Result<Self> {
         Self::start_with(lab, count, &[])
     }
 
-    /// The same, where the first one creates it with these settings.
+    /// As `start`; the first host creates the cluster with these settings.
     pub fn start_with(lab: &mut Lab, count: u16, settings: &[&str]) -> anyhow::Result<Self> {
         let mut cluster = Self { hosts: Vec::new(), agents: Vec::new(), token: String::new() };
         let first = lab.host(1, "n1")?;
@@ -94,7 +96,7 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Adds a host that joins; does not wait for it.
+    /// Adds a host that joins. Does not wait for it.
     pub fn join(&mut self, lab: &mut Lab, number: u16) -> anyhow::Result<()> {
         let host = lab.host(number, &format!("n{number}"))?;
         let agent = self.start_agent(&host, &[])?;
@@ -103,13 +105,14 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts an agent on a host. It joins through the first host.
     pub fn start_agent(&self, host: &Host, more: &[&str]) -> anyhow::Result<Agent> {
         let seed = self.hosts[0].ip.to_string();
         let arguments = [&["--join", &seed, "--token", &self.token], more].concat();
         Ok(Agent::start(program(), host, &arguments)?)
     }
 
-    /// Ends one, starts it again, and waits until it has converged.
+    /// Ends an agent, starts it again, and waits until it has converged.
     pub fn restart(&mut self, number: usize, arguments: &[&str]) -> anyhow::Result<()> {
         self.agents[number].end(Signal::SIGTERM)?;
         self.agents[number] = self.start_agent(&self.hosts[number], arguments)?;
@@ -117,7 +120,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// A pod on each host, once all have converged.
+    /// Adds a pod on each host, once all agents have converged.
     pub fn pods(&mut self) -> anyhow::Result<Vec<Pod>> {
         let count = self.agents.len();
         let pairs = self.hosts.iter().zip(&mut self.agents);
@@ -129,30 +132,32 @@ impl Cluster {
             .collect()
     }
 
-    /// Waits until the agents, and one that is not of this value, have converged with so many members.
+    /// Waits until the cluster's agents and another one have converged with `count` members.
     pub fn converge_with(&mut self, other: &mut Agent, count: usize) -> anyhow::Result<()> {
         let agents = self.agents.iter_mut().chain([other]);
         agents.map(|agent| agent.wait_converged(count, TIMEOUT)).try_for_each(|done| done.map(drop))
     }
 
+    /// Waits until all agents have converged.
     pub fn converge(&mut self) -> anyhow::Result<()> {
         let count = self.agents.len();
         self.agents.iter_mut().try_for_each(|agent| agent.wait_converged(count, TIMEOUT).map(drop))
     }
 }
 
-/// One for a cluster that is not there yet.
-pub fn gossamer_token() -> anyhow::Result<String> {
+/// Returns a token for a cluster that does not exist yet.
+pub fn new_token() -> anyhow::Result<String> {
     let output = Command::new(program()).args(["token", "--new"]).output()?;
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
+/// Returns the token of an agent's cluster.
 pub fn token_of(agent: &mut Agent) -> anyhow::Result<String> {
     let answer = agent.ask("/v1/token", TIMEOUT)?;
     Ok(answer["token"].as_str().expect("a token").to_owned())
 }
 
-/// What a tool prints when it runs in a namespace.
+/// Runs a command in a namespace. The command must succeed. Returns its standard output.
 pub fn tool(netns: &NetNs, command: &str) -> String {
     let output = run(netns, command);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -160,11 +165,12 @@ pub fn tool(netns: &NetNs, command: &str) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
-/// Runs several commands, with "&&" between them, in a namespace.
+/// Runs several commands, separated by "&&", in a namespace. All must succeed.
 pub fn sh(netns: &NetNs, commands: &str) {
     commands.split(" && ").for_each(|command| _ = tool(netns, command));
 }
 
+/// Runs a command in a namespace and returns its output. The command may fail.
 pub fn run(netns: &NetNs, command: &str) -> Output {
     let mut words = command.split_whitespace();
     let mut tool = Command::new(words.next().expect("a command"));
@@ -172,14 +178,14 @@ pub fn run(netns: &NetNs, command: &str) -> Output {
     netns.spawn(&mut tool).and_then(std::process::Child::wait_with_output).expect(command)
 }
 
-/// The program as an operator runs it on an agent's host.
+/// Runs the program as an operator does, with the socket of an agent.
 pub fn client(agent: &Agent, arguments: &[&str]) -> Output {
     let socket = agent.socket().display().to_string();
     let mut command = Command::new(program());
     command.args(arguments).args(["--socket", &socket]).output().expect("gossamer runs")
 }
 
-/// Asks again and again until the answer is yes.
+/// Polls a condition until it is true; panics with `what` after `patience`.
 pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> bool) {
     let start = Instant::now();
     while !reached() {
@@ -188,12 +194,12 @@ pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> b
     }
 }
 
-/// Freezes an agent; returns when each of its threads stands still.
-pub fn freeze(agent: &Agent) -> anyhow::Result<()> {
+/// Suspends an agent. Returns when each of its threads is stopped.
+pub fn suspend(agent: &Agent) -> anyhow::Result<()> {
     let pid = agent.pid();
     kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP)?;
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))?.collect::<Result<Vec<_>, _>>()?;
-    wait_until("it does not stand still", TIMEOUT, || {
+    wait_until("the agent is not stopped", TIMEOUT, || {
         tasks.iter().all(|task| {
             let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
             stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('T'))
@@ -202,13 +208,13 @@ pub fn freeze(agent: &Agent) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Lets a frozen one go on.
-pub fn thaw(agent: &Agent) -> anyhow::Result<()> {
+/// Resumes a suspended agent.
+pub fn resume(agent: &Agent) -> anyhow::Result<()> {
     Ok(kill(Pid::from_raw(agent.pid().cast_signed()), Signal::SIGCONT)?)
 }
 
-/// Waits until an agent's status is as wanted; gives it. What a kernel or a pod shows at once, the
-/// agent's loop may hear of a moment later.
+/// Waits until an agent's status fulfills a condition, and returns the status. The event loop may learn
+/// of a change later than the kernel or a pod shows it.
 pub fn status_where(agent: &mut Agent, wanted: impl Fn(&Value) -> bool) -> Value {
     let start = Instant::now();
     loop {
@@ -221,32 +227,36 @@ pub fn status_where(agent: &mut Agent, wanted: impl Fn(&Value) -> bool) -> Value
     }
 }
 
-/// Whether one of the problems in an agent's status says so.
+/// Returns whether a problem in the agent's status contains `words`.
 pub fn has_problem(agent: &mut Agent, words: &str) -> bool {
     let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
     status["problems"].to_string().contains(words)
 }
 
+/// Returns whether a warning in the agent's status contains `words`.
 pub fn has_warning(agent: &mut Agent, words: &str) -> bool {
     let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
     status["warnings"].to_string().contains(words)
 }
 
-/// Waits until a tool's output satisfies a condition; gives that output.
+/// Waits until the output of a command fulfills a condition, and returns the output.
 pub fn eventually(netns: &NetNs, command: &str, wanted: impl Fn(&str) -> bool) -> String {
     let start = Instant::now();
     loop {
-        // What it asks for may not be there yet.
+        // The object in question may not exist yet, so the command may fail.
         let output = String::from_utf8(run(netns, command).stdout).expect("UTF-8");
         if wanted(&output) {
             return output;
         }
-        assert!(start.elapsed() < TIMEOUT, "`{command}` never said what was expected:\n{output}");
+        assert!(
+            start.elapsed() < TIMEOUT,
+            "`{command}` never printed what was expected:\n{output}"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// How many echo requests have reached a namespace.
+/// Returns the number of ICMP echo requests that a namespace has received.
 pub fn echoes(netns: &NetNs) -> u64 {
     let counters = tool(netns, "cat /proc/net/snmp");
     let mut lines = counters.lines().filter(|line| line.starts_with("Icmp:"));
@@ -255,7 +265,7 @@ pub fn echoes(netns: &NetNs) -> u64 {
     values.split(' ').nth(place).and_then(|value| value.parse().ok()).expect("a number")
 }
 
-/// Of the Internet (RFC 1071).
+/// Returns the Internet checksum (RFC 1071).
 pub fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
     let sum = words.sum::<u32>();

@@ -1,5 +1,5 @@
-//! docker-compose.yml with a real Docker: five hosts as containers on two networks, and the commands that
-//! docs/CONTAINERS.md shows.
+//! docker-compose.yml with a real Docker: five hosts as containers on two networks, and the commands of
+//! docs/CONTAINERS.md.
 
 use std::{
     fs,
@@ -16,41 +16,42 @@ use crate::{
 };
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-/// What `cargo static` makes.
+/// The output of `cargo static`.
 const STATIC: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/target/x86_64-unknown-linux-gnu/dist/gossamer");
 const COMPOSE: &str = "/usr/bin/docker-compose";
 /// Containers start slowly on a busy machine.
-const LONG: Duration = Duration::from_secs(60);
+const CONTAINER_START_TIMEOUT: Duration = Duration::from_secs(60);
 
-const FIVE: [&str; 5] = ["node1", "node2", "node3", "node4", "node5"];
+const HOSTS: [&str; 5] = ["node1", "node2", "node3", "node4", "node5"];
 
-/// What is to be seen after a command: of these hosts, what each says of its pods.
-type Seen = &'static [(&'static [&'static str], &'static str)];
+/// Expected lines after a command: for each group of hosts, the text that each of them logs about its
+/// pods.
+type ExpectedLines = &'static [(&'static [&'static str], &'static str)];
 
-const ALL_SEVEN: Seen = &[(&FIVE, "7 members up, pods reach 26 of 26")];
-/// The commands of the page, and what follows from each.
-const STEPS: [(&str, Seen); 12] = [
-    // That is what this test needs, and takes minutes.
+const ALL_CONNECTED: ExpectedLines = &[(&HOSTS, "7 members up, pods reach 26 of 26")];
+/// The commands of the page, and the result of each.
+const STEPS: [(&str, ExpectedLines); 12] = [
+    // This test needs the result, which takes minutes to build.
     ("cargo static", &[]),
     ("export GOSSAMER_TARGET=local", &[]),
     // Two pods of each host, and nine others: 90 pairs.
-    ("docker-compose up --build", &[(&FIVE, "5 members up, pods reach 18 of 18")]),
+    ("docker-compose up --build", &[(&HOSTS, "5 members up, pods reach 18 of 18")]),
     ("docker-compose exec node3 gossamer members", &[]),
-    ("docker-compose --profile more up -d --no-recreate --scale more=2", ALL_SEVEN),
+    ("docker-compose --profile more up -d --no-recreate --scale more=2", ALL_CONNECTED),
     ("docker-compose kill node4", &[(&["node1", "node5"], "silent: node4")]),
-    ("docker-compose start node4", ALL_SEVEN),
+    ("docker-compose start node4", ALL_CONNECTED),
     (
         "docker-compose stop router",
         &[(&["node1"], "reach 10 of 26"), (&["node5"], "reach 14 of 26")],
     ),
-    ("docker-compose start router", ALL_SEVEN),
+    ("docker-compose start router", ALL_CONNECTED),
     ("docker network disconnect gossamer-left gossamer-node2", &[(&["node5"], "silent: node2")]),
-    ("docker network connect gossamer-left gossamer-node2", ALL_SEVEN),
+    ("docker network connect gossamer-left gossamer-node2", ALL_CONNECTED),
     ("docker-compose --profile more down -v", &[]),
 ];
 
-/// The commands in the blocks of a section of docs/CONTAINERS.md, without what is said of them.
+/// Returns the commands in the code blocks of a section of docs/CONTAINERS.md, without comments.
 pub fn documented(section: &str) -> Vec<String> {
     let page = fs::read_to_string(Path::new(ROOT).join("docs/CONTAINERS.md")).expect("the page");
     let section = page.split("\n## ").find(|text| text.starts_with(section));
@@ -63,7 +64,7 @@ pub fn documented(section: &str) -> Vec<String> {
 struct Compose<'a>(&'a Dockerd);
 
 impl Compose<'_> {
-    /// A command as a person types it: in the directory of the repository, on a terminal.
+    /// Builds a command as a user types it: in the repository's directory, on a terminal.
     fn shell(&self, command: &str) -> Command {
         let mut shell = Command::new("script");
         shell.args(["--quiet", "--return", "--command", command, "/dev/null"]).current_dir(ROOT);
@@ -86,9 +87,9 @@ impl Compose<'_> {
         said
     }
 
-    /// The latest line of a host about its pods.
+    /// Returns the latest line of a host about its pods.
     fn line(&self, node: &str) -> String {
-        // Not by docker-compose, which takes a second of the processor to start.
+        // Not by docker-compose, whose start takes a second of CPU time.
         let label = format!("label=com.docker.compose.service={node}");
         let container = self.0.done(&format!("ps --all --quiet --filter {label}"));
         let log = self.0.done(&format!("logs --tail 50 {container}"));
@@ -96,19 +97,19 @@ impl Compose<'_> {
         lines.find(|line| line.contains("pods reach")).unwrap_or_default().to_owned()
     }
 
-    /// Waits until these hosts say this of their pods.
+    /// Waits until these hosts log this text about their pods.
     fn expect(&self, nodes: &[&str], words: &str) {
         for node in nodes {
-            let what = format!("{node} says {words:?}");
-            wait_until(&what, LONG, || self.line(node).contains(words));
+            let what = format!("{node} logs {words:?}");
+            wait_until(&what, CONTAINER_START_TIMEOUT, || self.line(node).contains(words));
         }
     }
 }
 
 #[test]
-fn commands_of_the_compose_page_are_those_that_are_tested() {
+fn compose_page_has_exactly_the_tested_commands() {
     assert_eq!(documented("docker-compose"), STEPS.map(|(command, _)| command));
-    // The other places that name commands name the same.
+    // The other files mention only these commands.
     for file in ["README.md", "docker-compose.yml", "Dockerfile"] {
         let text = fs::read_to_string(Path::new(ROOT).join(file)).expect(file);
         let mentions = text
@@ -123,11 +124,11 @@ fn commands_of_the_compose_page_are_those_that_are_tested() {
 }
 
 #[test]
-fn five_hosts_as_containers_survive_what_the_page_does_to_them() {
+fn five_containerized_hosts_recover_from_the_faults_of_the_page() {
     let missing = [DOCKERD, COMPOSE, STATIC].into_iter().find(|path| !Path::new(path).exists());
     if let Some(missing) = missing {
         let why = format!("{missing} is missing (cargo static makes the static program)");
-        return skipped("five_hosts_as_containers_survive_what_the_page_does_to_them", &why);
+        return skipped("five_containerized_hosts_recover_from_the_faults_of_the_page", &why);
     }
     isolated(|lab: &mut Lab| {
         let host = lab.host(1, "machine")?;
@@ -138,17 +139,17 @@ fn five_hosts_as_containers_survive_what_the_page_does_to_them() {
         for (command, seen) in &STEPS[2..] {
             if command.ends_with("up --build") {
                 shown = Some(compose.begin(command));
-                let started = || docker.done("ps --quiet").lines().count() == FIVE.len() + 1;
-                wait_until("the containers have not started", LONG, started);
+                let started = || docker.done("ps --quiet").lines().count() == HOSTS.len() + 1;
+                wait_until("the containers have not started", CONTAINER_START_TIMEOUT, started);
             } else {
                 let said = compose.done(command);
                 if command.ends_with("gossamer members") {
-                    FIVE.iter().for_each(|node| assert!(said.contains(node), "{said}"));
+                    HOSTS.iter().for_each(|node| assert!(said.contains(node), "{said}"));
                 }
             }
             seen.iter().for_each(|(nodes, words)| compose.expect(nodes, words));
         }
-        // Its containers are gone.
+        // `docker-compose down` has removed the containers.
         shown.expect("it was begun").wait()?;
         assert_eq!(docker.done("ps --all --quiet"), "");
         Ok(())

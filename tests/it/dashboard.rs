@@ -19,7 +19,7 @@ use crate::{
 const PORT: u16 = 9473;
 const URL: &str = "http://127.0.0.1:9473/";
 
-/// Says whether there is a browser; if not, that the test is skipped.
+/// Returns whether a browser is installed; otherwise reports the test as skipped.
 fn has_browser(test: &str) -> bool {
     let has = browser::is_installed();
     if !has {
@@ -28,19 +28,19 @@ fn has_browser(test: &str) -> bool {
     has
 }
 
-/// Where pictures go: a directory that outlives the test, if one is wanted.
-fn album() -> Option<PathBuf> {
+/// Returns the directory for screenshots, if one is wanted; it outlives the test.
+fn screenshot_directory() -> Option<PathBuf> {
     std::env::var_os("GOSSAMER_SCREENSHOTS").map(PathBuf::from)
 }
 
 fn photograph(browser: &mut Browser, name: &str) -> anyhow::Result<()> {
-    match album() {
-        Some(album) => browser.photograph(&album.join(name)),
+    match screenshot_directory() {
+        Some(screenshot_directory) => browser.photograph(&screenshot_directory.join(name)),
         None => Ok(()),
     }
 }
 
-/// Nothing sticks out, whatever the screen.
+/// Checks that nothing overflows the page, in both color schemes.
 fn assert_fits(browser: &mut Browser, width: u32) -> anyhow::Result<()> {
     for scheme in ["light", "dark"] {
         browser.set_screen(width, 800, scheme)?;
@@ -51,8 +51,8 @@ fn assert_fits(browser: &mut Browser, width: u32) -> anyhow::Result<()> {
 }
 
 #[test]
-fn a_real_cluster_is_shown_as_it_is_and_as_it_changes() {
-    if !has_browser("a_real_cluster_is_shown_as_it_is_and_as_it_changes") {
+fn dashboard_shows_a_real_cluster_and_its_changes() {
+    if !has_browser("dashboard_shows_a_real_cluster_and_its_changes") {
         return;
     }
     isolated(|lab| {
@@ -70,7 +70,7 @@ fn a_real_cluster_is_shown_as_it_is_and_as_it_changes() {
         assert!(problems.as_str().is_some_and(|text| text.contains("No problems")), "{problems}");
         photograph(&mut browser, "dashboard-three.png")?;
 
-        // What happens is shown as it happens.
+        // Events appear as they happen.
         let host = &cluster.hosts[0].netns;
         tool(host, "ip route flush root 10.42.0.0/16 proto 73");
         let events = "document.getElementById('events').innerText";
@@ -80,18 +80,18 @@ fn a_real_cluster_is_shown_as_it_is_and_as_it_changes() {
         browser.wait_for(&format!("{problems}.includes('sysctl -w net.ipv4.ip_forward=1')"))?;
         cluster.agents[2].end(nix::sys::signal::Signal::SIGKILL)?;
         browser.wait_for("document.getElementById('members').innerText.includes('down')")?;
-        assert_eq!(browser.complaints, [""; 0]);
-        // Nor does it fall silent when nobody answers.
+        assert_eq!(browser.page_errors, [""; 0]);
+        // The page reports when the agent no longer answers.
         cluster.agents[0].end(nix::sys::signal::Signal::SIGTERM)?;
         browser.wait_for("document.getElementById('stale').innerText.includes('No answer')")?;
-        assert_eq!(browser.ask(rows)?, 3, "the last picture stays");
+        assert_eq!(browser.ask(rows)?, 3, "the last data stays visible");
         Ok(())
     });
 }
 
 #[test]
-fn a_hundred_members_can_be_looked_through_by_keyboard_and_on_a_phone() {
-    if !has_browser("a_hundred_members_can_be_looked_through_by_keyboard_and_on_a_phone") {
+fn dashboard_of_a_hundred_members_is_usable_by_keyboard_and_on_a_phone() {
+    if !has_browser("dashboard_of_a_hundred_members_is_usable_by_keyboard_and_on_a_phone") {
         return;
     }
     isolated(|_| {
@@ -105,11 +105,11 @@ fn a_hundred_members_can_be_looked_through_by_keyboard_and_on_a_phone() {
         let summary = browser.ask("document.getElementById('matrix-summary').innerText")?;
         let summary = summary.as_str().unwrap_or_default();
         assert!(summary.contains("n7") && summary.contains("unanswered"), "{summary}");
-        // Names are text, whatever is in them.
+        // Names are shown as text, even if they contain markup.
         assert_eq!(browser.ask("document.querySelectorAll('#members b, #map b').length")?, 0);
         photograph(&mut browser, "dashboard.png")?;
 
-        // To the map by keys alone, along its hosts, and to what is known of one.
+        // Reach the map by keyboard alone, move along its hosts, and open the details of one.
         for _ in 0..12 {
             browser.press("Tab")?;
             if browser.ask("!!document.activeElement.closest('#map')")? == true {
@@ -122,13 +122,13 @@ fn a_hundred_members_can_be_looked_through_by_keyboard_and_on_a_phone() {
         browser.press("Enter")?;
         let detail = browser.ask("document.getElementById('detail').innerText")?;
         assert!(detail.as_str().is_some_and(|text| text.contains("10.42.")), "{detail}");
-        // The matrix is read cell by cell.
+        // Read the matrix cell by cell.
         browser.ask("document.getElementById('matrix').focus()")?;
         browser.press("ArrowRight")?;
         browser.press("ArrowDown")?;
         let cell = browser.ask("document.getElementById('matrix-cursor').innerText")?;
         assert!(cell.as_str().is_some_and(|text| text.contains(" to ")), "{cell}");
-        // The theme is the reader's.
+        // The reader can choose the theme.
         let scheme = "getComputedStyle(document.documentElement).colorScheme";
         let before = browser.ask(scheme)?;
         browser.ask("document.getElementById('theme').click()")?;
@@ -136,13 +136,13 @@ fn a_hundred_members_can_be_looked_through_by_keyboard_and_on_a_phone() {
         for width in [360, 800, 1600] {
             assert_fits(&mut browser, width)?;
         }
-        assert_eq!(browser.complaints, [""; 0]);
+        assert_eq!(browser.page_errors, [""; 0]);
         browser.set_screen(360, 800, "light")?;
         photograph(&mut browser, "dashboard-phone.png")
     });
 }
 
-/// The page's files as they are, and a cluster that is made up.
+/// Serves the real files of the page, and an invented cluster.
 fn serve(mut stream: TcpStream) {
     let mut request = [0; 4096];
     let length = stream.read(&mut request).unwrap_or(0);
@@ -187,7 +187,7 @@ fn name(number: u32) -> String {
     if number == 50 { "<b>n50</b>".to_owned() } else { format!("n{number}") }
 }
 
-/// What n1 to n100 are like, and how n1 reaches them: one unanswered, one down, one suspect.
+/// Returns the status of n1 to n100: for n1, one peer is unanswered, one down and one suspect.
 fn status() -> Value {
     let liveness = |number| match number {
         7 => "down",
@@ -253,7 +253,7 @@ fn path_list(from: u32) -> Vec<Value> {
 
 fn matrix() -> Value {
     let row = |from| {
-        // One does not answer.
+        // One member does not answer.
         let paths = if from == 7 { Value::Null } else { Value::from(path_list(from)) };
         json!({
             "node": id(from), "name": name(from), "version": "0.1.0", "problems": 0,

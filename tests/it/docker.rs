@@ -1,4 +1,4 @@
-//! Docker's network plugin: by the requests that Docker sends, and with real dockerds.
+//! Docker's network plugin: with the requests that Docker sends, and with real dockerds.
 
 use std::path::Path;
 
@@ -15,13 +15,13 @@ use serde_json::{Value, json};
 use crate::{
     cni::Runtime,
     common::{
-        Cluster, TIMEOUT, client, eventually, freeze, isolated, program, skipped, thaw, tool,
+        Cluster, TIMEOUT, client, eventually, isolated, program, resume, skipped, suspend, tool,
     },
     docker_plugin::{Plugin, endpoint},
     dockerd::{BUSYBOX, DOCKERD, Dockerd},
 };
 
-/// Ends the agent of a host, and starts it with the plugin.
+/// Ends the agent of a host, and starts it again with the plugin.
 pub fn serve(cluster: &mut Cluster, number: usize, end: Signal) -> anyhow::Result<()> {
     cluster.agents[number].end(end)?;
     let plugins = cluster.hosts[number].dir.join("plugins");
@@ -37,7 +37,7 @@ fn pods(agent: &mut Agent) -> Vec<Value> {
 }
 
 #[test]
-fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
+fn docker_requests_are_answered_and_survive_a_killed_agent() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         serve(&mut cluster, 0, Signal::SIGTERM)?;
@@ -53,7 +53,7 @@ fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
         assert!(gateway.as_str().is_some_and(|text| text.ends_with(".1/24")), "{gateway}");
 
         let first = plugin.address(&pool, "02:42:00:00:00:01");
-        // Asked again, for the answer may have been lost.
+        // Requested again, because the answer may have been lost.
         assert_eq!(plugin.address(&pool, "02:42:00:00:00:01"), first);
         let second = plugin.address(&pool, "02:42:00:00:00:02");
         assert_ne!(first, second);
@@ -61,14 +61,14 @@ fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
             let made = plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first));
             assert_eq!(made["Interface"], json!({}), "Docker has given all of it itself");
         }
-        // Between two steps, and as if by a power cut.
+        // Between two steps, and as after a power cut.
         serve(&mut cluster, 0, Signal::SIGKILL)?;
         let join = json!({ "NetworkID": "n", "EndpointID": "e1", "SandboxKey": "/sandbox" });
         let joined = plugin.done("NetworkDriver.Join", &join);
-        // Docker names the MAC before the agent ends, and the namespace cannot be asked for it.
-        let of_first = format!(". 02:42:00:00:00:01 . {}", first.trim_end_matches("/24"));
+        // Docker sends the MAC before the agent ends; the agent cannot read it from the namespace.
+        let entry_of_first = format!(". 02:42:00:00:00:01 . {}", first.trim_end_matches("/24"));
         let allowed = tool(&cluster.hosts[0].netns, "nft list table bridge gossamer.1");
-        assert!(allowed.contains(&of_first), "{allowed}");
+        assert!(allowed.contains(&entry_of_first), "{allowed}");
         let via = gateway.as_str().and_then(|text| text.split('/').next());
         assert_eq!(
             joined["StaticRoutes"],
@@ -79,17 +79,17 @@ fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
         let shown = tool(host, &format!("ip link show {name}"));
         assert!(shown.contains("mtu 1450"), "{shown}");
         assert_eq!(pods(&mut cluster.agents[0]).len(), 2);
-        // Whoever comes with the MAC that Docker has given is let in with its address alone.
+        // A container with the MAC that Docker has sent may use its own address only.
         plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e2", &second));
         let other = json!({ "NetworkID": "n", "EndpointID": "e2", "SandboxKey": "/sandbox2" });
         plugin.done("NetworkDriver.Join", &other);
-        let of_second = format!(". 02:42:00:00:00:02 . {}", second.trim_end_matches("/24"));
+        let entry_of_second = format!(". 02:42:00:00:00:02 . {}", second.trim_end_matches("/24"));
         let allowed = || tool(&cluster.hosts[0].netns, "nft list table bridge gossamer.1");
-        assert!(allowed().contains(&of_second), "{}", allowed());
+        assert!(allowed().contains(&entry_of_second), "{}", allowed());
         serve(&mut cluster, 0, Signal::SIGKILL)?;
         let host = &cluster.hosts[0].netns;
         let allowed = tool(host, "nft list table bridge gossamer.1");
-        assert!(allowed.contains(&of_second), "without its memory: {allowed}");
+        assert!(allowed.contains(&entry_of_second), "without its memory: {allowed}");
         plugin.done("NetworkDriver.Leave", &other);
 
         plugin.done("NetworkDriver.Leave", &join);
@@ -109,7 +109,7 @@ fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
 }
 
 #[test]
-fn what_docker_cannot_have_is_refused_and_changes_nothing() {
+fn unsupported_docker_requests_are_rejected_without_changes() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         serve(&mut cluster, 0, Signal::SIGTERM)?;
@@ -124,7 +124,7 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
         let any = "10.42.99.0/24";
         let group = "01:00:5e:00:00:01";
         let of_group = json!({ "com.docker.network.endpoint.macaddress": group });
-        // Docker sends null for what it has nothing of.
+        // Docker sends null for absent values.
         let nulls = json!({
             "NetworkID": "n", "Options": null, "IPv4Data": [{ "Pool": pool }], "IPv6Data": null,
         });
@@ -183,7 +183,7 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
         ];
         for (method, request, word) in cases {
             let why = plugin.refused(method, &request);
-            // A bad name is named before what it may have.
+            // An invalid name is reported first.
             assert!(why.contains(word) || why.contains("endpoint id"), "{method}: {why}");
         }
         let unknown = api::block_on(api::post_json(&plugin.0, "/NetworkDriver.Fly", &Value::Null))?;
@@ -192,11 +192,12 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
         assert_eq!(pods.len(), 1, "{pods:?}");
         assert_eq!((&pods[0]["container"], &pods[0]["orphan"]), (&json!("e1"), &json!(false)));
 
-        // A second network, beside containers: what Docker does not compare with the host's routes.
+        // A second network while containers exist: here Docker does not compare the pool with the host's
+        // routes.
         plugin.done("NetworkDriver.Join", &json!({ "EndpointID": "e1", "SandboxKey": "/s" }));
         let again = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }));
         assert_eq!((&again["Pool"], &again["PoolID"]), (&json!("0.0.0.0/0"), &pool));
-        // Docker would fail after it has been answered, and leave the container without routes.
+        // Docker would fail after the answer, and leave the container without routes.
         let second = plugin.address(&pool, "02:42:00:00:00:02");
         plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e2", &second));
         let both = json!({ "EndpointID": "e2", "SandboxKey": "/s" });
@@ -208,7 +209,7 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn neighbors_hear_at_once_of_the_mac_that_docker_has_made_up() {
+fn mac_generated_by_docker_is_announced_to_neighbors_at_once() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         serve(&mut cluster, 0, Signal::SIGTERM)?;
@@ -219,7 +220,7 @@ fn neighbors_hear_at_once_of_the_mac_that_docker_has_made_up() {
         let mac = "02:42:00:00:00:01";
         let address = plugin.address(&pool, mac);
         let ip = address.trim_end_matches("/24");
-        // As it was before a container was started again.
+        // A stale entry, as after a restart of the container.
         tool(&neighbor, &format!("ip neigh add {ip} dev eth0 lladdr 02:42:00:00:00:02 nud stale"));
         plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &address));
         let join = json!({ "NetworkID": "n", "EndpointID": "e1", "SandboxKey": "/sandbox" });
@@ -231,7 +232,7 @@ fn neighbors_hear_at_once_of_the_mac_that_docker_has_made_up() {
 }
 
 #[test]
-fn mac_of_another_pod_is_refused_to_a_container_of_dockers() {
+fn mac_of_another_pod_is_rejected_for_a_docker_container() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         serve(&mut cluster, 0, Signal::SIGTERM)?;
@@ -260,7 +261,7 @@ fn mac_of_another_pod_is_refused_to_a_container_of_dockers() {
             let why = plugin.refused("IpamDriver.RequestAddress", &ask(mac));
             assert!(why.contains(mac) && why.contains(word), "{mac}: {why}");
         }
-        // Docker makes MACs up that begin so.
+        // Docker generates MACs with this prefix.
         plugin.address(&pool, "0a:58:de:ad:be:ef");
         plugin.done("NetworkDriver.DeleteEndpoint", &json!({ "EndpointID": "e1" }));
         plugin.address(&pool, of_docker);
@@ -269,14 +270,14 @@ fn mac_of_another_pod_is_refused_to_a_container_of_dockers() {
 }
 
 #[test]
-fn docker_waits_for_a_node_that_has_no_subnet_yet() {
+fn docker_request_waits_until_the_node_has_a_subnet() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let host = lab.host(2, "n2")?;
-        freeze(&cluster.agents[0])?;
+        suspend(&cluster.agents[0])?;
         let plugins = host.dir.join("plugins").display().to_string();
         let mut late = cluster.start_agent(&host, &["--docker-plugin", &plugins])?;
-        // It answers, and cannot join.
+        // It answers, but cannot join.
         late.ask("/v1/status", TIMEOUT)?;
         let plugin = Plugin::on(&host);
         let asked = std::thread::spawn(move || {
@@ -285,7 +286,7 @@ fn docker_waits_for_a_node_that_has_no_subnet_yet() {
         });
         late.ask("/v1/status", TIMEOUT)?;
         assert!(!asked.is_finished());
-        thaw(&cluster.agents[0])?;
+        resume(&cluster.agents[0])?;
         let address = asked.join().expect("an address");
         assert!(address.starts_with("10.42."), "{address}");
         cluster.converge_with(&mut late, 2)
@@ -293,10 +294,10 @@ fn docker_waits_for_a_node_that_has_no_subnet_yet() {
 }
 
 #[test]
-fn containers_of_two_dockerds_reach_each_other() {
+fn docker_containers_on_two_hosts_reach_each_other() {
     let missing = [DOCKERD, BUSYBOX].iter().find(|path| !Path::new(path).exists());
     if let Some(missing) = missing {
-        return skipped("containers_of_two_dockerds_reach_each_other", missing);
+        return skipped("docker_containers_on_two_hosts_reach_each_other", missing);
     }
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
@@ -318,20 +319,21 @@ fn containers_of_two_dockerds_reach_each_other() {
         let ping = |docker: &Dockerd, from: &str, to: &str, size: &str| {
             docker.done(&format!("exec {from} ping -c 2 -W 2 -s {size} {to}"));
         };
-        // The largest that fits (1450 less IP and ICMP), to each other; by name on one host; the outside.
+        // The largest packets that fit (1450 bytes less IP and ICMP), between hosts; by name on one host;
+        // the outside.
         ping(&docker[0], "one", &two, "1422");
         ping(&docker[1], "two", &one, "1422");
         let more = start(&docker[0], "more", "httpd -f -h /");
         ping(&docker[0], "one", "more", "56");
         ping(&docker[0], "one", "10.99.0.1", "56");
-        // A port that is published.
+        // A published port.
         let published = docker[0].done("port more 80/tcp");
         let port = published.lines().next().and_then(|line| line.rsplit(':').next());
         let url = format!("http://{}:{}/etc/hosts", cluster.hosts[0].ip, port.expect("a port"));
         let fetch = format!("{BUSYBOX} wget -qO- {url}");
         eventually(&cluster.hosts[1].netns, &fetch, |text| text.contains("localhost"));
 
-        // The agent goes and comes: nobody notices. Then Docker does, and finds everything again.
+        // The agent is killed and restarted without loss. Then Docker restarts and finds its state again.
         kill(Pid::from_raw(cluster.agents[0].pid().cast_signed()), Signal::SIGKILL)?;
         ping(&docker[0], "one", &two, "1422");
         serve(&mut cluster, 0, Signal::SIGKILL)?;
@@ -354,9 +356,9 @@ fn containers_of_two_dockerds_reach_each_other() {
 }
 
 #[test]
-fn dockers_own_bridge_takes_the_nodes_subnet() {
+fn docker_bridge_driver_uses_the_nodes_subnet() {
     if let Some(missing) = [DOCKERD, BUSYBOX].iter().find(|path| !Path::new(path).exists()) {
-        return skipped("dockers_own_bridge_takes_the_nodes_subnet", missing);
+        return skipped("docker_bridge_driver_uses_the_nodes_subnet", missing);
     }
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
@@ -379,7 +381,7 @@ fn dockers_own_bridge_takes_the_nodes_subnet() {
 }
 
 #[test]
-fn in_dual_stack_a_container_has_the_same_place_in_both_pools() {
+fn dual_stack_docker_container_has_the_same_place_in_both_pools() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let plugins = host.dir.join("plugins").display().to_string();
@@ -401,7 +403,7 @@ fn in_dual_stack_a_container_has_the_same_place_in_both_pools() {
         let sandbox = json!({ "EndpointID": "e1", "SandboxKey": "/s1" });
         let joined = plugin.done("NetworkDriver.Join", &sandbox);
         assert_eq!(joined["StaticRoutes"].as_array().map(Vec::len), Some(2), "{joined}");
-        // One of IPv4 alone must not be told of routes by a gateway that it cannot reach.
+        // A container with IPv4 alone must not get routes by a gateway that it cannot reach.
         let alone = plugin.address(&pools[0], "02:42:00:00:00:08");
         let interface = json!({ "Address": alone });
         let endpoint = json!({ "EndpointID": "e2", "Interface": interface });
@@ -409,7 +411,7 @@ fn in_dual_stack_a_container_has_the_same_place_in_both_pools() {
         let sandbox = json!({ "EndpointID": "e2", "SandboxKey": "/s2" });
         let joined = plugin.done("NetworkDriver.Join", &sandbox);
         assert_eq!(joined["StaticRoutes"].as_array().map(Vec::len), Some(1), "{joined}");
-        // Two places for one container cannot be, and nothing is kept of the wish.
+        // A container cannot have two places in the pools, and nothing of the refused request remains.
         let mac = json!({ "com.docker.network.endpoint.macaddress": "02:42:00:00:00:09" });
         let request =
             |pool: &Value, ip: &str| json!({ "PoolID": pool, "Address": ip, "Options": mac });
@@ -423,7 +425,7 @@ fn in_dual_stack_a_container_has_the_same_place_in_both_pools() {
             let ip = address.split('/').next();
             plugin.done("IpamDriver.ReleaseAddress", &json!({ "PoolID": "", "Address": ip }));
         };
-        // Said for the second time, when the address may be another container's.
+        // A repeated release, when the address may already belong to another container.
         release(&alone);
         assert_eq!(pods(&mut agent).len(), 2);
         for endpoint in ["e1", "e2"] {

@@ -1,5 +1,5 @@
-//! What happens to Docker in its life: power cuts, agents that are late, restarts and upgrades of dockerd
-//! under containers that run.
+//! Docker over time: power cuts, agents that start late, restarts and upgrades of dockerd under running
+//! containers.
 
 use std::{
     fs,
@@ -27,15 +27,15 @@ use crate::{
 };
 
 const ACTIVATE: &str = "/usr/bin/systemd-socket-activate";
-/// So much later than dockerd the agent is after a boot.
-const LATE: Duration = Duration::from_secs(20);
-/// What a boot does not find any more.
-const LINKS: [&str; 4] = ["gsm0", "gossamer.1", "docker0", "docker_gwbridge"];
-/// Releases of Docker beside this machine's, oldest first, as `tests/docker/build-root` names them.
-const NEWER: [&str; 2] = ["trixie", "sid"];
+/// The agent starts this much later than dockerd after a boot.
+const AGENT_DELAY: Duration = Duration::from_secs(20);
+/// Interfaces that do not exist after a boot.
+const HOST_LINKS: [&str; 4] = ["gsm0", "gossamer.1", "docker0", "docker_gwbridge"];
+/// Docker releases beside this machine's, oldest first, as `tests/docker/build-root` names them.
+const NEWER_RELEASES: [&str; 2] = ["trixie", "sid"];
 
-/// The program directory of a newer Docker, if that has been fetched and runs here.
-fn newer(release: &str) -> Result<String, String> {
+/// Returns the program directory of a newer Docker, if it was downloaded and runs here.
+fn newer_docker(release: &str) -> Result<String, String> {
     let home = || std::env::var_os("HOME").map_or_else(|| "/var/tmp".into(), PathBuf::from);
     let made = std::env::var_os("GOSSAMER_DOCKER")
         .map_or_else(|| home().join(".cache/gossamer-docker"), PathBuf::from);
@@ -54,11 +54,11 @@ fn missing() -> Option<&'static str> {
     [DOCKERD, BUSYBOX].into_iter().find(|path| !Path::new(path).exists())
 }
 
-/// What a host has from one boot to the next: processes and mounts of its own, which end with it.
+/// One boot of a host: its own processes and mounts, which end with it.
 struct Boot<'a> {
     host: &'a Host,
     keeper: Child,
-    /// What makes a command one of this boot.
+    /// The prefix that runs a command inside this boot.
     enter: String,
     socket: String,
 }
@@ -95,17 +95,17 @@ impl<'a> Boot<'a> {
         Self { host, keeper, enter, socket }
     }
 
-    /// Everything that runs ends without a word; what is on disk stays.
+    /// Kills all processes at once; the disk content stays.
     fn cut_power(mut self) {
         let _ = self.keeper.kill();
         let _ = self.keeper.wait();
-        for link in LINKS {
+        for link in HOST_LINKS {
             let _ = run(&self.host.netns, &format!("ip link delete {link}"));
         }
         let _ = fs::remove_dir_all(self.host.dir.join("plugins"));
     }
 
-    /// Starts this machine's dockerd, or that of another directory, and does not wait for it.
+    /// Starts this machine's dockerd, or the one of another directory. Does not wait for it.
     fn begin(&self, programs: Option<&str>, options: &str) {
         let directory = self.host.dir.join("docker");
         let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -189,7 +189,7 @@ fn plugin_of(host: &Host) -> [String; 2] {
     ["--docker-plugin".to_owned(), host.dir.join("plugins").display().to_string()]
 }
 
-/// Starts the agent of a host again, with the plugin.
+/// Restarts the agent of a host, with the plugin.
 fn serve(cluster: &mut Cluster, end: Signal) -> anyhow::Result<()> {
     cluster.agents[0].end(end)?;
     let host = &cluster.hosts[0];
@@ -207,8 +207,8 @@ fn addresses(agent: &mut Agent) -> Vec<String> {
 const CREATE: &str = "network create -d gossamer --ipam-driver gossamer";
 
 #[test]
-fn containers_that_restart_come_up_after_a_boot_with_an_agent_that_is_late() {
-    let test = "containers_that_restart_come_up_after_a_boot_with_an_agent_that_is_late";
+fn restarting_containers_come_up_after_a_boot_with_a_late_agent() {
+    let test = "restarting_containers_come_up_after_a_boot_with_a_late_agent";
     if let Some(missing) = missing() {
         return skipped(test, missing);
     }
@@ -233,21 +233,21 @@ fn containers_that_restart_come_up_after_a_boot_with_an_agent_that_is_late() {
 
         let boot = Boot::new(&cluster.hosts[0]);
         boot.begin(None, "");
-        thread::sleep(LATE);
+        thread::sleep(AGENT_DELAY);
         let [flag, directory] = plugin_of(&cluster.hosts[0]);
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[&flag, &directory])?;
         boot.wait();
         ["any", "one"].iter().for_each(|name| boot.comes_up(name));
         assert_eq!(boot.address("one"), fixed, "the address that its dead predecessor had");
         boot.ping("any", "one");
-        // The address that nobody has any more is free again.
+        // The address that no container uses any more is free again.
         let agent = &mut cluster.agents[0];
         wait_until("two addresses are in use", TIMEOUT, || addresses(agent).len() == 2);
         Ok(())
     });
 }
 
-/// An agent on a socket that the service manager has opened.
+/// Starts an agent on a socket that the service manager has opened.
 fn socket_activated(host: &Host, socket: &UnixListener, more: &str) -> anyhow::Result<Child> {
     let script = format!(
         "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec {} agent --node-name n1 \
@@ -261,16 +261,16 @@ fn socket_activated(host: &Host, socket: &UnixListener, more: &str) -> anyhow::R
     Ok(host.netns.spawn(&mut command)?)
 }
 
-/// Waits until somebody calls.
-fn is_called(socket: &UnixListener) {
+/// Waits until a client connects.
+fn wait_for_connection(socket: &UnixListener) {
     let limit = PollTimeout::try_from(TIMEOUT).expect("a limit");
     let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(socket), PollFlags::POLLIN)];
-    assert_eq!(poll(&mut fds, limit).expect("poll"), 1, "nobody has called");
+    assert_eq!(poll(&mut fds, limit).expect("poll"), 1, "no client has connected");
 }
 
 #[test]
-fn dockerd_waits_at_the_socket_of_the_service_manager_however_late_the_agent_is() {
-    let test = "dockerd_waits_at_the_socket_of_the_service_manager_however_late_the_agent_is";
+fn dockerd_waits_at_the_activated_socket_for_a_late_agent() {
+    let test = "dockerd_waits_at_the_activated_socket_for_a_late_agent";
     if let Some(missing) = missing() {
         return skipped(test, missing);
     }
@@ -305,11 +305,11 @@ fn dockerd_waits_at_the_socket_of_the_service_manager_however_late_the_agent_is(
         let boot = Boot::new(host);
         let socket = listen()?;
         boot.begin(None, "");
-        is_called(&socket);
-        // One that cannot start does not hold Docker up: it calls again.
+        wait_for_connection(&socket);
+        // An agent that cannot start does not block Docker, which connects again.
         let mut broken = socket_activated(host, &socket, "--mtu 1")?;
         assert!(!broken.wait()?.success());
-        is_called(&socket);
+        wait_for_connection(&socket);
         let mut agent = socket_activated(host, &socket, "")?;
         converged();
         boot.wait();
@@ -320,11 +320,11 @@ fn dockerd_waits_at_the_socket_of_the_service_manager_however_late_the_agent_is(
     });
 }
 
-/// By systemd's own program, which hands over a socket as a unit of it does.
+/// Uses systemd's own program, which passes a socket as a socket unit does.
 #[test]
-fn the_socket_that_systemd_opens_is_served_from_the_first_call_on() {
+fn socket_passed_by_systemd_is_served_from_the_first_request() {
     if !Path::new(ACTIVATE).exists() {
-        let test = "the_socket_that_systemd_opens_is_served_from_the_first_call_on";
+        let test = "socket_passed_by_systemd_is_served_from_the_first_request";
         return skipped(test, &format!("{ACTIVATE} is not installed"));
     }
     isolated(|lab| {
@@ -362,14 +362,16 @@ fn the_socket_that_systemd_opens_is_served_from_the_first_call_on() {
 }
 
 #[test]
-fn containers_go_on_while_docker_and_the_agent_come_and_go() {
-    let test = "containers_go_on_while_docker_and_the_agent_come_and_go";
+fn containers_keep_running_while_docker_and_the_agent_restart() {
+    let test = "containers_keep_running_while_docker_and_the_agent_restart";
     if let Some(missing) = missing() {
         return skipped(test, missing);
     }
-    let newer: Vec<Option<String>> = NEWER
+    let newer_docker: Vec<Option<String>> = NEWER_RELEASES
         .iter()
-        .map(|release| newer(release).map_err(|why| skipped(test, &format!("in part: {why}"))).ok())
+        .map(|release| {
+            newer_docker(release).map_err(|why| skipped(test, &format!("in part: {why}"))).ok()
+        })
         .collect();
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
@@ -383,7 +385,7 @@ fn containers_go_on_while_docker_and_the_agent_come_and_go() {
             said = boot.done(command.strip_prefix("docker ").expect("a command of Docker"));
         }
         boot.done(&format!("rename {said} one"));
-        // And a second network on the same host.
+        // A second network on the same host.
         boot.done(&format!("{CREATE} db"));
         boot.done("run -d --name two --network db nginx");
         boot.ping("one", "two");
@@ -392,9 +394,9 @@ fn containers_go_on_while_docker_and_the_agent_come_and_go() {
         assert!(!refused.status.success() && why.contains("omit this network"), "{why}");
         boot.ping("one", "two");
 
-        // Restarted, and upgraded as far as there is something newer.
+        // Restarted, and upgraded to each newer release that is available.
         let process = boot.process("one");
-        for programs in std::iter::once(None).chain(newer.iter().flatten().map(Some)) {
+        for programs in std::iter::once(None).chain(newer_docker.iter().flatten().map(Some)) {
             boot.stop();
             boot.start(programs.map(String::as_str), "--live-restore");
             assert_eq!(boot.process("one"), process, "the container was restarted");
@@ -410,14 +412,15 @@ fn containers_go_on_while_docker_and_the_agent_come_and_go() {
             boot.done("rm -f three");
         }
         let one = boot.address("one");
-        // What ends while no agent runs: Docker puts the veth pair's end back on this host, and tells nobody.
+        // A container that ends while no agent runs: Docker moves the end of the veth pair back to this
+        // host, and notifies no plugin.
         cluster.agents[0].end(Signal::SIGKILL)?;
         let mut remove = Command::new("docker");
         remove.args(["--host", &boot.socket, "rm", "-f", "two"]).stdout(Stdio::null());
         let mut remove = remove.stderr(Stdio::null()).spawn()?;
         let loose = || tool(&cluster.hosts[0].netns, "ip -o link show type veth").contains("p@gsm");
         wait_until("the end is not put back", TIMEOUT, loose);
-        // Without the plugin, for it is not to be told.
+        // Started without the plugin, because Docker must not notify it.
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         let agent = &mut cluster.agents[0];
         wait_until("the address is free again", TIMEOUT, || addresses(agent) == [one.clone()]);

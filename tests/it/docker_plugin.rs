@@ -1,4 +1,4 @@
-//! What Docker sends to its network plugin, and what becomes of it when the agent ends.
+//! Requests that Docker sends to its network plugin, and their fate when the agent ends.
 
 use std::{
     io::{Read as _, Write as _},
@@ -14,11 +14,11 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::{
-    common::{Cluster, TIMEOUT, freeze, isolated, thaw},
+    common::{Cluster, TIMEOUT, isolated, resume, suspend},
     docker::serve,
 };
 
-/// What Docker talks to.
+/// A client of the plugin's socket, in place of Docker.
 pub struct Plugin(pub PathBuf);
 
 impl Plugin {
@@ -44,7 +44,7 @@ impl Plugin {
         answer[field].as_str().unwrap_or_else(|| panic!("{method}: {answer}")).to_owned()
     }
 
-    /// Sends a request as it is, without waiting for the answer.
+    /// Sends a request verbatim, without waiting for the answer.
     fn send(&self, method: &str, body: &str) -> anyhow::Result<UnixStream> {
         let mut stream = UnixStream::connect(&self.0)?;
         stream.set_read_timeout(Some(TIMEOUT))?;
@@ -53,7 +53,7 @@ impl Plugin {
         Ok(stream)
     }
 
-    /// An address for a container with this MAC.
+    /// Requests an address for a container with this MAC.
     pub fn address(&self, pool: &Value, mac: &str) -> String {
         let options = json!({ "com.docker.network.endpoint.macaddress": mac });
         let request = json!({ "PoolID": pool, "Address": "", "Options": options });
@@ -73,13 +73,13 @@ pub fn endpoint(id: &str, address: &str) -> Value {
 }
 
 #[test]
-fn requests_that_docker_has_sent_before_the_agent_ends_are_answered() {
+fn docker_requests_sent_before_the_agent_ends_are_answered() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         serve(&mut cluster, 0, Signal::SIGTERM)?;
         let plugin = Plugin::on(&cluster.hosts[0]);
         let pool = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }))["PoolID"].clone();
-        freeze(&cluster.agents[0])?;
+        suspend(&cluster.agents[0])?;
         let mut sent = Vec::new();
         for number in 1..=8 {
             let mac = format!("02:42:00:00:00:{number:02}");
@@ -88,7 +88,7 @@ fn requests_that_docker_has_sent_before_the_agent_ends_are_answered() {
             sent.push(plugin.send("IpamDriver.RequestAddress", &body)?);
         }
         kill(Pid::from_raw(cluster.agents[0].pid().cast_signed()), Signal::SIGTERM)?;
-        thaw(&cluster.agents[0])?;
+        resume(&cluster.agents[0])?;
         for stream in sent {
             let answer = read(stream)?;
             assert!(answer.contains("\"Address\":\"10.42."), "{answer}");
@@ -99,7 +99,7 @@ fn requests_that_docker_has_sent_before_the_agent_ends_are_answered() {
 }
 
 #[test]
-fn request_that_docker_repeats_without_its_content_is_refused_with_the_reason() {
+fn docker_retry_with_an_empty_body_is_rejected_with_the_reason() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         serve(&mut cluster, 0, Signal::SIGTERM)?;

@@ -1,4 +1,4 @@
-//! A real dockerd on a host of the lab, with files of its own.
+//! A real dockerd on a host of the lab, with its own files.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ use crate::common::{TIMEOUT, wait_until};
 pub const BUSYBOX: &str = "/usr/bin/busybox";
 pub const DOCKERD: &str = "/usr/sbin/dockerd";
 
-/// A root directory with nothing but busybox.
+/// Creates a root directory that contains only busybox.
 pub fn unpack_busybox(root: &Path) {
     let bin = root.join("bin");
     for directory in ["bin", "proc", "sys", "dev", "etc", "run", "tmp"] {
@@ -34,7 +34,7 @@ pub fn unpack_busybox(root: &Path) {
     }
 }
 
-/// An image with nothing but busybox, which waits.
+/// Imports an image that contains only busybox.
 pub fn import(socket: &str, host: &Host, name: &str) {
     unpack_busybox(&host.dir.join("image"));
     let packed =
@@ -48,7 +48,7 @@ pub fn import(socket: &str, host: &Host, name: &str) {
     assert!(child.wait().expect("docker ends").success());
 }
 
-/// A dockerd on a host, with files of its own. It is ended when dropped.
+/// A dockerd on a host, with its own files. It is terminated when dropped.
 pub struct Dockerd {
     child: Child,
     pub socket: String,
@@ -60,7 +60,7 @@ impl Dockerd {
         fs::create_dir_all(&dir).expect("a directory");
         let (dir, plugins) = (dir.display(), host.dir.join("plugins"));
         let socket = format!("unix://{dir}/docker.sock");
-        // Docker looks for plugins in one place of the file system, which has to be another on each host.
+        // Docker looks for plugins at one fixed path, which has to differ between hosts.
         let script = format!(
             "mkdir -p /run/docker && mount -t tmpfs none /run/docker && mkdir /run/docker/plugins && \
              mount --bind {plugins} /run/docker/plugins && exec dockerd --host {socket} \
@@ -92,7 +92,7 @@ impl Dockerd {
         text(&output.stdout)
     }
 
-    /// The image `box`, with nothing but busybox.
+    /// Imports the image `box`, which contains only busybox.
     pub fn import(&self, host: &Host) {
         import(&self.socket, host, "box");
     }

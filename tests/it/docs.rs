@@ -1,8 +1,9 @@
-//! What the documentation tells people to type is run, or at least understood.
+//! The commands in the documentation are run, or at least parsed.
 //!
-//! A page that begins with `<!-- run: hosts=3 -->` has transcripts: blocks marked `console` with lines such
-//! as `host1# COMMAND`. They are run from top to bottom on so many fresh hosts. Other lines are output, and
-//! not compared. A command must succeed, or end as `# exit N` behind it says; one that ends with `&` goes on.
+//! A page that begins with `<!-- run: hosts=3 -->` has transcripts: blocks marked `console` with lines
+//! such as `host1# COMMAND`. They are run from top to bottom on as many new hosts. Other lines are
+//! output, and are not compared. A command must succeed, or end with the code N of a trailing `# exit N`.
+//! A command that ends with `&` runs in the background.
 
 use std::{
     collections::BTreeSet,
@@ -19,25 +20,25 @@ use gossamer::{
 
 use crate::common::{TIMEOUT, isolated, program, wait_until};
 
-/// Pages with transcripts, each run by a test below.
-const RUN: [&str; 5] =
+/// Pages with transcripts; a test below runs each of them.
+const PAGES_WITH_TRANSCRIPTS: [&str; 5] =
     ["CLI.md", "GETTING-STARTED.md", "MIGRATION.md", "OPERATIONS.md", "TROUBLESHOOTING.md"];
 
-/// What a host has of its own: files of others do not show.
-const HOST: &str = "mount --make-rprivate /; mount -t tmpfs tmpfs /mnt; cp $PROGRAM /mnt/gossamer; \
+/// Gives a host its own files, so that files of other hosts are invisible.
+const HOST_SETUP: &str = "mount --make-rprivate /; mount -t tmpfs tmpfs /mnt; cp $PROGRAM /mnt/gossamer; \
                     printf '%s' \"$SCP\" > /mnt/scp; chmod 755 /mnt/scp; mkdir /mnt/up /mnt/work; \
                     mount -t overlay overlay -o lowerdir=/etc,upperdir=/mnt/up,workdir=/mnt/work /etc; \
                     for d in /run /var/lib /opt /root; do mount -t tmpfs tmpfs $d; done; \
                     mkdir /run/lock /var/lib/misc; hostname $NAME; \
                     for n in 1 2 3 4; do echo 10.99.0.$((n + 9)) host$n >> /etc/hosts; done; \
                     echo ready > /mnt/ready; exec sleep infinity";
-/// `scp FILE hostN:` among hosts that share a machine.
+/// An `scp FILE hostN:` for hosts that share a machine.
 const SCP: &str = "#!/bin/sh\nset -e\nfor last; do :; done\npid=$(cat /proc/1/root/run/lab/${last%:*}.pid)\n\
                    while [ $# -gt 1 ]; do case $1 in -*) ;; *) cp -p $1 /proc/$pid/root/root/ ;; esac; \
                    shift; done\n";
 
-/// Seconds; what a page shows takes less.
-const LIMIT: &str = "60";
+/// Time limit of a command, in seconds. Commands on the pages take less.
+const COMMAND_LIMIT_SECONDS: &str = "60";
 
 struct Step {
     line: usize,
@@ -61,7 +62,7 @@ fn pages() -> Vec<(String, String)> {
         .collect()
 }
 
-/// Blocks of a page, by what they are marked with: the line they begin after, and their lines.
+/// Returns the blocks of a page with a mark: the number of the line before each block, and its lines.
 fn blocks<'a>(text: &'a str, mark: &str) -> Vec<(usize, Vec<&'a str>)> {
     let (mut blocks, mut open): (Vec<(usize, Vec<&str>)>, Option<bool>) = (Vec::new(), None);
     for (number, line) in text.lines().enumerate() {
@@ -82,7 +83,7 @@ fn blocks<'a>(text: &'a str, mark: &str) -> Vec<(usize, Vec<&'a str>)> {
     blocks
 }
 
-/// The commands of a page's transcripts.
+/// Returns the commands in the transcripts of a page.
 fn steps(text: &str) -> Vec<Step> {
     let mut steps = Vec::new();
     for (first, lines) in blocks(text, "console") {
@@ -104,27 +105,36 @@ fn steps(text: &str) -> Vec<Step> {
     steps
 }
 
-/// `host2# COMMAND`.
+/// Parses a line such as `host2# COMMAND`.
 fn prompt(line: &str) -> Option<(usize, &str)> {
     let (host, command) = line.trim_start().strip_prefix("host")?.split_once("# ")?;
     Some((host.parse().ok()?, command))
 }
 
-/// A host with files of its own; commands enter it.
-fn furnish(host: &Host) -> anyhow::Result<Child> {
+/// Creates the mount namespace of a host, with its own files. Commands enter it.
+fn create_host_files(host: &Host) -> anyhow::Result<Child> {
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--uts", "sh", "-ec", HOST]);
+    command.args(["--mount", "--uts", "sh", "-ec", HOST_SETUP]);
     command.env("PROGRAM", program()).env("SCP", SCP).env("NAME", &host.name);
     let child = host.netns.spawn(command.stdin(Stdio::null()))?;
     fs::write(format!("/run/lab/{}.pid", host.name), child.id().to_string())?;
     let ready = PathBuf::from(format!("/proc/{}/root/mnt/ready", child.id()));
-    wait_until("the host is not furnished", TIMEOUT, || ready.exists());
+    wait_until("the files of the host are not ready", TIMEOUT, || ready.exists());
     Ok(child)
 }
 
 fn enter(keeper: &Child, command: &str) -> Command {
     let mut shell = Command::new("nsenter");
-    shell.args(["--mount", "--uts", "-t", &keeper.id().to_string(), "timeout", LIMIT, "sh", "-c"]);
+    shell.args([
+        "--mount",
+        "--uts",
+        "-t",
+        &keeper.id().to_string(),
+        "timeout",
+        COMMAND_LIMIT_SECONDS,
+        "sh",
+        "-c",
+    ]);
     shell.arg(format!("cd /root; {command}"));
     shell.env("PATH", "/mnt:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     shell.env("HOME", "/root").env_remove("GOSSAMER_SOCKET").stdin(Stdio::null());
@@ -138,7 +148,7 @@ fn run(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
     let mut hosts = Vec::new();
     for number in 1..=count.expect("a number of hosts") {
         let host = lab.host(number, &format!("host{number}"))?;
-        let keeper = furnish(&host)?;
+        let keeper = create_host_files(&host)?;
         hosts.push((host, keeper));
     }
     let steps = steps(&text);
@@ -170,32 +180,32 @@ fn run(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
 }
 
 #[test]
-fn the_first_steps_work() {
+fn getting_started_commands_succeed() {
     isolated(|lab| run(lab, "GETTING-STARTED.md"));
 }
 
 #[test]
-fn what_operators_do_works() {
+fn operations_commands_succeed() {
     isolated(|lab| run(lab, "OPERATIONS.md"));
 }
 
 #[test]
-fn what_helps_in_trouble_works() {
+fn troubleshooting_commands_succeed() {
     isolated(|lab| run(lab, "TROUBLESHOOTING.md"));
 }
 
 #[test]
-fn coming_from_elsewhere_works() {
+fn migration_commands_succeed() {
     isolated(|lab| run(lab, "MIGRATION.md"));
 }
 
 #[test]
-fn every_command_shown_works() {
+fn cli_reference_commands_succeed() {
     isolated(|lab| run(lab, "CLI.md"));
 }
 
 #[test]
-fn all_pages_with_transcripts_are_run_and_all_commands_shown_are_understood() {
+fn pages_with_transcripts_are_run_and_shown_commands_parse() {
     let mut with_transcripts = BTreeSet::new();
     let mut understood = 0;
     for (name, text) in pages() {
@@ -219,12 +229,12 @@ fn all_pages_with_transcripts_are_run_and_all_commands_shown_are_understood() {
             }
         }
     }
-    assert_eq!(with_transcripts, RUN.map(str::to_owned).into());
+    assert_eq!(with_transcripts, PAGES_WITH_TRANSCRIPTS.map(str::to_owned).into());
     assert!(understood > 20, "{understood}");
 }
 
 #[test]
-fn the_reference_has_every_setting_and_every_command_and_no_other() {
+fn reference_lists_exactly_the_existing_settings_and_commands() {
     let cli = Cli::command();
     let agent = cli.find_subcommand("agent").expect("the agent");
     let settings: BTreeSet<[String; 3]> = agent

@@ -1,4 +1,4 @@
-//! The doctor: nothing on a healthy host, and each fault that is planted by its name.
+//! The doctor reports nothing on a healthy host, and reports each injected fault.
 
 use std::{
     fs,
@@ -12,13 +12,13 @@ use serde_json::Value;
 
 use crate::{
     common::{
-        Cluster, TIMEOUT, freeze, gossamer_token, isolated, program, run, sh, status_where, thaw,
+        Cluster, TIMEOUT, isolated, new_token, program, resume, run, sh, status_where, suspend,
         tool,
     },
     forwarding::with_pods,
 };
 
-/// What it finds on a host, with the host's own files.
+/// Runs the doctor on a host, with the host's own files, and returns its findings.
 fn examine(host: &Host, more: &str) -> Vec<Value> {
     let (socket, state) = (host.dir.join("gossamer.sock"), host.dir.join("state"));
     let state = if more.contains("--state-dir") {
@@ -37,7 +37,7 @@ fn examine(host: &Host, more: &str) -> Vec<Value> {
     findings
 }
 
-/// Findings that are neither "ok" nor "skipped": without pods there is nothing to forward.
+/// Returns the findings that are neither "ok" nor "skipped". Without pods there is nothing to forward.
 pub fn complaints(host: &Host, more: &str) -> Vec<Value> {
     let mut findings = examine(host, more);
     findings.retain(|finding| finding["verdict"] != "ok" && finding["verdict"] != "skipped");
@@ -45,17 +45,20 @@ pub fn complaints(host: &Host, more: &str) -> Vec<Value> {
 }
 
 #[track_caller]
-fn assert_named(host: &Host, more: &str, check: &str, words: &str) {
+fn assert_reported(host: &Host, more: &str, check: &str, words: &str) {
     let complaints = complaints(host, more);
-    let is_it = |finding: &&Value| {
+    let matches_fault = |finding: &&Value| {
         finding["check"] == check
             && matches!(finding["verdict"].as_str(), Some("problem" | "warning"))
             && finding.to_string().contains(words)
     };
-    assert!(complaints.iter().any(|finding| is_it(&finding)), "{check} {words}: {complaints:#?}");
+    assert!(
+        complaints.iter().any(|finding| matches_fault(&finding)),
+        "{check} {words}: {complaints:#?}"
+    );
 }
 
-/// Check, words of the finding, and how to make the fault and to take it away again.
+/// The check, a text of its finding, the commands that cause the fault, and the commands that remove it.
 const FAULTS: [(&str, &str, &str, &str); 12] = [
     (
         "sysctls",
@@ -148,7 +151,7 @@ const FAULTS: [(&str, &str, &str, &str); 12] = [
 ];
 
 #[test]
-fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
+fn doctor_reports_injected_faults_and_nothing_on_a_healthy_host() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         for agent in &mut cluster.agents {
@@ -174,7 +177,7 @@ fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
                 continue;
             }
             sh(&host.netns, plant);
-            assert_named(host, "", check, words);
+            assert_reported(host, "", check, words);
             sh(&host.netns, remove);
         }
         let state = host.dir.join("state");
@@ -183,28 +186,28 @@ fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
             (state.join("token"), 0o644, 0o600, "chmod 600"),
         ] {
             fs::set_permissions(&file, fs::Permissions::from_mode(mode))?;
-            assert_named(host, "", "state", words);
+            assert_reported(host, "", "state", words);
             fs::set_permissions(&file, fs::Permissions::from_mode(right))?;
         }
         let history = fs::read_to_string(state.join("history"))?;
         fs::write(state.join("history"), format!("{history}{{\"at\": 4000000000}}\n"))?;
-        assert_named(host, "", "clock", "2096-10-02");
+        assert_reported(host, "", "clock", "2096-10-02");
         fs::write(state.join("history"), history)?;
         if !run_is_missing(&host.netns, "setpriv --version") {
             let doctor = format!("setpriv --bounding-set=-net_raw {} doctor", program().display());
             let said = String::from_utf8(run(&host.netns, &doctor).stdout)?;
             assert!(said.contains("CAP_NET_RAW is not held"), "{said}");
         }
-        // What is done about it repairs it: it is healthy again.
+        // The fault is removed, so the host is healthy again.
         status_where(&mut cluster.agents[0], |status| status["problems"] == serde_json::json!([]));
         assert_eq!(complaints(&cluster.hosts[0], ""), [Value::Null; 0]);
 
-        // An agent that hangs.
-        freeze(&cluster.agents[0])?;
-        assert_named(&cluster.hosts[0], "", "agent", "does not answer within 5s");
-        thaw(&cluster.agents[0])?;
+        // A hanging agent.
+        suspend(&cluster.agents[0])?;
+        assert_reported(&cluster.hosts[0], "", "agent", "does not answer within 5s");
+        resume(&cluster.agents[0])?;
 
-        // A neighbor's wall, and a member that is dead.
+        // A firewall on a neighboring host, and a dead member.
         let wall = "nft add table inet wall && \
                     nft add chain inet wall in { type filter hook input priority 0 ; } && \
                     nft add rule inet wall in udp dport 8472 drop";
@@ -212,8 +215,8 @@ fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
         status_where(&mut cluster.agents[0], |status| {
             status["paths"].to_string().contains("one-way")
         });
-        // A warning as long as no packet of a pod is known to be lost: there are no pods.
-        assert_named(
+        // A warning only, because without pods no lost packet of a pod is known.
+        assert_reported(
             &cluster.hosts[0],
             "",
             "forwarding",
@@ -223,7 +226,7 @@ fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
         status_where(&mut cluster.agents[0], |status| {
             status["members"].to_string().contains("down")
         });
-        assert_named(&cluster.hosts[0], "", "members", "gossamer forget n3");
+        assert_reported(&cluster.hosts[0], "", "members", "gossamer forget n3");
         Ok(())
     });
 }
@@ -236,40 +239,40 @@ fn run_is_missing(netns: &NetNs, command: &str) -> bool {
 }
 
 #[test]
-fn without_an_agent_it_says_what_would_keep_one_from_starting() {
+fn doctor_without_an_agent_reports_what_would_prevent_its_start() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let (seed, token) = (cluster.hosts[0].ip, cluster.token.clone());
         let third = lab.host(3, "n3")?;
         let fresh = |more: &str| format!("--join {seed} --token {token} {more}");
         let found = complaints(&third, &fresh(""));
-        assert_eq!(found.len(), 1, "an agent that does not run is all there is: {found:#?}");
-        assert_named(&third, &fresh(""), "agent", "systemctl start gossamer");
+        assert_eq!(found.len(), 1, "only the missing agent is reported: {found:#?}");
+        assert_reported(&third, &fresh(""), "agent", "systemctl start gossamer");
 
         let taken = third.netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 8473)))?;
-        assert_named(&third, &fresh(""), "ports", "ss -lunp");
+        assert_reported(&third, &fresh(""), "ports", "ss -lunp");
         drop(taken);
         let taken = third.netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 8472)))?;
-        assert_named(&third, &fresh(""), "ports", "UDP port 8472 is taken");
+        assert_reported(&third, &fresh(""), "ports", "UDP port 8472 is taken");
         drop(taken);
-        assert_named(&third, &fresh("--iface nosuch0"), "underlay", "nosuch0");
-        assert_named(&third, "", "token", "gossamer token > token");
-        assert_named(
+        assert_reported(&third, &fresh("--iface nosuch0"), "underlay", "nosuch0");
+        assert_reported(&third, "", "token", "gossamer token > token");
+        assert_reported(
             &third,
             &fresh("--network 10.42.0.0/16 --subnet-len 12"),
             "configuration",
             "subnet_len",
         );
-        let stranger = gossamer_token()?;
-        let wrong = format!("--join {seed} --token {stranger}");
-        assert_named(&third, &wrong, "seeds", "copy the token again");
-        let nobody = format!("--join 10.99.0.99 --token {token}");
-        assert_named(&third, &nobody, "seeds", "10.99.0.99");
+        let other_token = new_token()?;
+        let wrong = format!("--join {seed} --token {other_token}");
+        assert_reported(&third, &wrong, "seeds", "copy the token again");
+        let unreachable_seed = format!("--join 10.99.0.99 --token {token}");
+        assert_reported(&third, &unreachable_seed, "seeds", "10.99.0.99");
         let half = format!("--join 10.99.0.99 --join {seed} --token {token}");
         let found = complaints(&third, &half);
         assert!(found.iter().any(|f| f["check"] == "seeds" && f["verdict"] == "warning"));
 
-        // A database that was damaged while nobody looked, and is left as it is.
+        // A database that was damaged while no agent ran. The doctor must not change it.
         cluster.agents[1].end(Signal::SIGTERM)?;
         let host = &cluster.hosts[1];
         let database = host.dir.join("state/db/db");
@@ -277,7 +280,7 @@ fn without_an_agent_it_says_what_would_keep_one_from_starting() {
         let whole = bytes.clone();
         bytes.iter_mut().for_each(|byte| *byte ^= 0x5a);
         fs::write(&database, &bytes)?;
-        assert_named(host, "", "state", "knows of no cluster");
+        assert_reported(host, "", "state", "contains no cluster");
         assert_eq!(fs::read(&database)?, bytes, "nothing was changed");
         fs::write(&database, whole)?;
         assert!(complaints(host, "").iter().all(|finding| finding["check"] != "state"));
@@ -286,7 +289,7 @@ fn without_an_agent_it_says_what_would_keep_one_from_starting() {
 }
 
 #[test]
-fn host_with_pods_whose_agent_is_stopped_has_no_other_fault() {
+fn doctor_on_a_host_with_pods_and_stopped_agent_reports_only_the_agent() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -304,7 +307,7 @@ fn host_with_pods_whose_agent_is_stopped_has_no_other_fault() {
 }
 
 #[test]
-fn an_archive_for_whoever_helps_has_no_secret_in_it() {
+fn doctor_bundle_contains_no_secret() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = &cluster.hosts[0];
@@ -312,7 +315,7 @@ fn an_archive_for_whoever_helps_has_no_secret_in_it() {
         fs::write(&config, format!("token = \"{}\"\nmtu = 1400\n", cluster.token))?;
         fs::set_permissions(&config, fs::Permissions::from_mode(0o600))?;
         let more = format!("--config {} --bundle {}", config.display(), bundle.display());
-        // A terminal would obey that.
+        // Terminals interpret this escape sequence.
         tool(&host.netns, "ip link set dev eth0 alias \u{1b}]0;alias\u{7}");
         examine(host, &more);
         assert_eq!(fs::metadata(&bundle)?.permissions().mode() & 0o777, 0o600);
@@ -332,9 +335,9 @@ fn an_archive_for_whoever_helps_has_no_secret_in_it() {
     });
 }
 
-/// The rights of the agent count, not those of the shell in which the doctor runs.
+/// The capabilities of the agent count, not those of the shell in which the doctor runs.
 #[test]
-fn capability_that_the_agent_lacks_is_named_with_its_process() {
+fn missing_capability_of_the_agent_is_reported_with_its_process() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let wrapper = host.dir.join("without-sys-admin");
@@ -347,14 +350,14 @@ fn capability_that_the_agent_lacks_is_named_with_its_process() {
         let mut agent = Agent::start(&wrapper, &host, &["--init"])?;
         agent.wait_converged(1, TIMEOUT)?;
         let words = format!("CAP_SYS_ADMIN is not held by the agent (process {})", agent.pid());
-        assert_named(&host, "", "privileges", &words);
+        assert_reported(&host, "", "privileges", &words);
         Ok(())
     });
 }
 
-/// What is left of an underlay with 1280 bytes is too small for IPv6, which only some overlays have.
+/// With 1280 bytes on the underlay, the tunnel is too small for IPv6. Only some overlays have IPv6.
 #[test]
-fn underlay_too_small_for_ipv6_is_told_alike_by_status_and_doctor() {
+fn underlay_too_small_for_ipv6_is_reported_alike_by_status_and_doctor() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         sh(&host.netns, "ip link set eth0 mtu 1280 && sysctl -qw net.ipv6.conf.all.forwarding=1");
@@ -368,9 +371,10 @@ fn underlay_too_small_for_ipv6_is_told_alike_by_status_and_doctor() {
         let status = agent.wait_converged(1, TIMEOUT)?;
         let problems = status["problems"].as_array().expect("problems");
         assert_eq!(problems.len(), 1, "{status:#}");
-        let told = complaints(&host, "");
-        let told: Vec<_> = told.iter().map(|told| (&told["check"], &told["seen"])).collect();
-        assert_eq!(told, [(&Value::from("mtu"), &problems[0])]);
+        let findings = complaints(&host, "");
+        let findings: Vec<_> =
+            findings.iter().map(|finding| (&finding["check"], &finding["seen"])).collect();
+        assert_eq!(findings, [(&Value::from("mtu"), &problems[0])]);
         Ok(())
     });
 }

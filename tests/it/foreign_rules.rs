@@ -1,5 +1,6 @@
-//! Rules of others in sets, in maps, behind marks, at interfaces and in iptables-legacy: those that take
-//! packets of pods are warned of until the advice is followed, and the rules of healthy hosts are not.
+//! Rules of other programs in sets, maps, behind marks, at interfaces and in iptables-legacy. Those that
+//! drop packets of pods are reported as warnings until the advice is followed. Rules of healthy hosts are
+//! not reported.
 
 use gossamer::lab::NetNs;
 
@@ -8,12 +9,13 @@ use crate::{
         Cluster, TIMEOUT, eventually, has_problem, isolated, run, sh, skipped, status_where, tool,
         wait_until,
     },
-    forwarding::Scene,
-    odd_hosts::{all_well, warned},
+    forwarding::TwoHosts,
+    misrouting_hosts::{is_healthy, wait_for_warning},
 };
 
-/// How rules are made, what is said of them, the advice, and how they are taken away.
-const BANS: [(&[&str], &str, &str, &str); 9] = [
+/// The commands that create the rules, the expected warning, the advice, and the commands that remove the
+/// rules.
+const BAN_RULES: [(&[&str], &str, &str, &str); 9] = [
     (
         &[
             "ipset create f2b hash:ip",
@@ -111,24 +113,27 @@ const BANS: [(&[&str], &str, &str, &str); 9] = [
     ),
 ];
 
-/// Says whether all programs that these commands call are there and can do it.
-fn can(host: &NetNs, commands: &[&str]) -> bool {
+/// Returns whether all commands succeed.
+fn all_succeed(host: &NetNs, commands: &[&str]) -> bool {
     commands.iter().all(|command| run(host, command).status.success())
 }
 
 #[test]
-fn bans_in_sets_maps_marks_and_other_tables_are_warned_of_until_the_advice_is_followed() {
+fn bans_in_sets_maps_marks_and_tables_are_warned_of_until_the_advice_is_followed() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
-        status_where(agent, all_well);
-        for (commands, words, advice, remove) in BANS {
-            if can(host, commands) {
-                warned(agent, &[words, advice]);
+        status_where(agent, is_healthy);
+        for (commands, words, advice, remove) in BAN_RULES {
+            if all_succeed(host, commands) {
+                wait_for_warning(agent, &[words, advice]);
                 sh(host, advice);
-                status_where(agent, all_well);
+                status_where(agent, is_healthy);
             } else {
-                skipped("a ban", &format!("cannot be made here: {commands:?}"));
+                skipped(
+                    "bans_in_sets_maps_marks_and_tables_are_warned_of_until_the_advice_is_followed",
+                    &format!("cannot be made here: {commands:?}"),
+                );
             }
             remove.split("; ").for_each(|command| _ = run(host, command));
         }
@@ -136,9 +141,9 @@ fn bans_in_sets_maps_marks_and_other_tables_are_warned_of_until_the_advice_is_fo
     });
 }
 
-/// As ufw, Docker, kube-proxy and fail2ban write them; the kernel takes them from iptables-legacy and from
-/// iptables-nft alike.
-const HEALTHY: &str = "*mangle
+/// Rules as ufw, Docker, kube-proxy and fail2ban write them. The kernel accepts them from iptables-legacy
+/// and iptables-nft alike.
+const HEALTHY_IPTABLES: &str = "*mangle
 :PREROUTING ACCEPT [0:0]
 :FORWARD ACCEPT [0:0]
 :OUTPUT ACCEPT [0:0]
@@ -233,8 +238,8 @@ COMMIT
 COMMIT
 ";
 
-/// As firewalld and the nft backend of kube-proxy write them.
-const HEALTHY_NFT: &str = "
+/// Rules as firewalld and the nft backend of kube-proxy write them.
+const HEALTHY_NFTABLES: &str = "
 table inet firewalld {
     chain mangle_PREROUTING { type filter hook prerouting priority mangle + 10; policy accept;
         icmpv6 type { nd-router-advert, nd-neighbor-solicit } accept
@@ -288,42 +293,45 @@ table netdev ddos {
 }";
 
 #[test]
-fn rules_that_firewalls_and_kubernetes_write_on_healthy_hosts_are_not_warned_of() {
+fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         let dir = tempfile::tempdir()?;
         let write = |name: &str, text: &str| {
             let path = dir.path().join(name);
             std::fs::write(&path, text).map(|()| path.display().to_string())
         };
-        let (tables, nft) = (write("tables", HEALTHY)?, write("nft", HEALTHY_NFT)?);
+        let (tables, nft) = (write("tables", HEALTHY_IPTABLES)?, write("nft", HEALTHY_NFTABLES)?);
         run(host, "ipset create crowdsec hash:net");
         run(host, "ipset add crowdsec 203.0.113.0/24");
         sh(host, &format!("nft -f {nft}"));
         for program in ["iptables-legacy-restore", "iptables-nft-restore"] {
             let restored = run(host, &format!("{program} -n {tables}"));
             if !restored.status.success() {
-                skipped("rules of healthy hosts", &format!("{program}: {restored:?}"));
+                skipped(
+                    "rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning",
+                    &format!("{program}: {restored:?}"),
+                );
             }
         }
-        // What is read then has been read with all of them.
+        // The agent reads all rules at once: when it reports this one, it has read the others, too.
         sh(
             host,
             "nft add table ip last && nft add chain ip last f { type filter hook forward priority 9 ; } && \
              nft add rule ip last f tcp dport 99 drop",
         );
         let last = "chain ip last f drops some packets between pods: those to port 99";
-        let said = warned(agent, &[last]);
+        let said = wait_for_warning(agent, &[last]);
         assert_eq!(said.matches("chain ").count(), 1, "{said}");
         sh(host, "nft delete table ip last");
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         Ok(())
     });
 }
 
-/// Where hops are taken away: the rule, what is named, and the advice.
-const HOPS: [(&str, &str, &str); 3] = [
+/// A rule that reduces the hop limit, the expected report, and the advice.
+const HOP_LIMIT_RULES: [(&str, &str, &str); 3] = [
     (
         "iptables-legacy -t mangle -A POSTROUTING -o gossamer.1 -j TTL --ttl-set 1",
         "chain POSTROUTING of iptables-legacy's table mangle leaves packets between pods 1 hop",
@@ -344,7 +352,7 @@ const HOPS: [(&str, &str, &str); 3] = [
 ];
 
 #[test]
-fn rule_that_leaves_packets_of_pods_too_few_hops_is_named_and_the_advice_brings_them_back() {
+fn rule_that_reduces_the_hop_limit_is_reported_and_the_advice_works() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let spaces = crate::forwarding_far::with_pods(&mut cluster, &["a", "b"])?;
@@ -352,19 +360,25 @@ fn rule_that_leaves_packets_of_pods_too_few_hops_is_named_and_the_advice_brings_
         let address = shown.split_whitespace().nth(2).expect("an address");
         let ping = format!("ping -c 1 -W 1 {}", address.split('/').next().expect("an address"));
         let (host, agent) = (&cluster.hosts[1].netns, &mut cluster.agents[1]);
-        if !can(host, &["iptables-nft -t mangle -S", "iptables-legacy -t mangle -S"]) {
-            skipped("hops", "it needs iptables-nft and iptables-legacy");
+        if !all_succeed(host, &["iptables-nft -t mangle -S", "iptables-legacy -t mangle -S"]) {
+            skipped(
+                "rule_that_reduces_the_hop_limit_is_reported_and_the_advice_works",
+                "it needs iptables-nft and iptables-legacy",
+            );
             return Ok(());
         }
-        for (rule, words, advice) in HOPS {
+        for (rule, words, advice) in HOP_LIMIT_RULES {
             sh(host, rule);
-            assert!(!run(&spaces[1], &ping).status.success(), "the case is another one: {rule}");
-            warned(agent, &[words, advice]);
-            // Once packets are known to be lost, that is told as the cause.
+            assert!(
+                !run(&spaces[1], &ping).status.success(),
+                "the fault is a different one: {rule}"
+            );
+            wait_for_warning(agent, &[words, advice]);
+            // Once packets are known to be lost, this is reported as the cause.
             wait_until(words, TIMEOUT, || has_problem(agent, words));
             tool(host, advice);
             eventually(&spaces[1], &ping, |shown| shown.contains(" 0% packet loss"));
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
             for program in ["iptables-nft", "iptables-legacy"] {
                 run(host, &format!("{program} -t mangle -F"));
             }

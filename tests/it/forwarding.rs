@@ -1,4 +1,4 @@
-//! Whether a host forwards packets of pods is tried with packets, and what drops them is named.
+//! The agent tests with packets whether a host forwards packets of pods, and reports what drops them.
 
 use gossamer::lab::{Agent, Lab, NetNs};
 use nix::sys::signal::Signal;
@@ -20,7 +20,7 @@ fn detail(status: &Value) -> &str {
     status["kernel"]["forwarding"]["detail"].as_str().unwrap_or_default()
 }
 
-/// Two hosts with a pod each, whose agents have seen packets pass.
+/// Adds a pod on each of two hosts, and waits until both agents have seen their test packets pass.
 pub fn with_pods(cluster: &mut Cluster, spaces: &mut Vec<NetNs>) -> anyhow::Result<()> {
     spaces.extend(namespaces(&["a", "b"])?);
     for (agent, name) in cluster.agents.iter_mut().zip(["a", "b"]) {
@@ -33,13 +33,13 @@ pub fn with_pods(cluster: &mut Cluster, spaces: &mut Vec<NetNs>) -> anyhow::Resu
     Ok(())
 }
 
-/// The same, for a test of the second host.
-pub struct Scene {
+/// A cluster of two hosts with a pod each, for tests of the second host.
+pub struct TwoHosts {
     cluster: Cluster,
     _spaces: Vec<NetNs>,
 }
 
-impl Scene {
+impl TwoHosts {
     pub fn new(lab: &mut Lab) -> anyhow::Result<Self> {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -47,17 +47,17 @@ impl Scene {
         Ok(Self { cluster, _spaces: spaces })
     }
 
-    /// The second host, and its agent.
+    /// Returns the second host and its agent.
     pub fn second(&mut self) -> (&NetNs, &mut Agent) {
         (&self.cluster.hosts[1].netns, &mut self.cluster.agents[1])
     }
 }
 
-const CHAIN: &str = "nft add table inet wall && \
+const ADD_FORWARD_CHAIN: &str = "nft add table inet wall && \
                      nft add chain inet wall f { type filter hook forward priority 0 ; }";
 
-/// Which ways are lost, what is named, and what closes them.
-const WALLS: [(&str, &str, &str); 12] = [
+/// The directions that are lost, the reported cause, and the commands that close them.
+const BLOCKING_RULES: [(&str, &str, &str); 12] = [
     (
         "(IPv4 out, IPv4 in)",
         "chain inet wall f (hook forward) ends in a rule that drops or rejects",
@@ -135,12 +135,12 @@ const WALLS: [(&str, &str, &str); 12] = [
 ];
 
 #[test]
-fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
+fn blocked_forwarding_is_detected_with_packets_and_reported_until_unblocked() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
-        for (ways, words, wall) in WALLS {
-            sh(host, CHAIN);
+        for (ways, words, wall) in BLOCKING_RULES {
+            sh(host, ADD_FORWARD_CHAIN);
             sh(host, wall);
             let said = format!("does not forward packets of pods {ways}");
             wait_until(wall, TIMEOUT, || has_problem(agent, &said) && has_problem(agent, words));
@@ -151,10 +151,10 @@ fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
             for table in ["inet wall", "bridge wall", "netdev wall", "ip raw"] {
                 run(host, &format!("nft delete table {table}"));
             }
-            wait_until("still named", TIMEOUT, || !has_problem(agent, "does not forward"));
+            wait_until("still reported", TIMEOUT, || !has_problem(agent, "does not forward"));
         }
-        // Rules that look closed and let pods pass are no problem, whatever their form.
-        sh(host, CHAIN);
+        // Rules that look closed but let pods pass are no problem, in any form.
+        sh(host, ADD_FORWARD_CHAIN);
         sh(
             host,
             "nft add chain inet wall pods && \
@@ -162,7 +162,7 @@ fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
                   nft add chain inet wall f { policy drop ; } && \
                   nft add rule inet wall f jump pods",
         );
-        // Nor is one that drops echoes alone.
+        // Nor is a rule that drops echoes only.
         sh(host, "nft insert rule inet wall pods meta l4proto icmp drop");
         sh(
             host,
@@ -183,7 +183,7 @@ fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
 }
 
 #[test]
-fn each_family_is_tried() {
+fn forwarding_test_covers_each_family() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &first, &["--init", "--network6", "fd42::/48"])?;
@@ -202,7 +202,7 @@ fn each_family_is_tried() {
             "nft add table ip6 wall && \
                   nft add chain ip6 wall f { type filter hook forward priority 0 ; policy drop ; }",
         );
-        wait_until("not named", TIMEOUT, || {
+        wait_until("not reported", TIMEOUT, || {
             has_problem(agent, "(IPv6 out, IPv6 in)") && has_problem(agent, "ip6 saddr fd42::/48")
         });
         let routes = tool(host, "ip -6 route show proto 73");
@@ -216,7 +216,7 @@ fn each_family_is_tried() {
 }
 
 #[test]
-fn the_agents_own_pod_makes_way_and_leaves_nothing() {
+fn agents_test_pod_gives_up_its_address_when_needed_and_is_removed_at_the_end() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
         let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
@@ -232,27 +232,27 @@ fn the_agents_own_pod_makes_way_and_leaves_nothing() {
             tool(&cluster.hosts[1].netns, "ip -o link show type veth").contains("gsp.1")
         };
         assert!(own(&cluster));
-        assert_eq!(crate::cni::pods(&mut cluster.agents[1]), 1, "it is no pod");
-        // A /29 has five addresses for pods: the last is needed, and given up.
+        assert_eq!(crate::cni::pods(&mut cluster.agents[1]), 1, "the agent's pod is listed");
+        // A /29 has five addresses for pods. The last one is needed, so the agent gives it up.
         let more = namespaces(&["c", "d", "e", "f"])?;
         let added: Vec<Value> = {
             let runtime = Runtime::new(&cluster.agents[1]);
             ["c", "d", "e", "f"].iter().map(|name| runtime.add(name)).collect()
         };
-        wait_until("it does not make way", TIMEOUT, || !own(&cluster));
+        wait_until("the agent's pod does not give up the address", TIMEOUT, || !own(&cluster));
         let status = status_where(&mut cluster.agents[1], |status| state(status) == "skipped");
         assert!(detail(&status).contains("a pod has the address"), "{status:#}");
         let gateway = added[3]["ips"][0]["gateway"].as_str().expect("a gateway");
         tool(&more[3], &format!("ping -c 1 -W 2 {gateway}"));
         Runtime::new(&cluster.agents[1]).del("f");
-        wait_until("it does not come back", TIMEOUT, || own(&cluster));
+        wait_until("it is not restored", TIMEOUT, || own(&cluster));
         status_where(&mut cluster.agents[1], |status| state(status) == "ok");
-        // An agent that is killed takes it along, and so does one that leaves.
+        // The agent's pod vanishes with a killed agent, and with one that leaves the cluster.
         cluster.agents[1].end(Signal::SIGKILL)?;
         wait_until("it is left behind", TIMEOUT, || !own(&cluster));
         cluster.agents[1] = cluster.start_agent(&cluster.hosts[1], &[])?;
         cluster.agents[1].wait_converged(2, TIMEOUT)?;
-        wait_until("it does not come back", TIMEOUT, || own(&cluster));
+        wait_until("it is not restored", TIMEOUT, || own(&cluster));
         cluster.agents[1].leave()?;
         assert!(
             !own(&cluster) && !run(&cluster.hosts[1].netns, "ip link show gsm0").status.success()
@@ -262,19 +262,19 @@ fn the_agents_own_pod_makes_way_and_leaves_nothing() {
 }
 
 #[test]
-fn a_silent_peer_is_no_fault_of_this_host() {
+fn silent_peer_is_not_reported_as_a_forwarding_fault_of_this_host() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
         with_pods(&mut cluster, &mut spaces)?;
-        // It answers to nothing, and tunnel packets of this host do not get in there.
+        // The peer does not answer at all, and this host's tunnel packets do not reach it.
         sh(&cluster.hosts[0].netns, "ip link set gossamer.1 down && ip link set eth0 down");
         let host = &cluster.hosts[1].netns;
-        // Rules that change have it tried at once.
+        // A change of the rules triggers a test at once.
         for number in 0..4 {
             let before = tool(host, "cat /proc/net/snmp");
             sh(host, &format!("nft add table ip t{number}"));
-            wait_until("it is not tried", TIMEOUT, || tool(host, "cat /proc/net/snmp") != before);
+            wait_until("it is not tested", TIMEOUT, || tool(host, "cat /proc/net/snmp") != before);
         }
         let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
         assert!(!status["problems"].to_string().contains("does not forward"), "{status:#}");
@@ -283,11 +283,11 @@ fn a_silent_peer_is_no_fault_of_this_host() {
 }
 
 #[test]
-fn a_translation_of_the_source_of_pods_packets_is_named_until_it_is_gone() {
+fn source_nat_between_pods_is_reported_until_removed() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
-        // One for a network of others, and one for everything.
+        // One for a foreign network, and one for all packets.
         sh(
             host,
             "nft add table ip nat && \
@@ -299,7 +299,7 @@ fn a_translation_of_the_source_of_pods_packets_is_named_until_it_is_gone() {
         );
         let words = "chain ip nat POSTROUTING: iptables -t nat -I POSTROUTING -s 10.42.0.0/16 \
                      -d 10.42.0.0/16 -j ACCEPT";
-        wait_until("not named", TIMEOUT, || {
+        wait_until("not reported", TIMEOUT, || {
             has_problem(agent, "leave under the address 10.42.") && has_problem(agent, words)
         });
         let status = agent.ask("/v1/status", TIMEOUT)?;
@@ -308,7 +308,7 @@ fn a_translation_of_the_source_of_pods_packets_is_named_until_it_is_gone() {
             format!("{} doctor --socket {}", program().display(), agent.socket().display());
         let shown = String::from_utf8(run(host, &doctor).stdout)?;
         assert!(shown.contains("PROBLEM   forwarding"), "{shown}");
-        // What helps, as nft says it.
+        // The advice, in the syntax of nft.
         sh(
             host,
             "nft insert rule ip nat POSTROUTING ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
@@ -320,8 +320,8 @@ fn a_translation_of_the_source_of_pods_packets_is_named_until_it_is_gone() {
     });
 }
 
-/// What is named, what keeps pods from finding their gateway, and how it is taken away.
-const SILENCERS: [(&str, &str, &str); 5] = [
+/// The report, the commands that keep pods from resolving their gateway, and the commands that undo this.
+const GATEWAY_FAULTS: [(&str, &str, &str); 5] = [
     (
         "net.ipv4.conf.gsm0.arp_ignore is 8",
         "sysctl -w net.ipv4.conf.gsm0.arp_ignore=8",
@@ -349,14 +349,14 @@ const SILENCERS: [(&str, &str, &str); 5] = [
 ];
 
 #[test]
-fn pods_that_do_not_find_their_gateway_are_named_with_the_cause_until_they_do() {
+fn unresolved_gateway_is_reported_with_the_cause_until_resolved() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         status_where(agent, |status| detail(status).contains("IPv4 gateway"));
-        for (words, plant, remove) in SILENCERS {
+        for (words, plant, remove) in GATEWAY_FAULTS {
             sh(host, plant);
-            // Rules that change have it tried at once.
+            // A change of the rules triggers a test at once.
             sh(host, "nft add table ip change");
             wait_until(words, TIMEOUT, || {
                 has_problem(agent, "pods do not find their gateway 10.42.")
@@ -371,7 +371,7 @@ fn pods_that_do_not_find_their_gateway_are_named_with_the_cause_until_they_do() 
             let shown = String::from_utf8(run(host, &doctor).stdout)?;
             assert!(shown.contains("PROBLEM   forwarding"), "{shown}");
             sh(host, &format!("{remove} && nft delete table ip change"));
-            wait_until("still named", TIMEOUT, || {
+            wait_until("still reported", TIMEOUT, || {
                 let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
                 status["problems"] == serde_json::json!([])
             });
@@ -381,14 +381,14 @@ fn pods_that_do_not_find_their_gateway_are_named_with_the_cause_until_they_do() 
 }
 
 #[test]
-fn pods_that_do_not_find_their_ipv6_gateway_are_named() {
+fn unresolved_ipv6_gateway_is_reported() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &first, &["--init", "--network6", "fd42::/48"])?;
         agent.wait_converged(1, TIMEOUT)?;
         let _spaces = namespaces(&["a"])?;
         Runtime::new(&agent).add("a");
-        // It takes no peer.
+        // This test needs no peer.
         status_where(&mut agent, |status| detail(status).contains("IPv6 gateway"));
         let host = &first.netns;
         sh(
@@ -396,23 +396,22 @@ fn pods_that_do_not_find_their_ipv6_gateway_are_named() {
             "nft add table ip6 wall && \
              nft add chain ip6 wall in { type filter hook input priority 0 ; policy drop ; }",
         );
-        wait_until("not named", TIMEOUT, || {
+        wait_until("not reported", TIMEOUT, || {
             has_problem(&mut agent, "pods do not find their gateway fd42:")
                 && has_problem(&mut agent, "chain ip6 wall in (hook input) has the policy drop")
         });
         assert!(!has_problem(&mut agent, "pods do not find their gateway 10."));
         sh(host, "nft delete table ip6 wall");
-        wait_until("still named", TIMEOUT, || !has_problem(&mut agent, "do not find"));
+        wait_until("still reported", TIMEOUT, || !has_problem(&mut agent, "do not find"));
         Ok(())
     });
 }
 
-/// Docker and Kubernetes turn it on, with a policy of their own for forwarded packets.
+/// Docker and Kubernetes enable this, with their own policy for forwarded packets.
 #[test]
-fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_are_named() {
+fn rules_that_drop_bridged_packets_between_pods_are_reported() {
     isolated(|lab| {
-        let test =
-            "pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_are_named";
+        let test = "rules_that_drop_bridged_packets_between_pods_are_reported";
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
         with_pods(&mut cluster, &mut spaces)?;
@@ -428,7 +427,7 @@ fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_ar
         let address = d["ips"][0]["address"].as_str().expect("an address");
         let ping = format!("ping -c 1 -W 1 {}", address.split('/').next().expect("an address"));
         let reaches = || run(&spaces[2], &ping).status.success();
-        // Only what goes through the tunnel may pass.
+        // Only packets through the tunnel may pass.
         let wall = "nft add table ip filter && \
                     nft add chain ip filter FORWARD \
                     { type filter hook forward priority 0 ; policy drop ; } && \
@@ -436,7 +435,7 @@ fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_ar
                     nft add rule ip filter FORWARD oifname gossamer.1 accept";
         sh(host, wall);
         assert!(!reaches(), "the case is another one");
-        wait_until("not named", TIMEOUT, || {
+        wait_until("not reported", TIMEOUT, || {
             has_problem(agent, "does not forward packets between its own pods (IPv4)")
                 && has_problem(agent, "net.bridge.bridge-nf-call-iptables is 1")
                 && has_problem(agent, "chain ip filter FORWARD (hook forward) has the policy drop")
@@ -451,21 +450,21 @@ fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_ar
             shown.contains("PROBLEM   forwarding") && shown.contains("between its own pods"),
             "{shown}"
         );
-        // What helps, as it is said.
+        // The reported advice.
         sh(host, "nft insert rule ip filter FORWARD ip saddr 10.42.0.0/16 accept");
-        wait_until("still named", TIMEOUT, || !has_problem(agent, "does not forward"));
+        wait_until("still reported", TIMEOUT, || !has_problem(agent, "does not forward"));
         assert!(reaches());
-        // Where bridged packets go through no rule, it is not tried.
+        // Where bridged packets pass no rule, this is not tested.
         sh(host, "sysctl -w net.bridge.bridge-nf-call-iptables=0 && nft delete table ip filter");
         sh(host, wall);
         assert!(reaches());
         status_where(agent, |status| {
             state(status) == "ok" && !detail(status).contains("IPv4 between")
         });
-        // A bridge has a setting of its own for that.
+        // A bridge has its own setting for this.
         if run(host, "ip link set gsm0 type bridge nf_call_iptables 1").status.success() {
             sh(host, "nft add table ip change");
-            wait_until("not named", TIMEOUT, || {
+            wait_until("not reported", TIMEOUT, || {
                 has_problem(agent, "ip link set gsm0 type bridge nf_call_iptables 0")
             });
         }
@@ -474,10 +473,10 @@ fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_ar
 }
 
 #[test]
-fn ipsec_policies_that_take_packets_of_pods_are_named() {
+fn ipsec_policies_that_match_packets_of_pods_are_reported() {
     isolated(|lab| {
-        let test = "ipsec_policies_that_take_packets_of_pods_are_named";
-        let mut scene = Scene::new(lab)?;
+        let test = "ipsec_policies_that_match_packets_of_pods_are_reported";
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         let policy =
             "ip xfrm policy add dir fwd src 10.42.0.0/16 dst 10.0.0.0/8 action block priority 7";
@@ -487,7 +486,7 @@ fn ipsec_policies_that_take_packets_of_pods_are_named() {
         }
         sh(host, "ip xfrm policy add dir out src 192.168.0.0/16 dst 192.168.0.0/16 action block");
         sh(host, "nft add table ip change");
-        wait_until("not named", TIMEOUT, || {
+        wait_until("not reported", TIMEOUT, || {
             has_problem(
                 agent,
                 "an IPsec policy takes packets from 10.42.0.0/16 to 10.0.0.0/8 (ip xfrm policy: dir fwd, \

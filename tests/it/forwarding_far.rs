@@ -1,5 +1,5 @@
-//! Packets of pods that are lost between two hosts, wherever that is, are noticed by packets from the agent's
-//! own pod of one host to that of the other.
+//! Packets of pods that are lost anywhere between two hosts are detected by packets from the agent's own
+//! pod of one host to that of the other.
 
 use std::{
     net::{IpAddr, TcpStream, UdpSocket},
@@ -17,17 +17,17 @@ use serde_json::Value;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, TIMEOUT, client, freeze, has_problem, isolated, run, sh, skipped, status_where,
-        thaw, wait_until,
+        Cluster, TIMEOUT, client, has_problem, isolated, resume, run, sh, skipped, status_where,
+        suspend, wait_until,
     },
-    ports::longer_than,
+    pod_ports::longer_than,
 };
 
 fn detail(status: &Value) -> &str {
     status["kernel"]["forwarding"]["detail"].as_str().unwrap_or_default()
 }
 
-/// A pod on each host; waits until pods of so many other hosts have answered each agent's.
+/// Adds a pod on each host. Waits until the agents' pods of all other hosts have answered each agent's.
 pub fn with_pods(cluster: &mut Cluster, names: &[&str]) -> anyhow::Result<Vec<NetNs>> {
     let spaces = namespaces(names)?;
     for (agent, name) in cluster.agents.iter_mut().zip(names) {
@@ -50,17 +50,18 @@ pub fn all_answer(agent: &mut Agent, others: usize) {
     });
 }
 
-/// What closes the second host's way, what its agent says then, what the first one's says, and what opens it.
-struct Wall {
+/// Commands that block the second host's way, the reports of its agent, the report of the first host's
+/// agent, and commands that unblock it.
+struct Fault {
     close: &'static str,
     here: &'static [&'static str],
     there: &'static str,
     open: &'static str,
 }
 
-const TUNNELLED: [Wall; 10] = [
-    // A mark of the tunnel packet is that of the packet inside.
-    Wall {
+const TUNNEL_FAULTS: [Fault; 10] = [
+    // The mark of a tunnel packet is also the mark of its inner packet.
+    Fault {
         close: "nft add table ip m && \
                 nft add chain ip m p { type filter hook prerouting priority mangle ; } && \
                 nft add rule ip m p iifname eth0 udp dport 8472 meta mark set 0x77 && \
@@ -70,8 +71,8 @@ const TUNNELLED: [Wall; 10] = [
         there: "packets of pods here do not arrive at pods of n2 (IPv4): ",
         open: "nft delete table ip m && ip rule del pref 500 && ip route flush table 177",
     },
-    // And the other way round.
-    Wall {
+    // And in the other direction.
+    Fault {
         close: "nft add table ip m && \
                 nft add chain ip m f { type filter hook forward priority mangle ; } && \
                 nft add rule ip m f ip saddr 10.42.0.0/16 meta mark set 0x78 && \
@@ -81,7 +82,7 @@ const TUNNELLED: [Wall; 10] = [
         there: "packets of pods here arrive at pods of n2, and their answers do not come back (IPv4): ",
         open: "nft delete table ip m && ip rule del pref 500 && ip route flush table 178",
     },
-    Wall {
+    Fault {
         close: "nft add table ip fr && \
                 nft add chain ip fr p { type filter hook prerouting priority -450 ; } && \
                 nft add rule ip fr p iifname gossamer.1 ip frag-off & 0x3fff != 0 drop",
@@ -89,7 +90,7 @@ const TUNNELLED: [Wall; 10] = [
         there: "do not arrive at pods of n2 (IPv4 fragments): ",
         open: "nft delete table ip fr",
     },
-    Wall {
+    Fault {
         close: "tc qdisc add dev gsm0 root tbf rate 100mbit burst 1000 latency 50ms",
         here: &[
             "do not come back (IPv4 large packets, fragments): the queueing discipline tbf of gsm0",
@@ -97,7 +98,7 @@ const TUNNELLED: [Wall; 10] = [
         there: "do not arrive at pods of n2 (IPv4 large packets, fragments): ",
         open: "tc qdisc del dev gsm0 root",
     },
-    Wall {
+    Fault {
         close: "nft add table ip len && \
                 nft add chain ip len f { type filter hook forward priority 0 ; } && \
                 nft add rule ip len f iifname gossamer.1 ip length 1000-65535 drop",
@@ -105,8 +106,8 @@ const TUNNELLED: [Wall; 10] = [
         there: "do not arrive at pods of n2 (IPv4 large packets, fragments): ",
         open: "nft delete table ip len",
     },
-    // Connections send several segments in one packet, which is cut into them late.
-    Wall {
+    // TCP sends several segments in one packet, which is segmented late.
+    Fault {
         close: "nft add table ip gso && \
                 nft add chain ip gso f { type filter hook forward priority 0 ; } && \
                 nft add rule ip gso f iifname gossamer.1 ip length > 1500 drop",
@@ -116,8 +117,8 @@ const TUNNELLED: [Wall; 10] = [
         there: "do not arrive at pods of n2 (IPv4 packets of several segments): ",
         open: "nft delete table ip gso",
     },
-    // Connections are made, and carry nothing.
-    Wall {
+    // Connections are established, but carry no data.
+    Fault {
         close: "nft add table ip psh && \
                 nft add chain ip psh f { type filter hook forward priority 0 ; } && \
                 nft add rule ip psh f iifname gossamer.1 tcp flags & psh == psh drop",
@@ -125,8 +126,8 @@ const TUNNELLED: [Wall; 10] = [
         there: "do not arrive at pods of n2 (IPv4 data of TCP connections): ",
         open: "nft delete table ip psh",
     },
-    // Large segments alone, which is refused.
-    Wall {
+    // Only large segments are rejected.
+    Fault {
         close: "nft add table ip len && \
                 nft add chain ip len f { type filter hook forward priority 0 ; } && \
                 nft add rule ip len f iifname gossamer.1 meta l4proto tcp ip length > 1000 \
@@ -135,16 +136,16 @@ const TUNNELLED: [Wall; 10] = [
         there: "do not arrive at pods of n2 (IPv4 data of TCP connections): ",
         open: "nft delete table ip len",
     },
-    // The same by a program: if the length is more than 1514, drop.
-    Wall {
+    // The same by a program: drop if the length exceeds 1514.
+    Fault {
         close: "tc qdisc add dev gossamer.1 clsact && \
                 tc filter add dev gossamer.1 ingress LONGER",
         here: &["(IPv4 packets of several segments): gossamer.1 has filters on its ingress (bpf)"],
         there: "do not arrive at pods of n2 (IPv4 packets of several segments): ",
         open: "tc qdisc del dev gossamer.1 clsact",
     },
-    // This host drops large packets that leave, too: that is told once, by its own trial.
-    Wall {
+    // This host also drops large packets that leave. Its own test reports this once.
+    Fault {
         close: "nft add table ip len && \
                 nft add chain ip len f { type filter hook forward priority 0 ; } && \
                 nft add rule ip len f ip length 1000-65535 drop",
@@ -154,8 +155,8 @@ const TUNNELLED: [Wall; 10] = [
     },
 ];
 
-const DIRECT: [Wall; 2] = [
-    Wall {
+const DIRECT_ROUTE_FAULTS: [Fault; 2] = [
+    Fault {
         close: "nft add table ip d && \
                 nft add chain ip d f { type filter hook forward priority 0 ; } && \
                 nft add rule ip d f iifname eth0 oifname gsm0 drop",
@@ -164,7 +165,7 @@ const DIRECT: [Wall; 2] = [
         open: "nft delete table ip d",
     },
     // Packets to the host's own address in the subnet are dropped as well.
-    Wall {
+    Fault {
         close: "nft add table ip d && \
                 nft add chain ip d p { type filter hook prerouting priority -400 ; } && \
                 nft add rule ip d p iifname eth0 ip daddr 10.42.0.0/16 drop",
@@ -176,10 +177,10 @@ const DIRECT: [Wall; 2] = [
     },
 ];
 
-/// Closes and opens each in turn.
-fn try_walls(cluster: &mut Cluster, walls: &[Wall]) -> anyhow::Result<()> {
+/// Blocks and unblocks each way in turn.
+fn check_faults(cluster: &mut Cluster, faults: &[Fault]) -> anyhow::Result<()> {
     let host = &cluster.hosts[1].netns;
-    for Wall { close, here, there, open } in walls {
+    for Fault { close, here, there, open } in faults {
         sh(host, &close.replace("LONGER", &longer_than(&cluster.hosts[1], 1_514)));
         wait_until(there, TIMEOUT, || has_problem(&mut cluster.agents[0], there));
         for words in *here {
@@ -203,17 +204,17 @@ fn try_walls(cluster: &mut Cluster, walls: &[Wall]) -> anyhow::Result<()> {
 }
 
 #[test]
-fn packets_of_pods_that_are_lost_between_two_hosts_are_noticed_wherever_that_is() {
+fn lost_packets_between_pods_of_two_hosts_are_detected_wherever_they_are_dropped() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        try_walls(&mut cluster, &TUNNELLED)
+        check_faults(&mut cluster, &TUNNEL_FAULTS)
     });
 }
 
-/// They are on the way, and take other packets than those that are lost.
+/// These rules are on the path, but match other packets than the lost ones.
 #[test]
-fn rules_of_this_host_that_do_not_take_what_another_host_drops_are_not_blamed() {
+fn local_rules_that_do_not_match_the_lost_packets_are_not_blamed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
@@ -230,13 +231,13 @@ fn rules_of_this_host_that_do_not_take_what_another_host_drops_are_not_blamed() 
              nft add rule inet own f iifname docker0 jump more && \
              nft add rule inet own more drop",
         );
-        let wall = &TUNNELLED[2];
+        let wall = &TUNNEL_FAULTS[2];
         sh(&cluster.hosts[1].netns, wall.close);
         let unknown = "of its rules that might drop them none was found";
         let agent = &mut cluster.agents[0];
         wait_until(wall.there, TIMEOUT, || has_problem(agent, wall.there));
         wait_until(unknown, TIMEOUT, || has_problem(agent, unknown));
-        // One that may be it is named all the same.
+        // A rule that may be the cause is still reported.
         sh(host, "nft add rule inet own f udp dport 1-65535 ip length 60000 drop");
         let named = "chain inet own f (hook forward) has rules that drop or reject";
         wait_until(named, TIMEOUT, || has_problem(agent, named));
@@ -245,24 +246,24 @@ fn rules_of_this_host_that_do_not_take_what_another_host_drops_are_not_blamed() 
 }
 
 #[test]
-fn packets_of_pods_that_are_lost_without_a_tunnel_are_noticed() {
+fn lost_packets_between_pods_are_detected_without_a_tunnel() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         for number in [0, 1] {
             cluster.restart(number, &["--mode", "direct"])?;
         }
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        try_walls(&mut cluster, &DIRECT)
+        check_faults(&mut cluster, &DIRECT_ROUTE_FAULTS)
     });
 }
 
 #[test]
-fn one_bad_host_is_one_problem_of_all_others_with_its_name() {
+fn faulty_host_is_one_problem_with_its_name_on_all_other_hosts() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let _spaces = with_pods(&mut cluster, &["a", "b", "c"])?;
         let host = &cluster.hosts[1].netns;
-        let wall = &TUNNELLED[2];
+        let wall = &TUNNEL_FAULTS[2];
         sh(host, wall.close);
         for number in [0, 2] {
             let agent = &mut cluster.agents[number];
@@ -270,7 +271,7 @@ fn one_bad_host_is_one_problem_of_all_others_with_its_name() {
             let status = agent.ask("/v1/status", TIMEOUT)?;
             assert_eq!(status["problems"].as_array().map(Vec::len), Some(1), "{status:#}");
         }
-        // What all others share is told once.
+        // A fault that all other hosts see is reported once.
         let words = "at pods of n1 and n3, and their answers do not come back";
         let other = "at pods of n3 and n1, and their answers do not come back";
         wait_until(words, TIMEOUT, || {
@@ -281,41 +282,41 @@ fn one_bad_host_is_one_problem_of_all_others_with_its_name() {
     });
 }
 
-/// Each of these keeps packets or answers away for longer than a verdict takes.
+/// Each of these conditions suppresses packets or answers for longer than the detection takes.
 #[test]
-fn a_host_that_stands_still_or_restarts_or_has_no_pods_is_no_problem_of_others() {
+fn suspended_or_restarted_or_empty_host_is_no_problem_of_other_hosts() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        let calm = |agent: &mut Agent| {
+        let assert_no_loss_reported = |agent: &mut Agent| {
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(25) {
                 assert!(!has_problem(agent, "at pods of"), "{}", agent.log());
                 std::thread::sleep(Duration::from_millis(200));
             }
         };
-        freeze(&cluster.agents[1])?;
-        calm(&mut cluster.agents[0]);
-        thaw(&cluster.agents[1])?;
+        suspend(&cluster.agents[1])?;
+        assert_no_loss_reported(&mut cluster.agents[0]);
+        resume(&cluster.agents[1])?;
         all_answer(&mut cluster.agents[0], 1);
         cluster.restart(1, &[])?;
         all_answer(&mut cluster.agents[0], 1);
         cluster.agents[1].end(Signal::SIGKILL)?;
-        calm(&mut cluster.agents[0]);
+        assert_no_loss_reported(&mut cluster.agents[0]);
         cluster.agents[1] = cluster.start_agent(&cluster.hosts[1], &[])?;
         cluster.agents[1].wait_converged(2, TIMEOUT)?;
         all_answer(&mut cluster.agents[0], 1);
-        // Without pods there is no bridge, and no pod of the agent's.
+        // Without pods there is no bridge, and the agent has no pod.
         Runtime::new(&cluster.agents[1]).del("b");
-        calm(&mut cluster.agents[0]);
+        assert_no_loss_reported(&mut cluster.agents[0]);
         Ok(())
     });
 }
 
 #[test]
-fn losses_by_chance_and_long_round_trips_are_no_problem() {
+fn random_losses_and_long_round_trips_are_no_problem() {
     isolated(|lab| {
-        let test = "losses_by_chance_and_long_round_trips_are_no_problem";
+        let test = "random_losses_and_long_round_trips_are_no_problem";
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
         for weather in ["loss 5%", "delay 1500ms"] {
@@ -338,9 +339,9 @@ fn losses_by_chance_and_long_round_trips_are_no_problem() {
     });
 }
 
-/// The last address for pods is another one in dual stack: both families have the same places.
+/// In dual stack, the last address for pods differs: both families use the same places.
 #[test]
-fn dual_stack_cluster_of_which_all_pods_answer_has_no_problem() {
+fn dual_stack_cluster_whose_pods_answer_has_no_problem() {
     isolated(|lab| {
         let mut cluster = Cluster::start_with(lab, 2, &["--network6", "fd42::/48"])?;
         for host in &cluster.hosts {
@@ -355,7 +356,7 @@ fn dual_stack_cluster_of_which_all_pods_answer_has_no_problem() {
             all_answer(agent, 1);
             status_where(agent, |status| detail(status).contains("IPv6 out"));
         }
-        // A loss is told within half a minute.
+        // A loss is reported within half a minute.
         while begun.elapsed() < Duration::from_secs(35) {
             for agent in &mut cluster.agents {
                 assert!(!has_problem(agent, "at pods of"), "{}", agent.log());
@@ -367,9 +368,9 @@ fn dual_stack_cluster_of_which_all_pods_answer_has_no_problem() {
     });
 }
 
-/// What comes to the port of the agent's own pod from elsewhere.
+/// Unexpected packets at the port of the agent's own pod.
 #[test]
-fn agents_own_pod_answers_other_hosts_no_more_than_they_send_and_no_pod_of_theirs() {
+fn agents_test_pod_answers_only_hosts_and_never_amplifies() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let spaces = with_pods(&mut cluster, &["a", "b"])?;
@@ -385,7 +386,7 @@ fn agents_own_pod_answers_other_hosts_no_more_than_they_send_and_no_pod_of_their
         let question = [&b"gsmF?\x01\0\0"[..], &[1, 2, 3, 4], &[0; 20]].concat();
         assert_eq!(ask(host, &question)?, Some(question.len()));
         assert_eq!(ask(&spaces[0], &question)?, None);
-        // What is no question, and what is an answer already.
+        // An invalid request, and an answer.
         assert_eq!(ask(host, b"gsmF? cut")?, None);
         let answer = [&b"gsmF!\x01\0\0"[..], &[1, 2, 3, 4], &[0; 20]].concat();
         assert_eq!(ask(host, &answer)?, None);
@@ -393,23 +394,23 @@ fn agents_own_pod_answers_other_hosts_no_more_than_they_send_and_no_pod_of_their
     });
 }
 
-/// The agent's own pod of that host.
+/// Returns the address of the agent's own pod on that host.
 fn own_pod_of(agent: &mut Agent) -> anyhow::Result<IpAddr> {
     let subnet = Agent::subnet(&agent.ask("/v1/status", TIMEOUT)?)?;
     Ok(last_address(subnet.into()))
 }
 
-/// Ends what goes on meanwhile, also where a test fails.
-struct Over<'a>(&'a AtomicBool);
+/// Sets a flag when dropped, also if the test fails.
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Over<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Relaxed);
     }
 }
 
-/// Has a pod send something all the time while the other thing is done.
-fn meanwhile<T>(
+/// Calls `send` in a pod's namespace repeatedly while `then` runs.
+fn while_pod_sends<T>(
     pod: &NetNs,
     send: impl Fn() + Send + Sync,
     then: impl FnOnce() -> anyhow::Result<T>,
@@ -424,21 +425,21 @@ fn meanwhile<T>(
                 Ok(())
             })
         });
-        let _over = Over(&is_over);
+        let _over = SetOnDrop(&is_over);
         then()
     })
 }
 
-/// Far more than the buffer of a socket holds come between two trials.
+/// Between two tests, far more packets arrive than a socket buffer holds.
 #[test]
-fn connections_of_a_pod_to_the_agents_own_pod_of_another_host_do_not_make_its_trials_fail() {
+fn connections_of_a_pod_to_a_remote_test_pod_do_not_fail_its_tests() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let spaces = with_pods(&mut cluster, &["a", "b"])?;
         let there = own_pod_of(&mut cluster.agents[1])?;
         let connect = || _ = TcpStream::connect((there, 80));
-        meanwhile(&spaces[0], connect, || {
-            // Rules that change have it tried at once; what is lost then is tried again each second.
+        while_pod_sends(&spaces[0], connect, || {
+            // A change of the rules triggers a test at once; lost packets are sent again each second.
             sh(&cluster.hosts[1].netns, "nft add table ip changed");
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(15) {
@@ -451,7 +452,7 @@ fn connections_of_a_pod_to_the_agents_own_pod_of_another_host_do_not_make_its_tr
     });
 }
 
-/// Many more than a socket has room for.
+/// Sends many more datagrams than a socket buffer holds.
 fn burst(socket: &UdpSocket, payload: &[u8], to: (IpAddr, u16)) {
     for _ in 0..600 {
         let _ = socket.send_to(payload, to);
@@ -459,20 +460,20 @@ fn burst(socket: &UdpSocket, payload: &[u8], to: (IpAddr, u16)) {
     std::thread::sleep(Duration::from_millis(10));
 }
 
-/// Of one that the agent there answers in no case.
+/// Requests with an id that the agent there never answers.
 #[test]
-fn questions_of_a_pod_do_not_hide_that_packets_to_pods_of_another_host_are_lost() {
+fn requests_of_a_pod_do_not_hide_lost_packets_to_another_host() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let spaces = with_pods(&mut cluster, &["a", "b"])?;
         let there = own_pod_of(&mut cluster.agents[1])?;
         let question = [&b"gsmF?\x01\0\0"[..], &[0, 0, 0, 7], &[0; 20]].concat();
         let socket = spaces[0].run(|| UdpSocket::bind(("0.0.0.0", 0)))?;
-        meanwhile(
+        while_pod_sends(
             &spaces[0],
             || burst(&socket, &question, (there, 61_476)),
             || {
-                let Wall { close, there, .. } = &TUNNELLED[4];
+                let Fault { close, there, .. } = &TUNNEL_FAULTS[4];
                 sh(&cluster.hosts[1].netns, close);
                 wait_until(there, TIMEOUT, || has_problem(&mut cluster.agents[0], there));
                 Ok(())

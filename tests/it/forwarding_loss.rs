@@ -1,5 +1,5 @@
-//! Packets of pods that are lost by chance between two hosts are counted, and warned of from about 20 % on.
-//! Hosts with entries on demand try those that are in use.
+//! Random losses of pods' packets between two hosts are counted, and reported as a warning from about 20
+//! % on. Hosts with entries on demand test the peers in use.
 
 use std::time::{Duration, Instant};
 
@@ -11,12 +11,12 @@ use crate::{
     forwarding_far::{all_answer, with_pods},
 };
 
-/// Longer than enough rounds in a hurry take.
-const LONG: Duration = Duration::from_secs(70);
-const LOST: &str = "are lost on their way";
+/// Longer than the required number of accelerated test rounds takes.
+const TEST_ROUNDS_TIMEOUT: Duration = Duration::from_secs(70);
+const LOSS_WARNING: &str = "are lost on their way";
 
-/// Drops so many percent of the tunnel packets that come in, by chance.
-fn lose(host: &NetNs, percent: u32) {
+/// Drops a random share of the incoming tunnel packets, in percent.
+fn drop_randomly(host: &NetNs, percent: u32) {
     sh(
         host,
         &format!(
@@ -28,18 +28,18 @@ fn lose(host: &NetNs, percent: u32) {
 }
 
 #[test]
-fn loss_by_chance_is_warned_of_with_its_share_and_direction_until_it_is_over() {
+fn random_loss_is_warned_of_with_share_and_direction_until_it_ends() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        lose(&cluster.hosts[1].netns, 25);
+        drop_randomly(&cluster.hosts[1].netns, 25);
         let there = "% of the packets of pods here to pods of n2 are lost on their way there";
         let here = "% of the packets of pods of n1 to pods here are lost on their way here";
         let begun = Instant::now();
         wait_until(there, 2 * TIMEOUT, || has_warning(&mut cluster.agents[0], there));
-        println!("told there after {:?}", begun.elapsed());
+        println!("reported by the sender after {:?}", begun.elapsed());
         wait_until(here, 2 * TIMEOUT, || has_warning(&mut cluster.agents[1], here));
-        println!("told here after {:?}", begun.elapsed());
+        println!("reported by the receiver after {:?}", begun.elapsed());
         for (agent, other) in [(0, "way here"), (1, "way there")] {
             let status = cluster.agents[agent].ask("/v1/status", TIMEOUT)?;
             let said = status["warnings"].to_string();
@@ -52,23 +52,23 @@ fn loss_by_chance_is_warned_of_with_its_share_and_direction_until_it_is_over() {
         sh(&cluster.hosts[1].netns, "nft delete table ip weather");
         let begun = Instant::now();
         for agent in &mut cluster.agents {
-            wait_until("still told", TIMEOUT, || !has_warning(agent, LOST));
+            wait_until("still reported", TIMEOUT, || !has_warning(agent, LOSS_WARNING));
         }
-        println!("not told after {:?}", begun.elapsed());
+        println!("no longer reported after {:?}", begun.elapsed());
         Ok(())
     });
 }
 
 #[test]
-fn loss_of_five_percent_is_not_warned_of() {
+fn loss_of_five_percent_causes_no_warning() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        cluster.hosts.iter().for_each(|host| lose(&host.netns, 5));
+        cluster.hosts.iter().for_each(|host| drop_randomly(&host.netns, 5));
         let begun = Instant::now();
-        while begun.elapsed() < LONG {
+        while begun.elapsed() < TEST_ROUNDS_TIMEOUT {
             for agent in &mut cluster.agents {
-                assert!(!has_warning(agent, LOST), "{}", agent.log());
+                assert!(!has_warning(agent, LOSS_WARNING), "{}", agent.log());
             }
             std::thread::sleep(Duration::from_millis(500));
         }
@@ -77,13 +77,13 @@ fn loss_of_five_percent_is_not_warned_of() {
 }
 
 #[test]
-fn pods_of_peers_in_use_are_tried_where_entries_are_there_on_demand() {
+fn pods_of_used_peers_are_tested_in_on_demand_mode() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         for number in [0, 1] {
             cluster.restart(number, &["--program", "on-demand"])?;
         }
-        // Peers in use are tried at once, and rarely after that.
+        // Peers in use are tested at once, and rarely afterwards.
         sh(
             &cluster.hosts[1].netns,
             "nft add table ip fr && \
@@ -104,9 +104,9 @@ fn pods_of_peers_in_use_are_tried_where_entries_are_there_on_demand() {
     });
 }
 
-/// Pods get such packets and answer them, so nothing is lost.
+/// Pods receive such packets and answer them, so nothing is lost.
 #[test]
-fn source_that_the_receiving_host_replaces_is_named_there_and_is_no_loss() {
+fn source_nat_on_the_receiving_host_is_reported_there_and_is_no_loss() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
@@ -118,7 +118,7 @@ fn source_that_the_receiving_host_replaces_is_named_there_and_is_no_loss() {
         );
         let words = "reach pods here under the address 192.0.2.7";
         wait_until(words, TIMEOUT, || has_warning(&mut cluster.agents[1], words));
-        // Of what is tried after that, what is dropped in earnest is told alone.
+        // Of the following tests, only packets that are really dropped are reported.
         sh(
             &cluster.hosts[1].netns,
             "nft add chain ip far through { type filter hook forward priority 0 ; } && \
@@ -126,7 +126,7 @@ fn source_that_the_receiving_host_replaces_is_named_there_and_is_no_loss() {
              meta length > 1000 drop",
         );
         let words = "do not arrive at pods of n2 (IPv4 large packets";
-        wait_until(words, LONG, || has_problem(&mut cluster.agents[0], words));
+        wait_until(words, TEST_ROUNDS_TIMEOUT, || has_problem(&mut cluster.agents[0], words));
         Ok(())
     });
 }

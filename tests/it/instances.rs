@@ -7,7 +7,7 @@ use crate::{
     common::{Cluster, TIMEOUT, eventually, isolated, program, run, tool, wait_until},
 };
 
-/// An agent with the files that follow from its instance's name; the lab's directory stands for `/`.
+/// An agent with the default files of its instance. The lab's directory stands for `/`.
 struct Agent(std::process::Child);
 
 impl Drop for Agent {
@@ -21,7 +21,7 @@ fn start(host: &Host, arguments: &str) -> Agent {
     let mut command = std::process::Command::new(program());
     let files = |name: &str| host.dir.join(name).display().to_string();
     command.arg("agent").args(arguments.split(' ')).stderr(std::process::Stdio::null());
-    // Hosts share the file system here, so only what is not the instance's own is named.
+    // Hosts share the file system here, so the files of the default instance are specified.
     if !arguments.contains("--instance") {
         command.args(["--state-dir", &files("state"), "--socket", &files("socket")]);
         command.args(["--subnet-file", &files("subnet.env")]);
@@ -29,7 +29,7 @@ fn start(host: &Host, arguments: &str) -> Agent {
     Agent(host.netns.spawn(&mut command).expect("it starts"))
 }
 
-/// A client on the agent's host.
+/// Runs a client on the agent's host and returns its output.
 fn ask(host: &Host, arguments: &str) -> String {
     let said = run(&host.netns, &format!("{} {arguments}", program().display()));
     String::from_utf8(said.stdout).expect("UTF-8")
@@ -46,10 +46,10 @@ fn devices(netns: &NetNs) -> usize {
 }
 
 #[test]
-fn two_overlays_share_a_host_and_nothing_else() {
+fn two_overlays_on_a_host_are_independent() {
     isolated(|lab: &mut Lab| {
         let host = lab.host(1, "n1")?;
-        // The instance's own directory is made below this one.
+        // The instance's own directory is created below this one.
         let none: Option<&str> = None;
         let flags = nix::mount::MsFlags::empty();
         nix::mount::mount(Some("tmpfs"), "/var/lib", Some("tmpfs"), flags, none)?;
@@ -64,7 +64,7 @@ fn two_overlays_share_a_host_and_nothing_else() {
         let tables = tool(&host.netns, "nft list tables");
         assert_eq!(tables, "table inet gossamer.1\ntable inet gossamer.739354\n");
 
-        // A host that is in both.
+        // A host that is in both overlays.
         let both = lab.host(2, "n2")?;
         let token = ask(&host, &format!("token {plain}"));
         let blue_token = ask(&host, "token --instance blue");
@@ -84,7 +84,7 @@ fn two_overlays_share_a_host_and_nothing_else() {
             ),
         );
         let blue2 = converged(&both, &format!("--socket {}", files("blue.sock")), 2);
-        // By name alone, at the port that follows from the instance.
+        // The port follows from the instance's name.
         assert_eq!(blue2["settings"]["vni"], 739_354);
         let vtep = |status: &serde_json::Value| {
             let subnet: ipnet::IpNet =
@@ -98,7 +98,7 @@ fn two_overlays_share_a_host_and_nothing_else() {
             });
         }
 
-        // One leaves, and the other does not notice.
+        // One overlay is left; the other is not affected.
         let left = ask(&host, "leave --instance blue");
         assert!(left.contains("left"), "{left}");
         eventually(&host.netns, "nft list tables", |tables| tables == "table inet gossamer.1\n");
@@ -110,7 +110,7 @@ fn two_overlays_share_a_host_and_nothing_else() {
 }
 
 #[test]
-fn an_overlay_that_is_refused_leaves_the_other_one_alone() {
+fn rejected_second_overlay_does_not_affect_the_first() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
@@ -118,7 +118,7 @@ fn an_overlay_that_is_refused_leaves_the_other_one_alone() {
         let before =
             tool(&host.netns, "ip route show proto 73") + &tool(&host.netns, "nft list tables");
         let files = |name: &str| host.dir.join(name).display().to_string();
-        // The same network, the same files but for what must differ; the network of all, a part of it.
+        // The same network and files, except for what must differ; the whole network, or a part of it.
         for network in ["10.42.0.0/16", "10.42.128.0/17", "10.42.0.0/17", "10.40.0.0/14"] {
             let mut command = std::process::Command::new(program());
             command.args(["agent", "--init", "--vni", "2"]);
@@ -134,7 +134,7 @@ fn an_overlay_that_is_refused_leaves_the_other_one_alone() {
         assert_eq!(after, before);
         tool(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip));
 
-        // With a network of its own it does no harm, though it has no name.
+        // With its own network it does not conflict, although the instance has no name.
         let arguments = format!(
             "agent --init --vni 2 --listen 0.0.0.0:8474 --network 10.50.0.0/16 --state-dir {} --socket {} \
              --subnet-file {}",
@@ -155,7 +155,7 @@ fn an_overlay_that_is_refused_leaves_the_other_one_alone() {
 }
 
 #[test]
-fn networks_that_overlap_are_refused() {
+fn overlapping_networks_of_two_overlays_are_rejected() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let refused = |arguments: &[&str]| -> anyhow::Result<String> {
@@ -178,7 +178,7 @@ fn networks_that_overlap_are_refused() {
 }
 
 #[test]
-fn device_of_another_overlay_with_a_link_local_address_keeps_no_pod_out() {
+fn link_local_address_of_another_overlays_device_blocks_no_pod() {
     isolated(|lab: &mut Lab| {
         let host = lab.host(1, "n1")?;
         let mut agent =
@@ -195,7 +195,7 @@ fn device_of_another_overlay_with_a_link_local_address_keeps_no_pod_out() {
         eventually(netns, "ip -6 addr show dev flannel.9", has_link_local);
         eventually(netns, "ip -6 addr show dev gsm0", has_link_local);
         runtime.add("b");
-        // The verdict is taken again with the bridge.
+        // The conflict is evaluated again with the bridge.
         tool(netns, "ip link set gsm0 mtu 1400");
         eventually(netns, "ip link show gsm0", |shown| shown.contains("mtu 1450"));
         let status = agent.ask("/v1/status", TIMEOUT)?;
@@ -205,7 +205,7 @@ fn device_of_another_overlay_with_a_link_local_address_keeps_no_pod_out() {
 }
 
 #[test]
-fn bridge_of_another_overlay_is_left_alone_and_named() {
+fn bridge_of_another_overlay_is_reported_and_unchanged() {
     isolated(|lab: &mut Lab| {
         let host = lab.host(1, "n1")?;
         let none: Option<&str> = None;

@@ -1,5 +1,5 @@
-//! Nodes whose subnets Kubernetes gives: by value, by file, and by an API server that is asked with a pod's
-//! service account.
+//! Nodes whose subnets Kubernetes assigns: by value, by file, or by an API server that is queried with a
+//! pod's service account.
 
 mod answers;
 mod api_server;
@@ -18,10 +18,10 @@ use self::{
 };
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{TIMEOUT, gossamer_token, has_problem, isolated, program, tool, wait_until},
+    common::{TIMEOUT, has_problem, isolated, new_token, program, tool, wait_until},
 };
 
-/// An agent that leases what it is told.
+/// Starts an agent that leases the subnet it is given.
 fn start(host: &Host, token: &str, seed: &Host, more: &[&str]) -> anyhow::Result<Agent> {
     let seed = seed.ip.to_string();
     let arguments = ["--lease-source", "podcidr", "--token", token, "--join", &seed];
@@ -34,9 +34,9 @@ fn subnet(agent: &mut Agent) -> String {
 }
 
 #[test]
-fn nodes_have_the_subnets_that_they_were_given_and_a_double_one_is_named() {
+fn nodes_lease_their_given_subnets_and_a_duplicate_is_reported() {
     isolated(|lab| {
-        let token = gossamer_token()?;
+        let token = new_token()?;
         let hosts: Vec<Host> =
             (1..=4).map(|n| lab.host(n, &format!("n{n}"))).collect::<Result<_, _>>()?;
         let file = hosts[2].dir.join("pod-cidr");
@@ -67,7 +67,7 @@ fn nodes_have_the_subnets_that_they_were_given_and_a_double_one_is_named() {
         wait_until(problem, TIMEOUT, || has_problem(&mut fourth, problem));
         assert_eq!(subnet(&mut fourth), "");
         assert_eq!(subnet(&mut agents[1]), "10.42.1.0/24");
-        // The user is gone, and Kubernetes has given it to the other one.
+        // The former user is gone, and Kubernetes has assigned its subnet to the other node.
         agents[1].end(Signal::SIGTERM)?;
         tool(&hosts[1].netns, "ip link del gossamer.1");
         wait_until("it has its subnet", 2 * TIMEOUT, || subnet(&mut fourth) == "10.42.1.0/24");
@@ -75,7 +75,7 @@ fn nodes_have_the_subnets_that_they_were_given_and_a_double_one_is_named() {
     });
 }
 
-/// Hosts number 1 to `count`, registered with one subnet each.
+/// Creates hosts number 1 to `count`, registered with one subnet each.
 fn nodes(lab: &mut Lab, server: &ApiServer, count: u16) -> anyhow::Result<Vec<Host>> {
     let hosts: Vec<Host> =
         (1..=count).map(|n| lab.host(n, &format!("n{n}"))).collect::<Result<_, _>>()?;
@@ -88,11 +88,11 @@ fn nodes(lab: &mut Lab, server: &ApiServer, count: u16) -> anyhow::Result<Vec<Ho
 
 /// Vagrant's machines have a default route behind a NAT, with the same address on each.
 #[test]
-fn nodes_started_as_the_manifest_says_meet_at_the_addresses_that_kubernetes_knows() {
+fn nodes_started_by_the_manifest_meet_at_their_kubernetes_addresses() {
     isolated(|lab| {
         let server = ApiServer::start()?;
         let hosts = nodes(lab, &server, 3)?;
-        let token = gossamer_token()?;
+        let token = new_token()?;
         let mut agents = Vec::new();
         for (number, host) in hosts.iter().enumerate() {
             for command in [
@@ -106,7 +106,7 @@ fn nodes_started_as_the_manifest_says_meet_at_the_addresses_that_kubernetes_know
             }
             let ip = host.ip.to_string();
             agents.push(start_as_kubelet(host, &ip, &token, &server.variables(), &[])?);
-            // One after the other: the first is alone for a while.
+            // One after the other: the first node is alone for a while.
             agents[number].wait_converged(number + 1, TIMEOUT)?;
         }
         for (number, agent) in agents.iter_mut().enumerate() {
@@ -118,7 +118,7 @@ fn nodes_started_as_the_manifest_says_meet_at_the_addresses_that_kubernetes_know
         Runtime::new(&agents[0]).add("a");
         let b = Runtime::new(&agents[2]).add("b");
         tool(&spaces[0], &format!("ping -c 1 -W 5 {}", address(&b)));
-        // Edge sites are cut off from their API server now and then, and a kubelet starts the agent again.
+        // Edge sites lose their API server temporarily, while a kubelet may restart the agent.
         agents[2].end(Signal::SIGKILL)?;
         let ip = hosts[2].ip.to_string();
         agents[2] = start_as_kubelet(&hosts[2], &ip, &token, &variables(closed_port()), &[])?;

@@ -1,14 +1,14 @@
-//! Rules of iptables-legacy, of which the kernel's traces of nftables do not tell.
+//! Rules of iptables-legacy, which are invisible to traces of nftables.
 
 use gossamer::lab::Host;
 
 use crate::{
-    causes::{all, pair, wait_for_words},
     common::{
         Cluster, TIMEOUT, client, has_problem, isolated, run, skipped, status_where, tool,
         wait_until,
     },
     forwarding::with_pods,
+    silence_causes::{run_all, start_pair, wait_for_problem},
 };
 
 fn has_legacy(host: &Host) -> bool {
@@ -21,15 +21,15 @@ fn has_legacy(host: &Host) -> bool {
 }
 
 #[test]
-fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_destination_is_named() {
+fn iptables_legacy_rule_that_changes_the_tunnel_destination_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         if !has_legacy(host) {
             return Ok(());
         }
         let rule = "-A DOCKER -p udp -m udp --dport 8472 -j DNAT --to-destination 172.17.0.2:8472";
-        all(
+        run_all(
             host,
             &[
                 "iptables-legacy -t nat -N DOCKER",
@@ -43,21 +43,21 @@ fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_destination_is_name
             &named,
             "iptables-legacy -t nat -I DOCKER -p udp --dport 8472 -j ACCEPT",
         ];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         Ok(())
     });
 }
 
 #[test]
-fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_source_is_named() {
+fn iptables_legacy_rule_that_changes_the_tunnel_source_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let host = &cluster.hosts[1];
         if !has_legacy(host) {
             return Ok(());
         }
         let rule = "-A POSTROUTING -o eth0 -j SNAT --to-source 10.99.0.99";
-        all(
+        run_all(
             host,
             &["ip addr add 10.99.0.99/32 dev eth0", &format!("iptables-legacy -t nat {rule}")],
         );
@@ -67,13 +67,13 @@ fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_source_is_named() {
             &named,
             "iptables-legacy -t nat -I POSTROUTING -p udp --dport 8472 -j ACCEPT",
         ];
-        wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_problem(&mut cluster.agents[1], &words);
         Ok(())
     });
 }
 
-/// Which rules let programs of one user send alone; what is named, and what helps.
-const OF_USERS: [(&str, &str, &[&str]); 2] = [
+/// Rules that let only programs of one user send; the report, and the advice.
+const OWNER_RULES: [(&str, &str, &[&str]); 2] = [
     (
         "iptables-legacy has `-P OUTPUT DROP` in its table filter",
         "iptables-legacy -t filter -I OUTPUT -p udp --dport 8472 -j ACCEPT",
@@ -95,7 +95,7 @@ const OF_USERS: [(&str, &str, &[&str]); 2] = [
 ];
 
 #[test]
-fn rule_of_iptables_legacy_that_lets_only_packets_of_users_leave_is_named_and_the_advice_helps() {
+fn iptables_legacy_owner_rule_that_blocks_the_tunnel_is_reported_and_the_advice_works() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
@@ -105,14 +105,14 @@ fn rule_of_iptables_legacy_that_lets_only_packets_of_users_leave_is_named_and_th
             return Ok(());
         }
         let said = "packets of pods do not leave this host inside tunnel packets (IPv4)";
-        for (by, fix, rules) in OF_USERS {
+        for (by, fix, rules) in OWNER_RULES {
             status_where(agent, |status| {
                 status["kernel"]["forwarding"]["detail"]
                     .as_str()
                     .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
             });
-            all(host, rules);
-            wait_until("it is not named", TIMEOUT, || {
+            run_all(host, rules);
+            wait_until("it is not reported", TIMEOUT, || {
                 [said, by, fix].iter().all(|words| has_problem(agent, words))
             });
             let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;

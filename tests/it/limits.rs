@@ -1,4 +1,4 @@
-//! Underlays that carry less than usual: named, and used as far as they go.
+//! Underlays with a smaller MTU than usual are reported, and used as far as possible.
 
 use std::{fs, net::Ipv4Addr};
 
@@ -18,7 +18,7 @@ fn set_mtu(host: &Host, mtu: u32) {
 }
 
 #[test]
-fn an_underlay_below_the_minimum_of_quic_is_named_by_creator_and_joiner() {
+fn underlay_mtu_below_the_quic_minimum_is_reported_by_creator_and_joiner() {
     isolated(|lab| {
         let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
         hosts.iter().for_each(|host| set_mtu(host, 1_200));
@@ -28,9 +28,9 @@ fn an_underlay_below_the_minimum_of_quic_is_named_by_creator_and_joiner() {
         let seed = hosts[0].ip.to_string();
         let mut joiner = Agent::start(program(), &hosts[1], &["--join", &seed, "--token", &token])?;
         for agent in [&mut creator, &mut joiner] {
-            wait_until("it is not named", TIMEOUT, || {
+            wait_until("it is not reported", TIMEOUT, || {
                 has_problem(agent, "interface eth0 has MTU 1200")
-                    && has_problem(agent, "QUIC, which needs at least 1228")
+                    && has_problem(agent, "gossip (QUIC) needs at least 1228")
             });
         }
         hosts.iter().for_each(|host| set_mtu(host, 1_228));
@@ -42,7 +42,7 @@ fn an_underlay_below_the_minimum_of_quic_is_named_by_creator_and_joiner() {
 }
 
 #[test]
-fn an_underlay_too_small_for_ipv6_carries_ipv4_in_dual_stack() {
+fn dual_stack_on_an_underlay_too_small_for_ipv6_carries_ipv4() {
     isolated(|lab| {
         let mut cluster =
             Cluster { hosts: vec![lab.host(1, "n1")?], agents: Vec::new(), token: String::new() };
@@ -81,7 +81,7 @@ fn an_underlay_too_small_for_ipv6_carries_ipv4_in_dual_stack() {
 }
 
 #[test]
-fn rules_of_others_in_any_number_are_not_kept_in_memory() {
+fn large_foreign_rule_sets_are_not_kept_in_memory() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = namespaces(&["a", "b"])?;
@@ -91,7 +91,7 @@ fn rules_of_others_in_any_number_are_not_kept_in_memory() {
         status_where(&mut cluster.agents[0], is_tried);
         let pid = cluster.agents[0].pid();
         let before = memory_mib(pid, "VmRSS:");
-        // As a cluster of Kubernetes with very many Services has them: some 30 MB.
+        // As clusters of Kubernetes with very many Services have them: about 30 MB.
         let mut rules =
             "table ip crowd {\n chain pre { type nat hook prerouting priority -100;\n".to_owned();
         for number in 0..60_000_u32 {
@@ -104,7 +104,7 @@ fn rules_of_others_in_any_number_are_not_kept_in_memory() {
         let file = cluster.hosts[0].dir.join("rules");
         fs::write(&file, rules)?;
         tool(&cluster.hosts[0].netns, &format!("nft -f {}", file.display()));
-        // Once this is named, the others have been read, too.
+        // The agent reads all rules at once: when it reports this one, it has read the others, too.
         let proxy = "tcp dport 8080 redirect to :3128";
         let hook = "type nat hook prerouting priority -99;";
         tool(
@@ -113,7 +113,7 @@ fn rules_of_others_in_any_number_are_not_kept_in_memory() {
                 "nft add table ip proxy; add chain ip proxy pre {{ {hook} }}; add rule ip proxy pre {proxy}"
             ),
         );
-        wait_until("it is not named", TIMEOUT, || {
+        wait_until("it is not reported", TIMEOUT, || {
             has_warning(&mut cluster.agents[0], "ip proxy pre")
         });
         let peak = memory_mib(pid, "VmHWM:");

@@ -1,6 +1,6 @@
-//! What fails beside an agent, at each time of its life: when it starts, while it runs, and when it stops.
+//! Faults next to an agent, in each phase of its life: at start, while it runs, and when it stops.
 //!
-//! Each time the packets of pods go on, the status names the cause, an agent that is told to end does so
+//! In each phase pods stay connected, the status reports the cause, an agent that is told to end does so
 //! within its deadline, and it recovers without a restart once the fault is over.
 
 mod disks;
@@ -25,15 +25,15 @@ use crate::{
     common::{Cluster, TIMEOUT, has_problem, program, token_of, wait_until},
 };
 
-/// An agent that is told to end has ended after 5 s, whatever hangs; the rest is for a machine under load.
-const END: Duration = Duration::from_secs(8);
+/// A stopped agent ends within 5 s, whatever hangs; the rest is for a busy machine.
+const STOP_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Two hosts with a pod each. The fault is on the first host.
 struct Scene {
     cluster: Cluster,
-    /// With one for a pod that is connected now and then.
+    /// Includes a namespace for a pod that is added and removed repeatedly.
     pods: Vec<NetNs>,
-    /// The pod of the second host.
+    /// The address of the second host's pod.
     other: Ipv4Addr,
     subnet: String,
 }
@@ -58,27 +58,27 @@ impl Scene {
         let other = address(&Runtime::new(&cluster.agents[1]).add("b")).parse()?;
         let subnet = Agent::subnet(&cluster.agents[0].wait_converged(2, TIMEOUT)?)?.to_string();
         let scene = Self { cluster, pods, other, subnet };
-        scene.pods_talk("before the fault")?;
+        scene.assert_pods_connected("before the fault")?;
         Ok(scene)
     }
 
-    fn pods_talk(&self, when: &str) -> anyhow::Result<()> {
+    fn assert_pods_connected(&self, when: &str) -> anyhow::Result<()> {
         let answered = Pinger::new(&self.pods[0])?.ping(self.other, TIMEOUT)?;
         assert!(answered.is_some(), "pods are cut off {when}");
         Ok(())
     }
 
-    /// Waits until the first agent names the cause.
-    fn is_named(&mut self, words: &str) {
+    /// Waits until the first agent reports the cause.
+    fn wait_reported(&mut self, words: &str) {
         let agent = &mut self.cluster.agents[0];
-        wait_until(&format!("not named: {words}"), TIMEOUT, || has_problem(agent, words));
+        wait_until(&format!("not reported: {words}"), TIMEOUT, || has_problem(agent, words));
     }
 
     fn ends(&mut self) -> anyhow::Result<()> {
-        let told = Instant::now();
+        let signaled = Instant::now();
         self.cluster.agents[0].end(Signal::SIGTERM)?;
-        assert!(told.elapsed() < END, "ending took {:?}", told.elapsed());
-        self.pods_talk("once the agent has ended")
+        assert!(signaled.elapsed() < STOP_TIMEOUT, "ending took {:?}", signaled.elapsed());
+        self.assert_pods_connected("once the agent has ended")
     }
 
     fn starts(&mut self) -> anyhow::Result<()> {
@@ -86,7 +86,7 @@ impl Scene {
         Ok(())
     }
 
-    /// The same agent, in its cluster and with its subnet, serves pods again.
+    /// Checks that the same agent, in its cluster and with its subnet, serves pods again.
     fn recovers(&mut self) -> anyhow::Result<()> {
         let status = self.cluster.agents[0].wait_converged(2, TIMEOUT)?;
         assert_eq!(Agent::subnet(&status)?.to_string(), self.subnet);
@@ -95,11 +95,11 @@ impl Scene {
             runtime.call("ADD", "c", &json!({})).0
         });
         runtime.del("c");
-        self.pods_talk("after the fault")
+        self.assert_pods_connected("after the fault")
     }
 }
 
-/// A tracer that has a system call of an agent fail, as long as it is there.
+/// A tracer that makes a system call of an agent fail while it runs.
 struct Tracer(Child);
 
 impl Tracer {
@@ -107,7 +107,7 @@ impl Tracer {
         Command::new("strace").arg("-V").output().is_ok()
     }
 
-    /// `whom` are strace's options for what it traces: `-p` and a number last.
+    /// `whom` are strace's options that select the traced process: `-p` and its id last.
     fn start(whom: &[&str], call: &str, error: &str) -> anyhow::Result<Self> {
         let (trace, inject) = (format!("trace={call}"), format!("inject={call}:error={error}"));
         let mut strace = Command::new("strace");
@@ -124,7 +124,7 @@ impl Tracer {
 
 impl Drop for Tracer {
     fn drop(&mut self) {
-        // It lets go of what it traces.
+        // On SIGTERM, strace detaches from the process.
         let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
         let _ = self.0.wait();
     }

@@ -1,4 +1,4 @@
-//! Metrics and health, read as collectors and probes read them.
+//! Metrics and health endpoints, as collectors and probes read them.
 
 use std::{
     collections::BTreeSet,
@@ -19,7 +19,7 @@ const PORT: u16 = 9473;
 /// Debian's `prometheus`.
 const PROMTOOL: &str = "/usr/bin/promtool";
 
-/// Status line with headers, and body.
+/// Returns the status line with headers, and the body.
 fn get(netns: &NetNs, path: &str, accept: &str) -> (String, String) {
     get_from("127.0.0.1", netns, path, accept)
 }
@@ -40,7 +40,7 @@ fn get_from(host: &str, netns: &NetNs, path: &str, accept: &str) -> (String, Str
     (head.to_owned(), body.to_owned())
 }
 
-/// Sample by name and labels.
+/// Returns the value of a sample by name and labels.
 fn sample(text: &str, name: &str) -> f64 {
     let mut lines = text.lines().filter_map(|line| line.rsplit_once(' '));
     let found = lines.find(|(series, _)| *series == name);
@@ -48,7 +48,7 @@ fn sample(text: &str, name: &str) -> f64 {
 }
 
 #[test]
-fn collectors_and_probes_are_answered() {
+fn metrics_and_health_endpoints_answer_collectors_and_probes() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let address = format!("127.0.0.1:{PORT}");
@@ -76,16 +76,16 @@ fn collectors_and_probes_are_answered() {
         let (head, open) = get(host, "/metrics", "application/openmetrics-text; version=1.0.0");
         assert!(head.contains("application/openmetrics-text"), "{head}");
         assert!(open.contains("# TYPE gossamer_grants counter") && open.ends_with("# EOF\n"));
-        names_are_documented(&text);
+        assert_names_documented(&text);
         lint(&text);
 
         assert!(get(host, "/healthz", "*/*").0.contains("200"));
         assert!(get(host, "/readyz", "*/*").0.contains("200"));
-        // Nothing that changes anything, or tells the token, is to be had here.
+        // Endpoints that change the state or reveal the token are not available here.
         for path in ["/v1/token", "/v1/leave", "/v1/forget", "/v1/pods"] {
             assert!(get(host, path, "*/*").0.contains("404"), "{path}");
         }
-        // One that has found nobody yet.
+        // An agent that has found no member yet.
         let third = lab.host(3, "n3")?;
         let lost = ["--http", &address, "--join", "10.99.0.99", "--token", &cluster.token];
         let _joining = Agent::start(program(), &third, &lost)?;
@@ -104,8 +104,8 @@ fn collectors_and_probes_are_answered() {
     });
 }
 
-/// docs/METRICS.md has every metric there is, and no other.
-fn names_are_documented(text: &str) {
+/// Checks that docs/METRICS.md lists exactly the existing metrics.
+fn assert_names_documented(text: &str) {
     let shown: BTreeSet<&str> =
         text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
     let docs = include_str!("../../docs/METRICS.md");
@@ -115,7 +115,7 @@ fn names_are_documented(text: &str) {
     assert_eq!(shown, listed);
 }
 
-/// Prometheus' own opinion, where it is installed.
+/// Checks the metrics with Prometheus' own tool, if it is installed.
 fn lint(text: &str) {
     if !Path::new(PROMTOOL).exists() {
         return skipped("promtool", "prometheus is not installed");

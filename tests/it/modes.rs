@@ -1,4 +1,4 @@
-//! Ways without a tunnel, and from one way to another.
+//! Modes without a tunnel, and changes of the mode.
 
 use std::{process::Command, time::Duration};
 
@@ -6,18 +6,18 @@ use gossamer::lab::{Agent, Host, Lab, Pinger};
 use nix::sys::signal::Signal;
 
 use crate::{
-    causes::{NAMED, all, wait_for_path, wait_for_words},
     common::{Cluster, TIMEOUT, client, has_problem, isolated, run, skipped, tool, wait_until},
+    silence_causes::{REPORT_TIMEOUT, run_all, wait_for_path, wait_for_problem},
 };
 
-/// But for the one that refuses what no pod takes.
+/// Returns gossamer's routes to peers, without the one that rejects unused addresses.
 fn routes(host: &Host) -> String {
     let routes = tool(&host.netns, "ip route show proto 73");
     let to_peers = routes.lines().filter(|route| !route.contains("metric 4294967295"));
     to_peers.map(|route| format!("{route}\n")).collect()
 }
 
-/// Neighbors and FDB entries, whose order is no order.
+/// Returns neighbors and FDB entries, sorted because their order is undefined.
 fn entries(host: &Host) -> Vec<String> {
     let commands = ["bridge fdb show dev gossamer.1", "ip neigh show dev gossamer.1 nud permanent"];
     let text = commands.map(|command| tool(&host.netns, command)).concat();
@@ -26,7 +26,7 @@ fn entries(host: &Host) -> Vec<String> {
     lines
 }
 
-/// Starts every agent again with other arguments, as an operator who changes the mode does.
+/// Restarts every agent with other arguments, as an operator who changes the mode does.
 fn restart_all(cluster: &mut Cluster, arguments: &[&str]) -> anyhow::Result<()> {
     for number in 0..cluster.hosts.len() {
         cluster.agents[number].end(Signal::SIGTERM)?;
@@ -35,7 +35,7 @@ fn restart_all(cluster: &mut Cluster, arguments: &[&str]) -> anyhow::Result<()> 
     cluster.converge()
 }
 
-/// A host behind the router of the underlay, in a network of its own.
+/// Adds a host behind the router of the underlay, in its own network.
 fn far_host(lab: &mut Lab, number: u16) -> anyhow::Result<Host> {
     let host = lab.host(number, &format!("n{number}"))?;
     for command in [
@@ -52,7 +52,7 @@ fn far_host(lab: &mut Lab, number: u16) -> anyhow::Result<Host> {
 }
 
 #[test]
-fn a_change_of_mode_loses_no_packet_and_leaves_nothing_of_the_old() {
+fn mode_change_loses_no_packet_and_removes_the_old_entries() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = cluster.pods()?;
@@ -85,7 +85,7 @@ fn a_change_of_mode_loses_no_packet_and_leaves_nothing_of_the_old() {
 }
 
 #[test]
-fn direct_routes_come_back_after_the_underlay_was_down() {
+fn direct_routes_are_restored_after_the_underlay_was_down() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let second = lab.host(2, "n2")?;
@@ -107,7 +107,7 @@ fn direct_routes_come_back_after_the_underlay_was_down() {
 }
 
 #[test]
-fn peers_behind_a_router_have_a_tunnel_or_are_named() {
+fn peers_behind_a_router_get_a_tunnel_or_are_reported() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let far = far_host(lab, 3)?;
@@ -127,7 +127,7 @@ fn peers_behind_a_router_have_a_tunnel_or_are_named() {
 
         cluster.agents[0].end(Signal::SIGTERM)?;
         cluster.agents[0] = cluster.start_agent(&cluster.hosts[0], &["--mode", "host-gw"])?;
-        wait_until("it is not named", TIMEOUT, || {
+        wait_until("it is not reported", TIMEOUT, || {
             has_problem(&mut cluster.agents[0], "n3 (10.98.0.3) is not on this host's underlay")
         });
         let routes = routes(&cluster.hosts[0]);
@@ -137,7 +137,7 @@ fn peers_behind_a_router_have_a_tunnel_or_are_named() {
 }
 
 #[test]
-fn answers_without_a_tunnel_are_right_where_packets_go_without_one() {
+fn direct_mode_accepts_answers_without_a_tunnel() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         restart_all(&mut cluster, &["--mode", "direct"])?;
@@ -150,9 +150,9 @@ fn answers_without_a_tunnel_are_right_where_packets_go_without_one() {
     });
 }
 
-/// As NixOS has it, on hosts of two modes.
+/// As NixOS configures it, on hosts of two modes.
 #[test]
-fn rule_about_the_reverse_path_is_named_on_the_hosts_that_have_it_where_modes_differ() {
+fn reverse_path_rule_is_reported_on_its_host_when_modes_differ() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         cluster.restart(0, &["--mode", "direct"])?;
@@ -162,27 +162,32 @@ fn rule_about_the_reverse_path_is_named_on_the_hosts_that_have_it_where_modes_di
             "nft add rule ip rpf pre fib saddr . iif oif missing drop",
         ];
         if !rules.iter().all(|command| run(&cluster.hosts[0].netns, command).status.success()) {
-            skipped("reverse paths", "it needs `nft` (Debian: nftables), and a kernel with fib");
+            skipped(
+                "reverse_path_rule_is_reported_on_its_host_when_modes_differ",
+                "it needs `nft` (Debian: nftables), and a kernel with fib",
+            );
             return Ok(());
         }
-        all(&cluster.hosts[1], &rules);
+        run_all(&cluster.hosts[1], &rules);
         let advice = "nft insert rule ip rpf pre ip saddr 10.42.0.0/16 accept";
         let ways = [["gossamer.1", "eth0"], ["eth0", "gossamer.1"]];
         for (agent, [came, goes]) in cluster.agents.iter_mut().zip(ways) {
             let ways = format!("come in by {came}, and packets to them leave by {goes}");
-            wait_for_words(agent, &["a rule of chain ip rpf pre (handle ", &ways, advice]);
+            wait_for_problem(agent, &["a rule of chain ip rpf pre (handle ", &ways, advice]);
             assert!(!has_problem(agent, "UDP 8472 is closed"));
         }
 
-        // The host without such a rule blames no port either.
+        // The host without such a rule reports no closed port either.
         tool(&cluster.hosts[1].netns, "nft delete table ip rpf");
         let mixed = "packets to n1 go through the tunnel, its own come without one";
-        wait_until("it is not named", NAMED, || has_problem(&mut cluster.agents[1], mixed));
+        wait_until("it is not reported", REPORT_TIMEOUT, || {
+            has_problem(&mut cluster.agents[1], mixed)
+        });
         assert!(!has_problem(&mut cluster.agents[1], "UDP 8472 is closed"));
         tool(&cluster.hosts[0].netns, advice);
-        wait_until("the advice does not help", NAMED, || {
+        wait_until("the advice does not help", REPORT_TIMEOUT, || {
             !has_problem(&mut cluster.agents[0], "chain ip rpf pre")
-                && has_problem(&mut cluster.agents[1], "its answers come without")
+                && has_problem(&mut cluster.agents[1], "its answers arrive without")
         });
         Ok(())
     });

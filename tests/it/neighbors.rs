@@ -1,5 +1,4 @@
-//! Packets to addresses of a host's subnet that no pod has: they are refused before the kernel looks for a
-//! neighbor.
+//! Packets to unused addresses of a host's subnet are rejected before the kernel looks for a neighbor.
 
 use std::{
     net::{Ipv6Addr, UdpSocket},
@@ -18,11 +17,11 @@ use crate::{
     },
 };
 
-/// More than any default of `net.ipv6.neigh.default.gc_thresh3`.
+/// Number of addresses; more than any default of `net.ipv6.neigh.default.gc_thresh3`.
 const FLOOD: u32 = 3_000;
-const REFUSED: &str = "nft list table inet gossamer.1-pods";
+const LIST_REJECT_TABLE: &str = "nft list table inet gossamer.1-pods";
 
-/// Two hosts with both families, of which the first has 10.42.7.0/24.
+/// Starts two hosts with both families; the first one has 10.42.7.0/24.
 fn cluster(lab: &mut Lab) -> anyhow::Result<Cluster> {
     let first = lab.host(1, "n1")?;
     let overlay = ["--init", "--network6", "fd42::/48", "--prefer-subnet", "10.42.7.0"];
@@ -35,21 +34,21 @@ fn cluster(lab: &mut Lab) -> anyhow::Result<Cluster> {
     Ok(cluster)
 }
 
-/// A datagram to each of many addresses of the first host's subnet.
+/// Sends a datagram to each of many addresses of the first host's subnet.
 fn flood(from: &NetNs) -> anyhow::Result<()> {
     Ok(from.run(|| {
         let socket = UdpSocket::bind("[::]:0")?;
         for number in 0x1_0000..0x1_0000 + FLOOD {
             let [high, low] = [number >> 16, number & 0xffff].map(|part| part as u16);
-            // What is refused is an error here, on this host or by a message of the other one.
+            // A rejection is an error here, from this host or by a message of the other one.
             let _ = socket.send_to(b"x", (Ipv6Addr::new(0xfd42, 0, 0, 7, 0, 0, high, low), 9));
         }
         Ok(())
     })?)
 }
 
-/// Entries for addresses of the subnets on the pods' bridge, less those of pods.
-fn altered_entries(host: &NetNs, pods: &[String]) -> Vec<String> {
+/// Returns the entries for addresses of the subnets on the pods' bridge, except those of pods.
+fn entries_of_non_pods(host: &NetNs, pods: &[String]) -> Vec<String> {
     let all = tool(host, "ip neigh show nud all dev gsm0");
     let of_subnet = |line: &&str| line.starts_with("fd42:") || line.starts_with("10.42.");
     let is_pods = |line: &str| pods.iter().any(|ip| line.starts_with(&format!("{ip} ")));
@@ -67,38 +66,41 @@ fn reaches(from: &NetNs, to: &str) -> bool {
 }
 
 #[test]
-fn packets_to_unused_addresses_fill_no_neighbor_table_and_new_pods_are_found() {
+fn packets_to_unused_addresses_create_no_neighbors_and_new_pods_are_reachable() {
     isolated(|lab| {
         let mut cluster = cluster(lab)?;
         let spaces = namespaces(&["a", "b", "c"])?;
         let mut known = addresses(&Runtime::new(&cluster.agents[0]).add("a"));
         Runtime::new(&cluster.agents[1]).add("b");
         let host = &cluster.hosts[0].netns;
-        eventually(host, REFUSED, |text| text.contains(&known[0]));
+        eventually(host, LIST_REJECT_TABLE, |text| text.contains(&known[0]));
         known.extend(["10.42.7.254", "fd42:0:0:7::fe"].map(str::to_owned));
 
-        // The sender is told at once, where the kernel alone would take three seconds.
+        // The sender is notified at once; the kernel alone would take three seconds.
         for unused in ["10.42.7.99", "fd42:0:0:7::99"] {
             let said = run(&spaces[1], &format!("ping -c 1 -W 2 {unused}"));
             let said = String::from_utf8(said.stdout)?;
             assert!(said.to_lowercase().contains("unreachable"), "{said}");
         }
-        // Of a pod elsewhere, and of this host itself.
+        // From a pod elsewhere, and from this host itself.
         for source in [&spaces[1], host] {
             flood(source)?;
             let _ = run(source, "ping -c 1 -W 1 10.42.7.98");
-            let malformed = altered_entries(host, &known);
+            let malformed = entries_of_non_pods(host, &known);
             assert!(malformed.len() < 5, "{} entries: {:?}", malformed.len(), malformed.first());
         }
         let added = addresses(&Runtime::new(&cluster.agents[0]).add("c"));
         for address in known.iter().take(2).chain(&added) {
-            // A bridge that is new asks for nobody before its own address is known to be its own.
+            // A new bridge resolves no address until the duplicate detection of its own address has
+            // ended.
             wait_until(address, TIMEOUT, || reaches(&spaces[1], address));
         }
 
-        // What others do to the table is repaired; a restart loses no packet; a pod that is gone is refused.
+        // Changes by other programs are repaired; a restart loses no packet; a removed pod is rejected.
         tool(host, "nft delete table inet gossamer.1-pods");
-        eventually(host, REFUSED, |text| text.contains(&added[0]) && text.contains("reject"));
+        eventually(host, LIST_REJECT_TABLE, |text| {
+            text.contains(&added[0]) && text.contains("reject")
+        });
         status_where(&mut cluster.agents[0], |status| {
             status["kernel"]["repairs"]["anti-spoofing"].as_u64() >= Some(1)
         });
@@ -109,21 +111,21 @@ fn packets_to_unused_addresses_fill_no_neighbor_table_and_new_pods_are_found() {
         cluster.agents[0].wait_converged(2, TIMEOUT)?;
         assert_eq!(pinging.join().expect("the pinger ends")?, 300);
         Runtime::new(&cluster.agents[0]).del("c");
-        eventually(host, REFUSED, |text| !text.contains(&added[0]));
+        eventually(host, LIST_REJECT_TABLE, |text| !text.contains(&added[0]));
         assert!(reaches(&spaces[1], &known[0]) && !reaches(&spaces[1], &added[0]));
         Ok(())
     });
 }
 
 #[test]
-fn port_of_another_program_on_the_bridge_is_reached() {
+fn foreign_port_on_the_bridge_is_reachable() {
     isolated(|lab| {
         let mut cluster = cluster(lab)?;
         let spaces = namespaces(&["a", "b"])?;
         Runtime::new(&cluster.agents[0]).add("a");
         Runtime::new(&cluster.agents[1]).add("b");
         let host = &cluster.hosts[0].netns;
-        eventually(host, REFUSED, |text| text.contains("reject"));
+        eventually(host, LIST_REJECT_TABLE, |text| text.contains("reject"));
         let other = NetNs::new("other")?;
         tool(host, "ip link add other0 type veth peer name eth0 netns other");
         for command in [
@@ -138,15 +140,15 @@ fn port_of_another_program_on_the_bridge_is_reached() {
             said.contains(" 0% packet loss")
         });
         tool(host, "ip link set other0 nomaster");
-        eventually(host, REFUSED, |text| text.contains("reject"));
+        eventually(host, LIST_REJECT_TABLE, |text| text.contains("reject"));
         cluster.converge()?;
         Ok(())
     });
 }
 
-/// A port's MTU and the entries of pods are gossamer's, whatever another program makes of them.
+/// gossamer owns the MTU of a port and the entries of pods, and repairs changes by other programs.
 #[test]
-fn entry_of_a_pod_with_another_mac_and_a_smaller_port_are_put_right() {
+fn changed_neighbor_entry_and_port_mtu_of_a_pod_are_repaired() {
     isolated(|lab| {
         let cluster = cluster(lab)?;
         let _spaces = namespaces(&["a"])?;
@@ -174,9 +176,9 @@ fn entry_of_a_pod_with_another_mac_and_a_smaller_port_are_put_right() {
     });
 }
 
-/// They would be the first to go where a pod fills the table, which is one for all namespaces.
+/// Otherwise the kernel would evict them first when a pod fills the table, which all namespaces share.
 #[test]
-fn entries_of_next_hops_and_of_pods_gateways_stay_and_follow_the_mac() {
+fn neighbor_entries_of_next_hops_and_gateways_persist_and_follow_mac_changes() {
     isolated(|lab| {
         let cluster = cluster(lab)?;
         let spaces = namespaces(&["a"])?;
@@ -206,9 +208,9 @@ fn entries_of_next_hops_and_of_pods_gateways_stay_and_follow_the_mac() {
     });
 }
 
-/// A firewall of bridges that drops how pods find each other, and no other packets of them.
+/// A firewall of bridges that drops address resolution between pods, and no other packets.
 #[test]
-fn pods_of_one_host_that_do_not_find_each_other_are_named_with_the_chain_until_it_is_gone() {
+fn chain_that_blocks_address_resolution_between_pods_is_reported_until_removed() {
     isolated(|lab| {
         let mut cluster = cluster(lab)?;
         let spaces = namespaces(&["a", "b"])?;
@@ -247,7 +249,7 @@ fn pods_of_one_host_that_do_not_find_each_other_are_named_with_the_chain_until_i
             status_where(agent, |status| status["problems"] == serde_json::json!([]));
             assert!(reaches());
         }
-        // Where all of it passes, that is known.
+        // Where all packets pass, the check succeeds.
         sh(
             host,
             "nft add table bridge wall && \

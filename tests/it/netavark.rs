@@ -1,5 +1,5 @@
-//! Containers by the netavark plugin, called as Podman and netavark call it; `ip` and `ping` say what came of
-//! it.
+//! Containers connected by the netavark plugin, called as Podman and netavark call it. Results are
+//! checked with `ip` and `ping`.
 
 use std::{
     fs::File,
@@ -17,7 +17,7 @@ use crate::{
     common::{Cluster, TIMEOUT, eventually, isolated, program, run, skipped, tool, wait_until},
 };
 
-/// Puts the plugin into a directory; gives its path, and what was said.
+/// Installs the plugin into a directory. Returns its path, and the output of the command.
 fn install(dir: &Path, more: &[&str]) -> (PathBuf, String) {
     let mut command = Command::new(program());
     let output = command.args(["podman", "install", "--dir"]).arg(dir).args(more).output();
@@ -26,12 +26,12 @@ fn install(dir: &Path, more: &[&str]) -> (PathBuf, String) {
     (dir.join("gossamer"), String::from_utf8(output.stdout).expect("UTF-8"))
 }
 
-/// One call of a plugin.
+/// Calls a plugin once.
 fn call(mut plugin: Command, arguments: &[&str], input: &[u8]) -> Output {
     plugin.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = plugin.spawn().expect("the plugin starts");
     let mut stdin = child.stdin.take().expect("a pipe");
-    // It may have ended without reading all of it.
+    // The plugin may end without reading all of its input.
     let _ = stdin.write_all(input);
     drop(stdin);
     child.wait_with_output().expect("the plugin ends")
@@ -111,7 +111,7 @@ impl Podman {
 }
 
 #[test]
-fn every_call_that_is_wrong_is_answered_with_an_error_that_netavark_reads() {
+fn invalid_calls_return_errors_in_netavarks_format() {
     isolated(|_| {
         let (plugin, _) = install(Path::new("/run/netavark"), &[]);
         let refused = |output: Output, call: &str| {
@@ -139,7 +139,7 @@ fn every_call_that_is_wrong_is_answered_with_an_error_that_netavark_reads() {
             let said = refused(call(Command::new(&plugin), &arguments, b""), call_of);
             assert!(said.contains(words), "{call_of}: {said}");
         }
-        // A directory, and what was opened to be written alone.
+        // A directory, and a file that was opened for writing only.
         for input in [File::open("/")?, File::create("/run/written")?] {
             for arguments in [&["create"][..], &["setup", "/run/netns/a"], &["teardown", "a"]] {
                 let mut command = Command::new(&plugin);
@@ -152,14 +152,14 @@ fn every_call_that_is_wrong_is_answered_with_an_error_that_netavark_reads() {
     });
 }
 
-/// The address on `eth0` without the length of its subnet.
+/// Returns the address of `eth0`, without the prefix length.
 pub fn address(status: &Value) -> String {
     let ipnet = status["interfaces"]["eth0"]["subnets"][0]["ipnet"].as_str().expect("an address");
     ipnet.split('/').next().expect("an address").to_owned()
 }
 
 #[test]
-fn containers_of_two_hosts_reach_each_other_at_full_size() {
+fn netavark_containers_on_two_hosts_exchange_full_size_packets() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let spaces = namespaces(&["one", "two"])?;
@@ -180,7 +180,7 @@ fn containers_of_two_hosts_reach_each_other_at_full_size() {
         }
         let listed = cluster.agents[0].ask("/v1/pods", TIMEOUT)?;
         assert_eq!(listed["pods"][0]["owner"], "podman/web");
-        // Twice is as good as once.
+        // Teardown is idempotent.
         podmans[0].tear_down("one");
         podmans[0].tear_down("one");
         eventually(&spaces[0], "ip -o link", |links| !links.contains("eth0"));
@@ -190,7 +190,7 @@ fn containers_of_two_hosts_reach_each_other_at_full_size() {
 }
 
 #[test]
-fn addresses_macs_and_names_that_are_asked_for_are_given_or_refused() {
+fn requested_addresses_macs_and_names_are_assigned_or_rejected() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b"])?;
@@ -216,7 +216,7 @@ fn addresses_macs_and_names_that_are_asked_for_are_given_or_refused() {
             (json!({ "static_mac": "02:00:00:00:00:33" }), "02:00:00:00:00:33"),
             (json!({ "static_mac": "01:00:5e:00:00:01" }), "01:00:5e:00:00:01"),
             (json!({ "static_mac": "00:00:00:00:00:00" }), "00:00:00:00:00:00"),
-            // The gateway's.
+            // The gateway's MAC.
             (json!({ "static_mac": "0a:58:0a:2a:01:01" }), "0a:58"),
             (json!({ "static_mac": "02:00" }), "02:00"),
             (json!({ "interface_name": "a/b" }), "interface name"),
@@ -225,12 +225,12 @@ fn addresses_macs_and_names_that_are_asked_for_are_given_or_refused() {
             let error = podman.refused("b", &asked);
             assert!(error.contains(word), "{asked}: {error}");
         }
-        // Setup refuses it, so there is nothing to be torn down.
+        // Setup rejects this name, so there is nothing to tear down.
         let never = podman.call("teardown", "b", &json!({ "interface_name": "all" }));
         assert!(never.status.success(), "{}", answer(&never));
         assert_eq!((pods(&mut cluster.agents[0]), veths(&cluster.hosts[0])), (1, 1));
 
-        // As `podman network reload` does it: the same address and MAC once more.
+        // As `podman network reload` does: the same address and MAC again.
         let output = podman.call("teardown", "a", &asked);
         assert!(output.status.success(), "{}", answer(&output));
         assert_eq!(podman.set_up("a", &asked)["interfaces"], wanted);
@@ -241,13 +241,13 @@ fn addresses_macs_and_names_that_are_asked_for_are_given_or_refused() {
         });
         assert_eq!(podman.set_up("b", &again), b);
 
-        // An agent that restarts lets the MAC through that an earlier one was told of.
+        // A restarted agent accepts the MAC that was assigned before its restart.
         cluster.agents[0].end(Signal::SIGKILL)?;
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         cluster.converge()?;
         for _ in 0..2 {
             tool(&spaces[0], &format!("ping -c 1 -W 2 {}", address(&b)));
-            // What others delete is rewritten, by the new agent's knowledge alone.
+            // A deleted table is re-created from the restarted agent's own knowledge.
             run(&cluster.hosts[0].netns, "nft delete table bridge gossamer.1");
             eventually(&cluster.hosts[0].netns, "nft list table bridge gossamer.1", |table| {
                 table.contains("02:00:00:00:00:33")
@@ -258,7 +258,7 @@ fn addresses_macs_and_names_that_are_asked_for_are_given_or_refused() {
 }
 
 #[test]
-fn a_container_in_several_networks_keeps_the_default_route_of_the_others() {
+fn container_in_several_networks_keeps_the_default_route_of_the_others() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
         let spaces = namespaces(&["before", "after", "peer"])?;
@@ -287,13 +287,13 @@ fn a_container_in_several_networks_keeps_the_default_route_of_the_others() {
             for (from, to) in [(space, &peer), (&spaces[2], &given)] {
                 tool(from, &format!("ping -c 1 -W 2 {}", address(to)));
             }
-            // A second network of the overlay is no harm.
+            // A second network of the overlay does no harm.
             let before = tool(space, "ip route show default");
             let second = podmans[0].set_up(name, &json!({ "interface_name": "eth1" }));
             assert!(second["interfaces"]["eth1"].is_object(), "{second}");
             assert_eq!(tool(space, "ip route show default"), before);
             tool(space, &format!("ping -c 1 -W 2 {}", address(&peer)));
-            // What is left when the first network is disconnected is enough.
+            // After the first network is disconnected, the routes of the second one suffice.
             podmans[0].tear_down(name);
             let overlay = || tool(space, "ip route show 10.42.0.0/16");
             wait_until("eth1 has its routes", TIMEOUT, || overlay().contains("dev eth1"));
@@ -306,13 +306,13 @@ fn a_container_in_several_networks_keeps_the_default_route_of_the_others() {
 }
 
 #[test]
-fn in_dual_stack_a_container_has_both_addresses() {
+fn dual_stack_netavark_container_has_both_addresses() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         if !run(&host.netns, "ip -6 route").status.success()
             || !Path::new("/proc/sys/net/ipv6").exists()
         {
-            skipped("in_dual_stack_a_container_has_both_addresses", "the kernel has no IPv6");
+            skipped("dual_stack_netavark_container_has_both_addresses", "the kernel has no IPv6");
             return Ok(());
         }
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
@@ -340,13 +340,13 @@ fn in_dual_stack_a_container_has_both_addresses() {
 }
 
 #[test]
-fn a_container_that_ended_without_teardown_starts_again() {
+fn container_ended_without_teardown_starts_again() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let space = NetNs::new("a")?;
         let podman = Podman::new(&cluster.agents[0]);
         podman.set_up("a", &json!({}));
-        // Its namespace is gone with its veth pair, and there is another one of the same name.
+        // The namespace is gone with its veth pair, and there is a new one of the same name.
         tool(&cluster.hosts[0].netns, "ip netns del a");
         drop(space);
         let space = NetNs::new("a")?;
@@ -360,7 +360,7 @@ fn a_container_that_ended_without_teardown_starts_again() {
 }
 
 #[test]
-fn a_container_that_ends_without_an_agent_gives_its_address_back_later() {
+fn container_ended_without_an_agent_releases_its_address_later() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _spaces = namespaces(&["a", "b"])?;
@@ -380,7 +380,7 @@ fn a_container_that_ends_without_an_agent_gives_its_address_back_later() {
 }
 
 #[test]
-fn published_ports_are_no_error_and_not_passed_over_in_silence() {
+fn published_ports_cause_a_notice_but_no_error() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let _space = NetNs::new("a")?;
@@ -398,7 +398,7 @@ fn published_ports_are_no_error_and_not_passed_over_in_silence() {
 }
 
 #[test]
-fn what_cannot_be_done_is_an_error_in_podmans_format() {
+fn unsupported_networks_are_rejected_in_podmans_format() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let podman = Podman::new(&cluster.agents[0]);
@@ -438,7 +438,7 @@ fn what_cannot_be_done_is_an_error_in_podmans_format() {
 }
 
 #[test]
-fn rootless_podman_is_told_why_not_and_what_to_do() {
+fn rootless_podman_gets_the_reason_and_a_remedy() {
     let plugin = || {
         let mut command = Command::new("unshare");
         command.args(["--user", "--map-root-user"]).arg(program());
@@ -446,7 +446,7 @@ fn rootless_podman_is_told_why_not_and_what_to_do() {
     };
     if !plugin().arg("version").output().is_ok_and(|output| output.status.success()) {
         return skipped(
-            "rootless_podman_is_told_why_not_and_what_to_do",
+            "rootless_podman_gets_the_reason_and_a_remedy",
             "unshare --user is not allowed here",
         );
     }
@@ -458,7 +458,7 @@ fn rootless_podman_is_told_why_not_and_what_to_do() {
 }
 
 #[test]
-fn the_plugin_is_put_where_podman_looks_and_commands_stay_what_they_are() {
+fn netavark_plugin_is_installed_and_still_runs_gossamers_commands() {
     let dir = tempfile::tempdir().expect("a directory");
     let dir = dir.path().join("netavark");
     for _ in 0..2 {

@@ -1,4 +1,5 @@
-//! A host without the secret that floods a member's gossip port: no member goes down, and hosts join.
+//! A host without the secret floods a member's gossip port: no member is reported down, and hosts can
+//! join.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4},
@@ -10,21 +11,21 @@ use serde_json::Value;
 
 use crate::{
     common::{Cluster, TIMEOUT, has_problem, isolated, program, token_of, tool, wait_until},
-    families,
+    ip_families,
 };
 
 const PORT: u16 = 8473;
 
-/// Before answers to non-members were limited, 30 packets a second from unused addresses filled the socket's
-/// buffer, and the flooded member was called down after 15 s.
-const LONG: Duration = Duration::from_secs(25);
+/// Before answers to non-members were limited, 30 packets a second from unused addresses filled the
+/// socket's buffer, and the flooded member was reported down after 15 s.
+const FLOOD_DURATION: Duration = Duration::from_secs(25);
 
 fn counter(status: &Value, name: &str) -> u64 {
     status["counters"][name].as_u64().expect("a counter")
 }
 
 #[test]
-fn flood_from_unused_addresses_mutes_no_member_and_a_host_joins() {
+fn flood_from_unused_addresses_silences_no_member_and_a_host_joins() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let attacker = lab.host(66, "evil")?;
@@ -33,7 +34,7 @@ fn flood_from_unused_addresses_mutes_no_member_and_a_host_joins() {
         let begun = Instant::now();
         cluster.join(lab, 4)?;
         cluster.converge()?;
-        wait_until("the flood has lasted", TIMEOUT, || begun.elapsed() > LONG);
+        wait_until("the flood has lasted", TIMEOUT, || begun.elapsed() > FLOOD_DURATION);
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert!(
             has_problem(&mut cluster.agents[0], "non-members send"),
@@ -53,7 +54,7 @@ fn flood_from_unused_addresses_mutes_no_member_and_a_host_joins() {
 }
 
 #[test]
-fn floods_from_far_addresses_and_of_one_honest_host_keep_no_host_out() {
+fn floods_from_remote_addresses_and_one_host_block_no_joiner() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let attacker = lab.host(66, "evil")?;
@@ -72,7 +73,7 @@ fn floods_from_far_addresses_and_of_one_honest_host_keep_no_host_out() {
 }
 
 #[test]
-fn strangers_that_finish_no_handshake_keep_no_host_out() {
+fn non_members_with_stalled_handshakes_block_no_joiner() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let target = SocketAddrV4::new(cluster.hosts[0].ip, PORT);
@@ -81,7 +82,7 @@ fn strangers_that_finish_no_handshake_keep_no_host_out() {
         for address in &addresses {
             tool(&attacker.netns, &format!("ip addr add {address}/16 dev eth0"));
         }
-        // Another one is a user of the host itself.
+        // The other attacker is a user of the host itself.
         let loopback = [[127, 0, 0, 1], [127, 0, 0, 2], [127, 1, 1, 3]].map(IpAddr::from);
         let own = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
         let silences = [
@@ -95,18 +96,18 @@ fn strangers_that_finish_no_handshake_keep_no_host_out() {
         cluster.join(lab, 2)?;
         cluster.agents[1].wait_converged(2, TIMEOUT)?;
         println!("joined after {:?}", begun.elapsed());
-        let told = has_problem(&mut cluster.agents[0], "find no place or lose it");
+        let is_reported = has_problem(&mut cluster.agents[0], "find no place or lose it");
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
-        assert!(told, "{:#}", status["problems"]);
+        assert!(is_reported, "{:#}", status["problems"]);
         assert!(status["handshakes"]["refused"].as_u64() > Some(100), "{}", status["handshakes"]);
         Ok(())
     });
 }
 
 #[test]
-fn address_that_finishes_no_handshake_keeps_no_host_of_its_ipv6_network_out() {
+fn stalled_handshakes_of_an_address_block_no_joiner_of_its_ipv6_network() {
     isolated(|lab| {
-        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
+        let Some(hosts) = ip_families::hosts(lab)? else { return Ok(()) };
         let attacker = lab.host(66, "evil")?;
         let address: Ipv6Addr = "fd99::66".parse()?;
         tool(&attacker.netns, &format!("ip addr add {address}/64 dev eth0 nodad"));
@@ -126,26 +127,26 @@ fn address_that_finishes_no_handshake_keeps_no_host_of_its_ipv6_network_out() {
 }
 
 #[test]
-fn user_of_a_members_host_that_finishes_no_handshake_is_told_by_the_other_members() {
+fn stalled_handshakes_of_a_user_are_reported_by_other_members() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let target = SocketAddrV4::new(cluster.hosts[0].ip, PORT);
         let own = cluster.hosts[1].ip.into();
         let _silence = StalledHandshakes::start(&cluster.hosts[1].netns, target.into(), vec![own])?;
-        wait_until("it is not told", TIMEOUT, || {
+        wait_until("it is not reported", TIMEOUT, || {
             has_problem(&mut cluster.agents[0], "find no place or lose it")
         });
         Ok(())
     });
 }
 
-/// In the time of a few tries.
-const SOON: Duration = Duration::from_secs(5);
+/// The time of a few attempts.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[test]
-fn host_that_repeats_its_proofs_keeps_no_host_of_its_ipv6_network_out() {
+fn replayed_proofs_of_a_host_block_no_joiner_of_its_ipv6_network() {
     isolated(|lab| {
-        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
+        let Some(hosts) = ip_families::hosts(lab)? else { return Ok(()) };
         let attacker = lab.host(66, "evil")?;
         let addresses: Vec<IpAddr> = (0..64).map(|n| v6(0x100 + n)).collect();
         for address in &addresses {
@@ -160,13 +161,13 @@ fn host_that_repeats_its_proofs_keeps_no_host_of_its_ipv6_network_out() {
         let begun = Instant::now();
         let arguments = ["--iface", "fd99::2", "--join", "fd99::1", "--token", &token];
         let mut second = Agent::start(program(), &hosts[1], &arguments)?;
-        joins_soon(begun, &mut first, &mut second)?;
+        assert_joins_soon(begun, &mut first, &mut second)?;
         Ok(())
     });
 }
 
 #[test]
-fn user_of_a_joining_host_that_repeats_a_proof_does_not_delay_it() {
+fn replayed_proof_of_a_user_does_not_delay_the_join_of_its_host() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let joiner = lab.host(2, "n2")?;
@@ -175,17 +176,17 @@ fn user_of_a_joining_host_that_repeats_a_proof_does_not_delay_it() {
         wait_until("nothing is sent", TIMEOUT, || replay.sent() > 1_000);
         let begun = Instant::now();
         let mut agent = cluster.start_agent(&joiner, &[])?;
-        let handshakes = joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
+        let handshakes = assert_joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
         assert!(handshakes["begun"].as_u64() < Some(50), "{handshakes}");
         assert!(handshakes["repeated"].as_u64() > Some(500), "{handshakes}");
-        let told = has_problem(&mut cluster.agents[0], "find no place or lose it");
-        assert!(told, "repeated packets are not told");
+        let is_reported = has_problem(&mut cluster.agents[0], "find no place or lose it");
+        assert!(is_reported, "replayed packets are not reported");
         Ok(())
     });
 }
 
 #[test]
-fn users_of_joining_hosts_that_prove_an_address_for_each_handshake_do_not_delay_them() {
+fn stalled_handshakes_with_proofs_of_users_do_not_delay_joins() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let target = SocketAddr::from((cluster.hosts[0].ip, PORT));
@@ -199,7 +200,7 @@ fn users_of_joining_hosts_that_prove_an_address_for_each_handshake_do_not_delay_
             });
             let begun = Instant::now();
             let mut agent = cluster.start_agent(&joiner, &[])?;
-            joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
+            assert_joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
             agents.push(agent);
         }
         Ok(())
@@ -210,12 +211,16 @@ fn v6(host: u16) -> IpAddr {
     Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, host).into()
 }
 
-/// Waits until another one has joined the first; fails if that takes more than a few tries.
-fn joins_soon(begun: Instant, first: &mut Agent, joiner: &mut Agent) -> anyhow::Result<Value> {
+/// Waits until another host has joined the first; fails if that takes more than a few attempts.
+fn assert_joins_soon(
+    begun: Instant,
+    first: &mut Agent,
+    joiner: &mut Agent,
+) -> anyhow::Result<Value> {
     joiner.wait_subnet(TIMEOUT)?;
     let took = begun.elapsed();
     let handshakes = first.ask("/v1/status", TIMEOUT)?["handshakes"].take();
     println!("joined after {took:?}: {handshakes}");
-    assert!(took < SOON, "joined after {took:?}: {handshakes}");
+    assert!(took < JOIN_TIMEOUT, "joined after {took:?}: {handshakes}");
     Ok(handshakes)
 }

@@ -1,4 +1,4 @@
-//! Checksums that a network card was to fill in and did not: noticed, and cured.
+//! Checksums that a network card should fill in and does not: detected, and worked around.
 
 use std::{
     io,
@@ -9,28 +9,28 @@ use std::{
 use gossamer::lab::{Agent, Pod};
 
 use crate::common::{
-    Cluster, TIMEOUT, client, eventually, freeze, isolated, status_where, thaw, tool, wait_until,
+    Cluster, TIMEOUT, client, eventually, isolated, resume, status_where, suspend, tool, wait_until,
 };
 
-/// Three requests that are lost, six that are answered, six that are lost again.
-const TRIAL: Duration = Duration::from_secs(60);
-const FEATURE: &str = "ethtool -k gossamer.1";
-const OFF: &str = "tx-checksum-ip-generic: off";
+/// Covers three lost probes, six answered ones, and six lost ones again.
+const TRIAL_TIMEOUT: Duration = Duration::from_secs(60);
+const SHOW_OFFLOAD: &str = "ethtool -k gossamer.1";
+const OFFLOAD_IS_OFF: &str = "tx-checksum-ip-generic: off";
 const HELLO: &[u8] = b"hello";
 
-/// A rule that drops UDP in the tunnel whose checksum is still the sum of the pseudo header (RFC 768): what
-/// the kernel leaves to the card.
-fn drop_unfinished(from: Ipv4Addr, to: Ipv4Addr, payload: usize) -> String {
+/// Returns a rule that drops UDP packets in the tunnel whose checksum is still the sum of the pseudo
+/// header (RFC 768), which the kernel leaves to the card.
+fn rule_against_unfinished_checksums(from: Ipv4Addr, to: Ipv4Addr, payload: usize) -> String {
     let words = [from, to].map(u32::from).map(|ip| (ip >> 16) + (ip & 0xffff));
     let mut sum = words[0] + words[1] + 17 + 8 + payload as u32;
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
-    // Counted from the outer UDP header: VXLAN, Ethernet, IP.
+    // Offsets from the outer UDP header: VXLAN, Ethernet, IP.
     format!("nft add rule ip card in udp dport 8472 @th,312,8 17 @th,448,16 {sum} counter drop")
 }
 
-/// Whether a datagram gets from one pod to the other.
+/// Returns whether a datagram arrives from one pod at the other.
 fn arrives(pods: &[Pod; 2]) -> io::Result<bool> {
     let socket = |pod: &Pod| pod.netns.run(|| UdpSocket::bind((pod.ip, 5_000)));
     let (from, to) = (socket(&pods[0])?, socket(&pods[1])?);
@@ -48,7 +48,7 @@ fn vtep(agent: &mut Agent) -> anyhow::Result<Ipv4Addr> {
 }
 
 #[test]
-fn a_card_that_sends_unfinished_checksums_is_noticed_and_cured() {
+fn card_that_sends_unfinished_checksums_is_detected_and_offload_is_turned_off() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods: [Pod; 2] =
@@ -60,36 +60,38 @@ fn a_card_that_sends_unfinished_checksums_is_noticed_and_cured() {
         let there = &cluster.hosts[1].netns;
         tool(there, "nft add table ip card");
         tool(there, "nft add chain ip card in { type filter hook prerouting priority -300 ; }");
-        tool(there, &drop_unfinished(from, to, gossamer::datagram::SIZE));
-        tool(there, &drop_unfinished(pods[0].ip, pods[1].ip, HELLO.len()));
+        tool(there, &rule_against_unfinished_checksums(from, to, gossamer::datagram::SIZE));
+        tool(there, &rule_against_unfinished_checksums(pods[0].ip, pods[1].ip, HELLO.len()));
         assert!(!arrives(&pods)?, "nothing is wrong yet");
-        // What the agent knows was true before.
+        // What the agent knows was learned before the fault.
         cluster.restart(0, &[])?;
 
         let begun = Instant::now();
         let there = &cluster.hosts[1].netns;
         let host = &cluster.hosts[0].netns;
         while !arrives(&pods)? {
-            assert!(begun.elapsed() < TRIAL, "{}", tool(there, "nft list table ip card"));
+            assert!(begun.elapsed() < TRIAL_TIMEOUT, "{}", tool(there, "nft list table ip card"));
         }
-        println!("cured after {:?}", begun.elapsed());
-        wait_until("no verdict", TRIAL, || has_event(&cluster.agents[0], "is turned off"));
-        eventually(host, FEATURE, |features| features.contains(OFF));
+        println!("repaired after {:?}", begun.elapsed());
+        wait_until("the offload is not turned off", TRIAL_TIMEOUT, || {
+            has_event(&cluster.agents[0], "is turned off")
+        });
+        eventually(host, SHOW_OFFLOAD, |features| features.contains(OFFLOAD_IS_OFF));
         assert!(arrives(&pods)?);
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["kernel"]["checksum_offload"], false, "{status:#}");
         assert_eq!(status["kernel"]["checksum_offload_fails"], true, "{status:#}");
         assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "no other program did it");
-        // A device that is re-created has it on again, and what was found out still holds.
+        // A re-created device has the offload on again, and the earlier result still applies.
         tool(host, "ip link del gossamer.1");
-        eventually(host, FEATURE, |features| features.contains(OFF));
+        eventually(host, SHOW_OFFLOAD, |features| features.contains(OFFLOAD_IS_OFF));
         assert!(arrives(&pods)?);
         Ok(())
     });
 }
 
 #[test]
-fn where_a_firewall_drops_datagrams_the_offload_is_left_on() {
+fn firewall_that_drops_datagrams_leaves_the_offload_on() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         tool(&cluster.hosts[1].netns, "nft add table ip wall");
@@ -103,13 +105,13 @@ fn where_a_firewall_drops_datagrams_the_offload_is_left_on() {
         );
         cluster.restart(0, &[])?;
         let host = &cluster.hosts[0].netns;
-        let is = |state: &str| {
+        let wait_for_state = |state: &str| {
             let wanted = format!("tx-checksum-ip-generic: {state}");
-            wait_until(state, TRIAL, || tool(host, FEATURE).contains(&wanted));
+            wait_until(state, TRIAL_TIMEOUT, || tool(host, SHOW_OFFLOAD).contains(&wanted));
         };
-        is("on");
-        is("off");
-        is("on");
+        wait_for_state("on");
+        wait_for_state("off");
+        wait_for_state("on");
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["paths"][0]["state"], "ok", "{status:#}");
         assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "{status:#}");
@@ -118,37 +120,39 @@ fn where_a_firewall_drops_datagrams_the_offload_is_left_on() {
 }
 
 #[test]
-fn loss_of_two_packets_in_five_is_not_taken_for_the_card() {
+fn random_loss_of_forty_percent_leaves_the_offload_on() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let there = &cluster.hosts[1].netns;
         tool(there, "nft add table inet loss");
         tool(there, "nft add chain inet loss in { type filter hook prerouting priority -300 ; }");
         tool(there, "nft add rule inet loss in udp dport 8472 numgen random mod 100 < 40 drop");
-        // A restarted agent asks at once, and not five minutes later.
+        // A restarted agent tests at once, not only after five minutes.
         cluster.restart(0, &[])?;
         let begun = Instant::now();
-        while begun.elapsed() < TRIAL {
+        while begun.elapsed() < TRIAL_TIMEOUT {
             assert!(!has_event(&cluster.agents[0], "is turned off"), "{}", cluster.agents[0].log());
             std::thread::sleep(Duration::from_millis(500));
         }
         let there = &cluster.hosts[1].netns;
         tool(there, "nft delete table inet loss");
         let host = &cluster.hosts[0].netns;
-        wait_until("it stays off", TRIAL, || !tool(host, FEATURE).contains(OFF));
+        wait_until("it stays off", TRIAL_TIMEOUT, || {
+            !tool(host, SHOW_OFFLOAD).contains(OFFLOAD_IS_OFF)
+        });
         Ok(())
     });
 }
 
 #[test]
-fn an_agent_that_stood_still_finds_fault_with_no_path_and_no_card() {
+fn resumed_agent_reports_no_path_problem_and_leaves_the_offload_on() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         status_where(&mut cluster.agents[0], |status| status["paths"][0]["state"] == "ok");
         for pause in [2, 6, 2, 2] {
-            freeze(&cluster.agents[0])?;
+            suspend(&cluster.agents[0])?;
             std::thread::sleep(Duration::from_secs(pause));
-            thaw(&cluster.agents[0])?;
+            resume(&cluster.agents[0])?;
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(3) {
                 let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;

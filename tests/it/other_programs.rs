@@ -1,4 +1,5 @@
-//! What other programs and machines do to a host's settings, cards and ways: named with what helps.
+//! Changes by other programs and machines to a host's settings, cards and routes are reported with a
+//! remedy.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -9,15 +10,15 @@ use gossamer::lab::NetNs;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
-    causes::{pair, wait_for_path, wait_for_words},
     cni::namespaces,
     common::{Cluster, TIMEOUT, has_problem, isolated, sh, status_where, tool, wait_until},
     forwarding::with_pods,
-    odd_hosts::{all_well, warned},
+    misrouting_hosts::{is_healthy, wait_for_warning},
+    silence_causes::{start_pair, wait_for_path, wait_for_problem},
 };
 
-/// Settings that are turned off and on again, and what is named.
-const SWITCHES: [(&str, &str); 3] = [
+/// Settings that are turned off and on repeatedly, and the report.
+const SETTINGS: [(&str, &str); 3] = [
     (
         "net.ipv4.conf.gossamer/1.forwarding",
         "another program repeatedly sets net.ipv4.conf.gossamer/1.forwarding to 0",
@@ -30,11 +31,11 @@ const SWITCHES: [(&str, &str); 3] = [
 ];
 
 #[test]
-fn forwarding_that_is_turned_off_again_and_again_is_named_though_it_is_on() {
+fn repeatedly_disabled_forwarding_is_reported_while_enabled() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let (host, agent) = (&cluster.hosts[0].netns, &mut cluster.agents[0]);
-        for (name, words) in SWITCHES {
+        for (name, words) in SETTINGS {
             for _ in 0..4 {
                 sh(host, &format!("sysctl -qw {name}=0 && sysctl -qw {name}=1"));
             }
@@ -45,13 +46,13 @@ fn forwarding_that_is_turned_off_again_and_again_is_named_though_it_is_on() {
 }
 
 #[test]
-fn program_on_an_interface_of_the_overlay_is_a_warning_until_it_is_gone() {
+fn bpf_program_on_an_overlay_interface_is_warned_of_until_removed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
         with_pods(&mut cluster, &mut spaces)?;
         let host = &cluster.hosts[1];
-        // It lets all packets pass (`TC_ACT_UNSPEC`), and needs no compiler.
+        // The program lets all packets pass (`TC_ACT_UNSPEC`), and needs no compiler.
         let path = host.dir.join("pass.bpf");
         std::fs::write(&path, "1,6 0 0 4294967295,")?;
         let path = path.display();
@@ -65,11 +66,14 @@ fn program_on_an_interface_of_the_overlay_is_a_warning_until_it_is_gone() {
             );
             let words =
                 format!("{device} has eBPF programs on its egress (bpf): tc filter show dev");
-            warned(&mut cluster.agents[1], &["some packets of pods may be dropped", &words]);
+            wait_for_warning(
+                &mut cluster.agents[1],
+                &["some packets of pods may be dropped", &words],
+            );
             sh(&host.netns, &format!("tc qdisc del dev {device} clsact"));
-            status_where(&mut cluster.agents[1], all_well);
+            status_where(&mut cluster.agents[1], is_healthy);
         }
-        // Programs on the card are another's, as on each host with Cilium.
+        // Programs on the card belong to other software, as on each host with Cilium.
         sh(
             &host.netns,
             &format!(
@@ -80,7 +84,7 @@ fn program_on_an_interface_of_the_overlay_is_a_warning_until_it_is_gone() {
         let begun = std::time::Instant::now();
         while begun.elapsed() < Duration::from_secs(12) {
             let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
-            assert!(all_well(&status), "{status:#}");
+            assert!(is_healthy(&status), "{status:#}");
             std::thread::sleep(Duration::from_millis(300));
         }
         Ok(())
@@ -88,15 +92,15 @@ fn program_on_an_interface_of_the_overlay_is_a_warning_until_it_is_gone() {
 }
 
 #[test]
-fn card_that_became_a_port_and_kept_its_address_is_named_and_the_advice_helps() {
+fn bridged_card_that_keeps_its_address_is_reported_and_the_advice_works() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let (host, agent) = (&cluster.hosts[1].netns, &mut cluster.agents[1]);
         sh(
             host,
             "ip link add br0 type bridge && ip link set br0 up && ip link set eth0 master br0",
         );
-        let words = "eth0 is a port of br0 and has the address 10.99.0.11/16 all the same";
+        let words = "eth0 is a port of br0 and nevertheless has the address 10.99.0.11/16";
         let advice = "ip addr del 10.99.0.11/16 dev eth0; ip addr add 10.99.0.11/16 dev br0";
         wait_until(words, TIMEOUT, || has_problem(agent, words) && has_problem(agent, advice));
         advice.split("; ").for_each(|command| _ = tool(host, command));
@@ -106,9 +110,9 @@ fn card_that_became_a_port_and_kept_its_address_is_named_and_the_advice_helps() 
 }
 
 #[test]
-fn macvlan_that_takes_all_that_comes_in_is_named() {
+fn macvlan_that_takes_all_incoming_packets_is_reported() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let _space = namespaces(&["vm"])?;
         let host = &cluster.hosts[1].netns;
         sh(
@@ -118,22 +122,24 @@ fn macvlan_that_takes_all_that_comes_in_is_named() {
         );
         let words =
             "eth0 is promiscuous and no port of a bridge: a macvlan or macvtap in mode passthru";
-        wait_for_words(&mut cluster.agents[1], &[words]);
+        wait_for_problem(&mut cluster.agents[1], &[words]);
         sh(host, "ip -n vm link del mv0");
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
     });
 }
 
-/// The checksum of the internet (RFC 1071) of an even number of bytes.
+/// Returns the Internet checksum (RFC 1071) of an even number of bytes.
 fn checksum(bytes: &[u8]) -> [u8; 2] {
-    let words = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let words = bytes
+        .chunks(2)
+        .map(|start_pair| u32::from(u16::from_be_bytes([start_pair[0], start_pair[1]])));
     let sum: u32 = words.sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     (!(folded as u16)).to_be_bytes()
 }
 
-/// Tells a host that packets to another one had better take this gateway (RFC 792).
+/// Sends an ICMP redirect (RFC 792): packets to `peer` should use this gateway.
 fn redirect(
     router: &NetNs,
     host: Ipv4Addr,
@@ -142,7 +148,7 @@ fn redirect(
 ) -> anyhow::Result<()> {
     let mut packet = vec![5, 1, 0, 0];
     packet.extend(gateway.octets());
-    // A packet of the agent: the kernel takes no redirect for what it has not sent.
+    // Quotes a packet of the agent: the kernel ignores redirects for packets that it has not sent.
     packet.extend([0x45, 0, 0, 100, 0, 1, 0, 0, 64, 17, 0, 0]);
     packet.extend(host.octets());
     packet.extend(peer.octets());
@@ -155,9 +161,9 @@ fn redirect(
 }
 
 #[test]
-fn redirect_that_leads_to_a_machine_which_forwards_nothing_is_named_and_the_advice_helps() {
+fn icmp_redirect_to_a_non_forwarding_machine_is_reported_and_the_advice_works() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let router = lab.host(9, "router")?;
         let (host, peer) = (&cluster.hosts[1].netns, cluster.hosts[0].ip);
         sh(&router.netns, "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.send_redirects=0");
@@ -187,7 +193,7 @@ fn redirect_that_leads_to_a_machine_which_forwards_nothing_is_named_and_the_advi
         let words = "an ICMP redirect leads tunnel packets to n1 (10.99.0.10) by 10.99.0.77";
         let advice = "sysctl -w net.ipv4.conf.all.accept_redirects=0 \
                       net.ipv4.conf.eth0.accept_redirects=0";
-        wait_for_words(&mut cluster.agents[1], &[words, advice]);
+        wait_for_problem(&mut cluster.agents[1], &[words, advice]);
         sh(host, &format!("{advice} && ip route flush cache"));
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())

@@ -1,4 +1,4 @@
-//! Networks of a host that are also the overlay's: refused, avoided, and named.
+//! Networks of a host that overlap with the overlay's: rejected, avoided, and reported.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::{
     forwarding_far::{all_answer, with_pods},
 };
 
-/// Gives a host another interface with an address.
+/// Adds an interface with an address to a host.
 fn second_card(host: &Host, address: &str) {
     tool(&host.netns, "ip link add eth1 type veth peer name eth1-peer");
     tool(&host.netns, "ip link set eth1 up");
@@ -23,7 +23,7 @@ fn second_card(host: &Host, address: &str) {
 }
 
 #[test]
-fn cluster_whose_network_leads_elsewhere_on_its_first_host_is_refused() {
+fn init_with_an_overlapping_network_on_the_host_is_rejected() {
     isolated(|lab| {
         let cases = [
             ("inside", "ip addr add 10.42.5.7/24 dev eth0", "10.42.5.7/24 of interface eth0"),
@@ -38,7 +38,7 @@ fn cluster_whose_network_leads_elsewhere_on_its_first_host_is_refused() {
             assert!(agent.log().contains(said), "{}", agent.log());
             assert!(!run(&host.netns, "ip link show gossamer.1").status.success());
         }
-        // A route around the whole network takes nothing away from it.
+        // A route around the whole network does not conflict.
         let host = lab.host(9, "wide")?;
         tool(&host.netns, "ip route add 10.0.0.0/8 via 10.99.0.1");
         let mut agent = Agent::start(program(), &host, &["--init"])?;
@@ -48,7 +48,7 @@ fn cluster_whose_network_leads_elsewhere_on_its_first_host_is_refused() {
 }
 
 #[test]
-fn joiner_takes_a_subnet_that_leads_nowhere_else_and_names_the_rest() {
+fn joiner_avoids_overlapping_subnets_and_reports_the_overlap() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let host = lab.host(2, "n2")?;
@@ -63,14 +63,14 @@ fn joiner_takes_a_subnet_that_leads_nowhere_else_and_names_the_rest() {
         let doctor = client(&agent, &["doctor"]);
         let said = String::from_utf8_lossy(&doctor.stdout);
         assert!(said.contains("10.42.200.7 on eth1"), "{said}");
-        // An address in its own subnet is as bad, and one that goes is forgotten.
+        // An address in its own subnet is reported as well, until it is removed.
         let own = subnet.hosts().nth(20).expect("an address");
         tool(&host.netns, &format!("ip addr add {own}/32 dev eth1"));
-        wait_until("it is not named", TIMEOUT, || has_problem(&mut agent, &own.to_string()));
+        wait_until("it is not reported", TIMEOUT, || has_problem(&mut agent, &own.to_string()));
         tool(&host.netns, "ip link del eth1");
-        wait_until("it is still named", TIMEOUT, || !has_problem(&mut agent, "on eth1"));
+        wait_until("it is still reported", TIMEOUT, || !has_problem(&mut agent, "on eth1"));
 
-        // After a reboot, with the card in the node's own subnet, it moves to another one.
+        // After a reboot, with the card in the node's own subnet, the node moves to another subnet.
         agent.end(Signal::SIGTERM)?;
         tool(&host.netns, "ip link del gossamer.1");
         second_card(&host, &format!("{own}/24"));
@@ -81,9 +81,9 @@ fn joiner_takes_a_subnet_that_leads_nowhere_else_and_names_the_rest() {
     });
 }
 
-/// As libvirt makes one: routes to subnets of nodes are more specific, so pods lose nothing to it.
+/// As libvirt creates one. Routes to subnets of nodes are more specific, so pods lose nothing.
 #[test]
-fn network_around_the_subnets_of_nodes_is_told_by_what_it_takes_and_doctor_says_the_same() {
+fn network_around_node_subnets_is_reported_with_its_effect_by_status_and_doctor() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
@@ -109,9 +109,10 @@ fn network_around_the_subnets_of_nodes_is_told_by_what_it_takes_and_doctor_says_
     });
 }
 
-/// flannel's bridge is left over, or Docker's has the subnet, and pods are on gossamer's own.
+/// For example a leftover bridge of flannel, or Docker's with the same subnet, while pods are on
+/// gossamer's bridge.
 #[test]
-fn second_bridge_in_the_own_subnet_is_named_with_the_command_that_removes_it() {
+fn second_bridge_in_the_own_subnet_is_reported_with_the_removal_command() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let agent = &mut cluster.agents[1];
@@ -137,25 +138,25 @@ fn second_bridge_in_the_own_subnet_is_named_with_the_command_that_removes_it() {
             format!("{} doctor --socket {}", program().display(), agent.socket().display());
         let doctor = String::from_utf8(run(host, &doctor).stdout)?;
         assert!(doctor.contains("PROBLEM   overlays") && doctor.contains("on cni0"), "{doctor}");
-        // No other cause is made up, however often it is tried.
-        wait_until("the way is not found wrong", TIMEOUT, || {
+        // No wrong cause is reported, however often the check runs.
+        wait_until("the wrong route is not detected", TIMEOUT, || {
             let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
             status["kernel"]["routing"]["state"] == "failing"
         });
         assert!(!has_problem(agent, "no rule was found"));
         tool(host, "ip link del cni0");
         status_where(agent, |status| status["problems"].as_array().is_some_and(Vec::is_empty));
-        // One that comes later takes nothing as long as the other is there, and is in the way all the same.
+        // A second such bridge takes no packets while the first one exists, but is reported as well.
         tool(host, "ip link add docker9 type bridge");
         tool(host, &format!("ip addr add {gateway}/24 dev docker9"));
-        wait_until("it is not named", TIMEOUT, || has_problem(agent, "on docker9"));
+        wait_until("it is not reported", TIMEOUT, || has_problem(agent, "on docker9"));
         Ok(())
     });
 }
 
-/// Of a hotspot, or a bridge of other containers.
+/// For example of a hotspot, or a bridge of other containers.
 #[test]
-fn interface_in_the_subnet_of_a_peer_is_named_and_no_other_cause_is() {
+fn interface_in_a_peers_subnet_is_reported_as_the_only_cause() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
@@ -164,7 +165,7 @@ fn interface_in_the_subnet_of_a_peer_is_named_and_no_other_cause_is() {
         let host = &cluster.hosts[1].netns;
         let agent = &mut cluster.agents[1];
         let words = format!("{gateway} on d0 is in the overlay's network");
-        // The first takes all packets to the peer's pods, the second some addresses alone.
+        // The first one takes all packets to the peer's pods, the second one those to some addresses.
         for flags in ["", " noprefixroute"] {
             tool(host, "ip link add d0 type bridge");
             tool(host, "ip link set d0 up");
@@ -185,7 +186,7 @@ fn interface_in_the_subnet_of_a_peer_is_named_and_no_other_cause_is() {
 }
 
 #[test]
-fn route_in_the_own_subnet_moves_no_node_that_has_pods() {
+fn route_in_the_own_subnet_does_not_move_a_node_with_pods() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
@@ -203,7 +204,7 @@ fn route_in_the_own_subnet_moves_no_node_that_has_pods() {
 }
 
 #[test]
-fn bridge_of_containers_in_the_own_subnet_is_no_overlap() {
+fn container_bridge_in_the_own_subnet_is_no_overlap() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let pods = cluster.pods()?;

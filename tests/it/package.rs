@@ -1,4 +1,4 @@
-//! The Debian package, installed with its own scripts into a copy of this machine that is gone afterwards.
+//! The Debian package, installed with its own scripts into a temporary copy of this machine.
 
 use std::{
     fs,
@@ -8,14 +8,14 @@ use std::{
 
 use crate::common::{isolated, skipped};
 
-/// Where `packaging/build-deb` puts it.
+/// Returns the package that `packaging/build-deb` has built.
 fn package() -> Option<PathBuf> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/debian");
     let entries = fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path());
     entries.filter(|path| path.extension().is_some_and(|end| end == "deb")).max()
 }
 
-/// What a shell prints that must succeed.
+/// Runs a script that must succeed, and returns its output.
 fn shell(script: &str) -> String {
     let output = Command::new("sh").args(["-ec", script]).output().expect("sh runs");
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
@@ -24,8 +24,8 @@ fn shell(script: &str) -> String {
     out
 }
 
-/// How the interfaces are called that gossamer makes.
-const OURS: [&str; 9] = [
+/// Names of gossamer's interfaces.
+const GOSSAMER_INTERFACES: [&str; 9] = [
     "gossamer.1",
     "gossamer.999999",
     "gossam.16777215",
@@ -37,7 +37,7 @@ const OURS: [&str; 9] = [
     "gsp.16777215",
 ];
 
-/// `*` stands for anything; nothing else is special in these files.
+/// Matches a pattern in which `*` stands for any text; these files use no other wildcards.
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         Some((before, "")) => name.starts_with(before),
@@ -47,7 +47,7 @@ fn matches(pattern: &str, name: &str) -> bool {
 }
 
 #[test]
-fn network_managers_are_told_to_leave_every_interface_of_ours_alone() {
+fn network_manager_settings_exclude_all_gossamer_interfaces() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let read = |path: &str| fs::read_to_string(root.join(path)).expect(path);
     let installed = read("packaging/debian/install");
@@ -60,7 +60,7 @@ fn network_managers_are_told_to_leave_every_interface_of_ours_alone() {
     assert_eq!(value(&networkd, "Unmanaged="), "yes");
     let names = value(&networkd, "Name=");
     let devices = value(&manager, "unmanaged-devices+=");
-    for name in OURS {
+    for name in GOSSAMER_INTERFACES {
         assert!(names.split(' ').any(|pattern| matches(pattern, name)), "{name}");
         let mut patterns = devices.split(';').filter_map(|d| d.strip_prefix("interface-name:"));
         assert!(patterns.any(|pattern| matches(pattern, name)), "{name}");
@@ -74,13 +74,13 @@ fn network_managers_are_told_to_leave_every_interface_of_ours_alone() {
 }
 
 #[test]
-fn the_package_is_installed_upgraded_and_removed_without_a_trace() {
-    let test = "the_package_is_installed_upgraded_and_removed_without_a_trace";
+fn package_is_installed_upgraded_and_removed_without_leftovers() {
+    let test = "package_is_installed_upgraded_and_removed_without_leftovers";
     let Some(package) = package() else {
         return skipped(test, "there is no package: run packaging/build-deb");
     };
     isolated(|_| {
-        // The machine as it is below, and what the package changes above, in memory.
+        // An overlay of this machine's files: changes of the package stay in memory.
         shell(
             "mkdir -p /run/copy; mount -t tmpfs tmpfs /run/copy; cd /run/copy; mkdir up work root; \
              mount -t overlay overlay -o lowerdir=/,upperdir=up,workdir=work root; \
@@ -112,13 +112,13 @@ fn the_package_is_installed_upgraded_and_removed_without_a_trace() {
         let link = inside("readlink -f /usr/libexec/netavark/gossamer");
         assert_eq!(link.trim(), "/usr/bin/gossamer");
         assert!(inside("/usr/libexec/netavark/gossamer info").contains("api_version"));
-        // It says what is missing, and is not started before it is told which cluster to be in.
+        // The agent reports the missing setting, and is not enabled before its cluster is configured.
         let agent =
             "sh -c '/usr/bin/gossamer agent --config /etc/gossamer/gossamer.toml 2>&1 || true'";
         let said = inside(agent);
         assert!(said.contains("--init") && said.contains("--join"), "{said}");
         assert!(inside("sh -c 'systemctl is-enabled gossamer || true'").contains("disabled"));
-        // Settings outlive an upgrade and a removal.
+        // Settings survive an upgrade and a removal.
         inside("sh -c 'echo mtu = 1400 >> /etc/gossamer/gossamer.toml'");
         inside("dpkg -i /root/gossamer.deb");
         inside("dpkg -r gossamer");

@@ -1,13 +1,14 @@
-//! Rules that do something with some packets between pods alone: warned of by their form, and by no more.
+//! Rules that affect only some packets between pods are reported as warnings, by their form and only for
+//! what they do.
 
 use crate::{
     common::{TIMEOUT, has_problem, isolated, run, sh, skipped, status_where, wait_until},
-    forwarding::Scene,
-    odd_hosts::{all_well, warned},
+    forwarding::TwoHosts,
+    misrouting_hosts::{is_healthy, wait_for_warning},
 };
 
-/// Chains of a table, rules, what is said of them, and the advice.
-const NARROW: [(&str, &str, &str, &str); 8] = [
+/// Chain of a table, rules, the warning, and the advice.
+const PARTIAL_RULES: [(&str, &str, &str, &str); 8] = [
     (
         "ip crowd f { type filter hook forward priority -10 ; }",
         "ip saddr { 10.42.3.3, 203.0.113.9 } drop",
@@ -20,7 +21,8 @@ const NARROW: [(&str, &str, &str, &str); 8] = [
         "chain inet old f rejects some packets between pods: those to 10.42.2.2-10.42.2.99",
         "nft insert rule inet old f ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
     ),
-    // Left by a program that has gone, or written by an administrator where a program calls them.
+    // Left by a program that has gone, or written by an administrator, in a chain that another program
+    // calls.
     (
         "ip kube KUBE-POD-FW-A { type filter hook forward priority 0 ; }",
         "ip daddr 10.42.2.2 reject",
@@ -60,7 +62,7 @@ const NARROW: [(&str, &str, &str, &str); 8] = [
 ];
 
 /// Rules of healthy hosts.
-const HEALTHY: &str = "
+const HEALTHY_RULES: &str = "
 table inet hard {
     set bans { type ipv4_addr; flags interval; elements = { 203.0.113.0/24, 198.51.100.7 } }
     chain raw { type filter hook prerouting priority raw; policy accept;
@@ -98,25 +100,25 @@ table inet hard {
 }";
 
 #[test]
-fn rules_about_some_packets_between_pods_are_warned_of_until_the_advice_is_followed() {
+fn rules_matching_some_packets_between_pods_are_warned_of_until_the_advice_is_followed() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         sh(
             host,
             "ip route add blackhole default table 99 && \
              ip rule add fwmark 0x10000/0xff0000 lookup 99 pref 999",
         );
-        status_where(agent, all_well);
-        for (chain, rule, words, advice) in NARROW {
+        status_where(agent, is_healthy);
+        for (chain, rule, words, advice) in PARTIAL_RULES {
             let place: Vec<&str> = chain.split(' ').collect();
             let [family, table, name] = place[..3] else { panic!("{chain}") };
             sh(host, &format!("nft add table {family} {table} && nft add chain {chain}"));
             let added = run(host, &format!("nft add rule {family} {table} {name} {rule}"));
             assert!(added.status.success(), "{added:?}");
-            warned(agent, &[words, advice]);
+            wait_for_warning(agent, &[words, advice]);
             sh(host, advice);
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
             sh(host, &format!("nft delete table {family} {table}"));
         }
         Ok(())
@@ -124,45 +126,50 @@ fn rules_about_some_packets_between_pods_are_warned_of_until_the_advice_is_follo
 }
 
 #[test]
-fn rules_of_healthy_hosts_are_not_warned_of() {
+fn rules_of_healthy_hosts_cause_no_warning() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         let dir = tempfile::tempdir()?;
         let file = dir.path().join("rules");
-        std::fs::write(&file, HEALTHY)?;
+        std::fs::write(&file, HEALTHY_RULES)?;
         sh(host, &format!("nft -f {}", file.display()));
-        // What is read then has been read with all of them.
+        // The agent reads all rules at once: when it reports this one, it has read the others, too.
         sh(
             host,
             "nft add table ip last && nft add chain ip last f { type filter hook forward priority 9 ; } && \
              nft add rule ip last f tcp dport 99 drop",
         );
-        let said =
-            warned(agent, &["chain ip last f drops some packets between pods: those to port 99"]);
+        let said = wait_for_warning(
+            agent,
+            &["chain ip last f drops some packets between pods: those to port 99"],
+        );
         assert!(!said.contains("inet hard"), "{said}");
         sh(host, "nft delete table ip last");
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         Ok(())
     });
 }
 
 #[test]
-fn ipsec_policy_about_some_packets_between_pods_is_warned_of_until_the_advice_is_followed() {
+fn ipsec_policy_matching_some_pod_packets_is_warned_of_until_the_advice_is_followed() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
-        status_where(agent, all_well);
+        status_where(agent, is_healthy);
         for (policy, does) in [
             ("src 10.42.2.0/24 dst 10.42.0.0/16 proto tcp dport 80 dir out", "action block"),
             ("src 10.42.0.0/16 dst 10.42.2.9/32 dir fwd", "action block"),
             ("src 10.42.2.0/24 dst 10.42.3.0/24 proto udp dir out", "tmpl proto esp mode tunnel"),
         ] {
             if !run(host, &format!("ip xfrm policy add {policy} {does}")).status.success() {
-                skipped("IPsec policies about some packets", "the kernel has no IPsec");
+                skipped(
+                    "ipsec_policy_matching_some_pod_packets_is_warned_of_until_the_advice_is_followed",
+                    "the kernel has no IPsec",
+                );
                 return Ok(());
             }
-            // Those that concern others, or let all pass.
+            // Policies for other networks, or that let all packets pass.
             sh(
                 host,
                 "ip xfrm policy add src 192.168.0.0/16 dst 10.42.0.0/16 dir fwd action block && \
@@ -173,21 +180,22 @@ fn ipsec_policy_about_some_packets_between_pods_is_warned_of_until_the_advice_is
             let [_, from, _, to] = std::array::from_fn(|_| words.next().expect("a word"));
             let advice = format!("ip xfrm policy delete {policy}");
             let named = format!("some packets between pods: those from {from} to {to}");
-            let said = warned(agent, &["an IPsec policy", &named, &advice]);
+            let said = wait_for_warning(agent, &["an IPsec policy", &named, &advice]);
             assert_eq!(said.matches("an IPsec policy").count(), 1, "{said}");
             sh(host, &format!("{advice} && nft delete table ip change"));
-            status_where(agent, all_well);
+            status_where(agent, is_healthy);
             sh(host, "ip xfrm policy flush");
         }
         Ok(())
     });
 }
 
-/// It accepts connections in place of their destination, and makes them there once they are in earnest.
+/// The proxy accepts connections in place of their destination, and opens them there once the handshake
+/// is complete.
 #[test]
-fn proxy_of_connections_that_are_half_open_is_no_loss_and_one_that_loses_them_is() {
+fn syn_proxy_is_no_loss_but_one_that_drops_connections_is() {
     isolated(|lab| {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
         let proxy = "nft add table ip proxy && \
                      nft add chain ip proxy p { type filter hook prerouting priority raw ; } && \
@@ -198,7 +206,10 @@ fn proxy_of_connections_that_are_half_open_is_no_loss_and_one_that_loses_them_is
         let rule = "nft add rule ip proxy f ct state invalid,untracked meta l4proto tcp \
                     counter synproxy mss 1460 wscale 7 timestamp sack-perm";
         if !run(host, rule).status.success() {
-            skipped("a proxy of half open connections", "the kernel has no synproxy");
+            skipped(
+                "syn_proxy_is_no_loss_but_one_that_drops_connections_is",
+                "the kernel has no synproxy",
+            );
             return Ok(());
         }
         sh(host, "nft add rule ip proxy f ct state invalid drop");
@@ -208,19 +219,19 @@ fn proxy_of_connections_that_are_half_open_is_no_loss_and_one_that_loses_them_is
             let (_, rest) = listed.split_once("counter packets ").expect("a counter");
             rest.split(' ').next().expect("a number").parse::<u64>().expect("a number")
         };
-        // Several trials, each of which meets it.
-        wait_until("no trial", TIMEOUT * 2, || {
+        // Several tests, each of which passes the proxy.
+        wait_until("no test packets", TIMEOUT * 2, || {
             assert!(!has_problem(agent, "packets"), "{}", agent.log());
             counted() > 40
         });
         status_where(agent, |status| status["kernel"]["forwarding"]["state"] == "ok");
-        // What it sends to the destination is lost.
+        // Packets of the proxy to the destination are lost.
         sh(
             host,
             "nft add chain ip proxy o { type filter hook postrouting priority 0 ; } && \
              nft add rule ip proxy o ip daddr 10.42.0.0/16 tcp flags & (syn|ack) == syn drop",
         );
-        wait_until("not named", TIMEOUT * 2, || has_problem(agent, "data of TCP connections"));
+        wait_until("not reported", TIMEOUT * 2, || has_problem(agent, "data of TCP connections"));
         Ok(())
     });
 }

@@ -1,4 +1,4 @@
-//! ICMP messages "fragmentation needed" of a host that sees none of the traffic.
+//! Forged ICMP messages "fragmentation needed", sent by a host that sees none of the traffic.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6},
@@ -14,8 +14,8 @@ use crate::common::{
     Cluster, TIMEOUT, checksum, eventually, has_problem, isolated, run, tool, wait_until,
 };
 
-/// That a tunnel packet from one host to another was too large.
-fn report(from: Ipv4Addr, to: Ipv4Addr, mtu: u16) -> Vec<u8> {
+/// Returns the message that a tunnel packet from one host to another was too large.
+fn path_mtu_report(from: Ipv4Addr, to: Ipv4Addr, mtu: u16) -> Vec<u8> {
     let mut ip = vec![0x45, 0, 5, 220, 0, 1, 0x40, 0, 64, 17, 0, 0];
     ip.extend(from.octets());
     ip.extend(to.octets());
@@ -31,12 +31,17 @@ fn report(from: Ipv4Addr, to: Ipv4Addr, mtu: u16) -> Vec<u8> {
     icmp
 }
 
-fn forge(attacker: &NetNs, victim: &Host, peer: &Host, mtu: u16) -> anyhow::Result<()> {
-    forge_to(victim.ip, attacker, victim, peer, mtu)
+fn send_forged_report(
+    attacker: &NetNs,
+    victim: &Host,
+    peer: &Host,
+    mtu: u16,
+) -> anyhow::Result<()> {
+    send_forged_report_to(victim.ip, attacker, victim, peer, mtu)
 }
 
-/// Sends it to one of several addresses of the victim.
-fn forge_to(
+/// Sends the message to one of several addresses of the victim.
+fn send_forged_report_to(
     to: Ipv4Addr,
     attacker: &NetNs,
     victim: &Host,
@@ -46,12 +51,12 @@ fn forge_to(
     Ok(attacker.run(|| {
         let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
         let to = SocketAddrV4::new(to, 0);
-        socket.send_to(&report(victim.ip, peer.ip, mtu), &to.into()).map(drop)
+        socket.send_to(&path_mtu_report(victim.ip, peer.ip, mtu), &to.into()).map(drop)
     })?)
 }
 
 #[test]
-fn ipv6_path_mtu_is_forgotten() {
+fn forged_ipv6_path_mtu_is_removed() {
     isolated(|_| {
         let (near, far) = (NetNs::new("near")?, NetNs::new("far")?);
         tool(&near, "ip link add eth0 type veth peer name eth0 netns far");
@@ -62,7 +67,7 @@ fn ipv6_path_mtu_is_forgotten() {
         eventually(&near, "ping -c 1 -W 1 fd00::2", |said| said.contains(" 0% packet loss"));
         let host: Ipv6Addr = "fd00::2".parse()?;
         far.run(|| {
-            // An echo request of the near host, as it is quoted.
+            // The quoted packet: an echo request of the near host.
             let own: Ipv6Addr = "fd00::1".parse().expect("an address");
             let head = [0x60, 0, 0, 0, 5, 200, 58, 64];
             let quoted = [&head[..], &own.octets(), &host.octets(), &[128, 0, 0, 0, 0, 9, 0, 1]];
@@ -79,7 +84,7 @@ fn ipv6_path_mtu_is_forgotten() {
 }
 
 #[test]
-fn forged_path_mtu_is_forgotten_and_named_when_it_comes_back() {
+fn forged_path_mtu_is_removed_and_reported_when_repeated() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
@@ -87,8 +92,8 @@ fn forged_path_mtu_is_forgotten_and_named_when_it_comes_back() {
         let (victim, peer) = (&cluster.hosts[0], &cluster.hosts[1]);
         let way = format!("ip route get {} from {}", peer.ip, victim.ip);
         for mtu in [552, 1_000] {
-            wait_until("the kernel does not believe it", TIMEOUT, || {
-                forge(&attacker.netns, victim, peer, mtu).is_ok()
+            wait_until("the kernel does not accept it", TIMEOUT, || {
+                send_forged_report(&attacker.netns, victim, peer, mtu).is_ok()
                     && tool(&victim.netns, &way).contains(&format!("mtu {mtu}"))
             });
             eventually(&victim.netns, &way, |shown| !shown.contains("mtu"));
@@ -98,29 +103,31 @@ fn forged_path_mtu_is_forgotten_and_named_when_it_comes_back() {
         wait_until("full packets do not pass", TIMEOUT, || {
             run(&victim.netns, &large).status.success()
         });
-        // Again and again.
+        // Repeatedly.
         let is_over = AtomicBool::new(false);
         let agent = &mut cluster.agents[0];
         thread::scope(|scope| {
             scope.spawn(|| {
                 while !is_over.load(Ordering::Relaxed) {
-                    let _ = forge(&attacker.netns, victim, peer, 552);
+                    let _ = send_forged_report(&attacker.netns, victim, peer, 552);
                     thread::sleep(Duration::from_millis(200));
                 }
             });
             let named = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                wait_until("it is not named", TIMEOUT, || has_problem(agent, "forges ICMP type 3"));
+                wait_until("it is not reported", TIMEOUT, || {
+                    has_problem(agent, "forges ICMP type 3")
+                });
             }));
             is_over.store(true, Ordering::Relaxed);
-            named.expect("it is named");
+            named.expect("it is reported");
         });
-        wait_until("it is named for ever", TIMEOUT, || !has_problem(agent, "forges ICMP type 3"));
+        wait_until("it is still reported", TIMEOUT, || !has_problem(agent, "forges ICMP type 3"));
         Ok(())
     });
 }
 
 #[test]
-fn path_mtu_that_a_pod_reports_is_not_believed() {
+fn path_mtu_reported_by_a_pod_is_ignored() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
@@ -131,9 +138,9 @@ fn path_mtu_that_a_pod_reports_is_not_believed() {
             let answers = format!("ping -c 1 -W 1 {gateway}");
             eventually(&pod.netns, &answers, |said| said.contains(" 0% packet loss"));
             for _ in 0..3 {
-                forge_to(gateway, &pod.netns, victim, peer, 552)?;
+                send_forged_report_to(gateway, &pod.netns, victim, peer, 552)?;
             }
-            // Behind the reports.
+            // The echoes arrive after the reports, so the reports have been processed.
             eventually(&pod.netns, &answers, |said| said.contains(" 0% packet loss"));
             assert!(!tool(&victim.netns, &way).contains("mtu"), "{}", pod.ip);
         }
@@ -142,7 +149,7 @@ fn path_mtu_that_a_pod_reports_is_not_believed() {
 }
 
 #[test]
-fn mtu_that_a_route_of_this_host_has_is_followed_and_blamed_on_nobody() {
+fn mtu_of_a_local_route_is_used_and_not_reported_as_forged() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _pods = cluster.pods()?;
@@ -150,7 +157,7 @@ fn mtu_that_a_route_of_this_host_has_is_followed_and_blamed_on_nobody() {
         tool(host, &format!("ip route add {peer} dev eth0 mtu 1300"));
         let overlay = "ip route show proto 73 dev gossamer.1";
         eventually(host, overlay, |shown| shown.contains("mtu 1250"));
-        // Longer than a report is tried.
+        // Longer than a reported MTU is under test.
         let agent = &mut cluster.agents[0];
         for _ in 0..50 {
             assert!(!has_problem(agent, "forges"), "{}", agent.log());

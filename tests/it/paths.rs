@@ -1,4 +1,4 @@
-//! Whether packets get through is watched, and down is not dead.
+//! The agent monitors whether packets arrive, and distinguishes a dead agent from a dead host.
 
 use std::{
     net::Ipv4Addr,
@@ -16,11 +16,11 @@ use crate::{
 use gossamer::lab::{Agent, NetNs, Pinger};
 use nix::sys::signal::Signal;
 
-/// Time for a lost request to become a verdict: they are sent every 15 seconds while all is well.
-const VERDICT: Duration = Duration::from_secs(30);
-/// One flow is asked every 15 seconds while all is well, and half of them are lost.
-const FLOWS_NAMED: Duration = Duration::from_secs(90);
-/// As configured without anything said about it.
+/// Time until a lost probe changes the state: probes are sent every 15 seconds while a path is healthy.
+const DETECTION_TIMEOUT: Duration = Duration::from_secs(30);
+/// One flow is probed every 15 seconds while a path is healthy, and half of the flows are lost.
+const FLOW_LOSS_TIMEOUT: Duration = Duration::from_secs(90);
+/// The default of `withdraw_after`.
 const WITHDRAW_AFTER: Duration = Duration::from_secs(10);
 
 fn path(agent: &mut Agent, name: &str) -> String {
@@ -31,13 +31,13 @@ fn path(agent: &mut Agent, name: &str) -> String {
 }
 
 #[test]
-fn a_member_whose_agent_is_dead_loses_no_packet_for_as_long_as_its_kernel_lives() {
+fn member_with_a_dead_agent_and_live_kernel_loses_no_packet() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, TIMEOUT)?)?;
         let pod = cluster.hosts[1].pod(subnet, 1450)?;
         cluster.agents[1].end(Signal::SIGKILL)?;
-        // Gossip calls it down meanwhile, and the patience is over.
+        // Longer than gossip takes to report the member down, and than `withdraw_after`.
         let mut pinger = Pinger::new(&cluster.hosts[0].netns)?;
         let answered = pinger.stream(pod.ip, 2_500, Duration::from_millis(10))?;
         assert_eq!(answered, 2_500, "packets were lost");
@@ -50,14 +50,14 @@ fn a_member_whose_agent_is_dead_loses_no_packet_for_as_long_as_its_kernel_lives(
 }
 
 #[test]
-fn a_host_without_power_is_withdrawn_and_restored_when_it_is_back() {
+fn host_without_power_is_withdrawn_and_restored_when_back() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, TIMEOUT)?)?;
         let pod = cluster.hosts[1].pod(subnet, 1450)?;
         let host = &cluster.hosts[0].netns;
         let show = format!("ip route show proto 73 {subnet}");
-        // What has never answered is not withdrawn.
+        // A peer that has never answered is not withdrawn.
         wait_until("the path is not known", TIMEOUT, || {
             path(&mut cluster.agents[0], "n2").contains("ok")
         });
@@ -71,21 +71,23 @@ fn a_host_without_power_is_withdrawn_and_restored_when_it_is_back() {
         assert!(said.contains("No route to host") || said.contains("Unreachable"), "{said}");
         lab.set_veth(2, true)?;
         eventually(host, &show, |route| route.contains("via"));
-        // Its own kernel may wait a second for another answer of the underlay's ARP.
+        // The peer's kernel may wait a second for another ARP answer on the underlay.
         for netns in [host, &cluster.hosts[1].netns] {
             eventually(netns, "ip route show proto 73", |routes| {
-                // The third refuses what no pod of this node takes.
+                // The third route rejects unused addresses of this node's subnet.
                 routes.matches(" via ").count() == 2 && routes.lines().count() == 3
             });
         }
         let ping = format!("ping -c 1 -W 1 {}", pod.ip);
-        wait_until("the pod is not reached", VERDICT, || run(host, &ping).status.success());
+        wait_until("the pod is not reached", DETECTION_TIMEOUT, || {
+            run(host, &ping).status.success()
+        });
         Ok(())
     });
 }
 
 #[test]
-fn a_tunnel_that_is_closed_is_named_with_both_possible_causes() {
+fn blocked_tunnel_is_reported_with_both_possible_causes() {
     isolated(|lab| {
         if Command::new("nft").arg("--version").output().is_err() {
             eprintln!("SKIPPED: blocking a port needs `nft` (Debian: nftables)");
@@ -104,18 +106,20 @@ fn a_tunnel_that_is_closed_is_named_with_both_possible_causes() {
         let between = |a: Ipv4Addr, b: Ipv4Addr| {
             let way = [format!("way from {a} to {b}"), format!("way between {a} and {b}")];
             move |agent: &mut Agent| {
-                let is_named = way.iter().any(|way| has_warning(agent, way));
-                is_named && has_warning(agent, "drops ICMP and UDP 8473")
+                let is_reported = way.iter().any(|way| has_warning(agent, way));
+                is_reported && has_warning(agent, "drops ICMP and UDP 8473")
             }
         };
-        let is_named = between(here, there);
-        wait_until("it is not named", VERDICT, || is_named(&mut cluster.agents[0]));
-        // The other one cannot hear the answers to its own requests, and has the rule.
+        let is_reported = between(here, there);
+        wait_until("it is not reported", DETECTION_TIMEOUT, || is_reported(&mut cluster.agents[0]));
+        // The other host does not receive the answers to its own probes, and has the rule.
         let of_rule = "a rule of chain inet block input (handle ";
-        wait_until("it is not named", 2 * VERDICT, || has_problem(&mut cluster.agents[1], of_rule));
-        assert!(!has_problem(&mut cluster.agents[0], "allow UDP 8472"), "not known for certain");
+        wait_until("it is not reported", 2 * DETECTION_TIMEOUT, || {
+            has_problem(&mut cluster.agents[1], of_rule)
+        });
+        assert!(!has_problem(&mut cluster.agents[0], of_rule), "the rule is on the other host");
         tool(host, "nft delete table inet block");
-        wait_until("it is still named", TIMEOUT, || {
+        wait_until("it is still reported", TIMEOUT, || {
             !has_warning(&mut cluster.agents[0], "8472")
                 && !has_problem(&mut cluster.agents[1], "8472")
         });
@@ -123,11 +127,11 @@ fn a_tunnel_that_is_closed_is_named_with_both_possible_causes() {
     });
 }
 
-/// Rules of a host that takes only what the documentation says it has to.
-const ONLY_WHAT_IS_DOCUMENTED: [&str; 3] =
+/// Rules of a host that accepts only the documented ports.
+const DOCUMENTED_RULES: [&str; 3] =
     ["ct state established,related accept", "iif lo accept", "udp dport { 8472, 8473 } accept"];
 
-fn close(host: &NetNs, hook: &str, policy: &str, rules: &[&str]) {
+fn add_filter_chain(host: &NetNs, hook: &str, policy: &str, rules: &[&str]) {
     tool(host, &format!("nft add table inet wall_{hook}"));
     let chain = format!("type filter hook {hook} priority 0 ; policy {policy} ;");
     tool(host, &format!("nft add chain inet wall_{hook} wall {{ {chain} }}"));
@@ -141,8 +145,8 @@ fn is_down(agent: &Agent, name: &str) -> bool {
     members.lines().any(|line| line.starts_with(name) && line.contains("down"))
 }
 
-/// Whether pods are reached for twice as long as a peer is given before it is withdrawn.
-fn stays_reached(from: &NetNs, pod: Ipv4Addr) -> anyhow::Result<()> {
+/// Checks that a pod answers for twice as long as `withdraw_after`.
+fn assert_stays_reachable(from: &NetNs, pod: Ipv4Addr) -> anyhow::Result<()> {
     let mut pinger = Pinger::new(from)?;
     let begun = Instant::now();
     while begun.elapsed() < 2 * WITHDRAW_AFTER {
@@ -154,17 +158,17 @@ fn stays_reached(from: &NetNs, pod: Ipv4Addr) -> anyhow::Result<()> {
 }
 
 #[test]
-fn a_host_that_takes_only_documented_ports_keeps_its_pods_when_its_agent_ends() {
+fn pods_of_a_host_with_only_documented_ports_stay_reachable_when_its_agent_ends() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
         wait_until("the path is not known", TIMEOUT, || {
             path(&mut cluster.agents[0], "n2").contains("ok")
         });
-        close(&cluster.hosts[1].netns, "input", "drop", &ONLY_WHAT_IS_DOCUMENTED);
-        // An echo is lost, and its other witness speaks for the path.
+        add_filter_chain(&cluster.hosts[1].netns, "input", "drop", &DOCUMENTED_RULES);
+        // The echo is lost, but the datagram to the agent proves the path.
         let mut seen = Instant::now();
-        while seen.elapsed() < VERDICT {
+        while seen.elapsed() < DETECTION_TIMEOUT {
             assert!(
                 path(&mut cluster.agents[0], "n2").contains("ok"),
                 "{}",
@@ -174,9 +178,9 @@ fn a_host_that_takes_only_documented_ports_keeps_its_pods_when_its_agent_ends() 
             std::thread::sleep(Duration::from_millis(200));
         }
         cluster.agents[1].end(Signal::SIGTERM)?;
-        stays_reached(&pods[0].netns, pods[1].ip)?;
+        assert_stays_reachable(&pods[0].netns, pods[1].ip)?;
         assert!(is_down(&cluster.agents[0], "n2"));
-        // What nobody has used for long is not cut off either.
+        // An unused path is not withdrawn either.
         seen = Instant::now();
         while seen.elapsed() < 2 * WITHDRAW_AFTER {
             let route = tool(&cluster.hosts[0].netns, "ip route show proto 73");
@@ -188,7 +192,7 @@ fn a_host_that_takes_only_documented_ports_keeps_its_pods_when_its_agent_ends() 
 }
 
 #[test]
-fn echoes_that_are_filtered_once_the_agent_is_dead_cut_no_pod_off_that_is_heard() {
+fn pods_with_incoming_packets_stay_reachable_when_echoes_are_filtered() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
@@ -197,12 +201,12 @@ fn echoes_that_are_filtered_once_the_agent_is_dead_cut_no_pod_off_that_is_heard(
         });
         cluster.agents[1].end(Signal::SIGKILL)?;
         wait_until("it is not down", TIMEOUT, || is_down(&cluster.agents[0], "n2"));
-        // Neither echoes nor refusals: only what its pods send tells that it lives.
+        // Neither echoes nor ICMP errors arrive: only packets of its pods prove that the host is alive.
         let only_pods = ["iifname gossamer.1 drop"];
-        close(&cluster.hosts[1].netns, "input", "accept", &only_pods);
-        stays_reached(&pods[0].netns, pods[1].ip)?;
+        add_filter_chain(&cluster.hosts[1].netns, "input", "accept", &only_pods);
+        assert_stays_reachable(&pods[0].netns, pods[1].ip)?;
         assert!(path(&mut cluster.agents[0], "n2").contains("one-way"));
-        // Without power there are no packets of its own any more.
+        // Without power, these packets stop as well.
         lab.set_veth(2, false)?;
         eventually(&cluster.hosts[0].netns, "ip route show proto 73", |route| {
             route.contains("unreachable")
@@ -212,37 +216,37 @@ fn echoes_that_are_filtered_once_the_agent_is_dead_cut_no_pod_off_that_is_heard(
 }
 
 #[test]
-fn a_host_that_sends_no_icmp_keeps_its_pods_when_its_agent_ends() {
+fn pods_of_a_host_without_icmp_stay_reachable_when_its_agent_ends() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
         let host = &cluster.hosts[1].netns;
         let rules = ["icmp type echo-reply counter drop", "meta l4proto icmp drop"];
-        close(host, "output", "accept", &rules);
-        wait_until("no echoes are lost", VERDICT, || {
+        add_filter_chain(host, "output", "accept", &rules);
+        wait_until("no echoes are lost", DETECTION_TIMEOUT, || {
             let rules = tool(host, "nft list table inet wall_output");
             let count = rules.split("packets ").nth(1).and_then(|rest| rest.split(' ').next());
             count.is_some_and(|count| count.parse::<u32>().is_ok_and(|count| count >= 3))
         });
-        // The agent outlives them by more than a host without power is heard of.
+        // The agent stays up for longer than the last packets of a host without power would count.
         std::thread::sleep(Duration::from_secs(7));
         assert!(path(&mut cluster.agents[0], "n2").contains("ok"));
         cluster.agents[1].end(Signal::SIGKILL)?;
-        stays_reached(&pods[0].netns, pods[1].ip)
+        assert_stays_reachable(&pods[0].netns, pods[1].ip)
     });
 }
 
 #[test]
-fn a_path_that_is_narrower_than_the_underlay_is_named() {
+fn path_mtu_below_the_underlay_mtu_is_reported() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
-        // A bridge drops in silence what its port does not take.
+        // A bridge silently drops packets that are too large for its port.
         let host = lab.host(2, "n2")?;
         let narrow = Command::new("ip").args(["link", "set", "port2", "mtu", "1400"]).status()?;
         assert!(narrow.success());
         let _agent = cluster.start_agent(&host, &[])?;
-        wait_until("it is not named", TIMEOUT, || {
-            // Between what there is room for, 4 bytes of a VLAN included, and what the search leaves.
+        wait_until("it is not reported", TIMEOUT, || {
+            // Between what fits, with 4 bytes for a VLAN, and the precision of the search.
             (1_347..=1_354).any(|fits| {
                 let words = format!("those of {fits} arrive");
                 has_problem(&mut cluster.agents[0], &words)
@@ -253,7 +257,7 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
             })
         });
         assert!(path(&mut cluster.agents[0], "n2").contains("mtu-too-large"));
-        // The route is limited to what arrives, and no longer than that is so.
+        // The route is limited to what arrives, for as long as the limit exists.
         let routes = "ip route show proto 73 dev gossamer.1";
         eventually(&cluster.hosts[0].netns, routes, |shown| shown.contains(" mtu 13"));
         let wide = Command::new("ip").args(["link", "set", "port2", "mtu", "1500"]).status()?;
@@ -265,16 +269,16 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
     });
 }
 
-/// Without a packet of a pod that is lost, full packets are tried after minutes.
+/// Full-size packets are probed after minutes, unless packets of a pod are lost.
 #[test]
-fn path_that_becomes_narrow_in_silence_is_named_as_soon_as_packets_of_pods_are_lost() {
+fn silently_reduced_path_mtu_is_reported_as_soon_as_pod_packets_are_lost() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
         let narrow = Command::new("ip").args(["link", "set", "port2", "mtu", "1400"]).status()?;
         assert!(narrow.success());
         let agent = &mut cluster.agents[0];
-        wait_until("it is not named", TIMEOUT, || {
+        wait_until("it is not reported", TIMEOUT, || {
             assert!(!has_problem(agent, "do not arrive at pods"), "{}", agent.log());
             has_problem(agent, "packets of 1450 bytes to n2 are lost, those of 13")
         });
@@ -290,9 +294,9 @@ fn path_that_becomes_narrow_in_silence_is_named_as_soon_as_packets_of_pods_are_l
     });
 }
 
-/// A link of less than the usual MTU behind a router, which fragments tunnel packets.
+/// A link with a smaller MTU behind a router, which fragments tunnel packets.
 #[test]
-fn path_mtu_told_by_a_router_limits_the_route_of_that_peer() {
+fn path_mtu_reported_by_a_router_limits_the_peers_route() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let (router, far) = (lab.host(9, "router")?, lab.host(2, "n2")?);
@@ -325,7 +329,7 @@ fn path_mtu_told_by_a_router_limits_the_route_of_that_peer() {
         });
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["paths"][0]["mtu"], 1_350);
-        // The pod is told the size that fits.
+        // The pod learns the size that fits.
         let said = run(&here.netns, &format!("ping -c 1 -W 2 -M do -s 1400 {}", there.ip));
         let said = String::from_utf8_lossy(&said.stdout).into_owned();
         assert!(said.contains("mtu = 1350") || said.contains("mtu=1350"), "{said}");
@@ -334,9 +338,9 @@ fn path_mtu_told_by_a_router_limits_the_route_of_that_peer() {
     });
 }
 
-/// A switch or router with two legs, of which one is dead: it drops what has some bit in the source port.
+/// A link aggregation with a dead member link: it drops packets by a bit of the source port.
 #[test]
-fn flows_that_a_dead_leg_takes_are_counted_while_others_get_through() {
+fn flows_lost_on_a_dead_aggregation_link_are_counted() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         wait_until("the path is not known", TIMEOUT, || {
@@ -348,20 +352,20 @@ fn flows_that_a_dead_leg_takes_are_counted_while_others_get_through() {
         };
         if !nft("add table bridge lag") {
             skipped(
-                "a dead leg",
+                "flows_lost_on_a_dead_aggregation_link_are_counted",
                 "it needs `nft` (Debian: nftables), and a kernel with bridge tables",
             );
             return Ok(());
         }
-        let lost = "flows do not get through, and the others do";
-        // Each of eight flows takes a leg by chance: with one bit all may take the same.
-        let is_told = [15, 14, 13].into_iter().any(|bit| {
+        let lost = "flows do not get through, the others do";
+        // Each of eight flows uses a link at random, so all may use the same one with a single bit.
+        let is_reported = [15, 14, 13].into_iter().any(|bit| {
             assert!(nft("add chain bridge lag f { type filter hook forward priority 0 ; }"));
             assert!(nft(&format!(
                 "add rule bridge lag f ip protocol udp udp dport 8472 @th,{bit},1 1 drop"
             )));
             let begun = Instant::now();
-            while begun.elapsed() < FLOWS_NAMED {
+            while begun.elapsed() < FLOW_LOSS_TIMEOUT {
                 if has_problem(&mut cluster.agents[0], lost) {
                     return true;
                 }
@@ -370,7 +374,7 @@ fn flows_that_a_dead_leg_takes_are_counted_while_others_get_through() {
             assert!(nft("flush chain bridge lag f"));
             false
         });
-        assert!(is_told, "it is not told");
+        assert!(is_reported, "it is not reported");
         assert!(path(&mut cluster.agents[0], "n2").contains("partly-lost"));
         let doctor = String::from_utf8(client(&cluster.agents[0], &["doctor"]).stdout)?;
         assert!(
@@ -378,29 +382,33 @@ fn flows_that_a_dead_leg_takes_are_counted_while_others_get_through() {
             "{doctor}"
         );
         assert!(nft("delete table bridge lag"));
-        wait_until("it is still told", FLOWS_NAMED, || !has_problem(&mut cluster.agents[0], lost));
+        wait_until("it is still reported", FLOW_LOSS_TIMEOUT, || {
+            !has_problem(&mut cluster.agents[0], lost)
+        });
         Ok(())
     });
 }
 
 #[test]
-fn answers_that_come_by_another_way_are_named() {
+fn answers_on_another_path_are_reported() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let (here, there) = (cluster.hosts[0].ip, &cluster.hosts[1].netns);
         tool(there, &format!("ip route add {}/32 via {here} dev eth0", subnet.network()));
-        let said = "its answers come without";
-        wait_until("it is not named", TIMEOUT, || has_problem(&mut cluster.agents[0], said));
+        let said = "its answers arrive without";
+        wait_until("it is not reported", TIMEOUT, || has_problem(&mut cluster.agents[0], said));
         assert!(path(&mut cluster.agents[0], "n2").contains("asymmetric"));
         tool(there, &format!("ip route del {}/32", subnet.network()));
-        wait_until("it is still named", VERDICT, || !has_problem(&mut cluster.agents[0], said));
+        wait_until("it is still reported", DETECTION_TIMEOUT, || {
+            !has_problem(&mut cluster.agents[0], said)
+        });
         Ok(())
     });
 }
 
 #[test]
-fn ping_shows_underlay_overlay_and_pod_path_side_by_side() {
+fn ping_command_shows_underlay_overlay_and_pod_path() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         cluster.pods()?;

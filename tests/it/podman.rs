@@ -1,7 +1,8 @@
 //! Containers that a real Podman 5 starts on two hosts, with a real netavark that calls the plugin.
 //!
-//! Each host is Debian 13 as `tests/podman/build-root` has made it: a layer of its own above one directory,
-//! in a mount namespace of its own, where the agent runs too, for it opens what Podman mounts.
+//! Each host is Debian 13 as built by `tests/podman/build-root`: a writable layer above one directory, in
+//! its own mount namespace. The agent runs in that namespace as well, because it opens namespaces that
+//! Podman mounts there.
 
 use std::{
     fs,
@@ -23,10 +24,10 @@ use crate::{
     dockerd::unpack_busybox,
 };
 
-/// Where a host's own file system is, below its directory.
+/// The host's file system, below its directory.
 const ROOT: &str = "root";
-/// Makes it; ends when the namespaces do.
-const HOST: &str = "mount -t tmpfs tmpfs $DIR/layer; mkdir $DIR/layer/up $DIR/layer/work; \
+/// Creates the file system; it ends with the namespaces.
+const HOST_SETUP: &str = "mount -t tmpfs tmpfs $DIR/layer; mkdir $DIR/layer/up $DIR/layer/work; \
     mount -t overlay overlay -o lowerdir=$LOWER,upperdir=$DIR/layer/up,workdir=$DIR/layer/work $DIR/root; \
     cd $DIR/root; mount -t proc proc proc; mount -t sysfs sysfs sys; \
     mount -t cgroup2 cgroup2 sys/fs/cgroup; mount --rbind /dev dev; \
@@ -35,36 +36,48 @@ const HOST: &str = "mount -t tmpfs tmpfs $DIR/layer; mkdir $DIR/layer/up $DIR/la
     cp $PROGRAM usr/local/bin/gossamer; echo nameserver 127.0.0.1 > etc/resolv.conf; \
     echo ready > $DIR/ready; exec sleep infinity";
 
-/// What a power cut leaves of it: the disk. Tables and interfaces of the kernel go, mounts, and the kernel's
-/// name for its run.
+/// Simulates a power cut: the disk content stays; kernel tables, interfaces, mounts and the boot id are
+/// lost.
 const REBOOT: &str = "cd $DIR/root; umount -l -R run tmp; umount -l proc/sys/kernel/random/boot_id || true; \
     nft flush ruleset; ip link del gsm0; ip link del gossamer.1; \
     for d in run tmp; do mount -t tmpfs tmpfs $d; done; \
     mkdir -p run/netns run/lab/$NAME; mount --bind $DIR run/lab/$NAME; ln -s lab/$NAME run/gossamer; \
     cat proc/sys/kernel/random/uuid > $DIR/boot; mount --bind $DIR/boot proc/sys/kernel/random/boot_id";
 
-/// Whether a machine allows that at all.
-const MOUNTS: &str = "cd $LOWER; mount -t tmpfs tmpfs /tmp; mkdir /tmp/up /tmp/work /tmp/root; \
+/// Checks whether the machine allows such mounts.
+const MOUNT_CHECK: &str = "cd $LOWER; mount -t tmpfs tmpfs /tmp; mkdir /tmp/up /tmp/work /tmp/root; \
     mount -t overlay overlay -o lowerdir=.,upperdir=/tmp/up,workdir=/tmp/work /tmp/root; \
     cd /tmp/root/sys; mount -t sysfs sysfs .; mount -t cgroup2 cgroup2 /tmp/root/sys/fs/cgroup";
 
-/// Of a container whose user wants it.
+/// The MAC of a container whose user requests one.
 const MAC: &str = "02:00:00:00:00:33";
 
-/// What `tests/podman/build-root` has made.
-fn made() -> Result<PathBuf, String> {
+/// Returns the directory that `tests/podman/build-root` has built.
+fn podman_directory() -> Result<PathBuf, String> {
     let home = || std::env::var_os("HOME").map_or_else(|| "/var/tmp".into(), PathBuf::from);
-    let made = std::env::var_os("GOSSAMER_PODMAN")
+    let directory = std::env::var_os("GOSSAMER_PODMAN")
         .map_or_else(|| home().join(".cache/gossamer-podman"), PathBuf::from);
     if !geteuid().is_root() {
         return Err("layers above a directory of root's take root".to_owned());
     }
-    if !made.join("recipe").exists() {
-        return Err(format!("there is no Podman 5 in {}: tests/podman/build-root", made.display()));
+    if !directory.join("recipe").exists() {
+        return Err(format!(
+            "there is no Podman 5 in {}: tests/podman/build-root",
+            directory.display()
+        ));
     }
-    let root = made.join("root");
+    let root = directory.join("root");
     let mut probe = Command::new("unshare");
-    probe.args(["--mount", "--cgroup", "--net", "--propagation", "private", "sh", "-ec", MOUNTS]);
+    probe.args([
+        "--mount",
+        "--cgroup",
+        "--net",
+        "--propagation",
+        "private",
+        "sh",
+        "-ec",
+        MOUNT_CHECK,
+    ]);
     let probe = probe.env("LOWER", &root).output().map_err(|error| format!("unshare: {error}"))?;
     match probe.status.success() {
         true => Ok(root),
@@ -85,12 +98,12 @@ impl Machine {
             fs::create_dir_all(host.dir.join(directory))?;
         }
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--cgroup", "--propagation", "private", "sh", "-ec", HOST]);
+        command.args(["--mount", "--cgroup", "--propagation", "private", "sh", "-ec", HOST_SETUP]);
         command.env("DIR", &host.dir).env("NAME", &host.name).env("LOWER", lower);
         command.env("PROGRAM", program()).stdin(Stdio::null());
         let keeper = host.netns.spawn(&mut command)?;
         let ready = host.dir.join("ready");
-        wait_until("the host is not furnished", TIMEOUT, || ready.exists());
+        wait_until("the host is not ready", TIMEOUT, || ready.exists());
         let machine = Self { host, keeper };
         let script =
             format!("#!/bin/sh\nexec {} /usr/local/bin/gossamer \"$@\"\n", machine.enter());
@@ -99,13 +112,13 @@ impl Machine {
         Ok(machine)
     }
 
-    /// What makes a command one of this host.
+    /// Returns the prefix that runs a command on this host.
     fn enter(&self) -> String {
         let root = self.host.dir.join(ROOT);
         format!("nsenter --mount --target {} chroot {}", self.keeper.id(), root.display())
     }
 
-    /// The program as it is run on this host.
+    /// Returns the path of the program on this host.
     fn gossamer(&self) -> PathBuf {
         self.host.dir.join("gossamer")
     }
@@ -125,7 +138,7 @@ impl Machine {
         child.wait_with_output().expect(command)
     }
 
-    /// What a command prints that must succeed.
+    /// Runs a command that must succeed, and returns its output.
     fn done(&self, command: &str) -> String {
         let Output { status, stdout, stderr } = self.run(command);
         let [said, error] =
@@ -140,7 +153,7 @@ impl Machine {
         String::from_utf8_lossy(&stderr).into_owned()
     }
 
-    /// The image `box`, which is nothing but busybox.
+    /// Imports the image `box`, which contains only busybox.
     fn import(&self) {
         unpack_busybox(&self.host.dir.join("image"));
         let packed = format!("tar -C /run/lab/{0}/image -c -f /tmp/box.tar .", self.host.name);
@@ -148,15 +161,15 @@ impl Machine {
         self.done("podman import /tmp/box.tar box");
     }
 
-    /// Ends what runs without a word to anybody, and starts the host again, but for the agent.
+    /// Kills all processes, and starts the host again, without the agent.
     fn reboot(&self, agent: &mut Agent) -> anyhow::Result<()> {
         let mut doomed = Vec::new();
         for container in self.done("podman ps -q --no-trunc").lines() {
             let said = self.done(&format!("podman inspect {container}"));
             let all: Value = serde_json::from_str(&said)?;
-            // Its monitor first, which would clean up behind it.
-            let of = |key: &str| all[0]["State"][key].as_i64().expect("a process");
-            doomed.extend(["ConmonPid", "Pid"].map(of));
+            // The container's monitor first, because it would clean up after the container.
+            let process_id = |key: &str| all[0]["State"][key].as_i64().expect("a process");
+            doomed.extend(["ConmonPid", "Pid"].map(process_id));
         }
         agent.end(Signal::SIGKILL)?;
         for process in doomed {
@@ -170,7 +183,7 @@ impl Machine {
         Ok(())
     }
 
-    /// The network settings of a container, as Podman tells them.
+    /// Returns the network settings of a container, as Podman reports them.
     fn settings(&self, container: &str) -> Value {
         let said = self.done(&format!("podman inspect {container}"));
         let all: Value = serde_json::from_str(&said).expect("JSON");
@@ -185,7 +198,7 @@ impl Machine {
         self.web(container)["IPAddress"].as_str().expect("an address").to_owned()
     }
 
-    /// The largest packets that fit, unfragmented, from inside a container.
+    /// Pings from inside a container with the largest packets that fit, unfragmented.
     fn ping(&self, container: &str, to: &str) {
         let settings = self.settings(container);
         let path = settings["SandboxKey"].as_str().expect("a path");
@@ -207,7 +220,7 @@ fn addresses(agent: &mut Agent) -> Vec<String> {
     pods.iter().map(|pod| pod["addresses"][0].as_str().expect("one").to_owned()).collect()
 }
 
-/// Two hosts with the network `web`, and their agents.
+/// Creates two hosts with the network `web`, and their agents.
 fn pair(lab: &mut Lab, lower: &Path) -> anyhow::Result<([Machine; 2], [Agent; 2])> {
     let machines = [Machine::new(lab, 1, lower)?, Machine::new(lab, 2, lower)?];
     let [one, two] = &machines;
@@ -233,11 +246,11 @@ fn run(machine: &Machine, arguments: &str) {
 }
 
 #[test]
-fn containers_of_podman_5_on_two_hosts_are_in_one_network() {
-    let lower = match made() {
+fn podman_5_containers_on_two_hosts_share_one_network() {
+    let lower = match podman_directory() {
         Ok(lower) => lower,
         Err(why) => {
-            return skipped("containers_of_podman_5_on_two_hosts_are_in_one_network", &why);
+            return skipped("podman_5_containers_on_two_hosts_share_one_network", &why);
         }
     };
     isolated(|lab| {
@@ -251,7 +264,7 @@ fn containers_of_podman_5_on_two_hosts_are_in_one_network() {
         one.ping("a", &b);
         two.ping("b", &a);
 
-        // A firewall that was flushed; its address and its MAC stay.
+        // Reload, as after a flushed firewall; address and MAC stay.
         let before = one.web("a");
         one.done("podman network reload a");
         assert_eq!(one.web("a"), before);
@@ -259,7 +272,7 @@ fn containers_of_podman_5_on_two_hosts_are_in_one_network() {
         one.done("podman restart -t 0 a");
         two.ping("b", &one.address("a"));
 
-        // An address and a MAC that the user wants.
+        // An address and a MAC that the user requests.
         let subnet = Agent::subnet(&agents[0].ask("/v1/status", TIMEOUT)?)?;
         let wanted = subnet.hosts().nth(50).expect("an address");
         let fixed = format!("--mac-address {MAC} --network web --ip");
@@ -272,14 +285,14 @@ fn containers_of_podman_5_on_two_hosts_are_in_one_network() {
         let error = one.refused("podman network create --driver gossamer --internal other");
         assert!(error.contains("--internal"), "{error}");
 
-        // Published ports are those of Podman's own network, whichever of the two comes first.
+        // Published ports belong to Podman's own network, whichever of the two is listed first.
         let ports = "--network web --network podman -p 8080:80";
         one.done(&format!("podman run -d --name d {ports} box /bin/httpd -f -h /bin"));
         two.ping("b", &one.address("d"));
         one.ping("d", &b);
         two.done(&format!("busybox wget -T 10 -q -O /dev/null http://{seed}:8080/busybox"));
 
-        // A container can be removed, and starts, whatever became of the agent in between.
+        // A container can be removed and started, even if the agent was killed in between.
         agents[0].end(Signal::SIGKILL)?;
         one.done("podman rm -f -t 0 a");
         let error = one.refused("podman run -d --name e --network web box /bin/sleep 600");
@@ -297,12 +310,11 @@ fn containers_of_podman_5_on_two_hosts_are_in_one_network() {
 }
 
 #[test]
-fn a_pod_of_podman_5_has_one_address_and_containers_start_again_after_a_reboot() {
-    let lower = match made() {
+fn podman_5_pod_has_one_address_and_containers_restart_after_a_reboot() {
+    let lower = match podman_directory() {
         Ok(lower) => lower,
         Err(why) => {
-            let test =
-                "a_pod_of_podman_5_has_one_address_and_containers_start_again_after_a_reboot";
+            let test = "podman_5_pod_has_one_address_and_containers_restart_after_a_reboot";
             return skipped(test, &why);
         }
     };
@@ -312,7 +324,7 @@ fn a_pod_of_podman_5_has_one_address_and_containers_start_again_after_a_reboot()
         run(two, "--name b --network web");
         let b = two.address("b");
 
-        // Podman's own infra image needs a program that this host does not have.
+        // Podman's default infra image needs a program that this host does not have.
         let script = "exec podman pod create --name group --network web --infra-image box \
                       --infra-name infra --infra-command '/bin/sleep 600'\n";
         fs::write(one.host.dir.join("create"), script)?;
@@ -339,7 +351,7 @@ fn a_pod_of_podman_5_has_one_address_and_containers_start_again_after_a_reboot()
         let fixed = subnet.hosts().nth(50).expect("an address").to_string();
         run(one, &format!("--name c --network web --ip {fixed}"));
         one.reboot(&mut agents[0])?;
-        // Whatever of it starts first.
+        // Whichever part of the pod starts first.
         let error = one.refused("podman start a");
         assert!(error.contains("no gossamer agent"), "{error}");
         agents[0] = one.agent(&[])?;
@@ -351,9 +363,9 @@ fn a_pod_of_podman_5_has_one_address_and_containers_start_again_after_a_reboot()
         assert_eq!(now[1], fixed);
         let mut known = addresses(&mut agents[0]);
         known.sort();
-        let mut told = now.to_vec();
-        told.sort();
-        assert_eq!(known, told);
+        let mut listed = now.to_vec();
+        listed.sort();
+        assert_eq!(known, listed);
         now.iter().for_each(|address| two.ping("b", address));
         one.ping("a", &b);
         one.done("podman pod rm -f -t 0 group");

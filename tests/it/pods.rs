@@ -1,4 +1,4 @@
-//! What becomes of pods and of their bridge when others lay hands on them, or memory is lost.
+//! Pods and their bridge after changes by other programs, and after lost state.
 
 use std::{
     fs,
@@ -16,14 +16,14 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces, pods, veths},
     common::{
-        Cluster, TIMEOUT, client, eventually, gossamer_token, isolated, program, run, status_where,
+        Cluster, TIMEOUT, client, eventually, isolated, new_token, program, run, status_where,
         tool, wait_until,
     },
-    mishaps::lose_database,
+    host_failures::lose_database,
 };
 
 #[test]
-fn what_others_do_to_the_bridge_is_put_right() {
+fn changed_bridge_is_repaired() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         cluster.agents[0].end(Signal::SIGTERM)?;
@@ -39,7 +39,7 @@ fn what_others_do_to_the_bridge_is_put_right() {
             wait_until(what, TIMEOUT, || {
                 let ports = tool(host, "ip -o link show type veth master pods0 up");
                 let addresses = String::from_utf8(run(host, "ip addr show pods0").stdout);
-                // Beside what the agent tries forwarding with.
+                // Ignore the port of the agent's own pod for forwarding trials.
                 ports.lines().filter(|line| line.contains(": gsm")).count() == 2
                     && addresses.is_ok_and(|text| text.contains("/24") && text.contains("state UP"))
             });
@@ -52,7 +52,7 @@ fn what_others_do_to_the_bridge_is_put_right() {
             "ip link del pods0",
         ] {
             tool(host, command);
-            // Commands that find nothing of it give no output.
+            // Commands that find nothing print nothing.
             is_whole(command);
             let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway");
             tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
@@ -60,7 +60,7 @@ fn what_others_do_to_the_bridge_is_put_right() {
         status_where(&mut cluster.agents[0], |status| {
             status["kernel"]["repairs"]["bridge"].as_u64() >= Some(5)
         });
-        // Over a restart too: who keeps it then has plugged nothing in.
+        // The same over a restart: the new process has connected no pod itself.
         cluster.agents[0].end(Signal::SIGTERM)?;
         tool(&cluster.hosts[0].netns, "ip link del pods0");
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &bridge)?;
@@ -74,7 +74,7 @@ fn what_others_do_to_the_bridge_is_put_right() {
 }
 
 #[test]
-fn end_of_a_cable_that_is_renamed_gets_its_name_back() {
+fn renamed_veth_end_gets_its_name_back() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _space = namespaces(&["a"])?;
@@ -84,11 +84,11 @@ fn end_of_a_cable_that_is_renamed_gets_its_name_back() {
         let rename =
             [format!("{link} down"), format!("{link} name other0"), "other0 up".to_owned()];
         let host = &cluster.hosts[0].netns;
-        // It may have its name back before the last of them.
+        // The name may be restored before the last command runs.
         rename.iter().for_each(|change| _ = run(host, &format!("ip link set {change}")));
         eventually(host, "ip -o link show master gsm0 up", |shown| shown.contains(&link));
         eventually(host, &format!("ping -c 1 -W 2 {given}"), |said| said.contains(" 1 received"));
-        // Renamed while no agent runs, and to be removed by the next.
+        // Renamed while no agent runs, and to be removed by the next one.
         cluster.agents[0].end(Signal::SIGKILL)?;
         rename.iter().for_each(|change| _ = tool(host, &format!("ip link set {change}")));
         Runtime::new(&cluster.agents[0]).del("a");
@@ -99,7 +99,7 @@ fn end_of_a_cable_that_is_renamed_gets_its_name_back() {
 }
 
 #[test]
-fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
+fn pods_survive_a_lost_database_but_not_a_host_reboot() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let spaces = namespaces(&["a", "b", "c"])?;
@@ -116,14 +116,14 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
         let b = Runtime::new(&cluster.agents[1]).add("b");
         assert_ne!(address(&a), address(&b));
         let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway");
-        // Once more: now the disk has them again, and nothing is swept away.
+        // Once more: the records are on disk again, and nothing is removed.
         cluster.agents[1].end(Signal::SIGKILL)?;
         start(&mut cluster)?;
         assert_eq!((pods(&mut cluster.agents[1]), veths(&cluster.hosts[1])), (2, 2));
         tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
 
         cluster.agents[1].end(Signal::SIGKILL)?;
-        // A start of the kernel leaves no interface, and has another id.
+        // A boot leaves no interfaces, and has another id.
         let host = &cluster.hosts[1].netns;
         for line in tool(host, "ip -br link show type veth").lines() {
             let name = line.split('@').next().expect("a name");
@@ -136,7 +136,7 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
         fs::write(&boot, another)?;
         start(&mut cluster)?;
         assert_eq!(pods(&mut cluster.agents[1]), 0);
-        wait_until("this start is noted", TIMEOUT, || {
+        wait_until("this boot is not recorded", TIMEOUT, || {
             fs::read_to_string(&boot).is_ok_and(|noted| noted != another)
         });
         Ok(())
@@ -144,7 +144,7 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
 }
 
 #[test]
-fn pods_outlive_a_note_of_another_start_of_the_host() {
+fn pods_survive_a_recorded_boot_id_of_another_boot() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b", "c"])?;
@@ -162,7 +162,7 @@ fn pods_outlive_a_note_of_another_start_of_the_host() {
             cluster.converge()?;
             let log = cluster.agents[0].log();
             assert!(log.contains("state directory is of another boot"), "{log}");
-            // The disk has them all: a look into the namespace needs its path.
+            // All records are on disk: CHECK opens the namespace by the recorded path.
             let (done, said) =
                 Runtime::new(&cluster.agents[0]).call("CHECK", "a", &json!({ "prevResult": a }));
             assert!(done, "{said}");
@@ -174,7 +174,7 @@ fn pods_outlive_a_note_of_another_start_of_the_host() {
                 (turn + 2, turn + 2)
             );
             tool(&spaces[0], &format!("ping -c 1 -W 5 {gateway}"));
-            wait_until("this start is noted", TIMEOUT, || {
+            wait_until("this boot is not recorded", TIMEOUT, || {
                 fs::read(state.join("boot")).is_ok_and(|now| now == noted)
             });
         }
@@ -183,7 +183,7 @@ fn pods_outlive_a_note_of_another_start_of_the_host() {
 }
 
 #[test]
-fn pods_outlive_a_state_directory_of_an_earlier_start_of_the_host() {
+fn pods_survive_a_state_directory_of_an_earlier_boot() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let _spaces = namespaces(&["old", "a", "b"])?;
@@ -200,13 +200,15 @@ fn pods_outlive_a_state_directory_of_an_earlier_start_of_the_host() {
         fs::write(copy.join("boot"), "0a7d2f1e-9c1b-4c37-9f0d-b0b86d1f0000\n")?;
         start(&mut cluster)?;
         Runtime::new(&cluster.agents[0]).call("DEL", "old", &json!({}));
-        wait_until("its veth pair is left", TIMEOUT, || veths(&cluster.hosts[0]) == 0);
+        wait_until("the veth pair of the old pod is left", TIMEOUT, || {
+            veths(&cluster.hosts[0]) == 0
+        });
         let a = Runtime::new(&cluster.agents[0]).add("a");
         cluster.agents[0].end(Signal::SIGTERM)?;
         fs::remove_dir_all(&state)?;
         fs::rename(&copy, &state)?;
         start(&mut cluster)?;
-        // The pod of the earlier start is gone, and that of this one is known.
+        // The pod of the earlier boot is gone, and that of this boot is known.
         assert_eq!((pods(&mut cluster.agents[0]), veths(&cluster.hosts[0])), (1, 1));
         let listed = cluster.agents[0].ask("/v1/pods", TIMEOUT)?.to_string();
         assert!(listed.contains(&address(&a)), "{listed}");
@@ -217,7 +219,7 @@ fn pods_outlive_a_state_directory_of_an_earlier_start_of_the_host() {
 }
 
 #[test]
-fn fifo_in_the_place_of_a_namespace_is_refused_and_delays_no_other_pod() {
+fn fifo_in_place_of_a_namespace_is_rejected_and_delays_no_other_pod() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
         let agent = &cluster.agents[0];
@@ -244,7 +246,7 @@ fn fifo_in_the_place_of_a_namespace_is_refused_and_delays_no_other_pod() {
 
 /// A veth pair is removed after its DEL was answered.
 #[test]
-fn pods_that_were_disconnected_before_a_crash_do_not_come_back() {
+fn pods_disconnected_before_a_crash_are_not_restored() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
@@ -266,9 +268,9 @@ fn pods_that_were_disconnected_before_a_crash_do_not_come_back() {
 }
 
 #[test]
-fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
+fn pods_survive_a_lost_state_directory_over_several_restarts() {
     isolated(|lab| {
-        let (host, token) = (lab.host(1, "n1")?, gossamer_token()?);
+        let (host, token) = (lab.host(1, "n1")?, new_token()?);
         let arguments =
             ["--lease-source", "podcidr", "--token", &token, "--pod-cidr", "10.42.0.0/24"];
         let mut agent = Agent::start(program(), &host, &arguments)?;
@@ -282,7 +284,7 @@ fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
             agent = Agent::start(program(), &host, &arguments)?;
             agent.wait_converged(1, TIMEOUT)?;
             assert_eq!(pods(&mut agent), turn + 1);
-            // Addresses of pods that are there are not given again.
+            // Addresses of existing pods are not assigned again.
             let new = Runtime::new(&agent).add(name);
             assert!(given.iter().all(|old| address(old) != address(&new)), "{new}");
             given.push(new);
@@ -290,7 +292,7 @@ fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
                 agent.end(Signal::SIGTERM)?;
                 agent = Agent::start(program(), &host, &arguments)?;
                 agent.wait_converged(1, TIMEOUT)?;
-                // A second look at the bridge is over when another pod has been looked at.
+                // The second check of the bridge is over when another pod has been checked.
                 let (done, said) =
                     Runtime::new(&agent).call("CHECK", "a", &json!({ "prevResult": given[0] }));
                 assert!(done, "{said}");
@@ -298,20 +300,20 @@ fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
                 tool(&spaces[0], &format!("ping -c 1 -W 5 {gateway}"));
             }
         }
-        assert!(!agent.log().contains("removed interfaces of pods"), "{}", agent.log());
+        assert!(!agent.log().contains("removed interfaces of unknown pods"), "{}", agent.log());
         Ok(())
     });
 }
 
 #[test]
-fn a_bridge_of_somebody_else_is_left_alone_and_one_of_ours_may_get_another_name() {
+fn foreign_bridge_is_unchanged_and_own_bridge_can_be_renamed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b"])?;
         let a = Runtime::new(&cluster.agents[0]).add("a");
         let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway").to_owned();
         let host = &cluster.hosts[0].netns;
-        // Of a subnet that this node had once.
+        // An address of a subnet that this node had before.
         tool(host, "ip addr add 10.42.250.1/24 dev gsm0");
         tool(host, "ip link set gsm0 down");
         eventually(host, "ip addr show gsm0", |text| {
@@ -345,7 +347,7 @@ fn a_bridge_of_somebody_else_is_left_alone_and_one_of_ours_may_get_another_name(
 }
 
 #[test]
-fn bridge_of_another_program_is_told_by_every_verdict_and_its_going_too() {
+fn foreign_interface_with_the_bridges_name_is_reported_everywhere_until_removed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let host = &cluster.hosts[0].netns;
@@ -356,7 +358,7 @@ fn bridge_of_another_program_is_told_by_every_verdict_and_its_going_too() {
             cluster.agents[0].end(Signal::SIGTERM)?;
             cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--bridge", name])?;
             let why = format!("an interface {name} is there and is not gossamer's");
-            // Before any pod is asked for.
+            // Before any pod is requested.
             let status = status_where(&mut cluster.agents[0], |status| {
                 assert!(status["converged"] == false, "{status:#}");
                 status["pods_refused"].to_string().contains(&why)
@@ -379,7 +381,7 @@ fn bridge_of_another_program_is_told_by_every_verdict_and_its_going_too() {
             let said = tool(&cluster.hosts[0].netns, &ready);
             assert!(said.ends_with("503") && said.contains(&why), "{said}");
         }
-        // An operator makes room.
+        // The operator removes the interface.
         cluster.agents[0].end(Signal::SIGTERM)?;
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--bridge", "mine"])?;
         status_where(&mut cluster.agents[0], |status| status["pods_refused"].is_string());
@@ -395,7 +397,7 @@ fn bridge_of_another_program_is_told_by_every_verdict_and_its_going_too() {
 }
 
 #[test]
-fn doctor_names_an_interface_in_the_place_of_the_bridge_without_an_agent() {
+fn doctor_without_an_agent_reports_an_interface_in_place_of_the_bridge() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         tool(&host.netns, "ip link add gsm0 type veth peer name gsm0p");
@@ -411,7 +413,7 @@ fn doctor_names_an_interface_in_the_place_of_the_bridge_without_an_agent() {
 }
 
 #[test]
-fn what_the_operators_settings_change_about_the_bridge_is_blamed_on_no_other_program() {
+fn bridge_changes_by_settings_are_not_counted_as_repairs() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b"])?;
@@ -438,7 +440,7 @@ fn what_the_operators_settings_change_about_the_bridge_is_blamed_on_no_other_pro
         let log = cluster.agents[0].log();
         assert!(!log.contains("repaired changes by another program"), "{log}");
         assert_eq!(status["kernel"]["repairs"]["bridge"], serde_json::Value::Null, "{status}");
-        // What others do from then on is.
+        // Later changes by other programs are reported.
         tool(&cluster.hosts[0].netns, "ip link set pods1 down");
         status_where(&mut cluster.agents[0], |status| status["kernel"]["repairs"]["bridge"] == 1);
         Ok(())

@@ -1,4 +1,5 @@
-//! A real Prometheus that scrapes an agent, with the alert rules, and every query of the Grafana dashboard.
+//! A real Prometheus that scrapes an agent, with the alert rules, and every query of the Grafana
+//! dashboard.
 
 use std::{
     fs,
@@ -16,7 +17,7 @@ use crate::common::{Cluster, TIMEOUT, isolated, skipped, wait_until};
 const PROGRAM: &str = "/usr/bin/prometheus";
 const PORT: u16 = 9090;
 
-/// An answer of Prometheus' API; nothing, as long as it does not listen.
+/// Queries Prometheus' API. Returns None while it does not listen.
 fn ask(netns: &NetNs, path: &str) -> Option<Value> {
     let answer = netns.run(|| {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT))?;
@@ -34,7 +35,7 @@ fn query(netns: &NetNs, expression: &str) -> Value {
     ask(netns, &format!("/api/v1/query?query={escaped}")).unwrap_or_default()
 }
 
-/// The queries of all panels, for all hosts.
+/// Returns the queries of all panels, for all hosts.
 fn panel_queries() -> Vec<String> {
     let dashboard: Value =
         serde_json::from_str(include_str!("../../config/grafana.json")).expect("JSON");
@@ -45,9 +46,9 @@ fn panel_queries() -> Vec<String> {
 }
 
 #[test]
-fn a_prometheus_scrapes_the_agent_and_answers_what_the_dashboard_asks() {
+fn prometheus_scrapes_the_agent_and_answers_all_dashboard_queries() {
     if !Path::new(PROGRAM).exists() {
-        let test = "a_prometheus_scrapes_the_agent_and_answers_what_the_dashboard_asks";
+        let test = "prometheus_scrapes_the_agent_and_answers_all_dashboard_queries";
         return skipped(test, "prometheus is not installed");
     }
     isolated(|lab| {
@@ -83,12 +84,12 @@ fn a_prometheus_scrapes_the_agent_and_answers_what_the_dashboard_asks() {
         );
         let queries = panel_queries();
         assert!(queries.len() >= 12, "{queries:?}");
-        // Two scrapes for those that ask for a rate.
+        // Queries of a rate need two scrapes.
         for expression in queries {
             wait_until(&expression, TIMEOUT, || {
                 let answer = query(&host.netns, &expression);
                 assert_eq!(answer["status"], "success", "{expression}: {answer}");
-                // Nothing was repaired, so there is no such series yet.
+                // Nothing was repaired, so this series does not exist yet.
                 answer["data"]["result"][0].is_object() || expression.contains("repairs")
             });
         }

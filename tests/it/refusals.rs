@@ -1,4 +1,5 @@
-//! What cannot work is refused with one clear sentence and exit code 1, and leaves nothing behind.
+//! Configurations that cannot work are rejected with one clear sentence and exit code 1, and leave
+//! nothing behind.
 
 use std::{
     fs,
@@ -10,7 +11,7 @@ use nix::{sys::stat::Mode, unistd::mkfifo};
 
 use crate::common::{Cluster, TIMEOUT, has_problem, isolated, program, run, tool, wait_until};
 
-/// Runs an agent that must end by itself with code 1, and checks what it said and left.
+/// Runs an agent that must end by itself with code 1. Checks its message, and that nothing is left.
 fn refused(host: &Host, arguments: &[&str], words: &[&str]) -> anyhow::Result<()> {
     let mut agent = Agent::start(program(), host, arguments)?;
     let status = agent.wait()?;
@@ -41,7 +42,7 @@ fn new_token() -> String {
 }
 
 #[test]
-fn limit_of_open_files_that_is_too_low_for_an_agent() {
+fn open_file_limit_too_low_for_an_agent_is_rejected() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let command = "ulimit -n 64; exec timeout 30 \"$0\" agent --init --state-dir \"$1/state\" \
@@ -60,33 +61,41 @@ fn limit_of_open_files_that_is_too_low_for_an_agent() {
 }
 
 #[test]
-fn joiners_that_do_not_belong() {
+fn joiners_with_wrong_token_or_settings_are_rejected() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let stranger = lab.host(9, "non-member")?;
+        let non_member = lab.host(9, "non-member")?;
         let (seed, token) = (cluster.hosts[0].ip.to_string(), cluster.token.clone());
-        refused(&stranger, &["--join", &seed, "--token", &new_token()], &["certificate", "token"])?;
-        refused(&stranger, &["--join", &seed], &["a token is needed", "gossamer token"])?;
-        refused(&stranger, &[], &["--init", "--join"])?;
+        refused(
+            &non_member,
+            &["--join", &seed, "--token", &new_token()],
+            &["certificate", "token"],
+        )?;
+        refused(&non_member, &["--join", &seed], &["a token is needed", "gossamer token"])?;
+        refused(&non_member, &[], &["--init", "--join"])?;
         for (flag, value, words) in [
             ("--vni", "7", "vni is 7 here and 1 in the cluster"),
             ("--vxlan-port", "4789", "vxlan_port is 4789 here and 8472"),
             ("--network", "10.99.0.0/16", "network is 10.99.0.0/16 here and 10.42.0.0/16"),
             ("--subnet-len", "25", "subnet_len is 25 here and 24"),
         ] {
-            refused(&stranger, &["--join", &seed, "--token", &token, flag, value], &[words])?;
+            refused(&non_member, &["--join", &seed, "--token", &token, flag, value], &[words])?;
         }
-        // Another cluster with the same secret: told apart by its id.
+        // Another cluster with the same secret: distinguished by its id.
         let other = lab.host(10, "other")?;
         let secret = new_token();
         let mut creator = Agent::start(program(), &other, &["--init", "--token", &secret])?;
         creator.wait_converged(1, TIMEOUT)?;
-        let theirs = crate::common::token_of(&mut creator)?;
+        let token_of_other = crate::common::token_of(&mut creator)?;
         let third = lab.host(11, "third")?;
         let mut creator = Agent::start(program(), &third, &["--init", "--token", &secret])?;
         creator.wait_converged(1, TIMEOUT)?;
         let seed = third.ip.to_string();
-        refused(&stranger, &["--join", &seed, "--token", &theirs], &["clusters never merge"])?;
+        refused(
+            &non_member,
+            &["--join", &seed, "--token", &token_of_other],
+            &["clusters never merge"],
+        )?;
 
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["members"].as_array().map(Vec::len), Some(2), "no trace in the cluster");
@@ -96,7 +105,7 @@ fn joiners_that_do_not_belong() {
 }
 
 #[test]
-fn a_host_that_joined_keeps_to_its_cluster() {
+fn joined_host_with_conflicting_settings_is_rejected() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         cluster.agents[1].end(nix::sys::signal::Signal::SIGTERM)?;
@@ -117,7 +126,7 @@ fn a_host_that_joined_keeps_to_its_cluster() {
 }
 
 #[test]
-fn hosts_where_something_is_in_the_way() {
+fn agent_with_conflicting_devices_ports_or_sockets_is_rejected() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let host = lab.host(2, "n2")?;
@@ -160,7 +169,7 @@ fn hosts_where_something_is_in_the_way() {
 }
 
 #[test]
-fn a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once() {
+fn pipe_or_device_in_place_of_a_file_is_rejected_at_once() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let pipe = host.dir.join("pipe");
@@ -173,7 +182,7 @@ fn a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once() {
         let long = host.dir.join("long");
         fs::write(&long, " ".repeat((1 << 20) + 1))?;
         refused(&host, &["--config", long.to_str().expect("UTF-8")], &["longer than 1048576"])?;
-        // What Kubernetes writes may come right while the agent waits for it.
+        // A file written by Kubernetes may become valid while the agent waits for it.
         let waiting = ["--lease-source", "podcidr", "--token", &new_token(), "--pod-cidr-file"];
         let given = host.dir.join("pod-cidr");
         mkfifo(&given, Mode::S_IRUSR | Mode::S_IWUSR)?;
@@ -189,7 +198,7 @@ fn a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once() {
 }
 
 #[test]
-fn a_vni_that_only_the_cluster_knows_is_given_back_when_it_is_taken() {
+fn joiner_with_the_clusters_vni_in_use_is_rejected_and_returns_its_subnet() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
         let mut creator = Agent::start(program(), &first, &["--init", "--vni", "42"])?;
@@ -206,7 +215,7 @@ fn a_vni_that_only_the_cluster_knows_is_given_back_when_it_is_taken() {
 }
 
 #[test]
-fn without_the_capability_it_says_which_one() {
+fn agent_without_net_admin_reports_the_missing_capability() {
     isolated(|lab: &mut Lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Command::new("setpriv");
@@ -228,7 +237,7 @@ fn without_the_capability_it_says_which_one() {
 }
 
 #[test]
-fn wrong_usage_is_code_2_and_an_unknown_key_names_its_line() {
+fn wrong_usage_exits_with_2_and_an_unknown_key_is_reported_with_its_line() {
     let run = |arguments: &[&str]| Command::new(program()).args(arguments).output().expect("runs");
     assert_eq!(run(&["agent", "--nonsense"]).status.code(), Some(2));
     assert_eq!(run(&["agent", "--vni", "many"]).status.code(), Some(2));

@@ -1,5 +1,5 @@
-//! What other hands do to the kernel is put right at once: long before the slow comparison, which comes every
-//! ten seconds.
+//! Changes by other programs to the kernel state are repaired at once, long before the periodic
+//! comparison, which runs every ten seconds.
 
 use std::time::{Duration, Instant};
 
@@ -8,10 +8,10 @@ use crate::common::{
 };
 use gossamer::lab::{Agent, Host, Pod};
 
-/// Shorter than the pause between two slow comparisons.
-const AT_ONCE: Duration = Duration::from_secs(5);
+/// Shorter than the interval between two periodic comparisons.
+const IMMEDIATE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// All that is on our account on a host, as the system's own tools show it.
+/// Returns all of gossamer's kernel state on a host, as the system's own tools show it.
 fn tables(host: &Host) -> String {
     let shown = |command: &str| {
         let output = run(&host.netns, command);
@@ -20,7 +20,7 @@ fn tables(host: &Host) -> String {
         lines.sort_unstable();
         lines.join("\n")
     };
-    // Without the interface's index, which a new device has of its own.
+    // Without the interface's index, because a new device has a new one.
     let device = shown("ip -d -4 addr show dev gossamer.1");
     let device: Vec<&str> =
         device.lines().map(|line| line.split_once(": ").map_or(line, |(_, rest)| rest)).collect();
@@ -41,7 +41,7 @@ fn assert_both_ways(pods: &[Pod]) {
 }
 
 #[test]
-fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
+fn deleted_changed_or_renamed_kernel_state_is_repaired_at_once() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = cluster.pods()?;
@@ -52,7 +52,7 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
         let mac = peer["vtep_mac"].as_str().expect("a MAC");
         let subnet = Agent::subnet(&status)?;
         let (vtep, underlay) = (subnet.network(), cluster.hosts[1].ip);
-        let vandalism = [
+        let changes = [
             vec![format!("bridge fdb del {mac} dev gossamer.1 dst {underlay}")],
             vec![format!("bridge fdb replace {mac} dev gossamer.1 dst 10.99.255.1")],
             vec!["bridge fdb append 02:00:00:00:00:99 dev gossamer.1 dst 10.99.255.1".to_owned()],
@@ -67,7 +67,7 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
                     .to_owned(),
             ],
             vec!["ip addr flush dev gossamer.1".to_owned()],
-            // A link-local address that is left is none to send tunnel packets from.
+            // A remaining link-local address is no source for tunnel packets.
             vec![
                 format!("ip addr del {}/16 dev eth0", cluster.hosts[0].ip),
                 format!("ip addr add {}/16 dev eth0", cluster.hosts[0].ip),
@@ -76,7 +76,7 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
             vec!["ip addr add 192.0.2.9/24 dev gossamer.1".to_owned()],
             vec!["ip link set gossamer.1 down".to_owned()],
             vec!["ip link set gossamer.1 down".to_owned(), "ip link set gossamer.1 up".to_owned()],
-            vec!["ip link set gossamer.1 alias somebody".to_owned()],
+            vec!["ip link set gossamer.1 alias changed".to_owned()],
             vec!["ip link set gossamer.1 mtu 1300".to_owned()],
             vec!["ip link set gossamer.1 address 02:00:00:00:00:99".to_owned()],
             vec!["ip link del gossamer.1".to_owned()],
@@ -86,12 +86,12 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
             ],
             vec!["ip link set eth0 down".to_owned(), "ip link set eth0 up".to_owned()],
         ];
-        for commands in vandalism {
-            // Some of them may be undone before the next one comes.
+        for commands in changes {
+            // Some of the commands may be undone before the next one runs.
             commands.iter().for_each(|command| _ = run(&cluster.hosts[0].netns, command));
             let begun = Instant::now();
             let last = commands.last().expect("a command").clone();
-            wait_until(&last, AT_ONCE, || tables(&cluster.hosts[0]) == before);
+            wait_until(&last, IMMEDIATE_TIMEOUT, || tables(&cluster.hosts[0]) == before);
             println!("{:>6.1?} ms  {last}", begun.elapsed().as_secs_f64() * 1000.0);
             assert_both_ways(&pods);
         }
@@ -106,7 +106,7 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
 }
 
 #[test]
-fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connections() {
+fn host_with_changed_address_or_mtu_keeps_its_subnet_and_connections() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = cluster.pods()?;
@@ -127,12 +127,12 @@ fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connect
         let status = cluster.agents[1].wait_converged(3, TIMEOUT)?;
         assert_eq!(Agent::subnet(&status)?, subnet);
         let log = cluster.agents[1].log();
-        assert!(log.contains("the underlay has changed"), "{log}");
+        assert!(log.contains("underlay changed"), "{log}");
 
         tool(host, "ip link set eth0 mtu 1400");
         eventually(host, "ip link show gossamer.1", |link| link.contains("mtu 1350 "));
         let env = cluster.hosts[1].dir.join("subnet.env");
-        wait_until("subnet.env has the old MTU", AT_ONCE, || {
+        wait_until("subnet.env has the old MTU", IMMEDIATE_TIMEOUT, || {
             std::fs::read_to_string(&env).is_ok_and(|env| env.contains("FLANNEL_MTU=1350"))
         });
         Ok(())
@@ -140,7 +140,7 @@ fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connect
 }
 
 #[test]
-fn a_route_of_another_program_that_outranks_ours_is_named_until_it_is_gone() {
+fn foreign_route_with_a_better_metric_is_reported_until_removed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
@@ -148,10 +148,10 @@ fn a_route_of_another_program_that_outranks_ours_is_named_until_it_is_gone() {
         tool(host, &format!("ip route add {subnet} via 10.99.0.1 metric 0 proto static"));
         let said = format!("takes the packets to {subnet}");
         let named = |agent: &mut Agent| has_problem(agent, &said);
-        wait_until("it is not named", AT_ONCE, || named(&mut cluster.agents[0]));
+        wait_until("it is not reported", IMMEDIATE_TIMEOUT, || named(&mut cluster.agents[0]));
         assert_eq!(tool(host, &format!("ip route show {subnet}")).lines().count(), 2, "untouched");
         tool(host, &format!("ip route del {subnet} via 10.99.0.1 metric 0"));
-        wait_until("it is still named", AT_ONCE, || !named(&mut cluster.agents[0]));
+        wait_until("it is still reported", IMMEDIATE_TIMEOUT, || !named(&mut cluster.agents[0]));
         Ok(())
     });
 }

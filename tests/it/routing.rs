@@ -1,5 +1,5 @@
-//! What leads packets elsewhere although every entry of the overlay is right: it is asked of the kernel, and
-//! named by its cause.
+//! Packets that are diverted although every entry of the overlay is correct: the agent queries the
+//! kernel's routing, and reports the cause.
 
 use std::time::Duration;
 
@@ -18,7 +18,8 @@ fn doctor(netns: &NetNs, agent: &Agent) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
-/// What is named, how the fault is made, and how it is taken away; 10.42.2.0/24 stands for the peer's subnet.
+/// The report, the commands that cause the fault, and the commands that remove it. 10.42.2.0/24 stands
+/// for the peer's subnet.
 const FAULTS: [(&str, &str, &str); 9] = [
     (
         "remove it (ip route del local 10.42.2.0/25 dev lo table local)",
@@ -67,9 +68,9 @@ const FAULTS: [(&str, &str, &str); 9] = [
     ),
 ];
 
-/// Each fault on the first host is named, alone, until it is gone. `example` begins the addresses of the
-/// faults, and stands for the subnet of host number `of`.
-fn each_is_named_until_it_is_gone(
+/// Checks that each fault on the first host is reported, alone, until it is removed. `example` is the
+/// prefix of the faults' addresses; it stands for the subnet of host number `of`.
+fn check_faults_are_reported(
     lab: &mut Lab,
     faults: &[(&str, &str, &str)],
     example: &str,
@@ -93,18 +94,18 @@ fn each_is_named_until_it_is_gone(
         let shown = doctor(host, agent);
         assert!(shown.contains("PROBLEM   routing"), "{shown}");
         sh(host, remove);
-        wait_until("still named", TIMEOUT, || !has_problem(agent, words));
+        wait_until("still reported", TIMEOUT, || !has_problem(agent, words));
     }
     Ok(())
 }
 
 #[test]
-fn a_way_that_leads_elsewhere_is_named_by_its_cause_until_it_is_gone() {
-    isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS, "10.42.2.", 1));
+fn diverted_path_is_reported_with_its_cause_until_removed() {
+    isolated(|lab| check_faults_are_reported(lab, &FAULTS, "10.42.2.", 1));
 }
 
-/// The same for this host's own subnet, 10.42.1.0/24, whose pods are behind a bridge made by hand.
-const FAULTS_AT_HOME: [(&str, &str, &str); 7] = [
+/// The same for this host's own subnet, 10.42.1.0/24, whose pods are behind a hand-made bridge.
+const LOCAL_FAULTS: [(&str, &str, &str); 7] = [
     (
         "this host keeps packets to 10.42.1.0/25 for itself",
         "ip route add local 10.42.1.0/25 dev lo",
@@ -142,8 +143,8 @@ const FAULTS_AT_HOME: [(&str, &str, &str); 7] = [
     ),
 ];
 
-/// Policy rules that take some packets of pods only.
-const FAULTS_OF_SOME: [(&str, &str, &str); 7] = [
+/// Policy rules that match only some packets of pods.
+const PARTIAL_FAULTS: [(&str, &str, &str); 7] = [
     (
         "that rule 5270 selects (from 10.42.1.9/32) leave by d0: table 52 has a route for them",
         "ip route add default dev d0 table 52 && ip rule add from 10.42.1.9 lookup 52 pref 5270",
@@ -183,8 +184,8 @@ const FAULTS_OF_SOME: [(&str, &str, &str); 7] = [
     ),
 ];
 
-/// Routes of which a plain lookup shows nothing, or not what they do; 10.42.2.0/24 is the peer's subnet.
-const FAULTS_BEHIND_PLAIN_LOOKUPS: [(&str, &str, &str); 10] = [
+/// Routes that a plain lookup does not show, or not fully. 10.42.2.0/24 is the peer's subnet.
+const HIDDEN_ROUTE_FAULTS: [(&str, &str, &str); 10] = [
     (
         "takes the packets to 10.42.2.0/24 tos 0x8, by d0",
         "ip route add 10.42.2.0/24 tos 0x08 dev d0",
@@ -238,14 +239,12 @@ const FAULTS_BEHIND_PLAIN_LOOKUPS: [(&str, &str, &str); 10] = [
 ];
 
 #[test]
-fn route_that_a_plain_lookup_does_not_show_is_named_until_it_is_gone() {
-    isolated(|lab| {
-        each_is_named_until_it_is_gone(lab, &FAULTS_BEHIND_PLAIN_LOOKUPS, "10.42.2.", 1)
-    });
+fn route_hidden_from_a_plain_lookup_is_reported_until_removed() {
+    isolated(|lab| check_faults_are_reported(lab, &HIDDEN_ROUTE_FAULTS, "10.42.2.", 1));
 }
 
-/// The same to pods here, one of them by a rule that leads to it.
-const FAULTS_BEHIND_PLAIN_LOOKUPS_AT_HOME: [(&str, &str, &str); 2] = [
+/// The same for pods on this host; one of the routes is selected by a rule.
+const LOCAL_HIDDEN_ROUTE_FAULTS: [(&str, &str, &str); 2] = [
     (
         "takes 10.42.1.9/32 tos 0x8, a part of this node's own subnet; remove it (ip route del \
          10.42.1.9/32 tos 0x8 dev d0 metric 0)",
@@ -261,21 +260,21 @@ const FAULTS_BEHIND_PLAIN_LOOKUPS_AT_HOME: [(&str, &str, &str); 2] = [
 ];
 
 #[test]
-fn route_with_a_tos_to_pods_here_is_named_until_it_is_gone() {
+fn route_with_a_tos_to_local_pods_is_reported_until_removed() {
     isolated(|lab| {
-        let faults = &FAULTS_BEHIND_PLAIN_LOOKUPS_AT_HOME;
-        each_is_named_until_it_is_gone(lab, faults, "10.42.1.", 0)
+        let faults = &LOCAL_HIDDEN_ROUTE_FAULTS;
+        check_faults_are_reported(lab, faults, "10.42.1.", 0)
     });
 }
 
 #[test]
-fn policy_rule_that_takes_some_packets_of_pods_is_named_with_what_it_selects() {
-    isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS_OF_SOME, "10.42.1.", 0));
+fn policy_rule_matching_some_packets_of_pods_is_reported_with_its_selector() {
+    isolated(|lab| check_faults_are_reported(lab, &PARTIAL_FAULTS, "10.42.1.", 0));
 }
 
-/// As multi-homing and containers of other programs make them: one for each of their networks.
+/// As multihoming and containers of other programs create them: one for each of their networks.
 #[test]
-fn policy_rule_behind_many_is_named_and_how_many_are_not_looked_at_is_told() {
+fn policy_rule_behind_many_others_is_reported_with_the_number_of_skipped_ones() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
@@ -291,7 +290,7 @@ fn policy_rule_behind_many_is_named_and_how_many_are_not_looked_at_is_told() {
         for number in 0..50 {
             add(1_000 + number, &format!("from 192.168.{number}.0/24"), "52");
             add(2_000 + number, &format!("from 10.42.1.7 to 192.168.{number}.0/24"), "52");
-            // The same again selects nothing else.
+            // The same selector again adds nothing.
             add(3_000 + number, "from 10.42.1.7 ipproto tcp dport 80", "main");
         }
         add(4_000, "from 10.42.1.9", "52");
@@ -302,11 +301,11 @@ fn policy_rule_behind_many_is_named_and_how_many_are_not_looked_at_is_told() {
             status["kernel"]["routing"]["detail"].as_str().unwrap_or_default().to_owned()
         };
         let status = status_where(agent, |status| status["problems"] == serde_json::json!([]));
-        assert!(!detail(&status).contains("not looked at"), "{status:#}");
+        assert!(!detail(&status).contains("not tested"), "{status:#}");
         for number in 0..36 {
             add(5_000 + number, &format!("from 10.42.1.{}", 100 + number), "main");
         }
-        let words = "5 policy rules that may select packets of pods were not looked at";
+        let words = "5 policy rules that may select packets of pods were not tested";
         let status = status_where(agent, |status| detail(status).contains(words));
         assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");
         Ok(())
@@ -314,13 +313,13 @@ fn policy_rule_behind_many_is_named_and_how_many_are_not_looked_at_is_told() {
 }
 
 #[test]
-fn what_takes_a_part_of_the_own_subnet_is_named_until_it_is_gone() {
-    isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS_AT_HOME, "10.42.1.", 0));
+fn diverted_part_of_the_own_subnet_is_reported_until_removed() {
+    isolated(|lab| check_faults_are_reported(lab, &LOCAL_FAULTS, "10.42.1.", 0));
 }
 
-/// A host whose packets are looked up in tables of its own alone.
+/// A host that looks up packets only in its own tables.
 #[test]
-fn missing_rule_of_the_main_table_is_named_and_the_advice_brings_the_ways_back() {
+fn missing_rule_of_the_main_table_is_reported_and_the_advice_works() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _pods = cluster.pods()?;
@@ -342,7 +341,7 @@ fn missing_rule_of_the_main_table_is_named_and_the_advice_brings_the_ways_back()
 }
 
 #[test]
-fn nobody_is_told_to_open_a_port_while_packets_take_another_way_here() {
+fn locally_diverted_packets_cause_no_advice_to_open_a_port() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = &cluster.hosts[0].netns;
@@ -354,10 +353,10 @@ fn nobody_is_told_to_open_a_port_while_packets_take_another_way_here() {
             matches!(state, "unanswered" | "one-way")
         });
         assert!(!status["problems"].to_string().contains("UDP 8472"), "{status:#}");
-        let is_named = |status: &Value| status["problems"].to_string().contains("table 52");
-        let status = status_where(agent, is_named);
+        let is_reported = |status: &Value| status["problems"].to_string().contains("table 52");
+        let status = status_where(agent, is_reported);
         assert!(!status["problems"].to_string().contains("UDP 8472"), "{status:#}");
-        // What it leaves behind is asked about without it.
+        // The state that the agent leaves is checked without the agent.
         agent.end(Signal::SIGTERM)?;
         let shown = doctor(host, agent);
         assert!(shown.contains("packets leave by another table than main"), "{shown}");
@@ -365,9 +364,10 @@ fn nobody_is_told_to_open_a_port_while_packets_take_another_way_here() {
     });
 }
 
-/// A VPN that takes all traffic but leaves what the main table knows better, as wg-quick makes it.
+/// A VPN that takes all traffic except for more specific routes of the main table, as wg-quick sets it
+/// up.
 #[test]
-fn rules_that_let_the_overlay_pass_are_no_problem() {
+fn policy_rules_that_pass_the_overlay_are_no_problem() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _pods = cluster.pods()?;
@@ -380,7 +380,7 @@ fn rules_that_let_the_overlay_pass_are_no_problem() {
         );
         let agent = &mut cluster.agents[0];
         let begun = std::time::Instant::now();
-        // Longer than what it takes to name one.
+        // Longer than a report takes.
         while begun.elapsed() < Duration::from_secs(4) {
             let status = agent.ask("/v1/status", TIMEOUT)?;
             assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");

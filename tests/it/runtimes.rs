@@ -23,11 +23,12 @@ use crate::{
 /// Debian's `containernetworking-plugins`.
 const PLUGINS: &str = "/usr/lib/cni";
 
-/// The configuration that `gossamer cni install` writes, with the agent of this host; and its directories.
+/// Writes the configuration of `gossamer cni install`, with the agent of this host. Returns its
+/// directories.
 fn install(host: &Host, agent: &Agent) -> (PathBuf, PathBuf) {
     let (bin, conf) = (host.dir.join("cni-bin"), host.dir.join("net.d"));
     fs::create_dir_all(&bin).expect("a directory");
-    // The other that they want, `loopback`, is this program.
+    // The other required plugin, `loopback`, is this program.
     symlink(Path::new(PLUGINS).join("portmap"), bin.join("portmap")).expect("a link");
     let output = Command::new(program())
         .args(["cni", "install", "--bin-dir"])
@@ -56,14 +57,14 @@ fn missing(programs: &[&str]) -> Option<String> {
     absent.map(|path| format!("{path} is not installed"))
 }
 
-/// What a container of an agent's host has been given.
+/// Returns the addresses of the containers on an agent's host.
 fn addresses(agent: &mut Agent) -> Vec<String> {
     let answer = agent.ask("/v1/pods", TIMEOUT).expect("pods");
     let pods = answer["pods"].as_array().expect("a list");
     pods.iter().map(|pod| pod["addresses"][0].as_str().expect("one").to_owned()).collect()
 }
 
-/// A containerd on a host, in a mount namespace where /etc/cni and /opt/cni are its own.
+/// A containerd on a host, in a mount namespace with its own /etc/cni and /opt/cni.
 struct Containerd {
     child: Child,
     enter: String,
@@ -117,15 +118,15 @@ impl Drop for Containerd {
 }
 
 #[test]
-fn containers_of_containerd_reach_each_other() {
+fn containerd_containers_on_two_hosts_reach_each_other() {
     if let Some(why) = missing(&["/usr/bin/containerd", PLUGINS, BUSYBOX]) {
-        return skipped("containers_of_containerd_reach_each_other", &why);
+        return skipped("containerd_containers_on_two_hosts_reach_each_other", &why);
     }
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pairs = cluster.hosts.iter().zip(&cluster.agents);
         let containerds: Vec<Containerd> = pairs.map(|(h, a)| Containerd::start(h, a)).collect();
-        // runc has one directory for all of them.
+        // runc uses one directory for all of them.
         for (number, containerd) in containerds.iter().enumerate() {
             let rootfs = containerd.dir.join("rootfs");
             containerd.done(&format!(
@@ -136,7 +137,7 @@ fn containers_of_containerd_reach_each_other() {
         let given: Vec<Vec<String>> = cluster.agents.iter_mut().map(addresses).collect();
         assert_eq!(given.iter().map(Vec::len).collect::<Vec<_>>(), [1, 1]);
         for (number, to) in [&given[1][0], &given[0][0]].into_iter().enumerate() {
-            // The largest that fits.
+            // The largest packet that fits.
             containerds[number].done(&format!(
                 "task exec --exec-id p box{number} /bin/ping -c 2 -W 2 -s 1422 {to}"
             ));
@@ -153,7 +154,7 @@ fn containers_of_containerd_reach_each_other() {
     });
 }
 
-/// podman on a host; it needs no daemon.
+/// podman on a host; it has no daemon.
 struct Podman<'a> {
     host: &'a Host,
     dir: PathBuf,
@@ -191,9 +192,9 @@ impl<'a> Podman<'a> {
 }
 
 #[test]
-fn containers_of_podman_reach_each_other() {
+fn podman_cni_containers_on_two_hosts_reach_each_other() {
     if let Some(why) = missing(&["/usr/bin/podman", PLUGINS, BUSYBOX]) {
-        return skipped("containers_of_podman_reach_each_other", &why);
+        return skipped("podman_cni_containers_on_two_hosts_reach_each_other", &why);
     }
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
@@ -219,12 +220,13 @@ fn containers_of_podman_reach_each_other() {
     });
 }
 
-/// flannel's own plugin gives its work to `bridge` and `host-local`, with what it reads in `subnet.env`
-/// (flannel-io/cni-plugin, README). Debian does not have it: here the same is given to the same.
+/// flannel's own plugin delegates to `bridge` and `host-local`, with the values in `subnet.env`
+/// (flannel-io/cni-plugin, README). Debian does not package it, so the test passes the same values to the
+/// same plugins.
 #[test]
-fn flannels_way_to_connect_pods_finds_what_it_needs_in_our_file() {
+fn flannel_cni_delegation_works_with_gossamers_subnet_env() {
     if let Some(why) = missing(&[PLUGINS]) {
-        return skipped("flannels_way_to_connect_pods_finds_what_it_needs_in_our_file", &why);
+        return skipped("flannel_cni_delegation_works_with_gossamers_subnet_env", &why);
     }
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;

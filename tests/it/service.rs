@@ -1,4 +1,4 @@
-//! What systemd hears of an agent, on a socket of the test's own, and its opinion of the unit.
+//! What an agent reports to systemd, read from the test's own socket; and systemd's checks of the unit.
 
 use std::{
     collections::BTreeSet,
@@ -15,13 +15,13 @@ use nix::{
 };
 
 use crate::common::{
-    Cluster, TIMEOUT, freeze, gossamer_token, isolated, program, skipped, thaw, wait_until,
+    Cluster, TIMEOUT, isolated, new_token, program, resume, skipped, suspend, wait_until,
 };
 
 const UNIT: &str = "config/gossamer.service";
 
 #[test]
-fn systemd_hears_that_the_agent_has_started_how_it_is_and_that_its_loop_turns() {
+fn systemd_is_notified_of_readiness_status_and_watchdog() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let path = host.dir.join("notify");
@@ -30,36 +30,36 @@ fn systemd_hears_that_the_agent_has_started_how_it_is_and_that_its_loop_turns() 
         let variables =
             [("NOTIFY_SOCKET", path.display().to_string()), ("WATCHDOG_USEC", "400000".to_owned())];
         let mut agent = Agent::start_with(program(), &host, &["--init"], &variables)?;
-        let hear = || -> anyhow::Result<Vec<String>> {
+        let receive = || -> anyhow::Result<Vec<String>> {
             let mut buffer = [0; 4096];
             let length = systemd.recv(&mut buffer)?;
             let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
             Ok(text.lines().map(str::to_owned).collect())
         };
-        let mut heard: BTreeSet<String> = hear()?.into_iter().collect();
-        assert!(heard.contains("READY=1"), "{heard:?}");
+        let mut received: BTreeSet<String> = receive()?.into_iter().collect();
+        assert!(received.contains("READY=1"), "{received:?}");
         let mut beats = 0;
-        while beats < 3 || !heard.iter().any(|line| line.contains("1 of 1 members alive")) {
-            let lines = hear()?;
+        while beats < 3 || !received.iter().any(|line| line.contains("1 of 1 members alive")) {
+            let lines = receive()?;
             assert!(!lines.contains(&"READY=1".to_owned()), "once is enough");
             beats += usize::from(lines.contains(&"WATCHDOG=1".to_owned()));
-            heard.extend(lines);
+            received.extend(lines);
         }
-        // A loop that does not turn is not heard of.
-        freeze(&agent)?;
+        // A hanging event loop sends no watchdog message.
+        suspend(&agent)?;
         systemd.set_read_timeout(Some(Duration::from_secs(1)))?;
-        while hear().is_ok() {}
-        thaw(&agent)?;
+        while receive().is_ok() {}
+        resume(&agent)?;
         systemd.set_read_timeout(Some(TIMEOUT))?;
-        assert!(hear()?.contains(&"WATCHDOG=1".to_owned()));
+        assert!(receive()?.contains(&"WATCHDOG=1".to_owned()));
         agent.end(Signal::SIGTERM)?;
-        while !hear()?.contains(&"STOPPING=1".to_owned()) {}
+        while !receive()?.contains(&"STOPPING=1".to_owned()) {}
         Ok(())
     });
 }
 
 #[test]
-fn a_hangup_has_log_seeds_and_token_read_again() {
+fn sighup_reloads_log_level_seeds_and_token() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let host = lab.host(2, "n2")?;
@@ -69,8 +69,8 @@ fn a_hangup_has_log_seeds_and_token_read_again() {
             fs::set_permissions(&settings, fs::Permissions::from_mode(0o600))?;
             Ok(())
         };
-        let token = gossamer_token()?;
-        // Seeds that nobody answers at, and the secret of another cluster.
+        let token = new_token()?;
+        // An unreachable seed, and the secret of another cluster.
         write(&format!("join = [\"10.99.0.99\"]\ntoken = \"{token}\"\n"))?;
         let config = settings.display().to_string();
         let mut agent = Agent::start(program(), &host, &["--config", &config])?;
@@ -93,7 +93,7 @@ fn a_hangup_has_log_seeds_and_token_read_again() {
 }
 
 #[test]
-fn the_journal_has_level_and_fields() {
+fn journal_entries_have_priority_and_fields() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let format = ["--init", "--log-format", "journal"];
@@ -111,7 +111,7 @@ fn the_journal_has_level_and_fields() {
             let length = journal.recv(&mut buffer)?;
             let entry = String::from_utf8_lossy(&buffer[..length]);
             if entry.contains("starting") {
-                // Each field is its name, its length as eight bytes, and its value.
+                // Each field is its name, its length in eight bytes, and its value.
                 assert!(entry.contains("PRIORITY\n\u{1}\0\0\0\0\0\0\x006\n"), "{entry:?}");
                 assert!(entry.contains("F_NODE\n") && entry.contains("F_UNDERLAY\n"), "{entry}");
                 return Ok(());
@@ -121,17 +121,20 @@ fn the_journal_has_level_and_fields() {
 }
 
 #[test]
-fn the_unit_is_one_and_has_few_rights() {
+fn systemd_unit_is_valid_and_has_few_rights() {
     let security =
         Command::new("systemd-analyze").args(["security", "--offline=yes", UNIT]).output();
     let Ok(security) = security else {
-        return skipped("the_unit_is_one_and_has_few_rights", "systemd-analyze is not installed");
+        return skipped(
+            "systemd_unit_is_valid_and_has_few_rights",
+            "systemd-analyze is not installed",
+        );
     };
     let said = String::from_utf8_lossy(&security.stdout);
     assert!(said.contains(": 3.") && said.contains(" OK "), "{said}");
     let verified = Command::new("systemd-analyze").args(["verify", UNIT]).output();
     let said = String::from_utf8_lossy(&verified.expect("it runs").stderr).into_owned();
-    // The program is not installed where this is tested, and other units are none of ours.
+    // The program is not installed on the test machine, and other units do not matter.
     let ours = said.lines().filter(|line| line.contains("gossamer.service"));
     let others = ours.filter(|line| !line.contains("/usr/bin/gossamer is not executable"));
     assert_eq!(others.collect::<Vec<_>>(), Vec::<&str>::new());

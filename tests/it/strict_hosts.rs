@@ -1,5 +1,5 @@
-//! Hosts that drop more than others do, and hosts that were changed by hand: what harms no pod is no problem,
-//! and what does is named with a remedy that can be followed.
+//! Hosts with strict firewalls, and hosts that were changed by hand. What affects no pod is no problem;
+//! what does is reported with a remedy that works.
 
 use std::time::{Duration, Instant};
 
@@ -7,31 +7,31 @@ use gossamer::lab::Agent;
 use serde_json::Value;
 
 use crate::{
-    causes::{all, pair, wait_for_path, wait_for_words},
     common::{
         Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, run, sh, skipped,
         status_where, tool, wait_until,
     },
     forwarding_far::{all_answer, with_pods},
+    silence_causes::{run_all, start_pair, wait_for_path, wait_for_problem},
 };
 
-/// Longer than a verdict about pods of other hosts takes.
-const LONG: Duration = Duration::from_secs(45);
-/// What SECURITY.md advises: these ports, between members, and no ICMP.
-const DOCUMENTED: &str = "nft add table inet strict && \
+/// Longer than the detection of losses to pods of other hosts takes.
+const DETECTION_TIME: Duration = Duration::from_secs(45);
+/// The rules that SECURITY.md advises: these ports, between members, and no ICMP.
+const DOCUMENTED_RULES: &str = "nft add table inet strict && \
     nft add chain inet strict in { type filter hook input priority 0 ; policy drop ; } && \
     nft add rule inet strict in ct state established,related accept && \
     nft add rule inet strict in iif lo accept && \
     nft add rule inet strict in ip saddr 10.99.0.0/16 udp dport { 8472, 8473 } accept";
 
-fn is_quiet(status: &Value) -> bool {
+fn has_no_problem_or_warning(status: &Value) -> bool {
     status["problems"] == serde_json::json!([]) && status["warnings"] == serde_json::json!([])
 }
 
-/// Holds the status of both agents to a condition for so long.
-fn hold(agents: &mut [Agent], what: impl Fn(&Value) -> bool) -> anyhow::Result<()> {
+/// Checks that the status of all agents fulfills a condition for `DETECTION_TIME`.
+fn assert_holds(agents: &mut [Agent], what: impl Fn(&Value) -> bool) -> anyhow::Result<()> {
     let begun = Instant::now();
-    while begun.elapsed() < LONG {
+    while begun.elapsed() < DETECTION_TIME {
         for agent in &mut *agents {
             let status = agent.ask("/v1/status", TIMEOUT)?;
             assert!(what(&status), "{status:#}");
@@ -42,38 +42,39 @@ fn hold(agents: &mut [Agent], what: impl Fn(&Value) -> bool) -> anyhow::Result<(
 }
 
 #[test]
-fn host_open_for_members_alone_is_no_problem_once_its_pods_answer() {
+fn host_open_for_members_only_is_no_problem_once_its_pods_answer() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED));
+        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED_RULES));
         for agent in &mut cluster.agents {
-            let settled =
-                |status: &Value| status["paths"][0]["pods_answer"] == true && is_quiet(status);
+            let settled = |status: &Value| {
+                status["paths"][0]["pods_answer"] == true && has_no_problem_or_warning(status)
+            };
             status_where(agent, settled);
         }
-        hold(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))?;
+        assert_holds(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))?;
         let doctor = String::from_utf8(client(&cluster.agents[0], &["doctor"]).stdout)?;
         assert!(!doctor.contains("PROBLEM   paths"), "{doctor}");
         // It is a problem again once packets of pods are lost as well.
         let host = &cluster.hosts[1].netns;
         sh(host, "nft insert rule inet strict in udp dport 8472 drop");
-        let words = "nothing that is asked of n2 through the tunnel is answered";
+        let words = "no probe of n2 through the tunnel is answered";
         wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[0], words));
         Ok(())
     });
 }
 
 #[test]
-fn host_open_for_members_alone_without_pods_is_a_warning() {
+fn host_open_for_members_only_without_pods_is_a_warning() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
-        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED));
+        let mut cluster = start_pair(lab)?;
+        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED_RULES));
         for (agent, other) in cluster.agents.iter_mut().zip(["n2", "n1"]) {
             let words = format!("the firewall of {other} drops ICMP and UDP 8473");
             wait_until(&words, TIMEOUT, || has_warning(agent, &words));
         }
-        hold(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))
+        assert_holds(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))
     });
 }
 
@@ -89,14 +90,14 @@ fn rules_against_traceroute_and_against_resets_are_no_problem() {
              nft add rule ip f f udp dport 33434-33534 drop && \
              nft add rule ip f f tcp flags & rst == rst drop",
         );
-        hold(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))?;
+        assert_holds(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))?;
         cluster.agents.iter_mut().for_each(|agent| all_answer(agent, 1));
         Ok(())
     });
 }
 
-/// As OpenWrt's firewall has it, whose chains are all in one table.
-const ROUTER: &str = "nft add table inet fw4 && \
+/// As OpenWrt's firewall writes it, with all chains in one table.
+const OPENWRT_RULES: &str = "nft add table inet fw4 && \
     nft add chain inet fw4 forward { type filter hook forward priority 0 ; policy drop ; } && \
     nft add chain inet fw4 srcnat { type nat hook postrouting priority srcnat ; } && \
     nft add chain inet fw4 handle_reject && \
@@ -110,11 +111,11 @@ const ROUTER: &str = "nft add table inet fw4 && \
     nft add rule inet fw4 srcnat oifname eth0 jump srcnat_wan";
 
 #[test]
-fn chain_that_translates_is_not_blamed_for_what_another_one_of_its_table_rejects() {
+fn nat_chain_is_not_blamed_for_rejects_of_another_chain_of_its_table() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        sh(&cluster.hosts[1].netns, ROUTER);
+        sh(&cluster.hosts[1].netns, OPENWRT_RULES);
         let words = "chain inet fw4 forward (hook forward)";
         wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[1], words));
         assert!(!has_problem(&mut cluster.agents[1], "srcnat"), "{}", cluster.agents[1].log());
@@ -123,7 +124,7 @@ fn chain_that_translates_is_not_blamed_for_what_another_one_of_its_table_rejects
 }
 
 #[test]
-fn masquerading_of_all_packets_by_one_host_is_no_problem_of_others() {
+fn masquerade_of_all_packets_on_one_host_is_no_problem_of_others() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
@@ -135,18 +136,21 @@ fn masquerading_of_all_packets_by_one_host_is_no_problem_of_others() {
         );
         let words = "reach pods here under the address";
         wait_until(words, TIMEOUT, || has_warning(&mut cluster.agents[1], words));
-        hold(&mut cluster.agents[..1], |status| status["problems"] == serde_json::json!([]))
+        assert_holds(&mut cluster.agents[..1], |status| status["problems"] == serde_json::json!([]))
     });
 }
 
 #[test]
-fn rule_that_hands_forwarded_packets_to_no_program_is_named() {
+fn queue_rule_without_a_program_is_reported() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
         let rule = "iptables-nft -I FORWARD -j NFQUEUE --queue-num 7";
         if !run(&cluster.hosts[0].netns, rule).status.success() {
-            skipped("a rule that hands packets over", "there is no iptables-nft with NFQUEUE");
+            skipped(
+                "queue_rule_without_a_program_is_reported",
+                "there is no iptables-nft with NFQUEUE",
+            );
             return Ok(());
         }
         let words = "chain ip filter FORWARD (hook forward) hands packets to a program (NFQUEUE)";
@@ -156,19 +160,19 @@ fn rule_that_hands_forwarded_packets_to_no_program_is_named() {
 }
 
 #[test]
-fn route_of_the_main_table_to_a_peer_is_named_and_the_advice_alone_brings_it_back() {
+fn main_table_route_to_a_peer_is_reported_and_the_advice_works() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         let by_object =
             ["ip nexthop add id 7 via 10.99.0.200 dev eth0", "ip route add 10.99.0.11/32 nhid 7"];
         let plain = ["ip route add 10.99.0.11/32 via 10.99.0.200 dev eth0"];
         for plant in [&by_object[..], &plain[..]] {
-            all(&cluster.hosts[0], plant);
+            run_all(&cluster.hosts[0], plant);
             let words = [
                 "the route 10.99.0.11/32 via 10.99.0.200 dev eth0 of table main leads them there",
                 "(ip route del 10.99.0.11/32)",
             ];
-            wait_for_words(&mut cluster.agents[0], &words);
+            wait_for_problem(&mut cluster.agents[0], &words);
             tool(&cluster.hosts[0].netns, "ip route del 10.99.0.11/32");
             cluster.agents.iter_mut().for_each(wait_for_path);
         }
@@ -177,9 +181,9 @@ fn route_of_the_main_table_to_a_peer_is_named_and_the_advice_alone_brings_it_bac
 }
 
 #[test]
-fn interface_that_became_a_port_of_a_bridge_is_named_with_the_bridge_to_choose() {
+fn bridged_underlay_interface_is_reported_with_the_bridge_to_select() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         cluster.restart(0, &["--iface", "eth0"])?;
         wait_for_path(&mut cluster.agents[0]);
         sh(
@@ -197,9 +201,9 @@ fn interface_that_became_a_port_of_a_bridge_is_named_with_the_bridge_to_choose()
 }
 
 #[test]
-fn vxlan_device_whose_ttl_or_tos_was_changed_is_put_right() {
+fn changed_ttl_or_tos_of_the_vxlan_device_is_repaired() {
     isolated(|lab| {
-        let mut cluster = pair(lab)?;
+        let mut cluster = start_pair(lab)?;
         for change in ["ttl 1", "tos 0x10", "df set"] {
             let host = &cluster.hosts[0].netns;
             tool(host, &format!("ip link set gossamer.1 type vxlan id 1 {change}"));

@@ -1,15 +1,15 @@
-//! Rules about the source itself that no compiler knows.
+//! Rules about the source code that the compiler does not check.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// A file that needs more than this is two rooms.
+/// A longer file should be split.
 const MAX_LINES: usize = 500;
 const MAX_WIDTH: usize = 110;
 
-/// What the pure ring is made of, below src/.
+/// The pure modules, below src/.
 const PURE: [&str; 7] = [
     "model/",
     "wire/",
@@ -20,7 +20,8 @@ const PURE: [&str; 7] = [
     "dataplane/plan.rs",
 ];
 
-/// What would bring the world into it: IO, clocks, luck, threads, and modules of the other rings.
+/// Imports that would make them impure: IO, clocks, randomness, threads, and modules outside the pure
+/// ones.
 const IMPURE: [&str; 24] = [
     "tokio",
     "quinn",
@@ -48,13 +49,13 @@ const IMPURE: [&str; 24] = [
     "crate::agent",
 ];
 
-/// What panics where the system gives no thread, instead of an error.
+/// Calls that panic, instead of returning an error, if the system cannot create a thread.
 const PANICKING: [&str; 4] =
     ["thread::spawn(", "scope.spawn(", "spawn_blocking", "tokio::net::lookup_host"];
 /// Parts that no agent runs.
 const NO_AGENT: [&str; 4] = ["src/bin/", "src/cli/", "src/lab/", "src/sim/"];
 
-/// All of our Rust files with their paths below the project's root.
+/// Returns all Rust files of the project, with their paths below the project's root.
 fn sources() -> Vec<(String, String)> {
     fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(directory).expect("readable").flatten() {
@@ -80,7 +81,7 @@ fn sources() -> Vec<(String, String)> {
         .collect()
 }
 
-/// The program part of a file: without comments, and without its tests.
+/// Returns the program part of a file, without comments and tests.
 fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
     text.lines()
         .enumerate()
@@ -89,7 +90,7 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
 }
 
 #[test]
-fn the_pure_ring_imports_no_io_no_clock_and_no_luck() {
+fn pure_modules_import_no_io_no_clock_and_no_randomness() {
     let mut found = Vec::new();
     let mut looked_at = 0;
     for (name, text) in sources() {
@@ -103,12 +104,12 @@ fn the_pure_ring_imports_no_io_no_clock_and_no_luck() {
             found.extend(impure.map(|word| format!("{name}:{number}: {word}")));
         }
     }
-    assert!(looked_at > 20, "the pure ring was not found");
+    assert!(looked_at > 20, "the pure modules were not found");
     assert!(found.is_empty(), "{found:#?}");
 }
 
 #[test]
-fn agent_starts_no_thread_that_panics_where_there_is_none() {
+fn agent_creates_threads_only_by_calls_that_do_not_panic() {
     let mut found = Vec::new();
     let of_agent = |name: &String| {
         name.starts_with("src/")
@@ -125,7 +126,7 @@ fn agent_starts_no_thread_that_panics_where_there_is_none() {
 }
 
 #[test]
-fn every_file_says_what_it_is_and_keeps_to_a_size() {
+fn source_files_have_a_description_and_a_limited_size() {
     let mut found = Vec::new();
     for (name, text) in sources() {
         if !text.starts_with("//!") && !name.ends_with("tests.rs") {
@@ -142,7 +143,7 @@ fn every_file_says_what_it_is_and_keeps_to_a_size() {
 }
 
 #[test]
-fn bincode_is_named_in_one_module_only() {
+fn bincode_is_used_in_one_module_only() {
     let named: Vec<String> = sources()
         .into_iter()
         .filter(|(name, text)| {

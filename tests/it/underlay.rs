@@ -1,5 +1,5 @@
-//! The underlay follows the host: interfaces that go and come back, better and worse routes, no network at
-//! boot, and addresses that must never carry tunnels.
+//! The underlay follows the host: interfaces that disappear and return, better and worse routes, no
+//! network at boot, and addresses that must never carry tunnels.
 
 use std::{
     process::Command,
@@ -18,20 +18,20 @@ use crate::{
     },
 };
 
-/// The tunnel is back within so long after the event; a machine under load takes longer.
-const SOON: Duration = Duration::from_secs(8);
+/// Time until the tunnel works again after an event; a busy machine takes longer.
+const FAILOVER_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Runs a command in the lab's own namespace, where the switch is.
-fn outside(command: &str) {
+/// Runs a command in the lab's own namespace, which contains the switch.
+fn run_in_lab(command: &str) {
     let mut words = command.split_whitespace();
     let mut tool = Command::new(words.next().expect("a command"));
     assert!(tool.args(words).status().expect("it runs").success(), "{command}");
 }
 
-/// Plugs a host into the switch by one more interface.
-fn plug(host: &Host, port: &str, name: &str, address: &str) {
-    outside(&format!("ip link add {port} type veth peer name {name} netns {}", host.name));
-    outside(&format!("ip link set {port} master underlay up"));
+/// Connects a host to the switch by another interface.
+fn connect_to_switch(host: &Host, port: &str, name: &str, address: &str) {
+    run_in_lab(&format!("ip link add {port} type veth peer name {name} netns {}", host.name));
+    run_in_lab(&format!("ip link set {port} master underlay up"));
     tool(&host.netns, &format!("ip link set {name} up"));
     if !address.is_empty() {
         tool(&host.netns, &format!("ip addr add {address} dev {name}"));
@@ -56,11 +56,11 @@ fn reaches(from: &Pod, to: &Pod) -> bool {
 }
 
 fn wait_for_ping(from: &Pod, to: &Pod) {
-    wait_until("the pods do not reach each other", SOON, || reaches(from, to));
+    wait_until("the pods do not reach each other", FAILOVER_TIMEOUT, || reaches(from, to));
 }
 
 /// Starts an agent that creates a cluster, and waits for its underlay.
-fn alone(host: &Host, arguments: &[&str]) -> anyhow::Result<Agent> {
+fn start_creator(host: &Host, arguments: &[&str]) -> anyhow::Result<Agent> {
     let mut agent = Agent::start(program(), host, &[&["--init"], arguments].concat())?;
     agent.wait_converged(1, TIMEOUT)?;
     Ok(agent)
@@ -75,27 +75,27 @@ fn interface_created_again_under_its_name_carries_tunnels_again() {
         let host = &cluster.hosts[1];
         let device = tool(&host.netns, "ip -o link show gossamer.1");
         tool(&host.netns, "ip link del eth0");
-        wait_until("the loss is not told", SOON, || {
+        wait_until("the loss is not reported", FAILOVER_TIMEOUT, || {
             has_problem(&mut cluster.agents[1], "no underlay")
         });
-        plug(host, "again", "eth0", "10.99.0.11/16");
+        connect_to_switch(host, "again", "eth0", "10.99.0.11/16");
         wait_for_ping(&pods[0], &pods[1]);
         status_where(&mut cluster.agents[1], |status| {
             underlay(status).0 == "eth0" && status["problems"].as_array().is_some_and(Vec::is_empty)
         });
         let now = tool(&host.netns, "ip -o link show gossamer.1");
         let index = |line: &str| line.split(':').next().map(str::to_owned);
-        assert_eq!(index(&now), index(&device), "the VXLAN device was not made again");
+        assert_eq!(index(&now), index(&device), "the VXLAN device was not created again");
         Ok(())
     });
 }
 
 #[test]
-fn address_away_for_half_a_second_changes_nothing() {
+fn address_missing_for_half_a_second_changes_nothing() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = &cluster.hosts[1].netns;
-        // What systemd-networkd does when it is restarted.
+        // systemd-networkd does this when it is restarted.
         tool(host, "ip addr del 10.99.0.11/16 dev eth0");
         std::thread::sleep(Duration::from_millis(400));
         tool(host, "ip addr add 10.99.0.11/16 dev eth0");
@@ -104,30 +104,32 @@ fn address_away_for_half_a_second_changes_nothing() {
         std::thread::sleep(Duration::from_millis(1500));
         assert!(is_on(&mut cluster.agents[1], "eth0", "10.99.0.11"));
         let log = cluster.agents[1].log();
-        assert!(!log.contains("no underlay") && !log.contains("underlay has changed"), "{log}");
+        assert!(!log.contains("no underlay") && !log.contains("underlay changed"), "{log}");
         cluster.converge()
     });
 }
 
 #[test]
-fn uplink_that_fails_is_replaced_and_the_better_one_taken_again() {
+fn failed_uplink_is_replaced_until_it_returns() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
         let host = &cluster.hosts[1];
         let subnet = Agent::subnet(&status(&mut cluster.agents[1]))?;
-        plug(host, "lte", "wwan0", "10.99.9.9/16");
+        connect_to_switch(host, "lte", "wwan0", "10.99.9.9/16");
         tool(&host.netns, "ip route add default via 10.99.0.1 dev wwan0 metric 700");
         std::thread::sleep(Duration::from_millis(2500));
         assert!(is_on(&mut cluster.agents[1], "eth0", "10.99.0.11"), "it is the worse one");
 
-        // The veth pair is pulled: a network manager takes address and routes away.
-        outside("ip link set port2 down");
+        // The veth pair is unplugged, and a network manager removes address and routes.
+        run_in_lab("ip link set port2 down");
         tool(&host.netns, "ip addr flush dev eth0");
-        wait_until("no failover", SOON, || is_on(&mut cluster.agents[1], "wwan0", "10.99.9.9"));
+        wait_until("no failover", FAILOVER_TIMEOUT, || {
+            is_on(&mut cluster.agents[1], "wwan0", "10.99.9.9")
+        });
         wait_for_ping(&pods[0], &pods[1]);
 
-        outside("ip link set port2 up");
+        run_in_lab("ip link set port2 up");
         tool(&host.netns, "ip addr add 10.99.0.11/16 dev eth0");
         tool(&host.netns, "ip route add default via 10.99.0.1 dev eth0");
         wait_until("not back to the better one", Duration::from_secs(10), || {
@@ -141,17 +143,19 @@ fn uplink_that_fails_is_replaced_and_the_better_one_taken_again() {
 }
 
 #[test]
-fn carrier_loss_with_address_and_route_left_in_place_fails_over() {
+fn carrier_loss_with_address_and_route_in_place_fails_over() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = &cluster.hosts[1];
-        plug(host, "lte", "wwan0", "10.99.9.9/16");
+        connect_to_switch(host, "lte", "wwan0", "10.99.9.9/16");
         tool(&host.netns, "ip route add default via 10.99.0.1 dev wwan0 metric 700");
-        // A static configuration: nothing is taken away, the kernel marks the route.
-        outside("ip link set port2 down");
+        // A static configuration: nothing is removed, but the kernel marks the route.
+        run_in_lab("ip link set port2 down");
         eventually(&host.netns, "ip route show default", |routes| routes.contains("linkdown"));
-        wait_until("no failover", SOON, || is_on(&mut cluster.agents[1], "wwan0", "10.99.9.9"));
-        outside("ip link set port2 up");
+        wait_until("no failover", FAILOVER_TIMEOUT, || {
+            is_on(&mut cluster.agents[1], "wwan0", "10.99.9.9")
+        });
+        run_in_lab("ip link set port2 up");
         wait_until("not back", Duration::from_secs(10), || {
             is_on(&mut cluster.agents[1], "eth0", "10.99.0.11")
         });
@@ -159,9 +163,9 @@ fn carrier_loss_with_address_and_route_left_in_place_fails_over() {
     });
 }
 
-/// A bridge has a carrier where a port of it forwards.
+/// A bridge has a carrier if one of its ports forwards.
 #[test]
-fn bridge_whose_port_waits_for_its_forward_delay_is_named_with_the_state_of_the_port() {
+fn bridge_in_forward_delay_is_reported_with_its_ports_state() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         for command in [
@@ -176,58 +180,62 @@ fn bridge_whose_port_waits_for_its_forward_delay_is_named_with_the_state_of_the_
         let mut agent = Agent::start(program(), &host, &["--init", "--iface", "br0"])?;
         let words =
             "br0 has no carrier: it is a bridge, and its port eth0 is still listening (STP)";
-        wait_until("the state is not named", SOON, || has_problem(&mut agent, words));
+        wait_until("the state is not reported", FAILOVER_TIMEOUT, || {
+            has_problem(&mut agent, words)
+        });
         tool(&host.netns, "ip link set br0 type bridge stp_state 0");
         tool(&host.netns, "ip link set eth0 nomaster");
-        wait_until("no port", SOON, || has_problem(&mut agent, "it is a bridge without a port"));
+        wait_until("no port", FAILOVER_TIMEOUT, || {
+            has_problem(&mut agent, "it is a bridge without a port")
+        });
         tool(&host.netns, "ip link set eth0 master br0");
-        wait_until("it is still named", SOON, || !has_problem(&mut agent, "br0"));
+        wait_until("it is still reported", FAILOVER_TIMEOUT, || !has_problem(&mut agent, "br0"));
         Ok(())
     });
 }
 
 #[test]
-fn carrier_that_comes_and_goes_is_named_and_stays_so_where_it_is_back() {
+fn flapping_carrier_is_reported_even_while_it_is_up() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let agent = &mut cluster.agents[1];
-        let words = "the carrier of eth0 comes and goes: it was lost";
+        let words = "the carrier of eth0 flaps: it was lost";
         for _ in 0..2 {
-            outside("ip link set port2 down");
-            outside("ip link set port2 up");
+            run_in_lab("ip link set port2 down");
+            run_in_lab("ip link set port2 up");
         }
-        wait_until("no underlay", SOON, || !has_problem(agent, "no underlay"));
+        wait_until("no underlay", FAILOVER_TIMEOUT, || !has_problem(agent, "no underlay"));
         assert!(!has_problem(agent, words), "twice may be a restart of the switch");
-        outside("ip link set port2 down");
-        wait_until("it is not named", SOON, || has_problem(agent, words));
-        outside("ip link set port2 up");
-        wait_until("it is not back", SOON, || !has_problem(agent, "no underlay"));
+        run_in_lab("ip link set port2 down");
+        wait_until("it is not reported", FAILOVER_TIMEOUT, || has_problem(agent, words));
+        run_in_lab("ip link set port2 up");
+        wait_until("it is not back", FAILOVER_TIMEOUT, || !has_problem(agent, "no underlay"));
         assert!(has_problem(agent, words), "it was back before, too");
         Ok(())
     });
 }
 
 #[test]
-fn only_uplink_without_carrier_or_down_is_named_until_it_is_back() {
+fn only_uplink_without_carrier_or_down_is_reported_until_it_returns() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let host = &cluster.hosts[1].netns;
-        outside("ip link set port2 down");
-        wait_until("the lost carrier is not named", SOON, || {
+        run_in_lab("ip link set port2 down");
+        wait_until("the lost carrier is not reported", FAILOVER_TIMEOUT, || {
             has_problem(&mut cluster.agents[1], "eth0 has no carrier")
         });
-        outside("ip link set port2 up");
-        wait_until("it is still named", SOON, || {
+        run_in_lab("ip link set port2 up");
+        wait_until("it is still reported", FAILOVER_TIMEOUT, || {
             !has_problem(&mut cluster.agents[1], "no underlay")
         });
         tool(host, "ip link set eth0 down");
-        wait_until("the interface that is down is not named", SOON, || {
+        wait_until("the interface that is down is not reported", FAILOVER_TIMEOUT, || {
             has_problem(&mut cluster.agents[1], "no underlay")
         });
         tool(host, "ip link set eth0 up");
         tool(host, "ip route add default via 10.99.0.1");
         cluster.converge()?;
-        wait_until("it is still named", SOON, || {
+        wait_until("it is still reported", FAILOVER_TIMEOUT, || {
             !has_problem(&mut cluster.agents[1], "no underlay")
         });
         Ok(())
@@ -235,7 +243,7 @@ fn only_uplink_without_carrier_or_down_is_named_until_it_is_back() {
 }
 
 #[test]
-fn known_node_without_network_serves_its_pods_and_connects_when_it_comes() {
+fn known_node_without_network_serves_its_pods_and_connects_later() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         cluster.agents[1].end(Signal::SIGTERM)?;
@@ -244,16 +252,16 @@ fn known_node_without_network_serves_its_pods_and_connects_when_it_comes() {
         // A reboot leaves nothing of the overlay.
         tool(&host.netns, "ip link del gossamer.1");
         cluster.agents[1] = Agent::start(program(), host, &[])?;
-        let told = status_where(&mut cluster.agents[1], |status| {
+        let reported = status_where(&mut cluster.agents[1], |status| {
             status["problems"].to_string().contains("no underlay")
         });
-        assert_eq!(told["kernel"]["mtu"], 1450, "of the last network");
+        assert_eq!(reported["kernel"]["mtu"], 1450, "of the last network");
         let said = client(&cluster.agents[1], &["status"]);
         assert!(String::from_utf8_lossy(&said.stdout).contains("underlay  none"), "{said:?}");
         let netns = gossamer::lab::NetNs::new("c1")?;
         let runtime = Runtime::new(&cluster.agents[1]);
         let added = runtime.add("c1");
-        let subnet = Agent::subnet(&told)?;
+        let subnet = Agent::subnet(&reported)?;
         let gateway = subnet.hosts().next().expect("a gateway");
         assert!(run(&netns, &format!("ping -c1 -W1 {gateway}")).status.success(), "{added}");
 
@@ -269,7 +277,7 @@ fn known_node_without_network_serves_its_pods_and_connects_when_it_comes() {
 }
 
 #[test]
-fn new_node_without_network_says_what_it_waits_for_and_joins_when_it_comes() {
+fn new_node_without_network_reports_the_reason_and_joins_later() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let host = lab.host(2, "n2")?;
@@ -286,7 +294,8 @@ fn new_node_without_network_says_what_it_waits_for_and_joins_when_it_comes() {
         agent.wait_converged(2, TIMEOUT)?;
         cluster.converge_with(&mut agent, 2)?;
 
-        // An interface that does not exist is waited for, too, and named. A signal ends that.
+        // The agent also waits for an interface that does not exist, and reports it. A signal ends the
+        // wait.
         let third = lab.host(3, "n3")?;
         let mut agent = cluster.start_agent(&third, &["--iface", "usb0"])?;
         status_where(&mut agent, |status| {
@@ -299,9 +308,9 @@ fn new_node_without_network_says_what_it_waits_for_and_joins_when_it_comes() {
 }
 
 #[test]
-fn address_that_the_kernel_would_not_use_as_source_is_not_chosen() {
+fn address_that_the_kernel_does_not_use_as_source_is_not_selected() {
     isolated(|lab| {
-        // A floating address beside one from DHCP, as keepalived adds it.
+        // A floating address next to one from DHCP, as keepalived adds it.
         let host = lab.host(1, "vip")?;
         for command in [
             "ip addr flush dev eth0",
@@ -311,8 +320,8 @@ fn address_that_the_kernel_would_not_use_as_source_is_not_chosen() {
         ] {
             tool(&host.netns, command);
         }
-        assert!(is_on(&mut alone(&host, &[])?, "eth0", "10.99.0.10"));
-        // The route itself names the source.
+        assert!(is_on(&mut start_creator(&host, &[])?, "eth0", "10.99.0.10"));
+        // The route itself specifies the source.
         let host = lab.host(2, "src")?;
         for command in [
             "ip addr add 10.99.0.50/16 dev eth0",
@@ -320,20 +329,20 @@ fn address_that_the_kernel_would_not_use_as_source_is_not_chosen() {
         ] {
             tool(&host.netns, command);
         }
-        assert!(is_on(&mut alone(&host, &[])?, "eth0", "10.99.0.50"));
+        assert!(is_on(&mut start_creator(&host, &[])?, "eth0", "10.99.0.50"));
         Ok(())
     });
 }
 
 #[test]
-fn uplinks_of_all_shapes_are_found() {
+fn uplinks_of_all_interface_types_are_found() {
     isolated(|lab: &mut Lab| {
         let found =
             |lab: &mut Lab, number: u16, name: &str, commands: &[&str], arguments: &[&str]| {
                 let host = lab.host(number, name)?;
-                plug(&host, &format!("{name}-1"), "eth1", "");
+                connect_to_switch(&host, &format!("{name}-1"), "eth1", "");
                 commands.iter().for_each(|command| _ = tool(&host.netns, command));
-                anyhow::Ok(underlay(&status(&mut alone(&host, arguments)?)))
+                anyhow::Ok(underlay(&status(&mut start_creator(&host, arguments)?)))
             };
         let is = |interface: &str, address: &str| (interface.to_owned(), address.to_owned());
         let multipath = [
@@ -377,13 +386,13 @@ fn uplinks_of_all_shapes_are_found() {
 fn link_local_address_on_a_pods_interface_is_never_the_underlay() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
-        let mut agent = alone(&host, &[])?;
+        let mut agent = start_creator(&host, &[])?;
         let _pod = gossamer::lab::NetNs::new("c1")?;
         Runtime::new(&agent).add("c1");
         let links = tool(&host.netns, "ip -br link");
         let port = links.lines().find(|line| line.starts_with("gsm") && line.contains('@'));
         let port = port.and_then(|line| line.split('@').next()).expect("the pod's interface");
-        // dhcpcd does this to every interface that gets no answer.
+        // dhcpcd does this to every interface on which it gets no answer.
         tool(&host.netns, &format!("ip addr add 169.254.7.7/16 dev {port}"));
         tool(&host.netns, &format!("ip route add default dev {port} metric 1005"));
         tool(&host.netns, "ip addr flush dev eth0");
@@ -411,19 +420,19 @@ fn ipv6_renumbering_moves_tunnels_to_the_preferred_address() {
             }
             hosts.push(host);
         }
-        let mut first = alone(&hosts[0], &["--iface", "eth0"])?;
+        let mut first = start_creator(&hosts[0], &["--iface", "eth0"])?;
         let token = token_of(&mut first)?;
         let join = ["--iface", "eth0", "--join", "2001:db8:1::1", "--token", &token];
         let mut second = Agent::start(program(), &hosts[1], &join)?;
         second.wait_converged(2, TIMEOUT)?;
-        // The provider gives another prefix: the old one is deprecated and stays valid for a while.
+        // The provider assigns another prefix: the old one is deprecated and stays valid for a while.
         for (number, host) in hosts.iter().enumerate() {
             let number = number + 1;
             tool(&host.netns, &format!("ip addr add 2001:db8:2::{number}/64 dev eth0 nodad"));
             let old = format!("2001:db8:1::{number}/64");
             tool(&host.netns, &format!("ip addr change {old} dev eth0 preferred_lft 0"));
         }
-        wait_until("it stays at the old address", SOON, || {
+        wait_until("it stays at the old address", FAILOVER_TIMEOUT, || {
             is_on(&mut second, "eth0", "2001:db8:2::2")
         });
         eventually(&hosts[0].netns, "bridge fdb show dev gossamer.1", |fdb| {
@@ -439,10 +448,10 @@ fn seed_name_with_dead_addresses_delays_no_join() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let host = lab.host(2, "n2")?;
-        // Packets to the first two are lost, and no ICMP says so.
+        // Packets to the first two addresses are lost, without an ICMP error.
         let names = "10.99.0.200 seeds\n10.99.0.201 seeds\n10.99.0.10 seeds\n127.0.0.1 localhost\n";
         std::fs::write("/run/lab/hosts", names)?;
-        outside("mount --bind /run/lab/hosts /etc/hosts");
+        run_in_lab("mount --bind /run/lab/hosts /etc/hosts");
         for dead in ["10.99.0.200", "10.99.0.201"] {
             tool(&host.netns, &format!("ip neigh add {dead} lladdr 02:00:00:00:00:01 dev eth0"));
         }
@@ -450,7 +459,7 @@ fn seed_name_with_dead_addresses_delays_no_join() {
         let arguments = ["--join", "seeds", "--token", &cluster.token];
         let mut agent = Agent::start(program(), &host, &arguments)?;
         agent.wait_converged(2, TIMEOUT)?;
-        // One after the other they would take four seconds each.
+        // One after the other, they would take four seconds each.
         assert!(came.elapsed() < Duration::from_secs(4), "{:?}", came.elapsed());
         cluster.converge_with(&mut agent, 2)
     });

@@ -1,5 +1,5 @@
-//! Hosts with several uplinks: the one that leads to the peers carries tunnels, and tunnel packets that
-//! another program leads elsewhere are named.
+//! Hosts with several uplinks: the one that leads to the peers carries tunnels, and diverted tunnel
+//! packets are reported.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ use crate::common::{
     tool, wait_until,
 };
 
-/// A peer that does not answer is named within so long: gossip takes 15 s, questions of the kernel 10 s.
-const NAMED: Duration = Duration::from_secs(60);
-/// A better default route counts after 2 s.
-const SETTLED: Duration = Duration::from_secs(5);
+/// Time until a silent peer is reported: gossip takes 15 s, kernel queries 10 s.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(60);
+/// A better default route is used after 2 s.
+const ROUTE_CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A tunnel of a VPN, behind which no peer is, with an address in a network of its own.
+/// Adds a VPN tunnel without peers behind it, with an address in its own network.
 fn add_vpn(host: &Host) {
     add_uplink(host, "ip addr add 10.8.0.2/24 dev tun0");
 }
@@ -44,7 +44,7 @@ fn is(interface: &str, address: &str) -> (String, String) {
 }
 
 #[test]
-fn better_default_route_that_leads_to_no_peer_moves_no_underlay() {
+fn better_default_route_without_peers_does_not_move_the_underlay() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
@@ -53,10 +53,10 @@ fn better_default_route_that_leads_to_no_peer_moves_no_underlay() {
         tool(&host.netns, "ip route del default");
         tool(&host.netns, "ip route add default via 10.99.0.1 dev eth0 metric 100");
         tool(&host.netns, "ip route add default via 10.8.0.1 dev tun0 onlink metric 50");
-        std::thread::sleep(SETTLED);
+        std::thread::sleep(ROUTE_CHANGE_TIMEOUT);
         let eth0 = is("eth0", "10.99.0.11");
         assert_eq!(underlay(&mut cluster.agents[1]), eth0);
-        // Members are known on the disk, so that a start chooses no worse.
+        // Members are known on disk, so a restart makes the same choice.
         cluster.agents[1].end(Signal::SIGTERM)?;
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
         cluster.agents[1].wait_converged(2, TIMEOUT)?;
@@ -76,11 +76,7 @@ fn creator_with_a_public_default_route_moves_to_the_network_of_its_first_peer() 
         }
         let mut creator = Agent::start(program(), &first, &["--init"])?;
         creator.wait_converged(1, TIMEOUT)?;
-        assert_eq!(
-            underlay(&mut creator),
-            is("tun0", "198.51.100.2"),
-            "nothing tells otherwise yet"
-        );
+        assert_eq!(underlay(&mut creator), is("tun0", "198.51.100.2"), "no peer is known yet");
         let token = token_of(&mut creator)?;
         let seed = first.ip.to_string();
         let mut joiner = Agent::start(program(), &second, &["--join", &seed, "--token", &token])?;
@@ -91,7 +87,7 @@ fn creator_with_a_public_default_route_moves_to_the_network_of_its_first_peer() 
         eventually(&second.netns, "bridge fdb show dev gossamer.1", |fdb| {
             fdb.contains("dst 10.99.0.10 ")
         });
-        std::thread::sleep(SETTLED);
+        std::thread::sleep(ROUTE_CHANGE_TIMEOUT);
         for (agent, address) in [(&mut creator, "10.99.0.10"), (&mut joiner, "10.99.0.11")] {
             assert_eq!(underlay(agent), is("eth0", address), "it stays with its peer");
         }
@@ -100,7 +96,7 @@ fn creator_with_a_public_default_route_moves_to_the_network_of_its_first_peer() 
 }
 
 #[test]
-fn host_with_its_only_address_on_lo_uses_it_unasked() {
+fn host_with_its_only_address_on_lo_uses_it_without_a_setting() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         for command in [
@@ -126,7 +122,10 @@ fn interface_is_found_by_its_alternative_name() {
             .status
             .success()
         {
-            skipped("altname", "the kernel or `ip` knows no alternative names");
+            skipped(
+                "interface_is_found_by_its_alternative_name",
+                "the kernel or `ip` knows no alternative names",
+            );
             return Ok(());
         }
         let mut agent = Agent::start(program(), &host, &["--init", "--iface", name])?;
@@ -137,13 +136,16 @@ fn interface_is_found_by_its_alternative_name() {
 }
 
 #[test]
-fn ipv6_underlay_is_used_up_to_the_mtu_that_its_router_has_told() {
+fn ipv6_underlay_is_used_up_to_the_mtu_advertised_by_its_router() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         tool(&host.netns, "ip addr flush dev eth0 scope global");
         let added = run(&host.netns, "ip addr add 2001:db8::1/64 dev eth0 nodad");
         if !added.status.success() {
-            skipped("MTU of IPv6", "the kernel has no IPv6");
+            skipped(
+                "ipv6_underlay_is_used_up_to_the_mtu_advertised_by_its_router",
+                "the kernel has no IPv6",
+            );
             return Ok(());
         }
         let mut agent = Agent::start(program(), &host, &["--init", "--iface", "eth0"])?;
@@ -153,15 +155,15 @@ fn ipv6_underlay_is_used_up_to_the_mtu_that_its_router_has_told() {
         };
         assert!(is_mtu(&mut agent, 1_430));
         tool(&host.netns, "sysctl -qw net.ipv6.conf.eth0.mtu=1400");
-        wait_until("it is still 1430", NAMED, || is_mtu(&mut agent, 1_330));
+        wait_until("it is still 1430", REPORT_TIMEOUT, || is_mtu(&mut agent, 1_330));
         Ok(())
     });
 }
 
-/// What is named, how the fault is made, and how it is taken away.
+/// The report, the commands that cause the fault, and the commands that remove it.
 const FAULTS: [(&str, &str, &str); 3] = [
     (
-        "leave this host by tun0, not by eth0, which has its address 10.99.0.11, and no answer comes: \
+        "leave this host by tun0, not by eth0, which has its address 10.99.0.11, and no answer arrives: \
          table 77 leads them there",
         "ip route add default dev tun0 table 77; ip rule add ipproto udp dport 8472 lookup 77 pref 100",
         "ip rule del pref 100; ip route flush table 77",
@@ -180,7 +182,7 @@ const FAULTS: [(&str, &str, &str); 3] = [
 ];
 
 #[test]
-fn tunnel_packets_led_elsewhere_are_named_by_interface_and_table() {
+fn diverted_tunnel_packets_are_reported_with_interface_and_table() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
@@ -188,7 +190,7 @@ fn tunnel_packets_led_elsewhere_are_named_by_interface_and_table() {
         add_vpn(host);
         for (named, break_it, mend_it) in FAULTS {
             break_it.split("; ").for_each(|command| _ = tool(&host.netns, command));
-            wait_until(named, NAMED, || has_problem(agent, named));
+            wait_until(named, REPORT_TIMEOUT, || has_problem(agent, named));
             let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
             assert!(!doctor.contains("gossamer forget"), "{doctor}");
             let is_well = |agent: &mut Agent| {
@@ -197,22 +199,24 @@ fn tunnel_packets_led_elsewhere_are_named_by_interface_and_table() {
             };
             if let Some((_, advice)) = named.split_once("come first: ") {
                 tool(&host.netns, advice);
-                wait_until("the advice does not help", NAMED, || is_well(agent));
+                wait_until("the advice does not help", REPORT_TIMEOUT, || is_well(agent));
                 tool(&host.netns, &advice.replace("rule add", "rule del"));
-                wait_until(named, NAMED, || has_problem(agent, named));
+                wait_until(named, REPORT_TIMEOUT, || has_problem(agent, named));
             }
             mend_it.split("; ").for_each(|command| _ = tool(&host.netns, command));
-            wait_until("it is still named", NAMED, || is_well(agent));
+            wait_until("it is still reported", REPORT_TIMEOUT, || is_well(agent));
             let ping = format!("ping -c 1 -W 1 {}", pods[0].ip);
-            wait_until("pods stay apart", NAMED, || run(&pods[1].netns, &ping).status.success());
+            wait_until("pods stay apart", REPORT_TIMEOUT, || {
+                run(&pods[1].netns, &ping).status.success()
+            });
         }
         Ok(())
     });
 }
 
-/// Virtual machines, each behind a NAT of its own, as VirtualBox makes them.
+/// Virtual machines, each behind its own NAT, as VirtualBox sets them up.
 #[test]
-fn token_whose_address_each_host_has_is_named_and_another_address_helps() {
+fn token_with_an_address_that_each_host_has_is_reported_with_a_remedy() {
     isolated(|lab| {
         let (first, second) = (lab.host(1, "n1")?, lab.host(2, "n2")?);
         for host in [&first, &second] {
@@ -224,14 +228,14 @@ fn token_whose_address_each_host_has_is_named_and_another_address_helps() {
         let token = token_of(&mut creator)?;
         let mut joiner = Agent::start(program(), &second, &["--token", &token])?;
         let words = "the token's address 10.0.2.15:8473 is this host's own";
-        wait_until("it is not named", NAMED, || {
+        wait_until("it is not reported", REPORT_TIMEOUT, || {
             has_problem(&mut joiner, words) && has_problem(&mut joiner, "--join ADDRESS")
         });
         let doctor = String::from_utf8(client(&joiner, &["doctor"]).stdout)?;
         assert!(doctor.contains("PROBLEM   agent          the token's address"), "{doctor}");
-        assert!(!doctor.contains("there is none"), "it has a token: {doctor}");
+        assert!(!doctor.contains("no token"), "it has a token: {doctor}");
         joiner.end(Signal::SIGTERM)?;
-        // The doctor finds it out without an agent, too.
+        // The doctor detects it without an agent, too.
         let state = second.dir.join("state").display().to_string();
         let doctor = format!("{} doctor --token {token} --state-dir {state}", program().display());
         let doctor = String::from_utf8(run(&second.netns, &doctor).stdout)?;
@@ -245,7 +249,7 @@ fn token_whose_address_each_host_has_is_named_and_another_address_helps() {
 }
 
 #[test]
-fn hosts_that_were_all_renumbered_while_they_were_off_are_told_what_helps() {
+fn hosts_all_renumbered_while_off_report_a_remedy() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         for (agent, host) in cluster.agents.iter_mut().zip(&cluster.hosts) {
@@ -257,17 +261,19 @@ fn hosts_that_were_all_renumbered_while_they_were_off_are_told_what_helps() {
         for (agent, host) in cluster.agents.iter_mut().zip(&cluster.hosts) {
             *agent = Agent::start(program(), host, &[])?;
         }
-        let words = "the address of this host has changed from 10.99.0.11 to 10.98.0.11, and no known member \
-                     answers at its own (n1 (10.99.0.10:8473))";
+        let words = "the address of this host has changed from 10.99.0.11 to 10.98.0.11, and no member \
+                     answers at the address known for it (n1 (10.99.0.10:8473))";
         for (number, words) in [(0, "from 10.99.0.10 to 10.98.0.10"), (1, words)] {
-            wait_until("it is not named", NAMED, || {
+            wait_until("it is not reported", REPORT_TIMEOUT, || {
                 has_problem(&mut cluster.agents[number], words)
             });
         }
-        // One cause is one problem, and a start does not forget it.
+        // One cause is one problem, and it is still reported after a restart.
         cluster.agents[1].end(Signal::SIGTERM)?;
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
-        wait_until("it is not named again", NAMED, || has_problem(&mut cluster.agents[1], words));
+        wait_until("it is not reported again", REPORT_TIMEOUT, || {
+            has_problem(&mut cluster.agents[1], words)
+        });
         let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["problems"].as_array().map(Vec::len), Some(1), "{status:#}");
         cluster.agents[1].end(Signal::SIGTERM)?;
@@ -275,21 +281,26 @@ fn hosts_that_were_all_renumbered_while_they_were_off_are_told_what_helps() {
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &join)?;
         cluster.converge()?;
         for agent in &mut cluster.agents {
-            wait_until("it is still named", NAMED, || !has_problem(agent, "has changed from"));
+            wait_until("it is still reported", REPORT_TIMEOUT, || {
+                !has_problem(agent, "has changed from")
+            });
         }
         Ok(())
     });
 }
 
-/// As after a restart of an agent whose router has gone: the address is still there, and no longer for use.
+/// As after a restart of an agent whose router is gone: the address still exists, but is deprecated.
 #[test]
-fn only_address_deprecated_is_named_until_it_is_preferred_again() {
+fn deprecated_only_address_is_reported_until_preferred_again() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         tool(&host.netns, "ip addr flush dev eth0 scope global");
         let add = "ip addr add 2001:db8:1::1/64 dev eth0 nodad preferred_lft 0";
         if !run(&host.netns, add).status.success() {
-            skipped("uplinks::deprecated", "the kernel has no IPv6");
+            skipped(
+                "deprecated_only_address_is_reported_until_preferred_again",
+                "the kernel has no IPv6",
+            );
             return Ok(());
         }
         let mut agent = Agent::start(program(), &host, &["--init"])?;

@@ -1,4 +1,4 @@
-//! Who may run these tests, with which program, and in namespaces of their own.
+//! Requirements of these tests, the program under test, and isolated namespaces.
 
 use std::{
     fs::{self, File},
@@ -15,12 +15,13 @@ use crate::machine::World;
 
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/machines");
 
-/// The program under test: the one that GOSSAMER names, or else the one that cargo has built.
+/// Returns the program under test: the path in GOSSAMER, or cargo's build.
 pub fn program() -> PathBuf {
     std::env::var_os("GOSSAMER").map_or_else(|| env!("CARGO_BIN_EXE_gossamer").into(), Into::into)
 }
 
-/// The Debian package that GOSSAMER_DEB names, or else the one that `packaging/build-deb` has made.
+/// Returns the Debian package under test: the path in GOSSAMER_DEB, or the one that `packaging/build-deb`
+/// has built.
 pub fn package() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("GOSSAMER_DEB") {
         return Some(path.into());
@@ -30,23 +31,23 @@ pub fn package() -> Option<PathBuf> {
     entries.filter(|path| path.extension().is_some_and(|end| end == "deb")).max()
 }
 
-/// Where images are kept, outside the tree.
+/// Returns the directory of the images, outside the source tree.
 fn cache() -> PathBuf {
     let home = || std::env::var_os("HOME").map_or_else(|| "/var/tmp".into(), PathBuf::from);
     std::env::var_os("GOSSAMER_MACHINES")
         .map_or_else(|| home().join(".cache/gossamer-machines"), Into::into)
 }
 
-/// What a test needs beside the machines.
+/// What a test needs in addition to the machines.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Needs {
     Program,
     Package,
 }
 
-/// Runs the body of a test in fresh namespaces, by running this test alone once more inside them.
-/// All processes inside end with it. One test at a time, whichever program runs it: two machines are enough
-/// for a small computer. Where something is missing, says so and skips the test.
+/// Runs the body of a test in new namespaces. To do so, it starts this test alone again inside them; all
+/// processes inside end with it. One test runs at a time, whichever program starts it, because two
+/// machines are enough load for a small computer. Skips the test if a requirement is missing.
 pub fn on_machines<F>(needs: Needs, limit: Duration, body: F)
 where
     F: FnOnce(&mut World) -> anyhow::Result<()>,
@@ -70,8 +71,8 @@ where
         let lock = File::create(cache.join("lock-of-tests"))?;
         lock.lock()?;
         let this = std::env::current_exe()?;
-        // Its standard error is not caught: figures are for people, whether the test passes or not.
-        // When this process is killed, so is all that it has started.
+        // Standard error is not captured, because figures are printed whether the test passes or not. If
+        // this process is killed, all processes that it has started are killed, too.
         let output = Command::new("setpriv")
             .args(["--pdeathsig", "TERM", "timeout"])
             .arg(limit.as_secs().to_string())
@@ -89,7 +90,7 @@ where
     run().unwrap_or_else(|error| panic!("{test}: {error:?}"));
 }
 
-/// Builds the images, if that is wanted; checks that they are of this recipe.
+/// Builds the images, if requested. Checks that they match this recipe.
 fn images(cache: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(cache)?;
     let script = Path::new(SOURCES).join("build-images");
@@ -137,17 +138,17 @@ fn missing(needs: Needs) -> Option<String> {
     None
 }
 
-/// Says that a test was not run, and for want of what.
+/// Reports that a test was skipped, and why.
 fn skipped(test: &str, why: &str) {
     say(&format!("SKIPPED {test}: {why}"));
 }
 
-/// A line for people. Not by a macro: the output of a test that passes is not shown.
+/// Prints a line. Not by a macro, because the output of a passing test is captured.
 pub fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// Packets sent and received, from the last lines of ping.
+/// Returns the packets sent and received, from the last lines of ping.
 pub fn ping_counts(said: &str) -> anyhow::Result<(u32, u32)> {
     let line = said.lines().find(|line| line.contains("packets transmitted"));
     let line = line.with_context(|| format!("ping did not count:\n{said}"))?;

@@ -1,4 +1,4 @@
-//! The demo on the kernels of three Debian releases, on a machine with nothing but a kernel and tools.
+//! The demo on the kernels of three Debian releases, on a machine with only a kernel and tools.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! Network managers with configurations that take in every interface. The package tells them to leave
-//! gossamer's devices alone.
+//! Network managers with configurations that match every interface. The package tells them to ignore
+//! gossamer's devices.
 
 use std::time::Duration;
 
@@ -12,39 +12,43 @@ use crate::{
 };
 
 const LIMIT: Duration = Duration::from_secs(1200);
-/// Loss that is accepted outside the restart of the network manager itself.
-const ACCEPTED: f64 = 3.0;
+/// Accepted loss in percent, outside the restart of the network manager itself.
+const ACCEPTED_LOSS_PERCENT: f64 = 3.0;
 
-/// How often something of ours was put right, of all kinds.
+/// Returns the number of repairs of all kinds.
 fn repairs(host: &mut Machine) -> anyhow::Result<u64> {
     let status = status(host)?;
     let kinds = status["kernel"]["repairs"].as_object().cloned().unwrap_or_default();
     Ok(kinds.values().filter_map(serde_json::Value::as_u64).sum())
 }
 
-/// Restarts it by a script, which may cost packets; then nothing may.
+/// Restarts the network manager by a script, which may lose packets. Afterwards packets must pass, and
+/// few repairs are allowed.
 fn restart_and_watch(pair: &mut Pair, what: &str, script: &str) -> anyhow::Result<()> {
     let during =
         pair.lost_while(Duration::from_secs(5), |host| host.ok_within(script, TIMEOUT).map(drop))?;
     let before = repairs(&mut pair.hosts[1])?;
     let after = pair.lost_while(Duration::from_secs(30), |_| Ok(()))?;
-    let fought = repairs(&mut pair.hosts[1])? - before;
+    let repaired = repairs(&mut pair.hosts[1])? - before;
     say(&format!(
-        "{what}: {during} during the restart, {after} afterwards, {fought} repairs afterwards"
+        "{what}: {during} during the restart, {after} afterwards, {repaired} repairs afterwards"
     ));
     ensure!(
-        after.percent() < ACCEPTED && after.sent > 200,
-        "{what}: {after} ({:.1} %) after the restart, {fought} repairs; {}",
+        after.percent() < ACCEPTED_LOSS_PERCENT && after.sent > 200,
+        "{what}: {after} ({:.1} %) after the restart, {repaired} repairs; {}",
         after.percent(),
         pair.hosts[1].run("gossamer status; networkctl; journalctl -n 30 --no-pager", SOON)?.text
     );
-    ensure!(fought < 5, "{what}: {fought} repairs in 30 s: somebody fights for our devices");
+    ensure!(
+        repaired < 5,
+        "{what}: {repaired} repairs in 30 s: another program changes gossamer's devices"
+    );
     Ok(())
 }
 
 #[test]
 #[ignore = "minutes"]
-fn networkd_that_takes_every_interface_leaves_pods_alone() {
+fn networkd_matching_every_interface_leaves_pods_connected() {
     on_machines(Needs::Package, LIMIT, networkd);
 }
 
@@ -60,21 +64,21 @@ fn networkd(world: &mut World) -> anyhow::Result<()> {
     }
     let listed = pair.hosts[1].ok("networkctl --no-pager --no-legend")?;
     for line in listed.lines().filter(|line| line.contains("gossamer.") || line.contains("gsm")) {
-        ensure!(line.contains("unmanaged"), "networkd manages our device: {line}");
+        ensure!(line.contains("unmanaged"), "networkd manages gossamer's device: {line}");
     }
     Ok(())
 }
 
 #[test]
 #[ignore = "minutes"]
-fn network_manager_that_takes_every_interface_leaves_pods_alone() {
+fn network_manager_matching_every_interface_leaves_pods_connected() {
     on_machines(Needs::Package, LIMIT, network_manager);
 }
 
 fn network_manager(world: &mut World) -> anyhow::Result<()> {
     let mut pair = Pair::new(world)?;
-    // It takes over the underlay's interface, with the same address, and by another profile all that is like
-    // a network card.
+    // It takes over the underlay's interface, with the same address, and by another profile every
+    // Ethernet interface.
     let script = "set -e
         D=$(ls /sys/class/net | grep -E '^en' | head -1)
         mkdir -p /etc/NetworkManager/conf.d /etc/NetworkManager/system-connections
@@ -96,14 +100,14 @@ fn network_manager(world: &mut World) -> anyhow::Result<()> {
         nmcli device; exit 1";
     restart_and_watch(&mut pair, "NetworkManager started", script)?;
     restart_and_watch(&mut pair, "NetworkManager restarted", "systemctl restart NetworkManager")?;
-    // What is new there looks to it like a veth pair that has just been plugged in.
+    // To NetworkManager, a new pod's interface looks like a newly connected device.
     pair.pods[1] = add_pod(&mut pair.hosts[1], "late")?;
     let restart = "systemctl restart NetworkManager";
     restart_and_watch(&mut pair, "a pod that is added to NetworkManager's host", restart)?;
     let listed = pair.hosts[1].ok("nmcli -t -f DEVICE,STATE device")?;
     say(&format!("NetworkManager: {}", listed.trim().replace('\n', ", ")));
     for line in listed.lines().filter(|line| line.contains("gossamer.") || line.contains("gsm")) {
-        ensure!(line.contains("unmanaged"), "NetworkManager manages our device: {line}");
+        ensure!(line.contains("unmanaged"), "NetworkManager manages gossamer's device: {line}");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Hosts in namespaces of one machine, in the network of all machines; an agent on each.
+//! Hosts in namespaces of one machine, in the network of all machines, with an agent on each.
 
 use std::time::Duration;
 
@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use crate::machine::{Machine, SOON};
 
-/// Makes hosts 1 to `count`, 10.77.0.11 and on, and what they need to be told apart after a boot. They have
-/// their states on the disk, and all else in memory.
+/// Creates hosts 1 to `count` with addresses from 10.77.0.11 on. Each boot needs this again: namespaces and
+/// interfaces are in memory, only the agents' states are on disk.
 pub fn add_hosts(machine: &mut Machine, count: u8) -> anyhow::Result<()> {
     machine
         .ok(&format!(
@@ -31,14 +31,14 @@ pub fn add_hosts(machine: &mut Machine, count: u8) -> anyhow::Result<()> {
         .map(drop)
 }
 
-/// A moment, without a process that would take time of its own: nothing comes from descriptor 5, a pipe.
-pub const WAIT: &str = "read -r -t 0.02 -u 5";
+/// A short pause without another process: descriptor 5 is a pipe on which nothing arrives.
+pub const PAUSE: &str = "read -r -t 0.02 -u 5";
 
 /// A script that ends all agents of a machine.
 pub const END_AGENTS: &str = "for p in $(pidof gossamer); do kill $p; done
     while pidof gossamer > /dev/null; do sleep 0.1; done";
 
-/// A script that starts the agent of host `$i`.
+/// Returns a script that starts the agent of host `$i`.
 pub fn agent(arguments: &str) -> String {
     format!(
         "ip netns exec h$i gossamer agent --node-name h$i --state-dir /root/h$i/state --socket /run/h$i.sock \
@@ -46,14 +46,14 @@ pub fn agent(arguments: &str) -> String {
     )
 }
 
-/// What a command that prints JSON says on host `number`.
+/// Runs a command that prints JSON on host `number`, and returns the output.
 pub fn ask(machine: &mut Machine, number: u8, command: &str) -> anyhow::Result<Value> {
     let said = machine
         .ok(&format!("gossamer {command} -o json --socket /run/h{number}.sock || [ $? = 3 ]"))?;
     serde_json::from_str(&said).with_context(|| said)
 }
 
-/// Waits until host `number` has converged with so many members; gives its status.
+/// Waits until host `number` has converged with `members` members, and returns its status.
 pub fn converged(machine: &mut Machine, number: u8, members: usize) -> anyhow::Result<Value> {
     let wait = format!(
         "gossamer status --wait=120 --members {members} -o json --socket /run/h{number}.sock"
@@ -66,7 +66,7 @@ pub fn converged(machine: &mut Machine, number: u8, members: usize) -> anyhow::R
     Ok(serde_json::from_str(&answer.text)?)
 }
 
-/// Who owns what, in an order that does not depend on who is asked.
+/// Returns the owners of all slots, in an order that does not depend on the queried host.
 pub fn table(machine: &mut Machine, number: u8) -> anyhow::Result<Vec<(String, String, String)>> {
     let leases = ask(machine, number, "leases")?;
     let owners = leases["owners"].as_array().context("owners")?;

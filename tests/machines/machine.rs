@@ -1,4 +1,4 @@
-//! Virtual machines: started, told what to do over a serial line, killed.
+//! Virtual machines: started, controlled over a serial line, killed.
 
 use std::{
     ffi::OsString,
@@ -19,17 +19,17 @@ use tempfile::TempDir;
 
 use crate::common::{package, program};
 
-/// Booting may take a minute where others use the processors as well.
-const BOOT: Duration = Duration::from_secs(300);
-/// What takes a moment, here.
+/// A boot may take a minute when other processes use the CPU as well.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+/// Time limit for short operations.
 pub const SOON: Duration = Duration::from_secs(120);
-/// A disk of one size, so that a snapshot of a machine fits to whatever is on it.
-const PARCEL_SIZE: u64 = 512 << 20;
+/// All disks have this size in bytes, so that a snapshot fits any program on the disk.
+const PARCEL_BYTES: u64 = 512 << 20;
 const SNAPSHOT: &str = "booted";
-/// To be raised when the devices of machines change: a snapshot fits to one set of them.
-const DEVICES: u32 = 2;
+/// Increase this when the devices of machines change, because a snapshot fits only one set of them.
+const DEVICE_SET: u32 = 2;
 
-/// What all machines of a test share: images, a network, a directory that is gone afterwards.
+/// Shared by all machines of a test: images, a network, and a temporary directory.
 pub struct World {
     cache: PathBuf,
     dir: TempDir,
@@ -41,7 +41,7 @@ pub struct World {
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
     pub name: &'a str,
-    /// Its address is 10.77.0.index.
+    /// The last octet of its address, 10.77.0.index.
     pub index: u8,
     pub kernel: &'a str,
     /// Without systemd.
@@ -60,14 +60,14 @@ impl<'a> Options<'a> {
     }
 }
 
-/// What a command printed, and its exit code.
+/// The output of a command, and its exit code.
 #[derive(Debug)]
 pub struct Answer {
     pub code: i32,
     pub text: String,
 }
 
-/// A machine that runs. Killed when dropped; its disk stays as long as the world.
+/// A running machine. It is killed when dropped; its disk exists as long as the world.
 pub struct Machine {
     name: String,
     dir: PathBuf,
@@ -75,14 +75,14 @@ pub struct Machine {
     child: Child,
     started: Instant,
     control: UnixStream,
-    heard: Vec<u8>,
+    buffer: Vec<u8>,
     number: u32,
     parcel: u64,
 }
 
 impl World {
     pub fn new(cache: &Path) -> anyhow::Result<Self> {
-        // What a run left that was killed; there is one at a time.
+        // Removes leftovers of a killed run; only one run exists at a time.
         for entry in fs::read_dir(cache)?.flatten() {
             if entry.file_name().to_string_lossy().starts_with("run-") {
                 let _ = fs::remove_dir_all(entry.path());
@@ -115,7 +115,7 @@ impl World {
         let files = self.dir.path().join("files");
         fs::create_dir_all(&files)?;
         fs::copy(program(), files.join("gossamer")).context("the program")?;
-        // Where it is not installed the file is only larger.
+        // Without `strip` the file is only larger.
         let _ = Command::new("strip").arg(files.join("gossamer")).status();
         if let Some(package) = package().filter(|path| path.exists()) {
             fs::copy(package, files.join("gossamer.deb")).context("the package")?;
@@ -124,13 +124,13 @@ impl World {
         fs::remove_dir_all(&files)?;
         let file = File::options().write(true).open(&path)?;
         let size = file.metadata()?.len();
-        ensure!(size < PARCEL_SIZE, "the program is too large");
-        file.set_len(PARCEL_SIZE)?;
+        ensure!(size < PARCEL_BYTES, "the program is too large");
+        file.set_len(PARCEL_BYTES)?;
         *known = Some(size);
         Ok((path, size))
     }
 
-    /// Boots a machine with a disk of its own.
+    /// Boots a machine with its own disk.
     pub fn start(&self, options: Options) -> anyhow::Result<Machine> {
         let disk = self.disk(options.name);
         let base = self.cache.join("base.img");
@@ -151,7 +151,7 @@ impl World {
         let file = |end: &str| dir.join(format!("{name}.{end}")).display().to_string();
         let boot = self.cache.join("boot");
         let tap = format!("tap{index}");
-        // It stays when the machine is killed.
+        // The interface remains when the machine is killed.
         host(&format!(
             "ip link show {tap} >/dev/null 2>&1 || {{ ip tuntap add {tap} mode tap && \
              ip link set {tap} master br0 up; }}"
@@ -219,7 +219,7 @@ impl World {
         Machine::launch(name, dir, arguments, more, size)
     }
 
-    /// A copy of a machine that has booted with systemd, in a tenth of the time; the first one is made now.
+    /// Starts a copy of a booted machine in a tenth of a boot's time. The first call creates the snapshot.
     pub fn copy_booted(&self, name: &str, index: u8) -> anyhow::Result<Machine> {
         let snapshot = self.snapshot()?;
         let disk = self.disk(name);
@@ -228,7 +228,7 @@ impl World {
         let mut machine = self.launch(options, &["-loadvm", SNAPSHOT])?;
         machine.connect()?;
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs_f64();
-        // An identity of its own: clock, name, machine id, addresses.
+        // Gives the copy its own identity: clock, name, machine id, addresses.
         machine.ok(&format!(
             "set -e; date -s @{now:.3} >/dev/null
              D=$(ls /sys/class/net | grep -E '^(en|eth)')
@@ -244,13 +244,14 @@ impl World {
         Ok(machine)
     }
 
-    /// The disk of a machine that has booted, with its memory.
+    /// Returns the disk of a booted machine, with its memory.
     fn snapshot(&self) -> anyhow::Result<PathBuf> {
         let recipe = fs::read_to_string(self.cache.join("recipe"))?;
         let version = Command::new("qemu-system-x86_64").arg("--version").output()?.stdout;
         let version = String::from_utf8_lossy(&version);
         let version = version.split_whitespace().nth(3).unwrap_or("0").replace('/', "-");
-        let path = self.cache.join(format!("snapshot-{}-{version}-{DEVICES}.qcow2", recipe.trim()));
+        let path =
+            self.cache.join(format!("snapshot-{}-{version}-{DEVICE_SET}.qcow2", recipe.trim()));
         let _one = self.booting.lock().expect("no panic while booting");
         if path.exists() {
             return Ok(path);
@@ -258,7 +259,7 @@ impl World {
         let mut machine = self.start(Options::systemd("snapshot", 250))?;
         machine.ok_within(
             "systemctl is-system-running --wait; sync; echo 3 > /proc/sys/vm/drop_caches",
-            BOOT,
+            BOOT_TIMEOUT,
         )?;
         let said = machine.monitor(&format!("savevm {SNAPSHOT}"))?;
         ensure!(!said.contains("Error"), "{said}");
@@ -309,49 +310,49 @@ impl Machine {
             child,
             started,
             control,
-            heard: Vec::new(),
+            buffer: Vec::new(),
             number: 0,
             parcel,
         })
     }
 
-    /// Waits until a machine that goes on from a snapshot answers.
+    /// Waits until a machine that resumes from a snapshot answers.
     fn connect(&mut self) -> anyhow::Result<()> {
         self.ok("true").map(drop)
     }
 
-    /// Waits until a machine that boots takes commands.
+    /// Waits until a booting machine accepts commands.
     pub fn wait_ready(&mut self) -> anyhow::Result<()> {
-        self.hear("\x1eREADY", BOOT).map(drop)
+        self.read_until("\x1eREADY", BOOT_TIMEOUT).map(drop)
     }
 
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Time since it was started, and what it has cost.
+    /// Returns the time since the start, and the CPU time.
     pub fn figures(&self) -> String {
         let wall = self.started.elapsed().as_secs_f64();
         format!("{wall:.1} s ({:.1} CPU s)", cpu_seconds(self.child.id()))
     }
 
-    /// Reads up to a line that starts with a mark; gives what was before it, and the line.
-    fn hear(&mut self, mark: &str, patience: Duration) -> anyhow::Result<(String, String)> {
+    /// Reads up to a line that starts with a mark. Returns the text before it, and the line.
+    fn read_until(&mut self, mark: &str, patience: Duration) -> anyhow::Result<(String, String)> {
         let end = Instant::now() + patience;
-        let find = |heard: &[u8], word: &[u8]| heard.windows(word.len()).position(|at| at == word);
+        let find = |text: &[u8], word: &[u8]| text.windows(word.len()).position(|at| at == word);
         loop {
-            if let Some(at) = find(&self.heard, mark.as_bytes())
-                && let Some(length) = find(&self.heard[at..], b"\n")
+            if let Some(at) = find(&self.buffer, mark.as_bytes())
+                && let Some(length) = find(&self.buffer[at..], b"\n")
             {
-                let rest = self.heard.split_off(at + length + 1);
-                let text = std::mem::replace(&mut self.heard, rest);
+                let rest = self.buffer.split_off(at + length + 1);
+                let text = std::mem::replace(&mut self.buffer, rest);
                 let (before, line) = text.split_at(at);
                 let utf8 = |bytes| String::from_utf8_lossy(bytes).into_owned();
                 return Ok((utf8(before), utf8(line)));
             }
             let left = end.saturating_duration_since(Instant::now());
             let so_far = || {
-                let text = String::from_utf8_lossy(&self.heard);
+                let text = String::from_utf8_lossy(&self.buffer);
                 text.chars()
                     .rev()
                     .take(3000)
@@ -361,13 +362,13 @@ impl Machine {
                     .collect::<String>()
             };
             if left.is_zero() {
-                bail!("{} says nothing more within {patience:?}; so far:\n{}", self.name, so_far());
+                bail!("{} timed out after {patience:?}; so far:\n{}", self.name, so_far());
             }
             self.control.set_read_timeout(Some(left))?;
             let mut chunk = [0; 65536];
             match self.control.read(&mut chunk) {
                 Ok(0) => bail!("{} has ended; so far:\n{}", self.name, so_far()),
-                Ok(count) => self.heard.extend_from_slice(&chunk[..count]),
+                Ok(count) => self.buffer.extend_from_slice(&chunk[..count]),
                 Err(error)
                     if matches!(
                         error.kind(),
@@ -383,14 +384,14 @@ impl Machine {
         self.number += 1;
         let line = format!("{} {}\n", self.number, BASE64.encode(script.as_bytes()));
         self.control.write_all(line.as_bytes())?;
-        // An answer that comes too late, to an earlier command, is not taken for this one's.
+        // Ignores late answers to earlier commands.
         let mark = format!("\x1eRC {} ", self.number);
-        let (text, line) = self.hear(&mark, patience).with_context(|| script.to_owned())?;
+        let (text, line) = self.read_until(&mark, patience).with_context(|| script.to_owned())?;
         let code = line.trim_start_matches(&mark).trim().parse()?;
         Ok(Answer { code, text })
     }
 
-    /// The same, for one that must succeed.
+    /// As `run`, for a script that must succeed.
     pub fn ok_within(&mut self, script: &str, patience: Duration) -> anyhow::Result<String> {
         let answer = self.run(script, patience)?;
         let name = &self.name;
@@ -413,7 +414,7 @@ impl Machine {
         .map(drop)
     }
 
-    /// A command of the monitor of qemu.
+    /// Runs a command of qemu's monitor.
     pub fn monitor(&self, command: &str) -> anyhow::Result<String> {
         let mut stream = UnixStream::connect(self.dir.join(format!("{}.monitor", self.name)))?;
         stream.set_read_timeout(Some(SOON))?;
@@ -433,14 +434,14 @@ impl Machine {
         until_prompt(&mut stream)
     }
 
-    /// Cuts its power.
+    /// Cuts the power.
     pub fn kill(&mut self) -> anyhow::Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// Power again: it boots from its disk as it is.
+    /// Restores the power: the machine boots from its disk as it is.
     pub fn power_on(&mut self) -> anyhow::Result<()> {
         let _ = self.child.kill();
         self.child.wait()?;
@@ -454,21 +455,21 @@ impl Machine {
         self.wait_ready()
     }
 
-    /// Reboots it as an operator does, and waits until it takes commands again. qemu ends when the machine
-    /// would be reset: one that was started from a snapshot takes minutes to boot again by itself.
+    /// Reboots the machine as an operator does, and waits until it accepts commands again. qemu ends
+    /// instead of a reset, because a machine from a snapshot takes minutes to reboot by itself.
     pub fn reboot(&mut self) -> anyhow::Result<()> {
-        // The answer may be lost on its way down.
+        // The answer may be lost during the shutdown.
         let line = format!("0 {}\n", BASE64.encode(b"systemctl --no-block reboot"));
         self.control.write_all(line.as_bytes())?;
         let start = Instant::now();
         while self.child.try_wait()?.is_none() {
-            ensure!(start.elapsed() < BOOT, "{} does not go down", self.name);
+            ensure!(start.elapsed() < BOOT_TIMEOUT, "{} does not go down", self.name);
             std::thread::sleep(Duration::from_millis(50));
         }
         self.power_on()
     }
 
-    /// What its console has said so far.
+    /// Returns the console output so far.
     pub fn console(&self) -> String {
         let bytes = fs::read(self.dir.join(format!("{}.serial", self.name))).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
@@ -482,7 +483,7 @@ impl Drop for Machine {
     }
 }
 
-/// A script on the machine that runs the tests, in the namespaces of this test.
+/// Runs a script on the machine that runs the tests, in the namespaces of this test.
 fn host(script: &str) -> anyhow::Result<()> {
     let output = Command::new("sh").args(["-ec", script]).output()?;
     let error = String::from_utf8_lossy(&output.stderr);

@@ -1,7 +1,7 @@
-//! Real machines: Debian's kernels and its systemd, in software emulation. docs/TESTING.md says how to run
-//! these tests.
+//! Real machines: Debian's kernels and its systemd, in software emulation. docs/TESTING.md describes how
+//! to run these tests.
 
-// A test that cannot go on should say so at once.
+// A test that cannot continue should fail at once.
 #![allow(clippy::expect_used, clippy::panic)]
 
 mod common;

@@ -11,10 +11,10 @@ use crate::{
 };
 
 const LIMIT: Duration = Duration::from_secs(1200);
-/// `WatchdogSec` of the unit, and what starting takes in emulation.
-const WATCHDOG: Duration = Duration::from_secs(30 + 30);
+/// `WatchdogSec` of the unit, and the start in emulation.
+const WATCHDOG_TIMEOUT: Duration = Duration::from_secs(30 + 30);
 
-/// A property of a unit.
+/// Returns a property of a unit.
 fn property(machine: &mut Machine, unit: &str, name: &str) -> anyhow::Result<String> {
     let said = machine.ok(&format!("systemctl show -P {name} {unit}"))?;
     Ok(said.trim().to_owned())
@@ -25,7 +25,7 @@ fn moment(machine: &mut Machine, unit: &str, name: &str) -> anyhow::Result<u64> 
     text.parse().with_context(|| format!("{name} of {unit}: {text}"))
 }
 
-/// What the agent has put into the kernel.
+/// Returns the agent's kernel state.
 fn kernel_state(machine: &mut Machine) -> anyhow::Result<String> {
     machine.ok("ip -br link show gossamer.1 && ip -br link show gsm0 && ip route show proto 73 && \
          bridge fdb show dev gossamer.1 | sort && ip neigh show dev gossamer.1 nud permanent && \
@@ -34,7 +34,7 @@ fn kernel_state(machine: &mut Machine) -> anyhow::Result<String> {
 
 #[test]
 #[ignore = "minutes"]
-fn package_installed_starts_after_the_network_and_before_docker() {
+fn installed_package_starts_after_the_network_and_before_docker() {
     on_machines(Needs::Package, LIMIT, start_order);
 }
 
@@ -45,7 +45,7 @@ fn start_order(world: &mut World) -> anyhow::Result<()> {
     ensure!(enabled.text == "disabled\ninactive\n", "installed, it is {}", enabled.text);
     let mode = host.ok("stat -c %a /etc/gossamer/gossamer.toml")?;
     ensure!(mode.trim() == "640", "the settings have mode {mode}");
-    // A stand-in for Docker: it asks the agent at the moment it is started.
+    // A stand-in for Docker: it queries the agent at the moment it is started.
     host.ok(
         "printf '[Unit]\\nAfter=network-online.target\\n[Service]\\nType=oneshot\\nRemainAfterExit=yes\\n\
          ExecStart=/bin/sh -c \"gossamer status -o json > /root/docker-saw 2>&1; \
@@ -78,11 +78,11 @@ fn start_order(world: &mut World) -> anyhow::Result<()> {
         begun < ready && ready <= docker,
         "ready at {ready} us, docker was started at {docker}"
     );
-    // Ready means that it answers: 3 is an agent that has not converged yet.
+    // Ready means that the agent answers. Code 3 is an agent that has not converged yet.
     let code = host.ok("cat /root/docker-code")?;
     let saw = host.ok("cat /root/docker-saw")?;
     ensure!(["0\n", "3\n"].contains(&code.as_str()), "docker saw ({code}): {saw}");
-    // Removed, it leaves no unit; settings go with a purge.
+    // A removal leaves no unit; a purge removes the settings.
     host.ok_within("dpkg -r gossamer 2>&1; test -e /etc/gossamer/gossamer.toml", TIMEOUT)?;
     host.ok_within("dpkg -P gossamer 2>&1; test ! -e /etc/gossamer", TIMEOUT)?;
     let left = host.run("systemctl cat gossamer", SOON)?;
@@ -92,7 +92,7 @@ fn start_order(world: &mut World) -> anyhow::Result<()> {
 
 #[test]
 #[ignore = "minutes"]
-fn agent_reloaded_restarted_killed_hung_or_stopped_costs_no_packet() {
+fn reloaded_restarted_killed_hung_or_stopped_agent_loses_no_packet() {
     on_machines(Needs::Package, LIMIT, faults);
 }
 
@@ -126,7 +126,7 @@ fn faults(world: &mut World) -> anyhow::Result<()> {
     let loss = pair.lost_while(quiet, |host| {
         let pid = property(host, "gossamer", "MainPID")?;
         host.ok(&format!("kill -STOP {pid}"))?;
-        waited = wait_other_process(host, &pid, WATCHDOG)?;
+        waited = wait_other_process(host, &pid, WATCHDOG_TIMEOUT)?;
         converged(host, 2).map(drop)
     })?;
     say(&format!("hung: started again after {waited:.1} s by the watchdog, {loss}"));
@@ -153,7 +153,7 @@ fn faults(world: &mut World) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until systemd has started the agent again; gives the seconds that took.
+/// Waits until systemd has restarted the agent. Returns the seconds that this took.
 fn wait_other_process(host: &mut Machine, pid: &str, patience: Duration) -> anyhow::Result<f64> {
     let said = host.ok_within(
         &format!(

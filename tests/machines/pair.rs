@@ -10,7 +10,7 @@ use crate::{
     machine::{Machine, SOON, World},
 };
 
-/// The longest that an installation, or the start of an agent, takes in emulation.
+/// Time limit of an installation, or the start of an agent, in emulation.
 pub const TIMEOUT: Duration = Duration::from_secs(180);
 
 pub struct Pair {
@@ -20,7 +20,7 @@ pub struct Pair {
     pub subnets: [String; 2],
 }
 
-/// What ping has counted.
+/// The counts of a ping.
 #[derive(Clone, Copy, Debug)]
 pub struct Loss {
     pub sent: u32,
@@ -39,11 +39,11 @@ impl std::fmt::Display for Loss {
     }
 }
 
-/// Installs the package and writes the settings; does not start anything.
+/// Installs the package and writes the settings, without starting the agent.
 pub fn install(machine: &mut Machine, settings: &str) -> anyhow::Result<()> {
     machine.take_parcel()?;
     machine.ok_within("dpkg -i /parcel/gossamer.deb 2>&1", TIMEOUT)?;
-    // The one of the package is what is tested, not the one beside it.
+    // The package's program is under test, not the one beside it.
     machine.ok("rm -f /usr/local/bin/gossamer; test -x /usr/bin/gossamer")?;
     machine.ok(&format!("printf '{settings}' >> /etc/gossamer/gossamer.toml")).map(drop)
 }
@@ -53,7 +53,7 @@ pub fn status(machine: &mut Machine) -> anyhow::Result<Value> {
     serde_json::from_str(&said).with_context(|| said)
 }
 
-/// Waits until a host has converged with so many members; gives its subnet.
+/// Waits until a host has converged with `members` members, and returns its subnet.
 pub fn converged(machine: &mut Machine, members: usize) -> anyhow::Result<String> {
     let wait = format!("gossamer status --wait=150 --members {members} -o json 2>&1");
     let answer = machine.run(&wait, TIMEOUT)?;
@@ -65,7 +65,7 @@ pub fn converged(machine: &mut Machine, members: usize) -> anyhow::Result<String
     Ok(status["subnet"].as_str().context("a subnet")?.to_owned())
 }
 
-/// A pod, connected as a container runtime does it; gives its address.
+/// Adds a pod as a container runtime does, and returns its address.
 pub fn add_pod(machine: &mut Machine, name: &str) -> anyhow::Result<String> {
     let said = machine.ok(&format!(
         "test -e /opt/cni/bin/gossamer || gossamer cni install >/dev/null || exit 1
@@ -104,7 +104,7 @@ impl Pair {
         let pods = [add_pod(&mut first, "pod")?, add_pod(&mut second, "pod")?];
         say(&format!("two hosts and their pods: {}, {}", first.figures(), second.figures()));
         let mut pair = Self { hosts: [first, second], pods, subnets };
-        // The first packet waits for neighbors.
+        // The first packet waits for neighbor resolution.
         let mut talk = || {
             pair.start_ping()?;
             pair.hosts[0].ok("sleep 1")?;
@@ -116,7 +116,7 @@ impl Pair {
         Ok(pair)
     }
 
-    /// The first host's pod asks the second one's, ten times a second.
+    /// Starts a ping from the first host's pod to the second one's, ten times a second.
     pub fn start_ping(&mut self) -> anyhow::Result<()> {
         let to = &self.pods[1];
         self.hosts[0]
@@ -126,7 +126,7 @@ impl Pair {
             .map(drop)
     }
 
-    /// Ends that. The last two packets may have been on their way.
+    /// Ends the ping. The last two packets may still be in transit, and do not count as lost.
     pub fn stop_ping(&mut self) -> anyhow::Result<Loss> {
         let said = self.hosts[0].ok_within(
             "p=$(cat /tmp/ping.pid); kill -INT $p
@@ -147,7 +147,7 @@ impl Pair {
         Ok(Loss { sent, lost: sent - on_the_way - count })
     }
 
-    /// Packets lost while something is done to the second host, and for so long afterwards.
+    /// Returns the loss during an action on the second host, and for a time afterwards.
     pub fn lost_while(
         &mut self,
         rest: Duration,

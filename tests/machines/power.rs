@@ -10,17 +10,17 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{
     common::{Needs, on_machines, say},
-    hosts::{END_AGENTS, WAIT, add_hosts, agent, ask, converged, table},
+    hosts::{END_AGENTS, PAUSE, add_hosts, agent, ask, converged, table},
     machine::{Machine, Options, SOON, World},
     pair::{self, Pair},
 };
 
-const CUTS: u32 = 20;
+const POWER_CUTS: u32 = 20;
 const HOSTS: u8 = 4;
 
 #[test]
 #[ignore = "minutes"]
-fn host_rebooted_or_cut_from_power_keeps_its_subnet() {
+fn rebooted_or_power_cut_host_keeps_its_subnet() {
     on_machines(Needs::Package, Duration::from_secs(1200), reboot_and_cut);
 }
 
@@ -54,49 +54,49 @@ fn no_quarantine(machine: &mut Machine, states: &str) -> anyhow::Result<()> {
 
 #[test]
 #[ignore = "a quarter of an hour"]
-fn hosts_cut_from_power_at_random_moments_keep_their_subnets() {
+fn hosts_with_random_power_cuts_keep_their_subnets() {
     on_machines(Needs::Program, Duration::from_secs(3600), cuts);
 }
 
-/// Odd cuts are within the join to a cluster that has just been created, even ones within the restart. A
-/// cluster serves for two: nodes that were lost in their join keep what they were granted.
+/// Odd cuts interrupt the join to a new cluster, even ones the restart. Each cluster is used for two
+/// cuts, because nodes that were interrupted in their join keep the slots that they were granted.
 fn cuts(world: &mut World) -> anyhow::Result<()> {
     let seed = std::env::var("GOSSAMER_SEED").ok().and_then(|text| text.parse().ok());
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now_nanos());
     say(&format!("power cuts: GOSSAMER_SEED={seed}"));
-    let mut luck = StdRng::seed_from_u64(seed);
+    let mut random = StdRng::seed_from_u64(seed);
     let mut survivor = world.start(Options::mini("survivor", 1))?;
     survivor.take_parcel()?;
     add_hosts_at(&mut survivor)?;
     let mut victim = world.start(Options::mini("victim", 2))?;
     victim.take_parcel()?;
     add_hosts(&mut victim, HOSTS)?;
-    let (mut said_before, mut joins_cut) = (0, 0);
-    // How long it takes until all have said their subnets; it depends on who else uses the processors.
+    let (mut printed_before, mut joins_cut) = (0, 0);
+    // Time until all hosts have printed their subnets; it depends on the load of the machine.
     let mut usual = Duration::from_secs(5);
-    for cut in 1..=CUTS {
+    for cut in 1..=POWER_CUTS {
         let join = cut % 2 == 1;
         if join {
             create_cluster(&mut survivor, &mut victim)?;
         }
-        // The console from here on is this cluster's.
+        // The console output from here on belongs to this cluster.
         let from = if join { victim.console().len() } else { cluster_began(&victim) };
         if join {
             victim.ok(&format!("echo CLUSTER {cut} > /dev/ttyS0"))?;
         }
         launch(&mut victim)?;
-        let delay = usual.mul_f64(luck.random_range(0.0..1.4));
+        let delay = usual.mul_f64(random.random_range(0.0..1.4));
         std::thread::sleep(delay);
         victim.kill()?;
-        let before = promises(&victim.console()[from..]);
-        said_before += before.len();
+        let before = printed_subnets(&victim.console()[from..]);
+        printed_before += before.len();
         joins_cut += usize::from(HOSTS) - before.len();
         victim.power_on()?;
         add_hosts(&mut victim, HOSTS)?;
         let again = victim.console().len();
         launch(&mut victim)?;
         let launched = Instant::now();
-        while promises(&victim.console()[again..]).len() < usize::from(HOSTS) {
+        while printed_subnets(&victim.console()[again..]).len() < usize::from(HOSTS) {
             if launched.elapsed() >= SOON {
                 let said = victim.console()[again..].to_owned();
                 let logs = victim.ok("tail -n 25 /run/h*.env /run/h*.log")?;
@@ -117,8 +117,8 @@ fn cuts(world: &mut World) -> anyhow::Result<()> {
         no_quarantine(&mut victim, "/root/h*")?;
         let count = before.len();
         say(&format!(
-            "cut {cut} of {CUTS} ({}), after {:.2} s: {count} of {HOSTS} had said a subnet, {count} kept it; \
-             all had theirs after {:.1} s, converged after {:.1} s; {}",
+            "cut {cut} of {POWER_CUTS} ({}), after {:.2} s: {count} of {HOSTS} had printed a subnet, \
+             {count} kept it; all had theirs after {:.1} s, converged after {:.1} s; {}",
             if join { "join" } else { "restart" },
             delay.as_secs_f64(),
             usual.as_secs_f64(),
@@ -126,7 +126,7 @@ fn cuts(world: &mut World) -> anyhow::Result<()> {
             victim.figures()
         ));
         if !join {
-            // Tables become equal by comparing with a peer, every ten seconds.
+            // Tables become equal by comparisons with a peer, every ten seconds.
             let first = converged_table(&mut survivor)?;
             for number in 1..=HOSTS {
                 let mut rows = table(&mut victim, number)?;
@@ -143,7 +143,7 @@ fn cuts(world: &mut World) -> anyhow::Result<()> {
         end_agents(&mut victim)?;
     }
     say(&format!(
-        "{CUTS} cuts of {HOSTS} hosts: {said_before} times a subnet had been said, and was kept; \
+        "{POWER_CUTS} cuts of {HOSTS} hosts: {printed_before} times a subnet had been said, and was kept; \
          {joins_cut} joins were cut before that; {}",
         survivor.figures()
     ));
@@ -155,7 +155,7 @@ fn now_nanos() -> u64 {
     now.map_or(0, |now| u64::from(now.subsec_nanos()) << 20)
 }
 
-/// The survivor is one host, number 9.
+/// Creates the survivor's only host, number 9.
 fn add_hosts_at(survivor: &mut Machine) -> anyhow::Result<()> {
     survivor
         .ok("set -e; ip netns add h9; ip link add p9 type veth peer name eth0 netns h9
@@ -165,7 +165,7 @@ fn add_hosts_at(survivor: &mut Machine) -> anyhow::Result<()> {
         .map(drop)
 }
 
-/// All states are gone, and the survivor creates another cluster.
+/// Removes all states, and lets the survivor create another cluster.
 fn create_cluster(survivor: &mut Machine, victim: &mut Machine) -> anyhow::Result<()> {
     end_agents(survivor)?;
     survivor.ok(&format!("rm -rf /root/h9/state /run/h9.env; i=9; {}", agent("--init")))?;
@@ -177,7 +177,7 @@ fn create_cluster(survivor: &mut Machine, victim: &mut Machine) -> anyhow::Resul
         .map(drop)
 }
 
-/// Starts the agents, and what tells the console each subnet that one of them has.
+/// Starts the agents, and a process that prints each subnet of an agent to the console.
 fn launch(victim: &mut Machine) -> anyhow::Result<()> {
     let agent = agent("--token-file /root/token");
     victim
@@ -196,7 +196,7 @@ fn launch(victim: &mut Machine) -> anyhow::Result<()> {
                    rest=\"$rest $i\"
                  fi
                done
-               left=$rest; {WAIT}
+               left=$rest; {PAUSE}
              done) > /dev/null 2>&1 &"
         ))
         .map(drop)
@@ -206,13 +206,13 @@ fn end_agents(machine: &mut Machine) -> anyhow::Result<()> {
     machine.ok(END_AGENTS).map(drop)
 }
 
-/// Where the last cluster begins in the console.
+/// Returns where the output of the last cluster begins in the console.
 fn cluster_began(victim: &Machine) -> usize {
     victim.console().rfind("CLUSTER ").unwrap_or_default()
 }
 
-/// Host and subnet, from the console.
-fn promises(console: &str) -> BTreeMap<String, String> {
+/// Returns the subnet of each host, from the console.
+fn printed_subnets(console: &str) -> BTreeMap<String, String> {
     console
         .lines()
         .filter_map(|line| line.split("SAID ").nth(1)?.trim().split_once(' '))

@@ -1,4 +1,5 @@
-//! Tunnel packets that do not leave by the underlay's interface, or not directly: which route leads them.
+//! Tunnel packets that do not leave by the underlay interface, or not directly, and the route that
+//! causes it.
 
 use std::net::IpAddr;
 
@@ -14,39 +15,39 @@ use crate::{
     },
 };
 
-/// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`: every host has them, whatever runs there.
+/// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`: tables that exist on every host.
 const TABLES: [(u32, &str); 3] = [(253, "default"), (254, "main"), (255, "local")];
 
-/// Where the tunnel packets to a host go instead. It may be right (a host with several uplinks), and is told
-/// only where no answer comes.
+/// The actual way of tunnel packets to a host. It may be intended (a host with several uplinks), and is
+/// reported only if the host does not answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Detour {
     /// By this interface.
     By { interface: String, lead: Lead },
-    /// By a gateway, though the host is in the underlay's own network.
+    /// By a gateway, although the host is in the underlay's own network.
     Gateway { gateway: IpAddr, lead: Lead },
-    /// By a gateway that an ICMP redirect has named.
+    /// By a gateway that an ICMP redirect announced.
     Redirected { gateway: IpAddr },
-    /// Nowhere: the kernel's error.
+    /// Rejected, with the kernel's error.
     Refused(String),
 }
 
-/// What leads packets there.
+/// The route that leads packets there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lead {
     table: u32,
     /// Priority of the first policy rule that leads to the table.
     rule: Option<u32>,
-    /// The route's destination, if it is none of the kernel's defaults and is known.
+    /// The route's destination; `None` if it is a default route or unknown.
     route: Option<IpNet>,
     gateway: Option<IpAddr>,
-    /// It follows from an address of the interface.
+    /// Whether the kernel made the route for an address of the interface.
     by_address: bool,
 }
 
-/// Whether packets to a host take a gateway because of an ICMP redirect, or though it is in one of these
-/// networks.
-pub fn around(
+/// Returns a detour if packets to a host use a gateway because of an ICMP redirect, or although the host
+/// is in one of these networks.
+pub fn gateway_detour(
     netlink: &mut Netlink,
     query: &Query,
     found: &RouteLookup,
@@ -60,9 +61,9 @@ pub fn around(
     is_beside.then(|| Detour::Gateway { gateway, lead: lead(netlink, query, found) })
 }
 
-/// Whether packets leave by another interface than the one that has this host's address. From an address of
-/// the loopback interface they always do.
-pub fn elsewhere(
+/// Returns a detour if packets leave by another interface than the one with this host's address. If that
+/// is the loopback interface, they always do, and no detour is reported.
+pub fn interface_detour(
     netlink: &mut Netlink,
     query: &Query,
     links: &[Link],
@@ -75,8 +76,9 @@ pub fn elsewhere(
     Some(Detour::By { interface: interface.name.clone(), lead: lead(netlink, query, found) })
 }
 
+/// Determines the route behind a lookup.
 fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
-    // Kernels before 4.17 do not tell.
+    // Kernels before 4.17 do not support this lookup.
     let entry = netlink.route_entry(query).ok().filter(|entry| entry.table == found.table);
     let network = |entry: &Entry| {
         let network = IpNet::new(entry.destination?, entry.prefix_len).ok()?;
@@ -94,7 +96,7 @@ fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
 }
 
 impl Detour {
-    /// The sentence about it, where tunnel packets to this port of a host get no answer.
+    /// Describes the detour, for a host that does not answer tunnel packets to this port.
     pub fn sentence(
         &self,
         name: &str,
@@ -118,8 +120,8 @@ impl Detour {
                 let flush = if there.is_ipv4() { "ip" } else { "ip -6" };
                 return format!(
                     "an ICMP redirect leads tunnel packets to {name} ({there}) by {gateway}, and no answer \
-                     comes: sysctl -w {} (and a file in /etc/sysctl.d), then {flush} route flush cache; see \
-                     which machine sends such redirects ({get})",
+                     arrives: sysctl -w {} (and a file in /etc/sysctl.d), then {flush} route flush cache; \
+                     see which machine sends such redirects ({get})",
                     refuse.join(" ")
                 );
             }
@@ -136,7 +138,7 @@ impl Detour {
         };
         let cause = lead.sentence(there, interface, underlay);
         format!(
-            "tunnel packets to {name} ({there}) leave this host by {way}, and no answer comes: {cause} \
+            "tunnel packets to {name} ({there}) leave this host by {way}, and no answer arrives: {cause} \
              ({get})"
         )
     }
@@ -181,7 +183,7 @@ impl Lead {
             false => format!(", or, where it is needed, add a narrower one ({beside})"),
         };
         format!(
-            "the route {route}{via} dev {interface} of table {name}{program} leads them there; take it away \
+            "the route {route}{via} dev {interface} of table {name}{program} leads them there; remove it \
              ({family} route del {route}{of_table}){narrower}"
         )
     }
@@ -205,10 +207,10 @@ mod tests {
     }
 
     #[test]
-    fn route_of_the_main_table_is_named_with_the_command_that_removes_it() {
+    fn detour_by_main_table_names_route_and_delete_command() {
         let host = said(254, Some("10.99.0.12/32"), false);
-        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main leads them there; take \
-                     it away (ip route del 10.99.0.12/32) (";
+        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main leads them there; remove \
+                     it (ip route del 10.99.0.12/32) (";
         assert!(host.contains(words) && !host.contains("254"), "{host}");
         let half = said(254, Some("0.0.0.0/1"), false);
         let words = "(ip route del 0.0.0.0/1), or, where it is needed, add a narrower one (ip route add \
@@ -217,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn network_of_an_interface_that_takes_in_the_peer_and_default_routes_are_named_as_such() {
+    fn detour_names_interface_network_or_default_route() {
         let network = said(254, Some("10.99.0.8/29"), true);
         assert!(
             network.contains("the network 10.99.0.8/29 of up1 takes in 10.99.0.12"),
@@ -228,18 +230,18 @@ mod tests {
     }
 
     #[test]
-    fn redirect_of_a_router_is_named_with_the_settings_that_refuse_it() {
+    fn detour_by_redirect_names_sysctls() {
         let between = [[10, 99, 0, 11].into(), [10, 99, 0, 12].into()];
         let said = Detour::Redirected { gateway: [10, 99, 0, 77].into() };
         let said = said.sentence("n2", between, 8472, "eth0.5");
         let words = "an ICMP redirect leads tunnel packets to n2 (10.99.0.12) by 10.99.0.77, and no answer \
-                     comes: sysctl -w net.ipv4.conf.all.accept_redirects=0 \
+                     arrives: sysctl -w net.ipv4.conf.all.accept_redirects=0 \
                      net.ipv4.conf.eth0/5.accept_redirects=0";
         assert!(said.contains(words) && said.contains("then ip route flush cache"), "{said}");
     }
 
     #[test]
-    fn table_of_another_program_is_named_with_its_rule_and_the_likely_program() {
+    fn detour_by_foreign_table_names_rule_and_program() {
         let advice = "ip rule add to 10.99.0.12 lookup main priority 5269";
         for (interface, table, words) in [
             ("up1", 77, "table 77 leads them there (ip rule 5270), probably of another program"),

@@ -1,4 +1,4 @@
-//! Policy rules and routes of this host that may take some packets of pods.
+//! Policy rules and conditional routes of this host that may match some packets of pods.
 
 use std::{collections::BTreeSet, io};
 
@@ -14,23 +14,24 @@ use crate::{
     netlink::{Netlink, route::Rule},
 };
 
-/// Selectors of a family that packets are tried with.
-const MOST: usize = 32;
+/// Maximum number of tested selectors per family.
+const MAX_SELECTORS: usize = 32;
 
-/// What policy rules and routes select that may be packets between pods.
+/// Selectors of policy rules and routes that may match packets between pods.
 #[derive(Debug, Default)]
 pub struct Found {
+    /// Selectors to test.
     pub selected: Vec<Selected>,
-    /// Further selectors of rules, and of routes, with which no packets are tried.
+    /// Numbers of further selectors of rules and of routes, which are not tested.
     pub unread: [usize; 2],
 }
 
-/// What the policy rules of both families select that may be packets between pods, apart from what every
-/// packet meets; and the same of these routes. Marks cannot be known from here. Packets of pods come in by
-/// these links.
+/// Returns the selectors of both families' policy rules and of these routes that may match packets
+/// between pods, without rules that match every packet. Rules with marks are skipped, because marks are
+/// unknown here. `links` are the interfaces by which packets of pods arrive.
 ///
 /// # Errors
-/// The kernel does not show its rules.
+/// Fails if the policy rules cannot be read.
 pub fn selected(
     netlink: &mut Netlink,
     own: &[Own],
@@ -51,7 +52,8 @@ pub fn selected(
                 continue;
             }
             let input = match &rule.input {
-                // What a negated rule names meets the rules behind it, by whichever interface it came.
+                // A packet that a negated rule names continues with the next rules, whatever its
+                // interface.
                 Some(name) if !rule.inverted => match netlink.link(name)? {
                     Some(link) if links.contains(&link.index) => Some(link.index),
                     _ => continue,
@@ -65,49 +67,49 @@ pub fn selected(
         let routes = conditional.iter().filter(of_family);
         let routes = routes.filter(|selector| meets(selector, own.subnet, all));
         let routes = routes.map(|selector| Selected { selector: *selector, input: None, ipv4 });
-        for (few, unread) in
-            [few(selected), few(routes.collect())].into_iter().zip(&mut found.unread)
+        for (distinct, unread) in
+            [distinct(selected), distinct(routes.collect())].into_iter().zip(&mut found.unread)
         {
-            found.selected.extend(few.0);
-            *unread += few.1;
+            found.selected.extend(distinct.0);
+            *unread += distinct.1;
         }
     }
     Ok(found)
 }
 
-/// That nothing takes a wrong way, and how many rules and routes were not tried.
+/// Describes a result without diverted packets, and how many rules and routes were not tested.
 pub fn detail(subnets: usize, unread: [usize; 2]) -> String {
     let untried =
         ["policy rule", "route"].into_iter().zip(unread).map(|(what, count)| match count {
             0 => String::new(),
-            1 => format!("; 1 {what} that may select packets of pods was not looked at"),
+            1 => format!("; 1 {what} that may select packets of pods was not tested"),
             count => {
-                format!("; {count} {what}s that may select packets of pods were not looked at")
+                format!("; {count} {what}s that may select packets of pods were not tested")
             }
         });
-    format!("{subnets} subnets of peers are routed to{}", untried.collect::<String>())
+    format!("{subnets} subnets of peers have routes{}", untried.collect::<String>())
 }
 
-/// Rules that select alike are met by the same packets: of these the first is enough. The second is how many
-/// are left out.
-fn few(selected: Vec<Selected>) -> (Vec<Selected>, usize) {
-    let (mut few, mut unread) = (Vec::new(), 0);
+/// Keeps one of several selectors that match the same packets, and at most [`MAX_SELECTORS`]. The second
+/// value is the number of omitted ones.
+fn distinct(selected: Vec<Selected>) -> (Vec<Selected>, usize) {
+    let (mut distinct, mut unread) = (Vec::new(), 0);
     let mut known = BTreeSet::new();
     for one in selected {
         let selects = Selector { priority: None, ..one.selector };
         if !known.insert((selects, one.input)) {
             continue;
         }
-        if few.len() < MOST {
-            few.push(one);
+        if distinct.len() < MAX_SELECTORS {
+            distinct.push(one);
         } else {
             unread += 1;
         }
     }
-    (few, unread)
+    (distinct, unread)
 }
 
-/// Whether it may select packets between pods here, in this subnet, and others of the overlay.
+/// Returns whether the selector may match packets between pods of this subnet and others of the overlay.
 fn meets(selector: &Selector, own: IpNet, all: IpNet) -> bool {
     let touches = |wanted: Option<IpNet>, network: IpNet| {
         wanted.is_none_or(|wanted| wanted.contains(&network) || network.contains(&wanted))
@@ -116,8 +118,8 @@ fn meets(selector: &Selector, own: IpNet, all: IpNet) -> bool {
     touches(from, own) && touches(to, all) || touches(from, all) && touches(to, own)
 }
 
-/// Whether it is another program's and concerns some packets, and which ones is known. A rule with `not`
-/// concerns those that it names, too: it leaves them to the rules behind it.
+/// Returns whether the rule belongs to another program and matches a known part of the packets. A rule
+/// with `not` also affects the packets that it names: it leaves them to the next rules.
 fn selects(rule: &Rule) -> bool {
     let Rule { selector, mark, protocol, .. } = rule;
     let is_ours = *protocol == Some(RouteProtocol::Other(ROUTE_PROTOCOL));
@@ -141,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_for_other_networks_and_other_hosts_do_not_count() {
+    fn rules_for_other_networks_are_not_tested() {
         let [own, all] =
             ["10.42.1.0/24", "10.42.0.0/16"].map(|text| text.parse().expect("a network"));
         let is_met = |from, to| meets(&selector(1, from, to), own, all);
@@ -165,16 +167,16 @@ mod tests {
     }
 
     #[test]
-    fn rules_that_select_alike_count_once_and_those_above_the_bound_are_counted() {
+    fn equal_selectors_count_once_and_excess_ones_are_counted() {
         let of = |number: u8, priority| {
             let from = IpNet::new([10, 42, 1, number].into(), 32).ok();
             Selected { selector: selector(priority, from, None), input: None, ipv4: true }
         };
         let alike = (0..100).map(|priority| of(7, priority));
         let others = (100..150).map(|number| of(number, number.into()));
-        let (selected, unread) = few(alike.chain(others).collect());
-        assert_eq!((selected.len(), unread), (MOST, 51 - MOST));
+        let (selected, unread) = distinct(alike.chain(others).collect());
+        assert_eq!((selected.len(), unread), (MAX_SELECTORS, 51 - MAX_SELECTORS));
         assert_eq!(selected[..2], [of(7, 0), of(100, 100)]);
-        assert_eq!(few(Vec::new()).1, 0);
+        assert_eq!(distinct(Vec::new()).1, 0);
     }
 }

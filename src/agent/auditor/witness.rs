@@ -1,4 +1,4 @@
-//! Asks the kernel the questions of an audit, and what else there is to know where an answer is wrong.
+//! Answers an audit's questions by route lookups, and collects evidence if an answer is wrong.
 
 use std::{fs, io, net::IpAddr};
 
@@ -19,33 +19,40 @@ use crate::{
     },
 };
 
-/// Value of `rp_filter` (RFC 3704, strict).
+/// `rp_filter` in strict mode (RFC 3704, strict).
 const STRICT: u8 = 1;
 
-/// Answers questions; looks further only where an answer is wrong, and at everything once.
+/// Answers questions. Evidence is read only after a wrong answer, and once per pass.
 pub(super) struct Witness<'a> {
     netlink: &'a mut Netlink,
     desired: &'a Desired,
-    facts: Option<Facts>,
+    host_facts: Option<HostFacts>,
 }
 
-struct Facts {
+/// Links, addresses and rules of this host.
+struct HostFacts {
     links: Vec<Link>,
     /// Addresses of this host.
     has: Vec<IpAddr>,
+    /// Priority, table and whether it refuses, of each rule, for IPv4 and IPv6.
     rules: [Vec<(u32, u32, bool)>; 2],
-    /// No policy rule leads all packets to the main table.
+    /// Whether no policy rule leads all packets to the main table.
     without_main: [bool; 2],
+    /// Rejecting routes.
     refusals: [Vec<Refusal>; 2],
 }
 
 impl<'a> Witness<'a> {
+    /// Returns a witness for one pass.
     pub(super) const fn new(netlink: &'a mut Netlink, desired: &'a Desired) -> Self {
-        Self { netlink, desired, facts: None }
+        Self { netlink, desired, host_facts: None }
     }
 
-    /// Why the kernel sends a packet elsewhere, or lets it be less large than it may be; nothing, if it does
+    /// Returns why the kernel diverts a packet or limits it to a smaller size; `None` if it does
     /// neither.
+    ///
+    /// # Errors
+    /// Fails if the kernel cannot be queried.
     pub(super) fn ask(&mut self, question: &Question) -> io::Result<Option<Cause>> {
         let selector = question.selector;
         let query = Query {
@@ -68,7 +75,7 @@ impl<'a> Witness<'a> {
         };
         if question.agrees(answer) && !found.is_some_and(|found| found.rewrites) {
             return match found {
-                Some(found) => self.unseen(question, &query, found),
+                Some(found) => self.route_problem(question, &query, found),
                 None => Ok(None),
             };
         }
@@ -80,9 +87,9 @@ impl<'a> Witness<'a> {
         Ok(Cause::of(question, answer, &evidence))
     }
 
-    /// What one lookup does not show of another program's route: that it leads elsewhere by some of its next
-    /// hops, or carries less than ours.
-    fn unseen(
+    /// Returns problems of another program's route that one lookup does not show: a wrong next hop among
+    /// several, or a smaller MTU than that of gossamer's route.
+    fn route_problem(
         &mut self,
         question: &Question,
         query: &Query,
@@ -124,6 +131,7 @@ impl<'a> Witness<'a> {
         }))
     }
 
+    /// Collects the evidence for a wrong answer.
     fn evidence(
         &mut self,
         question: &Question,
@@ -140,32 +148,32 @@ impl<'a> Witness<'a> {
             Some((to, entry.metric))
         });
         let back = question.from.and_then(|from| self.netlink.route(&Query::to(from)).ok());
-        let facts = match &mut self.facts {
-            Some(facts) => facts,
-            none => none.insert(Facts::gather(self.netlink)?),
+        let host_facts = match &mut self.host_facts {
+            Some(host_facts) => host_facts,
+            none => none.insert(HostFacts::read(self.netlink)?),
         };
-        // The far end of a point-to-point link is no address of this host.
-        let connected =
-            is_kernels && entry.is_some_and(|(to, _)| facts.has.iter().any(|ip| to.contains(ip)));
+        // The remote address of a point-to-point link is no address of this host.
+        let connected = is_kernels
+            && entry.is_some_and(|(to, _)| host_facts.has.iter().any(|ip| to.contains(ip)));
         let family = usize::from(query.to.is_ipv6());
-        let refusals = facts.refusals[family].iter();
+        let refusals = host_facts.refusals[family].iter();
         let others = refusals.filter(|refusal| {
             let is_ours = refusal.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
-            // In other tables it leads to the next rule.
+            // In other tables, a throw route continues with the next rule.
             let is_end = refusal.kind != THROW || refusal.table == MAIN;
             !is_ours && is_end && refusal.condition.takes(query.from, query.tos)
         });
-        // The rule whose packets these are has led them there, not another one with that table.
-        let mut rules = facts.rules[family].clone();
+        // The rule whose packets are tested has led them there, not another rule with the same table.
+        let mut rules = host_facts.rules[family].clone();
         rules.sort_by_key(|(priority, ..)| {
             let of_rule = question.selector.and_then(|selector| selector.priority);
             of_rule.is_some_and(|of_rule| of_rule != *priority)
         });
         Ok(Evidence {
-            input: query.input.and_then(|index| facts.of(index)),
-            output: output.and_then(|index| facts.of(index)),
+            input: query.input.and_then(|index| host_facts.of(index)),
+            output: output.and_then(|index| host_facts.of(index)),
             wanted: match question.expected {
-                Expected::Way { link, .. } => facts.of(link),
+                Expected::Way { link, .. } => host_facts.of(link),
                 Expected::Nowhere | Expected::Unfiltered => None,
             },
             back: back.map(|found| found.link),
@@ -177,7 +185,7 @@ impl<'a> Witness<'a> {
             connected,
             ours: self.desired.tables.routes.get(&question.subject).map(|hop| hop.metric),
             rules,
-            without_main: facts.without_main[family],
+            without_main: host_facts.without_main[family],
             refusals: others.map(|r| (r.destination, r.kind, r.table, r.condition)).collect(),
             forwards: match query.to {
                 IpAddr::V4(_) => is_on("ipv4/ip_forward"),
@@ -188,8 +196,8 @@ impl<'a> Witness<'a> {
     }
 }
 
-impl Facts {
-    fn gather(netlink: &mut Netlink) -> io::Result<Self> {
+impl HostFacts {
+    fn read(netlink: &mut Netlink) -> io::Result<Self> {
         let mut read = |ipv4| {
             let mut rules = netlink.rules(ipv4).unwrap_or_default();
             rules.retain(|rule| rule.protocol != Some(RouteProtocol::Other(ROUTE_PROTOCOL)));
@@ -197,7 +205,7 @@ impl Facts {
         };
         let rules = [read(true), read(false)];
         let leads = |rule: &Rule| rule.table == MAIN && rule.takes_all();
-        // Without rules there was nothing to read.
+        // Without any rule, the rules could not be read.
         let without_main =
             rules.each_ref().map(|rules| !rules.is_empty() && !rules.iter().any(leads));
         let rules = rules.map(|rules| {
@@ -234,7 +242,7 @@ fn is_on(sysctl: &str) -> bool {
     number(sysctl) != 0
 }
 
-/// Its value; 0 where there is none.
+/// Returns the value of a sysctl; 0 if it does not exist.
 fn number(sysctl: &str) -> u8 {
     let value = fs::read_to_string(format!("/proc/sys/net/{sysctl}"));
     value.ok().and_then(|value| value.trim().parse().ok()).unwrap_or(0)

@@ -1,6 +1,6 @@
-//! Sees packets of a trial on the device by which they come and leave: before any rule has dropped them on
-//! their way in, and after all rules have let them pass on their way out. And sees them leave by any
-//! interface inside tunnel packets.
+//! Captures packets of a trial on an interface: incoming ones before any rule has dropped them, and
+//! outgoing ones after all rules have accepted them. Also captures tunnel packets with packets of a
+//! trial on all interfaces.
 
 use std::{io, os::fd::AsRawFd as _};
 
@@ -17,60 +17,74 @@ use crate::{
 };
 
 /// `ETH_P_ALL`, in network byte order.
-const EVERYTHING: u16 = 3_u16.to_be();
-/// `SKF_AD_OFF + SKF_AD_IFINDEX` of linux/filter.h
+const ETH_P_ALL: u16 = 3_u16.to_be();
+/// `SKF_AD_OFF + SKF_AD_IFINDEX` of linux/filter.h.
 const INTERFACE: u32 = 0xffff_f000 + 8;
-/// `SKF_AD_OFF + SKF_AD_PKTTYPE` of linux/filter.h, and `PACKET_OUTGOING` of linux/if_packet.h
-const KIND: u32 = 0xffff_f000 + 4;
+/// `SKF_AD_OFF + SKF_AD_PKTTYPE` of linux/filter.h.
+const PACKET_TYPE: u32 = 0xffff_f000 + 4;
+/// `PACKET_OUTGOING` of linux/if_packet.h.
 const OUTGOING: u32 = 4;
-/// Lengths of headers, and where they tell what follows them.
+/// Length of the IPv4 header without options.
 const IPV4: u32 = 20;
+/// Length of the IPv6 header.
 const IPV6: u32 = 40;
+/// Offset of the protocol number in the IPv4 header.
 const IPV4_PROTOCOL: u32 = 9;
+/// Offset of the next header number in the IPv6 header.
 const IPV6_PROTOCOL: u32 = 6;
+/// Protocol number.
 const UDP: u32 = 17;
+/// Protocol number.
 const TCP: u32 = 6;
-/// More than any packet of a trial has, also inside a tunnel packet.
-const LONGEST: usize = 192;
+/// Bytes read of a packet: more than any packet of a trial has, even inside a tunnel packet.
+const MAX_READ: usize = 192;
 
+/// A packet socket with a filter for packets of one trial.
 pub struct Capture(Socket);
 
 impl Capture {
-    /// On the interface with this index, of packets with one of these numbers. Takes CAP_NET_RAW.
+    /// Captures packets with one of these numbers on the interface with this index. Needs CAP_NET_RAW.
+    ///
+    /// # Errors
+    /// Fails if the socket cannot be opened.
     pub fn open(interface: u32, numbers: &[u32]) -> io::Result<Self> {
         Self::with(&program(interface, numbers))
     }
 
-    /// Of tunnel packets that leave by any interface, with datagrams or echoes inside that have one of these
+    /// Captures outgoing tunnel packets on all interfaces whose inner datagram or echo has one of these
     /// numbers.
+    ///
+    /// # Errors
+    /// Fails if the socket cannot be opened.
     pub fn of_tunnels(numbers: &[u32]) -> io::Result<Self> {
         Self::with(&program_of_tunnels(numbers))
     }
 
     fn with(program: &[SockFilter]) -> io::Result<Self> {
-        let protocol = Protocol::from(i32::from(EVERYTHING));
+        let protocol = Protocol::from(i32::from(ETH_P_ALL));
         let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol))?;
         socket.attach_filter(program)?;
         socket.set_nonblocking(true)?;
-        // What came before the filter is of no interest.
+        // Discards what arrived before the filter was attached.
         let mut capture = Self(socket);
-        while capture.next(&mut [0; LONGEST])?.is_some() {}
+        while capture.next(&mut [0; MAX_READ])?.is_some() {}
         Ok(capture)
     }
 
+    /// Returns the socket, to poll it.
     pub const fn socket(&self) -> &Socket {
         &self.0
     }
 
-    /// Gives each packet with one of the numbers that has come since, with the index of the interface.
+    /// Passes each captured packet to `give`, with the index of the interface.
     pub fn take(&mut self, mut give: impl FnMut(&[u8], u32)) {
-        let mut buffer = [0; LONGEST];
+        let mut buffer = [0; MAX_READ];
         while let Ok(Some((length, interface))) = self.next(&mut buffer) {
             give(&buffer[..length], interface);
         }
     }
 
-    fn next(&mut self, buffer: &mut [u8; LONGEST]) -> io::Result<Option<(usize, u32)>> {
+    fn next(&mut self, buffer: &mut [u8; MAX_READ]) -> io::Result<Option<(usize, u32)>> {
         match recvfrom::<LinkAddr>(self.0.as_raw_fd(), buffer) {
             Ok((length, from)) => {
                 let interface = from.map_or(0, |from| from.ifindex());
@@ -82,7 +96,7 @@ impl Capture {
     }
 }
 
-/// For the kernel's packet filter: packets of this interface, without options in their IP header, that are
+/// Returns a socket filter that accepts packets of this interface, without IP options, that are
 /// datagrams or segments with one of these numbers, or answers to such a segment.
 fn program(interface: u32, numbers: &[u32]) -> Vec<SockFilter> {
     let answers: Vec<u32> = numbers.iter().map(|number| number.wrapping_add(1)).collect();
@@ -106,12 +120,12 @@ fn program(interface: u32, numbers: &[u32]) -> Vec<SockFilter> {
     program
 }
 
-/// The same for tunnel packets that leave, by what a datagram or an echo inside carries. A packet that is
-/// too short for a step does not pass.
+/// Returns the same filter for outgoing tunnel packets, by the number in the inner datagram or echo. A
+/// packet that is too short for a load instruction is rejected.
 fn program_of_tunnels(numbers: &[u32]) -> Vec<SockFilter> {
-    /// Headers of UDP, VXLAN and Ethernet.
+    /// Length of the UDP, VXLAN and Ethernet headers.
     const AROUND: u32 = 8 + 8 + 14;
-    let mut program = vec![word(KIND), when(OUTGOING, 1, 0), refuse(), byte(0), and(0xf0)];
+    let mut program = vec![word(PACKET_TYPE), when(OUTGOING, 1, 0), refuse(), byte(0), and(0xf0)];
     let of_family = |protocol, header| {
         let mut steps = vec![byte(protocol), when(UDP, 1, 0), refuse()];
         for inner in [IPV4, IPV6] {
@@ -129,7 +143,8 @@ fn program_of_tunnels(numbers: &[u32]) -> Vec<SockFilter> {
     program
 }
 
-/// Lets a packet pass if what is loaded is one of these; otherwise it goes on behind this.
+/// Accepts the packet if the loaded word is one of these numbers; otherwise continues with the next
+/// instruction.
 fn has_one_of(numbers: &[u32]) -> Vec<SockFilter> {
     numbers.iter().flat_map(|number| [when(*number, 0, 1), step(BPF_RET, u32::MAX)]).collect()
 }
@@ -150,7 +165,7 @@ fn and(mask: u32) -> SockFilter {
     step(BPF_ALU | BPF_AND | BPF_K, mask)
 }
 
-/// Over so many steps.
+/// Jumps over this many instructions.
 fn jump(over: usize) -> SockFilter {
     step(BPF_JMP | BPF_JA, over as u32)
 }
@@ -169,10 +184,10 @@ mod tests {
         let (to, from) = UnixDatagram::pair().expect("sockets");
         from.set_nonblocking(true).expect("a socket");
         SockRef::from(&from).attach_filter(program).expect("a filter");
-        to.send(packet).is_ok() && from.recv(&mut [0; LONGEST]).is_ok()
+        to.send(packet).is_ok() && from.recv(&mut [0; MAX_READ]).is_ok()
     }
 
-    /// Headers of this length, with the protocol where it belongs, and a number behind what follows them.
+    /// Returns a packet with headers of this family and protocol, followed by a number.
     fn packet(version: u8, protocol: u32, number: u32) -> Vec<u8> {
         let (header, at) = if version == 4 { (IPV4, IPV4_PROTOCOL) } else { (IPV6, IPV6_PROTOCOL) };
         let before = if protocol == TCP { IN_SEGMENT } else { IN_DATAGRAM };
@@ -182,8 +197,8 @@ mod tests {
     }
 
     #[test]
-    fn packets_without_a_number_of_the_trial_do_not_fill_the_buffer() {
-        // What comes to such a socket comes from no interface: without that test.
+    fn filter_rejects_packets_without_trial_number() {
+        // A packet sent to this socket has no interface, so the test of the interface is cut off.
         let filter = &program(7, &NUMBERS)[3..];
         for (version, protocol) in [(4, UDP), (4, TCP), (6, UDP), (6, TCP)] {
             for number in NUMBERS {
@@ -200,8 +215,8 @@ mod tests {
     }
 
     #[test]
-    fn tunnel_packets_without_a_number_of_the_trial_do_not_fill_the_buffer() {
-        // Nothing that such a socket is sent is called outgoing: without that test.
+    fn filter_rejects_tunnel_packets_without_trial_number() {
+        // A packet sent to this socket is never outgoing, so the test of the direction is cut off.
         let filter = &program_of_tunnels(&NUMBERS)[3..];
         for (outer, inner) in [(4, 4), (4, 6), (6, 4), (6, 6)] {
             let tunnel = |number| {
@@ -209,7 +224,7 @@ mod tests {
                 tunnel.truncate(if outer == 4 { 20 } else { 40 });
                 tunnel.extend([0; 8 + 8 + 14]);
                 tunnel.extend(packet(inner, UDP, number));
-                // As what follows the number in a packet of the trial.
+                // Padding for the load instructions, as in a packet of a trial.
                 tunnel.extend([0; 64]);
                 tunnel
             };

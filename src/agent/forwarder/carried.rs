@@ -1,6 +1,6 @@
-//! What becomes of packets of a trial inside tunnel packets. Output rules of this host see those, and may let
-//! them pass by the program that has sent what is inside: a packet of a pod has none. And policy rules may
-//! lead them elsewhere by a mark, which a tunnel packet inherits from what is inside.
+//! The fate of trial packets inside tunnel packets. Output rules of this host see tunnel packets, and
+//! may accept them by the program that sent the inner packet; a packet of a pod has no such program.
+//! Policy rules may divert them by a mark, which a tunnel packet inherits from the inner packet.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,22 +9,23 @@ use std::{
 
 use crate::dataplane::forwarding::TrialResult;
 
-/// What was seen, by destination inside the tunnel.
+/// What was captured, by destination inside the tunnel.
 #[derive(Debug, Default)]
 pub struct Carried {
-    /// Packets of the pod that have come to the VXLAN device.
+    /// Destinations of the pod's packets that reached the VXLAN device.
     pub entered: BTreeSet<IpAddr>,
-    /// Those that have left inside tunnel packets, with the indexes of the interfaces by which they have:
-    /// of a VLAN or a bond and of what is below it.
+    /// Destinations of the pod's packets that left inside tunnel packets, with the indexes of the
+    /// interfaces: those of a VLAN or bond and of the devices below it.
     pub left: BTreeMap<IpAddr, BTreeSet<u32>>,
-    /// Packets of this host itself that have.
+    /// The same for packets of this host itself.
     pub own: BTreeMap<IpAddr, BTreeSet<u32>>,
-    /// Destinations to which several next hops lead: packets may leave by any of their interfaces.
+    /// Destinations with several next hops: packets may leave by any of their interfaces.
     pub spread: BTreeSet<IpAddr>,
 }
 
 impl Carried {
-    /// Where none of this host's own is seen either, something else takes them (IPsec), or there is no way.
+    /// Returns the verdict. If no packet of this host was captured either, something else takes them
+    /// (IPsec), or no route exists.
     pub fn seen(&self) -> TrialResult {
         let mut comparable = self.own.iter().filter(|(to, _)| self.entered.contains(to)).peekable();
         if comparable.peek().is_none() && self.left.is_empty() {
@@ -37,7 +38,8 @@ impl Carried {
         if has_left { TrialResult::Passed } else { TrialResult::Lost }
     }
 
-    /// The interface by which a packet of the pod has left, where this host's own leave by another.
+    /// Returns the interface by which a packet of the pod left, if this host's own packets leave by
+    /// another.
     pub fn stray(&self) -> Option<u32> {
         self.left.iter().find_map(|(to, left)| {
             let own = self.own.get(to).filter(|own| left.is_disjoint(own));
@@ -51,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packets_count_as_lost_only_beside_own_ones_to_the_same_peer_that_left() {
+    fn pod_packets_count_as_lost_only_if_own_ones_to_same_peer_left() {
         let [a, b] = [1, 2].map(|last| IpAddr::from([10, 42, last, 0]));
         let seen = |entered: &[IpAddr], left: &[IpAddr], own: &[IpAddr]| {
             let [left, own] =
@@ -67,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn packets_that_leave_by_none_of_the_interfaces_of_own_ones_are_lost() {
+    fn pod_packets_that_leave_by_other_interfaces_than_own_ones_are_lost() {
         let to = IpAddr::from([10, 42, 1, 0]);
         let seen = |left: &[u32], own: &[u32], spread: bool| {
             let by = |links: &[u32]| BTreeMap::from([(to, links.iter().copied().collect())]);

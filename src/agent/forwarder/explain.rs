@@ -1,4 +1,5 @@
-//! What may drop packets of which a trial has shown that they do not pass: read, and never decided by.
+//! Rules that may drop packets. They are read only after a trial has shown a loss, and never decide the
+//! verdict.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,42 +25,43 @@ use crate::{
     netlink::{Netlink, link::Link},
 };
 
-/// Tables of iptables-legacy.
+/// Files that list the tables of iptables-legacy, with the command.
 const LEGACY: [(&str, &str); 2] = [
     ("/proc/net/ip_tables_names", "iptables-legacy"),
     ("/proc/net/ip6_tables_names", "ip6tables-legacy"),
 ];
 
-/// What was read, for ways that packets do not pass.
+/// Causes found for ways on which packets are lost.
 #[derive(Clone, Debug, Default)]
 pub struct Reasons {
-    /// What is in the way of forwarded packets, or where to look for it.
+    /// Causes for forwarded packets, or where to look for them.
     pub rules: Vec<String>,
-    /// What is in the way is so before it is known whether a packet is for a pod or for this host itself.
+    /// Whether a cause acts before routing has decided between pods and this host.
     pub takes_all: bool,
-    /// What may be in the way of packets to pods of other hosts, and of answers; none where it was not read.
-    pub far: Option<Vec<String>>,
-    /// Sentences about pods that do not find their gateway, by whether it is the IPv4 one.
+    /// Causes for packets to pods of other hosts and for answers; `None` if not read.
+    pub remote: Option<Vec<String>>,
+    /// Sentences about pods that cannot resolve their gateway, by whether it is the IPv4 one.
     pub gateway: BTreeMap<bool, String>,
-    /// What shows packets between pods to those rules, by whether it is about IPv4.
+    /// Why rules see packets between pods, by whether it concerns IPv4.
     bridged: BTreeMap<bool, Bridged>,
-    /// Sentences about pods that do not find each other; the same.
+    /// Sentences about pods that cannot resolve each other, by whether it concerns IPv4.
     finding: BTreeMap<bool, String>,
-    /// What translates the source of pods' packets, by whether it is about IPv4.
+    /// Rules that translate the source of pods' packets, by whether it concerns IPv4.
     translating: BTreeMap<bool, String>,
-    /// What drops this host's word that a packet was too large, by whether it is about IPv4.
+    /// What drops this host's ICMP errors for too large packets, by whether it concerns IPv4.
     pub(super) silencing: BTreeMap<bool, DroppingRule>,
-    /// What drops tunnel packets with packets of pods.
+    /// What drops tunnel packets that contain packets of pods.
     pub(super) dropping: Option<DroppingRule>,
-    /// The same as a guess by rules of iptables-legacy, where nothing was traced.
+    /// Rules of iptables-legacy that may drop them, if nothing was traced.
     pub(super) legacy: Vec<String>,
-    /// What leads tunnel packets with packets of pods elsewhere.
+    /// Rules that divert tunnel packets that contain packets of pods.
     pub(super) leading: Vec<String>,
-    /// The interface by which they leave.
+    /// The interface by which diverted packets leave.
     pub(super) stray: Option<String>,
 }
 
 impl Reasons {
+    /// Reads the rules again, for these ways. Traced causes are copied.
     pub fn read_again(
         &self,
         netlink: &mut Netlink,
@@ -75,7 +77,7 @@ impl Reasons {
         for ipv4 in translated.keys() {
             reasons.translating.insert(*ipv4, translating(setting, *ipv4));
         }
-        let needs_rules = setting.is_far_lost || closed.iter().any(needs_rules);
+        let needs_rules = setting.is_remote_lost || closed.iter().any(needs_rules);
         let (found, takes_all) =
             if needs_rules { suspects(netlink, setting, port, closed) } else { Default::default() };
         for Way { direction, ipv4 } in closed {
@@ -114,12 +116,12 @@ impl Reasons {
                 reasons.bridged.insert(*ipv4, bridged);
             }
         }
-        reasons.far = setting.is_far_lost.then_some(found);
+        reasons.remote = setting.is_remote_lost.then_some(found);
         reasons
     }
 
-    /// Forgets what is about other ways.
-    pub fn keep(&mut self, closed: &[Way], is_far_lost: bool) {
+    /// Removes causes of ways that are not closed any more.
+    pub fn keep(&mut self, closed: &[Way], is_remote_lost: bool) {
         let is_closed = |is: fn(Direction) -> bool, ipv4| {
             closed.iter().any(|way| is(way.direction) && way.ipv4 == ipv4)
         };
@@ -135,10 +137,10 @@ impl Reasons {
         if !closed.iter().any(needs_rules) {
             self.rules.clear();
         }
-        self.far.take_if(|_| !is_far_lost);
+        self.remote.take_if(|_| !is_remote_lost);
     }
 
-    /// Whether there is something about each of these ways.
+    /// Returns whether a cause is known for each of these ways.
     pub fn explain(&self, closed: &[Way], translated: &BTreeMap<bool, IpAddr>) -> bool {
         let is_known = |way: &Way| match way.direction {
             Direction::Gateway => self.gateway.contains_key(&way.ipv4),
@@ -152,7 +154,7 @@ impl Reasons {
             && translated.keys().all(|ipv4| self.translating.contains_key(ipv4))
     }
 
-    /// Sentences about packets that leave under another address than the pod's.
+    /// Returns sentences about packets that leave with another source address than the pod's.
     pub fn translations(
         &self,
         translated: &BTreeMap<bool, IpAddr>,
@@ -166,7 +168,8 @@ impl Reasons {
         })
     }
 
-    /// Sentences about packets that do not pass between pods of this host. Where none do, that is told alone.
+    /// Returns sentences about packets lost between pods of this host. If all are lost, address
+    /// resolution is not reported in addition.
     pub fn between(&self) -> impl Iterator<Item = String> {
         let finding = self.finding.iter().filter(|(ipv4, _)| !self.bridged.contains_key(*ipv4));
         let finding = finding.map(|(_, sentence)| sentence.clone());
@@ -184,30 +187,30 @@ impl Reasons {
     }
 }
 
-/// Why packets do not pass between pods of this host.
+/// Why packets between pods of this host are lost.
 #[derive(Clone, Debug)]
 enum Bridged {
-    /// They go through the rules for forwarded packets: why.
+    /// They pass the rules for forwarded packets, for this reason.
     ByRules(String),
-    /// Chains of bridges that may drop them, with what helps.
+    /// Chains of the bridge family may drop them; with remedies.
     ByChains(String),
 }
 
-/// Whether something may drop packets between ports of the bridge: with IPv4, and with IPv6.
+/// Returns whether rules may drop packets between ports of the bridge, for IPv4 and IPv6.
 pub fn are_bridged_filtered(netlink: &mut Netlink, setting: &Setting) -> [bool; 2] {
     let by_rules = go_through_rules(netlink, bridge_name(setting));
     [true, false]
         .map(|ipv4| by_rules[usize::from(!ipv4)] || !chains_between(setting, ipv4).is_empty())
 }
 
-/// Chains of bridges that may drop packets between pods of a family, with what helps.
+/// Returns chains of the bridge family that may drop packets between pods of a family, with remedies.
 fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let network = networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
     network.into_iter().flat_map(|network| hooks::chains(*network, &["bridge"])).collect()
 }
 
-/// That pods of this host do not find each other, and what may be the cause.
+/// Describes pods of this host that cannot resolve each other's addresses, with possible causes.
 fn finding(setting: &Setting, ipv4: bool) -> String {
     let (family, question) = if ipv4 { (4, "ARP") } else { (6, "neighbor discovery") };
     let mut causes = chains_between(setting, ipv4);
@@ -225,11 +228,11 @@ fn finding(setting: &Setting, ipv4: bool) -> String {
     )
 }
 
-/// Whether packets between ports of the bridge go through the rules for forwarded packets: with IPv4, and
-/// with IPv6.
+/// Returns whether packets between ports of the bridge pass the rules for forwarded packets, for IPv4
+/// and IPv6.
 fn go_through_rules(netlink: &mut Netlink, bridge: &str) -> [bool; 2] {
     let by_all = [true, false].map(|ipv4| fs::read_to_string(bridge_sysctl(ipv4)));
-    // Without br_netfilter there are no such sysctls, and a bridge's own setting does nothing.
+    // Without br_netfilter these sysctls do not exist, and a bridge's own setting has no effect.
     if by_all.iter().all(Result::is_err) {
         return [false; 2];
     }
@@ -239,7 +242,7 @@ fn go_through_rules(netlink: &mut Netlink, bridge: &str) -> [bool; 2] {
     [by_all[0] || own[0], by_all[1] || own[1]]
 }
 
-/// `nf_call_iptables` and `nf_call_ip6tables` of a bridge.
+/// Returns `nf_call_iptables` and `nf_call_ip6tables` of a bridge.
 fn own_filters(link: &Link) -> [bool; 2] {
     let mut filters = [false; 2];
     let infos = link.message.attributes.iter().filter_map(|attribute| match attribute {
@@ -267,6 +270,7 @@ const fn iptables(ipv4: bool) -> &'static str {
     if ipv4 { "iptables" } else { "ip6tables" }
 }
 
+/// Describes the setting that makes rules see bridged packets.
 fn bridged(setting: &Setting, ipv4: bool) -> String {
     let name = iptables(ipv4);
     let is_for_all = fs::read_to_string(bridge_sysctl(ipv4)).is_ok_and(|value| value.trim() != "0");
@@ -284,7 +288,7 @@ fn bridged(setting: &Setting, ipv4: bool) -> String {
     )
 }
 
-/// Chains that translate sources, and how to exempt the overlay.
+/// Describes chains that translate sources, and how to exempt the overlay.
 pub fn translating(setting: &Setting, ipv4: bool) -> String {
     let family = if ipv4 { "ip" } else { "ip6" };
     let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
@@ -319,6 +323,7 @@ const fn needs_rules(way: &Way) -> bool {
     way.direction.is_through() || way.direction.is_between()
 }
 
+/// Returns the causes, or commands that may show them.
 fn or_where_to_look(found: &[String], setting: &Setting) -> Vec<String> {
     if !found.is_empty() {
         return found.to_vec();
@@ -330,22 +335,21 @@ fn or_where_to_look(found: &[String], setting: &Setting) -> Vec<String> {
     )]
 }
 
-/// What was found to be in the way; the second says whether one of them sees packets before their way is
-/// looked up.
+/// Returns possible causes, and whether one of them acts before routing.
 fn suspects(
     netlink: &mut Netlink,
     setting: &Setting,
     port: Option<u32>,
     closed: &[Way],
 ) -> (Vec<String>, bool) {
-    // No rule is to blame for what the table drops.
+    // Packets that connection tracking drops are not dropped by a rule.
     if let Some(full) = conntrack::full_table_problem() {
         return (vec![full], false);
     }
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let mut reasons: Vec<String> = Vec::new();
-    // The trials between pods of two hosts are the ones that send fragments.
-    if setting.is_far_lost {
+    // Only trials between pods of two hosts send fragments.
+    if setting.is_remote_lost {
         reasons.extend(fragments::scarce());
     }
     reasons.extend(networks.iter().flat_map(|network| marks::of_pods(netlink, setting, *network)));
@@ -372,7 +376,7 @@ fn suspects(
         link.index == setting.device
             || link.name == bridge_name(setting)
             || Some(link.index) == port
-            || setting.is_far_lost && link.index == setting.underlay
+            || setting.is_remote_lost && link.index == setting.underlay
     };
     for link in links.iter().filter(is_on_the_way) {
         let sides = [Side::Ingress, Side::Egress];
@@ -384,7 +388,7 @@ fn suspects(
     (reasons, takes_all)
 }
 
-/// What rules would have to take to be in the way.
+/// Returns the packets that a rule must match to be a possible cause.
 fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) -> Lost {
     let mut transports: BTreeSet<Transport> = BTreeSet::new();
     for way in closed {
@@ -396,8 +400,8 @@ fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) ->
             _ => {}
         }
     }
-    transports.extend(&setting.far_lost);
-    if transports.is_empty() || setting.is_far_lost && setting.far_lost.is_empty() {
+    transports.extend(&setting.lost_transports);
+    if transports.is_empty() || setting.is_remote_lost && setting.lost_transports.is_empty() {
         transports.extend(Transport::ALL);
     }
     let is_on_the_way = |link: &&Link| {
@@ -420,7 +424,7 @@ fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) ->
     }
 }
 
-/// Chains that send packets to another address, and how to exempt the overlay.
+/// Returns chains that redirect packets to another address, and how to exempt the overlay.
 fn redirecting(networks: &[IpNet]) -> Vec<String> {
     let open = |network: &IpNet| {
         let ipv4 = network.addr().is_ipv4();
@@ -440,30 +444,32 @@ fn redirecting(networks: &[IpNet]) -> Vec<String> {
     networks.iter().flat_map(open).collect()
 }
 
-/// Chains that drop tunnel packets which come to this host.
+/// Returns chains that drop incoming tunnel packets.
 pub fn input(setting: &Setting) -> Vec<String> {
     let port = setting.port;
     let closed = FirewallTable::open().and_then(|mut table| table.closed_ports(&[port]));
     let closed = closed.unwrap_or_default();
     let sentence = |ClosedPort { chain, port, .. }: &ClosedPort| {
         format!(
-            "chain {chain} drops UDP {port}, so tunnel packets do not get in: {}",
+            "chain {chain} drops UDP {port}, so tunnel packets do not arrive: {}",
             open_port(chain, *port)
         )
     };
     closed.iter().filter(|closed| !closed.limited).map(sentence).collect()
 }
 
-/// Whether the host forwards packets of a family at all.
+/// Returns whether the host forwards packets of a family.
 pub fn is_forwarding_on(ipv4: bool) -> bool {
     let name = if ipv4 { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
     fs::read_to_string(format!("/proc/sys/net/{name}")).is_ok_and(|value| value.trim() != "0")
 }
 
+/// Returns the name of the pods' bridge.
 pub fn bridge_name(setting: &Setting) -> &str {
     setting.shape.as_ref().map_or("the bridge", |shape| shape.bridge.as_str())
 }
 
+/// Returns the interface index of the pods' bridge.
 pub fn index_of_bridge(netlink: &mut Netlink, setting: &Setting) -> Option<u32> {
     netlink.link(bridge_name(setting)).ok()?.map(|link| link.index)
 }

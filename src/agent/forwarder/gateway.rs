@@ -1,8 +1,7 @@
-//! Asks for the gateway from the pod that is the agent's own, as every pod has to: by ARP, or by neighbor
-//! discovery.
+//! Resolves the gateway from the agent's own pod, as every pod does: by ARP or neighbor discovery.
 //!
-//! What the pod has learned before is forgotten each time. It counts only as an answer what confirms the
-//! gateway: the host's own questions for the pod tell its MAC as well, and come when they like.
+//! The pod's neighbor entry is removed first. Only a confirmation of the gateway counts as an answer:
+//! the host's own requests for the pod also contain its MAC, and may arrive at any time.
 
 use std::{
     fs, io,
@@ -26,28 +25,34 @@ use crate::{
     },
 };
 
-/// What is not answered by then is not answered: the kernel asks again after a second.
+/// Time limit of an answer; longer than the second after which the kernel repeats its request.
 const TIMEOUT: Duration = Duration::from_millis(1500);
-/// Between two looks; the answer is usually there at the first.
+/// First pause between two checks; the answer usually exists at the first check.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// Longest pause between two checks.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
-/// `arp_ignore` with this value answers nothing (ip-sysctl).
+/// Value of `arp_ignore` that suppresses all answers (ip-sysctl).
 const IGNORE_ALL: &str = "8";
 
-/// Nothing listens there ("discard").
+/// UDP port without a listener ("discard").
 const UNUSED: u16 = 9;
 
-/// Sockets inside the pod.
+/// Sockets inside the pod's namespace.
 pub struct Gateway {
     netlink: Netlink,
-    /// Index of the interface there.
+    /// Index of the pod's interface.
     link: u32,
-    /// Each with a socket for a packet to it. Without one IPv6 would not ask under the pod's address.
+    /// Each gateway with a socket bound to the pod's address. Without it IPv6 would send the request
+    /// from another address.
     addresses: Vec<(IpAddr, UdpSocket)>,
 }
 
 impl Gateway {
+    /// Opens the sockets.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened inside the pod's namespace.
     pub fn open(standin: &StandIn, shape: &Shape) -> io::Result<Self> {
         let (netlink, link) = standin.netlink()?;
         let addresses = standin.inside(|| {
@@ -58,15 +63,16 @@ impl Gateway {
         Ok(Self { netlink, link, addresses })
     }
 
-    /// Waits by `wait`, which says whether to go on; gives nothing if not.
+    /// Resolves the gateways. `wait` sleeps and returns whether to continue; otherwise the result is
+    /// empty.
     pub fn find(&mut self, mut wait: impl FnMut(Duration) -> bool) -> Vec<(Way, TrialResult)> {
         let mut seen = Vec::new();
         let way = |ip: &IpAddr| Way { direction: Direction::Gateway, ipv4: ip.is_ipv4() };
         let mut open: Vec<IpAddr> = self.addresses.iter().map(|(ip, _)| *ip).collect();
-        open.retain(|ip| match self.ask(*ip) {
+        open.retain(|ip| match self.send_request(*ip) {
             Ok(()) => true,
             Err(error) => {
-                tracing::debug!(%error, %ip, "the gateway was not asked for");
+                tracing::debug!(%error, %ip, "request for the gateway not sent");
                 seen.push((way(ip), TrialResult::Unclear));
                 false
             }
@@ -74,7 +80,7 @@ impl Gateway {
         let until = Instant::now() + TIMEOUT;
         let mut pause = FIRST_PAUSE;
         loop {
-            open.retain(|ip| match self.look(*ip) {
+            open.retain(|ip| match self.check_entry(*ip) {
                 Some(found) => {
                     seen.push((way(ip), found));
                     false
@@ -93,24 +99,26 @@ impl Gateway {
         }
     }
 
-    fn ask(&mut self, ip: IpAddr) -> io::Result<()> {
+    /// Removes the neighbor entry and sends a packet, so that the kernel resolves the gateway.
+    fn send_request(&mut self, ip: IpAddr) -> io::Result<()> {
         self.netlink.remove_neighbor(self.link, ip)?;
         let mut sockets = self.addresses.iter().filter(|(gateway, _)| *gateway == ip);
         sockets.try_for_each(|(_, socket)| socket.send_to(&[], (ip, UNUSED)).map(drop))
     }
 
-    fn look(&mut self, ip: IpAddr) -> Option<TrialResult> {
+    /// Returns the result from the neighbor entry; `None` while it is incomplete.
+    fn check_entry(&mut self, ip: IpAddr) -> Option<TrialResult> {
         match self.netlink.neighbour(self.link, ip) {
             Ok(Some(NeighbourState::Reachable)) => Some(TrialResult::Passed),
             Ok(Some(NeighbourState::Failed)) => Some(TrialResult::Lost),
             Ok(Some(NeighbourState::Incomplete)) => None,
-            Ok(_) => self.ask(ip).err().map(|_| TrialResult::Unclear),
+            Ok(_) => self.send_request(ip).err().map(|_| TrialResult::Unclear),
             Err(_) => Some(TrialResult::Unclear),
         }
     }
 }
 
-/// That pods do not find their gateway, and why.
+/// Describes pods that cannot resolve their gateway, with possible causes.
 pub fn sentence(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<String> {
     let shape = setting.shape.as_ref()?;
     let subnet = shape.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == ipv4)?;
@@ -133,7 +141,7 @@ pub fn sentence(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<
     ))
 }
 
-/// What of the bridge and its settings keeps it from answering.
+/// Returns settings of the bridge that suppress its answers.
 fn causes(netlink: &mut Netlink, bridge: &str, ip: IpAddr, pod: IpAddr) -> io::Result<Vec<String>> {
     let Some(link) = netlink.link(bridge)? else { return Ok(Vec::new()) };
     let mut causes = Vec::new();
@@ -165,7 +173,7 @@ fn causes(netlink: &mut Netlink, bridge: &str, ip: IpAddr, pod: IpAddr) -> io::R
         return Ok(causes);
     }
     let leads = netlink.route(&Query::to(pod)).ok().map(|found| found.link);
-    // The larger of the two counts.
+    // The kernel uses the larger of the two values.
     for interface in ["all", bridge] {
         let ignored = of("ipv4", interface, "arp_ignore");
         if ignored == IGNORE_ALL {

@@ -1,14 +1,14 @@
-//! IPsec policies that take packets of pods: all of them, where those of trials are lost, or some.
+//! IPsec policies that match packets of pods: all of them, if those of trials are lost, or some.
 
 use ipnet::IpNet;
 
 use super::Setting;
 use crate::netlink::xfrm::{self, Policy};
 
-/// Policies that are named at once.
+/// Maximum number of policies named.
 const NAMED: usize = 3;
 
-/// Those that may take all packets between pods, with what helps.
+/// Describes the policies that may match all packets between pods, with remedies.
 pub fn taking(networks: &[IpNet]) -> Vec<String> {
     let policies = policies();
     let taking = policies.iter().filter(|policy| !policy.lets_pass()).filter_map(|policy| {
@@ -22,7 +22,7 @@ pub fn taking(networks: &[IpNet]) -> Vec<String> {
     taking.take(NAMED).collect()
 }
 
-/// Those that take some packets between pods, which no trial meets, with what helps.
+/// Describes the policies that match some packets between pods but no trial, with remedies.
 pub fn selecting(setting: &Setting) -> Vec<String> {
     sentences(&policies(), &setting.networks.iter().collect::<Vec<_>>())
 }
@@ -48,24 +48,24 @@ fn sentence(policy: &Policy, network: IpNet) -> String {
     let what = if what.is_empty() { String::new() } else { format!(" {what}") };
     format!(
         "an IPsec policy {does} some packets between pods: those from {from} to {to}{what} (ip xfrm policy: \
-         dir {direction}, priority {priority}); if that is not on purpose: ip xfrm policy delete src {from} \
+         dir {direction}, priority {priority}); if that is not intended: ip xfrm policy delete src {from} \
          dst {to}{what} dir {direction}, or exempt packets from {network} to {network} in the IPsec \
          configuration"
     )
 }
 
-/// A kernel without IPsec has none.
+/// Returns the kernel's policies. A kernel without IPsec has none.
 fn policies() -> Vec<Policy> {
     xfrm::policies().unwrap_or_default()
 }
 
-/// Whether it may take packets between addresses of a network.
+/// Returns whether the policy may match packets between addresses of a network.
 fn meets(policy: &Policy, network: IpNet) -> bool {
     let meets = |other: IpNet| network.contains(&other) || other.contains(&network);
     meets(policy.from) && meets(policy.to)
 }
 
-/// Whether the first one takes all that the second one does of packets in this network.
+/// Returns whether the first policy matches everything in this network that the second one matches.
 fn covers(first: &Policy, second: &Policy, network: IpNet) -> bool {
     let covers = |first: IpNet, second: IpNet| first.contains(&second) || first.contains(&network);
     let is_wide = first.what.is_empty() || first.what == second.what;
@@ -88,7 +88,7 @@ mod tests {
     const TUNNEL: (bool, bool) = (false, true);
 
     #[test]
-    fn policy_for_some_packets_between_pods_is_told_unless_an_earlier_one_lets_them_pass() {
+    fn policy_for_some_pod_packets_is_reported_unless_earlier_policy_exempts_them() {
         let network: IpNet = "10.42.0.0/16".parse().expect("a network");
         let told = |policies: &[Policy]| sentences(policies, &[network]);
         let block = policy("10.42.1.3/32", "10.42.0.0/16", BLOCK, 20);

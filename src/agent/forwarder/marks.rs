@@ -1,6 +1,6 @@
-//! Policy rules that lead packets with some mark elsewhere: the kernel is asked for the way of such packets.
+//! Policy rules that divert packets by their mark, found by route lookups for such packets.
 //!
-//! A tunnel packet inherits the mark of the packet inside it, so one rule may take either or both.
+//! A tunnel packet inherits the mark of the inner packet, so one rule may match either or both.
 
 use std::net::IpAddr;
 
@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// Rules that take packets of pods, of the family of a network of the overlay.
+/// Describes the rules that divert packets of pods, for the family of an overlay network.
 pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<String> {
     let ipv4 = network.addr().is_ipv4();
     let Some(ways) = ways_of_pods(netlink, setting, network) else { return Vec::new() };
@@ -35,7 +35,7 @@ pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<
     each(netlink, ipv4, sentence)
 }
 
-/// Rules that take tunnel packets with packets of pods.
+/// Describes the rules that divert tunnel packets that contain packets of pods.
 pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     let ipv4 = setting.local.is_ipv4();
     let Some(way) = way_of_tunnels(netlink, setting) else { return Vec::new() };
@@ -53,8 +53,8 @@ pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     each(netlink, ipv4, sentence)
 }
 
-/// Where packets of pods go that get this mark, or the tunnel packets with them, if not where they should.
-/// Those that get it before routing are looked up with it themselves.
+/// Returns where packets of pods with this mark go, or the tunnel packets around them, if not where they
+/// should. Marks set before routing also affect the inner packet.
 pub fn leads(
     netlink: &mut Netlink,
     setting: &Setting,
@@ -69,10 +69,10 @@ pub fn leads(
     })
 }
 
-/// A packet, and by which interface it should leave.
+/// A route lookup and the interface by which the packet should leave.
 type Wanted = (Query, u32);
 
-/// A packet to a pod of another host, and one back.
+/// Returns the lookups of a packet to a pod of another host, and of one back.
 fn ways_of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Option<[Wanted; 2]> {
     let of_family = |ip: &IpAddr| ip.is_ipv4() == network.addr().is_ipv4();
     let vteps = setting.peers.iter().filter(|peer| peer.tunnelled).flat_map(|peer| &peer.vteps);
@@ -85,6 +85,7 @@ fn ways_of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Opt
     ])
 }
 
+/// Returns the lookup of a tunnel packet to a peer.
 fn way_of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Option<Wanted> {
     let peer = setting.peers.iter().find(|peer| peer.tunnelled)?;
     let query = Query {
@@ -97,14 +98,14 @@ fn way_of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Option<Wanted> {
     Some((query, usual.link))
 }
 
-/// Where the first of these packets goes that leaves by another interface, if it has this mark.
+/// Returns where the first of these packets goes that leaves by another interface if it has this mark.
 fn led(netlink: &mut Netlink, ways: &[Wanted], mark: u32) -> Option<String> {
     ways.iter().find_map(|(query, wanted)| {
         elsewhere(netlink, &Query { mark: Some(mark), ..*query }, *wanted)
     })
 }
 
-/// What is said of each rule that selects packets by a mark.
+/// Returns a sentence for each rule that selects packets by a mark.
 fn each(
     netlink: &mut Netlink,
     ipv4: bool,
@@ -118,7 +119,7 @@ fn each(
     marked.filter_map(|(rule, mark)| sentence(netlink, rule, mark)).collect()
 }
 
-/// Where the kernel sends a packet, unless it leaves by the wanted interface.
+/// Returns where the kernel sends a packet, unless it leaves by the wanted interface.
 fn elsewhere(netlink: &mut Netlink, query: &Query, wanted: u32) -> Option<String> {
     match netlink.route(query) {
         Ok(found) if found.link == wanted => None,
@@ -131,6 +132,7 @@ fn elsewhere(netlink: &mut Netlink, query: &Query, wanted: u32) -> Option<String
     }
 }
 
+/// Describes what the rule does with the mark.
 fn because(rule: &Rule, mark: u32, ipv4: bool, marked_ipv4: bool) -> String {
     let leads = match (rule.refuses, rule.table) {
         (true, _) => "drops them".to_owned(),
@@ -149,13 +151,14 @@ fn because(rule: &Rule, mark: u32, ipv4: bool, marked_ipv4: bool) -> String {
     )
 }
 
+/// Returns the command that exempts tunnel packets.
 fn remedy_for_tunnels(setting: &Setting, rule: &Rule) -> String {
     let family = family(setting.local.is_ipv4());
     let (port, before) = (setting.port, before(rule));
     format!("{family} rule add ipproto udp dport {port} lookup main priority {before}")
 }
 
-/// The priority of a rule that comes before this one.
+/// Returns a priority that comes before this rule.
 const fn before(rule: &Rule) -> u32 {
     rule.priority.saturating_sub(1)
 }
@@ -164,6 +167,7 @@ const fn family(ipv4: bool) -> &'static str {
     if ipv4 { "ip" } else { "ip -6" }
 }
 
+/// Formats the mark, with its mask if it is partial.
 fn shown(rule: &Rule, mark: u32) -> String {
     match rule.mark {
         Some((_, mask)) if mask != u32::MAX => format!("{mark:#x}/{mask:#x}"),

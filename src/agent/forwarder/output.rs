@@ -1,5 +1,5 @@
-//! What this host's output rules drop of what pods depend on: tunnel packets with their packets, and errors
-//! that they are too large. The kernel tells it while a trial lasts.
+//! What this host's output rules drop: tunnel packets that contain packets of pods, and ICMP errors for
+//! packets that are too large. The kernel traces the packets during a trial.
 
 use std::net::IpAddr;
 
@@ -11,8 +11,9 @@ use crate::dataplane::{
 };
 
 impl Reasons {
-    /// Has the kernel tell what it does with this host's errors to the trial's pod, where they do not arrive,
-    /// and with tunnel packets that carry packets of that pod, where they do not leave.
+    /// Starts a kernel trace of this host's ICMP errors to the trial's pod if they do not arrive, and of
+    /// tunnel packets that contain that pod's packets if they do not leave. Returns `None` if neither is
+    /// needed.
     pub fn trace(&self, setting: &Setting, closed: &[Way]) -> Option<Trace> {
         let is_lost = |ip: &IpAddr| {
             let way = Way { direction: Direction::TooLarge, ipv4: ip.is_ipv4() };
@@ -25,13 +26,13 @@ impl Reasons {
         let tunnels = traces_tunnels.then_some(setting.local);
         let is_needed = !pods.is_empty() || traces_tunnels;
         let begun = is_needed.then(|| Trace::of_trial(&setting.device_name, &pods, tunnels))?;
-        begun.inspect_err(|error| tracing::debug!(%error, "no trial is traced")).ok()
+        begun.inspect_err(|error| tracing::debug!(%error, "trial not traced")).ok()
     }
 
-    /// Takes note of what was told.
+    /// Stores the causes that the trace shows.
     pub fn note_traced(&mut self, setting: &Setting, trace: &mut Trace) {
         if let Err(error) = trace.read() {
-            tracing::debug!(%error, "no trial was traced");
+            tracing::debug!(%error, "trace not read");
         }
         let pods = setting.shape.iter().flat_map(|shape| shape.addresses.iter());
         let pods: Vec<IpAddr> = pods.collect();
@@ -44,7 +45,7 @@ impl Reasons {
         self.dropping = by.or_else(|| self.dropping.take());
     }
 
-    /// That packets of pods do not leave inside tunnel packets.
+    /// Describes packets of pods that do not leave inside tunnel packets.
     pub fn carried(&self, closed: &[Way], port: u16) -> Option<String> {
         let ways = closed.iter().filter(|way| way.direction == Direction::Carried);
         let families = ways.map(|way| if way.ipv4 { "IPv4" } else { "IPv6" });
@@ -82,7 +83,7 @@ impl Reasons {
         ))
     }
 
-    /// Sentences about pods that do not hear that their packets are too large.
+    /// Returns sentences about pods that do not learn that their packets are too large.
     pub fn too_large(&self, closed: &[Way]) -> impl Iterator<Item = String> {
         let ways = closed.iter().filter(|way| way.direction == Direction::TooLarge);
         ways.map(|Way { ipv4, .. }| {
@@ -108,7 +109,7 @@ impl Reasons {
                 ),
             };
             format!(
-                "pods do not hear that a packet is too large for the tunnel (IPv{}), so connections of pods \
+                "pods do not learn that a packet is too large for the tunnel (IPv{}), so connections of pods \
                  with a larger MTU hang: this host's ICMP message \"{said}\" does not reach them; {why}",
                 if *ipv4 { 4 } else { 6 }
             )

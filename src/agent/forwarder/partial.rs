@@ -1,4 +1,4 @@
-//! Warnings of rules that do something with some packets of pods alone, which no trial meets.
+//! Warnings about rules that affect only some packets of pods, so that no trial detects them.
 
 use std::collections::BTreeSet;
 
@@ -12,12 +12,12 @@ use crate::{
     netlink::{Netlink, link::Link, route::Query},
 };
 
-/// What is said of each such rule, with what exempts the overlay.
+/// Returns a sentence for each such rule, with a remedy.
 pub fn warnings(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     sentences(netlink, setting, |_| true)
 }
 
-/// The same of those that leave packets too few hops alone, where packets are lost.
+/// Returns the sentences about rules that lower the TTL too far; used after packets were lost.
 pub fn shortening(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     sentences(netlink, setting, |act| matches!(act, Act::Shortens(_)))
 }
@@ -68,7 +68,7 @@ fn sentences(
     sentences
 }
 
-/// Rules that tunnel packets meet as they come in, and as they leave.
+/// Returns rules that affect some incoming or outgoing tunnel packets.
 fn of_tunnels(
     netlink: &mut Netlink,
     setting: &Setting,
@@ -91,7 +91,7 @@ fn of_tunnels(
         |sources, destinations, ways| Traffic { sources, destinations, ways, ports: &[], tunnel };
     let mut found = table.partial_rules(rules, &of(&peers, &local, &inwards));
     let mut leaving = table.partial_rules(rules, &of(&local, &peers, &outwards));
-    // A neighbor needs no more than one hop.
+    // A peer on the same link needs one hop only.
     let shortens = leaving.iter().any(is_shortening);
     leaving.retain(|partial| !is_shortening(partial));
     found.append(&mut leaving);
@@ -104,7 +104,7 @@ fn of_tunnels(
     found
 }
 
-/// Whether tunnel packets go to a peer by a router.
+/// Returns whether tunnel packets to the peer pass a router.
 fn has_router(netlink: &mut Netlink, setting: &Setting, peer: IpNet) -> bool {
     let query = Query {
         from: Some(setting.local),
@@ -153,7 +153,7 @@ fn sentence(
         ),
         act => format!("{}: {what}", fate(*act, "packets between pods")?),
     };
-    Some(format!("chain {chain} {done}; if that is not on purpose: {}", both(base, network)))
+    Some(format!("chain {chain} {done}; if that is not intended: {}", both(base, network)))
 }
 
 fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
@@ -171,10 +171,10 @@ fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
         Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
         None => format!("nft insert rule {base} udp dport {port} accept"),
     };
-    Some(format!("chain {chain} {fate}: {}; if that is not on purpose: {fix}", taken(partial)))
+    Some(format!("chain {chain} {fate}: {}; if that is not intended: {fix}", taken(partial)))
 }
 
-/// What becomes of packets that are taken out.
+/// Describes what happens to the affected packets.
 fn fate(act: Act, packets: &str) -> Option<String> {
     match act {
         Act::Drops => Some(format!("drops some {packets}")),
@@ -190,18 +190,18 @@ fn hops(ttl: u8) -> String {
     if ttl == 1 { "1 hop".to_owned() } else { format!("{ttl} hops") }
 }
 
-/// What the rule takes, and which it is.
+/// Describes which packets the rule affects, and identifies the rule.
 fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
     let more = match more {
         0 => String::new(),
-        1 => ", and 1 more rule does alike".to_owned(),
-        more => format!(", and {more} more rules do alike"),
+        1 => ", and 1 more rule does the same".to_owned(),
+        more => format!(", and {more} more rules do the same"),
     };
     let what = if what.is_empty() { "all".to_owned() } else { format!("those {what}") };
     format!("{what} (rule {rule}{more})")
 }
 
-/// What lets the overlay pass a base chain.
+/// Returns the command that exempts packets within the overlay from a base chain.
 fn both(base: &str, network: IpNet) -> String {
     let family = family(network);
     match iptables(base) {
@@ -212,7 +212,7 @@ fn both(base: &str, network: IpNet) -> String {
     }
 }
 
-/// The same for what is sent to pods.
+/// Returns the command that exempts packets to the overlay from a base chain.
 fn to(base: &str, network: IpNet) -> String {
     match iptables(base) {
         Some(command) => format!("{command} -d {network} -j ACCEPT"),
@@ -220,7 +220,8 @@ fn to(base: &str, network: IpNet) -> String {
     }
 }
 
-/// What puts a rule before all others of a chain that iptables made.
+/// Returns the command that inserts a rule at the beginning of an iptables chain; `None` for other
+/// chains.
 fn iptables(base: &str) -> Option<String> {
     let program = |family: &str| if family == "ip" { "iptables" } else { "ip6tables" };
     match base.split(' ').collect::<Vec<_>>()[..] {

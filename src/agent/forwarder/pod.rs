@@ -1,4 +1,4 @@
-//! Sockets inside the pod that is the agent's own.
+//! Sockets inside the network namespace of the agent's own pod.
 
 use std::{
     collections::BTreeSet,
@@ -23,26 +23,32 @@ use crate::{
     pods::standin::StandIn,
 };
 
-/// More than any packet of a trial has that is looked at.
-const LONGEST: usize = 128;
+/// Bytes read of a packet of a trial.
+const MAX_READ: usize = 128;
 const EPERM: i32 = 1;
 const EMSGSIZE: i32 = 90;
 
-/// Inside a pod.
+/// The sockets of one pod and address family.
 pub struct PodSockets {
+    /// The pod's address.
     pub address: IpAddr,
+    /// A UDP socket.
     pub datagrams: Socket,
-    /// Of datagrams.
+    /// Port of `datagrams`.
     pub port: u16,
-    /// All segments of TCP that come to the pod, and those that are written as they are.
+    /// A raw socket that sends TCP segments and receives all segments to the pod.
     pub segments: Socket,
-    /// Sends what just fits into the tunnel.
+    /// Sends packets that just fit into the tunnel.
     pub fitting: UdpSocket,
-    /// Sends what is too large for the tunnel, and hears of it.
+    /// Sends packets that are too large for the tunnel, and receives the ICMP error.
     pub large: UdpSocket,
 }
 
 impl PodSockets {
+    /// Opens the sockets.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened inside the pod's namespace.
     pub fn open(pod: &StandIn, address: IpAddr) -> io::Result<Self> {
         pod.inside(|| {
             let segments = raw_tcp::open(address)?;
@@ -66,8 +72,11 @@ impl PodSockets {
         })
     }
 
-    /// Lets only what has this number come to these sockets from now on, and answers to first segments with
-    /// one of the others, and forgets what has come before.
+    /// Attaches filters for packets with this number and for answers to segments with one of the `asked`
+    /// numbers, and discards packets received earlier.
+    ///
+    /// # Errors
+    /// Fails if a filter cannot be attached.
     pub fn await_only(&self, nonce: [u8; NONCE_LEN], asked: &[[u8; NONCE_LEN]]) -> io::Result<()> {
         let Self { address, datagrams, segments, .. } = self;
         only_with(datagrams, Transport::Udp, *address, nonce)?;
@@ -79,10 +88,12 @@ impl PodSockets {
         Ok(())
     }
 
-    /// What cannot be sent is not seen arriving.
+    /// Sends a packet of a trial. A packet that cannot be sent does not arrive, and is detected that
+    /// way.
     ///
     /// # Errors
-    /// The kernel lets this process send nothing. No rule of the host sees packets inside a pod yet.
+    /// Fails if the kernel forbids this process to send (EPERM): rules of the host do not apply inside a
+    /// pod's namespace, so it is no result of the trial.
     pub fn send(&self, probe: &Probe) -> io::Result<()> {
         let sent = match probe.transport {
             Transport::Udp => {
@@ -94,12 +105,12 @@ impl PodSockets {
                 self.segments.send_to(&probe.segment(), &to.into())
             }
         };
-        permitted(&sent)
+        check_permission(&sent)
     }
 
-    /// Which of these have arrived, and from which address a segment has that was sent from another. Gives
-    /// each segment with its source.
-    pub fn hear<'a>(
+    /// Adds the transports of the probes that have arrived to `arrived`. Returns the source address of a
+    /// segment if it differs from the probe's. Passes each segment with its source to `give`.
+    pub fn receive<'a>(
         &self,
         probes: impl Iterator<Item = &'a Probe> + Clone,
         arrived: &mut BTreeSet<Transport>,
@@ -124,15 +135,20 @@ impl PodSockets {
     }
 }
 
+/// Converts EPERM to an error.
+///
 /// # Errors
-/// The kernel does not let this process send.
-fn permitted(sent: &io::Result<usize>) -> io::Result<()> {
+/// Fails if the kernel forbids this process to send.
+fn check_permission(sent: &io::Result<usize>) -> io::Result<()> {
     let errno = sent.as_ref().err().and_then(io::Error::raw_os_error);
     if errno == Some(EPERM) { Err(io::Error::other(MAY_NOT_SEND)) } else { Ok(()) }
 }
 
-/// Lets only packets of a trial with this number come to a socket, so that those of others leave room for
-/// them, and forgets what has come before. A raw one is for segments.
+/// Attaches a filter for packets of a trial with this number, so that other packets do not fill the
+/// buffer, and discards packets received earlier. TCP requires a raw socket.
+///
+/// # Errors
+/// Fails if the filter cannot be attached.
 pub fn only_with(
     socket: &Socket,
     transport: Transport,
@@ -148,15 +164,15 @@ pub fn only_with(
     Ok(())
 }
 
-/// Whether this host has told that what was sent was too large.
-pub fn hears_too_large(socket: &UdpSocket) -> bool {
+/// Returns whether the kernel reported that a packet sent was too large.
+pub fn has_too_large_error(socket: &UdpSocket) -> bool {
     let error = socket.take_error().ok().flatten();
     error.is_some_and(|error| error.raw_os_error() == Some(EMSGSIZE))
 }
 
-/// Gives each packet that waits, and where it comes from.
+/// Passes each queued packet to `give`, with its source.
 pub fn drain(socket: &Socket, mut give: impl FnMut(&[u8], Option<IpAddr>)) {
-    let mut buffer = [0; LONGEST];
+    let mut buffer = [0; MAX_READ];
     while let Ok((length, from)) = recvfrom::<SockaddrStorage>(socket.as_raw_fd(), &mut buffer) {
         let of_v4 = |from: &SockaddrStorage| Some(IpAddr::V4(from.as_sockaddr_in()?.ip()));
         let of_v6 = |from: &SockaddrStorage| Some(IpAddr::V6(from.as_sockaddr_in6()?.ip()));
@@ -164,9 +180,9 @@ pub fn drain(socket: &Socket, mut give: impl FnMut(&[u8], Option<IpAddr>)) {
     }
 }
 
-/// A packet of a size. What cannot be sent is neither seen nor told of.
-pub fn send_whole(socket: &UdpSocket, to: IpAddr, size: u32, begin: &[u8]) {
-    // What the last trial left is of no interest.
+/// Sends a packet of `size` bytes without fragmentation. Failures are ignored.
+pub fn send_unfragmented(socket: &UdpSocket, to: IpAddr, size: u32, begin: &[u8]) {
+    // Discards the error of the previous trial.
     let _ = socket.take_error();
     let length = size.saturating_sub(Family::of(to).headers()) as usize;
     let mut payload = begin.to_vec();
@@ -181,11 +197,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn trial_whose_packets_the_kernel_refuses_says_so_and_one_that_finds_no_way_goes_on() {
-        let refused = permitted(&Err(io::Error::from_raw_os_error(EPERM)));
+    fn eperm_fails_trial_and_unreachable_network_does_not() {
+        let refused = check_permission(&Err(io::Error::from_raw_os_error(EPERM)));
         let said = refused.expect_err("no trial").to_string();
         assert!(said.contains("refuses packets that the agent sends (EPERM)"), "{said}");
-        assert!(permitted(&Err(io::Error::from_raw_os_error(101))).is_ok());
-        assert!(permitted(&Ok(7)).is_ok());
+        assert!(check_permission(&Err(io::Error::from_raw_os_error(101))).is_ok());
+        assert!(check_permission(&Ok(7)).is_ok());
     }
 }

@@ -1,21 +1,21 @@
-//! What the thread tells: a verdict, and sentences.
+//! The verdict and the problems that the forwarder thread reports.
 
-use super::{ForwarderNews, Forwarding, TrialRunner, explain};
+use super::{ForwarderEvent, Forwarding, TrialRunner, explain};
 use crate::{
     api::{CheckState, CheckStatus},
     dataplane::forwarding::{Direction, Way, list},
 };
 
-impl<F: Fn(ForwarderNews)> TrialRunner<F> {
-    /// Tells what is known, if it is something else than before.
+impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
+    /// Reports the results if they have changed.
     pub(super) fn report(&mut self) {
         let mut closed: Vec<Way> = self.trials.closed();
-        // That is told as a warning.
+        // These are reported as warnings.
         closed.retain(|way| !way.direction.is_of_host());
         let open = self.trials.open();
         let (state, detail) = match (closed.as_slice(), open.as_slice()) {
             ([], []) if self.skipped.is_empty() => {
-                (CheckState::Skipped, "no trial has ended so far".to_owned())
+                (CheckState::Skipped, "no test has ended so far".to_owned())
             }
             ([], []) => (CheckState::Skipped, self.skipped.clone()),
             ([], open) if self.translated.is_empty() => {
@@ -29,16 +29,16 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
             (closed, _) => (CheckState::Failing, format!("lost: {}", list(closed))),
         };
         let mut problems = self.reasons.gateway.values().cloned().collect::<Vec<_>>();
-        // Where it is turned off, that is told by the sysctl; and without a gateway no way leads out.
+        // If forwarding is off, the sysctl's problem says so; and without a gateway no way leads out.
         let is_told = |way: &Way| {
             let has_gateway = !self.reasons.gateway.contains_key(&way.ipv4);
             way.direction.is_through() && has_gateway && explain::is_forwarding_on(way.ipv4)
         };
-        let told: Vec<Way> = closed.iter().copied().filter(is_told).collect();
-        if !told.is_empty() {
+        let reported_ways: Vec<Way> = closed.iter().copied().filter(is_told).collect();
+        if !reported_ways.is_empty() {
             problems.push(format!(
                 "this host does not forward packets of pods ({}): {}",
-                list(&told),
+                list(&reported_ways),
                 self.reasons.rules.join("; ")
             ));
         }
@@ -50,13 +50,13 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         let status = CheckStatus { state, detail };
         let drops_incoming = [true, false].map(|ipv4| {
             self.reasons.takes_all
-                && told
+                && reported_ways
                     .iter()
                     .any(|way| way.ipv4 == ipv4 && matches!(way.direction, Direction::In(_)))
         });
         let (input, lacks_gateway) = (self.input.clone(), !self.reasons.gateway.is_empty());
         let warnings = self.warnings.clone();
-        let suspects = self.reasons.far.clone().unwrap_or_default();
+        let suspects = self.reasons.remote.clone().unwrap_or_default();
         let now = Forwarding {
             status,
             problems,
@@ -68,14 +68,14 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
             arriving: self.arriving.values().copied().collect(),
             suspects,
         };
-        if now != self.told {
-            self.told.clone_from(&now);
-            (self.tell)(ForwarderNews::State(now));
+        if now != self.reported {
+            self.reported.clone_from(&now);
+            (self.tell)(ForwarderEvent::State(now));
         }
     }
 }
 
-/// What is missing where no peer was there, or has answered.
+/// Returns a note if no peer was there or has answered.
 fn untried(open: &[Way]) -> &'static str {
     if open.iter().any(|way| way.direction.is_through()) {
         ""

@@ -1,8 +1,8 @@
-//! All that a trial depends on, and where it comes from.
+//! The input of a trial, derived from the view and the pods.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use super::trial::{EXCESS, LARGEST};
+use super::trial::{MAX_MTU, MTU_EXCESS};
 use crate::{
     agent::Agent,
     dataplane::{
@@ -17,58 +17,67 @@ use crate::{
     },
 };
 
-/// Peers among which a trial chooses.
+/// Maximum number of peers among which a trial chooses.
 const MAX_PEERS: usize = 64;
 
-/// All that a trial depends on.
+/// Everything that a trial depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Setting {
-    /// None if a pod has one of its addresses.
+    /// The agent's own pod; `None` if a pod has one of its addresses.
     pub shape: Option<Shape>,
-    /// There are pods, so that there is a bridge.
+    /// Whether this host has pods, and therefore a bridge.
     pub has_pods: bool,
     /// Index of the VXLAN device.
     pub device: u32,
-    /// Index of the interface by which packets leave that need no tunnel.
+    /// Index of the interface by which packets without a tunnel leave.
     pub underlay: u32,
+    /// Name of the VXLAN device.
     pub device_name: String,
+    /// MAC of this host's VTEP.
     pub mac: Mac,
+    /// VXLAN network identifier.
     pub vni: u32,
+    /// UDP port of the tunnels.
     pub port: u16,
-    /// This host's address in the underlay.
+    /// This host's underlay address.
     pub local: IpAddr,
-    /// Index of the interface by which tunnel packets have to leave; none, if the routes decide.
+    /// Index of the interface by which tunnel packets must leave; `None` if the routes decide.
     pub pinned: Option<u32>,
-    /// Of tunnel packets that the guard is to let in.
+    /// Socket mark of injected tunnel packets, by which the guard accepts them; `None` without the
+    /// guard.
     pub mark: Option<u32>,
-    /// Of the overlay.
+    /// Networks of the overlay.
     pub networks: Subnets,
-    /// MTU of the VXLAN device.
+    /// MTU of the VXLAN device in bytes.
     pub carried: u32,
+    /// At most [`MAX_PEERS`] peers that are not withdrawn.
     pub peers: Vec<Peer>,
-    /// Nothing that is asked of a member through its tunnel is answered.
+    /// Whether a peer answers no probe through its tunnel.
     pub unanswered: bool,
-    /// Packets to a pod of another host, or its answers, are lost, or all that go to a host without a tunnel.
-    pub is_far_lost: bool,
-    /// Of which protocols they are, as far as that is certain.
-    pub far_lost: BTreeSet<Transport>,
+    /// Whether packets to pods of other hosts or their answers are lost, or all packets to a host
+    /// without a tunnel.
+    pub is_remote_lost: bool,
+    /// Transports of the lost packets, as far as known.
+    pub lost_transports: BTreeSet<Transport>,
 }
 
+/// A peer, as trials need it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
+    /// MAC of its VTEP.
     pub mac: Mac,
-    /// Its VTEP's addresses in the overlay, one of each family.
+    /// The overlay addresses of its VTEP, one of each family.
     pub vteps: Vec<IpAddr>,
-    /// Where its tunnels end.
+    /// Its underlay address.
     pub underlay: IpAddr,
-    /// Packets to it and from it go through a tunnel.
+    /// Whether packets to and from it go through a tunnel.
     pub tunnelled: bool,
-    /// As large a packet as is sent to it.
+    /// Size in bytes of the largest packet that is sent to it.
     pub carried: u32,
 }
 
 impl Agent {
-    /// Tells the thread what to try, if that has changed.
+    /// Passes the current setting to the thread.
     pub(in crate::agent) fn update_forwarder(&mut self) {
         let setting = self.forwarder_setting();
         self.forwarder.set(setting);
@@ -87,7 +96,7 @@ impl Agent {
             subnets,
             addresses,
             mate: last_but_one(subnets),
-            mtu: (self.underlay.tunnel_mtu + EXCESS).min(LARGEST),
+            mtu: (self.underlay.tunnel_mtu + MTU_EXCESS).min(MAX_MTU),
             route_mtu: self.underlay.tunnel_mtu,
         });
         let underlay = self.underlay.with_mode(self.config.mode);
@@ -121,12 +130,16 @@ impl Agent {
             carried: self.underlay.tunnel_mtu,
             peers: peers.take(MAX_PEERS).collect(),
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
-            is_far_lost: self.kernel.far.is_in_doubt || self.is_lost_without_tunnel(),
-            far_lost: match self.is_lost_without_tunnel() {
+            is_remote_lost: self.kernel.remote_pods.is_in_doubt || self.is_lost_without_tunnel(),
+            lost_transports: match self.is_lost_without_tunnel() {
                 true => Transport::ALL.into(),
-                false => {
-                    self.kernel.far.closed.iter().map(|way| way.sort.kind.transport()).collect()
-                }
+                false => self
+                    .kernel
+                    .remote_pods
+                    .closed
+                    .iter()
+                    .map(|way| way.sort.kind.transport())
+                    .collect(),
             },
         })
     }

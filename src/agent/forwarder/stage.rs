@@ -1,24 +1,31 @@
-//! What trials take place on: the pod that is the agent's own, a second one where packets between pods are
-//! tried, and the sockets in both.
+//! What a trial needs in the kernel: the agent's own pod, a second one if packets between pods are
+//! tested, and the sockets in both.
 
 use std::io;
 
-use super::{gateway::Gateway, home::Home, trial::Sockets};
+use super::{gateway::Gateway, own_host::HostTrial, trial::Sockets};
 use crate::{
     netlink::Netlink,
     pods::standin::{Room, Shape, StandIn},
 };
 
+/// The pods and sockets of trials.
 pub struct Stage {
     standin: StandIn,
     mate: Option<StandIn>,
+    /// Sockets for packets to other hosts and between pods.
     pub sockets: Sockets,
+    /// Sockets that resolve the gateway.
     pub gateway: Gateway,
-    pub home: Home,
+    /// Sockets for packets between the pod and this host.
+    pub own_host: HostTrial,
 }
 
 impl Stage {
-    /// None where there is no bridge for pods.
+    /// Creates the pods and sockets. Returns `None` if there is no bridge for pods.
+    ///
+    /// # Errors
+    /// Fails if a pod or socket cannot be made. Nothing is left behind then.
     pub fn set(netlink: &mut Netlink, shape: &Shape, with_mate: bool) -> io::Result<Option<Self>> {
         let Some(standin) = StandIn::make(netlink, shape)? else { return Ok(None) };
         let mate = if with_mate && shape.mate.is_some() {
@@ -35,8 +42,8 @@ impl Stage {
         });
         match opened {
             Ok((mate, (sockets, gateway))) => {
-                let home = Home::open(&standin, shape);
-                Ok(Some(Self { standin, mate, sockets, gateway, home }))
+                let own_host = HostTrial::open(&standin, shape);
+                Ok(Some(Self { standin, mate, sockets, gateway, own_host }))
             }
             Err(error) => {
                 standin.remove(netlink);
@@ -45,7 +52,10 @@ impl Stage {
         }
     }
 
-    /// Whether all is still there as it should be.
+    /// Returns whether the pods still have this shape.
+    ///
+    /// # Errors
+    /// Fails if the kernel cannot be queried.
     pub fn is(&self, netlink: &mut Netlink, shape: &Shape, with_mate: bool) -> io::Result<bool> {
         let has_mate = match &self.mate {
             Some(mate) => with_mate && mate.matches(netlink, shape)?,
@@ -54,21 +64,23 @@ impl Stage {
         Ok(has_mate && self.standin.matches(netlink, shape)?)
     }
 
-    /// The inside of the first one.
+    /// Returns the network namespace of the first pod.
     pub fn room(&self) -> Room {
         self.standin.room()
     }
 
-    /// Index of the first one's port.
+    /// Returns the interface index of the first pod's bridge port.
     pub const fn port(&self) -> u32 {
         self.standin.port()
     }
 
+    /// Removes the pods.
     pub fn remove(self, netlink: &mut Netlink) {
         self.mate.into_iter().chain([self.standin]).for_each(|pod| pod.remove(netlink));
     }
 }
 
+/// Opens the sockets in both pods.
 fn open(
     standin: &StandIn,
     mate: Option<&StandIn>,

@@ -1,5 +1,4 @@
-//! One trial: packets out of the pod that is the agent's own, packets for it out of the tunnel, and what came
-//! of them.
+//! One trial: packets from the agent's own pod, packets to it from the tunnel, and what happens to them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,8 +14,8 @@ use super::{
     Peer, Setting,
     capture::Capture,
     carried::Carried,
-    finding::Finding,
-    pod::{PodSockets, hears_too_large, send_whole},
+    pod::{PodSockets, has_too_large_error, send_unfragmented},
+    resolution::Resolution,
 };
 use crate::{
     agent::start::random,
@@ -32,85 +31,103 @@ use crate::{
     pods::standin::{Shape, StandIn},
 };
 
-/// What has not come by then is lost.
+/// Time limit; packets that have not arrived by then are lost.
 const TIMEOUT: Duration = Duration::from_secs(1);
-/// Peers that are asked at once.
-const ASKED: usize = 3;
-/// By so many bytes the pod's own MTU exceeds that of the tunnel.
-pub const EXCESS: u32 = 64;
-/// No interface carries more.
-pub const LARGEST: u32 = 65_535;
+/// Maximum number of peers per trial.
+const MAX_PEERS_PER_TRIAL: usize = 3;
+/// By this many bytes the MTU of the agent's own pod exceeds that of the tunnel.
+pub const MTU_EXCESS: u32 = 64;
+/// Largest MTU of an interface in bytes.
+pub const MAX_MTU: u32 = 65_535;
 
-/// Those of the pod, and those of this host.
+/// Sockets of the pods and of this host.
 pub struct Sockets(Vec<FamilySockets>);
 
+/// Sockets of one address family.
 struct FamilySockets {
     family: Family,
     pod: PodSockets,
+    /// Sends this host's own echo requests.
     home: Socket,
-    /// A second pod, to which the first speaks, and by which it is found.
-    mate: Option<(PodSockets, Finding)>,
+    /// A second pod, to which the first one sends packets and address resolution frames.
+    mate: Option<(PodSockets, Resolution)>,
 }
 
+/// The input of one trial.
 pub struct Trial<'a> {
+    /// Hosts, peers and interfaces.
     pub setting: &'a Setting,
+    /// The open sockets.
     pub sockets: &'a Sockets,
-    /// Whether packets between pods of this host are tried, with IPv4 and with IPv6.
+    /// Whether packets between pods of this host are tested, for IPv4 and IPv6.
     pub between: [bool; 2],
-    /// Another number each time.
+    /// The number of the trial, by which peers are chosen in turn.
     pub turn: usize,
-    /// Hosts to which several next hops lead.
+    /// Underlay addresses to which several next hops lead.
     pub spread: BTreeSet<IpAddr>,
 }
 
+/// The result of a trial.
 #[derive(Debug, Default)]
 pub struct Outcome {
+    /// The verdict for each way.
     pub seen: Vec<(Way, TrialResult)>,
-    /// Which address packets leave under in place of the pod's, by whether it is IPv4.
+    /// The source address that replaces the pod's in outgoing packets, by whether it is IPv4.
     pub translated: BTreeMap<bool, IpAddr>,
-    /// Which address packets arrive at the pod under in place of that of their sender; the same.
+    /// The source address that replaces the sender's in incoming packets, by whether it is IPv4.
     pub arriving: BTreeMap<bool, IpAddr>,
-    /// Index of an interface by which tunnel packets with the pod's packets leave, and those of this host's
-    /// own programs to the same peer do not.
+    /// Index of an interface by which tunnel packets with the pod's packets leave, but no packets of
+    /// this host's own programs to the same peer.
     pub stray: Option<u32>,
 }
 
-/// Packets of one family.
+/// Packets of one family and their results.
 struct Check<'a> {
     sockets: &'a FamilySockets,
     asker: ProbeIdentity,
-    /// The number of what this host itself asks.
+    /// Number in this host's own echo requests.
     own: [u8; NONCE_LEN],
-    /// Peers' addresses.
+    /// Overlay addresses of the chosen peers.
     asked: Vec<IpAddr>,
-    /// To the pod, as if they came from one of the peers; none where no peer has a tunnel.
+    /// Packets to the pod with a peer's source address; empty if no peer has a tunnel.
     incoming: Vec<TunneledProbe>,
-    /// To all peers, and to the second pod; to nothing where that is not tried.
+    /// Packets to all chosen peers.
     outgoing: Vec<Probe>,
-    beside: Vec<Probe>,
-    /// A peer has answered this host itself.
+    /// Packets to the second pod; empty if those are not tested.
+    to_mate: Vec<Probe>,
+    /// Whether a peer has answered this host's own echo request.
     answered: bool,
-    /// A peer with a tunnel, to which a packet is sent that just fits into it, and has been seen leaving,
-    /// and one of this size that does not fit; and whether that was told.
+    /// A packet that just fits into the tunnel to a peer, with its size in bytes.
     fitting: Option<(Probe, u32)>,
+    /// Whether it was captured leaving.
     fitting_left: bool,
+    /// Destination and size of a packet that does not fit.
     too_large: Option<(IpAddr, u32)>,
-    told: bool,
-    /// What was seen on the device, and at the pods.
+    /// Whether the ICMP error for it arrived.
+    error_arrived: bool,
+    /// Outgoing packets captured on the device.
     left: BTreeSet<Transport>,
-    come: BTreeSet<Transport>,
+    /// Incoming packets captured on the device.
+    captured_in: BTreeSet<Transport>,
+    /// Incoming packets that arrived at the pod.
     arrived: BTreeSet<Transport>,
-    arrived_beside: BTreeSet<Transport>,
-    found_beside: [bool; 2],
+    /// Packets that arrived at the second pod.
+    arrived_at_mate: BTreeSet<Transport>,
+    /// Address resolution frames that arrived at the second pod.
+    resolved_at_mate: [bool; 2],
+    /// Source address that replaced the pod's.
     translated: Option<IpAddr>,
-    /// The same of what comes in.
+    /// Source address that replaced the sender's.
     arriving: Option<IpAddr>,
-    /// What was seen inside tunnel packets; none where no peer has a tunnel.
+    /// What was captured inside tunnel packets; `None` if no peer has a tunnel.
     carried: Option<Carried>,
 }
 
 impl Sockets {
-    /// With a mate for packets between pods where that is to be tried.
+    /// Opens the sockets, with those of a second pod if packets between pods are tested.
+    ///
+    /// # Errors
+    /// Fails if a socket cannot be opened.
     pub fn open(standin: &StandIn, mate: Option<&StandIn>, shape: &Shape) -> io::Result<Self> {
         let open = |address: IpAddr| {
             let family = Family::of(address);
@@ -118,10 +135,10 @@ impl Sockets {
             let home = family.open()?;
             home.set_nonblocking(true)?;
             let of_family = |ip: &IpAddr| ip.is_ipv4() == address.is_ipv4();
-            let beside = shape.mate.into_iter().flat_map(Addresses::iter).find(of_family);
-            let mate = mate.zip(beside).map(|(mate, to)| {
-                let finding = Finding::open(standin, mate, address, to)?;
-                io::Result::Ok((PodSockets::open(mate, to)?, finding))
+            let to_mate = shape.mate.into_iter().flat_map(Addresses::iter).find(of_family);
+            let mate = mate.zip(to_mate).map(|(mate, to)| {
+                let resolution = Resolution::open(standin, mate, address, to)?;
+                io::Result::Ok((PodSockets::open(mate, to)?, resolution))
             });
             Ok(FamilySockets { family, pod, home, mate: mate.transpose()? })
         };
@@ -130,10 +147,10 @@ impl Sockets {
 }
 
 impl Trial<'_> {
-    /// Waits by `wait`, which says whether to go on; gives nothing if not.
+    /// Runs the trial. `wait` polls and returns whether to continue; otherwise the result is `None`.
     ///
     /// # Errors
-    /// What kept packets from being sent, or from being looked at.
+    /// Fails if packets cannot be sent or captured.
     pub fn run(
         &self,
         mut wait: impl FnMut(&[BorrowedFd<'_>], Duration) -> bool,
@@ -157,7 +174,7 @@ impl Trial<'_> {
             if !pause.is_zero() && !wait(&fds, pause) {
                 return Ok(None);
             }
-            checks.iter_mut().for_each(Check::hear);
+            checks.iter_mut().for_each(Check::receive);
             capture.take(|packet, _| checks.iter_mut().for_each(|check| check.on_device(packet)));
             tunnels.take(|packet, link| {
                 checks.iter_mut().for_each(|check| _ = check.on_wire(packet, link));
@@ -182,7 +199,7 @@ impl Trial<'_> {
             let is_ipv4 = pod.address.is_ipv4();
             let of_family =
                 |peer: &Peer| peer.vteps.iter().find(|vtep| vtep.is_ipv4() == is_ipv4).copied();
-            // By one device.
+            // Packets of a family leave by one device.
             let peers = self.setting.peers.iter().filter(|peer| peer.tunnelled == is_tunnelled);
             let peers: Vec<(&Peer, IpAddr)> =
                 peers.filter_map(|peer| Some((peer, of_family(peer)?))).collect();
@@ -192,9 +209,13 @@ impl Trial<'_> {
             if peers.is_empty() && mate.is_none() {
                 continue;
             }
-            let start = self.turn.wrapping_mul(ASKED) % peers.len().max(1);
-            let chosen: Vec<_> =
-                peers.iter().cycle().skip(start).take(ASKED.min(peers.len())).collect();
+            let start = self.turn.wrapping_mul(MAX_PEERS_PER_TRIAL) % peers.len().max(1);
+            let chosen: Vec<_> = peers
+                .iter()
+                .cycle()
+                .skip(start)
+                .take(MAX_PEERS_PER_TRIAL.min(peers.len()))
+                .collect();
             let [a, b, ..] = random()?;
             let asker = ProbeIdentity { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
             family.filter(home, asker, false)?;
@@ -202,12 +223,12 @@ impl Trial<'_> {
             let (whole, own) = (random()?, random()?);
             pod.await_only(inwards, &[outwards, sideways])?;
             mate.map_or(Ok(()), |(mate, _)| mate.await_only(sideways, &[]))?;
-            // Another port each time, as connections have it.
+            // A different source port each time, as new connections have.
             let fresh = u16::from_ne_bytes([a, b]) | 0x8000;
             let probe =
                 |transport, from, to, ports, nonce| Probe { transport, from, to, ports, nonce };
-            // Of a pod's packet that does not fit.
-            let carried = self.setting.carried + EXCESS / 2;
+            // Size of a packet from the pod that does not fit.
+            let carried = self.setting.carried + MTU_EXCESS / 2;
             let through = chosen.iter().find(|(peer, _)| peer.tunnelled);
             let incoming = through.into_iter().flat_map(|(peer, vtep)| {
                 let ports = [[UNUSED, pod.port], [fresh, UNUSED]];
@@ -224,7 +245,7 @@ impl Trial<'_> {
                     .zip(ports)
                     .map(|(transport, ports)| probe(transport, pod.address, *vtep, ports, outwards))
             });
-            let beside = mate.into_iter().flat_map(|(mate, _)| {
+            let to_mate = mate.into_iter().flat_map(|(mate, _)| {
                 let ports = [[pod.port, mate.port], [fresh, UNUSED]];
                 Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| {
                     probe(transport, pod.address, mate.address, ports, sideways)
@@ -237,20 +258,20 @@ impl Trial<'_> {
                 asked: chosen.iter().map(|(_, vtep)| *vtep).collect(),
                 incoming: incoming.collect(),
                 outgoing: outgoing.collect(),
-                beside: beside.collect(),
+                to_mate: to_mate.collect(),
                 answered: false,
                 fitting: through.map(|(peer, vtep)| {
                     let ports = [pod.port, UNUSED_OUT];
                     (probe(Transport::Udp, pod.address, *vtep, ports, whole), peer.carried)
                 }),
                 fitting_left: false,
-                too_large: through.filter(|_| carried < LARGEST).map(|(_, vtep)| (*vtep, carried)),
-                told: false,
+                too_large: through.filter(|_| carried < MAX_MTU).map(|(_, vtep)| (*vtep, carried)),
+                error_arrived: false,
                 left: BTreeSet::new(),
-                come: BTreeSet::new(),
+                captured_in: BTreeSet::new(),
                 arrived: BTreeSet::new(),
-                arrived_beside: BTreeSet::new(),
-                found_beside: [false; 2],
+                arrived_at_mate: BTreeSet::new(),
+                resolved_at_mate: [false; 2],
                 translated: None,
                 arriving: None,
                 carried: through.map(|_| Carried {
@@ -266,6 +287,7 @@ impl Trial<'_> {
         Ok(checks)
     }
 
+    /// Opens the socket that injects tunnel packets.
     fn tunnel(&self) -> io::Result<UdpSocket> {
         let socket = UdpSocket::bind((self.setting.local, 0))?;
         socket.set_nonblocking(true)?;
@@ -275,39 +297,40 @@ impl Trial<'_> {
         Ok(socket)
     }
 
-    /// By loopback, as if it came from the peer's host.
+    /// Sends tunnel packets over loopback as if they came from the peer's host.
     fn inject(&self, check: &Check<'_>, tunnel: &UdpSocket) {
         let to = SocketAddr::new(self.setting.local, self.setting.port);
         for packet in &check.incoming {
-            // What cannot be sent is not seen coming.
+            // A packet that cannot be sent does not arrive, and is detected that way.
             let _ = tunnel.send_to(&packet.bytes(), to);
         }
     }
 }
 
 impl Check<'_> {
+    /// Sends all packets of the trial except the injected ones.
     fn send(&self) -> io::Result<()> {
         let FamilySockets { family, pod, home, mate } = self.sockets;
-        if let (Some((_, finding)), [_, ..]) = (mate, &self.beside[..]) {
-            finding.send();
+        if let (Some((_, resolution)), [_, ..]) = (mate, &self.to_mate[..]) {
+            resolution.send();
         }
         for (number, to) in self.asked.iter().enumerate() {
-            // By its number it is found inside a tunnel packet.
+            // The number in the payload identifies the echo request inside a tunnel packet.
             let payload = Probe::payload(self.own);
             let packet = family.request_with(self.asker.identifier, number as u16, &payload);
             let _ = home.send_to(&packet, &SocketAddr::new(*to, 0).into());
         }
-        self.outgoing.iter().chain(&self.beside).try_for_each(|probe| pod.send(probe))?;
+        self.outgoing.iter().chain(&self.to_mate).try_for_each(|probe| pod.send(probe))?;
         if let Some((probe, size)) = &self.fitting {
-            send_whole(&pod.fitting, probe.to, *size, &Probe::payload(probe.nonce));
+            send_unfragmented(&pod.fitting, probe.to, *size, &Probe::payload(probe.nonce));
         }
         if let Some((to, size)) = self.too_large {
-            send_whole(&pod.large, to, size, &[]);
+            send_unfragmented(&pod.large, to, size, &[]);
         }
         Ok(())
     }
 
-    /// Of packets that are to be seen on this host.
+    /// Returns the numbers of packets to capture on this host.
     fn numbers(&self) -> impl Iterator<Item = u32> {
         let incoming = self.incoming.iter().map(|packet| packet.probe.nonce);
         let fitting = self.fitting.iter().map(|(probe, _)| probe.nonce);
@@ -320,38 +343,40 @@ impl Check<'_> {
         let FamilySockets { pod, home, mate, .. } = self.sockets;
         let pods = [pod].into_iter().chain(mate.as_ref().map(|(mate, _)| mate));
         let inside = pods.flat_map(|pod| [pod.datagrams.as_fd(), pod.segments.as_fd()]);
-        let finding = mate.iter().map(|(_, finding)| finding.socket().as_fd());
-        inside.chain(finding).chain([pod.large.as_fd(), home.as_fd()])
+        let resolution = mate.iter().map(|(_, resolution)| resolution.socket().as_fd());
+        inside.chain(resolution).chain([pod.large.as_fd(), home.as_fd()])
     }
 
-    fn hear(&mut self) {
+    /// Records what has arrived at the pods and what has answered this host.
+    fn receive(&mut self) {
         let FamilySockets { family, pod, home, mate } = self.sockets;
         while let Ok(heard) = family.receive(home, self.asker) {
             self.answered |= heard.is_some_and(|heard| matches!(heard.kind, IcmpKind::Answer(_)));
         }
-        self.told |= hears_too_large(&pod.large);
-        // It does not fit, then: a route has a smaller MTU.
-        self.fitting.take_if(|_| hears_too_large(&pod.fitting));
+        self.error_arrived |= has_too_large_error(&pod.large);
+        // A route with a smaller MTU exists, so the packet is too large and proves nothing.
+        self.fitting.take_if(|_| has_too_large_error(&pod.fitting));
         let incoming = self.incoming.iter().map(|packet| &packet.probe);
         let accepts = |probes: &[Probe], segment: &[u8], from: Option<IpAddr>| {
             let mut asked = probes.iter().filter(|probe| from == Some(probe.to));
             asked.any(|probe| probe.is_accepted_by(segment))
         };
-        let arriving = pod.hear(incoming, &mut self.arrived, |segment, from| {
+        let arriving = pod.receive(incoming, &mut self.arrived, |segment, from| {
             if accepts(&self.outgoing, segment, from) {
                 self.left.insert(Transport::Tcp);
             }
-            if accepts(&self.beside, segment, from) {
-                self.arrived_beside.insert(Transport::Tcp);
+            if accepts(&self.to_mate, segment, from) {
+                self.arrived_at_mate.insert(Transport::Tcp);
             }
         });
         self.arriving = self.arriving.or(arriving);
-        if let Some((mate, finding)) = mate {
-            mate.hear(self.beside.iter(), &mut self.arrived_beside, |_, _| {});
-            finding.hear(&mut self.found_beside);
+        if let Some((mate, resolution)) = mate {
+            mate.receive(self.to_mate.iter(), &mut self.arrived_at_mate, |_, _| {});
+            resolution.receive(&mut self.resolved_at_mate);
         }
     }
 
+    /// Records a packet captured on the device.
     fn on_device(&mut self, packet: &[u8]) {
         let address = self.sockets.pod.address;
         let Some((from, transport, segment)) = parse(packet) else { return };
@@ -365,12 +390,12 @@ impl Check<'_> {
             if let (Some(carried), Transport::Udp) = (&mut self.carried, transport) {
                 carried.entered.extend(destination(packet));
             }
-            // Datagrams have one port: the kernel remembers how it has translated the ones before.
+            // All datagrams share one port, so the kernel would reuse the translation of earlier ones.
             let is_new = transport == Transport::Tcp;
             self.translated = self.translated.or((is_new && from != address).then_some(from));
         }
         if self.incoming.iter().any(|packet| is_it(&packet.probe)) {
-            self.come.insert(transport);
+            self.captured_in.insert(transport);
         }
         let is_accepted = |packet: &TunneledProbe| {
             from == packet.probe.to && packet.probe.is_accepted_by(segment)
@@ -380,7 +405,7 @@ impl Check<'_> {
         }
     }
 
-    /// Of a tunnel packet that leaves by the interface with this index.
+    /// Records a tunnel packet that leaves by the interface with this index.
     fn on_wire(&mut self, packet: &[u8], link: u32) -> Option<()> {
         let packet = inner(packet)?;
         let (to, carried) = (destination(packet)?, self.carried.as_mut()?);
@@ -401,14 +426,15 @@ impl Check<'_> {
         if self.carried.as_ref().is_some_and(|carried| carried.seen() == TrialResult::Lost) {
             return false;
         }
-        (self.too_large.is_none() || self.told)
+        (self.too_large.is_none() || self.error_arrived)
             && (self.fitting.is_none() || self.fitting_left)
             && (self.outgoing.is_empty() || all(&self.left))
             && (self.incoming.is_empty() || all(&self.arrived))
-            && (self.beside.is_empty()
-                || all(&self.arrived_beside) && self.found_beside == [true; 2])
+            && (self.to_mate.is_empty()
+                || all(&self.arrived_at_mate) && self.resolved_at_mate == [true; 2])
     }
 
+    /// Returns the verdicts.
     fn seen(&self) -> Vec<(Way, TrialResult)> {
         let ipv4 = self.sockets.pod.address.is_ipv4();
         let mut seen = Vec::new();
@@ -424,18 +450,18 @@ impl Check<'_> {
             note(Direction::LargeOut, fits);
         }
         if self.too_large.is_some() {
-            let told = match (self.told, self.fitting_left) {
+            let error_arrived = match (self.error_arrived, self.fitting_left) {
                 (true, _) => TrialResult::Passed,
                 (false, true) => TrialResult::Lost,
                 (false, false) => TrialResult::Unclear,
             };
-            note(Direction::TooLarge, told);
+            note(Direction::TooLarge, error_arrived);
         }
         if let Some(carried) = &self.carried {
             note(Direction::Carried, carried.seen());
         }
-        if !self.beside.is_empty() {
-            let is_found = self.found_beside == [true; 2];
+        if !self.to_mate.is_empty() {
+            let is_found = self.resolved_at_mate == [true; 2];
             note(
                 Direction::NeighborDiscovery,
                 if is_found { TrialResult::Passed } else { TrialResult::Lost },
@@ -443,7 +469,7 @@ impl Check<'_> {
         }
         for transport in Transport::ALL {
             if !self.outgoing.is_empty() {
-                // A peer that does not answer this host either may be gone, or answer no echoes.
+                // A peer that does not answer this host either may be down, or may drop echo requests.
                 let out = match (self.left.contains(&transport), self.answered) {
                     (true, _) => TrialResult::Passed,
                     (false, true) => TrialResult::Lost,
@@ -452,16 +478,18 @@ impl Check<'_> {
                 note(Direction::Out(transport), out);
             }
             if !self.incoming.is_empty() {
-                let comes =
-                    match (self.arrived.contains(&transport), self.come.contains(&transport)) {
-                        (true, _) => TrialResult::Passed,
-                        (false, true) => TrialResult::Lost,
-                        (false, false) => TrialResult::Unclear,
-                    };
+                let comes = match (
+                    self.arrived.contains(&transport),
+                    self.captured_in.contains(&transport),
+                ) {
+                    (true, _) => TrialResult::Passed,
+                    (false, true) => TrialResult::Lost,
+                    (false, false) => TrialResult::Unclear,
+                };
                 note(Direction::In(transport), comes);
             }
-            if !self.beside.is_empty() {
-                let has_arrived = self.arrived_beside.contains(&transport);
+            if !self.to_mate.is_empty() {
+                let has_arrived = self.arrived_at_mate.contains(&transport);
                 let between = if has_arrived { TrialResult::Passed } else { TrialResult::Lost };
                 note(Direction::Between(transport), between);
             }

@@ -1,5 +1,5 @@
-//! What may hurt packets of pods without stopping those that are tried, and what a trial that cannot be made
-//! would have shown.
+//! Warnings about rules that may affect some packets of pods although the tested ones pass, and about
+//! trials that cannot be made.
 
 use std::net::IpAddr;
 
@@ -18,15 +18,16 @@ use crate::{
     netlink::Netlink,
 };
 
-const CLOSED_TO_PODS: &str = "pods do not reach the host that they are on: it answers no echo, no datagram \
+const CLOSED_TO_PODS: &str = "pods do not reach their own host: it answers no echo, no datagram \
                               and no connection of theirs, as to a DNS server or an API server there";
-const CLOSED_TO_HOST: &str = "this host does not reach its own pods: what it sends to them does not arrive, \
-                              a kubelet's probes and a proxy's requests among it";
+const CLOSED_TO_HOST: &str = "this host does not reach its own pods: its packets to them do not \
+                              arrive, including a kubelet's probes and a proxy's requests";
 
-/// That it cannot be tried whether this host forwards, and which rules certainly keep it from that.
+/// Returns warnings for a trial that cannot be made, including rules that certainly drop packets of
+/// pods.
 pub fn untried(setting: &Setting, why: &str) -> Vec<String> {
     let mut warnings =
-        vec![format!("whether this host forwards packets of pods is not known: {why}")];
+        vec![format!("it is unknown whether this host forwards packets of pods: {why}")];
     warnings.extend(conntrack::full_table_problem());
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let chains = FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks));
@@ -36,14 +37,14 @@ pub fn untried(setting: &Setting, why: &str) -> Vec<String> {
         let network = networks.iter().find(|network| network.addr().is_ipv6() == is_ipv6);
         let fix = network.or(networks.first()).map(|network| chain.fix(*network));
         format!(
-            "{chain}, and no rule in it seems to let packets of pods pass: {}",
+            "{chain}, and no rule in it seems to accept packets of pods: {}",
             fix.unwrap_or_default()
         )
     }));
     warnings
 }
 
-/// That packets of other hosts' pods arrive at pods here under another address.
+/// Describes packets of other hosts' pods that arrive at pods here with another source address.
 pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> String {
     format!(
         "packets of pods of other hosts reach pods here under the address {address} in place of the sender's \
@@ -52,7 +53,7 @@ pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> String {
     )
 }
 
-/// eBPF programs at the overlay's own interfaces, for they may drop packets that no trial sends.
+/// Describes eBPF programs at the overlay's interfaces, which may drop packets that no trial sends.
 pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     let mut sentences = Vec::new();
     for name in [&setting.device_name, bridge_name(setting)] {
@@ -65,8 +66,8 @@ pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     sentences
 }
 
-/// That this host and its own pods do not hear each other, with the chains that may be the cause. Without
-/// such a chain nothing is said.
+/// Describes rules that drop packets between this host and its own pods. Returns nothing without a
+/// suspect chain.
 pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<String> {
     let mut sentences = Vec::new();
     for (hook, network) in [OwnHook::Input, OwnHook::Output]
@@ -95,7 +96,7 @@ pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<String> {
             OwnHook::Output => CLOSED_TO_HOST,
         };
         let chains = chains.join("; ");
-        sentences.push(format!("{said} (IPv{family}); if that is not on purpose, {chains}"));
+        sentences.push(format!("{said} (IPv{family}); if that is not intended, {chains}"));
     }
     sentences
 }

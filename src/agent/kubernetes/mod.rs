@@ -22,7 +22,7 @@ use std::{
 use ipnet::IpNet;
 
 pub(super) use self::poll::{NodeReport, PodCidrSource};
-use super::{StartFailure, waiting::Waiting};
+use super::{StartFailure, startup_wait::StartupWait};
 use crate::{config::PodCidr, files, model::Pool, store::StateDir};
 
 /// Pause after a failure whose answer names no other pause.
@@ -73,18 +73,18 @@ pub(super) async fn find(
     name: &str,
     pool: &Pool,
     state: &StateDir,
-    waiting: &mut Waiting<'_>,
+    waiting: &mut StartupWait<'_>,
 ) -> Result<Option<Assignment>, StartFailure> {
-    waiting.begin("waiting for Kubernetes: requesting this node's subnet");
+    waiting.set_activity("waiting for Kubernetes: requesting this node's subnet");
     loop {
-        let Some(result) = waiting.until(query(source, name, pool, Freshness::Newest)).await else {
+        let Some(result) = waiting.run(query(source, name, pool, Freshness::Newest)).await else {
             return Ok(None);
         };
         let (why, pause) = match result {
             Ok((cidrs, address)) => {
                 state.save_pod_cidrs(&cidrs)?;
                 answer::warn_of_unused(&cidrs, pool);
-                let Some(others) = waiting.until(others(source, name)).await else {
+                let Some(others) = waiting.run(others(source, name)).await else {
                     return Ok(None);
                 };
                 return Ok(Some(Assignment { cidrs, address, others }));
@@ -107,8 +107,8 @@ pub(super) async fn find(
                 (why, pause)
             }
         };
-        waiting.say(format!("waiting for Kubernetes: {why}"));
-        if waiting.until(tokio::time::sleep(pause)).await.is_none() {
+        waiting.report_problem(format!("waiting for Kubernetes: {why}"));
+        if waiting.run(tokio::time::sleep(pause)).await.is_none() {
             return Ok(None);
         }
     }

@@ -209,7 +209,8 @@ impl Agent {
     fn replace_listed(&mut self, seeds: Vec<String>) {
         let Some(source) = &mut self.source else { return };
         let before = std::mem::replace(&mut source.seeds, seeds);
-        let is_other = |seed: &String| !before.contains(seed) || self.given_seeds.contains(seed);
+        let is_other =
+            |seed: &String| !before.contains(seed) || self.configured_seeds.contains(seed);
         let mut all: Vec<String> =
             self.config.seeds.iter().filter(|seed| is_other(seed)).cloned().collect();
         for seed in &source.seeds {

@@ -77,7 +77,7 @@ fn sentence(
         QueryLoss::Query => format!("the query does not leave this host by {port}"),
         QueryLoss::Answer => format!("its answer arrives at {port}, and this host drops it"),
         QueryLoss::Pod => {
-            format!("the query leaves by {port}, and no answer comes from {interface}")
+            format!("the query leaves by {port}, and no answer arrives from {interface}")
         }
     };
     let name = &pod.attachment;

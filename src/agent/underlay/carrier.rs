@@ -1,4 +1,4 @@
-//! Carriers of the underlay's interface: why there is none, and whether it comes and goes.
+//! The carrier of the underlay interface: why there is none, and whether it flaps.
 
 use std::{
     collections::VecDeque,
@@ -12,17 +12,17 @@ use crate::{
     pods::port::{self, PortState},
 };
 
-/// A carrier that is lost so often
-const MANY: usize = 3;
-/// within this span flaps.
-const SPAN: Duration = Duration::from_secs(60);
-/// It does so until it was not lost for so long.
-const CALM: Duration = Duration::from_secs(5 * 60);
+/// Losses of the carrier within [`FLAP_SPAN`] that count as flapping.
+const FLAP_LOSSES: usize = 3;
+/// The span in which the losses are counted.
+const FLAP_SPAN: Duration = Duration::from_secs(60);
+/// Time without a loss after which the carrier no longer counts as flapping.
+const CALM_TIME: Duration = Duration::from_secs(5 * 60);
 
-/// Why an interface has no carrier, and what helps: a bridge has one where a port forwards.
-pub(super) fn absence(link: &Link, links: &[Link]) -> String {
+/// Describes why an interface has no carrier, and what to do. A bridge has one if a port forwards.
+pub(super) fn no_carrier_reason(link: &Link, links: &[Link]) -> String {
     if link.kind != "bridge" {
-        return "is the veth pair plugged in, and the other end up?".to_owned();
+        return "is the cable plugged in, and the other end up?".to_owned();
     }
     let name = &link.name;
     let ports = || links.iter().filter(|port| port.is_plugged_into(link.index));
@@ -50,7 +50,7 @@ pub(super) fn absence(link: &Link, links: &[Link]) -> String {
         None => {
             let names: Vec<&str> = ports().map(|port| port.name.as_str()).collect();
             format!(
-                "it is a bridge, and none of its ports has one ({}): is the veth pair plugged in, and the other \
+                "it is a bridge, and none of its ports has one ({}): is the cable plugged in, and the other \
                  end up?",
                 names.join(", ")
             )
@@ -58,66 +58,68 @@ pub(super) fn absence(link: &Link, links: &[Link]) -> String {
     }
 }
 
-/// How often an interface has lost its carrier: the kernel counts it, so that nothing is missed between two
-/// looks.
+/// Losses of an interface's carrier. They are taken from the kernel's counter, so losses between two
+/// checks count as well.
 #[derive(Debug, Default)]
 pub struct Flaps {
+    /// Index of the interface.
     link: u32,
+    /// Last value of the kernel's counter.
     count: u32,
-    /// When it was lost, as seen: the last few times.
-    lost: VecDeque<Instant>,
-    /// How often since it began to flap, as long as it does.
+    /// Times at which the last few losses were noticed.
+    losses: VecDeque<Instant>,
+    /// Number of losses since it began to flap; `None` while it does not.
     flapping: Option<u32>,
 }
 
 impl Flaps {
-    /// Takes in a look at the interface.
-    pub fn look(&mut self, now: Instant, link: &Link) {
+    /// Processes a check of the interface.
+    pub fn update(&mut self, now: Instant, link: &Link) {
         let counted = link.message.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::CarrierDownCount(count) => Some(*count),
             _ => None,
         });
-        // Kernels since 4.16 tell.
+        // Kernels before 4.16 have no counter.
         let Some(count) = counted else { return };
-        self.note(now, link.index, count);
+        self.count_losses(now, link.index, count);
     }
 
-    fn note(&mut self, now: Instant, link: u32, count: u32) {
+    fn count_losses(&mut self, now: Instant, link: u32, count: u32) {
         let known = (self.link, self.count);
         (self.link, self.count) = (link, count);
         if known.0 != link || count < known.1 {
-            self.lost.clear();
+            self.losses.clear();
             self.flapping = None;
             return;
         }
         let new = count - known.1;
-        self.lost.extend((0..new).take(MANY).map(|_| now));
-        while self.lost.len() > MANY {
-            self.lost.pop_front();
+        self.losses.extend((0..new).take(FLAP_LOSSES).map(|_| now));
+        while self.losses.len() > FLAP_LOSSES {
+            self.losses.pop_front();
         }
         let since = |at: &Instant| now.saturating_duration_since(*at);
-        let is_often =
-            self.lost.len() == MANY && self.lost.front().is_some_and(|at| since(at) < SPAN);
+        let is_often = self.losses.len() == FLAP_LOSSES
+            && self.losses.front().is_some_and(|at| since(at) < FLAP_SPAN);
         self.flapping = match self.flapping {
-            Some(before) if self.lost.back().is_some_and(|at| since(at) < CALM) => {
+            Some(before) if self.losses.back().is_some_and(|at| since(at) < CALM_TIME) => {
                 Some(before + new)
             }
-            None if is_often && new > 0 => Some((MANY as u32).max(new)),
+            None if is_often && new > 0 => Some((FLAP_LOSSES as u32).max(new)),
             _ => None,
         };
     }
 
-    /// When to look again, whatever the kernel tells.
+    /// Returns when to check again regardless of notifications.
     pub fn due(&self) -> Option<Instant> {
-        self.flapping.and(self.lost.back().map(|at| *at + CALM))
+        self.flapping.and(self.losses.back().map(|at| *at + CALM_TIME))
     }
 
-    /// What is wrong with the interface of this name, as long as it flaps.
+    /// Returns the problem, with the interface's name, while the carrier flaps.
     pub fn problem(&self, name: &str) -> Option<String> {
         let count = self.flapping?;
         Some(format!(
-            "the carrier of {name} comes and goes: it was lost {count} times, and tunnel packets with it; \
-             look at the veth pair, the transceiver, and the port of the switch (ethtool {name}; ip -s -s link \
+            "the carrier of {name} flaps: it was lost {count} times, and tunnel packets with it; \
+             check the cable, the transceiver, and the port of the switch (ethtool {name}; ip -s -s link \
              show {name})"
         ))
     }
@@ -128,29 +130,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn carrier_that_is_lost_three_times_in_a_minute_flaps_until_it_was_kept_for_five() {
+    fn carrier_lost_three_times_in_a_minute_flaps_until_five_minutes_without_loss() {
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
         let mut flaps = Flaps::default();
-        // What was counted before is nothing new.
-        flaps.note(at(0), 2, 40);
+        // The counter's first value is no loss.
+        flaps.count_losses(at(0), 2, 40);
         for (second, count) in [(1, 41), (50, 42), (70, 43)] {
-            flaps.note(at(second), 2, count);
+            flaps.count_losses(at(second), 2, count);
             assert_eq!((flaps.problem("eth0"), flaps.due()), (None, None), "{second}");
         }
-        flaps.note(at(75), 2, 44);
+        flaps.count_losses(at(75), 2, 44);
         assert!(flaps.problem("eth0").is_some_and(|said| said.contains("lost 3 times")));
-        flaps.note(at(300), 2, 46);
+        flaps.count_losses(at(300), 2, 46);
         assert!(flaps.problem("eth0").is_some_and(|said| said.contains("lost 5 times")));
         assert_eq!(flaps.due(), Some(at(600)));
-        flaps.note(at(599), 2, 46);
+        flaps.count_losses(at(599), 2, 46);
         assert!(flaps.problem("eth0").is_some());
-        flaps.note(at(600), 2, 46);
+        flaps.count_losses(at(600), 2, 46);
         assert_eq!((flaps.problem("eth0"), flaps.due()), (None, None));
-        // Between two looks, and on another interface.
-        flaps.note(at(700), 2, 53);
+        // Several losses between two checks, and another interface.
+        flaps.count_losses(at(700), 2, 53);
         assert!(flaps.problem("eth0").is_some_and(|said| said.contains("lost 7 times")));
-        flaps.note(at(701), 3, 90);
+        flaps.count_losses(at(701), 3, 90);
         assert_eq!(flaps.problem("eth1"), None);
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{ChosenUnderlay, ETHERNET_MTU, UnderlayError, carrier::absence};
+use super::{ChosenUnderlay, ETHERNET_MTU, UnderlayError};
 use crate::{
     config::{Config, IfaceChoice},
     dataplane::desired::{Mode, overhead},
@@ -18,28 +18,33 @@ use crate::{
     },
 };
 
-/// So many peers are asked about: enough to see by which uplink most of them are reached.
-const PEERS: usize = 16;
-/// Hosts of no network (RFC 5737, RFC 3849): the way to them is the way to distant hosts.
+/// Maximum number of peers for which routes are looked up: enough to determine the uplink of most peers.
+const MAX_PEERS: usize = 16;
+/// Documentation addresses (RFC 5737, RFC 3849): their route is that of distant hosts.
 const DISTANT: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
 ];
-/// What aliases of our devices, bridges and ports begin with.
+/// Prefix of the aliases of gossamer's devices, bridges and ports.
 const OUR_ALIAS: &str = "gossamer ";
-/// Addresses that cannot be used and are named with the reason.
-const UNUSED: usize = 3;
-/// The interfaces, and the addresses that can carry tunnels, better ones first.
+/// The interfaces, and the addresses that can carry tunnels, best ones first.
 pub(super) struct Host {
-    links: Vec<Link>,
-    addresses: Vec<Address>,
+    /// All interfaces.
+    pub(super) links: Vec<Link>,
+    /// All addresses.
+    pub(super) addresses: Vec<Address>,
+    /// Usable addresses, best ones first.
     pub(super) candidates: Vec<Address>,
-    /// Addresses of other hosts, and the interface by which the kernel reaches each.
+    /// Addresses of peers and seeds, with the interface that leads to each (0: none).
     peers: Vec<(IpAddr, u32)>,
 }
 
 impl Host {
-    pub(super) fn look(
+    /// Reads the interfaces and ranks the addresses.
+    ///
+    /// # Errors
+    /// Fails if the kernel cannot be queried.
+    pub(super) fn read(
         netlink: &mut Netlink,
         config: &Config,
         peers: impl Iterator<Item = IpAddr>,
@@ -47,7 +52,7 @@ impl Host {
         let (links, addresses) = (netlink.links()?, netlink.addresses()?);
         let mut link_to = |peer| netlink.route(&Query::to(peer)).map_or(0, |found| found.link);
         let seeds = config.seeds.iter().filter_map(|seed| seed.parse::<SocketAddr>().ok());
-        let peers = seeds.map(|seed| seed.ip()).chain(peers).take(PEERS);
+        let peers = seeds.map(|seed| seed.ip()).chain(peers).take(MAX_PEERS);
         let peers = peers.map(|peer| (peer, link_to(peer))).collect();
         let mut host = Self { links, addresses, candidates: Vec::new(), peers };
         let named = match &config.iface {
@@ -55,7 +60,7 @@ impl Host {
             IfaceChoice::Address(ip) => Some(Named::Address(*ip)),
             _ => config.listen.map(|listen| Named::Address(listen.ip())),
         };
-        // Of a host whose interfaces have no address of their own it is on the loopback interface.
+        // A host whose interfaces have no usable address may have one on the loopback interface.
         let source = |to: IpAddr| netlink.route(&Query::to(to)).ok().and_then(|found| found.source);
         let used: Vec<IpAddr> = DISTANT.into_iter().filter_map(source).collect();
         let carriers = host.addresses.iter().filter(|address| {
@@ -72,12 +77,13 @@ impl Host {
         Ok(host)
     }
 
+    /// Returns the interface with this index.
     pub(super) fn link(&self, index: u32) -> Option<&Link> {
         self.links.iter().find(|link| link.index == index)
     }
 
-    /// Whether tunnels can go out under this address. What the operator names may be a loopback interface,
-    /// or part of a VRF.
+    /// Returns whether tunnels can use this address. An address that the operator named may be on a
+    /// loopback interface or in a VRF.
     fn carries(&self, address: &Address, named: Option<Named<'_>>) -> bool {
         let Some(link) = self.link(address.link) else { return false };
         let is_named = match named {
@@ -95,7 +101,11 @@ impl Host {
         link.up && (!link.loopback || is_named) && !is_ours && is_free && usable
     }
 
-    /// The interface that the settings ask for. Without a default route the present one is preferred.
+    /// Returns the address that the settings select. Without a default route the present one is
+    /// preferred.
+    ///
+    /// # Errors
+    /// Fails if the kernel cannot be queried.
     pub(super) fn by_config(
         &self,
         netlink: &mut Netlink,
@@ -130,7 +140,7 @@ impl Host {
         self.find(|address| self.is_called(address, name))
     }
 
-    /// The source address that the kernel would use for packets to this one.
+    /// Returns the source address that the kernel would use for packets to `to`.
     fn by_route(&self, netlink: &mut Netlink, to: IpAddr) -> Option<Address> {
         let found = netlink.route(&Query::to(to)).ok()?;
         let of_family = |address: &Address| address.ip.is_ipv4() == to.is_ipv4();
@@ -139,6 +149,7 @@ impl Host {
             .or_else(|| self.find(|address| address.link == found.link && of_family(address)))
     }
 
+    /// Returns the choice without the setting `iface`.
     fn by_default(
         &self,
         netlink: &mut Netlink,
@@ -181,13 +192,14 @@ impl Host {
         Ok(targets.find_map(|to| self.by_route(netlink, to)))
     }
 
-    /// The choice among several uplinks by the peers that they lead to. A VPN or a mobile uplink may have the
-    /// better default route and lead to none of them.
+    /// Chooses among several uplinks by the peers that they lead to. A VPN or a mobile uplink may have
+    /// the better default route without leading to any peer.
     ///
-    /// `ranked` are the addresses with default routes, better ones first. The best of them is taken if it
-    /// leads to as many peers as the present one, `held`; so membership alone never moves an underlay to and
-    /// fro. A present one without a default route was chosen for the peers in its network, and stays with
-    /// them, whatever addresses others have for the moment. None, if no address leads to a peer.
+    /// `ranked` are the addresses with default routes, better ones first. The first one is chosen if it
+    /// leads to at least as many peers as the present one, `held`; so changes of membership alone never
+    /// move an underlay back and forth. A present address without a default route was chosen for the
+    /// peers in its network, and stays with them, whatever addresses other interfaces have temporarily.
+    /// Returns `None` if no address leads to a peer.
     fn towards_peers(&self, ranked: &[Address], held: Option<Address>) -> Option<Address> {
         let count = |address: &Address| self.count_peers(address);
         let (best, held) = (ranked.first(), held.as_ref());
@@ -198,14 +210,14 @@ impl Host {
         let of_held = held.map_or(0, count);
         match best.map_or(0, count) {
             0 if of_held == 0 => {
-                // Those of a VPN that takes all packets lead to any peer. An underlay that is in use moves
-                // only to the peers' own network.
+                // A VPN that takes all packets leads to any peer. An underlay in use moves only to the
+                // peers' own network.
                 let count = |address: &Address| match held {
                     Some(_) => self.count_neighbors(address),
                     None => count(address),
                 };
                 let others = self.candidates.iter().filter(|address| count(address) > 0);
-                // Of several with as many the first, which is the better one.
+                // Of several with the same count, the first is the best one.
                 others.rev().max_by_key(|address| count(address)).copied()
             }
             of_best if of_best >= of_held => best.copied(),
@@ -213,7 +225,7 @@ impl Host {
         }
     }
 
-    /// How many peers the kernel reaches by the interface of an address, or are in its network.
+    /// Returns how many peers the kernel reaches by the interface of an address, or are in its network.
     fn count_peers(&self, address: &Address) -> usize {
         let leads = |(peer, link): &&(IpAddr, u32)| {
             let by_it = *link == address.link && peer.is_ipv4() == address.ip.is_ipv4();
@@ -222,25 +234,23 @@ impl Host {
         self.peers.iter().filter(leads).count()
     }
 
-    /// How many peers are in the network of an address.
+    /// Returns how many peers are in the network of an address.
     fn count_neighbors(&self, address: &Address) -> usize {
         let is_near = |(peer, _): &&(IpAddr, u32)| is_neighbor(address, peer);
         if self.has_carrier(address) { self.peers.iter().filter(is_near).count() } else { 0 }
-    }
-
-    pub(super) fn no_carrier(&self, link: &Link) -> UnderlayError {
-        UnderlayError::NoCarrier { iface: link.name.clone(), why: absence(link, &self.links) }
     }
 
     fn has_carrier(&self, address: &Address) -> bool {
         self.link(address.link).is_some_and(|link| link.carrier)
     }
 
-    fn is_called(&self, address: &Address, name: &str) -> bool {
+    /// Returns whether the interface of the address has this name.
+    pub(super) fn is_called(&self, address: &Address, name: &str) -> bool {
         self.link(address.link).is_some_and(|link| link.is_called(name))
     }
 
-    /// A bridge with no route of its own is the home of virtual machines or containers.
+    /// Returns the only candidate. A bridge without a route serves virtual machines or containers, and
+    /// is ignored.
     fn only_candidate(&self) -> Option<Address> {
         let is_bridge =
             |address: &Address| self.link(address.link).is_none_or(|link| link.kind == "bridge");
@@ -249,7 +259,7 @@ impl Host {
         others.copied().all(|address| address.link == first.link).then_some(first)
     }
 
-    /// The present choice, by the name of its interface, which may be another one by now.
+    /// Returns the present address, by the name of its interface, which may have been created again.
     pub(super) fn held(&self, present: &ChosenUnderlay, choice: &IfaceChoice) -> Option<Address> {
         let is_bound_to = |link: &Link| match choice {
             IfaceChoice::Name(name) => link.is_called(name),
@@ -260,11 +270,11 @@ impl Host {
         })
     }
 
-    /// The present address, if its interface still has it although nothing new should begin to use it.
+    /// Returns the present address if its interface still has it, even if the address is deprecated.
     ///
     /// # Errors
-    /// The interface has become a port of another one.
-    pub(super) fn fading(
+    /// Fails if the interface has become a port of another one.
+    pub(super) fn deprecated_present(
         &self,
         present: &ChosenUnderlay,
     ) -> Result<Option<Address>, UnderlayError> {
@@ -280,23 +290,10 @@ impl Host {
         }
     }
 
-    /// That the named interface has an address and is a port of another one.
-    pub(super) fn misplaced(&self, choice: &IfaceChoice) -> Option<UnderlayError> {
-        let IfaceChoice::Name(name) = choice else { return None };
-        let mut own = self.addresses.iter();
-        let own = own.find(|address| is_reachable(address.ip) && self.is_called(address, name));
-        self.left_on_port(own?)
-    }
-
-    /// That the interface of an address is a port of another one, such as a bridge, which takes its packets.
-    fn left_on_port(&self, address: &Address) -> Option<UnderlayError> {
-        let link = self.link(address.link)?;
-        let controller = self.link(link.controller()?).filter(|other| other.kind != "vrf")?;
-        let (iface, controller) = (link.name.clone(), controller.name.clone());
-        let address = IpNet::new(address.ip, address.prefix_len).ok()?;
-        Some(UnderlayError::Port { iface, controller, address })
-    }
-
+    /// Completes the choice of an address.
+    ///
+    /// # Errors
+    /// Fails if the setting `mtu` exceeds what the interface carries.
     pub(super) fn chosen(
         &self,
         netlink: &mut Netlink,
@@ -335,8 +332,8 @@ impl Host {
         })
     }
 
-    /// The MTU of the interface by which packets from an address of the loopback interface leave; without a
-    /// route, the smallest of those that could carry them.
+    /// Returns the MTU of the interface by which packets from a loopback address leave; without a route,
+    /// the smallest MTU of the possible interfaces.
     fn mtu_from(&self, netlink: &mut Netlink, from: IpAddr) -> u32 {
         let distant = DISTANT.into_iter().find(|to| to.is_ipv4() == from.is_ipv4());
         let query = distant.map(|to| Query { from: Some(from), ..Query::to(to) });
@@ -350,124 +347,21 @@ impl Host {
         let by_route = by_route.filter(|link| !link.loopback).map(mtu);
         by_route.or_else(|| carriers().map(mtu).min()).unwrap_or(ETHERNET_MTU)
     }
-
-    pub(super) fn no_match(&self, choice: &IfaceChoice) -> UnderlayError {
-        let what = match choice {
-            IfaceChoice::Name(name) => self.why_not(name),
-            IfaceChoice::Address(ip) => format!("no interface that is up has address {ip}"),
-            IfaceChoice::Regex(regex) => format!("no interface that is up matches {regex}"),
-            IfaceChoice::CanReach(ip) => format!("no interface leads to {ip}"),
-            IfaceChoice::Default => {
-                "there is no default route: wait for the network, or choose an \
-                                     interface with --iface"
-                    .to_owned()
-            }
-        };
-        let named = |address: &Address| {
-            self.link(address.link).map(|link| format!("{} ({})", link.name, address.ip))
-        };
-        let list: Vec<_> = self.candidates.iter().filter_map(named).collect();
-        let mut candidates = if list.is_empty() { "none".to_owned() } else { list.join(", ") };
-        let unused = self.addresses.iter().filter(|address| is_reachable(address.ip));
-        let unused = unused.filter_map(|address| {
-            let named = named(address)?;
-            if address.duplicate {
-                Some(format!(
-                    "; another machine has the address of {named}, too, so it is not used"
-                ))
-            } else if address.tentative {
-                Some(format!(
-                    "; {named} is not used before the kernel knows that no other machine has it"
-                ))
-            } else if address.deprecated {
-                Some(format!(
-                    "; {named} is deprecated, so it is not used: its router or DHCP server has not \
-                     renewed it, or its preferred lifetime was set to 0 (ip addr show)"
-                ))
-            } else {
-                None
-            }
-        });
-        candidates.extend(unused.take(UNUSED));
-        UnderlayError::NoMatch { what, candidates }
-    }
-
-    /// That another interface than the named one has the present address: one was renamed, or became a port
-    /// of a bridge.
-    pub(super) fn moved(&self, present: &ChosenUnderlay, config: &Config) -> Option<UnderlayError> {
-        let IfaceChoice::Name(iface) = &config.iface else { return None };
-        let holder = self.addresses.iter().find(|address| address.ip == present.local)?;
-        let link = self.link(holder.link).filter(|link| link.up && !link.is_called(iface))?;
-        let (address, iface, now) = (present.local, iface.clone(), link.name.clone());
-        Some(UnderlayError::Moved { address, iface, now })
-    }
-
-    /// That the interface has lost the present address, if that is all there is to say.
-    pub(super) fn vanished(
-        &self,
-        present: &ChosenUnderlay,
-        config: &Config,
-    ) -> Option<UnderlayError> {
-        let link = self.links.iter().find(|link| link.name == present.name && link.up)?;
-        let mut own = self.addresses.iter().filter(|address| address.link == link.index);
-        if own.any(|address| address.ip == present.local) {
-            return None;
-        }
-        let is_other = |address: &&Address| {
-            let ipv4 = present.local.is_ipv4();
-            address.link == link.index && address.ip.is_ipv4() == ipv4
-        };
-        let others = self.addresses.iter().filter(is_other);
-        let others: Vec<String> = others.map(|address| address.ip.to_string()).collect();
-        let (address, iface) = (present.local, link.name.clone());
-        let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
-        let others = match others.as_slice() {
-            [] => format!("no {family} address"),
-            others => others.join(", "),
-        };
-        let awaited = match (&config.iface, config.listen.filter(|at| !at.ip().is_unspecified())) {
-            (IfaceChoice::Default, None) => {
-                format!("an interface with a default route has an {family} address")
-            }
-            (IfaceChoice::Name(_), None) => format!("{iface} has an {family} address"),
-            (IfaceChoice::Regex(regex), None) => {
-                format!("an interface that matches {regex} has an {family} address")
-            }
-            (IfaceChoice::CanReach(ip), None) => {
-                format!("an interface with an {family} address leads to {ip}")
-            }
-            _ => "the address is back".to_owned(),
-        };
-        Some(UnderlayError::Vanished { address, iface, others, awaited })
-    }
-
-    fn why_not(&self, name: &str) -> String {
-        let Some(link) = self.links.iter().find(|link| link.is_called(name)) else {
-            return format!("there is no interface {name}");
-        };
-        let controller = link.controller().and_then(|index| self.link(index));
-        match controller.filter(|controller| controller.kind != "vrf") {
-            _ if !link.up => format!("interface {name} is down"),
-            Some(controller) => {
-                format!("interface {name} is a port of {0}: name {0} instead", controller.name)
-            }
-            None => format!("interface {name} has no address that peers could reach"),
-        }
-    }
 }
 
+/// Returns whether the peer is in the network of the address.
 fn is_neighbor(address: &Address, peer: &IpAddr) -> bool {
     IpNet::new(address.ip, address.prefix_len).is_ok_and(|network| network.contains(peer))
 }
 
-/// What the operator has named.
+/// The interface or address that the operator has named.
 #[derive(Clone, Copy)]
 enum Named<'a> {
     Link(&'a str),
     Address(IpAddr),
 }
 
-/// The kernel's source addresses on those interfaces that have several addresses of one family.
+/// Returns the kernel's source addresses on interfaces with several addresses of one family.
 fn sources(netlink: &mut Netlink, candidates: &[Address]) -> Vec<(u32, IpAddr)> {
     let mut asked = Vec::new();
     let mut sources = Vec::new();
@@ -486,9 +380,9 @@ fn sources(netlink: &mut Netlink, candidates: &[Address]) -> Vec<(u32, IpAddr)> 
     sources
 }
 
-/// Whether peers on other hosts could send to an address. Those between a host and its own translator of IPv4
-/// to IPv6 (RFC 7335) are the same on every host.
-const fn is_reachable(ip: IpAddr) -> bool {
+/// Returns whether peers on other hosts could reach an address. Addresses between a host and its own
+/// IPv4-to-IPv6 translator (RFC 7335) are the same on every host.
+pub(super) const fn is_reachable(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {
             let is_translated = matches!(ip.octets(), [192, 0, 0, 0..=7]);

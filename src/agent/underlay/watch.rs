@@ -1,63 +1,65 @@
-//! When a change of the underlay counts.
+//! Decides when a change of the underlay counts.
 //!
-//! An address that is away for less than a second (DHCP renewal, a restarted network manager) changes
-//! nothing, and a better default route counts when it has stayed for two. Whatever makes the present
-//! address work again counts at once. No clock, no kernel: looks come in, changes go out.
+//! An address that is missing for less than a second (DHCP renewal, a restarted network manager) changes
+//! nothing, and a better default route counts after two seconds. A change that makes the present address
+//! work again counts immediately. Pure: it reads no clock and no kernel.
 
 use std::time::{Duration, Instant};
 
-use super::{ChosenUnderlay, Look, UnderlayError};
+use super::{ChosenUnderlay, UnderlayCheck, UnderlayError};
 
-/// An address may be away for so long.
-const GRACE: Duration = Duration::from_secs(1);
-/// A better interface has to be there for so long.
-const SETTLE: Duration = Duration::from_secs(2);
-/// Without an underlay, or with another one in sight, the interfaces are looked at this often, whatever the
-/// kernel tells.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// Time for which the address may be missing.
+const LOSS_GRACE: Duration = Duration::from_secs(1);
+/// Time for which a better interface must exist.
+const SETTLE_TIME: Duration = Duration::from_secs(2);
+/// Time between two checks of the interfaces while there is no underlay or another one has appeared, in
+/// addition to change notifications.
+const RECHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// The state between looks.
+/// The present underlay and pending changes.
 #[derive(Debug)]
 pub struct Watch {
     present: ChosenUnderlay,
-    /// Since when the present address is gone.
+    /// Since when the present address is missing.
     lost: Option<Instant>,
-    /// What is about to replace the present choice, and since when it is there.
-    coming: Option<(ChosenUnderlay, Instant)>,
-    /// The problem that was told last.
-    told: Option<UnderlayError>,
+    /// A candidate to replace the present underlay, and since when it exists.
+    candidate: Option<(ChosenUnderlay, Instant)>,
+    /// The last reported problem.
+    reported: Option<UnderlayError>,
+    /// When to check again regardless of notifications.
     look_at: Option<Instant>,
 }
 
 impl Watch {
-    /// Begins with the choice of the start. One that is only remembered is replaced as soon as there is
-    /// another.
+    /// Starts with the underlay chosen at startup. A remembered one is replaced as soon as another
+    /// exists.
     pub fn new(now: Instant, present: ChosenUnderlay) -> Self {
         let look_at = (!present.is_present()).then_some(now);
-        Self { present, lost: None, coming: None, told: None, look_at }
+        Self { present, lost: None, candidate: None, reported: None, look_at }
     }
 
+    /// Returns the present underlay.
     pub const fn present(&self) -> &ChosenUnderlay {
         &self.present
     }
 
-    /// When the interfaces are to be looked at, whatever the kernel tells.
+    /// Returns when to check the interfaces regardless of notifications.
     pub const fn due(&self) -> Option<Instant> {
         self.look_at
     }
 
-    /// Takes in a look at the interfaces. Gives what has changed: the new choice, or a problem.
+    /// Processes a check of the interfaces. Returns a change: the new underlay, or a problem.
     pub fn step(
         &mut self,
         now: Instant,
-        look: Look,
+        check: UnderlayCheck,
     ) -> Option<Result<ChosenUnderlay, UnderlayError>> {
-        let change = match look.found {
-            Ok(found) => self.on_found(now, found, look.present_holds).map(Ok),
-            Err(error) => self.on_nothing(now, error).map(Err),
+        let change = match check.found {
+            Ok(found) => self.on_found(now, found, check.present_holds).map(Ok),
+            Err(error) => self.on_missing(now, error).map(Err),
         };
-        let unsettled = self.lost.is_some() || self.coming.is_some() || self.told.is_some();
-        self.look_at = unsettled.then(|| now + LOOK_AGAIN);
+        let unsettled = self.lost.is_some() || self.candidate.is_some() || self.reported.is_some();
+        self.look_at = unsettled.then(|| now + RECHECK_INTERVAL);
         change
     }
 
@@ -68,8 +70,8 @@ impl Watch {
         present_holds: bool,
     ) -> Option<ChosenUnderlay> {
         if found.local == self.present.local && found.name == self.present.name {
-            (self.lost, self.coming) = (None, None);
-            let had_problem = self.told.take().is_some();
+            (self.lost, self.candidate) = (None, None);
+            let had_problem = self.reported.take().is_some();
             let is_news = found != self.present || had_problem;
             self.present.clone_from(&found);
             return is_news.then_some(found);
@@ -77,35 +79,37 @@ impl Watch {
         let wait = if !self.present.is_present() {
             Duration::ZERO
         } else if present_holds {
-            SETTLE
+            SETTLE_TIME
         } else {
-            GRACE
+            LOSS_GRACE
         };
         self.lost = if present_holds { None } else { self.lost.or(Some(now)) };
         let (_, there_since) = self
-            .coming
-            .take_if(|(coming, _)| coming.local == found.local && coming.name == found.name)
+            .candidate
+            .take_if(|(candidate, _)| {
+                candidate.local == found.local && candidate.name == found.name
+            })
             .unwrap_or((found.clone(), now));
-        // While there is nothing to lose the new one need not prove itself.
+        // Without a working address, the candidate need not exist for any time itself.
         let since = if present_holds { there_since } else { self.lost.unwrap_or(there_since) };
         if now.saturating_duration_since(since) < wait {
-            self.coming = Some((found, there_since));
+            self.candidate = Some((found, there_since));
             return None;
         }
-        (self.lost, self.told) = (None, None);
+        (self.lost, self.reported) = (None, None);
         self.present.clone_from(&found);
         Some(found)
     }
 
-    fn on_nothing(&mut self, now: Instant, error: UnderlayError) -> Option<UnderlayError> {
-        self.coming = None;
+    fn on_missing(&mut self, now: Instant, error: UnderlayError) -> Option<UnderlayError> {
+        self.candidate = None;
         let since = *self.lost.get_or_insert(now);
-        let patience = if self.present.is_present() { GRACE } else { Duration::ZERO };
+        let patience = if self.present.is_present() { LOSS_GRACE } else { Duration::ZERO };
         let is_over = now.saturating_duration_since(since) >= patience;
-        if !is_over || self.told.as_ref() == Some(&error) {
+        if !is_over || self.reported.as_ref() == Some(&error) {
             return None;
         }
-        self.told = Some(error.clone());
+        self.reported = Some(error.clone());
         Some(error)
     }
 }
@@ -122,13 +126,13 @@ mod tests {
         }
     }
 
-    fn found(chosen: &ChosenUnderlay, present_holds: bool) -> Look {
-        Look { found: Ok(chosen.clone()), present_holds }
+    fn found(chosen: &ChosenUnderlay, present_holds: bool) -> UnderlayCheck {
+        UnderlayCheck { found: Ok(chosen.clone()), present_holds }
     }
 
-    fn nothing() -> Look {
+    fn nothing() -> UnderlayCheck {
         let error = UnderlayError::NoMatch { what: "gone".to_owned(), candidates: String::new() };
-        Look { found: Err(error), present_holds: false }
+        UnderlayCheck { found: Err(error), present_holds: false }
     }
 
     fn ms(ms: u64) -> Duration {
@@ -136,18 +140,18 @@ mod tests {
     }
 
     #[test]
-    fn address_away_for_less_than_a_second_changes_nothing() {
+    fn address_missing_for_less_than_a_second_changes_nothing() {
         let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
         let mut watch = Watch::new(start, eth0.clone());
         assert_eq!(watch.due(), None, "a choice that stands needs no timer");
         assert_eq!(watch.step(start, nothing()), None);
-        assert_eq!(watch.due(), Some(start + LOOK_AGAIN));
+        assert_eq!(watch.due(), Some(start + RECHECK_INTERVAL));
         assert_eq!(watch.step(start + ms(900), found(&eth0, true)), None);
         assert_eq!(watch.due(), None);
     }
 
     #[test]
-    fn address_away_for_longer_is_told_once_and_its_return_at_once() {
+    fn longer_missing_address_is_reported_once_and_its_return_immediately() {
         let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
         let mut watch = Watch::new(start, eth0);
         assert_eq!(watch.step(start, nothing()), None);
@@ -160,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn better_interface_has_to_stay_for_two_seconds() {
+    fn better_interface_is_chosen_after_two_seconds() {
         let (start, eth0, lte) = (Instant::now(), chosen("eth0", 1, 2), chosen("wwan0", 9, 3));
         let mut watch = Watch::new(start, lte.clone());
         assert_eq!(watch.step(start, found(&eth0, true)), None);
@@ -171,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn other_address_in_the_place_of_a_lost_one_counts_after_a_second() {
+    fn replacement_of_lost_address_is_chosen_after_a_second() {
         let (start, old, new) = (Instant::now(), chosen("eth0", 1, 2), chosen("eth0", 2, 2));
         let mut watch = Watch::new(start, old);
         assert_eq!(watch.step(start, nothing()), None);
@@ -180,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn host_without_network_takes_the_first_that_comes() {
+    fn host_without_network_chooses_first_address() {
         let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
         let mut watch = Watch::new(start, ChosenUnderlay::remembered([192, 0, 2, 5].into(), None));
         assert_eq!(watch.due(), Some(start));
@@ -191,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn other_mtu_of_the_same_interface_counts_at_once() {
+    fn mtu_change_is_reported_immediately() {
         let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
         let mut watch = Watch::new(start, eth0.clone());
         let narrow = ChosenUnderlay { mtu: 1350, ..eth0 };

@@ -1,4 +1,4 @@
-//! An API server of the test's own: nodes, errors and delays as the real one has them.
+//! A simulated API server: nodes, errors and delays as the real one has them.
 
 use std::{
     collections::BTreeMap,
@@ -17,18 +17,18 @@ use serde_json::{Value, json};
 /// The lab's router.
 const ADDRESS: &str = "10.99.0.1";
 const ACCOUNT: &str = "/run/secrets/kubernetes.io/serviceaccount";
-/// Longer than anything waits for an answer.
-const SILENCE: Duration = Duration::from_secs(60);
+/// Longer than any client waits for an answer.
+const SILENT_DURATION: Duration = Duration::from_secs(60);
 
-/// How questions of one kind are answered.
+/// How requests of one kind are answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mood {
+pub enum Behavior {
     Well,
-    /// An error of the API server's own, with this status.
+    /// An error of the API server itself, with this status.
     Fails(u16),
     /// No answer for a long time.
     Silent,
-    /// A page of a proxy in front of it, with status 404.
+    /// The page of a proxy in front of the server, with status 404.
     ProxyPage,
     /// The object of another node.
     Mistaken,
@@ -38,11 +38,11 @@ pub enum Mood {
 
 struct Shared {
     nodes: BTreeMap<String, Value>,
-    /// What its cache still has of nodes.
+    /// The state of nodes in the server's cache.
     cached: BTreeMap<String, Value>,
-    get: Mood,
-    list: Mood,
-    /// Questions about one node.
+    get: Behavior,
+    list: Behavior,
+    /// Number of requests about one node.
     asked: usize,
 }
 
@@ -54,7 +54,7 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Starts one without nodes, and puts an account for it where pods have theirs.
+    /// Starts a server without nodes, and writes a service account to the place where pods have theirs.
     pub fn start() -> anyhow::Result<Self> {
         let made = rcgen::generate_simple_self_signed([ADDRESS.to_owned()])?;
         fs::create_dir_all(ACCOUNT)?;
@@ -72,7 +72,7 @@ impl ApiServer {
         let tls = Arc::new(tls);
         let listener = TcpListener::bind((ADDRESS, 0))?;
         let (nodes, cached) = (BTreeMap::new(), BTreeMap::new());
-        let shared = Shared { nodes, cached, get: Mood::Well, list: Mood::Well, asked: 0 };
+        let shared = Shared { nodes, cached, get: Behavior::Well, list: Behavior::Well, asked: 0 };
         let server =
             Self { port: listener.local_addr()?.port(), shared: Arc::new(Mutex::new(shared)) };
         let serving = server.clone();
@@ -89,7 +89,7 @@ impl ApiServer {
         Ok(server)
     }
 
-    /// Registers a node, in the place of one of that name.
+    /// Registers a node, and replaces an existing one of that name.
     pub fn register(&self, name: &str, ip: &str, cidrs: &[&str]) {
         let mut spec = json!({});
         if let [first, ..] = cidrs {
@@ -112,23 +112,23 @@ impl ApiServer {
         self.lock().nodes.remove(name);
     }
 
-    /// Keeps what is registered now as the answer to questions that allow an old one.
+    /// Keeps the current nodes as the answer to requests that allow a stale one.
     pub fn freeze_cache(&self) {
         let mut shared = self.lock();
         shared.cached = shared.nodes.clone();
     }
 
-    pub fn answer(&self, get: Mood, list: Mood) {
+    pub fn answer(&self, get: Behavior, list: Behavior) {
         let mut shared = self.lock();
         (shared.get, shared.list) = (get, list);
     }
 
-    /// How often it was asked about a node.
+    /// Returns how often it was queried about a node.
     pub fn count(&self) -> usize {
         self.lock().asked
     }
 
-    /// What a pod finds in its environment.
+    /// Returns the environment variables of a pod.
     pub fn variables(&self) -> [(&'static str, String); 2] {
         variables(self.port)
     }
@@ -155,9 +155,9 @@ impl ApiServer {
             let mood = if name.is_some() { shared.get } else { shared.list };
             let answer = match (mood, name) {
                 _ if !allowed => failure(401, "Unauthorized", ""),
-                (Mood::Fails(code), _) => failure(code, "the test says no", ""),
-                (Mood::ProxyPage, _) => (404, "<html>no such page</html>".to_owned()),
-                (Mood::Mistaken, _) => (200, json!({ "kind": "Node", "spec": {} }).to_string()),
+                (Behavior::Fails(code), _) => failure(code, "the test says no", ""),
+                (Behavior::ProxyPage, _) => (404, "<html>no such page</html>".to_owned()),
+                (Behavior::Mistaken, _) => (200, json!({ "kind": "Node", "spec": {} }).to_string()),
                 (_, Some(name)) => {
                     let old = shared.cached.get(name).filter(|_| query == "resourceVersion=0");
                     let found = old.or_else(|| shared.nodes.get(name));
@@ -171,24 +171,24 @@ impl ApiServer {
             };
             (mood, answer)
         };
-        if mood == Mood::Silent {
-            thread::sleep(SILENCE);
+        if mood == Behavior::Silent {
+            thread::sleep(SILENT_DURATION);
         }
         let length = body.len();
         let head = format!("HTTP/1.1 {status} Some\r\ncontent-length: {length}\r\n\r\n");
-        let sent = if mood == Mood::Cut { &body[..length / 2] } else { &body };
+        let sent = if mood == Behavior::Cut { &body[..length / 2] } else { &body };
         let stream = stream.get_mut();
         stream.write_all((head + sent).as_bytes())?;
         stream.flush()
     }
 }
 
-/// The environment of a pod whose API server is at this port.
+/// Returns the environment of a pod whose API server is at this port.
 pub fn variables(port: u16) -> [(&'static str, String); 2] {
     [("KUBERNETES_SERVICE_HOST", ADDRESS.to_owned()), ("KUBERNETES_SERVICE_PORT", port.to_string())]
 }
 
-/// A port at which nothing listens.
+/// Returns a port at which no program listens.
 pub fn closed_port() -> u16 {
     let listener = TcpListener::bind((ADDRESS, 0)).expect("a port");
     let address = listener.local_addr().expect("its address");
@@ -197,7 +197,7 @@ pub fn closed_port() -> u16 {
     address.port()
 }
 
-/// An error as the API server words it.
+/// Returns an error in the API server's format.
 fn failure(code: u16, message: &str, name: &str) -> (u16, String) {
     let reason = match code {
         401 => "Unauthorized",

@@ -1,4 +1,4 @@
-//! The Helm chart: by its default values it makes what the manifests say, and by others what those say.
+//! The Helm chart: its default values render the manifests, and other values render what they describe.
 
 use std::{collections::BTreeMap, fs, io::Write as _, process::Command};
 
@@ -9,7 +9,7 @@ use crate::common::{program, skipped};
 
 const CHART: &str = "config/chart";
 
-/// What Helm makes of the chart, or what it says against it; none without Helm.
+/// Renders the chart. Returns the objects, or Helm's error; None without Helm.
 fn render(values: &Value) -> Option<Result<Vec<Value>, String>> {
     let mut file = tempfile::Builder::new().suffix(".json").tempfile().expect("a file");
     write!(file, "{values}").expect("written");
@@ -23,7 +23,7 @@ fn render(values: &Value) -> Option<Result<Vec<Value>, String>> {
     })
 }
 
-/// Skips a test where there is no Helm.
+/// Skips a test where Helm is not installed.
 macro_rules! rendered {
     ($test:literal, $values:expr) => {
         match render(&$values) {
@@ -33,7 +33,7 @@ macro_rules! rendered {
     };
 }
 
-/// Objects by what they are and how they are called.
+/// Returns objects by kind and name.
 fn by_name(objects: Vec<Value>) -> BTreeMap<String, Value> {
     let name = |object: &Value| format!("{} {}", object["kind"], object["metadata"]["name"]);
     objects.into_iter().map(|object| (name(&object), object)).collect()
@@ -43,7 +43,7 @@ fn pod(object: &Value) -> &Value {
     &object["spec"]["template"]["spec"]
 }
 
-/// The variables of the agent's container that have a value of their own.
+/// Returns the environment variables of the agent's container that have a literal value.
 fn variables(set: &Value) -> BTreeMap<String, String> {
     let all = list(&pod(set)["containers"][0]["env"]).iter();
     let valued = all.filter(|variable| !variable["value"].is_null());
@@ -51,10 +51,10 @@ fn variables(set: &Value) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn the_chart_makes_object_by_object_what_the_manifests_say() {
+fn chart_with_defaults_renders_the_manifests() {
     for (manifest, source) in MANIFESTS.into_iter().zip(["podcidr", "gossip"]) {
         let values = json!({ "leaseSource": source });
-        let made = rendered!("the_chart_makes_object_by_object_what_the_manifests_say", values);
+        let made = rendered!("chart_with_defaults_renders_the_manifests", values);
         let made = by_name(made.expect("rendered"));
         let written = by_name(objects(&fs::read_to_string(manifest).expect(manifest)));
         assert_eq!(made.keys().collect::<Vec<_>>(), written.keys().collect::<Vec<_>>());
@@ -67,7 +67,7 @@ fn the_chart_makes_object_by_object_what_the_manifests_say() {
 }
 
 #[test]
-fn the_charts_values_are_found_in_what_it_makes() {
+fn chart_values_appear_in_the_rendered_objects() {
     let values = json!({
         "network": "10.244.0.0/16",
         "network6": "fd00:10:244::/56",
@@ -83,7 +83,7 @@ fn the_charts_values_are_found_in_what_it_makes() {
         "podAnnotations": { "example/scrape": "yes" },
         "maxUnavailable": "10%",
     });
-    let made = rendered!("the_charts_values_are_found_in_what_it_makes", values);
+    let made = rendered!("chart_values_appear_in_the_rendered_objects", values);
     let made = by_name(made.expect("rendered"));
     let set = &made["\"DaemonSet\" \"gossamer\""];
     let expected = [
@@ -115,15 +115,12 @@ fn the_charts_values_are_found_in_what_it_makes() {
 }
 
 #[test]
-fn the_chart_with_gossip_has_one_first_node_and_tells_the_others_its_address() {
+fn chart_with_gossip_leases_has_one_creator_and_passes_its_address() {
     let values = json!({
         "leaseSource": "gossip", "join": ["10.0.0.1", "n1.example"], "secret": { "token": "gsm1-abc" },
         "settings": { "iface": "eth1" }, "nodeSelector": { "zone": "a" },
     });
-    let made = rendered!(
-        "the_chart_with_gossip_has_one_first_node_and_tells_the_others_its_address",
-        values
-    );
+    let made = rendered!("chart_with_gossip_leases_has_one_creator_and_passes_its_address", values);
     let made = by_name(made.expect("rendered"));
     let file = text(&made["\"Secret\" \"gossamer\""]["stringData"]["gossamer.toml"]);
     let file: toml::Table = file.parse().expect("TOML");
@@ -132,7 +129,7 @@ fn the_chart_with_gossip_has_one_first_node_and_tells_the_others_its_address() {
         let set = &made[&format!("\"DaemonSet\" \"{name}\"")];
         assert_eq!(pod(set)["nodeSelector"]["gossamer"].as_str(), first);
         assert_eq!(pod(set)["nodeSelector"]["zone"], "a");
-        // An interface that is named takes the place of the node's own address.
+        // A configured interface takes the place of the node's own address.
         let env = list(&pod(set)["containers"][0]["env"]).iter();
         let interfaces: Vec<_> = env.filter(|one| one["name"] == "GOSSAMER_IFACE").collect();
         assert_eq!(interfaces.len(), 1, "{interfaces:?}");
@@ -141,12 +138,12 @@ fn the_chart_with_gossip_has_one_first_node_and_tells_the_others_its_address() {
 }
 
 #[test]
-fn values_that_the_chart_does_not_know_are_refused_by_name() {
+fn unknown_chart_values_are_rejected_by_name() {
     for (values, named) in [
         (json!({ "netwrok": "10.0.0.0/16" }), "netwrok"),
         (json!({ "network": "10.0.0.0" }), "network"),
         (json!({ "settings": { "mtuu": 1400 } }), "mtuu"),
-        // They have a place of their own.
+        // These settings have their own place in the values.
         (json!({ "settings": { "network": "10.0.0.0/16" } }), "network"),
         (json!({ "settings": { "mtu": { "a": 1 } } }), "mtu"),
         (json!({ "leaseSource": "etcd" }), "leaseSource"),
@@ -154,19 +151,19 @@ fn values_that_the_chart_does_not_know_are_refused_by_name() {
         (json!({ "join": ["10.0.0.1"] }), "secret.token"),
         (json!({ "leaseSource": "gossip", "secret": { "token": "a" } }), "gossamer=first"),
     ] {
-        let made = rendered!("values_that_the_chart_does_not_know_are_refused_by_name", values);
+        let made = rendered!("unknown_chart_values_are_rejected_by_name", values);
         let error = made.expect_err(named);
         assert!(error.contains(named), "{named}: {error}");
     }
 }
 
 #[test]
-fn the_example_of_the_documentation_is_taken_as_it_is_written() {
+fn documented_chart_values_render_as_written() {
     let page = fs::read_to_string("docs/KUBERNETES.md").expect("the page");
     let blocks = page.split("```yaml\n").filter_map(|block| block.split("\n```").next());
     let example = blocks.into_iter().find(|block| block.starts_with("# mine.yaml"));
     let values = objects(example.expect("an example")).remove(0);
-    let made = rendered!("the_example_of_the_documentation_is_taken_as_it_is_written", values);
+    let made = rendered!("documented_chart_values_render_as_written", values);
     let made = by_name(made.expect("rendered"));
     let variables = variables(&made["\"DaemonSet\" \"gossamer\""]);
     assert_eq!(variables.get("GOSSAMER_NETWORK6"), Some(&"fd00:10:244::/56".to_owned()));
@@ -175,7 +172,7 @@ fn the_example_of_the_documentation_is_taken_as_it_is_written() {
 
 /// Needs no Helm.
 #[test]
-fn the_chart_is_of_this_version_and_its_schema_names_settings_that_there_are() {
+fn chart_has_this_version_and_its_schema_lists_existing_settings() {
     let read = |file: &str| fs::read_to_string(format!("{CHART}/{file}")).expect(file);
     let chart = objects(&read("Chart.yaml")).remove(0);
     assert_eq!(chart["version"], env!("CARGO_PKG_VERSION"));
@@ -190,7 +187,7 @@ fn the_chart_is_of_this_version_and_its_schema_names_settings_that_there_are() {
         let variable = format!("GOSSAMER_{}=", key.to_uppercase());
         assert!(help.contains(&variable), "{variable}");
     }
-    // Each value has a place in the schema, and each place a default.
+    // Each value has an entry in the schema, and each entry has a default.
     let defaults = objects(&read("values.yaml")).remove(0);
     let places = schema["properties"].as_object().expect("properties").keys();
     let defaults = defaults.as_object().expect("values").keys();

@@ -1,16 +1,16 @@
-//! Dual-stack clusters, and the calls of a kubelet's runtime there.
+//! Dual-stack clusters, and the calls of a kubelet's runtime in them.
 
 use serde_json::{Value, json};
 
 use super::{api_server::ApiServer, manifests::start_as_kubelet, nodes};
 use crate::{
     cni::{Runtime, namespaces},
-    common::{TIMEOUT, client, gossamer_token, isolated, run, skipped, tool},
+    common::{TIMEOUT, client, isolated, new_token, run, skipped, tool},
 };
 
 const NETWORK6: &str = "fd00:42::/56";
 
-/// The addresses of a result, without their lengths.
+/// Returns the addresses of a result, without prefix lengths.
 fn addresses(result: &Value) -> Vec<String> {
     let ips = result["ips"].as_array().expect("addresses");
     let text = |ip: &Value| ip["address"].as_str().expect("an address").to_owned();
@@ -18,15 +18,15 @@ fn addresses(result: &Value) -> Vec<String> {
 }
 
 #[test]
-fn pods_of_a_dual_stack_cluster_have_an_address_of_each_pod_cidr_whichever_comes_first() {
+fn dual_stack_pods_have_an_address_of_each_pod_cidr_in_either_order() {
     isolated(|lab| {
         let server = ApiServer::start()?;
         let hosts = nodes(lab, &server, 2)?;
-        let token = gossamer_token()?;
+        let token = new_token()?;
         for (number, host) in hosts.iter().enumerate() {
             let ip = format!("fd99::{}", number + 1);
             if !run(&host.netns, &format!("ip addr add {ip}/64 dev eth0 nodad")).status.success() {
-                let test = "pods_of_a_dual_stack_cluster_have_an_address_of_each_pod_cidr";
+                let test = "dual_stack_pods_have_an_address_of_each_pod_cidr_in_either_order";
                 skipped(test, "the kernel has no IPv6");
                 return Ok(());
             }
@@ -54,7 +54,7 @@ fn pods_of_a_dual_stack_cluster_have_an_address_of_each_pod_cidr_whichever_comes
                 let underlay = status["kernel"]["underlay_address"].to_string();
                 assert_eq!(underlay.contains("fd99::"), ipv6_first, "{underlay}");
             }
-            sequence(&agents[0], &agents[1], if ipv6_first { "six" } else { "four" })?;
+            check_runtime_calls(&agents[0], &agents[1], if ipv6_first { "six" } else { "four" })?;
             drop(agents);
             for host in &hosts {
                 std::fs::remove_dir_all(host.dir.join("state"))?;
@@ -66,8 +66,8 @@ fn pods_of_a_dual_stack_cluster_have_an_address_of_each_pod_cidr_whichever_comes
     });
 }
 
-/// What containerd and CRI-O call for two pods of a node, and a pod of another one.
-fn sequence(
+/// Makes the calls of containerd and CRI-O for two pods of a node, with a pod of another node.
+fn check_runtime_calls(
     one: &gossamer::lab::Agent,
     other: &gossamer::lab::Agent,
     suffix: &str,
@@ -86,14 +86,14 @@ fn sequence(
     for result in [&a, &b] {
         assert_eq!(addresses(result).len(), 2, "{result}");
     }
-    // Runtimes know pods by their whole ids.
+    // Runtimes identify pods by their full ids.
     let listed = client(one, &["pods", "-o", "wide"]).stdout;
     assert!(String::from_utf8_lossy(&listed).contains(a_name));
     done(&runtime, "CHECK", a_name, &json!({ "prevResult": a }));
     for ip in addresses(&far).iter().chain(&addresses(&b)) {
         tool(&spaces[0], &format!("ping -c 1 -W 5 {ip}"));
     }
-    // A kubelet's GC names the pods that are left, and DEL comes more than once.
+    // A kubelet's GC lists the remaining pods, and DEL is repeated.
     let left =
         json!({ "cni.dev/valid-attachments": [{ "containerID": a_name, "ifname": "eth0" }] });
     done(&runtime, "GC", a_name, &left);

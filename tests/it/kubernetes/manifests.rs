@@ -1,4 +1,4 @@
-//! The manifests: what they say is what Kubernetes expects, and what the program understands.
+//! The manifests are valid for Kubernetes, and the program understands their settings.
 
 use std::{collections::BTreeMap, fs, path::PathBuf, process::Command};
 
@@ -25,7 +25,7 @@ pub fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| panic!("no text: {value}"), str::to_owned)
 }
 
-/// The pods of a manifest's DaemonSets.
+/// Returns the pods of a manifest's DaemonSets.
 fn pods(manifest: &str) -> Vec<Value> {
     let objects = objects(&fs::read_to_string(manifest).expect(manifest));
     let sets = objects.into_iter().filter(|object| object["kind"] == "DaemonSet");
@@ -34,7 +34,7 @@ fn pods(manifest: &str) -> Vec<Value> {
     pods
 }
 
-/// Starts an agent as a kubelet starts the container of `config/kubernetes.yaml`: its arguments, its
+/// Starts an agent as a kubelet starts the container of `config/kubernetes.yaml`: with its arguments, its
 /// environment and the files of its secret. `more` is what a kustomization adds to the environment.
 pub fn start_as_kubelet(
     host: &Host,
@@ -76,9 +76,9 @@ pub fn start_as_kubelet(
     Ok(Agent::start_with(program(), host, &arguments, &variables)?)
 }
 
-/// Helm takes over what it is told to, and no more.
+/// Helm takes over the objects that it is told to, and no others.
 #[test]
-fn the_documentation_hands_over_to_helm_all_objects_of_the_manifest() {
+fn documented_helm_adoption_covers_all_objects_of_the_manifest() {
     let page = fs::read_to_string("docs/KUBERNETES.md").expect("a page");
     let line = page.lines().find_map(|line| line.strip_prefix("OBJECTS=")).expect("a list");
     let mut named: Vec<&str> = line.trim_matches('"').split(' ').collect();
@@ -93,14 +93,14 @@ fn the_documentation_hands_over_to_helm_all_objects_of_the_manifest() {
     assert_eq!(named, made);
 }
 
-/// By the schemas that the Python package `kubernetes-validate` brings along.
+/// Uses the schemas in the Python package `kubernetes-validate`.
 #[test]
-fn the_manifests_are_what_kubernetes_expects() {
+fn manifests_match_the_kubernetes_schemas() {
     let validate = Command::new("kubernetes-validate").arg("--strict").args(MANIFESTS).output();
     match validate {
         Err(_) => {
             let why = "kubernetes-validate is not installed (pip)";
-            skipped("the_manifests_are_what_kubernetes_expects", why);
+            skipped("manifests_match_the_kubernetes_schemas", why);
         }
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stdout);
@@ -110,7 +110,7 @@ fn the_manifests_are_what_kubernetes_expects() {
 }
 
 #[test]
-fn the_manifests_name_settings_that_there_are() {
+fn manifests_use_existing_settings() {
     let help = Command::new(program()).args(["agent", "--help"]).output().expect("gossamer runs");
     let help = String::from_utf8_lossy(&help.stdout);
     let mut names = 0;
@@ -130,11 +130,11 @@ fn the_manifests_name_settings_that_there_are() {
 }
 
 #[test]
-fn every_pod_restarts_without_the_api_server_and_has_no_more_rights_than_it_needs() {
+fn manifest_pods_restart_without_the_api_server_and_have_minimal_rights() {
     let image = format!("gossamer:{}", env!("CARGO_PKG_VERSION"));
     for manifest in MANIFESTS {
         for pod in pods(manifest) {
-            // The kubelet has to ask the API server for these when a container starts.
+            // The kubelet has to query the API server for these when a container starts.
             let whole = pod.to_string();
             assert!(
                 !whole.contains("secretKeyRef") && !whole.contains("configMapKeyRef"),
@@ -156,7 +156,7 @@ fn every_pod_restarts_without_the_api_server_and_has_no_more_rights_than_it_need
     }
 }
 
-/// The name of a variable of the agent in the output of kustomize, and its value.
+/// Returns the value of an environment variable of the agent in the output of kustomize.
 fn variable(objects: &[Value], name: &str) -> String {
     let set = objects.iter().find(|object| object["kind"] == "DaemonSet").expect("a DaemonSet");
     let container = &set["spec"]["template"]["spec"]["containers"][0];
@@ -164,9 +164,9 @@ fn variable(objects: &[Value], name: &str) -> String {
     found.map(|variable| text(&variable["value"])).unwrap_or_default()
 }
 
-/// The example of docs/KUBERNETES.md is put on top of the base.
+/// The example of docs/KUBERNETES.md is applied to the base.
 #[test]
-fn kustomize_makes_of_the_base_the_manifest_and_of_the_example_what_it_says() {
+fn kustomize_renders_the_manifest_from_the_base_and_applies_the_example() {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let build = |directory: &std::path::Path| {
         let output = Command::new("kubectl").arg("kustomize").arg(directory).output();
@@ -176,14 +176,14 @@ fn kustomize_makes_of_the_base_the_manifest_and_of_the_example_what_it_says() {
         })
     };
     let Some(mut base) = build(&root.join("config")) else {
-        let test = "kustomize_makes_of_the_base_the_manifest_and_of_the_example_what_it_says";
+        let test = "kustomize_renders_the_manifest_from_the_base_and_applies_the_example";
         return skipped(test, "kubectl is not installed");
     };
     let mut plain = objects(&fs::read_to_string(root.join(MANIFESTS[0])).expect("a manifest"));
     let by_kind = |object: &Value| object["kind"].to_string();
     base.sort_by_key(by_kind);
     plain.sort_by_key(by_kind);
-    // kubectl reads `0400` as YAML 1.1 has it, and this reader does not.
+    // kubectl reads `0400` as YAML 1.1 does; this parser does not.
     let mode = |objects: &mut [Value]| {
         let sets = objects.iter_mut().filter(|object| object["kind"] == "DaemonSet");
         for volume in sets.flat_map(|set| {
@@ -204,7 +204,7 @@ fn kustomize_makes_of_the_base_the_manifest_and_of_the_example_what_it_says() {
         .filter_map(|block| block.split("\n```").next())
         .find(|block| block.contains("kind: Kustomization"))
         .expect("an example");
-    // Beside the base: kustomize names files by relative paths.
+    // Next to the base, because kustomize resolves relative paths.
     let directory = tempfile::tempdir_in(root.join("target")).expect("a directory");
     let example = example.replace("../gossamer/config", "../../config");
     fs::write(directory.path().join("kustomization.yaml"), example).expect("written");

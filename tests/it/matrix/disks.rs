@@ -28,16 +28,17 @@ use crate::{
     common::{TIMEOUT, isolated, program, skipped, wait_until},
 };
 
-/// A runtime has its answer by then; half of it is for a machine under load.
-const ANSWER: Duration = Duration::from_secs(10);
+/// A runtime has its answer within half of this time; the rest is for a busy machine.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A disk under the state directory that can fail.
+/// The disk of the state directory, which can be made to fail.
 enum Disk {
-    /// With a file that takes all of its space.
+    /// Filled by a file that takes all of its space.
     Full(PathBuf),
-    /// With the tracer that has writes fail: a file that is open for writing keeps a mount writable.
+    /// Simulated by a tracer that makes writes fail, because a file that is open for writing keeps a
+    /// mount writable.
     ReadOnly(PathBuf, Option<Tracer>),
-    /// A file system in a process that can be stopped.
+    /// A file system whose process can be suspended.
     Hanging(Child),
 }
 
@@ -78,7 +79,7 @@ impl Disk {
             Self::Hanging(process) => {
                 let pid = process.id();
                 kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP)?;
-                wait_until("it does not stand still", TIMEOUT, || {
+                wait_until("the process is not stopped", TIMEOUT, || {
                     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
                     stat.contains(") T ")
                 });
@@ -101,7 +102,7 @@ impl Disk {
         Ok(())
     }
 
-    /// What the status says of it while the agent runs.
+    /// Returns the status text about this fault while the agent runs.
     const fn words(&self) -> &'static str {
         match self {
             Self::Full(_) | Self::ReadOnly(..) => "state directory",
@@ -129,7 +130,7 @@ fn remount(state: &Path, more: MsFlags) -> nix::Result<()> {
     )
 }
 
-/// The first host keeps its state on this disk.
+/// Creates the scene with the first host's state on this disk.
 fn on_disk(
     lab: &mut Lab,
     make: impl FnOnce(&Host) -> anyhow::Result<Disk>,
@@ -142,7 +143,7 @@ fn on_disk(
     Ok((scene, disk.expect("made before the first agent")))
 }
 
-/// Changes of the first host's pods, which are made until they are to end.
+/// Adds and removes pods on the first host until `end` is called.
 struct Changes {
     over: Arc<AtomicBool>,
     thread: thread::JoinHandle<()>,
@@ -152,9 +153,9 @@ impl Changes {
     fn begin(scene: &Scene) -> Self {
         let socket = scene.cluster.agents[0].socket().to_owned();
         let over = Arc::new(AtomicBool::new(false));
-        let told = Arc::clone(&over);
+        let is_over = Arc::clone(&over);
         let thread = thread::spawn(move || {
-            while !told.load(Ordering::Relaxed) {
+            while !is_over.load(Ordering::Relaxed) {
                 for verb in ["ADD", "DEL"] {
                     Runtime::at(&socket).call(verb, "c", &json!({}));
                 }
@@ -169,100 +170,100 @@ impl Changes {
     }
 }
 
-/// An operator who does not want to wait tells it twice.
+/// A second signal ends the agent without further delay.
 fn ends_at_the_second_signal(scene: &mut Scene, disk: &mut Disk) -> anyhow::Result<()> {
     disk.fail(scene)?;
     let changes = Changes::begin(scene);
-    scene.is_named(disk.words());
+    scene.wait_reported(disk.words());
     let agent = &mut scene.cluster.agents[0];
     let pid = Pid::from_raw(agent.pid().cast_signed());
     let stat = format!("/proc/{pid}/stat");
-    let told = Instant::now();
+    let signaled = Instant::now();
     wait_until("the second signal does not end it", TIMEOUT, || {
-        let is_told = kill(pid, Signal::SIGTERM).is_ok();
-        is_told && fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z "))
+        let is_sent = kill(pid, Signal::SIGTERM).is_ok();
+        is_sent && fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z "))
     });
-    assert!(told.elapsed() < Duration::from_secs(4), "{:?}", told.elapsed());
+    assert!(signaled.elapsed() < Duration::from_secs(4), "{:?}", signaled.elapsed());
     agent.wait()?;
-    assert!(agent.log().contains("a second time"), "{}", agent.log());
+    assert!(agent.log().contains("second signal received"), "{}", agent.log());
     changes.end();
     disk.mend()?;
     scene.starts()?;
     scene.recovers()
 }
 
-fn at_each_time(mut scene: Scene, disk: &mut Disk, at_start: &str) -> anyhow::Result<()> {
+fn check_each_phase(mut scene: Scene, disk: &mut Disk, at_start: &str) -> anyhow::Result<()> {
     // While it runs.
     disk.fail(&scene)?;
     let changes = Changes::begin(&scene);
-    scene.is_named(disk.words());
-    scene.pods_talk("while the agent runs")?;
+    scene.wait_reported(disk.words());
+    scene.assert_pods_connected("while the agent runs")?;
     disk.mend()?;
     changes.end();
     scene.recovers()?;
     // While it stops.
     disk.fail(&scene)?;
     let changes = Changes::begin(&scene);
-    scene.is_named(disk.words());
+    scene.wait_reported(disk.words());
     scene.ends()?;
     changes.end();
     if let Disk::ReadOnly(state, tracer) = disk {
         *tracer = None;
         remount(state, MsFlags::MS_RDONLY)?;
     }
-    // When it starts: it ends when told to, or goes on once the fault is over.
+    // When it starts: it ends when told to, or continues once the fault is over.
     scene.starts()?;
-    scene.is_named(at_start);
+    scene.wait_reported(at_start);
     scene.ends()?;
     scene.starts()?;
-    scene.is_named(at_start);
-    scene.pods_talk("while the agent starts")?;
+    scene.wait_reported(at_start);
+    scene.assert_pods_connected("while the agent starts")?;
     disk.mend()?;
     scene.recovers()
 }
 
 #[test]
-fn full_disk_at_each_time_delays_changes_alone() {
+fn full_disk_in_each_phase_delays_only_changes() {
     isolated(|lab| {
         let (scene, mut disk) = on_disk(lab, |host| Disk::full(&host.dir.join("state")))?;
-        at_each_time(scene, &mut disk, "state directory")
+        check_each_phase(scene, &mut disk, "state directory")
     });
 }
 
 #[test]
-fn read_only_disk_at_each_time_delays_changes_alone() {
+fn read_only_disk_in_each_phase_delays_only_changes() {
     if !Tracer::is_there() {
         return skipped(
-            "matrix::disks::read_only_disk_at_each_time_delays_changes_alone",
+            "matrix::disks::read_only_disk_in_each_phase_delays_only_changes",
             "no strace",
         );
     }
     isolated(|lab| {
         let (scene, mut disk) = on_disk(lab, |host| Disk::read_only(&host.dir.join("state")))?;
-        at_each_time(scene, &mut disk, "waiting for the state directory")
+        check_each_phase(scene, &mut disk, "waiting for the state directory")
     });
 }
 
 #[test]
-fn hanging_disk_at_each_time_delays_changes_alone() {
+fn hanging_disk_in_each_phase_delays_only_changes() {
     if Command::new("bindfs").arg("--version").output().is_err() {
         return skipped(
-            "matrix::disks::hanging_disk_at_each_time_delays_changes_alone",
+            "matrix::disks::hanging_disk_in_each_phase_delays_only_changes",
             "no bindfs",
         );
     }
     isolated(|lab| {
         let (mut scene, mut disk) = on_disk(lab, Disk::hanging)?;
         ends_at_the_second_signal(&mut scene, &mut disk)?;
-        at_each_time(scene, &mut disk, "waiting for the state directory")
+        check_each_phase(scene, &mut disk, "waiting for the state directory")
     });
 }
 
 #[test]
-fn runtimes_are_answered_while_the_disk_hangs_and_the_pods_end_is_not_lost() {
+fn runtimes_are_answered_while_the_disk_hangs_and_a_del_is_not_lost() {
     if Command::new("bindfs").arg("--version").output().is_err() {
         return skipped(
-            "matrix::disks::runtimes_are_answered_while_the_disk_hangs_and_the_pods_end_is_not_lost",
+            "matrix::disks::runtimes_are_answered_while_the_disk_hangs_and_a_del_is_not_lost",
             "no bindfs",
         );
     }
@@ -273,7 +274,7 @@ fn runtimes_are_answered_while_the_disk_hangs_and_the_pods_end_is_not_lost() {
         let count = || fs::read_dir(&notes).map_or(0, Iterator::count);
         Runtime::at(&socket).add("c");
         disk.fail(&scene)?;
-        // Each comes before it is known that the disk hangs.
+        // Each call arrives before the agent knows that the disk hangs.
         let timed = |verb: &'static str, container: &'static str| {
             let socket = socket.clone();
             thread::spawn(move || {
@@ -284,10 +285,13 @@ fn runtimes_are_answered_while_the_disk_hangs_and_the_pods_end_is_not_lost() {
         };
         let (ending, beginning) = (timed("DEL", "c"), timed("ADD", "d"));
         let ((ended, said), took) = ending.join().expect("no panic");
-        assert!(ended && took < ANSWER, "DEL: {said} after {took:?}");
+        assert!(ended && took < ANSWER_TIMEOUT, "DEL: {said} after {took:?}");
         assert_eq!(count(), 1, "the end of the pod is noted");
         let ((begun, said), took) = beginning.join().expect("no panic");
-        assert!(!begun && said["code"] == 11 && took < ANSWER, "ADD: {said} after {took:?}");
+        assert!(
+            !begun && said["code"] == 11 && took < ANSWER_TIMEOUT,
+            "ADD: {said} after {took:?}"
+        );
         assert!(said["msg"].to_string().contains("disk has not answered"), "{said}");
         disk.mend()?;
         wait_until("the note is carried out", TIMEOUT, || count() == 0);
@@ -298,7 +302,7 @@ fn runtimes_are_answered_while_the_disk_hangs_and_the_pods_end_is_not_lost() {
 }
 
 #[test]
-fn start_waits_for_a_process_that_still_has_the_state_directory() {
+fn agent_start_waits_for_a_process_that_holds_the_state_directory() {
     isolated(|lab| {
         let mut scene = Scene::new(lab, |_| Ok(()))?;
         scene.ends()?;
@@ -306,17 +310,17 @@ fn start_waits_for_a_process_that_still_has_the_state_directory() {
         let lock =
             Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)?;
         scene.starts()?;
-        scene.is_named(&format!("is in use by process {}", std::process::id()));
+        scene.wait_reported(&format!("is in use by process {}", std::process::id()));
         drop(lock);
         scene.recovers()
     });
 }
 
 #[test]
-fn disk_that_hangs_delays_a_step_with_secrets_and_not_the_agent() {
+fn hanging_disk_delays_a_secret_step_but_not_the_agent() {
     if Command::new("bindfs").arg("--version").output().is_err() {
         return skipped(
-            "matrix::disks::disk_that_hangs_delays_a_step_with_secrets_and_not_the_agent",
+            "matrix::disks::hanging_disk_delays_a_secret_step_but_not_the_agent",
             "no bindfs",
         );
     }
@@ -334,14 +338,14 @@ fn disk_that_hangs_delays_a_step_with_secrets_and_not_the_agent() {
         disk.fail(&scene)?;
         let add = secret.clone();
         let adding = thread::spawn(move || add("add"));
-        // Three seconds, in which the loop would stand still.
+        // A blocking write in the event loop would delay these requests for three seconds.
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_secs(3) {
             scene.cluster.agents[0].ask("/v1/status", Duration::from_secs(1))?;
         }
         assert_eq!(accepted(&secret("list")), Some(1), "it is used before it is on disk");
         assert!(!adding.is_finished());
-        scene.pods_talk("while the disk hangs")?;
+        scene.assert_pods_connected("while the disk hangs")?;
         disk.mend()?;
         let added = adding.join().expect("no panic");
         assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));

@@ -1,4 +1,4 @@
-//! A kernel that is busy, a peer or Docker that is silent, and a pipe in the place of a namespace.
+//! A busy kernel, a silent peer or Docker, and a pipe in place of a namespace.
 
 use std::{
     fs,
@@ -19,23 +19,23 @@ use nix::{
 };
 use serde_json::json;
 
-use super::{END, Scene, Tracer};
+use super::{STOP_TIMEOUT, Scene, Tracer};
 use crate::{
     cni::Runtime,
     common::{
-        TIMEOUT, eventually, freeze, has_problem, isolated, program, skipped, thaw, tool,
+        TIMEOUT, eventually, has_problem, isolated, program, resume, skipped, suspend, tool,
         wait_until,
     },
 };
 
-/// The thread that programs the kernel hears this error for each request.
-fn busy(agent: &Agent, error: &str) -> anyhow::Result<Tracer> {
+/// Makes each request of the kernel thread fail with this error.
+fn fail_kernel_requests(agent: &Agent, error: &str) -> anyhow::Result<Tracer> {
     let thread = thread_of(agent, "kernel");
     Tracer::start(&["-p", &thread.to_string()], "sendto", error)
 }
 
-/// Ends the tracer that an agent was started with.
-fn let_go(agent: &Agent) -> anyhow::Result<()> {
+/// Ends the tracer with which an agent was started.
+fn detach_tracer(agent: &Agent) -> anyhow::Result<()> {
     let status = format!("/proc/{}/status", agent.pid());
     let tracer = || {
         let status = fs::read_to_string(&status).unwrap_or_default();
@@ -59,26 +59,26 @@ fn thread_of(agent: &Agent, name: &str) -> u32 {
 }
 
 #[test]
-fn busy_kernel_at_each_time_delays_repairs_alone() {
+fn busy_kernel_in_each_phase_delays_only_repairs() {
     if !Tracer::is_there() {
-        let name = "matrix::others::busy_kernel_at_each_time_delays_repairs_alone";
+        let name = "matrix::others::busy_kernel_in_each_phase_delays_only_repairs";
         return skipped(name, "no strace");
     }
     isolated(|lab| {
         let mut scene = Scene::new(lab, |_| Ok(()))?;
         for error in ["EBUSY", "ENOBUFS"] {
-            // While it runs: a stray route of ours is to be removed.
-            let tracer = busy(&scene.cluster.agents[0], error)?;
+            // While it runs: a stray route of gossamer's is to be removed.
+            let tracer = fail_kernel_requests(&scene.cluster.agents[0], error)?;
             let netns = &scene.cluster.hosts[0].netns;
             tool(netns, "ip route add unreachable 10.42.77.0/24 proto 73 metric 5");
-            scene.is_named("netlink");
-            scene.pods_talk("while the agent runs")?;
+            scene.wait_reported("netlink");
+            scene.assert_pods_connected("while the agent runs")?;
             drop(tracer);
             let netns = &scene.cluster.hosts[0].netns;
             eventually(netns, "ip route show 10.42.77.0/24", str::is_empty);
             scene.recovers()?;
             // While it stops.
-            let tracer = busy(&scene.cluster.agents[0], error)?;
+            let tracer = fail_kernel_requests(&scene.cluster.agents[0], error)?;
             scene.ends()?;
             drop(tracer);
             // When it starts.
@@ -95,14 +95,14 @@ fn busy_kernel_at_each_time_delays_repairs_alone() {
             fs::set_permissions(&traced, fs::Permissions::from_mode(0o755))?;
             let agent = Agent::start(&traced, &scene.cluster.hosts[0], &["--init"])?;
             scene.cluster.agents[0] = agent;
-            scene.pods_talk("while the agent starts")?;
+            scene.assert_pods_connected("while the agent starts")?;
             // Its first answers fail as well.
             wait_until("no answer", TIMEOUT, || {
                 scene.cluster.agents[0].ask("/v1/status", TIMEOUT).is_ok()
             });
             scene.recovers()?;
-            // The write by which a handler tells of its signal would fail as well.
-            let_go(&scene.cluster.agents[0])?;
+            // Otherwise the signal handler's write would fail as well.
+            detach_tracer(&scene.cluster.agents[0])?;
             scene.ends()?;
             scene.starts()?;
             scene.recovers()?;
@@ -112,36 +112,36 @@ fn busy_kernel_at_each_time_delays_repairs_alone() {
 }
 
 #[test]
-fn silent_peer_at_each_time_delays_what_is_asked_of_it_alone() {
+fn silent_peer_in_each_phase_delays_only_requests_to_it() {
     isolated(|lab| {
         let mut scene = Scene::new(lab, |_| Ok(()))?;
         let host = lab.host(3, "n3")?;
-        freeze(&scene.cluster.agents[1])?;
-        // A joiner that knows the silent one alone.
+        suspend(&scene.cluster.agents[1])?;
+        // A joiner that knows only the silent peer.
         let seed = scene.cluster.hosts[1].ip.to_string();
         let token = scene.cluster.token.clone();
         let start = || Agent::start(program(), &host, &["--join", &seed, "--token", &token]);
         let mut joiner = start()?;
-        wait_until("not named", TIMEOUT, || has_problem(&mut joiner, &seed));
-        let told = Instant::now();
+        wait_until("not reported", TIMEOUT, || has_problem(&mut joiner, &seed));
+        let signaled = Instant::now();
         joiner.end(Signal::SIGTERM)?;
-        assert!(told.elapsed() < END, "ending took {:?}", told.elapsed());
+        assert!(signaled.elapsed() < STOP_TIMEOUT, "ending took {:?}", signaled.elapsed());
         let mut joiner = start()?;
-        wait_until("not named", TIMEOUT, || has_problem(&mut joiner, &seed));
-        // Its packets pass: the silence of an agent is no silence of its host.
-        scene.pods_talk("while the agent runs")?;
+        wait_until("not reported", TIMEOUT, || has_problem(&mut joiner, &seed));
+        // Packets pass: an agent may be silent while its host is not.
+        scene.assert_pods_connected("while the agent runs")?;
         scene.ends()?;
         scene.starts()?;
         scene.cluster.agents[0].ask("/v1/status", TIMEOUT)?;
-        scene.pods_talk("while the agent starts")?;
-        thaw(&scene.cluster.agents[1])?;
+        scene.assert_pods_connected("while the agent starts")?;
+        resume(&scene.cluster.agents[1])?;
         joiner.wait_converged(3, TIMEOUT)?;
         scene.cluster.converge_with(&mut joiner, 3)?;
-        scene.pods_talk("after the fault")
+        scene.assert_pods_connected("after the fault")
     });
 }
 
-/// Calls ADD with a pipe in the place of a namespace; gives what came of it.
+/// Calls ADD with a pipe in place of a namespace. The thread returns whether it succeeded.
 fn add_pipe(socket: PathBuf, pipe: String) -> thread::JoinHandle<bool> {
     thread::spawn(move || {
         let variables = [("CNI_NETNS", pipe.as_str())];
@@ -150,7 +150,7 @@ fn add_pipe(socket: PathBuf, pipe: String) -> thread::JoinHandle<bool> {
 }
 
 #[test]
-fn pipe_in_the_place_of_a_namespace_at_each_time_is_refused_at_once() {
+fn pipe_in_place_of_a_namespace_in_each_phase_is_rejected_at_once() {
     isolated(|lab| {
         let mut scene = Scene::new(lab, |_| Ok(()))?;
         let pipe = scene.cluster.hosts[0].dir.join("pipe");
@@ -159,7 +159,7 @@ fn pipe_in_the_place_of_a_namespace_at_each_time_is_refused_at_once() {
         let add =
             |scene: &Scene| add_pipe(scene.cluster.agents[0].socket().to_owned(), pipe.clone());
         assert!(!add(&scene).join().expect("no panic"), "a pipe is no namespace");
-        scene.pods_talk("while the agent runs")?;
+        scene.assert_pods_connected("while the agent runs")?;
         let adding = add(&scene);
         scene.ends()?;
         assert!(!adding.join().expect("no panic"));
@@ -171,8 +171,8 @@ fn pipe_in_the_place_of_a_namespace_at_each_time_is_refused_at_once() {
     });
 }
 
-/// Clients of the plugin's socket that have sent half a request, or none, and read nothing.
-fn hang_on(plugin: &PathBuf) -> Vec<UnixStream> {
+/// Connects clients to the plugin's socket that send at most half a request, and read nothing.
+fn connect_hanging_clients(plugin: &PathBuf) -> Vec<UnixStream> {
     let connect = |number: usize| {
         let mut stream = UnixStream::connect(plugin).ok()?;
         if number.is_multiple_of(2) {
@@ -186,7 +186,7 @@ fn hang_on(plugin: &PathBuf) -> Vec<UnixStream> {
 }
 
 #[test]
-fn docker_that_hangs_at_each_time_delays_nothing() {
+fn hanging_docker_in_each_phase_delays_nothing() {
     isolated(|lab| {
         let mut scene = Scene::new(lab, |_| Ok(()))?;
         let plugins = scene.cluster.hosts[0].dir.join("plugins");
@@ -198,7 +198,7 @@ fn docker_that_hangs_at_each_time_delays_nothing() {
             scene.cluster.agents[0] = Agent::start(program(), host, &arguments)?;
             // From the first moment on.
             wait_until("no plugin", TIMEOUT, || UnixStream::connect(&plugin).is_ok());
-            let clients = hang_on(&plugin);
+            let clients = connect_hanging_clients(&plugin);
             assert!(clients.len() > 100, "{}", clients.len());
             scene.recovers()?;
             scene.ends()?;

@@ -1,0 +1,25 @@
+//! Recent losses that a kernel counter reported.
+
+/// The last loss that a kernel counter reported, held for a number of readings.
+#[derive(Debug, Default)]
+pub(super) struct RecentLoss {
+    /// The amount of the last loss, and the number of readings since.
+    last: Option<(u64, u32)>,
+}
+
+impl RecentLoss {
+    /// Records one reading: the loss since the previous reading, or `None` if there was no relevant
+    /// loss. Drops a loss that is more than `hold` readings old.
+    pub(super) fn note(&mut self, lost: Option<u64>, hold: u32) {
+        self.last = match (lost, self.last) {
+            (Some(lost), _) => Some((lost, 0)),
+            (None, Some((lost, looks))) if looks < hold => Some((lost, looks + 1)),
+            (None, _) => None,
+        };
+    }
+
+    /// Returns the loss that is currently reported.
+    pub(super) fn lost(&self) -> Option<u64> {
+        self.last.map(|(lost, _)| lost)
+    }
+}

@@ -1,0 +1,435 @@
+//! A faulty or malicious member, over the real protocol: other members continue to work, and report it.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use gossamer::{
+    core::{CallError, CallId, Input},
+    lab::{Host, NetNs},
+    model::{
+        BootId, ClusterId, Identity, Incarnation, Mac, MemberRecord, NodeId, Run, Slot, SlotRecord,
+        SlotState, Version, Vtep,
+    },
+    transport::{Credentials, NodeKey, Transport},
+    wire::{Facts, Frame, GrantWish, Hello, Push, Refusal, Request, Response, Token},
+};
+use serde_json::Value;
+
+use crate::common::{
+    Cluster, TIMEOUT, eventually, has_problem, isolated, run, status_where, tool, wait_until,
+};
+
+const PORT: u16 = 8473;
+/// No answer of an agent takes longer, whatever a member sends; a machine may be busy.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A simulated member: a key, a certificate from the token, and no node.
+struct HostileMember {
+    orders: tokio::sync::mpsc::UnboundedSender<Order>,
+    cluster: ClusterId,
+    node: NodeId,
+    ip: IpAddr,
+    version: Version,
+    _thread: std::thread::JoinHandle<()>,
+}
+
+enum Order {
+    Ask(SocketAddr, Vec<u8>, mpsc::Sender<Result<(NodeId, Response), CallError>>),
+    Tell(NodeId, SocketAddr, Vec<u8>),
+    /// Every request is answered with these response bytes from now on.
+    AnswerWith(Vec<u8>),
+}
+
+impl HostileMember {
+    fn new(host: &Host, token: &str) -> anyhow::Result<Self> {
+        let token: Token = token.parse()?;
+        let key = NodeKey::from_seed([77; 32])?;
+        let credentials = Credentials::new(std::slice::from_ref(&token.secret), &key)?;
+        let ip = IpAddr::from(host.ip);
+        let (orders, inbox) = tokio::sync::mpsc::unbounded_channel();
+        let cluster = token.cluster;
+        let thread = in_namespace(&host.netns, move || {
+            serve((ip, PORT).into(), &credentials, cluster, inbox);
+        })?;
+        let version = Version { starts: 1, change: 0 };
+        Ok(Self { orders, cluster, node: key.id(), ip, version, _thread: thread })
+    }
+
+    /// Returns the record that an honest member with this key and address would send.
+    fn record(&self) -> MemberRecord {
+        MemberRecord {
+            node: self.node,
+            version: self.version,
+            boot: BootId::from_bytes([7; 8]),
+            name: "evil".parse().expect("a name"),
+            address: (self.ip, PORT).into(),
+            vtep: Vtep { mac: Mac::of_node(self.node), underlay: self.ip },
+            left_to: None,
+        }
+    }
+
+    fn identity(&self) -> Identity {
+        let incarnation = Incarnation { starts: self.version.starts, renewals: 0 };
+        Identity { node: self.node, incarnation }
+    }
+
+    fn ask(&self, host: &Host, request: Request) -> anyhow::Result<(NodeId, Response)> {
+        let (reply, answer) = mpsc::channel();
+        let bytes = Frame::Request(&request.encode()).encode(self.cluster);
+        self.order(Order::Ask((host.ip, PORT).into(), bytes, reply));
+        Ok(answer.recv_timeout(TIMEOUT)??)
+    }
+
+    fn greet(&self, host: &Host, member: MemberRecord) -> anyhow::Result<(NodeId, Response)> {
+        let (identity, settings) = (self.identity(), Default::default());
+        let grant = GrantWish::default();
+        self.ask(host, Request::Hello(Hello { member, identity, settings, grant }))
+    }
+
+    fn push(&self, to: NodeId, host: &Host, facts: Facts) {
+        let bytes = Frame::Push(&Push { facts }.encode()).encode(self.cluster);
+        self.order(Order::Tell(to, (host.ip, PORT).into(), bytes));
+    }
+
+    /// Pushes a changed version of its own record.
+    fn push_self(&mut self, to: NodeId, host: &Host, change: impl FnOnce(&mut MemberRecord)) {
+        self.version.change += 1;
+        let mut record = self.record();
+        change(&mut record);
+        self.push(to, host, Facts { members: vec![record], ..Facts::default() });
+    }
+
+    fn order(&self, order: Order) {
+        assert!(self.orders.send(order).is_ok(), "the hostile member has ended");
+    }
+}
+
+/// Starts a thread whose sockets belong to a namespace.
+fn in_namespace(
+    netns: &NetNs,
+    work: impl FnOnce() + Send + 'static,
+) -> io::Result<std::thread::JoinHandle<()>> {
+    let (started, thread) = mpsc::channel();
+    netns.run(move || {
+        // A thread inherits the namespace of the thread that starts it.
+        started.send(std::thread::spawn(work)).map_err(io::Error::other)
+    })?;
+    thread.recv().map_err(io::Error::other)
+}
+
+fn serve(
+    address: SocketAddr,
+    credentials: &Credentials,
+    cluster: ClusterId,
+    mut inbox: tokio::sync::mpsc::UnboundedReceiver<Order>,
+) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime").block_on(async {
+        let (mut transport, mut events) = Transport::bind(address, credentials).expect("binds");
+        let mut waiting = std::collections::BTreeMap::new();
+        let mut answer = None;
+        let mut calls = 0;
+        loop {
+            tokio::select! {
+                order = inbox.recv() => match order {
+                    None => return,
+                    Some(Order::AnswerWith(bytes)) => answer = Some(bytes),
+                    Some(Order::Tell(to, address, bytes)) => transport.send(to, address, bytes),
+                    Some(Order::Ask(address, bytes, reply)) => {
+                        calls += 1;
+                        waiting.insert(CallId(calls), reply);
+                        transport.call_name(CallId(calls), address.to_string(), bytes);
+                    }
+                },
+                Some(event) = events.recv() => match transport.handle(event) {
+                    Some(Input::Answer { call, result }) => {
+                        let read = |(from, bytes): (NodeId, Vec<u8>)| match Frame::decode(&bytes) {
+                            Ok((_, Frame::Response(payload))) => {
+                                (from, Response::decode(payload).expect("a response"))
+                            }
+                            other => panic!("no response: {other:?}"),
+                        };
+                        let reply = waiting.remove(&call).expect("asked");
+                        let _ = reply.send(result.map(read));
+                    }
+                    Some(Input::Request { reply, .. }) => {
+                        if let Some(payload) = &answer {
+                            transport.reply(reply, Frame::Response(payload).encode(cluster));
+                        }
+                    }
+                    _ => {}
+                },
+            }
+        }
+    });
+}
+
+fn status(cluster: &mut Cluster, agent: usize) -> Value {
+    let begun = Instant::now();
+    let status = cluster.agents[agent].ask("/v1/status", TIMEOUT).expect("a status");
+    assert!(begun.elapsed() < ANSWER_TIMEOUT, "the loop did not turn for {:?}", begun.elapsed());
+    status
+}
+
+/// Checks that the agents still serve their clients.
+fn assert_agents_work(cluster: &mut Cluster) {
+    for number in 0..cluster.agents.len() {
+        let status =
+            status_where(&mut cluster.agents[number], |status| status["converged"] == true);
+        assert_eq!(status["kernel"]["in_sync"], true, "{status:#}");
+        let host = &cluster.hosts[number];
+        let socket = host.dir.join("gossamer.sock");
+        let config = format!(
+            r#"{{"cniVersion":"1.1.0","name":"n","type":"gossamer","socket":"{}"}}"#,
+            socket.display()
+        );
+        let mut plugin = std::process::Command::new(crate::common::program());
+        plugin.env("CNI_COMMAND", "STATUS").env("CNI_PATH", "/opt/cni/bin");
+        plugin.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut child = plugin.spawn().expect("the plugin runs");
+        let mut input = child.stdin.take().expect("piped");
+        io::Write::write_all(&mut input, config.as_bytes()).expect("written");
+        drop(input);
+        let output = child.wait_with_output().expect("it ends");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
+}
+
+fn node_of(cluster: &mut Cluster, agent: usize) -> NodeId {
+    let status = cluster.agents[agent].ask("/v1/status", TIMEOUT).expect("a status");
+    status["node"].as_str().expect("an id").parse().expect("an id")
+}
+
+#[test]
+fn impossible_address_of_a_member_is_reported_as_that_members_fault() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let host = lab.host(9, "evil")?;
+        let mut hostile = HostileMember::new(&host, &cluster.token)?;
+        let n1 = node_of(&mut cluster, 0);
+        let own: IpAddr = cluster.hosts[0].ip.into();
+        for (underlay, why) in [
+            ("fe80::1".parse()?, "link-local"),
+            ("224.0.0.5".parse()?, "multicast"),
+            ("10.42.9.1".parse()?, "inside the overlay's own network"),
+            ("fd99::9".parse()?, "another family"),
+            (own, "is this node's"),
+        ] {
+            let mut member = hostile.record();
+            member.vtep.underlay = underlay;
+            let (_, answer) = hostile.greet(&cluster.hosts[0], member)?;
+            let Response::Refused(Refusal::UnusableRecord(said)) = answer else {
+                panic!("{answer:?}")
+            };
+            assert!(said.as_str().contains(why), "{said}");
+        }
+        assert_eq!(status(&mut cluster, 0)["members"].as_array().map(Vec::len), Some(2));
+
+        // It joins with a valid record, and changes it afterwards.
+        let (_, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
+        assert!(matches!(answer, Response::Welcome(_)), "{answer:?}");
+        let fdb = "bridge fdb show dev gossamer.1";
+        let evil = format!("dst {} ", host.ip);
+        let n2 = format!("dst {} ", cluster.hosts[1].ip);
+        eventually(&cluster.hosts[1].netns, fdb, |fdb| fdb.contains(&evil));
+        for (underlay, why) in [
+            ("127.0.0.1", "a loopback address"),
+            ("0.0.0.0", "unspecified"),
+            ("255.255.255.255", "the broadcast address"),
+        ] {
+            hostile.push_self(n1, &cluster.hosts[0], |record| {
+                record.vtep.underlay = underlay.parse().expect("an address");
+            });
+            wait_until(why, TIMEOUT, || has_problem(&mut cluster.agents[0], why));
+        }
+        let mac = Mac::of_node(node_of(&mut cluster, 1));
+        hostile.push_self(n1, &cluster.hosts[0], |record| record.vtep.mac = mac);
+        wait_until("MAC", TIMEOUT, || {
+            has_problem(&mut cluster.agents[0], "which follows from its key")
+        });
+        hostile.push_self(n1, &cluster.hosts[0], |record| record.address.set_port(0));
+        wait_until("port", TIMEOUT, || has_problem(&mut cluster.agents[0], "its port is 0"));
+        let entries = tool(&cluster.hosts[0].netns, fdb);
+        assert!(entries.contains(&evil) && entries.contains(&n2), "{entries}");
+        for address in ["127.0.0.1", "dst 0.0.0.0", "255.255.255.255"] {
+            assert!(!entries.contains(address), "{entries}");
+        }
+        assert_agents_work(&mut cluster);
+
+        // An address that is valid but unusable for this node is accepted, and gets no entry.
+        for (underlay, why) in [("fd99::9", "of another family"), ("10.99.0.1", "")] {
+            hostile.push_self(n1, &cluster.hosts[0], |record| {
+                record.vtep.underlay = underlay.parse().expect("an address");
+            });
+            for agent in 0..2 {
+                let named = |status: &Value| {
+                    let evil = status["members"].as_array().into_iter().flatten();
+                    let mut evil = evil.filter(|member| member["name"] == "evil");
+                    evil.next().is_some_and(|member| member["underlay"] == underlay)
+                        && status["problems"].to_string().contains(why)
+                };
+                status_where(&mut cluster.agents[agent], named);
+            }
+            assert_agents_work(&mut cluster);
+        }
+        hostile.push_self(n1, &cluster.hosts[0], |record| record.vtep.underlay = own);
+        let said = "which is this host's own";
+        wait_until(said, TIMEOUT, || has_problem(&mut cluster.agents[0], said));
+        let entries = tool(&cluster.hosts[0].netns, fdb);
+        assert!(!entries.contains(&format!("dst {own} ")), "{entries}");
+        assert_agents_work(&mut cluster);
+
+        // The same after a restart: nothing of it was stored.
+        cluster.agents[0].end(nix::sys::signal::Signal::SIGTERM)?;
+        cluster.agents[0] = cluster.start_agent(&cluster.hosts[0], &[])?;
+        cluster.agents[0].wait_converged(2, TIMEOUT)?;
+        assert_agents_work(&mut cluster);
+        Ok(())
+    });
+}
+
+#[test]
+fn forged_high_counters_remove_no_subnet_and_no_member() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let host = lab.host(9, "evil")?;
+        let hostile = HostileMember::new(&host, &cluster.token)?;
+        let (from, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
+        let Response::Welcome(welcome) = answer else { panic!("{answer:?}") };
+        let n2 = node_of(&mut cluster, 1);
+        let is_theirs =
+            |run: &&Run| run.record.owner == n2 && run.record.state == SlotState::Leased;
+        let lease = *welcome.facts.slots.iter().find(is_theirs).expect("n2 has a subnet");
+        let before = status(&mut cluster, 1)["subnet"].clone();
+        let taken = SlotRecord {
+            epoch: u64::MAX,
+            owner: hostile.node,
+            state: SlotState::Leased,
+            granter: hostile.node,
+        };
+        let victim = welcome.facts.members.iter().find(|record| record.node == n2);
+        let mut victim = victim.expect("its record").clone();
+        victim.version = Version { starts: u32::MAX, change: u32::MAX };
+        victim.vtep.underlay = "10.99.0.250".parse()?;
+        let forged = Identity {
+            node: n2,
+            incarnation: Incarnation { starts: u32::MAX, renewals: u32::MAX },
+        };
+        let facts = Facts {
+            members: vec![victim.clone()],
+            slots: vec![Run { record: taken, ..lease }],
+            active: vec![forged],
+            forgets: Vec::new(),
+        };
+        hostile.push(from, &cluster.hosts[0], facts.clone());
+        hostile.push(n2, &cluster.hosts[1], facts);
+        for agent in 0..2 {
+            wait_until("the jumps are not reported", TIMEOUT, || {
+                has_problem(&mut cluster.agents[agent], "a jump to")
+            });
+        }
+        assert_agents_work(&mut cluster);
+        assert_eq!(status(&mut cluster, 1)["subnet"], before);
+        let fdb = tool(&cluster.hosts[0].netns, "bridge fdb show dev gossamer.1");
+        let their_end = format!("dst {} ", cluster.hosts[1].ip);
+        assert!(fdb.contains(&their_end) && !fdb.contains("10.99.0.250"), "{fdb}");
+        tool(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip));
+
+        // A node answers records that it could have written itself.
+        victim.version = Version { starts: 1, change: 1000 };
+        let facts = Facts { members: vec![victim], ..Facts::default() };
+        hostile.push(from, &cluster.hosts[0], facts);
+        let said = "records of this node were received that it never wrote";
+        wait_until(said, TIMEOUT, || has_problem(&mut cluster.agents[1], said));
+        eventually(&cluster.hosts[0].netns, "bridge fdb show dev gossamer.1", |fdb| {
+            fdb.contains(&their_end) && !fdb.contains("10.99.0.250")
+        });
+        tool(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip));
+        assert_agents_work(&mut cluster);
+        Ok(())
+    });
+}
+
+#[test]
+fn flood_of_facts_by_a_member_blocks_no_agent_and_fills_no_log() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let host = lab.host(9, "evil")?;
+        let hostile = HostileMember::new(&host, &cluster.token)?;
+        let (n1, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
+        assert!(matches!(answer, Response::Welcome(_)), "{answer:?}");
+
+        // Answers that try to forge log lines, and contain terminal escape sequences.
+        let text = format!(
+            "x\n2026-01-01T00:00:00Z ERROR forged line\u{1b}[2J\u{7}{}",
+            "y".repeat(20_000)
+        );
+        let mut refusal = vec![6, 9, 251];
+        refusal.extend_from_slice(&(text.len() as u16).to_le_bytes());
+        refusal.extend_from_slice(text.as_bytes());
+        hostile.order(Order::AnswerWith(refusal));
+        wait_until("nothing was compared", TIMEOUT, || {
+            cluster.agents[0].log().contains("comparison refused")
+        });
+        let unknown_member = |n: u32| {
+            let mut id = [0xee; 8];
+            id[..4].copy_from_slice(&n.to_be_bytes());
+            let incarnation = Incarnation { starts: 1, renewals: 0 };
+            Identity { node: NodeId::from_bytes(id), incarnation }
+        };
+        let before = cluster.agents[0].log().len();
+        // More members than any cluster has are rejected at once. A possible number of unknown members is
+        // processed.
+        for count in [200_000, 16_000, 16_000, 16_000] {
+            let active = (0..count).map(unknown_member).collect();
+            hostile.push(n1, &cluster.hosts[0], Facts { active, ..Facts::default() });
+        }
+        for round in 0..200 {
+            hostile.push(
+                n1,
+                &cluster.hosts[0],
+                Facts { active: (0..20_000).map(unknown_member).collect(), ..Facts::default() },
+            );
+            if round % 20 == 0 {
+                status(&mut cluster, 0);
+            }
+        }
+        let contradictions = (0..400_u32).map(|n| {
+            let mut id = [0xdd; 8];
+            id[..4].copy_from_slice(&n.to_be_bytes());
+            let owner = NodeId::from_bytes(id);
+            let record =
+                SlotRecord { epoch: 0, owner, state: SlotState::Free, granter: hostile.node };
+            Run { start: Slot(0), len: 256, record }
+        });
+        let slots: Vec<Run> = contradictions.collect();
+        hostile.push(n1, &cluster.hosts[0], Facts { slots, ..Facts::default() });
+        let malformed = |status: &Value| status["counters"]["malformed"].as_u64() >= Some(50);
+        status_where(&mut cluster.agents[0], malformed);
+        status_where(&mut cluster.agents[0], |status| {
+            status["counters"]["ownership_conflicts"].as_u64() > Some(0)
+        });
+        status(&mut cluster, 0);
+        let log = cluster.agents[0].log();
+        let grown = log.len() - before;
+        assert!(
+            grown < 64 << 10,
+            "the log has grown by {grown} bytes:\n{}",
+            &log[before..][..4096]
+        );
+        for forged in ["\nx", "\n2026-01-01", "\u{1b}[2J", "\u{7}"] {
+            assert!(!log.contains(forged), "{forged:?} is in the log");
+        }
+        let members = status(&mut cluster, 0)["members"].as_array().map(Vec::len);
+        assert_eq!(members, Some(3), "two members and the hostile one");
+        let pid = cluster.agents[0].pid();
+        let gone = run(&cluster.hosts[0].netns, &format!("kill -0 {pid}"));
+        assert!(gone.status.success(), "the agent is gone");
+        Ok(())
+    });
+}
