@@ -27,7 +27,7 @@ use super::underlay::ChosenUnderlay;
 use crate::{
     api::{CheckState, CheckStatus},
     dataplane::{
-        audit::{Audit, Ground, Own},
+        audit::{Audit, HostState, OwnSubnet},
         desired::Desired,
         firewall::Firewall,
         kernel::{ForeignRoutes, next_hops::Hop},
@@ -229,16 +229,16 @@ impl Auditor {
         desired: &Desired,
         place: Place<'_>,
     ) -> io::Result<()> {
-        let (ground, unread) = ground(netlink, desired, place, &self.conditional)?;
+        let (host, unread) = host_state(netlink, desired, place, &self.conditional)?;
         self.unread = unread;
         let mut witness = Witness::new(netlink, desired);
-        let questions = self.audit.questions(desired, &ground);
-        let results = questions.into_iter().map(|question| {
+        let lookups = self.audit.lookups(desired, &host);
+        let results = lookups.into_iter().map(|question| {
             let cause = witness.ask(&question)?;
             Ok((question, cause))
         });
         let results: Vec<_> = results.collect::<io::Result<_>>()?;
-        self.audit.conclude(results);
+        self.audit.evaluate(results);
         Ok(())
     }
 
@@ -298,12 +298,12 @@ impl Auditor {
 /// Determines the interface of the pods by its addresses: gossamer's bridge, Docker's, or one made by
 /// hand. If there are several, gossamer's is preferred. The second value is the numbers of selectors of
 /// rules and routes that are not tested.
-fn ground(
+fn host_state(
     netlink: &mut Netlink,
     desired: &Desired,
     place: Place<'_>,
     conditional: &BTreeSet<Selector>,
-) -> io::Result<(Ground, [usize; 2])> {
+) -> io::Result<(HostState, [usize; 2])> {
     let mut has: Vec<(u32, IpAddr)> =
         netlink.addresses()?.iter().map(|address| (address.link, address.ip)).collect();
     let pool = &desired.pool;
@@ -320,10 +320,10 @@ fn ground(
             links.iter().find(|link| link.alias == ALIAS && candidates.contains(&link.index));
         has.sort_by_key(|(link, _)| ours.is_none_or(|ours| ours.index != *link));
     }
-    let mut own: Vec<Own> = Vec::new();
+    let mut own: Vec<OwnSubnet> = Vec::new();
     for subnet in subnets.iter().flat_map(|subnets| subnets.iter()) {
         let inside = own.iter().find_map(|own| own.inside);
-        own.push(Own::new(subnet, place.device, &has, inside));
+        own.push(OwnSubnet::new(subnet, place.device, &has, inside));
     }
     let Place { device, underlay, local, masquerade, .. } = place;
     let has = has.into_iter().map(|(_, ip)| ip).collect();
@@ -331,7 +331,7 @@ fn ground(
         own.iter().filter_map(|own| own.inside).chain([device, underlay]).collect();
     let policy::Found { selected, unread } =
         policy::selected(netlink, &own, pool.networks(), &links, conditional)?;
-    Ok((Ground { device, underlay, local, own, has, masquerade, selected }, unread))
+    Ok((HostState { device, underlay, local, own, has, masquerade, selected }, unread))
 }
 
 /// Converts a rejecting route to an error number: IPv6 lookups return the route, IPv4 lookups fail.

@@ -35,7 +35,7 @@ use crate::{
         firewall::Firewall,
         kernel::{
             FirewallTable, Kernel, KernelError, RefusedEntry, pod_tables::PodTables,
-            users::UsersRule,
+            users::UserRules,
         },
         plan::Op,
     },
@@ -432,7 +432,7 @@ pub(super) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
     if let Err(error) = removed {
         tracing::debug!(%error, "nftables table not removed");
     }
-    if let Err(error) = UsersRule::open().remove() {
+    if let Err(error) = UserRules::open().remove() {
         tracing::error!(%error, "policy rules of the VXLAN port not removed");
     }
     if let Err(error) = PodTables::open().remove(&device) {

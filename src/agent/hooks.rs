@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use rtnetlink::packet_route::link::LinkAttribute;
 
 use crate::{
-    dataplane::kernel::{Closing, FirewallTable},
+    dataplane::kernel::{ClosingChain, FirewallTable},
     netlink::{Netlink, link::Link, tc::Qdisc},
 };
 
@@ -49,7 +49,7 @@ impl Side {
 /// ports, each with a remedy.
 pub fn chains(subnet: IpNet, families: &[&str]) -> impl Iterator<Item = String> {
     let found = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(subnet));
-    let is_of_family = |chain: &Closing| {
+    let is_of_family = |chain: &ClosingChain| {
         families.iter().any(|family| chain.chain.split(' ').next() == Some(*family))
     };
     let mut found = found.unwrap_or_default();

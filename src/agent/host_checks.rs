@@ -25,7 +25,7 @@ use crate::{
             interface::{self, Ipv6},
             sysctl,
             tunnels::into_tunnels,
-            users::UsersRule,
+            users::UserRules,
         },
         toggled::{ForwardingChanges, Setting},
     },
@@ -63,7 +63,7 @@ pub struct HostChecks {
     /// Interfaces of tunnels at the last reading.
     tunnels: Option<BTreeSet<String>>,
     changes: Option<Changes>,
-    users: UsersRule,
+    users: UserRules,
     users_problem: Option<String>,
     mode: Mode,
     set_sysctls: bool,
@@ -106,7 +106,7 @@ impl HostChecks {
             table: FirewallTable::open(),
             tunnels: None,
             changes: Changes::open().ok(),
-            users: UsersRule::open(),
+            users: UserRules::open(),
             users_problem: None,
             mode,
             set_sysctls,
@@ -254,7 +254,7 @@ impl HostChecks {
         }
         self.check_forwarding_switches([&desired.device.name, bridge]);
         let kept = sysctl::keep_advertisements(&self.kept);
-        let closed = interface::close(&desired.device.name, Ipv6::AsItIs);
+        let closed = interface::close(&desired.device.name, Ipv6::Unchanged);
         // A device that an earlier version left has other settings, so only a change since the last
         // check is a repair.
         let opened = closed.set > 0 && self.was_closed;

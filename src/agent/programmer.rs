@@ -29,7 +29,7 @@ use crate::{
         desired::{self, Desired},
         fight::Kind,
         firewall::Firewall,
-        kernel::{Kernel, KernelError, Report, Touched, next_hops::NextHops},
+        kernel::{Kernel, KernelError, Recheck, Report, next_hops::NextHops},
         plan::{Actual, Op},
     },
     model::Pool,
@@ -138,7 +138,7 @@ impl Programmer {
             count: false,
             desired_state: None,
             reached: false,
-            touched: Touched::default(),
+            recheck: Recheck::default(),
             overruns: Overruns::default(),
             overlaps: Vec::new(),
             auditor: Auditor::new(Instant::now()),
@@ -203,7 +203,7 @@ struct Reconciler<F> {
     desired_state: Option<DesiredState>,
     /// Whether the kernel has equaled the desired state.
     reached: bool,
-    touched: Touched,
+    recheck: Recheck,
     overruns: Overruns,
     /// The last reported overlaps.
     overlaps: Vec<String>,
@@ -220,25 +220,25 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         while self.take_orders() {
             if let Err(error) = self.read_notifications() {
                 tracing::error!(%error, "kernel notifications not read");
-                self.touched = Touched::EVERYTHING;
+                self.recheck = Recheck::EVERYTHING;
                 thread::sleep(RETRY_INTERVAL);
             }
             let now = Instant::now();
             if self.overruns.take(now) {
-                self.touched = Touched::EVERYTHING;
+                self.recheck = Recheck::EVERYTHING;
             }
             if self.underlay_due(now).is_some_and(|due| due <= now) {
                 self.check_underlay(now);
             }
             let is_due = self.due.is_some_and(|due| due <= now);
             let may_repair = |kind| self.repair_at(kind).is_none_or(|at| now >= at);
-            let firewall_touched = self.table_touched || self.touched.rules;
+            let firewall_touched = self.table_touched || self.recheck.rules;
             let verify = firewall_touched && may_repair(Kind::Firewall) || is_due && self.reached;
             let may_repair = may_repair(Kind::Entries);
             if is_due || verify {
                 self.update_table(verify);
             }
-            if is_due || (self.touched.ours && may_repair) {
+            if is_due || (self.recheck.ours && may_repair) {
                 self.reconcile();
             }
             if is_due && self.host_checks.is_table_unread() {
@@ -298,7 +298,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
                     let had_peers = self.underlays().next().is_some();
                     self.desired_state = Some(desired_state);
                     // Only now is it known which uplink leads to the peers.
-                    self.touched.underlay |= !had_peers && self.underlays().next().is_some();
+                    self.recheck.underlay |= !had_peers && self.underlays().next().is_some();
                     self.choose_part();
                     self.reached = false;
                     self.due = Some(Instant::now());
@@ -316,13 +316,13 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             // Unread notifications would wake this thread again and again.
             self.host_checks.touched("")?;
             let heard = self.kernel.listen(None)?;
-            self.touched.merge(heard.touched);
+            self.recheck.merge(heard.recheck);
             self.overruns.note(heard.overrun);
             return Ok(());
         };
         let desired = self.part.as_ref().unwrap_or(all);
         let heard = self.kernel.listen(Some(desired))?;
-        self.touched.merge(heard.touched);
+        self.recheck.merge(heard.recheck);
         self.overruns.note(heard.overrun);
         self.table_touched |= self.host_checks.touched(&firewall.table)?;
         if heard.misses.is_empty() {
@@ -412,7 +412,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         } else {
             self.host_checks.write_table(firewall);
         }
-        self.touched.rules = false;
+        self.recheck.rules = false;
         self.host_checks.block_users(firewall);
         self.last_repair = Some(Instant::now());
         self.report_host();
@@ -420,7 +420,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
 
     /// Makes the kernel equal to the desired state and reports the result.
     fn reconcile(&mut self) {
-        self.touched.ours = false;
+        self.recheck.ours = false;
         let result = self.adopt().and_then(|()| self.program_kernel());
         let now = Instant::now();
         self.last_repair = Some(now);
@@ -437,7 +437,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.due = Some(self.due.filter(|due| *due > now).map_or(next, |due| due.min(next)));
         // A change of the needed part is not a change by another program.
         let repair = self.reached && !std::mem::take(&mut self.part_is_new);
-        self.touched.routing |= !self.reached;
+        self.recheck.routing |= !self.reached;
         self.reached |= result.is_ok();
         let done = result.as_ref().ok().filter(|report| repair && !report.done.is_empty());
         if let Some(report) = done {
@@ -478,8 +478,8 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
 
     fn wait(&mut self) {
         let now = Instant::now();
-        let entries = self.touched.ours.then(|| self.repair_at(Kind::Entries));
-        let firewall_touched = self.table_touched || self.touched.rules;
+        let entries = self.recheck.ours.then(|| self.repair_at(Kind::Entries));
+        let firewall_touched = self.table_touched || self.recheck.rules;
         let table = firewall_touched.then(|| self.repair_at(Kind::Firewall));
         let repairs = entries.into_iter().chain(table).flatten();
         let until = self.due.into_iter().chain(repairs).chain(self.underlay_due(now));

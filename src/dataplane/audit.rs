@@ -26,8 +26,8 @@ use crate::{
 
 use self::filters::filter_lookups;
 pub use self::{
-    cause::{Cause, Evidence, Fact, MAIN},
-    lookup::{Answer, EXDEV, Expected, Kind, Question},
+    cause::{Cause, Evidence, InterfaceState, MAIN},
+    lookup::{EXDEV, Expected, Kind, Lookup, LookupResult},
     programs::likely_program,
 };
 
@@ -56,7 +56,7 @@ const MAX_SUBNETS_NAMED: usize = 3;
 
 /// The state of this host that lookups depend on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ground {
+pub struct HostState {
     /// Index of the VXLAN device.
     pub device: u32,
     /// Index and address of the underlay interface.
@@ -64,18 +64,18 @@ pub struct Ground {
     /// Underlay address of this host.
     pub local: IpAddr,
     /// This node's own subnets.
-    pub own: Vec<Own>,
+    pub own: Vec<OwnSubnet>,
     /// All addresses of this host.
     pub has: BTreeSet<IpAddr>,
     /// Whether packets of pods to other networks get the address of their host.
     pub masquerade: bool,
     /// Packets between pods that policy rules may select.
-    pub selected: Vec<Selected>,
+    pub selected: Vec<SelectedPackets>,
 }
 
 /// A class of packets that a policy rule selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Selected {
+pub struct SelectedPackets {
     /// What the rule matches.
     pub selector: Selector,
     /// Index of the input interface that the rule requires.
@@ -86,7 +86,7 @@ pub struct Selected {
 
 /// One of this node's own subnets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Own {
+pub struct OwnSubnet {
     /// The subnet.
     pub subnet: IpNet,
     /// Index of the interface that pods are behind; `None` while there is none.
@@ -95,7 +95,7 @@ pub struct Own {
     pub pod: IpAddr,
 }
 
-impl Own {
+impl OwnSubnet {
     /// Describes `subnet` on a host with the addresses `has`, each with the index of its interface.
     /// An address on the VXLAN `device` belongs to the VTEP, not to pods. `inside` is the interface
     /// that pods are behind if no address in the subnet shows another one.
@@ -165,9 +165,9 @@ impl Audit {
 
     /// Returns the lookups of the next pass: for subnets with deviations or suspected addresses,
     /// and for the others in turn.
-    pub fn questions(&mut self, desired: &Desired, ground: &Ground) -> Vec<Question> {
+    pub fn lookups(&mut self, desired: &Desired, host: &HostState) -> Vec<Lookup> {
         self.pass = self.pass.wrapping_add(1);
-        let own = |subnet: &IpNet| ground.own.iter().any(|own| own.subnet.contains(subnet));
+        let own = |subnet: &IpNet| host.own.iter().any(|own| own.subnet.contains(subnet));
         let is_subject = |(subnet, _): &(&IpNet, &Hop)| {
             subnet.prefix_len() < full_len(subnet.addr()) && !own(subnet)
         };
@@ -182,7 +182,7 @@ impl Audit {
                         other.contains(&address) && other.prefix_len() > subject.prefix_len()
                     })
         };
-        let is_own = |subject: &IpNet| ground.own.iter().any(|own| own.subnet == *subject);
+        let is_own = |subject: &IpNet| host.own.iter().any(|own| own.subnet == *subject);
         self.deviations.retain(|subject, _| subjects.contains_key(subject) || is_own(subject));
         self.suspects.retain(|subject, _| subjects.contains_key(subject));
         for address in std::mem::take(&mut self.reported) {
@@ -196,7 +196,7 @@ impl Audit {
                 self.add_suspect(*subject, address);
             }
         }
-        let per_subject = LOOKUPS_PER_SUBJECT + 2 * ground.selected.len();
+        let per_subject = LOOKUPS_PER_SUBJECT + 2 * host.selected.len();
         let addresses = (MAX_LOOKUPS / (subjects.len() * per_subject).max(1))
             .clamp(1, MAX_ADDRESSES_PER_SUBJECT);
         let priority: BTreeSet<IpNet> =
@@ -204,43 +204,43 @@ impl Audit {
         let first = priority.iter().filter_map(|subject| subjects.get_key_value(subject));
         let later = subjects.iter().filter(|(subject, _)| Some(**subject) > self.last_subject);
         let earlier = subjects.iter().filter(|(subject, _)| Some(**subject) <= self.last_subject);
-        let mut questions = Vec::new();
-        for own in &ground.own {
+        let mut lookups = Vec::new();
+        for own in &host.own {
             let is_of_family = |subject: &IpNet| is_ipv4(*subject) == is_ipv4(own.subnet);
             let peer = subjects.iter().find(|(subject, _)| is_of_family(subject));
-            self.add_home_lookups(own, peer, ground, &mut questions);
+            self.add_home_lookups(own, peer, host, &mut lookups);
         }
-        let home_lookups = questions.len();
+        let home_lookups = lookups.len();
         for (subject, hop) in first {
-            if questions.len() - home_lookups < MAX_LOOKUPS / 2 {
-                self.add_lookups(*subject, *hop, ground, addresses, &mut questions);
+            if lookups.len() - home_lookups < MAX_LOOKUPS / 2 {
+                self.add_lookups(*subject, *hop, host, addresses, &mut lookups);
             }
         }
         self.remaining = self.remaining.min(subjects.len());
         let mut last = None;
         for (subject, hop) in later.chain(earlier) {
-            if questions.len() - home_lookups >= MAX_LOOKUPS {
+            if lookups.len() - home_lookups >= MAX_LOOKUPS {
                 break;
             }
             last = Some((*subject, *hop));
             self.remaining = self.remaining.saturating_sub(1);
             if !priority.contains(subject) {
-                self.add_lookups(*subject, *hop, ground, addresses, &mut questions);
+                self.add_lookups(*subject, *hop, host, addresses, &mut lookups);
             }
         }
         // Lookups of packets from an unreachable subnet fail by design.
         let answered = last.filter(|(_, hop)| hop.way != Way::Unreachable);
         if let Some(((subject, _), peer)) = answered.zip(desired.tables.fdb.values().next()) {
-            questions.extend(filter_lookups(subject, *peer, ground));
+            lookups.extend(filter_lookups(subject, *peer, host));
         }
         self.last_subject = last.map(|(subject, _)| subject);
-        questions.retain(|question| {
-            let remote = question.remote();
-            question.kind == Kind::Home
-                || !question.subject.contains(&remote)
-                || !is_outranked(question.subject, remote)
+        lookups.retain(|lookup| {
+            let remote = lookup.remote();
+            lookup.kind == Kind::Home
+                || !lookup.subject.contains(&remote)
+                || !is_outranked(lookup.subject, remote)
         });
-        questions
+        lookups
     }
 
     /// Appends the lookups for one peer subnet.
@@ -248,24 +248,24 @@ impl Audit {
         &self,
         subject: IpNet,
         hop: Hop,
-        ground: &Ground,
+        host: &HostState,
         addresses: usize,
-        questions: &mut Vec<Question>,
+        lookups: &mut Vec<Lookup>,
     ) {
         let ipv4 = subject.addr().is_ipv4();
-        let Some(own) = ground.own.iter().find(|own| own.subnet.addr().is_ipv4() == ipv4) else {
+        let Some(own) = host.own.iter().find(|own| own.subnet.addr().is_ipv4() == ipv4) else {
             return;
         };
         let (expected, comes_by) = match hop.way {
             Way::Overlay(gateway) => {
-                (Expected::Way { link: ground.device, gateway: Some(gateway) }, ground.device)
+                (Expected::Way { link: host.device, gateway: Some(gateway) }, host.device)
             }
-            Way::Device => (Expected::Way { link: ground.device, gateway: None }, ground.device),
+            Way::Device => (Expected::Way { link: host.device, gateway: None }, host.device),
             Way::Direct { gateway, link } => (Expected::Way { link, gateway: Some(gateway) }, link),
             Way::Unreachable => (Expected::Nowhere, 0),
         };
         let from = own.inside.map(|_| own.pod);
-        let question = Question {
+        let lookup = Lookup {
             kind: Kind::Out,
             subject,
             from,
@@ -274,31 +274,31 @@ impl Audit {
             expected,
             selector: None,
         };
-        questions.push(question);
-        questions.push(Question { to: last_address(subject), ..question });
+        lookups.push(lookup);
+        lookups.push(Lookup { to: last_address(subject), ..lookup });
         let count = addresses as u32;
         let numbers = (0..count).map(|i| self.pass.wrapping_sub(1).wrapping_mul(count) + i + 1);
         let rotating = numbers.map(|number| spread_address(subject, number));
         let suspects = self.suspects.get(&subject).into_iter().flatten().copied();
         let addresses: Vec<IpAddr> = rotating.chain(suspects).collect();
-        questions.extend(addresses.iter().map(|to| Question { to: *to, ..question }));
+        lookups.extend(addresses.iter().map(|to| Lookup { to: *to, ..lookup }));
         if expected == Expected::Nowhere {
             return;
         }
-        questions.push(Question { kind: Kind::Own, from: None, input: None, ..question });
+        lookups.push(Lookup { kind: Kind::Own, from: None, input: None, ..lookup });
         if let Some(inside) = own.inside {
-            let comes_in = Question {
+            let comes_in = Lookup {
                 kind: Kind::In,
                 from: addresses.last().copied(),
                 to: own.pod,
                 input: Some(comes_by),
                 expected: Expected::Way { link: inside, gateway: None },
-                ..question
+                ..lookup
             };
-            questions.push(comes_in);
-            for selected in &ground.selected {
-                questions.extend(selected.of(question, own, ground));
-                questions.extend(selected.of(comes_in, own, ground));
+            lookups.push(comes_in);
+            for selected in &host.selected {
+                lookups.extend(selected.of(lookup, own, host));
+                lookups.extend(selected.of(comes_in, own, host));
             }
         }
     }
@@ -311,25 +311,25 @@ impl Audit {
     }
 
     /// Evaluates the results of a pass. The cause of a result is `None` if it is correct.
-    pub fn conclude(&mut self, results: impl IntoIterator<Item = (Question, Option<Cause>)>) {
+    pub fn evaluate(&mut self, results: impl IntoIterator<Item = (Lookup, Option<Cause>)>) {
         let mut looked_up: BTreeSet<IpNet> = BTreeSet::new();
         let mut home: BTreeMap<Cause, IpAddr> = BTreeMap::new();
         let mut remote: BTreeMap<(IpNet, Cause), IpAddr> = BTreeMap::new();
-        for (question, cause) in results {
-            if looked_up.insert(question.subject) {
-                self.deviations.remove(&question.subject);
-                self.suspects.remove(&question.subject);
+        for (lookup, cause) in results {
+            if looked_up.insert(lookup.subject) {
+                self.deviations.remove(&lookup.subject);
+                self.suspects.remove(&lookup.subject);
             }
             if let Some(cause) = cause {
-                if question.kind == Kind::Home {
-                    home.insert(cause.clone(), question.to);
-                } else if question.subject.contains(&question.remote()) {
+                if lookup.kind == Kind::Home {
+                    home.insert(cause.clone(), lookup.to);
+                } else if lookup.subject.contains(&lookup.remote()) {
                     // A deviation of a host's own address implies nothing for the pods in its
                     // subnet.
-                    remote.insert((question.subject, cause.clone()), question.remote());
+                    remote.insert((lookup.subject, cause.clone()), lookup.remote());
                 }
-                let deviations = self.deviations.entry(question.subject).or_default();
-                deviations.insert((cause, question.kind));
+                let deviations = self.deviations.entry(lookup.subject).or_default();
+                deviations.insert((cause, lookup.kind));
             }
         }
         self.home = home.into_values().take(MAX_HOME_SUSPECTS).collect();

@@ -56,8 +56,8 @@ impl fmt::Display for Ports {
     }
 }
 
-/// The properties by which a policy rule selects packets (`ip rule`, linux/fib_rules.h), except
-/// marks and interfaces; or those of a route that requires more than a destination.
+/// The properties by which a policy rule selects packets (`ip rule`, linux/fib_rules.h), except marks
+/// and interfaces. A route that requires more than a destination also has a selector.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Selector {
     /// Priority of the rule; `None` for a route.

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     dataplane::{
         desired::ROUTE_PROTOCOL,
-        kernel::interface::{Switched, answer_for_own_addresses, switch_on_ipv6},
+        kernel::interface::{Ipv6Availability, answer_for_own_addresses, switch_on_ipv6},
     },
     model::{Mac, Pod},
     netlink::{
@@ -209,11 +209,11 @@ impl PodNamespace<'_> {
 
     fn switch_on_ipv6(&self, interface: &str) -> io::Result<()> {
         match self.run_inside(|| switch_on_ipv6(interface))? {
-            Ok(Switched::On) => Ok(()),
-            Ok(Switched::NoKernel) => Err(io::Error::other(
+            Ok(Ipv6Availability::On) => Ok(()),
+            Ok(Ipv6Availability::NoKernel) => Err(io::Error::other(
                 "this kernel has no IPv6, which pods of this cluster need: boot without ipv6.disable=1",
             )),
-            Ok(Switched::NoInterface) => Err(io::Error::other(
+            Ok(Ipv6Availability::NoInterface) => Err(io::Error::other(
                 "the kernel has IPv6 disabled on this interface: the MTU of the overlay must be 1280 or more",
             )),
             Err(error) => Err(io::Error::other(format!(

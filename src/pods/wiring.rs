@@ -440,9 +440,9 @@ impl Wiring {
     ///
     /// A port of a bridge passes no packets to this host itself, so the pod need not wait for this.
     pub fn close(attachment: &Attachment, end: &End) {
-        interface::close(&link_name(attachment), Ipv6::AsItIs);
+        interface::close(&link_name(attachment), Ipv6::Unchanged);
         if matches!(end, End::Loose) {
-            interface::close(&loose_name(attachment), Ipv6::AsItIs);
+            interface::close(&loose_name(attachment), Ipv6::Unchanged);
         }
     }
 

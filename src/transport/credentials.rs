@@ -199,6 +199,7 @@ fn derive<const N: usize>(secret: &[u8], purpose: &[u8]) -> Result<[u8; N], Cred
     Ok(bytes)
 }
 
+/// Returns the parameters of a node's certificate.
 fn leaf_params() -> Result<CertificateParams, CredentialError> {
     let mut params = common_params(CertificateParams::new([SERVER_NAME.to_owned()])?);
     params.distinguished_name = common_name("gossamer node");

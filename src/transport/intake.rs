@@ -154,6 +154,7 @@ impl Room {
         self.small.bytes() + self.large.bytes()
     }
 
+    /// Returns what exceeds `bytes` to the budgets.
     fn shrink(&mut self, bytes: usize) {
         self.small.shrink(bytes.min(SMALL_BYTES));
         self.large.shrink(bytes.saturating_sub(SMALL_BYTES));
@@ -180,6 +181,7 @@ impl Intake {
 }
 
 impl NodeIntake {
+    /// Returns an empty room of this node.
     fn room(&self) -> Room {
         Room { small: Share::default(), large: Share::default(), _node: self.own.clone() }
     }
@@ -283,6 +285,7 @@ impl NodeIntake {
     }
 }
 
+/// Returns the number of permits for `bytes`.
 fn permits(bytes: usize) -> u32 {
     u32::try_from(units(bytes)).unwrap_or(u32::MAX)
 }

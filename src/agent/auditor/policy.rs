@@ -7,7 +7,7 @@ use rtnetlink::packet_route::route::RouteProtocol;
 
 use crate::{
     dataplane::{
-        audit::{Own, Selected},
+        audit::{OwnSubnet, SelectedPackets},
         desired::ROUTE_PROTOCOL,
     },
     model::{Selector, Subnets},
@@ -21,7 +21,7 @@ const MAX_SELECTORS: usize = 32;
 #[derive(Debug, Default)]
 pub struct Found {
     /// Selectors to test.
-    pub selected: Vec<Selected>,
+    pub selected: Vec<SelectedPackets>,
     /// Numbers of further selectors of rules and of routes, which are not tested.
     pub unread: [usize; 2],
 }
@@ -34,7 +34,7 @@ pub struct Found {
 /// Fails if the policy rules cannot be read.
 pub fn selected(
     netlink: &mut Netlink,
-    own: &[Own],
+    own: &[OwnSubnet],
     networks: Subnets,
     links: &[u32],
     conditional: &BTreeSet<Selector>,
@@ -60,13 +60,14 @@ pub fn selected(
                 },
                 _ => None,
             };
-            selected.push(Selected { selector: rule.selector, input, ipv4 });
+            selected.push(SelectedPackets { selector: rule.selector, input, ipv4 });
         }
         let of_family =
             |selector: &&Selector| selector.to.is_some_and(|to| to.addr().is_ipv4() == ipv4);
         let routes = conditional.iter().filter(of_family);
         let routes = routes.filter(|selector| meets(selector, own.subnet, all));
-        let routes = routes.map(|selector| Selected { selector: *selector, input: None, ipv4 });
+        let routes =
+            routes.map(|selector| SelectedPackets { selector: *selector, input: None, ipv4 });
         for (distinct, unread) in
             [distinct(selected), distinct(routes.collect())].into_iter().zip(&mut found.unread)
         {
@@ -92,7 +93,7 @@ pub fn detail(subnets: usize, unread: [usize; 2]) -> String {
 
 /// Keeps one of several selectors that match the same packets, and at most [`MAX_SELECTORS`]. The second
 /// value is the number of omitted ones.
-fn distinct(selected: Vec<Selected>) -> (Vec<Selected>, usize) {
+fn distinct(selected: Vec<SelectedPackets>) -> (Vec<SelectedPackets>, usize) {
     let (mut distinct, mut unread) = (Vec::new(), 0);
     let mut known = BTreeSet::new();
     for one in selected {
@@ -170,7 +171,7 @@ mod tests {
     fn equal_selectors_count_once_and_excess_ones_are_counted() {
         let of = |number: u8, priority| {
             let from = IpNet::new([10, 42, 1, number].into(), 32).ok();
-            Selected { selector: selector(priority, from, None), input: None, ipv4: true }
+            SelectedPackets { selector: selector(priority, from, None), input: None, ipv4: true }
         };
         let alike = (0..100).map(|priority| of(7, priority));
         let others = (100..150).map(|number| of(number, number.into()));

@@ -8,7 +8,7 @@ use rtnetlink::packet_route::route::{RouteProtocol, RouteType};
 use super::refusal;
 use crate::{
     dataplane::{
-        audit::{Answer, Cause, Evidence, Expected, Fact, Kind, Question},
+        audit::{Cause, Evidence, Expected, InterfaceState, Kind, Lookup, LookupResult},
         desired::{Desired, ROUTE_PROTOCOL},
     },
     model::Condition,
@@ -53,7 +53,7 @@ impl<'a> Witness<'a> {
     ///
     /// # Errors
     /// Fails if the kernel cannot be queried.
-    pub(super) fn ask(&mut self, question: &Question) -> io::Result<Option<Cause>> {
+    pub(super) fn ask(&mut self, question: &Lookup) -> io::Result<Option<Cause>> {
         let selector = question.selector;
         let query = Query {
             from: question.from,
@@ -65,11 +65,11 @@ impl<'a> Witness<'a> {
         let found = self.netlink.route(&query);
         let (answer, found) = match found {
             Ok(found @ RouteLookup { link, gateway, table, .. }) => match refusal(found.kind) {
-                Some(errno) => (Answer::Refused(errno), None),
-                None => (Answer::Way { link, gateway, table }, Some(found)),
+                Some(errno) => (LookupResult::Refused(errno), None),
+                None => (LookupResult::Way { link, gateway, table }, Some(found)),
             },
             Err(error) => match error.raw_os_error() {
-                Some(errno) => (Answer::Refused(errno), None),
+                Some(errno) => (LookupResult::Refused(errno), None),
                 None => return Err(error),
             },
         };
@@ -80,8 +80,8 @@ impl<'a> Witness<'a> {
             };
         }
         let output = match answer {
-            Answer::Way { link, .. } => Some(link),
-            Answer::Refused(_) => None,
+            LookupResult::Way { link, .. } => Some(link),
+            LookupResult::Refused(_) => None,
         };
         let evidence = self.evidence(question, &query, output)?;
         Ok(Cause::of(question, answer, &evidence))
@@ -91,7 +91,7 @@ impl<'a> Witness<'a> {
     /// several, or a smaller MTU than that of gossamer's route.
     fn route_problem(
         &mut self,
-        question: &Question,
+        question: &Lookup,
         query: &Query,
         found: RouteLookup,
     ) -> io::Result<Option<Cause>> {
@@ -111,7 +111,7 @@ impl<'a> Witness<'a> {
             };
             if let Some((link, gateway)) = hops.find(|hop| !is_right(hop)) {
                 let evidence = self.evidence(question, query, Some(link))?;
-                let answer = Answer::Way { link, gateway, table: found.table };
+                let answer = LookupResult::Way { link, gateway, table: found.table };
                 return Ok(Cause::of(question, answer, &evidence));
             }
         }
@@ -121,7 +121,7 @@ impl<'a> Witness<'a> {
         let Some(mtu) = found.mtu.filter(is_less) else { return Ok(None) };
         let Entry { destination, prefix_len, metric, table, condition, .. } = entry;
         let destination = destination.and_then(|to| IpNet::new(to, prefix_len).ok());
-        Ok(destination.map(|destination| Cause::Narrowed {
+        Ok(destination.map(|destination| Cause::SmallerMtu {
             destination,
             metric,
             table,
@@ -134,7 +134,7 @@ impl<'a> Witness<'a> {
     /// Collects the evidence for a wrong answer.
     fn evidence(
         &mut self,
-        question: &Question,
+        question: &Lookup,
         query: &Query,
         output: Option<u32>,
     ) -> io::Result<Evidence> {
@@ -218,12 +218,12 @@ impl HostFacts {
         Ok(Self { links: netlink.links()?, has, rules, without_main, refusals })
     }
 
-    fn of(&self, index: u32) -> Option<Fact> {
+    fn of(&self, index: u32) -> Option<InterfaceState> {
         let link = self.links.iter().find(|link| link.index == index)?;
         let name = &link.name;
         let controller = link.controller();
         let vrf = self.links.iter().find(|vrf| Some(vrf.index) == controller && vrf.kind == "vrf");
-        Some(Fact {
+        Some(InterfaceState {
             name: name.clone(),
             vrf: vrf.map(|vrf| (vrf.name.clone(), vrf.vrf_table().unwrap_or_default())),
             forwards: is_on(&format!("ipv4/conf/{name}/forwarding")),

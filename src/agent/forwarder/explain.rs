@@ -19,7 +19,7 @@ use crate::{
     },
     dataplane::{
         forwarding::{Direction, Transport, Way},
-        kernel::{ClosedPort, FirewallTable, Lost, open_port},
+        kernel::{ClosedPort, FirewallTable, LostPackets, open_port},
         silence::DroppingRule,
     },
     netlink::{Netlink, link::Link},
@@ -389,7 +389,7 @@ fn suspects(
 }
 
 /// Returns the packets that a rule must match to be a possible cause.
-fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) -> Lost {
+fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) -> LostPackets {
     let mut transports: BTreeSet<Transport> = BTreeSet::new();
     for way in closed {
         match way.direction {
@@ -416,7 +416,7 @@ fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) ->
     });
     let links = on_the_way.iter().copied().chain(controllers).map(|link| link.name.clone());
     let hosts = setting.peers.iter().map(|peer| peer.underlay).chain([setting.local]);
-    Lost {
+    LostPackets {
         transports,
         networks: setting.networks.iter().chain(hosts.map(IpNet::from)).collect(),
         port: setting.port,

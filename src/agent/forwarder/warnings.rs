@@ -13,7 +13,7 @@ use crate::{
     agent::{conntrack, hooks},
     dataplane::{
         forwarding::{Direction, Way},
-        kernel::{Closing, FirewallTable, OwnHook},
+        kernel::{ClosingChain, FirewallTable, OwnHook},
     },
     netlink::Netlink,
 };
@@ -85,7 +85,7 @@ pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<String> {
             continue;
         }
         let found = FirewallTable::open().and_then(|mut table| table.chains_at(hook, network));
-        let fix = |chain: &Closing| format!("{chain}: {}", chain.fix_at(hook, network));
+        let fix = |chain: &ClosingChain| format!("{chain}: {}", chain.fix_at(hook, network));
         let chains: Vec<String> = found.unwrap_or_default().iter().map(fix).collect();
         if chains.is_empty() {
             continue;

@@ -14,13 +14,13 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let earliest = self
             .underlay_checked_at
             .map_or(now, |underlay_checked_at| underlay_checked_at + MIN_CHECK_INTERVAL);
-        let touched = self.touched.underlay.then_some(earliest);
+        let touched = self.recheck.underlay.then_some(earliest);
         touched.into_iter().chain(self.underlay.due()).chain(self.flaps.due()).min()
     }
 
     /// Checks the underlay and reports changes.
     pub(super) fn check_underlay(&mut self, now: Instant) {
-        self.touched.underlay = false;
+        self.recheck.underlay = false;
         self.underlay_checked_at = Some(now);
         let peers: BTreeSet<_> = self.underlays().collect();
         let present = self.underlay.present();
@@ -82,7 +82,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
     /// entries.
     pub(super) fn audit(&mut self) {
         let now = Instant::now();
-        if std::mem::take(&mut self.touched.routing) {
+        if std::mem::take(&mut self.recheck.routing) {
             self.auditor.on_change(now, self.kernel.take_foreign());
         }
         let device = self.kernel.device().filter(|_| self.reached);
@@ -115,7 +115,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.report_host();
         self.check_overlaps();
         // A notification may have been lost.
-        self.touched.underlay = true;
+        self.recheck.underlay = true;
     }
 
     /// Reports the host checks if they have changed.

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::{Answer, EXDEV, Expected, Question, lookup::EINVAL};
+use super::{EXDEV, Expected, Lookup, LookupResult, lookup::EINVAL};
 use crate::{
     dataplane::plan::full_len,
     model::{Condition, Selector},
@@ -45,7 +45,7 @@ pub enum Cause {
         condition: Condition,
     },
     /// A foreign route of type local delivers the packets to this host itself.
-    Kept {
+    LocalRoute {
         /// Destination of the route.
         destination: IpNet,
         /// Name of the route's interface.
@@ -100,7 +100,7 @@ pub enum Cause {
         condition: Condition,
     },
     /// A more specific route of another program leads to the same gateway, with a smaller MTU.
-    Narrowed {
+    SmallerMtu {
         /// Its destination.
         destination: IpNet,
         /// Its metric.
@@ -144,11 +144,11 @@ pub enum Cause {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Evidence {
     /// The input interface.
-    pub input: Option<Fact>,
+    pub input: Option<InterfaceState>,
     /// The output interface.
-    pub output: Option<Fact>,
+    pub output: Option<InterfaceState>,
     /// The interface that the packet should leave by.
-    pub wanted: Option<Fact>,
+    pub wanted: Option<InterfaceState>,
     /// Index of the interface by which this host reaches the packet's sender.
     pub back: Option<u32>,
     /// Destination and metric of the route that decided.
@@ -179,7 +179,7 @@ pub struct Evidence {
 
 /// The state of an interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Fact {
+pub struct InterfaceState {
     /// Its name.
     pub name: String,
     /// Name and table of its VRF.
@@ -198,26 +198,26 @@ pub struct Fact {
 impl Cause {
     /// Returns why the result differs from the expected one; `None` if the packet was refused for a
     /// reason that the lookup is not about, or another lookup reports the cause.
-    pub fn of(question: &Question, answer: Answer, evidence: &Evidence) -> Option<Self> {
-        let cause = match answer {
-            Answer::Refused(errno) => Self::of_refusal(question, errno, evidence),
-            Answer::Way { table, .. } => Self::of_way(question, table, evidence),
+    pub fn of(lookup: &Lookup, result: LookupResult, evidence: &Evidence) -> Option<Self> {
+        let cause = match result {
+            LookupResult::Refused(errno) => Self::of_refusal(lookup, errno, evidence),
+            LookupResult::Way { table, .. } => Self::of_way(lookup, table, evidence),
         };
         // A bridge without pods may have no route, which loses nothing.
         let is_empty = evidence.wanted.as_ref().is_some_and(|wanted| !wanted.carrier);
-        if question.kind.is_to_pods_here() && is_empty && matches!(cause, Self::Unknown { .. }) {
+        if lookup.kind.is_to_pods_here() && is_empty && matches!(cause, Self::Unknown { .. }) {
             return None;
         }
         // A foreign route to the sender's address is reported by lookups of packets to that
         // address.
-        if evidence.from_local && answer == Answer::Refused(EINVAL) {
+        if evidence.from_local && result == LookupResult::Refused(EINVAL) {
             return None;
         }
         let is_filter = matches!(cause, Self::Filter { .. });
-        if !is_filter && question.expected == Expected::Unfiltered {
+        if !is_filter && lookup.expected == Expected::Unfiltered {
             return None;
         }
-        Some(match question.selector {
+        Some(match lookup.selector {
             Some(selector) => Self::Selected { selector, cause: Box::new(cause) },
             None => cause,
         })
@@ -239,36 +239,37 @@ impl Cause {
 
     /// Whether packets are diverted or dropped, not only limited in size.
     pub(super) fn diverts(&self) -> bool {
-        !matches!(self, Self::Narrowed { .. })
+        !matches!(self, Self::SmallerMtu { .. })
     }
 
-    fn of_refusal(question: &Question, errno: i32, evidence: &Evidence) -> Self {
-        let ipv4 = question.to.is_ipv4();
+    /// Returns the cause of a failed lookup.
+    fn of_refusal(lookup: &Lookup, errno: i32, evidence: &Evidence) -> Self {
+        let ipv4 = lookup.to.is_ipv4();
         let input = evidence.input.as_ref();
-        let is_filtered = |input: &Fact| {
-            let filters = ipv4 && input.filters && evidence.back != question.input;
+        let is_filtered = |input: &InterfaceState| {
+            let filters = ipv4 && input.filters && evidence.back != lookup.input;
             errno == EXDEV || errno == EINVAL && filters
         };
-        if let Some(Fact { name, .. }) = input.filter(|input| is_filtered(input)) {
+        if let Some(InterfaceState { name, .. }) = input.filter(|input| is_filtered(input)) {
             return Self::Filter { interface: name.clone() };
         }
-        if question.input.is_some() && !evidence.forwards {
+        if lookup.input.is_some() && !evidence.forwards {
             return Self::NoForwarding;
         }
-        if let Some(Fact { name, .. }) = input.filter(|input| ipv4 && !input.forwards) {
+        if let Some(InterfaceState { name, .. }) = input.filter(|input| ipv4 && !input.forwards) {
             let by_default = evidence.default_off;
             return Self::Forwarding { interface: name.clone(), by_default };
         }
         let without_ipv6 = input.into_iter().chain(&evidence.wanted);
         let mut without_ipv6 = without_ipv6.filter(|fact| !ipv4 && fact.without_ipv6);
-        if let Some(Fact { name, .. }) = without_ipv6.next() {
+        if let Some(InterfaceState { name, .. }) = without_ipv6.next() {
             return Self::NoIpv6 { interface: name.clone() };
         }
         let reached = |table: u32| table == MAIN || evidence.priority(table).is_some();
         let refusals = evidence.refusals.iter();
         let most_specific = refusals
             .filter(|(destination, _, table, _)| {
-                destination.contains(&question.to) && reached(*table)
+                destination.contains(&lookup.to) && reached(*table)
             })
             .max_by_key(|(destination, .., condition)| (destination.prefix_len(), *condition));
         // A default route that drops applies only if no other route does, so more specific causes
@@ -289,6 +290,7 @@ impl Cause {
         }
     }
 
+    /// Returns the cause of a foreign route that rejects or drops the packet.
     fn of_route_to_nowhere(
         (destination, kind, table, condition): (IpNet, &'static str, u32, Condition),
         evidence: &Evidence,
@@ -297,7 +299,8 @@ impl Cause {
         Self::Refused { destination, kind, table, priority, condition }
     }
 
-    fn of_way(question: &Question, table: u32, evidence: &Evidence) -> Self {
+    /// Returns the cause of a route that leads elsewhere.
+    fn of_way(lookup: &Lookup, table: u32, evidence: &Evidence) -> Self {
         let interface = evidence.output.as_ref().map(|output| output.name.clone());
         let interface = interface.unwrap_or_else(|| "none".to_owned());
         let of_vrf = evidence
@@ -309,30 +312,31 @@ impl Cause {
         }
         match (table, evidence.entry) {
             (MAIN | LOCAL, _) if evidence.connected => {
-                Self::Address { address: question.to, interface }
+                Self::Address { address: lookup.to, interface }
             }
             (MAIN | LOCAL, Some((destination, _))) if evidence.local => {
-                Self::Kept { destination, interface }
+                Self::LocalRoute { destination, interface }
             }
-            (LOCAL, _) => Self::Address { address: question.to, interface },
+            (LOCAL, _) => Self::Address { address: lookup.to, interface },
             (MAIN, Some((destination, metric))) => {
-                let ours = evidence.ours.filter(|_| destination == question.subject);
+                let ours = evidence.ours.filter(|_| destination == lookup.subject);
                 let condition = evidence.condition;
                 Self::Route { destination, metric, interface, ours, condition }
             }
             (MAIN, None) => {
-                let destination = IpNet::new_assert(question.to, full_len(question.to));
+                let destination = IpNet::new_assert(lookup.to, full_len(lookup.to));
                 let condition = evidence.condition;
                 Self::Route { destination, metric: 0, interface, ours: None, condition }
             }
             _ => {
                 let priority = evidence.priority(table);
-                Self::Table { table, priority, interface, ipv4: question.to.is_ipv4() }
+                Self::Table { table, priority, interface, ipv4: lookup.to.is_ipv4() }
             }
         }
     }
 
-    fn of_vrf(input: &Fact) -> Option<Self> {
+    /// Returns the cause if the input interface is in a VRF.
+    fn of_vrf(input: &InterfaceState) -> Option<Self> {
         let (vrf, table) = input.vrf.clone()?;
         Some(Self::Vrf { interface: input.name.clone(), vrf, table })
     }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Audit, Expected, Ground, Kind, Own, Question, spread_address};
+use super::{Audit, Expected, HostState, Kind, Lookup, OwnSubnet, spread_address};
 use crate::{
     dataplane::{
         desired::{Hop, Way},
@@ -22,15 +22,15 @@ impl Audit {
     /// host itself sends them.
     pub(super) fn add_home_lookups(
         &self,
-        own: &Own,
+        own: &OwnSubnet,
         peer: Option<(&IpNet, &Hop)>,
-        ground: &Ground,
-        questions: &mut Vec<Question>,
+        host: &HostState,
+        lookups: &mut Vec<Lookup>,
     ) {
         let Some(link) = own.inside else { return };
-        let Own { subnet, .. } = *own;
+        let OwnSubnet { subnet, .. } = *own;
         let from_peer = peer.and_then(|(subject, hop)| match hop.way {
-            Way::Overlay(_) | Way::Device => Some((last_address(*subject), ground.device)),
+            Way::Overlay(_) | Way::Device => Some((last_address(*subject), host.device)),
             Way::Direct { link, .. } => Some((last_address(*subject), link)),
             Way::Unreachable => None,
         });
@@ -47,10 +47,10 @@ impl Audit {
         let suspects = self.home.iter().copied().filter(|ip| subnet.contains(ip));
         let for_pods = |ip: &IpAddr| {
             let is_edge = *ip == subnet.network() || *ip == subnet.broadcast();
-            !is_edge && *ip != gateway(subnet) && !ground.has.contains(ip)
+            !is_edge && *ip != gateway(subnet) && !host.has.contains(ip)
         };
         for to in in_turn.chain(suspects).filter(for_pods) {
-            let question = Question {
+            let lookup = Lookup {
                 kind: Kind::Home,
                 subject: subnet,
                 from: None,
@@ -59,11 +59,11 @@ impl Audit {
                 expected: Expected::Way { link, gateway: None },
                 selector: None,
             };
-            questions.push(question);
-            questions.extend(from_peer.map(|(from, input)| Question {
+            lookups.push(lookup);
+            lookups.extend(from_peer.map(|(from, input)| Lookup {
                 from: Some(from),
                 input: Some(input),
-                ..question
+                ..lookup
             }));
         }
     }

@@ -33,7 +33,7 @@ impl Kind {
 
 /// One route lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Question {
+pub struct Lookup {
     /// The direction of the packet.
     pub kind: Kind,
     /// The peer's subnet; for [`Kind::Home`] this node's own subnet.
@@ -68,7 +68,7 @@ pub enum Expected {
 
 /// The kernel's result of a lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub enum LookupResult {
     /// The packet leaves by an interface.
     Way {
         /// Index of the interface.
@@ -87,7 +87,7 @@ pub enum Answer {
 pub const EXDEV: i32 = 18;
 pub(super) const EINVAL: i32 = 22;
 
-impl Question {
+impl Lookup {
     /// Returns the address of the packet that belongs to the peer.
     pub(super) fn remote(&self) -> IpAddr {
         match self.kind {
@@ -97,13 +97,16 @@ impl Question {
     }
 
     /// Returns whether the result is the correct one.
-    pub fn agrees(&self, answer: Answer) -> bool {
-        match (self.expected, answer) {
-            (Expected::Unfiltered, answer) => !matches!(answer, Answer::Refused(EXDEV | EINVAL)),
-            (Expected::Nowhere, Answer::Refused(_)) => true,
-            (Expected::Way { link, gateway }, Answer::Way { link: found, gateway: via, .. }) => {
-                link == found && (gateway.is_none() || gateway == via)
+    pub fn agrees(&self, result: LookupResult) -> bool {
+        match (self.expected, result) {
+            (Expected::Unfiltered, result) => {
+                !matches!(result, LookupResult::Refused(EXDEV | EINVAL))
             }
+            (Expected::Nowhere, LookupResult::Refused(_)) => true,
+            (
+                Expected::Way { link, gateway },
+                LookupResult::Way { link: found, gateway: via, .. },
+            ) => link == found && (gateway.is_none() || gateway == via),
             _ => false,
         }
     }

@@ -5,24 +5,24 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Ground, Kind, Own, Question, Selected, spread_address};
+use super::{HostState, Kind, Lookup, OwnSubnet, SelectedPackets, spread_address};
 use crate::pods::gateway;
 
 /// Addresses of a network that are tried until one can be a pod's.
 const MAX_ADDRESSES_TRIED: u32 = 4;
 
-impl Selected {
-    /// Returns the lookup `question` with addresses that the rule selects, or `None` if the rule
+impl SelectedPackets {
+    /// Returns the lookup `lookup` with addresses that the rule selects, or `None` if the rule
     /// selects no such packets.
-    pub(super) fn of(&self, question: Question, own: &Own, ground: &Ground) -> Option<Question> {
-        if self.ipv4 != question.to.is_ipv4()
-            || self.input.is_some_and(|input| question.input != Some(input))
+    pub(super) fn of(&self, lookup: Lookup, own: &OwnSubnet, host: &HostState) -> Option<Lookup> {
+        if self.ipv4 != lookup.to.is_ipv4()
+            || self.input.is_some_and(|input| lookup.input != Some(input))
         {
             return None;
         }
-        let (from, to) = match question.kind {
-            Kind::Out => (own.subnet, question.subject),
-            _ => (question.subject, own.subnet),
+        let (from, to) = match lookup.kind {
+            Kind::Out => (own.subnet, lookup.subject),
+            _ => (lookup.subject, own.subnet),
         };
         let of_pod = |within: IpNet, wanted: Option<IpNet>, original: IpAddr| {
             let Some(wanted) = wanted.filter(|wanted| !wanted.contains(&original)) else {
@@ -30,17 +30,17 @@ impl Selected {
             };
             let common = common(within, wanted)?;
             let is_of_pod = |ip: &IpAddr| {
-                !ground.has.contains(ip) && *ip != gateway(within) && *ip != within.network()
+                !host.has.contains(ip) && *ip != gateway(within) && *ip != within.network()
             };
             (0..MAX_ADDRESSES_TRIED).map(|number| spread_address(common, number)).find(is_of_pod)
         };
         let selector = self.selector;
-        let original = question.from?;
-        Some(Question {
+        let original = lookup.from?;
+        Some(Lookup {
             from: Some(of_pod(from, selector.from, original)?),
-            to: of_pod(to, selector.to, question.to)?,
+            to: of_pod(to, selector.to, lookup.to)?,
             selector: Some(selector),
-            ..question
+            ..lookup
         })
     }
 }

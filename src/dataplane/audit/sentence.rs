@@ -31,6 +31,7 @@ impl Cause {
         }
     }
 
+    /// Like [`Cause::sentence`], with the affected packets in words.
     fn sentence_of(&self, packets: &str, kind: Kind, network: IpNet) -> Option<String> {
         Some(match self {
             Self::Table { table, priority: Some(priority), interface, ipv4 } => format!(
@@ -81,7 +82,7 @@ impl Cause {
                  more specific than the overlay's: remove it (ip{} route del {destination} metric {metric})",
                 ip6_option(destination.addr().is_ipv4())
             ),
-            Self::Kept { destination, interface } => format!(
+            Self::LocalRoute { destination, interface } => format!(
                 "this host keeps packets to {destination} for itself, by another program's route of type \
                  local on {interface}: remove it (ip{} route del local {destination} dev {interface} table \
                  local)",
@@ -102,10 +103,10 @@ impl Cause {
                 slashed(interface)
             ),
             Self::Forwarding { interface, by_default: true } => format!(
-                "{packets} are dropped, because net.ipv4.conf.{0}.forwarding is 0, as on all new interfaces \
-                 while net.ipv4.conf.default.forwarding is 0: sysctl -w \
-                 net.ipv4.conf.default.forwarding=1 net.ipv4.conf.{0}.forwarding=1 (and the first in a file in \
-                 /etc/sysctl.d)",
+                "{packets} are dropped, because net.ipv4.conf.{0}.forwarding is 0, as on all new \
+                 interfaces while net.ipv4.conf.default.forwarding is 0: sysctl -w \
+                 net.ipv4.conf.default.forwarding=1 net.ipv4.conf.{0}.forwarding=1 (and the first in \
+                 a file in /etc/sysctl.d)",
                 slashed(interface)
             ),
             Self::NoForwarding | Self::Address { .. } | Self::Selected { .. } => return None,
@@ -131,7 +132,7 @@ impl Cause {
                     ip6_option(is_ipv4(destination))
                 )
             }
-            Self::Narrowed { destination, metric, table, condition, mtu, carried } => {
+            Self::SmallerMtu { destination, metric, table, condition, mtu, carried } => {
                 let of_table =
                     if *table == MAIN { String::new() } else { format!(" table {table}") };
                 format!(
@@ -167,6 +168,7 @@ fn command_for_earlier_rule(network: IpNet, priority: u32, ipv4: bool) -> String
     format!("ip{} rule add to {network} lookup main priority {before}", ip6_option(ipv4))
 }
 
+/// Returns the option of `ip` for the family.
 const fn ip6_option(ipv4: bool) -> &'static str {
     if ipv4 { "" } else { " -6" }
 }

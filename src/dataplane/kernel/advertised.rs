@@ -26,14 +26,14 @@ const UPLINKS: [&str; 4] = ["", "bond", "team", "vlan"];
 
 /// Interfaces that accept advertisements, and would not once this host forwards.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Advertised {
+pub struct AdvertisedInterfaces {
     /// Names of interfaces that have routes or addresses from advertisements.
     pub learned: Vec<String>,
     /// Names of interfaces that may get some.
     pub may_learn: Vec<String>,
 }
 
-impl Advertised {
+impl AdvertisedInterfaces {
     /// Lists the interfaces of this thread's network namespace. `underlay` counts as an uplink
     /// whatever its kind.
     ///
@@ -91,6 +91,7 @@ pub fn restore_accept_ra(interface: &str) -> bool {
     has_default_accept_ra(interface) && set_accept_ra(interface).is_ok()
 }
 
+/// Sets `accept_ra` to 2.
 fn set_accept_ra(interface: &str) -> io::Result<()> {
     write(&accept_ra_path(interface), "2")
 }

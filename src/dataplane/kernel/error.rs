@@ -81,6 +81,7 @@ pub enum KernelError {
     Netlink(#[from] io::Error),
 }
 
+/// Names the user of a taken port.
 fn holder(device: Option<&str>) -> String {
     device.map_or("another socket".to_owned(), |device| {
         format!(
@@ -90,6 +91,7 @@ fn holder(device: Option<&str>) -> String {
     })
 }
 
+/// Returns how to free a taken port.
 fn release(device: Option<&str>) -> String {
     device.map_or("free the port".to_owned(), |device| {
         format!("stop the program that made it and remove it (ip link del {device})")

@@ -22,7 +22,9 @@ use self::chains::{
     refuse_users,
 };
 use super::{
-    forward::{Closing, ForeignChains, Lost, OwnHook, redirecting_chains, translating_chains},
+    forward::{
+        ClosingChain, ForeignChains, LostPackets, OwnHook, redirecting_chains, translating_chains,
+    },
     partial::{ForeignRules, LegacyTable, Partial, Traffic},
     ports::{ClosedPort, closed_ports, redirected_port},
     sets::{self, Elements},
@@ -58,7 +60,7 @@ pub struct FirewallTable {
 
 /// The result of one verification.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Pass {
+pub struct Verification {
     /// Whether another program had changed the table.
     pub repaired: bool,
     /// Dropped tunnel packets of non-members since the agent started.
@@ -71,12 +73,12 @@ struct Written {
     elements: Elements,
     rules: usize,
     /// `None` until the table was read after the write.
-    shown: Option<Shown>,
+    shown: Option<TableContent>,
 }
 
 /// The parts of a table that only gossamer may change, without counters.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Shown {
+pub struct TableContent {
     table: Vec<Vec<u8>>,
     chains: Vec<Vec<u8>>,
     rules: Vec<(String, Vec<u8>)>,
@@ -139,9 +141,9 @@ impl FirewallTable {
     ///
     /// # Errors
     /// When the table cannot be read or written, or another program changes it at the same time.
-    pub fn verify(&mut self, wanted: &Firewall) -> io::Result<Pass> {
+    pub fn verify(&mut self, wanted: &Firewall) -> io::Result<Verification> {
         self.write(wanted)?;
-        let Some(written) = &mut self.written else { return Ok(Pass::default()) };
+        let Some(written) = &mut self.written else { return Ok(Verification::default()) };
         let (shown, counted) = read_table(&mut self.nftables, INET, &wanted.table)?;
         let present = written.present(&mut self.nftables)?;
         self.dropped = self.dropped_before + counted.values().sum::<u64>();
@@ -154,7 +156,7 @@ impl FirewallTable {
             self.read_back(&wanted.table)?;
         }
         let repaired = std::mem::take(&mut self.refused) || !expected;
-        Ok(Pass { repaired, dropped: self.dropped })
+        Ok(Verification { repaired, dropped: self.dropped })
     }
 
     /// Stores the form in which the kernel shows the latest write.
@@ -241,7 +243,7 @@ impl FirewallTable {
     pub fn chains_that_may_drop(
         &mut self,
         networks: &[IpNet],
-        lost: &Lost,
+        lost: &LostPackets,
     ) -> io::Result<ForeignChains> {
         ForeignChains::read(&mut self.nftables, networks, Some(lost))
     }
@@ -250,7 +252,7 @@ impl FirewallTable {
     ///
     /// # Errors
     /// When chains or rules cannot be listed.
-    pub fn chains_around_gateway(&mut self, network: IpNet) -> io::Result<Vec<Closing>> {
+    pub fn chains_around_gateway(&mut self, network: IpNet) -> io::Result<Vec<ClosingChain>> {
         ForeignChains::read_around_gateway(&mut self.nftables, network)
     }
 
@@ -258,7 +260,7 @@ impl FirewallTable {
     ///
     /// # Errors
     /// When chains or rules cannot be listed.
-    pub fn chains_at(&mut self, at: OwnHook, network: IpNet) -> io::Result<Vec<Closing>> {
+    pub fn chains_at(&mut self, at: OwnHook, network: IpNet) -> io::Result<Vec<ClosingChain>> {
         ForeignChains::read_at(&mut self.nftables, at, network)
     }
 
@@ -343,7 +345,7 @@ impl FirewallTable {
     }
 }
 
-impl Shown {
+impl TableContent {
     /// Returns the number of rules.
     pub const fn rules(&self) -> usize {
         self.rules.len()
@@ -358,7 +360,7 @@ impl Written {
 
     /// Whether the table is as it was written; after a write that was not read yet, only the number
     /// of rules is compared.
-    fn is_shown_by(&self, shown: &Shown, elements: &Elements) -> bool {
+    fn is_shown_by(&self, shown: &TableContent, elements: &Elements) -> bool {
         let has_expected_rules = match &self.shown {
             Some(before) => before == shown,
             None => self.rules == shown.rules.len(),
@@ -413,8 +415,8 @@ pub fn read_table(
     nftables: &mut Nftables,
     family: u8,
     table: &str,
-) -> io::Result<(Shown, BTreeMap<String, u64>)> {
-    let (mut shown, mut counted) = (Shown::default(), BTreeMap::new());
+) -> io::Result<(TableContent, BTreeMap<String, u64>)> {
+    let (mut shown, mut counted) = (TableContent::default(), BTreeMap::new());
     let ours = |object: &Object| object.family == family && name_of(object, 1) == table;
     for object in nftables.dump(Kind::GetTable, family, &Attributes::new())? {
         if ours(&object) {

@@ -8,7 +8,7 @@ mod lost;
 
 use std::{collections::BTreeSet, fmt, io, net::IpAddr};
 
-pub use lost::Lost;
+pub use lost::LostPackets;
 
 use ipnet::IpNet;
 
@@ -49,7 +49,7 @@ const MAX_CHAINS_NAMED: usize = 3;
 #[derive(Debug, Default)]
 pub struct ForeignChains {
     /// Chains that may drop forwarded packets, the most probable ones first.
-    pub closing: Vec<Closing>,
+    pub closing: Vec<ClosingChain>,
     /// Chains that drop packets to single addresses; see [`direct_access_drops`].
     pub dropping: Vec<String>,
 }
@@ -65,7 +65,7 @@ pub enum OwnHook {
 
 /// A chain that may drop forwarded packets.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Closing {
+pub struct ClosingChain {
     /// In which way it drops them.
     pub how: How,
     /// Family, table and name, as `nft` takes them.
@@ -101,7 +101,7 @@ impl ForeignChains {
     pub fn read(
         nftables: &mut Nftables,
         networks: &[IpNet],
-        lost: Option<&Lost>,
+        lost: Option<&LostPackets>,
     ) -> io::Result<Self> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         Ok(Self {
@@ -118,7 +118,7 @@ impl ForeignChains {
     pub fn read_around_gateway(
         nftables: &mut Nftables,
         network: IpNet,
-    ) -> io::Result<Vec<Closing>> {
+    ) -> io::Result<Vec<ClosingChain>> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         let sees_resolution = |family: u8, base: &Base| match (family, network) {
             (BRIDGE | NETDEV, _) | (ARP, IpNet::V4(_)) => true,
@@ -140,7 +140,7 @@ impl ForeignChains {
         nftables: &mut Nftables,
         at: OwnHook,
         network: IpNet,
-    ) -> io::Result<Vec<Closing>> {
+    ) -> io::Result<Vec<ClosingChain>> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         let hook = if at == OwnHook::Input { OWN_PACKETS[0] } else { OWN_PACKETS[1] };
         let is_at =
@@ -153,20 +153,21 @@ impl ForeignChains {
     /// Returns the base chains that drop all forwarded packets except those that a rule accepts,
     /// and have no rule that seems to accept these networks. A guess, for hosts on which a trial is
     /// impossible.
-    pub fn guess(&self) -> impl Iterator<Item = &Closing> {
-        let closes =
-            |chain: &&Closing| chain.is_likely && matches!(chain.how, How::LastRule | How::Policy);
+    pub fn guess(&self) -> impl Iterator<Item = &ClosingChain> {
+        let closes = |chain: &&ClosingChain| {
+            chain.is_likely && matches!(chain.how, How::LastRule | How::Policy)
+        };
         self.closing.iter().filter(closes)
     }
 
     /// Returns the chains that most probably drop packets that do not pass.
-    pub fn suspects(&self) -> Vec<&Closing> {
-        let guess: Vec<&Closing> = self.guess().take(MAX_CHAINS_NAMED).collect();
+    pub fn suspects(&self) -> Vec<&ClosingChain> {
+        let guess: Vec<&ClosingChain> = self.guess().take(MAX_CHAINS_NAMED).collect();
         if guess.is_empty() { self.closing.iter().take(MAX_CHAINS_NAMED).collect() } else { guess }
     }
 }
 
-impl Closing {
+impl ClosingChain {
     /// Returns the command that accepts packets between this host itself and a network.
     pub fn fix_at(&self, at: OwnHook, network: IpNet) -> String {
         let (side, name, field) = match at {
@@ -230,7 +231,7 @@ const fn protocol(network: IpNet) -> &'static str {
     }
 }
 
-impl fmt::Display for Closing {
+impl fmt::Display for ClosingChain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let how = match self.how {
             How::LastRule => "ends in a rule that drops or rejects",
@@ -252,9 +253,9 @@ impl fmt::Display for Closing {
 fn closing_chains(
     nftables: &mut Nftables,
     chains: &[Object],
-    (networks, lost): (&[IpNet], Option<&Lost>),
+    (networks, lost): (&[IpNet], Option<&LostPackets>),
     is_concerned: impl Fn(u8, &Base) -> bool,
-) -> io::Result<Vec<Closing>> {
+) -> io::Result<Vec<ClosingChain>> {
     let mut closing = Vec::new();
     for chain in chains {
         let Some(base) = base_of(chain).filter(|base| is_concerned(chain.family, base)) else {
@@ -288,7 +289,7 @@ fn closing_chains(
             .or_else(|| hands_over.then_some(How::Program));
         let Some(how) = how else { continue };
         let accepts = |network: &IpNet| rules.iter().any(|rule| may_accept(rule, *network));
-        closing.push(Closing {
+        closing.push(ClosingChain {
             how,
             chain: format!("{} {table} {name}", family_name(chain.family)),
             hook: hook_name(chain.family, base.hook),
@@ -350,6 +351,8 @@ pub fn redirecting_chains(nftables: &mut Nftables, ipv4: bool) -> io::Result<Vec
     chains_with(nftables, ipv4, PREROUTING, translates_destination)
 }
 
+/// Returns foreign chains at or below base chains of a hook with a rule that matches; only those
+/// with an unconditional one, if there are any.
 fn chains_with(
     nftables: &mut Nftables,
     ipv4: bool,
@@ -422,6 +425,7 @@ fn direct_access_drops(
     Ok(dropping)
 }
 
+/// Whether a rule drops packets to or from a single address in one of the networks.
 fn drops_one_of(rule: &Object, networks: &[IpNet]) -> bool {
     let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
     let named = attributes::read(list).any(|(_, expression)| {
@@ -459,7 +463,7 @@ mod tests {
     fn fix_of_a_translating_chain_exempts_only_packets_between_pods() {
         let network = "10.42.0.0/16".parse().expect("a network");
         let fix = |is_nat| {
-            let closing = Closing {
+            let closing = ClosingChain {
                 how: How::Rules,
                 chain: "inet wan post".to_owned(),
                 hook: "postrouting",

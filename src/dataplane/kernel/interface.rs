@@ -28,12 +28,12 @@ pub enum Ipv6 {
     /// IPv6 is to be disabled.
     Off,
     /// `disable_ipv6` is not changed.
-    AsItIs,
+    Unchanged,
 }
 
 /// The result of [`close`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Closed {
+pub struct CloseResult {
     /// Number of settings that were wrong and have been corrected.
     pub set: u64,
     /// Sentences about settings that are wrong and could not be changed, with the command that
@@ -44,12 +44,12 @@ pub struct Closed {
 /// Applies the settings to an interface of this thread's network namespace. A setting that the
 /// kernel does not have is no problem: the kernel may lack IPv6, also for one interface with a
 /// small MTU.
-pub fn close(interface: &str, ipv6: Ipv6) -> Closed {
-    let mut closed = Closed::default();
+pub fn close(interface: &str, ipv6: Ipv6) -> CloseResult {
+    let mut closed = CloseResult::default();
     let switch = match ipv6 {
         Ipv6::On => Some(("ipv6", "disable_ipv6", "0")),
         Ipv6::Off => Some(("ipv6", "disable_ipv6", "1")),
-        Ipv6::AsItIs => None,
+        Ipv6::Unchanged => None,
     };
     for (family, setting, value) in REQUIRED_SETTINGS.into_iter().chain(switch) {
         let name = format!("net/{family}/conf/{interface}/{setting}");
@@ -67,7 +67,7 @@ pub fn close(interface: &str, ipv6: Ipv6) -> Closed {
 
 /// The result of [`switch_on_ipv6`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Switched {
+pub enum Ipv6Availability {
     /// IPv6 is enabled.
     On,
     /// The kernel has no IPv6.
@@ -81,13 +81,15 @@ pub enum Switched {
 ///
 /// # Errors
 /// When IPv6 is disabled and the setting cannot be written.
-pub fn switch_on_ipv6(interface: &str) -> io::Result<Switched> {
+pub fn switch_on_ipv6(interface: &str) -> io::Result<Ipv6Availability> {
     let name = format!("net/ipv6/conf/{interface}/disable_ipv6");
     match read(&name).as_deref() {
-        Some("0") => Ok(Switched::On),
-        Some(_) => write(&name, "0").map(|()| Switched::On),
-        None if read("net/ipv6/conf/all/disable_ipv6").is_some() => Ok(Switched::NoInterface),
-        None => Ok(Switched::NoKernel),
+        Some("0") => Ok(Ipv6Availability::On),
+        Some(_) => write(&name, "0").map(|()| Ipv6Availability::On),
+        None if read("net/ipv6/conf/all/disable_ipv6").is_some() => {
+            Ok(Ipv6Availability::NoInterface)
+        }
+        None => Ok(Ipv6Availability::NoKernel),
     }
 }
 
@@ -119,6 +121,7 @@ fn has_effect(interface: &str, family: &str, setting: &str) -> bool {
     }
 }
 
+/// Returns the sentence about a setting that could not be changed.
 fn problem(name: &str, is: &str, value: &str, error: &io::Error) -> String {
     let name = dotted(name);
     format!(

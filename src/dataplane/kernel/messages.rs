@@ -256,6 +256,7 @@ fn gateway_of(attribute: &RouteAttribute) -> Option<IpAddr> {
     }
 }
 
+/// Returns the metric of a route.
 pub(super) fn metric_of(route: &RouteMessage) -> u32 {
     let priority = route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Priority(priority) => Some(*priority),

@@ -41,13 +41,13 @@ use rtnetlink::{
 
 pub use self::{
     error::KernelError,
-    firewall::{FirewallTable, Pass, TRIAL_MARK},
-    forward::{Closing, ForeignChains, Lost, OwnHook},
+    firewall::{FirewallTable, TRIAL_MARK, Verification},
+    forward::{ClosingChain, ForeignChains, LostPackets, OwnHook},
     leftovers::Leftovers,
     observe::overlaps,
     partial::{Act, ForeignRules, LegacyTable, Partial, Traffic, Way},
     ports::{ClosedPort, open_port},
-    watch::{ForeignRoutes, Touched},
+    watch::{ForeignRoutes, Recheck},
 };
 use self::{
     interface::Ipv6,
@@ -99,7 +99,7 @@ pub struct Kernel {
 #[derive(Debug, Default)]
 pub struct KernelEvents {
     /// What has to be checked because of them.
-    pub touched: Touched,
+    pub recheck: Recheck,
     /// Entries that the kernel lacks.
     pub misses: Vec<Miss>,
     /// Whether notifications were lost, because the socket's buffer was full.
@@ -176,7 +176,7 @@ impl Kernel {
         let device = *device;
         let mut events = KernelEvents::default();
         let overrun = monitor.read(|message| {
-            events.touched.add(&message, desired, device);
+            events.recheck.add(&message, desired, device);
             foreign.add(&message, desired);
             if events.misses.len() < MAX_MISSES {
                 events.misses.extend(device.and_then(|device| miss(&message, device)));
@@ -370,7 +370,7 @@ impl Kernel {
                 // tunnel. A kernel without IPv6 has nothing to turn off.
                 let _ = self.set(name, |link| link.append_extra_attribute(no_ipv6_address()));
                 // The check of this host's sysctls reports what cannot be set.
-                interface::close(name, Ipv6::AsItIs);
+                interface::close(name, Ipv6::Unchanged);
                 Ok(())
             }
             Op::DeleteDevice => {

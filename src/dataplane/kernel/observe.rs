@@ -170,6 +170,7 @@ impl Kernel {
         Ok(!links.iter().any(is_vrf))
     }
 
+    /// Returns the permanent neighbors on a device.
     fn neighbors(&mut self, index: u32) -> io::Result<BTreeMap<IpAddr, Mac>> {
         let permanent = |entry: &NeighbourMessage| entry.header.state == NeighbourState::Permanent;
         let mut entries = self.dump_neighbors(AddressFamily::Inet, index)?;
@@ -200,6 +201,7 @@ impl Kernel {
         Ok(entries.iter().filter(|entry| unused(entry)).filter_map(lladdr).collect())
     }
 
+    /// Returns the FDB of a device.
     fn fdb(&mut self, index: u32) -> io::Result<BTreeSet<(Mac, IpAddr)>> {
         let entries = self.dump_neighbors(AddressFamily::Bridge, index)?.into_iter();
         Ok(entries.filter_map(|entry| Some((lladdr(&entry)?, destination(&entry)?))).collect())

@@ -15,7 +15,7 @@ use std::{
 
 pub(super) use self::shape::{Alarm, Shape};
 use super::{
-    firewall::{Shown, append, create, create_table, delete_table, name_of, read_table},
+    firewall::{TableContent, append, create, create_table, delete_table, name_of, read_table},
     rules::family_name,
     sets::{self, Elements},
     spoofing, unused,
@@ -62,7 +62,7 @@ struct Written {
     bridge: Bridge,
     elements: Elements,
     /// `None` until the table was read after the write.
-    shown: Option<Shown>,
+    shown: Option<TableContent>,
 }
 
 impl PodTables {

@@ -160,7 +160,8 @@ pub fn open_port(chain: &str, port: u16) -> String {
 }
 
 /// Returns whether the chain drops packets to the port: `Some(true)` if by a rule that names the
-/// port. The first rule that concerns the port decides; a rule that leads to another chain may.
+/// port. The first rule that concerns the port decides. If a rule leads to another chain, all rules
+/// of the table's other chains count: one that accepts the port, or else one that drops it by name.
 fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) -> Option<bool> {
     for rule in own {
         match effect(rule, port) {

@@ -60,21 +60,23 @@ const FORWARD: u32 = 2;
 const POSTROUTING: u32 = 4;
 const FIRST: i32 = -310;
 
-/// Sets with the length of their elements and their type as the `nft` program encodes it. Keys of
-/// the first four start with the name of the veth pair. Then the names of foreign ports; the MACs
-/// and addresses that pods, the gateway and the agent's own pod use; pairs of veth pairs of one
-/// container, and MACs of the same container; and veth pairs that are below the rate limit of
-/// groups.
+/// Sets with the length of their elements in bytes and their type as the `nft` program encodes it. Keys
+/// of the first four sets start with the name of a veth pair.
 const VETHS: &str = "veths";
 pub(super) const MACS: &str = "macs";
 const ADDRESSES4: &str = "addresses4";
 const ADDRESSES6: &str = "addresses6";
+/// Names of foreign ports.
 const FOREIGN_PORTS: &str = "foreign-ports";
+/// MACs and addresses of pods, the gateway and the agent's own pod.
 const USED_MACS: &str = "used_macs";
 const USED4: &str = "used4";
 const USED6: &str = "used6";
+/// Pairs of veth pairs of one container.
 const SIBLINGS: &str = "siblings";
+/// Veth pairs with the MACs of their container.
 const SIBLING_MACS: &str = "sibling_macs";
+/// Veth pairs, each of which matches only up to [`GROUP_RATE`] times per second.
 const BELOW_GROUP_RATE: &str = "below_rate";
 const SETS: [(&str, u32, u32); 11] = [
     (VETHS, 16, 41),

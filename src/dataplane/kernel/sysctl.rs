@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fs, io, path::Path};
 
 use ipnet::IpNet;
 
-use super::advertised::{Advertised, restore_accept_ra};
+use super::advertised::{AdvertisedInterfaces, restore_accept_ra};
 use crate::dataplane::desired::Mode;
 
 /// Below `/proc/sys`.
@@ -101,8 +101,10 @@ impl Sysctl {
         Ok(kept)
     }
 
-    fn advertised(&self) -> io::Result<Advertised> {
-        self.ends_advertisements.as_deref().map_or(Ok(Advertised::default()), Advertised::find)
+    fn advertised(&self) -> io::Result<AdvertisedInterfaces> {
+        self.ends_advertisements
+            .as_deref()
+            .map_or(Ok(AdvertisedInterfaces::default()), AdvertisedInterfaces::find)
     }
 }
 

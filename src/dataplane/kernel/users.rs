@@ -57,7 +57,7 @@ const GONE: [i32; 3] = [3, 19, 100];
 
 /// The rules of one overlay.
 #[derive(Debug)]
-pub struct UsersRule {
+pub struct UserRules {
     netlink: io::Result<Netlink>,
     /// `None` if there are no users except root, or the kernel does not support rules with ports.
     users: Option<RuleUidRange>,
@@ -68,9 +68,9 @@ pub struct UsersRule {
 /// Whether the family is IPv4; otherwise IPv6.
 type Family = bool;
 
-impl UsersRule {
+impl UserRules {
     /// Reads the kernel's release and the range of users. A socket that cannot be opened is an
-    /// error of [`UsersRule::keep`].
+    /// error of [`UserRules::keep`].
     pub fn open() -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         let users = match supports_ports(&read("/proc/sys/kernel/osrelease")) {
@@ -160,12 +160,14 @@ fn maintain_return_routes(netlink: &mut Netlink) -> io::Result<()> {
     failure.map_or(Ok(()), |refused| Err(refused.to_io()))
 }
 
+/// Whether packets may leave by an interface directly.
 fn may_send(link: &Link, links: &[Link]) -> bool {
     let controller = links.iter().find(|other| Some(other.index) == link.controller());
     let is_port = controller.is_some_and(|controller| controller.kind != "vrf");
     link.up && !link.loopback && !is_port
 }
 
+/// Returns the route that returns packets which would leave by an interface.
 fn return_route(interface: u32) -> RouteMessage {
     let mut route = RouteMessage::default();
     route.header.address_family = AddressFamily::Inet;
@@ -235,6 +237,7 @@ pub fn is_ours(rule: &RuleMessage) -> bool {
     rule.attributes.contains(&protocol)
 }
 
+/// Returns gossamer's rules of a family.
 fn own_rules(netlink: &mut Netlink, ipv4: bool) -> io::Result<Vec<RuleMessage>> {
     let mut filter = RuleMessage::default();
     filter.header.family = family(ipv4);

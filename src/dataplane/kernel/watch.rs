@@ -32,7 +32,7 @@ const MAX_FOREIGN: usize = 64;
 
 /// What has to be checked again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Touched {
+pub struct Recheck {
     /// An object of gossamer may differ from the desired state.
     pub ours: bool,
     /// A foreign interface, address, route or rule changed: the underlay may be another one now.
@@ -43,7 +43,7 @@ pub struct Touched {
     pub rules: bool,
 }
 
-impl Touched {
+impl Recheck {
     /// Everything has to be checked.
     pub const EVERYTHING: Self = Self { ours: true, underlay: true, routing: true, rules: true };
 
@@ -94,6 +94,7 @@ impl Touched {
         }
     }
 
+    /// Adds what the appearance, change or removal of a link implies.
     fn add_link(
         &mut self,
         message: &LinkMessage,
@@ -121,6 +122,7 @@ impl Touched {
         }
     }
 
+    /// Adds what a new or removed address implies.
     fn add_address(
         &mut self,
         message: &AddressMessage,
@@ -137,6 +139,7 @@ impl Touched {
         }
     }
 
+    /// Adds what a new or removed route implies.
     fn add_route(
         &mut self,
         route: &RouteMessage,
@@ -226,8 +229,8 @@ impl ForeignRoutes {
     }
 }
 
-/// Returns the entry that the kernel requests for the device with this index, if the message is
-/// such a request.
+/// Returns the entry that the kernel requests for the device with this index; `None` if the message
+/// is no request.
 pub fn miss(message: &RouteNetlinkMessage, device: u32) -> Option<Miss> {
     let RouteNetlinkMessage::GetNeighbour(asked) = message else { return None };
     // A request for an FDB entry has no address, and not the bridge family.

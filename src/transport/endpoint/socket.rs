@@ -58,6 +58,7 @@ pub struct ReceiveBuffer {
 }
 
 impl ReceiveBuffer {
+    /// Reads the state of the socket's receive buffer.
     fn of(socket: &UdpSocket, address: SocketAddr) -> Self {
         // The kernel doubles the size for its own overhead (socket(7), `SO_RCVBUF`).
         let size =

@@ -25,7 +25,7 @@ pub const TRIAL_MARK: u32 = u32::from_be_bytes(*b"gsmP");
 const GUARD_CHAIN: &str = "guard";
 const ROUTERS_CHAIN: &str = "routers";
 const MASQUERADE_CHAIN: &str = "masquerade";
-/// For packets that users send; for those of them that enter a tunnel; and for tunnel packets on
+/// For packets that users send, for those of them that enter a tunnel, and for tunnel packets on
 /// their way to another host.
 const USERS_CHAIN: &str = "users";
 const INTO_TUNNEL_CHAIN: &str = "into_tunnel";

@@ -37,7 +37,7 @@ const NAME_LEN: usize = 16;
 
 /// The lost packets.
 #[derive(Clone, Debug)]
-pub struct Lost {
+pub struct LostPackets {
     /// Their transport protocols.
     pub transports: BTreeSet<Transport>,
     /// Their sources and destinations: the overlay's networks, and hosts of the underlay.
@@ -59,7 +59,7 @@ enum Loaded {
     Interface,
 }
 
-impl Lost {
+impl LostPackets {
     /// Returns whether a rule in a table of this family certainly matches none of these packets. A
     /// rule whose form is unknown may match them.
     pub fn misses(&self, family: u8, rule: &Object) -> bool {
@@ -121,6 +121,7 @@ impl Lost {
     }
 }
 
+/// Returns what a `meta` expression loads.
 fn of_meta(family: u8, key: Option<u32>) -> Option<Loaded> {
     match key? {
         META_PROTOCOL | META_NFPROTO => Some(Loaded::Family),
@@ -180,7 +181,7 @@ mod tests {
         });
         let attributes = Attributes::new().nest(4, &list).as_bytes().to_vec();
         let net = |text: &str| text.parse().expect("a network");
-        let lost = Lost {
+        let lost = LostPackets {
             transports: [Transport::Udp].into(),
             networks: vec![net("10.42.0.0/16"), net("fd42::/48"), net("10.99.0.10/32")],
             port: 8472,

@@ -10,7 +10,7 @@ use super::{
     matches::{byte, half, word},
     reader::value,
     reading::{Change, Context, Verdict},
-    selection::Marked,
+    selection::MarkedPackets,
     sets::{Data, SetName},
 };
 use crate::netlink::{attributes, nftables::Object};
@@ -146,22 +146,22 @@ pub fn connection_mark(
 /// Returns changes whose values a rule computes in registers and then writes to a mark or a header.
 fn register_changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
     let mut changes = Vec::new();
-    let unmarked = || vec![Marked { mark: 0, what: Vec::new() }];
+    let unmarked = || vec![MarkedPackets { mark: 0, what: Vec::new() }];
     // The possible values of the register that was written last.
-    let mut held: Option<Vec<Marked>> = None;
+    let mut held: Option<Vec<MarkedPackets>> = None;
     let mut bytes: Option<Vec<u8>> = None;
     for (name, data) in expressions(rule) {
         let get = |attribute| number(attributes::find(data, attribute));
         let native = |bytes: &[u8]| bytes.first_chunk().copied().map(u32::from_ne_bytes);
         let word = |attribute| native(value(attributes::find(data, attribute))?);
-        let sets = |held: &Option<Vec<Marked>>, of_connection| {
+        let sets = |held: &Option<Vec<MarkedPackets>>, of_connection| {
             let held = held.iter().flatten().filter(|marked| marked.mark != 0).cloned();
             held.map(|marked| Change::Mark { marked, of_connection }).collect::<Vec<_>>()
         };
         match name {
             "immediate" => {
                 bytes = value(attributes::find(data, 2)).map(<[u8]>::to_vec);
-                held = word(2).map(|mark| vec![Marked { mark, what: Vec::new() }]);
+                held = word(2).map(|mark| vec![MarkedPackets { mark, what: Vec::new() }]);
             }
             "meta" if get(3).is_some() => {
                 if get(2) == Some(META_MARK) {
@@ -188,7 +188,7 @@ fn register_changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
             "bitwise" => {
                 // A mask on a header keeps the bits beside the new value.
                 bytes = value(attributes::find(data, 5)).map(<[u8]>::to_vec);
-                let change = |mut marked: Marked| {
+                let change = |mut marked: MarkedPackets| {
                     marked.mark = marked.mark & word(4)? ^ word(5)?;
                     Some(marked)
                 };
@@ -202,7 +202,9 @@ fn register_changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
                     _ => None,
                 };
                 let marks = set.elements.iter().filter_map(|element| mark(&element.data));
-                held = Some(marks.map(|mark| Marked { mark, what: Vec::new() }).take(1).collect());
+                held = Some(
+                    marks.map(|mark| MarkedPackets { mark, what: Vec::new() }).take(1).collect(),
+                );
             }
             "counter" | "cmp" => {}
             _ => held = None,

@@ -1,6 +1,6 @@
 //! What a rule does, and with which packets, independent of the rule's format.
 
-use super::selection::{Marked, Selection, Traffic};
+use super::selection::{MarkedPackets, Selection, Traffic};
 use super::sets::Sets;
 
 /// The state that the interpretation of a rule depends on.
@@ -17,9 +17,9 @@ pub struct Context<'a> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Marks {
     /// Marks of the packets themselves.
-    pub packets: Vec<Marked>,
+    pub packets: Vec<MarkedPackets>,
     /// Marks of their connections.
-    pub connections: Vec<Marked>,
+    pub connections: Vec<MarkedPackets>,
 }
 
 /// What a rule does.
@@ -60,7 +60,7 @@ pub enum Change {
     /// Another source.
     Source,
     /// A mark of the packets or of their connections.
-    Mark { marked: Marked, of_connection: bool },
+    Mark { marked: MarkedPackets, of_connection: bool },
     /// The number of hops that remain.
     Ttl(u8),
 }
@@ -79,10 +79,15 @@ impl Change {
     }
 
     /// Returns the marks that follow from `change`, given the marks that packets may have before.
-    pub fn marks(before: &[Marked], of_connection: bool, change: impl Fn(u32) -> u32) -> Vec<Self> {
-        let unmarked = Marked { mark: 0, what: Vec::new() };
+    pub fn marks(
+        before: &[MarkedPackets],
+        of_connection: bool,
+        change: impl Fn(u32) -> u32,
+    ) -> Vec<Self> {
+        let unmarked = MarkedPackets { mark: 0, what: Vec::new() };
         let all = [unmarked].into_iter().chain(before.iter().cloned());
-        let changed = all.map(|Marked { mark, what }| Marked { mark: change(mark), what });
+        let changed =
+            all.map(|MarkedPackets { mark, what }| MarkedPackets { mark: change(mark), what });
         let marked = changed.filter(|marked| marked.mark != 0);
         marked.map(|marked| Self::Mark { marked, of_connection }).collect()
     }
@@ -93,7 +98,7 @@ impl Marks {
     const MAX_MARKS: usize = 16;
 
     /// Stores a mark.
-    pub fn add(&mut self, marked: Marked, of_connection: bool) {
+    pub fn add(&mut self, marked: MarkedPackets, of_connection: bool) {
         let known = if of_connection { &mut self.connections } else { &mut self.packets };
         if let Some(known) = known.iter_mut().find(|known| known.mark == marked.mark) {
             // Once a rule marks all packets, the restriction no longer applies.
@@ -104,11 +109,11 @@ impl Marks {
     }
 
     /// Returns the marks of connections, as rules restore them to packets.
-    pub fn restored(&self) -> Vec<Marked> {
-        let restored = |Marked { mark, what }: &Marked| {
+    pub fn restored(&self) -> Vec<MarkedPackets> {
+        let restored = |MarkedPackets { mark, what }: &MarkedPackets| {
             let unnamed = || vec![format!("of connections with the mark {mark:#x}")];
             let what = if what.is_empty() { unnamed() } else { what.clone() };
-            Marked { mark: *mark, what }
+            MarkedPackets { mark: *mark, what }
         };
         self.connections.iter().map(restored).collect()
     }

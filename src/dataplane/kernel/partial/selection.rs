@@ -91,7 +91,7 @@ pub enum Side {
 
 /// A mark with the packets that have it, in words; no words means all packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Marked {
+pub struct MarkedPackets {
     /// The mark.
     pub mark: u32,
     /// The packets that have it.
@@ -213,6 +213,7 @@ impl Selection {
         Some(any)
     }
 
+    /// Whether it selects all packets of all ways.
     fn is_everything(&self) -> bool {
         let is_of_all = self.ways == u8::MAX && self.states == u32::MAX;
         !self.is_partial && is_of_all && self.what.is_empty()
@@ -224,10 +225,12 @@ impl Selection {
         self.what.push(what);
     }
 
+    /// Narrows the selection to packets of connections in these states.
     pub(super) const fn limit_states(&mut self, states: u32) {
         self.states &= states;
     }
 
+    /// Narrows the selection to packets with some TCP flags.
     pub(super) fn limit_flags(&mut self, mask: u8, is_taken: impl Fn(u8) -> bool) {
         self.is_partial = true;
         for (flag, flags) in self.flags.iter_mut().zip(CONNECTION_FLAGS) {
@@ -313,6 +316,7 @@ impl Selection {
         Some(())
     }
 
+    /// Narrows the selection to packets of a length in bytes.
     pub(super) fn limit_length(&mut self, first: u16, last: u16, is_inverted: bool) -> Option<()> {
         let (first, last) = match (is_inverted, first) {
             (true, 0) => (last.checked_add(1)?, u16::MAX),
@@ -357,7 +361,7 @@ impl Selection {
     /// Narrows the selection to packets with some mark. Packets without a known mark have mark 0.
     pub(super) fn limit_mark(
         &mut self,
-        known: &[Marked],
+        known: &[MarkedPackets],
         is_it: impl Fn(u32) -> bool,
     ) -> Option<()> {
         if is_it(0) {
@@ -386,23 +390,28 @@ impl Selection {
         self.is_above |= is_above;
     }
 
+    /// Narrows the selection to packets at some times.
     pub(super) fn limit_times(&mut self) {
         self.narrow("at some times".to_owned());
     }
 
+    /// Narrows the selection to packets with some content.
     pub(super) fn limit_content(&mut self) {
         self.narrow("with some content".to_owned());
     }
 
+    /// Narrows the selection to connections that have carried some amount.
     pub(super) fn limit_amount(&mut self) {
         self.is_late = true;
         self.narrow("of connections that have carried a certain amount".to_owned());
     }
 
+    /// Narrows the selection to connections above a number.
     pub(super) fn limit_connections(&mut self) {
         self.narrow("of connections above a number of them".to_owned());
     }
 
+    /// Narrows the selection to a random share.
     pub(super) fn limit_share(&mut self) {
         self.narrow("taken by chance".to_owned());
     }

@@ -202,7 +202,7 @@ fn of_table(nftables: &mut Nftables, family: u8, table: &str, set: &str) -> io::
 
 /// An element in the kernel's form.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Shown {
+pub struct KernelElement {
     /// The value, or the first one of an interval.
     pub key: Vec<u8>,
     /// Whether it is a value or begins an interval; otherwise it ends one.
@@ -214,7 +214,7 @@ pub struct Shown {
 }
 
 /// Parses an element.
-fn parse(element: &[u8]) -> Shown {
+fn parse(element: &[u8]) -> KernelElement {
     const IS_END: u32 = 1;
     let data = attributes::find(element, 2).map(|data| {
         let verdict = attributes::find(data, 2);
@@ -223,7 +223,7 @@ fn parse(element: &[u8]) -> Shown {
         let value = attributes::find(data, 1).unwrap_or_default().to_vec();
         (code.map_or(i32::MIN, i32::from_be_bytes), chain.map(str::to_owned), value)
     });
-    Shown {
+    KernelElement {
         key: value(attributes::find(element, 1)).unwrap_or_default().to_vec(),
         begins: number(attributes::find(element, 3)).unwrap_or(0) & IS_END == 0,
         end: value(attributes::find(element, 10)).map(<[u8]>::to_vec),
@@ -232,7 +232,7 @@ fn parse(element: &[u8]) -> Shown {
 }
 
 /// Combines elements that begin intervals with those that end them.
-pub fn elements_of(mut all: Vec<Shown>) -> Vec<Element> {
+pub fn elements_of(mut all: Vec<KernelElement>) -> Vec<Element> {
     all.sort();
     let has_ends = all.iter().any(|element| !element.begins);
     let mut next: Option<&[u8]> = None;

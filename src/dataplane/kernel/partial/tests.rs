@@ -5,7 +5,7 @@ mod programs;
 use std::rc::Rc;
 
 use super::{
-    sets::{Data, Element, Set, SetName, Shown, elements_of},
+    sets::{Data, Element, KernelElement, Set, SetName, elements_of},
     *,
 };
 use crate::dataplane::kernel::rules::{self, ACCEPT, DROP, JUMP};
@@ -271,7 +271,8 @@ fn mark_and_translation_of_some_packets_are_found() {
 
 #[test]
 fn intervals_of_a_set_end_before_the_element_that_ends_them() {
-    let shown = |key: &[u8], begins| Shown { key: key.to_vec(), begins, end: None, data: None };
+    let shown =
+        |key: &[u8], begins| KernelElement { key: key.to_vec(), begins, end: None, data: None };
     let read =
         elements_of(vec![shown(&[10, 0], true), shown(&[9, 0], false), shown(&[10, 4], false)]);
     assert_eq!(read, [Element { parts: vec![(vec![10, 0], vec![10, 3])], data: None }]);
@@ -279,7 +280,7 @@ fn intervals_of_a_set_end_before_the_element_that_ends_them() {
     let ranges: Vec<_> = adjacent.into_iter().flat_map(|element| element.parts).collect();
     assert_eq!(ranges, [(vec![7], vec![8]), (vec![9], vec![255])]);
     assert_eq!(elements_of(vec![shown(&[7], true), shown(&[9], true)]).len(), 2);
-    let whole = Shown { end: Some(vec![9]), ..shown(&[7], true) };
+    let whole = KernelElement { end: Some(vec![9]), ..shown(&[7], true) };
     assert_eq!(elements_of(vec![whole])[0].parts, [(vec![7], vec![9])]);
 }
 

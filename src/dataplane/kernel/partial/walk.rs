@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{
     Act, Base, Key, POSTROUTING, PREROUTING, Partial, Place, lines, reader,
     reading::{Change, Context, Marks, Reading, Verdict},
-    selection::{ESTABLISHED, Marked, NEW, Selection, Traffic},
+    selection::{ESTABLISHED, MarkedPackets, NEW, Selection, Traffic},
     sets::Sets,
 };
 use crate::netlink::nftables::Object;
@@ -135,9 +135,9 @@ impl Walk<'_> {
     /// Stores the marks that a rule sets, for the following rules.
     fn store_marks(&mut self, changes: &[Change], taken: &Selection) {
         for change in changes {
-            if let Change::Mark { marked: Marked { mark, what }, of_connection } = change {
+            if let Change::Mark { marked: MarkedPackets { mark, what }, of_connection } = change {
                 let what = [taken.what.clone(), what.clone()].concat();
-                self.marks.add(Marked { mark: *mark, what }, *of_connection);
+                self.marks.add(MarkedPackets { mark: *mark, what }, *of_connection);
             }
         }
     }
