@@ -20,7 +20,7 @@ use crate::{
 
 /// EtherType of IPv6 (IANA).
 pub const IPV6: u16 = 0x86dd;
-/// Protocol number of ICMPv6 (IANA).
+/// Protocol number of `ICMPv6` (IANA).
 pub const ICMPV6: u8 = 58;
 /// `ARPHRD_ETHER`.
 const ETHERNET: u16 = 1;
@@ -107,7 +107,7 @@ fn discovery(
     frame
 }
 
-/// Opens a nonblocking packet socket for one EtherType. Requires CAP_NET_RAW.
+/// Opens a nonblocking packet socket for one EtherType. Requires `CAP_NET_RAW`.
 ///
 /// # Errors
 /// If the kernel refuses the socket.

@@ -89,7 +89,7 @@ impl Family {
         }
     }
 
-    /// Opens a raw ICMP socket in the present network namespace. Requires CAP_NET_RAW. The socket receives
+    /// Opens a raw ICMP socket in the present network namespace. Requires `CAP_NET_RAW`. The socket receives
     /// all ICMP packets to this host, including requests that the kernel answers.
     ///
     /// # Errors
@@ -111,8 +111,8 @@ impl Family {
         }
     }
 
-    /// Attaches a filter to the socket, which then receives only packets that may concern `identity`, and echo
-    /// requests if `requests` is true. The pings of other programs no longer wake the process.
+    /// Attaches a filter to the socket, which then receives only packets that may concern `identity`, and
+    /// echo requests if `requests` is true. The pings of other programs no longer wake the process.
     ///
     /// # Errors
     /// If the kernel refuses the filter.
@@ -377,7 +377,7 @@ mod tests {
         }
     }
 
-    /// The filter works on sockets of any kind, so a Unix socket avoids the need for CAP_NET_RAW.
+    /// The filter works on sockets of any kind, so a Unix socket avoids the need for `CAP_NET_RAW`.
     #[test]
     fn filter_passes_own_replies_and_errors_and_requests_if_enabled() {
         let ip_header = [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 42, 7, 0, 10, 42, 9, 0];

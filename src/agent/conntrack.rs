@@ -81,7 +81,7 @@ impl TableState {
     }
 }
 
-/// Sums the column `drop` over all processors (net/netfilter/nf_conntrack_standalone.c, `ct_cpu_seq_show`).
+/// Sums the column `drop` over all processors (`net/netfilter/nf_conntrack_standalone.c`, `ct_cpu_seq_show`).
 fn dropped(counters: &str) -> u64 {
     let mut lines = counters.lines();
     let names = lines.next().unwrap_or_default();

@@ -10,7 +10,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::dataplane::forwarding::parse;
 
 /// Opens a nonblocking raw TCP socket bound to `address`. It sends from that address and receives a copy
-/// of each segment sent to it. Needs CAP_NET_RAW.
+/// of each segment sent to it. Needs `CAP_NET_RAW`.
 pub(super) fn open(address: IpAddr) -> io::Result<Socket> {
     let at = SocketAddr::new(address, 0);
     let socket = Socket::new(Domain::for_address(at), Type::RAW, Some(Protocol::TCP))?;

@@ -1,4 +1,4 @@
-//! Notifications to systemd (sd_notify(3)): readiness, status text and watchdog.
+//! Notifications to systemd (`sd_notify(3))`: readiness, status text and watchdog.
 //!
 //! "Ready" means that the agent answers requests, not that it has a subnet: units ordered after it must
 //! not wait for an unreachable cluster. Without a service manager nothing is sent.
@@ -20,7 +20,7 @@ pub(super) struct Service {
 }
 
 impl Service {
-    /// Reads the environment variables of sd_notify(3).
+    /// Reads the environment variables of `sd_notify(3)`.
     pub(super) fn new(now: Instant) -> Self {
         let has_manager = std::env::var_os("NOTIFY_SOCKET").is_some();
         // Half of the watchdog timeout, as sd_watchdog_enabled(3) recommends.

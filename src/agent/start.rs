@@ -87,13 +87,23 @@ pub enum StartFailure {
         "listen: {listen} does not receive what is sent to the underlay address {underlay}: \
          leave it out, or set --advertise or --iface"
     )]
-    Listen { listen: SocketAddr, underlay: IpAddr },
+    Listen {
+        /// The configured address.
+        listen: SocketAddr,
+        /// The address of the underlay.
+        underlay: IpAddr,
+    },
     /// The podCIDR of this node cannot be determined.
     #[error("pod_cidr: {0}")]
     PodCidr(String),
     /// The HTTP server cannot listen.
     #[error("http: {address}: {error}: choose another address, or leave it out")]
-    Http { address: SocketAddr, error: io::Error },
+    Http {
+        /// The configured address.
+        address: SocketAddr,
+        /// The reason.
+        error: io::Error,
+    },
     /// The control socket cannot be opened.
     #[error(transparent)]
     Socket(#[from] api::SocketError),

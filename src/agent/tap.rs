@@ -59,7 +59,7 @@ pub struct Tap {
 
 impl Tap {
     /// Opens a socket for ARP, neighbor discovery and tunnel packets to this UDP port. Needs
-    /// CAP_NET_RAW.
+    /// `CAP_NET_RAW`.
     ///
     /// # Errors
     /// Fails if the socket cannot be opened or its filter cannot be attached.

@@ -195,7 +195,7 @@ impl NetworkConfig {
     }
 
     /// Collects the addresses of the capability `ips`, of `args.cni.ips` and of `CNI_ARGS`
-    /// ("IP=10.42.7.9,fd42::9"). Each may carry a prefix length.
+    /// ("`IP=10.42.7.9,fd42::9`"). Each may carry a prefix length.
     fn addresses(&self, arguments: &BTreeMap<String, String>) -> Result<Vec<IpAddr>, CniError> {
         let mut addresses = Vec::new();
         let mut add = |place: &str, text: &str, code| {

@@ -43,7 +43,7 @@ fn parse(text: &str) -> Result<Settings, String> {
     Ok(settings)
 }
 
-/// Applies EnableIPv4 and EnableIPv6: the file may have networks of families that are disabled.
+/// Applies `EnableIPv4` and `EnableIPv6`: the file may have networks of families that are disabled.
 fn choose_families(settings: &mut Settings, ipv4: bool, ipv6: bool) -> Result<(), String> {
     if !ipv6 {
         (settings.network6, settings.subnet_len6) = (None, None);

@@ -28,7 +28,7 @@ pub struct Settings {
     #[arg(long, env = "GOSSAMER_JOIN", value_delimiter = ',', value_name = "HOST[:PORT]")]
     pub join: Vec<String>,
     /// Token of the cluster, from `gossamer token`. Visible in `ps`: prefer --token-file or
-    /// GOSSAMER_TOKEN
+    /// `GOSSAMER_TOKEN`
     #[arg(long, env = "GOSSAMER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub token: Option<String>,
     /// File with the token; only its owner may read it

@@ -21,7 +21,7 @@ mod commands;
 #[cfg(test)]
 mod tests;
 
-/// EtherTypes (IANA, IEEE 802).
+/// `EtherTypes` (IANA, IEEE 802).
 pub const ARP: u16 = 0x0806;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
@@ -31,7 +31,7 @@ const ICMPV6: u8 = 58;
 pub const SOLICITATION: u8 = 135;
 /// `ICMPv6` type of a neighbor advertisement (RFC 4861).
 pub const ADVERTISEMENT: u8 = 136;
-/// Values of `sll_pkttype` (linux/if_packet.h).
+/// Values of `sll_pkttype` (`linux/if_packet.h`).
 const PACKET_HOST: u8 = 0;
 const PACKET_OUTGOING: u8 = 4;
 const UDP_HEADER: usize = 8;

@@ -89,7 +89,7 @@ fn privileges(examination: &Examination, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Returns the effective capabilities of a process: `CapEff` of proc_pid_status(5).
+/// Returns the effective capabilities of a process: `CapEff` of `proc_pid_status(5)`.
 fn effective_capabilities(process: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));

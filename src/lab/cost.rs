@@ -13,7 +13,7 @@ pub fn cpu_seconds(pid: u32) -> f64 {
     nanos.sum::<f64>() / 1e9
 }
 
-/// Returns a field of `/proc/PID/status`, such as "VmRSS:", in MiB; NaN if it is missing.
+/// Returns a field of `/proc/PID/status`, such as "`VmRSS`:", in MiB; NaN if it is missing.
 pub fn memory_mib(pid: u32, field: &str) -> f64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(field));

@@ -56,7 +56,7 @@ impl fmt::Display for Ports {
     }
 }
 
-/// The properties by which a policy rule selects packets (`ip rule`, linux/fib_rules.h), except marks
+/// The properties by which a policy rule selects packets (`ip rule`, `linux/fib_rules.h`), except marks
 /// and interfaces. A route that requires more than a destination also has a selector.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Selector {

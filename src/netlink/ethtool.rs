@@ -1,4 +1,4 @@
-//! Offload features of a device (generic netlink, linux/ethtool_netlink.h): reads and sets one feature.
+//! Offload features of a device (generic netlink, `linux/ethtool_netlink.h)`: reads and sets one feature.
 //!
 //! Implemented here because the crate for this protocol only reads features.
 

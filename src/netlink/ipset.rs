@@ -1,6 +1,6 @@
-//! Reads sets of `ipset` (linux/netfilter/ipset/ip_set.h), to determine which packets a rule matches.
+//! Reads sets of `ipset` (`linux/netfilter/ipset/ip_set.h`), to determine which packets a rule matches.
 //!
-//! Implemented here because only two dumps of the protocol are needed. Requires CAP_NET_ADMIN.
+//! Implemented here because only two dumps of the protocol are needed. Requires `CAP_NET_ADMIN`.
 
 use std::{collections::BTreeSet, io};
 

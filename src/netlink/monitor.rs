@@ -28,7 +28,7 @@ const NEW_LINK: u16 = 16;
 const HEADER: usize = 16;
 /// Bytes of `struct ifinfomsg`.
 const LINK_HEADER: usize = 16;
-/// `IFLA_STATS`, `IFLA_STATS64` and `IFLA_AF_SPEC` (linux/if_link.h).
+/// `IFLA_STATS`, `IFLA_STATS64` and `IFLA_AF_SPEC` (`linux/if_link.h`).
 const STATISTICS: [u16; 3] = [7, 23, 26];
 /// Receive buffer of the socket in bytes: about 20,000 changes, which exceeds a burst of a busy host.
 const SOCKET_BUFFER_BYTES: usize = 8 << 20;

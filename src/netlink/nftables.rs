@@ -1,4 +1,4 @@
-//! nf_tables by netlink (linux/netfilter/nf_tables.h): transactions, dumps, and the expressions that
+//! `nf_tables` by netlink (`linux/netfilter/nf_tables.h)`: transactions, dumps, and the expressions that
 //! gossamer's rules use.
 //!
 //! Implemented here because other libraries need a C library or the `nft` program, or are under the GPL. This
@@ -101,7 +101,7 @@ pub struct Object {
     pub attributes: Vec<u8>,
 }
 
-/// An nf_tables socket in the network namespace of the thread that opened it.
+/// An `nf_tables` socket in the network namespace of the thread that opened it.
 pub struct Nftables {
     socket: Socket,
     sequence: u32,

@@ -76,7 +76,7 @@ pub struct RouteLookup {
     pub redirected: bool,
     /// Unicast, local, unreachable, blackhole ...
     pub kind: RouteType,
-    /// Whether an encapsulation changes the packet or adds a header (MPLS, SRv6, BPF).
+    /// Whether an encapsulation changes the packet or adds a header (MPLS, `SRv6`, BPF).
     pub rewrites: bool,
 }
 
@@ -162,7 +162,7 @@ pub struct Destination {
 /// The kind of a route that ends the lookup in its table.
 pub const THROW: &str = "throw";
 
-/// `RTCF_REDIRECTED` (linux/in_route.h).
+/// `RTCF_REDIRECTED` (`linux/in_route.h`).
 const REDIRECTED: u32 = 0x0004_0000;
 /// `RT_TABLE_LOCAL`: the addresses of this host.
 const LOCAL: u32 = 255;

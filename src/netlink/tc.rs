@@ -18,11 +18,11 @@ use rtnetlink::{
     },
 };
 
-/// `TCA_GACT_PARMS` (linux/tc_act/tc_gact.h).
+/// `TCA_GACT_PARMS` (`linux/tc_act/tc_gact.h`).
 const GACT_PARAMETERS: u16 = 2;
 /// Offset of `action` in `struct tc_gact`, in bytes.
 const VERDICT_AT: usize = 8;
-/// `TC_ACT_SHOT` (linux/pkt_cls.h).
+/// `TC_ACT_SHOT` (`linux/pkt_cls.h`).
 const DROP: i32 = 2;
 
 use super::{Netlink, link::Link};

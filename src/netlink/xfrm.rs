@@ -58,7 +58,7 @@ impl Policy {
     }
 }
 
-/// Returns all policies of this network namespace. Requires CAP_NET_ADMIN.
+/// Returns all policies of this network namespace. Requires `CAP_NET_ADMIN`.
 ///
 /// # Errors
 /// If the kernel refuses or does not answer.

@@ -19,11 +19,11 @@ use rtnetlink::{
 
 use crate::netlink::{Request, link::Link};
 
-/// `IFLA_BRPORT_STATE` (linux/if_link.h).
+/// `IFLA_BRPORT_STATE` (`linux/if_link.h`).
 const STATE: u16 = 1;
-/// `BR_STATE_FORWARDING` (linux/if_bridge.h).
+/// `BR_STATE_FORWARDING` (`linux/if_bridge.h`).
 const FORWARDING: u8 = 3;
-/// `IFLA_BRPORT_MODE` (linux/if_link.h): the hairpin mode.
+/// `IFLA_BRPORT_MODE` (`linux/if_link.h)`: the hairpin mode.
 const HAIRPIN: u16 = 4;
 
 /// Attribute number (`IFLA_BRPORT_*`), correct value and name in `bridge link set` of each setting.
@@ -51,7 +51,7 @@ pub(super) fn is_open(port: &Link) -> bool {
     port.is_operational() && reported_settings(port).contains(&(STATE, FORWARDING))
 }
 
-/// State of a bridge port (`BR_STATE_*`, linux/if_bridge.h).
+/// State of a bridge port (`BR_STATE_*`, `linux/if_bridge.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PortState {
     /// No packets pass.

@@ -1,4 +1,4 @@
-//! Controls a headless Chromium by the DevTools protocol over two pipes.
+//! Controls a headless Chromium by the `DevTools` protocol over two pipes.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -118,7 +118,7 @@ impl Browser {
         Ok(())
     }
 
-    /// Presses and releases a key, for example "Tab", "Enter" or "ArrowRight".
+    /// Presses and releases a key, for example "Tab", "Enter" or "`ArrowRight`".
     pub fn press(&mut self, key: &str) -> anyhow::Result<()> {
         let code = match key {
             "Tab" => 9,

@@ -24,7 +24,7 @@ use crate::{
     },
 };
 
-/// ICMPv6 types (RFC 4861).
+/// `ICMPv6` types (RFC 4861).
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 
@@ -55,7 +55,7 @@ fn announce_address(netns: &NetNs, address: Ipv6Addr) -> anyhow::Result<()> {
     )
 }
 
-/// Sends an ICMPv6 message to all nodes; the kernel fills in the checksum.
+/// Sends an `ICMPv6` message to all nodes; the kernel fills in the checksum.
 fn send_to_all_nodes(netns: &NetNs, message: &[u8]) -> anyhow::Result<()> {
     Ok(netns.run(|| {
         let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;

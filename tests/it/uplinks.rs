@@ -214,7 +214,7 @@ fn diverted_tunnel_packets_are_reported_with_interface_and_table() {
     });
 }
 
-/// Virtual machines, each behind its own NAT, as VirtualBox sets them up.
+/// Virtual machines, each behind its own NAT, as `VirtualBox` sets them up.
 #[test]
 fn token_with_an_address_that_each_host_has_is_reported_with_a_remedy() {
     isolated(|lab| {

@@ -20,7 +20,7 @@ pub fn program() -> PathBuf {
     std::env::var_os("GOSSAMER").map_or_else(|| env!("CARGO_BIN_EXE_gossamer").into(), Into::into)
 }
 
-/// Returns the Debian package under test: the path in GOSSAMER_DEB, or the one that `packaging/build-deb`
+/// Returns the Debian package under test: the path in `GOSSAMER_DEB`, or the one that `packaging/build-deb`
 /// has built.
 pub fn package() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("GOSSAMER_DEB") {

@@ -22,7 +22,7 @@ const ETH_P_ALL: u16 = 3_u16.to_be();
 const INTERFACE: u32 = 0xffff_f000 + 8;
 /// `SKF_AD_OFF + SKF_AD_PKTTYPE` of linux/filter.h.
 const PACKET_TYPE: u32 = 0xffff_f000 + 4;
-/// `PACKET_OUTGOING` of linux/if_packet.h.
+/// `PACKET_OUTGOING` of `linux/if_packet.h`.
 const OUTGOING: u32 = 4;
 /// Length of the IPv4 header without options.
 const IPV4: u32 = 20;
@@ -43,7 +43,7 @@ const MAX_READ: usize = 192;
 pub struct Capture(Socket);
 
 impl Capture {
-    /// Captures packets with one of these numbers on the interface with this index. Needs CAP_NET_RAW.
+    /// Captures packets with one of these numbers on the interface with this index. Needs `CAP_NET_RAW`.
     ///
     /// # Errors
     /// Fails if the socket cannot be opened.

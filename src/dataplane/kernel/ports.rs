@@ -231,7 +231,7 @@ fn effect(rule: &Object, port: u16) -> Effect {
     }
 }
 
-/// Returns whether `struct xt_multiport_v1` (linux/netfilter/xt_multiport.h) matches all packets to
+/// Returns whether `struct xt_multiport_v1` (`linux/netfilter/xt_multiport.h`) matches all packets to
 /// a port; `None` if the match is another one.
 fn multiport(data: &[u8], port: u16) -> Option<bool> {
     const MAX_PORTS: usize = 15;
@@ -250,7 +250,7 @@ fn multiport(data: &[u8], port: u16) -> Option<bool> {
     Some(kind != SOURCE_PORTS && holds && !is_inverted)
 }
 
-/// Returns the destination ports of `struct xt_udp` (linux/netfilter/xt_tcpudp.h), in host order.
+/// Returns the destination ports of `struct xt_udp` (`linux/netfilter/xt_tcpudp.h`), in host order.
 fn udp_match(data: &[u8]) -> Option<std::ops::RangeInclusive<u16>> {
     let info = attributes::find(data, 3)?;
     let port = |at: usize| Some(u16::from_ne_bytes(*info.get(at..)?.first_chunk()?));

@@ -3,7 +3,7 @@
 
 use crate::netlink::{attributes, nftables::Object};
 
-/// Verdict codes (linux/netfilter.h, linux/netfilter/nf_tables.h). Negative codes lead to another
+/// Verdict codes (linux/netfilter.h, `linux/netfilter/nf_tables.h`). Negative codes lead to another
 /// chain, except `RETURN`.
 pub const DROP: i32 = 0;
 /// `NF_ACCEPT`.

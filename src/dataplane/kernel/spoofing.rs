@@ -52,7 +52,7 @@ const GROUPS_CHAIN: &str = "groups";
 /// For frames that leave by veth pairs.
 const RECEIVING_CHAIN: &str = "receiving";
 /// `NF_BR_PRE_ROUTING`, with a priority before the bridge learns MACs and before Docker and
-/// kube-proxy change addresses (linux/netfilter_bridge.h).
+/// kube-proxy change addresses (`linux/netfilter_bridge.h`).
 const PREROUTING: u32 = 0;
 /// `NF_BR_FORWARD`.
 const FORWARD: u32 = 2;
@@ -154,7 +154,7 @@ pub(super) static SHAPE: Shape = Shape {
     ),
 };
 
-/// A rule for ICMPv6 of one type.
+/// A rule for `ICMPv6` of one type.
 fn icmpv6(kind: u8) -> Rule {
     Rule::new().ether_type(IPV6).transport(ICMPV6).holds(Base::Transport, 0, &[kind])
 }

@@ -72,7 +72,7 @@ const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 /// `NFT_META_PKTTYPE`.
 const META_PKTTYPE: u32 = 19;
-/// `PACKET_HOST` (linux/if_packet.h): sent to this host only.
+/// `PACKET_HOST` (`linux/if_packet.h)`: sent to this host only.
 const PACKET_HOST: u8 = 0;
 /// `NFT_REJECT_ICMPX_UNREACH`.
 const BY_ICMP: u32 = 2;

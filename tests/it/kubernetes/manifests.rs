@@ -25,7 +25,7 @@ pub fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| panic!("no text: {value}"), str::to_owned)
 }
 
-/// Returns the pods of a manifest's DaemonSets.
+/// Returns the pods of a manifest's `DaemonSets`.
 fn pods(manifest: &str) -> Vec<Value> {
     let objects = objects(&fs::read_to_string(manifest).expect(manifest));
     let sets = objects.into_iter().filter(|object| object["kind"] == "DaemonSet");

@@ -33,7 +33,7 @@ const OUT_OF_TUNNEL_CHAIN: &str = "tunnelled";
 /// Chains with their hooks, for packets to subnets without a lease that this host forwards or
 /// sends.
 const UNLEASED_CHAINS: [(&str, u32); 2] = [("unleased", 2), ("unleased_here", 3)];
-/// Hooks and priorities of linux/netfilter.h and linux/netfilter_ipv4.h. The guard sees packets for
+/// Hooks and priorities of linux/netfilter.h and `linux/netfilter_ipv4.h`. The guard sees packets for
 /// this host before all other input rules; it does not see packets that this host only forwards.
 /// Masquerading runs where source addresses are rewritten.
 const INPUT_HOOK: u32 = 1;
@@ -56,11 +56,11 @@ const INTO_TUNNEL_BIT: u32 = 0x8000;
 /// assigned a traffic class (`CLASSIFY`), for which all bits count, so gossamer leaves the priority
 /// unchanged.
 const TRAFFIC_CLASS_BITS: u32 = 0xffff_0000;
-/// Packets that give a host routes: protocol and type of ICMPv6 router advertisement, ICMPv6
+/// Packets that give a host routes: protocol and type of `ICMPv6` router advertisement, `ICMPv6`
 /// redirect, and ICMP redirect.
 const ROUTE_GIVERS: [(u8, u8); 3] = [(58, 134), (58, 137), (1, 5)];
 /// ICMP errors that report a lost packet: protocol, type, and the offset of the lost packet's
-/// destination address. ICMP "destination unreachable", ICMPv6 "destination unreachable" and
+/// destination address. ICMP "destination unreachable", `ICMPv6` "destination unreachable" and
 /// "packet too big".
 const ICMP_ERRORS: [(u8, u8, u32); 3] = [(1, 3, 24), (58, 1, 32), (58, 2, 32)];
 pub(super) const MEMBERS: [&str; 2] = ["members4", "members6"];

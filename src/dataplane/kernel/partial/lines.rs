@@ -13,7 +13,7 @@ use super::{
 };
 use crate::netlink::attributes;
 
-/// States of connections as bits (linux/netfilter/nf_conntrack_common.h, xt_conntrack.h).
+/// States of connections as bits (`linux/netfilter/nf_conntrack_common.h`, `xt_conntrack.h`).
 const STATES: [(&str, u32); 5] =
     [("INVALID", 1), ("ESTABLISHED", 2), ("RELATED", 4), ("NEW", 8), ("UNTRACKED", 64)];
 /// Types of addresses (`RTN_*`).
