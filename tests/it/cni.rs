@@ -346,7 +346,7 @@ fn orphaned_pod_is_listed_and_leaving_node_removes_its_bridge() {
         let link = link.split([':', '@']).nth(1).expect("a name").trim();
         tool(&cluster.hosts[1].netns, &format!("ip link del {link}"));
         let shown = String::from_utf8(client(&cluster.agents[1], &["pods"]).stdout)?;
-        assert!(shown.contains("orphans:"), "{shown}");
+        assert!(shown.contains("orphan:"), "{shown}");
         cluster.agents[1].leave()?;
         cluster.agents[1].wait()?;
         let links = tool(&cluster.hosts[1].netns, "ip -br link");

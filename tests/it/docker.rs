@@ -174,7 +174,7 @@ fn unsupported_docker_requests_are_rejected_without_changes() {
                 "ipam-opt a=b",
             ),
             ("IpamDriver.RequestAddress", json!({ "PoolID": any, "Address": ip }), any),
-            ("IpamDriver.RequestAddress", json!({ "PoolID": pool, "Address": ip }), "has it"),
+            ("IpamDriver.RequestAddress", json!({ "PoolID": pool, "Address": ip }), "in use by"),
             (
                 "IpamDriver.RequestAddress",
                 json!({ "PoolID": pool, "Address": "10.42.1.999" }),

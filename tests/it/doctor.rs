@@ -126,7 +126,7 @@ const FAULTS: [(&str, &str, &str, &str); 12] = [
     ),
     (
         "overlays",
-        "flannel.1 is of flannel",
+        "interface flannel.1 belongs to flannel",
         "ip link add flannel.1 type vxlan id 9 dstport 8479",
         "ip link del flannel.1",
     ),
