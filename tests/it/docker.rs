@@ -137,7 +137,7 @@ fn unsupported_docker_requests_are_rejected_without_changes() {
             ("NetworkDriver.CreateNetwork", foreign, "--ipam-driver gossamer"),
             ("NetworkDriver.CreateNetwork", option, "option speed=fast"),
             ("NetworkDriver.CreateEndpoint", endpoint("e2", "172.18.0.2/16"), "172.18.0.2"),
-            ("NetworkDriver.CreateEndpoint", endpoint("e2", &first), "endpoint e1 has it"),
+            ("NetworkDriver.CreateEndpoint", endpoint("e2", &first), "in use by endpoint e1"),
             ("NetworkDriver.CreateEndpoint", endpoint("e2", ""), "has no address"),
             ("NetworkDriver.CreateEndpoint", endpoint("../e2", &first), "has no address"),
             ("NetworkDriver.Join", json!({ "EndpointID": "e9" }), "endpoint e9"),
