@@ -245,6 +245,8 @@ impl Agent {
     fn on_underlay(&mut self, underlay: Result<ChosenUnderlay, UnderlayError>) {
         let chosen = match underlay {
             Ok(chosen) => chosen,
+        let known = &self.kernel.host.warnings;
+        state.warnings.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::warn!("{p}"));
             Err(error) => {
                 let why = match error {
                     // Tunnel packets leave by the interface that has the address.

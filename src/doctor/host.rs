@@ -193,7 +193,10 @@ fn sysctls(numbers: &Numbers, mode: Mode, underlay: Option<&str>, findings: &mut
     let device = device_name(numbers.vni);
     let wanted = sysctl::wanted(&numbers.networks, &device, mode, underlay.unwrap_or("all"));
     let wrong: Vec<_> = wanted.iter().filter_map(|setting| setting.wrong()).collect();
-    if wrong.is_empty() {
+    if let Some(unreadable) = sysctl::unreadable() {
+        let warning = Finding::sentence("sysctls", &unreadable);
+        findings.push(Finding { verdict: super::Verdict::Warning, ..warning });
+    } else if wrong.is_empty() {
         findings.push(Finding::ok("sysctls", "forwarding is on"));
     }
     findings.extend(wrong.into_iter().map(|(seen, why, command)| {
