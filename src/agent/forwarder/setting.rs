@@ -99,7 +99,7 @@ impl Agent {
             mtu: (self.underlay.tunnel_mtu + MTU_EXCESS).min(MAX_MTU),
             route_mtu: self.underlay.tunnel_mtu,
         });
-        let underlay = self.underlay.with_mode(self.config.mode);
+        let underlay = self.current_underlay();
         let withdrawn = &self.kernel.withdrawn_peers;
         let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
         let largest = self.underlay.tunnel_mtu;
