@@ -17,6 +17,7 @@ use crate::{
         firewall::Firewall,
         kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
+    model::Pool,
     netlink::{Netlink, in_thread, link::Link},
     pods::{obstacle::obstacle, standin::OWN_ALIAS},
 };
@@ -274,7 +275,9 @@ fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Find
         .collect();
     let has_all_routes =
         examination.status().is_none_or(|status| status["kernel"]["peers_in_use"].is_null());
-    let sentences = overlaps(&mut netlink, &numbers.networks, &own, has_all_routes);
+    let pool = examination.status().map(|status| status["settings"]["pool"].clone());
+    let pool = pool.and_then(|pool| serde_json::from_value::<Pool>(pool).ok());
+    let sentences = overlaps(&mut netlink, &numbers.networks, pool.as_ref(), &own, has_all_routes);
     let sentences = sentences.unwrap_or_default();
     findings.extend(sentences.iter().map(|sentence| {
         let (seen, rest) = sentence.split_once(": ").unwrap_or((sentence, ""));
