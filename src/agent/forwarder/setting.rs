@@ -72,6 +72,8 @@ pub struct Peer {
     pub underlay: IpAddr,
     /// Whether packets to and from it go through a tunnel.
     pub tunnelled: bool,
+    /// Whether packets to and from it are routed over the underlay.
+    pub direct: bool,
     /// Size in bytes of the largest packet that is sent to it.
     pub carried: u32,
 }
@@ -111,6 +113,7 @@ impl Agent {
                 vteps: subnets.iter().map(|subnet| subnet.network()).collect(),
                 underlay: peer.vtep.underlay,
                 tunnelled: matches!(way, Path::Overlay(_)),
+                direct: matches!(way, Path::Direct { .. }),
                 carried: self.kernel.narrow.get(node).copied().unwrap_or(largest),
             })
         });
