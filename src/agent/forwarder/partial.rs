@@ -54,9 +54,11 @@ fn sentences(
     let mut sentences = Vec::new();
     let mut known = Vec::new();
     for network in setting.networks.iter() {
-        let networks = [network];
+        let is_ipv4 = network.addr().is_ipv4();
+        let of_family = |leasable: &&IpNet| leasable.addr().is_ipv4() == is_ipv4;
+        let networks: Vec<IpNet> = setting.leasable.iter().filter(of_family).copied().collect();
         // IPv6 cannot be routed over an IPv4 underlay.
-        let is_routable = |peer: &&Peer| peer.underlay.is_ipv6() || network.addr().is_ipv4();
+        let is_routable = |peer: &&Peer| peer.underlay.is_ipv6() || is_ipv4;
         let is_direct = setting.peers.iter().filter(is_routable).any(|peer| peer.direct);
         let without_tunnel = without_tunnel.as_ref().filter(|_| is_direct);
         // A trial cannot send packets that arrive by the underlay.

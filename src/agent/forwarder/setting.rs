@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
+use ipnet::IpNet;
+
 use super::trial::{MAX_MTU, MTU_EXCESS};
 use crate::{
     agent::Agent,
@@ -48,6 +50,8 @@ pub struct Setting {
     pub mark: Option<u32>,
     /// Networks of the overlay.
     pub networks: Subnets,
+    /// The parts of these networks that may be leased: all addresses of pods.
+    pub leasable: Vec<IpNet>,
     /// MTU of the VXLAN device in bytes.
     pub carried: u32,
     /// At most [`MAX_PEERS`] peers that are not withdrawn.
@@ -130,6 +134,7 @@ impl Agent {
             pinned: underlay.pinned.then_some(underlay.link),
             mark: self.config.firewall.guard.then_some(TRIAL_MARK),
             networks: view.settings.pool.networks(),
+            leasable: view.settings.pool.leasable_networks(),
             carried: self.underlay.tunnel_mtu,
             peers: peers.take(MAX_PEERS).collect(),
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
