@@ -7,6 +7,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     ifaddrs::getifaddrs,
     sys::socket::{LinkAddr, bind},
 };
@@ -113,9 +114,20 @@ fn discovery(
 /// If the kernel refuses the socket.
 pub fn packet_socket(kind: Type, protocol: u16) -> io::Result<Socket> {
     let protocol = Protocol::from(i32::from(protocol.to_be()));
-    let socket = Socket::new(Domain::PACKET, kind, Some(protocol))?;
+    let socket = Socket::new(Domain::PACKET, kind, Some(protocol)).map_err(packet_error)?;
     socket.set_nonblocking(true)?;
     Ok(socket)
+}
+
+/// Adds to the kernel's error for a packet socket which setting forbids the address family.
+pub fn packet_error(error: io::Error) -> io::Error {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EAFNOSUPPORT) => io::Error::other(format!(
+            "sockets of AF_PACKET are forbidden ({error}): add AF_PACKET to RestrictAddressFamilies in the \
+             agent's systemd unit, or load the module af_packet"
+        )),
+        _ => error,
+    }
 }
 
 /// Opens a socket that sends whole frames on one Ethernet interface and receives none. Also returns the
@@ -176,5 +188,13 @@ mod tests {
         assert_eq!(frame[62..78], address.octets());
         assert_eq!(frame[78..], [2, 1, 2, 0, 0, 0, 0, 1]);
         assert!(is_whole(&frame));
+    }
+
+    #[test]
+    fn forbidden_packet_socket_error_names_the_family_and_the_setting() {
+        let error = packet_error(Errno::EAFNOSUPPORT.into()).to_string();
+        assert!(error.contains("RestrictAddressFamilies"), "{error}");
+        let other = packet_error(Errno::EPERM.into());
+        assert_eq!(other.raw_os_error(), Some(Errno::EPERM as i32));
     }
 }

@@ -70,6 +70,9 @@ pub struct Routing {
     pub path_mtus: BTreeMap<IpAddr, PathMtu>,
     /// Hosts whose tunnel packets do not leave by the underlay interface.
     pub detours: BTreeMap<IpAddr, Detour>,
+    /// Hosts in the underlay's networks that the kernel reaches through a router, because these networks have
+    /// no route without one.
+    pub routed: BTreeSet<IpAddr>,
     /// The state of the check for the status.
     pub status: CheckStatus,
 }
@@ -91,6 +94,7 @@ pub struct Auditor {
     not_before: Instant,
     path_mtus: BTreeMap<IpAddr, PathMtu>,
     detours: BTreeMap<IpAddr, Detour>,
+    routed: BTreeSet<IpAddr>,
     /// Next hop of tunnel packets to each host.
     next_hops: BTreeMap<IpAddr, Hop>,
     /// The host whose path was looked up last.
@@ -142,6 +146,7 @@ impl Auditor {
             not_before: now,
             path_mtus: BTreeMap::new(),
             detours: BTreeMap::new(),
+            routed: BTreeSet::new(),
             next_hops: BTreeMap::new(),
             last_path: None,
             read_for: BTreeSet::new(),
@@ -216,8 +221,8 @@ impl Auditor {
         };
         self.look_up_paths(netlink, desired, place);
         let (path_mtus, detours) = (self.path_mtus.clone(), self.detours.clone());
-        let status = CheckStatus { state, detail };
-        let state = Routing { problems, diverted, path_mtus, detours, status };
+        let (routed, status) = (self.routed.clone(), CheckStatus { state, detail });
+        let state = Routing { problems, diverted, path_mtus, detours, routed, status };
         let is_news = state != self.reported;
         self.reported.clone_from(&state);
         is_news.then_some(state)
@@ -247,6 +252,7 @@ impl Auditor {
         let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
         self.path_mtus.retain(|host, _| hosts.contains(host));
         self.detours.retain(|host, _| hosts.contains(host));
+        self.routed.retain(|host| hosts.contains(host));
         self.next_hops.retain(|host, _| hosts.contains(host));
         let begin = self.last_path.map_or(Bound::Unbounded, Bound::Excluded);
         let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
@@ -272,6 +278,14 @@ impl Auditor {
                 },
                 Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),
             };
+            match &detour {
+                Some(Detour::Gateway { .. })
+                    if detour::has_no_direct_route(netlink, host, place.networks) =>
+                {
+                    self.routed.insert(host);
+                }
+                _ => _ = self.routed.remove(&host),
+            }
             match detour {
                 Some(detour) => _ = self.detours.insert(host, detour),
                 None => _ = self.detours.remove(&host),

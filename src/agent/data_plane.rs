@@ -31,7 +31,7 @@ use crate::{
     config::Config,
     core::{Command, Input, Peer, View},
     dataplane::{
-        desired::{Desired, device_name},
+        desired::{Desired, Underlay, device_name},
         firewall::Firewall,
         kernel::{
             FirewallTable, Kernel, KernelError, RefusedEntry, pod_tables::PodTables,
@@ -101,11 +101,17 @@ pub(super) struct KernelState {
 }
 
 impl Agent {
+    /// Returns this host's end of the underlay, and how packets reach peers.
+    pub(super) fn current_underlay(&self) -> Underlay {
+        let routed = self.kernel.routing.routed.clone();
+        Underlay { routed, ..self.underlay.with_mode(self.config.mode) }
+    }
+
     /// Computes the desired state and passes it to the kernel thread.
     pub(super) fn program(&mut self) {
         let state = match (&self.kernel.wanted, self.node.cluster()) {
             (Some(view), _) => {
-                let mut underlay = self.underlay.with_mode(self.config.mode);
+                let mut underlay = self.current_underlay();
                 underlay.narrow.clone_from(&self.kernel.narrow);
                 let mut desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
                 desired.device.checksum_offload = self.prober.wanted_offload();
@@ -144,7 +150,11 @@ impl Agent {
                 let known = &self.kernel.routing.problems;
                 let new = routing.problems.iter().filter(|problem| !known.contains(problem));
                 new.for_each(|problem| tracing::warn!("{problem}"));
+                let is_other_way = routing.routed != self.kernel.routing.routed;
                 self.kernel.routing = routing;
+                if is_other_way {
+                    self.program();
+                }
                 self.follow_path_mtus();
             }
             KernelEvent::Flapping(flapping) => {
@@ -235,6 +245,8 @@ impl Agent {
     fn on_host(&mut self, state: HostState) {
         let known = &self.kernel.host.problems;
         state.problems.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::error!("{p}"));
+        let known = &self.kernel.host.warnings;
+        state.warnings.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::warn!("{p}"));
         for kind in &state.repaired {
             self.record_and_log_repair(kind, 1);
         }
@@ -353,7 +365,7 @@ impl Agent {
 
     /// Returns the problems of peers whose underlay addresses this host cannot send to.
     pub(super) fn unusable_peers(&self) -> Vec<String> {
-        let underlay = self.underlay.with_mode(self.config.mode);
+        let underlay = self.current_underlay();
         let peers = self.kernel.wanted.iter().flat_map(|view| &view.peers);
         let problem = |(node, peer): (&NodeId, &Peer)| {
             let address = peer.vtep.underlay;

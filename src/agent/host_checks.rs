@@ -46,6 +46,8 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 pub struct HostState {
     /// The problems, with their remedies.
     pub problems: Vec<String>,
+    /// What could not be checked, with remedies.
+    pub warnings: Vec<String>,
     /// Whether the kernel's connection tracking table is full and drops packets, as one of the problems
     /// says.
     pub is_table_full: bool,
@@ -86,6 +88,7 @@ pub struct HostChecks {
     neighbors: NeighborTables,
     netlink: io::Result<Netlink>,
     problems: Vec<String>,
+    warnings: Vec<String>,
     dropped: u64,
     repaired: Vec<&'static str>,
     /// Earliest time to read other programs' chains again.
@@ -124,6 +127,7 @@ impl HostChecks {
             neighbors: NeighborTables::default(),
             netlink: Netlink::open(),
             problems: Vec::new(),
+            warnings: Vec::new(),
             dropped: 0,
             repaired: Vec::new(),
             read_chains_at: Instant::now(),
@@ -225,6 +229,7 @@ impl HostChecks {
             self.read_chains_at = begun + begun.elapsed() * CHAIN_READ_SHARE;
         }
         self.problems.clear();
+        self.warnings = sysctl::unreadable().into_iter().collect();
         self.problems.extend(self.connections.check());
         self.problems.extend(self.fragments.check());
         if let Ok(netlink) = &mut self.netlink {
@@ -307,6 +312,7 @@ impl HostChecks {
         let problems = problems.cloned().chain(self.repair_conflicts.problems());
         let state = HostState {
             problems: problems.collect(),
+            warnings: self.warnings.clone(),
             is_table_full: self.connections.is_full(),
             refuses_routers: self.guarded,
             dropped: self.dropped,

@@ -11,7 +11,7 @@ use crate::{
     api::{EventKind, EventLevel, PathStatus},
     core::Peer,
     dataplane::{
-        desired::{Way, overhead},
+        desired::{Underlay, Way, overhead},
         silence::Sign,
     },
     model::{NodeId, PathState},
@@ -202,7 +202,7 @@ impl Agent {
         if lost && self.kernel.forwarding.drops_incoming[usize::from(!ipv4)] {
             return None;
         }
-        let underlay = self.underlay.with_mode(self.config.mode);
+        let underlay = self.current_underlay();
         let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
         let is_direct = matches!(ways[0], Way::Direct { .. });
         if lost && self.prober.paths.is_diverted_inbound(node) {
@@ -210,17 +210,8 @@ impl Agent {
             return problem_text(mixed_modes_problem(name, own, is_direct));
         }
         match ways[0] {
-            Way::Unreachable => {
-                return problem_text(format!(
-                    "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no \
-                     tunnels: use mode = \"direct\" on all nodes"
-                ));
-            }
             _ if ways.contains(&Way::Unreachable) => {
-                return problem_text(format!(
-                    "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay \
-                     address {there}; use mode = \"direct\" on all nodes"
-                ));
+                return unreachable_problem(&underlay, name, there, ways[0]).and_then(problem_text);
             }
             Way::Direct { .. } if lost => {
                 let suspects = self.kernel.forwarding.suspects.iter();
@@ -346,6 +337,29 @@ fn silent_machine_problem(
     )
 }
 
+/// Describes a peer with a subnet that this host cannot reach in mode host-gw; `first` is the way to its
+/// first subnet. An underlay address that is unusable in every mode is reported elsewhere.
+fn unreachable_problem(
+    underlay: &Underlay,
+    name: &str,
+    there: IpAddr,
+    first: Way,
+) -> Option<String> {
+    if underlay.unusable_peer_reason(there).is_some() {
+        return None;
+    }
+    Some(match first {
+        Way::Unreachable => format!(
+            "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no tunnels: use \
+             mode = \"direct\" on all nodes"
+        ),
+        _ => format!(
+            "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay address \
+             {there}; use mode = \"direct\" on all nodes"
+        ),
+    })
+}
+
 /// Describes a wrong path MTU report that keeps coming back.
 fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
     let (family, icmp) = match there {
@@ -373,4 +387,22 @@ fn mixed_modes_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
          drops packets that arrive by the other way: set the same mode on all nodes; a host that \
          drops packets names the rule (there: gossamer status)"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::desired::Mode;
+
+    #[test]
+    fn unusable_underlay_address_is_not_reported_as_a_matter_of_the_mode() {
+        let here: IpAddr = [192, 0, 2, 1].into();
+        let of_mode = |mode| Underlay { mode, ..Underlay::of_tunnels(2, here, 1_450) };
+        for mode in [Mode::Vxlan, Mode::Direct, Mode::HostGw] {
+            assert_eq!(unreachable_problem(&of_mode(mode), "h1", here, Way::Unreachable), None);
+        }
+        let far = [198, 51, 100, 3].into();
+        let problem = unreachable_problem(&of_mode(Mode::HostGw), "h1", far, Way::Unreachable);
+        assert!(problem.is_some_and(|problem| problem.contains("mode host-gw uses no tunnels")));
+    }
 }

@@ -416,7 +416,7 @@ impl Agent {
     fn way_to(&self, node: NodeId) -> Option<Way> {
         let peer = self.kernel.wanted.as_ref()?.peers.get(&node)?;
         let (_, subnets) = peer.leases.first()?;
-        Some(self.underlay.with_mode(self.config.mode).way(peer.vtep.underlay, subnets.first))
+        Some(self.current_underlay().way(peer.vtep.underlay, subnets.first))
     }
 
     /// Whether packets to a peer use the tunnel.

@@ -395,7 +395,7 @@ impl Agent {
         if is_told {
             return Some(Setting { subjects: Vec::new(), lost_here, rest, probers, sources, own });
         }
-        let underlay = self.underlay.with_mode(self.config.mode);
+        let underlay = self.current_underlay();
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
             // Firewalls may drop probes of a host, but pass packets of its pods.
             let is_suspect = matches!(state, PathState::Unanswered | PathState::OneWay);

@@ -182,7 +182,7 @@ impl Agent {
     fn warnings(&self) -> Vec<String> {
         let kernel = &self.kernel;
         let known = kernel.forwarding.warnings.iter().chain(&kernel.answers.warnings);
-        let known = known.chain(&self.pods.guests);
+        let known = known.chain(&kernel.host.warnings).chain(&self.pods.guests);
         let known = known.cloned().chain(self.path_warnings()).chain(self.remote_pod_warnings());
         known.map(|warning| visible(&warning)).collect()
     }

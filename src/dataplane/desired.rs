@@ -146,6 +146,8 @@ pub struct Underlay {
     pub local: IpAddr,
     /// Networks of the underlay interface, whose hosts are reached without a router.
     pub networks: Vec<IpNet>,
+    /// Hosts in these networks that the kernel nevertheless reaches through a router.
+    pub routed: BTreeSet<IpAddr>,
     /// MTU in bytes of the VXLAN device.
     pub tunnel_mtu: u32,
     /// MTU in bytes of packets to each peer whose path carries less than the device's MTU.
@@ -162,6 +164,7 @@ impl Underlay {
             pinned: false,
             local,
             networks: Vec::new(),
+            routed: BTreeSet::new(),
             tunnel_mtu,
             narrow: BTreeMap::new(),
             mode: Mode::Vxlan,
@@ -181,6 +184,7 @@ impl Underlay {
         let routable = peer.is_ipv6() || subnet.addr().is_ipv4();
         match self.mode {
             _ if self.unusable_reason(peer, near).is_some() => Way::Unreachable,
+            Mode::Direct if self.routed.contains(&peer) => Way::Overlay(subnet.network()),
             Mode::Direct | Mode::HostGw if near && routable => {
                 Way::Direct { gateway: peer, link: self.link }
             }
@@ -436,6 +440,10 @@ mod tests {
         // The kernel cannot route IPv6 through an IPv4 gateway.
         assert_eq!(ways(Mode::Direct), ([near, tunnel, tunnel6], 2));
         assert_eq!(ways(Mode::HostGw), ([near, Way::Unreachable, Way::Unreachable], 0));
+        let routed = [[192, 0, 2, 2].into()].into();
+        let routed = Underlay { mode: Mode::Direct, routed, ..underlay() };
+        let subnet = "10.42.7.0/24".parse().expect("subnet");
+        assert_eq!(routed.way([192, 0, 2, 2].into(), subnet), Way::Overlay([10, 42, 7, 0].into()));
     }
 
     #[test]

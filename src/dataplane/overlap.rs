@@ -75,6 +75,8 @@ impl Foreign {
 pub struct Overlay<'a> {
     /// The overlay's networks.
     pub networks: &'a [IpNet],
+    /// The pool, if it is known.
+    pub pool: Option<&'a Pool>,
     /// This node's own subnets.
     pub own: &'a [IpNet],
     /// The pods' bridge of gossamer, if there is one.
@@ -86,7 +88,11 @@ pub struct Overlay<'a> {
 /// Returns a sentence for each address of this host that diverts packets of pods, or whose network
 /// the overlay takes packets from.
 pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
-    let Overlay { networks, own, pods, has_all_routes } = *overlay;
+    let Overlay { networks, pool, own, pods, has_all_routes } = *overlay;
+    // A part of the pool that is never leased contains no pods.
+    let is_leasable = |found: &&Foreign| {
+        pool.is_none_or(|pool| !pool.slots_in(&found.network.trunc()).is_empty())
+    };
     // Routes to nodes' subnets are more specific.
     let overlay_outranks = |found: &Foreign| {
         let is_ipv4 = found.network.addr().is_ipv4();
@@ -101,6 +107,7 @@ pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
     };
     let named = foreign.iter().filter(|found| found.kind != ForeignKind::Route);
     named
+        .filter(is_leasable)
         .filter_map(|found| {
             let subnet = own.iter().find(|own| own.contains(&found.address()));
             if let Some((subnet, bridge)) = subnet.and_then(|subnet| Some((subnet, bridge_of(subnet)?)))
@@ -161,7 +168,7 @@ mod tests {
     }
 
     fn overlay<'a>(networks: &'a [IpNet], own: &'a [IpNet], pods: Option<&'a str>) -> Overlay<'a> {
-        Overlay { networks, own, pods, has_all_routes: true }
+        Overlay { networks, pool: None, own, pods, has_all_routes: true }
     }
 
     /// The routes to subnets are more specific than a route of a larger network, as libvirt may
@@ -183,6 +190,27 @@ mod tests {
             // The single route for the pool is less specific than that network.
             let sentences = problems(&found, &Overlay { has_all_routes: false, ..overlay });
             assert!(sentences.len() == 1 && sentences[0].contains("leave by"), "{sentences:?}");
+        }
+    }
+
+    /// NetworkManager's first shared connection has 10.42.0.1/24.
+    #[test]
+    fn network_in_a_part_of_the_pool_that_is_never_leased_is_not_reported() {
+        let spec = PoolSpec::of("10.42.0.0/16".parse().expect("a network"));
+        let pool = Pool::new(&spec).expect("a pool");
+        let networks: Vec<IpNet> = pool.networks().iter().collect();
+        let own = ["10.42.2.0/24".parse().expect("a network")];
+        let overlay = Overlay { pool: Some(&pool), ..overlay(&networks, &own, None) };
+        for (network, is_reported) in [
+            ("10.42.0.1/24", false),
+            ("10.42.0.1/32", false),
+            ("10.42.0.1/23", true),
+            ("10.42.1.1/24", true),
+            ("10.42.0.1/16", true),
+            ("10.42.0.1/8", true),
+        ] {
+            let found = [foreign(network, ForeignKind::Address)];
+            assert_eq!(!problems(&found, &overlay).is_empty(), is_reported, "{network}");
         }
     }
 

@@ -17,6 +17,7 @@ use crate::{
         firewall::Firewall,
         kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
+    model::Pool,
     netlink::{Netlink, in_thread, link::Link},
     pods::{obstacle::obstacle, standin::OWN_ALIAS},
 };
@@ -193,7 +194,10 @@ fn sysctls(numbers: &Numbers, mode: Mode, underlay: Option<&str>, findings: &mut
     let device = device_name(numbers.vni);
     let wanted = sysctl::wanted(&numbers.networks, &device, mode, underlay.unwrap_or("all"));
     let wrong: Vec<_> = wanted.iter().filter_map(|setting| setting.wrong()).collect();
-    if wrong.is_empty() {
+    if let Some(unreadable) = sysctl::unreadable() {
+        let warning = Finding::sentence("sysctls", &unreadable);
+        findings.push(Finding { verdict: super::Verdict::Warning, ..warning });
+    } else if wrong.is_empty() {
         findings.push(Finding::ok("sysctls", "forwarding is on"));
     }
     findings.extend(wrong.into_iter().map(|(seen, why, command)| {
@@ -271,7 +275,9 @@ fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Find
         .collect();
     let has_all_routes =
         examination.status().is_none_or(|status| status["kernel"]["peers_in_use"].is_null());
-    let sentences = overlaps(&mut netlink, &numbers.networks, &own, has_all_routes);
+    let pool = examination.status().map(|status| status["settings"]["pool"].clone());
+    let pool = pool.and_then(|pool| serde_json::from_value::<Pool>(pool).ok());
+    let sentences = overlaps(&mut netlink, &numbers.networks, pool.as_ref(), &own, has_all_routes);
     let sentences = sentences.unwrap_or_default();
     findings.extend(sentences.iter().map(|sentence| {
         let (seen, rest) = sentence.split_once(": ").unwrap_or((sentence, ""));

@@ -9,7 +9,7 @@ use std::{
     ops::{Range, RangeInclusive},
 };
 
-use ipnet::{IpNet, Ipv6Net};
+use ipnet::{IpNet, Ipv4Subnets, Ipv6Net, Ipv6Subnets};
 use serde::{Deserialize, Serialize};
 
 /// Greatest number of slots. An IPv4 pool with more is refused; an IPv6 pool leaves the others unused.
@@ -207,6 +207,30 @@ impl Pool {
     pub fn subnets(&self, slot: Slot) -> Subnets {
         let second = self.second.map(|second| second.subnet(slot));
         Subnets { first: self.subnet(slot), second }
+    }
+
+    /// Returns the parts of the networks that may be leased, as the fewest networks.
+    ///
+    /// # Panics
+    /// As [`Pool::subnet`].
+    pub fn leasable_networks(&self) -> Vec<IpNet> {
+        let (first, last) = (self.subnets(self.first), self.subnets(self.last));
+        let mut networks = Vec::new();
+        for (first, last) in first.iter().zip(last.iter()) {
+            match (first, last) {
+                (IpNet::V4(first), IpNet::V4(last)) => {
+                    let parts = Ipv4Subnets::new(first.network(), last.broadcast(), 0);
+                    networks.extend(parts.map(IpNet::V4));
+                }
+                (IpNet::V6(first), IpNet::V6(last)) => {
+                    let parts = Ipv6Subnets::new(first.network(), last.broadcast(), 0);
+                    networks.extend(parts.map(IpNet::V6));
+                }
+                // A division has one family.
+                _ => {}
+            }
+        }
+        networks
     }
 
     /// Returns the slot with a subnet whose network address is `address`, if it may be leased.

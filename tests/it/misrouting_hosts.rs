@@ -388,7 +388,7 @@ fn specific_route_older_than_the_agent_is_reported_soon() {
         let words = [
             format!("{prefix}77/32, by up1, because it is more specific"),
             format!("dropped by the blackhole route to {prefix}201/32"),
-            format!("ip route del local {prefix}31/32 dev lo table local"),
+            format!("ip route del local {prefix}31/32 table local"),
         ];
         for words in &words {
             wait_until(words, TIMEOUT, || has_problem(agent, words));

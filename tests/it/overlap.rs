@@ -97,10 +97,7 @@ fn network_around_node_subnets_is_reported_with_its_effect_by_status_and_doctor(
         let problems = status["problems"].as_array().expect("problems");
         let problem = problems[0].as_str().expect("a sentence");
         assert_eq!(problems.len(), 1, "{problems:#?}");
-        assert!(
-            problem.contains("addresses in these") && !problem.contains("leave by"),
-            "{problem}"
-        );
+        assert!(problem.contains("in these subnets") && !problem.contains("leave by"), "{problem}");
         tool(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip));
         let bad = complaints(&cluster.hosts[0], "");
         assert_eq!(bad.len(), 1, "{bad:#?}");

@@ -22,9 +22,9 @@ fn doctor(netns: &NetNs, agent: &Agent) -> String {
 /// for the peer's subnet.
 const FAULTS: [(&str, &str, &str); 9] = [
     (
-        "remove it (ip route del local 10.42.2.0/25 dev lo table local)",
-        "ip route add local 10.42.2.0/25 dev lo",
-        "ip route del local 10.42.2.0/25 dev lo",
+        "remove it (ip route del local 10.42.2.0/25 table local)",
+        "ip route add local 10.42.2.0/25 dev d0 proto 66",
+        "ip route del local 10.42.2.0/25 table local",
     ),
     (
         "table 52 has a route for them and comes before the main table (ip rule 5270)",

@@ -61,6 +61,17 @@ pub fn gateway_detour(
     is_beside.then(|| Detour::Gateway { gateway, lead: lead(netlink, query, found) })
 }
 
+/// Returns whether the networks that contain the host have no route without a router. A route to a part of
+/// them does not count, nor does a route for some packets only.
+pub fn has_no_direct_route(netlink: &mut Netlink, host: IpAddr, networks: &[IpNet]) -> bool {
+    let query = Query::to(host);
+    let is_routed = netlink.route(&query).is_ok_and(|found| found.gateway.is_some());
+    // Kernels before 4.17 do not support this lookup.
+    let entry = netlink.route_entry(&query).ok().filter(|_| is_routed);
+    let mut around = networks.iter().filter(|network| network.contains(&host));
+    entry.is_some_and(|entry| around.any(|network| entry.prefix_len <= network.prefix_len()))
+}
+
 /// Returns a detour if packets leave by another interface than the one with this host's address. If that
 /// is the loopback interface, they always do, and no detour is reported.
 pub fn interface_detour(

@@ -1,6 +1,6 @@
 //! Answers an audit's questions by route lookups, and collects evidence if an answer is wrong.
 
-use std::{fs, io, net::IpAddr};
+use std::{io, net::IpAddr};
 
 use ipnet::IpNet;
 use rtnetlink::packet_route::route::{RouteProtocol, RouteType};
@@ -10,6 +10,7 @@ use crate::{
     dataplane::{
         audit::{Cause, Evidence, Expected, InterfaceState, Kind, Lookup, LookupResult},
         desired::{Desired, ROUTE_PROTOCOL},
+        kernel::sysctl,
     },
     model::Condition,
     netlink::{
@@ -187,11 +188,11 @@ impl<'a> Witness<'a> {
             rules,
             without_main: host_facts.without_main[family],
             refusals: others.map(|r| (r.destination, r.kind, r.table, r.condition)).collect(),
-            forwards: match query.to {
-                IpAddr::V4(_) => is_on("ipv4/ip_forward"),
-                IpAddr::V6(_) => is_on("ipv6/conf/all/forwarding"),
-            },
-            default_off: !is_on("ipv4/conf/default/forwarding"),
+            forwards: !sysctl::is_off(match query.to {
+                IpAddr::V4(_) => "net/ipv4/ip_forward",
+                IpAddr::V6(_) => "net/ipv6/conf/all/forwarding",
+            }),
+            default_off: sysctl::is_off("net/ipv4/conf/default/forwarding"),
         })
     }
 }
@@ -226,24 +227,14 @@ impl HostFacts {
         Some(InterfaceState {
             name: name.clone(),
             vrf: vrf.map(|vrf| (vrf.name.clone(), vrf.vrf_table().unwrap_or_default())),
-            forwards: is_on(&format!("ipv4/conf/{name}/forwarding")),
+            forwards: !sysctl::is_off(&format!("net/ipv4/conf/{name}/forwarding")),
             carrier: link.carrier,
             filters: ["all", name.as_str()]
-                .map(|name| number(&format!("ipv4/conf/{name}/rp_filter")))
+                .map(|name| sysctl::number(&format!("net/ipv4/conf/{name}/rp_filter")))
                 .into_iter()
                 .max()
-                == Some(STRICT),
-            without_ipv6: is_on(&format!("ipv6/conf/{name}/disable_ipv6")),
+                == Some(Some(STRICT)),
+            without_ipv6: sysctl::number(&format!("net/ipv6/conf/{name}/disable_ipv6")) == Some(1),
         })
     }
-}
-
-fn is_on(sysctl: &str) -> bool {
-    number(sysctl) != 0
-}
-
-/// Returns the value of a sysctl; 0 if it does not exist.
-fn number(sysctl: &str) -> u8 {
-    let value = fs::read_to_string(format!("/proc/sys/net/{sysctl}"));
-    value.ok().and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }

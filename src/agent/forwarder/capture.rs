@@ -14,6 +14,7 @@ use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use crate::{
     agent::packet_filter::{step, when},
     dataplane::forwarding::{IN_ANSWER, IN_DATAGRAM, IN_SEGMENT},
+    frames::packet_error,
 };
 
 /// `ETH_P_ALL`, in network byte order.
@@ -62,7 +63,8 @@ impl Capture {
 
     fn with(program: &[SockFilter]) -> io::Result<Self> {
         let protocol = Protocol::from(i32::from(ETH_P_ALL));
-        let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol))?;
+        let socket =
+            Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol)).map_err(packet_error)?;
         socket.attach_filter(program)?;
         socket.set_nonblocking(true)?;
         // Discards what arrived before the filter was attached.

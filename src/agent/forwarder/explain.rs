@@ -19,7 +19,7 @@ use crate::{
     },
     dataplane::{
         forwarding::{Direction, Transport, Way},
-        kernel::{ClosedPort, FirewallTable, LostPackets, open_port},
+        kernel::{ClosedPort, FirewallTable, LostPackets, open_port, sysctl},
         silence::DroppingRule,
     },
     netlink::{Netlink, link::Link},
@@ -458,10 +458,9 @@ pub fn input(setting: &Setting) -> Vec<String> {
     closed.iter().filter(|closed| !closed.limited).map(sentence).collect()
 }
 
-/// Returns whether the host forwards packets of a family.
-pub fn is_forwarding_on(ipv4: bool) -> bool {
-    let name = if ipv4 { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
-    fs::read_to_string(format!("/proc/sys/net/{name}")).is_ok_and(|value| value.trim() != "0")
+/// Returns whether the host is known to forward no packets of a family.
+pub fn is_forwarding_off(ipv4: bool) -> bool {
+    sysctl::is_off(if ipv4 { "net/ipv4/ip_forward" } else { "net/ipv6/conf/all/forwarding" })
 }
 
 /// Returns the name of the pods' bridge.

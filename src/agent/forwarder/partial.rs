@@ -4,13 +4,16 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::{Setting, explain::bridge_name, marks};
+use super::{Setting, explain::bridge_name, marks, setting::Peer};
 use crate::{
     agent::iptables_legacy,
     dataplane::kernel::{Act, FirewallTable, ForeignRules, Partial, Traffic, Way},
     model::Transport,
     netlink::{Netlink, link::Link, route::Query},
 };
+
+/// The way of packets that arrive from other hosts, as a bit of [`Traffic::untested`].
+const ARRIVING: u8 = 2;
 
 /// Returns a sentence for each such rule, with a remedy.
 pub fn warnings(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
@@ -36,32 +39,50 @@ fn sentences(
     let links = netlink.links().unwrap_or_default();
     let bridge = links.iter().find(|link| link.name == bridge_name(setting));
     let named = |link: &Link| (link.index, link.name.clone());
-    let (inside, tunnel) = (bridge.map(named), (setting.device, setting.device_name.clone()));
-    let out = Way { input: inside.clone(), output: Some(tunnel.clone()) };
-    let ways = [out, Way { input: Some(tunnel), output: inside }];
+    let inside = bridge.map(named);
+    let ways_by = |outside: (u32, String)| {
+        let outside = Some(outside);
+        let out = Way { input: inside.clone(), output: outside.clone() };
+        [out, Way { input: outside, output: inside.clone() }]
+    };
+    let by_tunnel = ways_by((setting.device, setting.device_name.clone()));
+    let underlay = links.iter().find(|link| link.index == setting.underlay);
+    let without_tunnel = underlay.map(|link| ways_by(named(link)));
     let is_port =
         |link: &&Link| bridge.is_some_and(|bridge| link.controller() == Some(bridge.index));
     let ports: Vec<String> = links.iter().filter(is_port).map(|link| link.name.clone()).collect();
     let mut sentences = Vec::new();
     let mut known = Vec::new();
     for network in setting.networks.iter() {
-        let networks = [network];
-        let traffic = Traffic {
-            sources: &networks,
-            destinations: &networks,
-            ways: &ways,
-            ports: &ports,
-            tunnel: None,
-        };
-        let found = table.partial_rules(&mut rules, &traffic).into_iter();
-        for partial in found.filter(|partial| is_wanted(partial.act)) {
-            sentences.extend(sentence(netlink, setting, &partial, network));
-            known.push((partial.chain, partial.rule));
+        let is_ipv4 = network.addr().is_ipv4();
+        let of_family = |leasable: &&IpNet| leasable.addr().is_ipv4() == is_ipv4;
+        let networks: Vec<IpNet> = setting.leasable.iter().filter(of_family).copied().collect();
+        // IPv6 cannot be routed over an IPv4 underlay.
+        let is_routable = |peer: &&Peer| peer.underlay.is_ipv6() || is_ipv4;
+        let is_direct = setting.peers.iter().filter(is_routable).any(|peer| peer.direct);
+        let without_tunnel = without_tunnel.as_ref().filter(|_| is_direct);
+        // A trial cannot send packets that arrive by the underlay.
+        let directly = without_tunnel.map(|ways| (ways, ARRIVING));
+        for (ways, untested) in [(&by_tunnel, 0)].into_iter().chain(directly) {
+            let (sources, destinations) = (&networks, &networks);
+            let traffic =
+                Traffic { sources, destinations, ways, untested, ports: &ports, tunnel: None };
+            let found = table.partial_rules(&mut rules, &traffic).into_iter();
+            for partial in found.filter(|partial| is_wanted(partial.act)) {
+                let rule = (network, partial.chain.clone(), partial.rule.clone());
+                if !known.contains(&rule) {
+                    sentences.extend(sentence(netlink, setting, &partial, network));
+                    known.push(rule);
+                }
+            }
         }
     }
     let found = of_tunnels(netlink, setting, (&mut table, &mut rules), &links);
     for partial in found.into_iter().filter(|partial| is_wanted(partial.act)) {
-        if !known.contains(&(partial.chain.clone(), partial.rule.clone())) {
+        let is_same = |(_, chain, rule): &(IpNet, String, String)| {
+            (chain, rule) == (&partial.chain, &partial.rule)
+        };
+        if !known.iter().any(is_same) {
             sentences.extend(sentence_of_tunnels(setting, &partial));
         }
     }
@@ -87,8 +108,14 @@ fn of_tunnels(
     let outwards = [Way { input: None, output: underlay }];
     let tunnel = Some(setting.port);
     let is_shortening = |partial: &Partial| matches!(partial.act, Act::Shortens(_));
-    let of =
-        |sources, destinations, ways| Traffic { sources, destinations, ways, ports: &[], tunnel };
+    let of = |sources, destinations, ways| Traffic {
+        sources,
+        destinations,
+        ways,
+        untested: 0,
+        ports: &[],
+        tunnel,
+    };
     let mut found = table.partial_rules(rules, &of(&peers, &local, &inwards));
     let mut leaving = table.partial_rules(rules, &of(&local, &peers, &outwards));
     // A peer on the same link needs one hop only.

@@ -32,7 +32,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         // If forwarding is off, the sysctl's problem says so; and without a gateway no way leads out.
         let is_told = |way: &Way| {
             let has_gateway = !self.reasons.gateway.contains_key(&way.ipv4);
-            way.direction.is_through() && has_gateway && explain::is_forwarding_on(way.ipv4)
+            way.direction.is_through() && has_gateway && !explain::is_forwarding_off(way.ipv4)
         };
         let reported_ways: Vec<Way> = closed.iter().copied().filter(is_told).collect();
         if !reported_ways.is_empty() {

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
+use ipnet::IpNet;
+
 use super::trial::{MAX_MTU, MTU_EXCESS};
 use crate::{
     agent::Agent,
@@ -48,6 +50,8 @@ pub struct Setting {
     pub mark: Option<u32>,
     /// Networks of the overlay.
     pub networks: Subnets,
+    /// The parts of these networks that may be leased: all addresses of pods.
+    pub leasable: Vec<IpNet>,
     /// MTU of the VXLAN device in bytes.
     pub carried: u32,
     /// At most [`MAX_PEERS`] peers that are not withdrawn.
@@ -72,6 +76,8 @@ pub struct Peer {
     pub underlay: IpAddr,
     /// Whether packets to and from it go through a tunnel.
     pub tunnelled: bool,
+    /// Whether packets to and from it are routed over the underlay.
+    pub direct: bool,
     /// Size in bytes of the largest packet that is sent to it.
     pub carried: u32,
 }
@@ -99,7 +105,7 @@ impl Agent {
             mtu: (self.underlay.tunnel_mtu + MTU_EXCESS).min(MAX_MTU),
             route_mtu: self.underlay.tunnel_mtu,
         });
-        let underlay = self.underlay.with_mode(self.config.mode);
+        let underlay = self.current_underlay();
         let withdrawn = &self.kernel.withdrawn_peers;
         let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
         let largest = self.underlay.tunnel_mtu;
@@ -111,6 +117,7 @@ impl Agent {
                 vteps: subnets.iter().map(|subnet| subnet.network()).collect(),
                 underlay: peer.vtep.underlay,
                 tunnelled: matches!(way, Path::Overlay(_)),
+                direct: matches!(way, Path::Direct { .. }),
                 carried: self.kernel.narrow.get(node).copied().unwrap_or(largest),
             })
         });
@@ -127,6 +134,7 @@ impl Agent {
             pinned: underlay.pinned.then_some(underlay.link),
             mark: self.config.firewall.guard.then_some(TRIAL_MARK),
             networks: view.settings.pool.networks(),
+            leasable: view.settings.pool.leasable_networks(),
             carried: self.underlay.tunnel_mtu,
             peers: peers.take(MAX_PEERS).collect(),
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),

@@ -67,7 +67,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let slots = all.device.addresses.iter().filter_map(|ip| all.pool.slot_of(*ip));
         let own: Vec<_> = slots.flat_map(|slot| all.pool.subnets(slot).iter()).collect();
         let has_all_routes = self.demand.in_use().is_none();
-        match overlaps(&mut self.netlink, &networks, &own, has_all_routes) {
+        match overlaps(&mut self.netlink, &networks, Some(&all.pool), &own, has_all_routes) {
             Ok(overlaps) => {
                 if overlaps != self.overlaps {
                     self.overlaps.clone_from(&overlaps);

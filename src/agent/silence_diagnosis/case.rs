@@ -92,7 +92,7 @@ impl Agent {
             is_lost || is_known && !self.prober.paths.is_alive(node)
         };
         let silent = self.path_states().filter(|(node, state, _)| is_silent(*node, *state));
-        let underlay = self.underlay.with_mode(self.config.mode);
+        let underlay = self.current_underlay();
         let suspects = silent.filter_map(|(node, ..)| {
             let address = view.peers.get(&node)?.vtep.underlay;
             let mac = view.peers.get(&node)?.vtep.mac;

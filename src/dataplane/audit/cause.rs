@@ -48,8 +48,6 @@ pub enum Cause {
     LocalRoute {
         /// Destination of the route.
         destination: IpNet,
-        /// Name of the route's interface.
-        interface: String,
     },
     /// This host has an address in that subnet, or an interface in it. Reported as an overlap.
     Address {
@@ -315,7 +313,7 @@ impl Cause {
                 Self::Address { address: lookup.to, interface }
             }
             (MAIN | LOCAL, Some((destination, _))) if evidence.local => {
-                Self::LocalRoute { destination, interface }
+                Self::LocalRoute { destination }
             }
             (LOCAL, _) => Self::Address { address: lookup.to, interface },
             (MAIN, Some((destination, metric))) => {

@@ -82,10 +82,9 @@ impl Cause {
                  more specific than the overlay's: remove it (ip{} route del {destination} metric {metric})",
                 ip6_option(destination.addr().is_ipv4())
             ),
-            Self::LocalRoute { destination, interface } => format!(
+            Self::LocalRoute { destination } => format!(
                 "this host keeps packets to {destination} for itself, by another program's route of type \
-                 local on {interface}: remove it (ip{} route del local {destination} dev {interface} table \
-                 local)",
+                 local: remove it (ip{} route del local {destination} table local)",
                 ip6_option(is_ipv4(destination))
             ),
             Self::Vrf { interface, vrf, table } => format!(

@@ -281,7 +281,7 @@ impl Kernel {
 }
 
 /// Returns a sentence with a remedy for each address of this host that diverts packets of pods.
-/// `networks` are the overlay's, `own` this node's subnets; `has_all_routes` says whether each
+/// `networks` and `pool` are the overlay's, `own` this node's subnets; `has_all_routes` says whether each
 /// peer's subnet has a route of its own.
 ///
 /// # Errors
@@ -289,6 +289,7 @@ impl Kernel {
 pub fn overlaps(
     netlink: &mut Netlink,
     networks: &[IpNet],
+    pool: Option<&Pool>,
     own: &[IpNet],
     has_all_routes: bool,
 ) -> io::Result<Vec<String>> {
@@ -299,7 +300,7 @@ pub fn overlaps(
     };
     let pods = links.iter().find(|link| link.alias == ALIAS && in_own(link));
     let pods = pods.map(|link| link.name.as_str());
-    let overlay = Overlay { networks, own, pods, has_all_routes };
+    let overlay = Overlay { networks, pool, own, pods, has_all_routes };
     Ok(overlap::problems(&foreign_of(&links, &addresses), &overlay))
 }
 

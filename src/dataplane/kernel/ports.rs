@@ -21,6 +21,16 @@ use crate::{
 const PREROUTING: u32 = 0;
 /// `NF_INET_LOCAL_IN`
 const INPUT: u32 = 1;
+/// `NF_INET_LOCAL_OUT`
+const OUTPUT: u32 = 3;
+/// Upper limit of nested chains in which a limit is searched.
+const MAX_JUMPS: u8 = 2;
+/// `NFT_META_IIF` to `NFT_META_OIFNAME`: index or name of an interface.
+const META_INTERFACE: std::ops::RangeInclusive<u32> = 4..=7;
+/// `LOOPBACK_IFINDEX`
+const LOOPBACK_INDEX: u32 = 1;
+/// `NFT_CMP_NEQ`
+const NOT_EQUAL: u32 = 1;
 /// `NFT_META_L4PROTO`
 const META_L4PROTO: u32 = 16;
 /// `NFT_PAYLOAD_TRANSPORT_HEADER`, and the offset of the destination port in it.
@@ -38,10 +48,17 @@ enum Effect {
     },
     /// Drops those above a rate.
     Limits,
+    /// Accepts those up to a rate, or returns with them from the chain.
+    PassesUpToRate,
     /// Accepts them.
     Accepts,
+    /// Returns with them from the chain.
+    Returns,
     /// Leads to another chain of the same table.
-    Leads,
+    Leads {
+        /// Whether all of them are led there.
+        all: bool,
+    },
     /// Does not decide.
     Nothing,
 }
@@ -59,7 +76,8 @@ pub struct ClosedPort {
     pub limited: bool,
 }
 
-/// Returns the input base chains that drop packets to one of these ports.
+/// Returns the input base chains that drop packets to one of these ports, and the output base chains that
+/// limit their rate.
 ///
 /// # Errors
 /// When chains or rules cannot be listed.
@@ -68,7 +86,9 @@ pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeS
     let mut closed = BTreeSet::new();
     for chain in chains.iter().filter(|chain| [1, 2, 10].contains(&chain.family)) {
         let (table, name) = (name_of(chain, 1), name_of(chain, 3));
-        let Some(base) = base_of(chain).filter(|base| base.hook == INPUT) else { continue };
+        let Some(base) = base_of(chain).filter(|base| [INPUT, OUTPUT].contains(&base.hook)) else {
+            continue;
+        };
         if is_own_table(table) {
             continue;
         }
@@ -77,10 +97,11 @@ pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeS
         let (own, others): (Vec<_>, Vec<_>) =
             rules.iter().partition(|rule| name_of(rule, 2) == name);
         for port in ports {
-            if let Some(by_port) = how_closed(&own, &others, *port, base.drops) {
+            let closed_by = how_closed(&own, &others, *port, base.drops);
+            if let Some(by_port) = closed_by.filter(|_| base.hook == INPUT) {
                 let chain = format!("{} {table} {name}", family_name(chain.family));
                 closed.insert(ClosedPort { chain, port: *port, by_port, limited: false });
-            } else if is_limited(&own, *port) {
+            } else if limits(&own, &others, *port, base.drops, MAX_JUMPS) == Some(true) {
                 let chain = format!("{} {table} {name}", family_name(chain.family));
                 closed.insert(ClosedPort { chain, port: *port, by_port: false, limited: true });
             }
@@ -153,8 +174,12 @@ fn may_concern(rule: &Object, port: u16) -> bool {
 /// Returns the command that accepts UDP to this port in a chain of [`closed_ports`].
 pub fn open_port(chain: &str, port: u16) -> String {
     match chain.split(' ').collect::<Vec<_>>()[..] {
-        ["ip", "filter", "INPUT"] => format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT"),
-        ["ip6", "filter", "INPUT"] => format!("ip6tables -I INPUT -p udp --dport {port} -j ACCEPT"),
+        ["ip", "filter", chain @ ("INPUT" | "OUTPUT")] => {
+            format!("iptables -I {chain} -p udp --dport {port} -j ACCEPT")
+        }
+        ["ip6", "filter", chain @ ("INPUT" | "OUTPUT")] => {
+            format!("ip6tables -I {chain} -p udp --dport {port} -j ACCEPT")
+        }
         _ => format!("nft insert rule {chain} udp dport {port} accept"),
     }
 }
@@ -166,10 +191,15 @@ fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) 
     for rule in own {
         match effect(rule, port) {
             Effect::Drops { by_port } => return Some(by_port),
-            Effect::Accepts => return None,
-            Effect::Leads => {
+            Effect::Accepts | Effect::PassesUpToRate => return None,
+            Effect::Leads { .. } => {
                 let effects = || others.iter().map(|rule| effect(rule, port));
-                if effects().any(|effect| effect == Effect::Accepts) {
+                let accepts = |rule: &&Object| match effect(rule, port) {
+                    Effect::Accepts => true,
+                    Effect::PassesUpToRate => rules::effect(rule) == rules::Effect::Accepts,
+                    _ => false,
+                };
+                if others.iter().any(accepts) {
                     return None;
                 }
                 // Rules there that drop everything may belong to a chain that other packets are led
@@ -178,24 +208,58 @@ fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) 
                     return Some(true);
                 }
             }
-            Effect::Limits | Effect::Nothing => {}
+            Effect::Limits | Effect::Returns | Effect::Nothing => {}
         }
     }
     by_default.then_some(false)
 }
 
-/// Whether a rule drops packets above a rate before any rule accepts them.
-fn is_limited(own: &[&Object], port: u16) -> bool {
-    let mut effects = own.iter().map(|rule| effect(rule, port));
-    let decisive = effects.find(|effect| matches!(effect, Effect::Limits | Effect::Accepts));
-    decisive == Some(Effect::Limits)
+/// Returns whether a chain drops packets above a rate before any rule accepts them; `None` if it
+/// neither drops nor accepts them. `by_default` is whether packets that reach its end are dropped.
+fn limits(
+    chain: &[&Object],
+    others: &[&Object],
+    port: u16,
+    by_default: bool,
+    depth: u8,
+) -> Option<bool> {
+    let mut is_rated = false;
+    for rule in chain {
+        match effect(rule, port) {
+            Effect::Limits => return Some(true),
+            Effect::PassesUpToRate => is_rated = true,
+            Effect::Accepts => return Some(false),
+            Effect::Drops { .. } => return Some(is_rated),
+            Effect::Returns => break,
+            Effect::Leads { all: true } if depth > 0 => {
+                let target = rules::target_of(rule);
+                let is_in_target = |rule: &&Object| Some(name_of(rule, 2)) == target;
+                let target: Vec<&Object> = others.iter().copied().filter(is_in_target).collect();
+                let decided = limits(&target, others, port, false, depth - 1);
+                if decided.is_some() {
+                    return decided;
+                }
+            }
+            Effect::Leads { .. } | Effect::Nothing => {}
+        }
+    }
+    (by_default && is_rated).then_some(true)
 }
 
 /// Returns what a rule does with UDP packets to a port.
 fn effect(rule: &Object, port: u16) -> Effect {
     let (mut names_port, mut narrowed, mut by_set, mut limited) = (false, false, false, false);
+    let (mut is_interface, mut returns) = (false, false);
     for (name, data) in expressions(rule) {
+        let compares_interface = std::mem::take(&mut is_interface);
         match name {
+            "meta" => {
+                let key = number(attributes::find(data, 2));
+                is_interface = key.is_some_and(|key| META_INTERFACE.contains(&key));
+            }
+            "immediate" => returns |= rules::verdict_of(data) == Some(rules::RETURN),
+            // Tunnel packets do not use the loopback interface.
+            "cmp" if compares_interface => narrowed |= !excludes_loopback(data),
             "cmp" => {
                 let value = attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
                 match value.unwrap_or_default() {
@@ -221,14 +285,27 @@ fn effect(rule: &Object, port: u16) -> Effect {
             _ => {}
         }
     }
+    let takes_all = !narrowed && !by_set;
     match rules::effect(rule) {
+        _ if returns && takes_all && !limited => Effect::Returns,
+        _ if returns && takes_all => Effect::PassesUpToRate,
+        rules::Effect::Accepts if takes_all && limited => Effect::PassesUpToRate,
         // Also if it accepts some senders only: these may be the members.
         rules::Effect::Accepts if names_port || by_set || !narrowed && !limited => Effect::Accepts,
-        rules::Effect::Drops if limited && !narrowed && !by_set => Effect::Limits,
-        rules::Effect::Drops if !narrowed && !by_set => Effect::Drops { by_port: names_port },
-        rules::Effect::Leads => Effect::Leads,
+        rules::Effect::Drops if limited && takes_all => Effect::Limits,
+        rules::Effect::Drops if takes_all => Effect::Drops { by_port: names_port },
+        rules::Effect::Leads => Effect::Leads { all: takes_all && !limited },
         _ => Effect::Nothing,
     }
+}
+
+/// Whether a comparison of an interface's index or name matches every interface but `lo`.
+fn excludes_loopback(cmp: &[u8]) -> bool {
+    let value = attributes::find(cmp, 3).and_then(|data| attributes::find(data, 1));
+    let value = value.unwrap_or_default();
+    let is_loopback = value.split(|byte| *byte == 0).next() == Some(b"lo")
+        || value == LOOPBACK_INDEX.to_ne_bytes();
+    is_loopback && number(attributes::find(cmp, 2)) == Some(NOT_EQUAL)
 }
 
 /// Returns whether `struct xt_multiport_v1` (`linux/netfilter/xt_multiport.h`) matches all packets to
@@ -255,4 +332,74 @@ fn udp_match(data: &[u8]) -> Option<std::ops::RangeInclusive<u16>> {
     let info = attributes::find(data, 3)?;
     let port = |at: usize| Some(u16::from_ne_bytes(*info.get(at..)?.first_chunk()?));
     (text_of(data) == Some("udp")).then_some(port(4)?..=port(6)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORT: u16 = 8472;
+
+    type Expression = (&'static str, Attributes);
+
+    fn cmp(operator: u32, value: &[u8]) -> Expression {
+        let value = Attributes::new().put(1, value);
+        ("cmp", Attributes::new().be32(1, 1).be32(2, operator).nest(3, &value))
+    }
+
+    fn out() -> Expression {
+        ("meta", Attributes::new().be32(1, 1).be32(2, 7))
+    }
+
+    fn limit() -> Expression {
+        ("limit", Attributes::new())
+    }
+
+    fn verdict(code: i32, chain: Option<&str>) -> Expression {
+        let verdict = Attributes::new().put(1, &code.to_be_bytes());
+        let verdict = chain.map_or(verdict.clone(), |chain| verdict.text(2, chain));
+        ("immediate", Attributes::new().nest(2, &Attributes::new().nest(2, &verdict)))
+    }
+
+    fn rule(chain: &str, expressions: Vec<Expression>) -> Object {
+        let list = expressions.into_iter().fold(Attributes::new(), |list, (name, data)| {
+            list.nest(1, &Attributes::new().text(1, name).nest(2, &data))
+        });
+        let attributes = Attributes::new().text(2, chain).nest(4, &list);
+        Object { family: 2, attributes: attributes.as_bytes().to_vec() }
+    }
+
+    fn is_limited(rules: &[Object], by_default: bool) -> bool {
+        let (own, others): (Vec<_>, Vec<_>) =
+            rules.iter().partition(|rule| name_of(rule, 2) == "OUTPUT");
+        limits(&own, &others, PORT, by_default, MAX_JUMPS) == Some(true)
+    }
+
+    /// UDPFLOOD of csf.
+    #[test]
+    fn limit_that_returns_before_a_drop_is_found_in_the_chain_that_a_rule_leads_to() {
+        let jump = |operator| {
+            let to = verdict(rules::JUMP, Some("UDPFLOOD"));
+            rule("OUTPUT", vec![out(), cmp(operator, b"lo\0"), cmp(0, &[UDP]), to])
+        };
+        let local = rule("UDPFLOOD", vec![out(), cmp(0, b"lo\0"), verdict(rules::RETURN, None)]);
+        let rated = rule("UDPFLOOD", vec![limit(), verdict(rules::RETURN, None)]);
+        let reject = || rule("UDPFLOOD", vec![("reject", Attributes::new())]);
+        let whole = rule("UDPFLOOD", vec![verdict(rules::RETURN, None)]);
+        assert!(is_limited(&[jump(1), local, rated.clone(), reject()], false));
+        assert!(!is_limited(&[jump(0), rated.clone(), reject()], false), "only packets by lo");
+        assert!(!is_limited(&[jump(1), reject()], false), "all are dropped");
+        assert!(!is_limited(&[jump(1), rated.clone()], false), "none are dropped");
+        assert!(!is_limited(&[jump(1), rated, whole, reject()], false));
+    }
+
+    #[test]
+    fn acceptance_up_to_a_rate_before_a_closed_end_is_a_limit_and_no_closed_port() {
+        let named = cmp(0, &PORT.to_be_bytes());
+        let accept = rule("OUTPUT", vec![named, limit(), verdict(rules::ACCEPT, None)]);
+        let rules = [accept];
+        assert!(is_limited(&rules, true) && !is_limited(&rules, false));
+        let own: Vec<&Object> = rules.iter().collect();
+        assert_eq!(how_closed(&own, &[], PORT, true), None);
+    }
 }

@@ -137,7 +137,33 @@ pub fn write(name: &str, value: &str) -> io::Result<()> {
     fs::write(Path::new(ROOT).join(name), value)
 }
 
-/// Reads a sysctl; `None` if it does not exist.
+/// Returns why sysctls cannot be read, with the consequence and a remedy; `None` if they can.
+pub fn unreadable() -> Option<String> {
+    unreadable_below(Path::new(ROOT))
+}
+
+/// Reads a sysctl that every kernel with IPv4 has.
+fn unreadable_below(root: &Path) -> Option<String> {
+    let path = root.join("net/ipv4/ip_forward");
+    let error = fs::read_to_string(&path).err()?;
+    Some(format!(
+        "sysctls cannot be read ({}: {error}), so settings that drop packets are not reported: let the \
+         agent see all of /proc (in its systemd unit: ProcSubset=all)",
+        path.display()
+    ))
+}
+
+/// Returns the value of a numeric sysctl; `None` if it does not exist or cannot be read.
+pub fn number(name: &str) -> Option<u8> {
+    read(name)?.parse().ok()
+}
+
+/// Returns whether a sysctl is known to be 0. One that cannot be read is not.
+pub fn is_off(name: &str) -> bool {
+    number(name) == Some(0)
+}
+
+/// Reads a sysctl; `None` if it does not exist or cannot be read.
 pub(super) fn read(name: &str) -> Option<String> {
     Some(fs::read_to_string(Path::new(ROOT).join(name)).ok()?.trim().to_owned())
 }
@@ -178,5 +204,13 @@ mod tests {
             consequences[1].contains("IPv6") && !consequences[1].contains("IPv4"),
             "{consequences:?}"
         );
+    }
+    #[test]
+    fn unreadable_sysctl_is_unknown_and_reported() {
+        assert!(!is_off("net/ipv4/no_such_setting"), "unknown is not off");
+        assert_eq!(number("net/ipv4/no_such_setting"), None);
+        let missing = unreadable_below(Path::new("/nonexistent")).expect("it does not exist");
+        assert!(missing.contains("ProcSubset=all"), "{missing}");
+        assert_eq!(unreadable(), None);
     }
 }

@@ -85,6 +85,16 @@ fn inconsistent_pool_is_refused_with_its_reason() {
     }
 }
 
+#[test]
+fn leasable_networks_cover_all_slots_and_leave_out_the_first_subnet() {
+    let network6 = Some("fd42::/48".parse().expect("a network"));
+    let spec = PoolSpec { network6, ..PoolSpec::of("10.42.0.0/22".parse().expect("a network")) };
+    let pool = Pool::new(&PoolSpec { subnet_len: Some(24), ..spec }).expect("a pool");
+    let networks = pool.leasable_networks().iter().map(ToString::to_string).collect::<Vec<_>>();
+    let expected = ["10.42.1.0/24", "10.42.2.0/23", "fd42:0:0:1::/64", "fd42:0:0:2::/63"];
+    assert_eq!(networks, expected);
+}
+
 proptest! {
     #[test]
     fn slots_and_subnets_are_one_to_one_and_disjoint(

@@ -33,6 +33,8 @@ pub struct Traffic<'a> {
     pub destinations: &'a [IpNet],
     /// Their ways through this host. The first way of pods' packets leads out.
     pub ways: &'a [Way],
+    /// The ways, as bits, that no trial covers: a rule that takes all packets of them counts, too.
+    pub untested: u8,
     /// Names of the ports of single pods.
     pub ports: &'a [String],
     /// The UDP port, if they are tunnel packets to or from this host.
@@ -72,6 +74,13 @@ impl Traffic<'_> {
         };
         let bits = self.ways.iter().enumerate().filter(|(_, way)| of_side(way));
         bits.fold(0, |all, (at, _)| all | 1 << at)
+    }
+
+    /// Returns the input interfaces of these ways if no trial covers any of them.
+    pub(super) fn untested_inputs(&self, ways: u8) -> Vec<&str> {
+        let ways = if ways & !self.untested == 0 { ways } else { 0 };
+        let of_ways = self.ways.iter().enumerate().filter(|(at, _)| ways & 1 << at != 0);
+        of_ways.filter_map(|(_, way)| Some(way.input.as_ref()?.1.as_str())).collect()
     }
 
     /// Returns all ways, as bits.

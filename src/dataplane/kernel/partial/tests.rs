@@ -87,8 +87,18 @@ fn base_at(hook: u32) -> Base {
 
 /// Returns the findings in the rules of a chain `base`, in words.
 fn found_in(rules: &Rules<'_>, hook: u32, marks: &mut Marks) -> Vec<String> {
+    found_by(rules, hook, marks, ("gossamer.1", 0))
+}
+
+/// The same for packets that reach other hosts by an interface. No trial covers the ways of the bits.
+fn found_by(
+    rules: &Rules<'_>,
+    hook: u32,
+    marks: &mut Marks,
+    (outside, untested): (&str, u8),
+) -> Vec<String> {
     let network = ["10.42.0.0/16".parse().expect("a network")];
-    let [bridge, tunnel] = [(3, "gsm0".to_owned()), (4, "gossamer.1".to_owned())];
+    let [bridge, tunnel] = [(3, "gsm0".to_owned()), (4, outside.to_owned())];
     let way = |input: &(u32, String), output: &(u32, String)| Way {
         input: Some(input.clone()),
         output: Some(output.clone()),
@@ -98,6 +108,7 @@ fn found_in(rules: &Rules<'_>, hook: u32, marks: &mut Marks) -> Vec<String> {
         sources: &network,
         destinations: &network,
         ways: &ways,
+        untested,
         ports: &[],
         tunnel: None,
     };
@@ -451,4 +462,21 @@ fn reading_time_grows_linearly_with_rules_and_chains() {
         let taken = cpu_time() - begun;
         assert!(taken < 500, "{taken} hundredths of a second");
     }
+}
+
+#[test]
+fn rule_that_takes_all_arriving_packets_counts_if_no_trial_covers_them() {
+    let found = |lines: &[&str], untested| {
+        let text = format!(":base ACCEPT [0:0]\n{}\n", lines.join("\n"));
+        let table = LegacyTable::new("iptables-legacy", "filter", &text);
+        let mut marks = Marks::default();
+        found_by(&Rules::Legacy(&table.chains), FORWARD, &mut marks, ("eth0", untested))
+    };
+    let established = "-A base -m conntrack --ctstate RELATED,ESTABLISHED -j RETURN";
+    let drop = "-A base -i eth0 ! -s 192.0.2.0/24 -j DROP";
+    assert_eq!(found(&[established, drop], 2), ["Drops that arrive by eth0 +0"]);
+    assert_eq!(found(&[established, drop], 0), [""; 0]);
+    // A trial covers the packets that leave, so what drops both is not reported by its form.
+    assert_eq!(found(&[established, "-A base -j REJECT"], 2), [""; 0]);
+    assert_eq!(found(&["-A base -s 10.42.0.0/16 -j ACCEPT", drop], 2), [""; 0]);
 }

@@ -178,11 +178,15 @@ impl Walk<'_> {
             Verdict::Queue => Some(Act::Queues),
             _ => None,
         };
+        let untested = self.traffic.untested_inputs(taken.ways & self.traffic.all_ways());
         if !what.is_empty() {
             acts.extend(of_verdict.map(|act| (act, what.clone())));
             if hook == POSTROUTING && is_of_pods && changes.contains(&Change::Source) {
                 acts.push((Act::Translates, what.clone()));
             }
+        } else if !untested.is_empty() {
+            let what = format!("that arrive by {}", untested.join(" or "));
+            acts.extend(of_verdict.map(|act| (act, vec![what])));
         }
         for change in changes {
             if let Change::Mark { marked, of_connection: false } = change {
