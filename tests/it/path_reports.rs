@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use gossamer::lab::{Host, NetNs};
+use gossamer::lab::{Agent, Host, NetNs, Pod};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::common::{
@@ -29,6 +29,48 @@ fn path_mtu_report(from: Ipv4Addr, to: Ipv4Addr, mtu: u16) -> Vec<u8> {
     let sum = checksum(&icmp).to_be_bytes();
     icmp[2..4].copy_from_slice(&sum);
     icmp
+}
+
+/// Returns the message that an echo reply from a host to a pod was too large.
+fn pod_path_mtu_report(from: Ipv4Addr, pod: Ipv4Addr, mtu: u16) -> Vec<u8> {
+    let mut ip = vec![0x45, 0, 0, 84, 0, 1, 0x40, 0, 64, 1, 0, 0];
+    ip.extend(from.octets());
+    ip.extend(pod.octets());
+    let sum = checksum(&ip).to_be_bytes();
+    ip[10..12].copy_from_slice(&sum);
+    let [first, second] = mtu.to_be_bytes();
+    let echo_reply = [0, 0, 0, 0, 0, 1, 0, 1];
+    let mut icmp = [&[3, 4, 0, 0, 0, 0, first, second][..], &ip, &echo_reply].concat();
+    let sum = checksum(&icmp).to_be_bytes();
+    icmp[2..4].copy_from_slice(&sum);
+    icmp
+}
+
+/// Returns the message that an echo reply from a host to a pod was too large, as IPv6 packets: one packet, or
+/// two fragments, of which the first ends before the address of the pod.
+fn pod_path_mtu_report6(
+    sender: Ipv6Addr,
+    host: Ipv6Addr,
+    pod: Ipv6Addr,
+    in_fragments: bool,
+) -> Vec<Vec<u8>> {
+    let header = |next: u8, length: usize, from: Ipv6Addr, to: Ipv6Addr| {
+        let head = [0x60, 0, 0, 0, 0, length as u8, next, 64];
+        [&head[..], &from.octets(), &to.octets()].concat()
+    };
+    let quoted = [&header(58, 8, host, pod)[..], &[129, 0, 0, 0, 0, 1, 0, 1]].concat();
+    let mut icmp = [&[2, 0, 0, 0, 0, 0, 5, 0][..], &quoted].concat();
+    let pseudo = [&[0, icmp.len() as u8, 0, 58][..], &sender.octets(), &host.octets()].concat();
+    let sum = checksum(&[&pseudo[..], &icmp].concat()).to_be_bytes();
+    icmp[2..4].copy_from_slice(&sum);
+    if !in_fragments {
+        return vec![[&header(58, icmp.len(), sender, host)[..], &icmp].concat()];
+    }
+    let parts = [(&icmp[..8], [58, 0, 0, 1, 0, 0, 0, 7]), (&icmp[8..], [58, 0, 0, 8, 0, 0, 0, 7])];
+    let fragment = |(part, extension): (&[u8], [u8; 8])| {
+        [&header(44, 8 + part.len(), sender, host)[..], &extension, part].concat()
+    };
+    parts.map(fragment).to_vec()
 }
 
 fn send_forged_report(
@@ -144,6 +186,95 @@ fn path_mtu_reported_by_a_pod_is_ignored() {
             eventually(&pod.netns, &answers, |said| said.contains(" 0% packet loss"));
             assert!(!tool(&victim.netns, &way).contains("mtu"), "{}", pod.ip);
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn path_mtu_to_a_pod_reported_to_its_peers_host_is_ignored() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let attacker = lab.host(66, "evil")?;
+        let gateway = |pod: &Pod| Ipv4Addr::from(u32::from(pod.ip) & !0xff | 1);
+        for (what, sender, victim, to, about) in [
+            ("from a pod to its own host", &pods[0].netns, 0, gateway(&pods[0]), pods[1].ip),
+            ("through the tunnel", &pods[0].netns, 1, gateway(&pods[1]), pods[0].ip),
+            ("from the underlay", &attacker.netns, 0, cluster.hosts[0].ip, pods[1].ip),
+        ] {
+            let answers = format!("ping -c 1 -W 1 {to}");
+            eventually(sender, &answers, |said| said.contains(" 0% packet loss"));
+            for _ in 0..3 {
+                sender.run(|| {
+                    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
+                    let report = pod_path_mtu_report(to, about, 68);
+                    socket.send_to(&report, &SocketAddrV4::new(to, 0).into()).map(drop)
+                })?;
+            }
+            // The echoes arrive after the reports, so the reports have been processed.
+            eventually(sender, &answers, |said| said.contains(" 0% packet loss"));
+            let route = tool(&cluster.hosts[victim].netns, &format!("ip route get {about}"));
+            assert!(!route.contains("mtu"), "{what}: {route}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn ipv6_path_mtu_to_a_pod_reported_to_its_peers_host_is_ignored() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start_with(lab, 2, &["--network6", "fd42::/48"])?;
+        let pods = cluster.pods()?;
+        let mut addresses = Vec::new();
+        for ((agent, pod), host) in cluster.agents.iter_mut().zip(&pods).zip(&cluster.hosts) {
+            let host = &host.netns;
+            let status = agent.wait_converged(2, TIMEOUT)?;
+            let subnet = status["subnet6"].as_str().expect("a subnet").to_owned();
+            let prefix = subnet.split('/').next().expect("a prefix").to_owned();
+            let (gateway, address) = (format!("{prefix}1"), format!("{prefix}99"));
+            tool(host, &format!("ip addr add {gateway}/64 dev pods nodad"));
+            tool(&pod.netns, &format!("ip addr add {address}/64 dev eth0 nodad"));
+            tool(&pod.netns, &format!("ip -6 route add default via {gateway}"));
+            addresses.push((gateway.parse::<Ipv6Addr>()?, address.parse::<Ipv6Addr>()?));
+        }
+        let [(gateway, own), (_, about)] = addresses[..] else { unreachable!("two hosts") };
+        for in_fragments in [false, true] {
+            let answers = format!("ping -c 1 -W 1 {gateway}");
+            eventually(&pods[0].netns, &answers, |said| said.contains(" 0% packet loss"));
+            for packet in pod_path_mtu_report6(own, gateway, about, in_fragments) {
+                pods[0].netns.run(|| {
+                    let raw = Some(Protocol::from(255));
+                    let socket = Socket::new(Domain::IPV6, Type::RAW, raw)?;
+                    let to = SocketAddrV6::new(gateway, 0, 0, 0);
+                    socket.send_to(&packet, &to.into()).map(drop)
+                })?;
+            }
+            eventually(&pods[0].netns, &answers, |said| said.contains(" 0% packet loss"));
+            let route = tool(&cluster.hosts[0].netns, &format!("ip -6 route get {about}"));
+            assert!(!route.contains("mtu"), "fragments {in_fragments}: {route}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn pod_learns_the_smaller_mtu_of_a_peer_in_direct_mode() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start_with(lab, 2, &["--mode", "host-gw"])?;
+        let mut pods = Vec::new();
+        for ((host, agent), mtu) in
+            cluster.hosts.iter().zip(&mut cluster.agents).zip([1_500, 1_400])
+        {
+            let status = agent.wait_converged(2, TIMEOUT)?;
+            pods.push(host.pod(Agent::subnet(&status)?, mtu)?);
+        }
+        let large = format!("ping -c 1 -W 1 -M do -s 1472 {}", pods[1].ip);
+        let route = format!("ip route get {}", pods[1].ip);
+        wait_until("the pod does not learn the MTU", TIMEOUT, || {
+            run(&pods[0].netns, &large);
+            tool(&pods[0].netns, &route).contains("mtu 1400")
+        });
+        assert!(!tool(&cluster.hosts[0].netns, &route).contains("mtu"));
         Ok(())
     });
 }

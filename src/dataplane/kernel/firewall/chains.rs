@@ -1,5 +1,7 @@
 //! The contents of the table's chains and sets.
 
+mod reports;
+
 use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
@@ -233,6 +235,7 @@ pub(super) fn refuse_routers(table: &str, guard: &Guard, steps: &mut Vec<Step>) 
     // this prefix: GSM modems are called gsm0.
     let of_veths = Rule::new().from_interfaces(PREFIX, LINK_NAME_LEN).drop();
     steps.push(append(table, ROUTERS_CHAIN, &of_veths));
+    reports::refuse_route_messages(table, guard, steps);
 }
 
 /// Appends the chains that reject packets to subnets without a lease. Without them, the kernel
