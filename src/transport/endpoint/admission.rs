@@ -81,12 +81,16 @@ pub(super) const MAX_PLACES: usize = MAX_OF_NON_MEMBERS + MAX_OF_MEMBERS + MAX_U
 /// Upper limit of the stored addresses of non-members that have proven them or that this node
 /// dials.
 const MAX_PROVEN: usize = 1_024;
-/// Upper limit of packets per second to unproven addresses. Packets to an unused address of the
-/// local network stay in the socket's buffer until ARP or ND fails, after 3 s: these 9,000 packets,
-/// which the kernel counts as about 800 bytes each, take a quarter of the buffer.
+/// Upper limit of packets per second to addresses without a recent proof. Packets to an unused
+/// address of the local network stay in the socket's buffer until ARP or ND fails, after 3 s: these
+/// 9,000 packets, which the kernel counts as about 800 bytes each, take a quarter of the buffer.
 const ANSWERS_PER_SECOND: f64 = 3_000.0;
 /// Packets that may be sent at once to unproven addresses.
 const ANSWER_BURST: f64 = 1_000.0;
+/// Time after the last proof of an address in which packets to it are not limited. The kernel
+/// treats the neighbor as reachable for at least 15 s (`base_reachable_time`), so none of them waits
+/// for ARP or ND. Longer than a dial takes.
+const UNLIMITED_AFTER_PROOF: Duration = Duration::from_secs(5);
 /// Unproven first packets per window from which they count as a flood. 1,000 hosts that boot at the
 /// same time send fewer.
 const FLOOD_THRESHOLD: u64 = 3_000;
@@ -257,11 +261,14 @@ impl Admissions {
         self.ids = ids;
     }
 
-    /// Returns whether a packet may be sent. Packets to members and to proven addresses always may.
+    /// Returns whether a packet may be sent. Packets to members always may, and so may packets to
+    /// addresses with a recent proof. A host that proved its address earlier may be gone.
     pub(super) fn may_send(&mut self, now: Instant, to: IpAddr) -> bool {
         let to = to.to_canonical();
+        let is_recent =
+            |proven: &Instant| now.saturating_duration_since(*proven) < UNLIMITED_AFTER_PROOF;
         let may_send = self.members.contains_key(&to)
-            || self.proven.contains_key(&to)
+            || self.proven.get(&to).is_some_and(is_recent)
             || self.answers.take(now);
         self.counts.unanswered += u64::from(!may_send);
         may_send

@@ -318,6 +318,25 @@ fn answers_are_limited_per_second_except_to_proven_addresses() {
 }
 
 #[test]
+fn answers_to_addresses_proven_long_ago_are_limited() {
+    let start = Instant::now();
+    let mut admissions = admissions(start);
+    for number in 0..MAX_PROVEN as u32 {
+        non_member(&mut admissions, start, ip(number), true);
+    }
+    let sent = |admissions: &mut Admissions, now| {
+        let packets = (0..10_000).map(|packet| ip(packet % MAX_PROVEN as u32));
+        packets.filter(|to| admissions.may_send(now, *to)).count()
+    };
+    let during_dial = start + Duration::from_secs(4);
+    assert_eq!(sent(&mut admissions, during_dial), 10_000);
+    let later = start + UNLIMITED_AFTER_PROOF;
+    assert_eq!(sent(&mut admissions, later), ANSWER_BURST as usize);
+    non_member(&mut admissions, later, ip(1), true);
+    assert!(admissions.may_send(later, ip(1)), "proven again");
+}
+
+#[test]
 fn flood_is_reported_until_it_has_ended() {
     let start = Instant::now();
     let mut admissions = admissions(start);
