@@ -30,6 +30,14 @@ use crate::{
 /// series of failures, and the latest.
 const MAX_QUARANTINED: u32 = 3;
 
+/// Maximum size in bytes of sled's configuration, which has three lines. sled reads the whole file before it
+/// checks anything.
+const MAX_CONFIGURATION_BYTES: u64 = 4 << 10;
+
+/// Maximum size in bytes of the other files that sled reads as a whole: snapshots of its log, and large
+/// values.
+const MAX_LOADED_BYTES: u64 = 64 << 20;
+
 /// Maximum time that closing waits until sled's threads release the file.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -264,8 +272,46 @@ fn remove_unfinished_snapshots(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Checks that sled's files are regular, and small where sled reads them as a whole. Otherwise sled waits for
+/// the writer of a FIFO, or uses all memory for a large sparse file.
+fn check_files(path: &Path) -> Result<(), Failure> {
+    for directory in [path.to_owned(), path.join("blobs")] {
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+                return Err(Failure::Damaged(format!("{} is no directory", directory.display())));
+            }
+            entries => entries.map_err(Failure::Io)?,
+        };
+        for entry in entries {
+            let file = entry.map_err(Failure::Io)?.path();
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            let limit = match name.as_ref() {
+                "conf" => MAX_CONFIGURATION_BYTES,
+                "db" => u64::MAX,
+                name if name.starts_with("snap.") || directory != path => MAX_LOADED_BYTES,
+                _ => continue,
+            };
+            let found = match fs::metadata(&file) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                found => found.map_err(Failure::Io)?,
+            };
+            let why = match found.len() {
+                _ if !found.is_file() => "is no regular file".to_owned(),
+                bytes if bytes > limit => {
+                    format!("has {bytes} bytes, more than {limit}")
+                }
+                _ => continue,
+            };
+            return Err(Failure::Damaged(format!("{} {why}", file.display())));
+        }
+    }
+    Ok(())
+}
+
 fn try_open(path: &Path, node: NodeId) -> Result<(Database, Vec<(Key, Record)>), Failure> {
     remove_unfinished_snapshots(path).map_err(Failure::Io)?;
+    check_files(path)?;
     let opened = catch_unwind(AssertUnwindSafe(|| {
         let sled = sled::Config::default()
             .path(path)

@@ -42,6 +42,31 @@ fn unfinished_snapshot_is_not_treated_as_damage() {
 }
 
 #[test]
+fn file_that_the_engine_cannot_read_into_memory_is_treated_as_damage() {
+    let sparse = |path: &Path| {
+        let file = fs::File::create(path).expect("created");
+        file.set_len(1 << 40).expect("a sparse file");
+    };
+    let fifo = |path: &Path| {
+        let _ = fs::remove_file(path);
+        nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).expect("created");
+    };
+    let ways: [&dyn Fn(&Path); 2] = [&sparse, &fifo];
+    for name in ["conf", "snap.00000000000FFFFF", "blobs/7"] {
+        for (way, replace) in ways.iter().enumerate() {
+            let dir = tempfile::tempdir().expect("tempdir");
+            let path = dir.path().join("db");
+            write(&Database::open(&path, ME).expect("opens").database, 7);
+            replace(&path.join(name));
+            let opened = Database::open(&path, ME).expect("opens again");
+            let (_, why) = opened.quarantined.as_ref().expect("moved aside");
+            assert!(why.contains(name), "{name} {way}: {why}");
+            assert!(opened.records.is_empty());
+        }
+    }
+}
+
+#[test]
 fn system_error_inside_the_engine_is_not_treated_as_damage() {
     let panic =
         r#"called `Result::unwrap()` on an `Err` value: Io(Os { code: 24, kind: Uncategorized,"#;
