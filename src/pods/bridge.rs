@@ -220,7 +220,7 @@ pub(super) fn repair_ports(
     let foreign_ports = links.iter().filter(|link| is_foreign(link, ready_bridge.index, ports));
     report.foreign_ports = foreign_ports.map(|link| link.name.clone()).collect();
     for port in links.iter().filter(|link| ports.contains_key(&link.name)) {
-        let closed = interface::close(&port.name, Ipv6::Unchanged);
+        let closed = interface::close_port(&port.name);
         report.sysctls += closed.set;
         // One problem stands for the same one of all ports.
         if report.open.is_empty() {

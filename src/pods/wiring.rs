@@ -440,7 +440,7 @@ impl Wiring {
     ///
     /// A port of a bridge passes no packets to this host itself, so the pod need not wait for this.
     pub fn close(attachment: &Attachment, end: &End) {
-        interface::close(&link_name(attachment), Ipv6::Unchanged);
+        interface::close_port(&link_name(attachment));
         if matches!(end, End::Loose) {
             interface::close(&loose_name(attachment), Ipv6::Unchanged);
         }

@@ -1,7 +1,8 @@
 //! Shared parts of the integration tests: isolated namespaces, clusters, and wrappers of system tools.
 
 use std::{
-    io::Write as _,
+    io::{self, Write as _},
+    os::fd::AsRawFd as _,
     path::Path,
     process::{Command, Output},
     time::{Duration, Instant},
@@ -9,10 +10,15 @@ use std::{
 
 use gossamer::lab::{Agent, Host, Lab, NetNs, Pod};
 use nix::{
-    sys::signal::{Signal, kill},
+    ifaddrs::getifaddrs,
+    sys::{
+        signal::{Signal, kill},
+        socket::bind,
+    },
     unistd::Pid,
 };
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 
 /// Default time limit of waits.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
@@ -64,7 +70,7 @@ pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
 /// Reports that a test was skipped, and why.
 pub fn skipped(test: &str, why: &str) {
     // Not by a macro, because the output of a passing test is captured.
-    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
+    let _ = writeln!(io::stderr(), "SKIPPED {test}: {why}");
 }
 
 /// A cluster of `count` hosts. The first host created it.
@@ -263,6 +269,17 @@ pub fn echoes(netns: &NetNs) -> u64 {
     let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
     let place = names.split(' ').position(|name| name == "InEchos").expect("InEchos");
     values.split(' ').nth(place).and_then(|value| value.parse().ok()).expect("a number")
+}
+
+/// Returns a socket for frames at `eth0`, and the MAC of `eth0`.
+pub fn link_socket(netns: &NetNs) -> io::Result<(Socket, [u8; 6])> {
+    netns.run(|| {
+        let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+        let found = getifaddrs()?.filter(|found| found.interface_name == "eth0");
+        let link = found.filter_map(|found| found.address?.as_link_addr().copied()).next();
+        bind(socket.as_raw_fd(), &link.expect("eth0"))?;
+        Ok((socket, link.and_then(|link| link.addr()).expect("a MAC")))
+    })
 }
 
 /// Returns the Internet checksum (RFC 1071).

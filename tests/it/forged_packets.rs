@@ -10,7 +10,10 @@ use gossamer::lab::{Agent, Host, NetNs, Pinger};
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{TIMEOUT, eventually, isolated, program, status_where, token_of, tool, wait_until},
+    common::{
+        TIMEOUT, eventually, isolated, link_socket, program, status_where, token_of, tool,
+        wait_until,
+    },
 };
 
 const PORT: u16 = 5_555;
@@ -65,6 +68,40 @@ fn frame_of_a_pod_to_a_link_local_group_is_dropped() {
             send_from(&spaces[0], own, gateway);
             next_source(&socket) == Some(own)
         });
+        Ok(())
+    });
+}
+
+#[test]
+fn senders_of_arp_requests_to_link_local_groups_do_not_become_neighbors() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let overlay = ["--init", "--prefer-subnet", "10.42.7.0"];
+        let mut agent = Agent::start(program(), &host, &overlay)?;
+        agent.wait_converged(1, TIMEOUT)?;
+        let spaces = namespaces(&["a"])?;
+        Runtime::new(&agent).add("a");
+        let links = tool(&host.netns, "ip -br link show type veth");
+        let mut names = links.lines().filter_map(|line| line.split(['@', ' ']).next());
+        let port = names.find(|name| name.starts_with("gsm")).expect("the pod's port");
+        let (socket, mac) = link_socket(&spaces[0])?;
+        let answers = "ping -c 1 -W 1 10.42.7.1";
+        eventually(&spaces[0], answers, |said| said.contains(" 0% packet loss"));
+        // The sysctls of the port are set after the pod is connected.
+        wait_until("the host stores the senders as neighbors", TIMEOUT, || {
+            tool(&host.netns, &format!("ip -4 neigh flush dev {port}"));
+            for number in 1..=20 {
+                let group = [1, 0x80, 0xc2, 0, 0, 0x0e];
+                let head = [&group[..], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &mac].concat();
+                let addresses = [11, 0, 0, number, 0, 0, 0, 0, 0, 0, 10, 42, 7, 1];
+                socket.send(&[&head[..], &addresses].concat()).expect("sent");
+            }
+            // The answer arrives after the requests, so the requests have been processed.
+            eventually(&spaces[0], answers, |said| said.contains(" 0% packet loss"));
+            tool(&host.netns, &format!("ip -4 neigh show dev {port} nud all")).is_empty()
+        });
+        // The host still knows its pod on the bridge.
+        assert!(tool(&host.netns, "ip -4 neigh show dev gsm0").contains("10.42.7.2"));
         Ok(())
     });
 }

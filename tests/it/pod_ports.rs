@@ -4,21 +4,18 @@
 use std::{
     fs,
     net::Ipv4Addr,
-    os::fd::AsRawFd as _,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use gossamer::lab::{Agent, Host, NetNs};
-use nix::{ifaddrs::getifaddrs, sys::socket::bind};
 use serde_json::Value;
-use socket2::{Domain, Socket, Type};
 
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, program, run,
-        skipped, status_where, token_of, tool, wait_until,
+        Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, link_socket,
+        program, run, skipped, status_where, token_of, tool, wait_until,
     },
     silence_causes::{start_pair, wait_for_path, wait_for_problem},
 };
@@ -353,14 +350,7 @@ fn answers_to_other_stations_than_the_bridge_are_no_local_loss() {
         let pod: Ipv4Addr = address(&added).parse()?;
         wait_for_answers(&mut cluster, "1 pod answers when asked");
         tool(&spaces[0], "ip link set eth0 arp off");
-        let socket = spaces[0].run(|| {
-            let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
-            let found = getifaddrs()?.filter(|found| found.interface_name == "eth0");
-            let link = found.filter_map(|found| found.address?.as_link_addr().copied()).next();
-            bind(socket.as_raw_fd(), &link.expect("eth0"))?;
-            Ok((socket, link.and_then(|link| link.addr()).expect("a MAC")))
-        });
-        let (socket, mac) = socket?;
+        let (socket, mac) = link_socket(&spaces[0])?;
         let answer = |to: [u8; 6]| {
             let head = [&to[..], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 2], &mac].concat();
             [&head[..], &pod.octets(), &[0; 10]].concat()

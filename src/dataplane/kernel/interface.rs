@@ -20,6 +20,11 @@ const REQUIRED_SETTINGS: [(&str, &str, &str); 7] = [
     ("ipv4", "proxy_arp", "0"),
 ];
 
+/// The same for a port of the bridge. The port itself never has to answer ARP: the bridge does. The
+/// kernel would otherwise store the sender of each ARP request to a link-local group, which bypasses
+/// the bridge's rules, in the neighbor table.
+const PORT_SETTING: (&str, &str, &str) = ("ipv4", "arp_ignore", "8");
+
 /// Whether an interface may have IPv6 addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ipv6 {
@@ -45,13 +50,23 @@ pub struct CloseResult {
 /// kernel does not have is no problem: the kernel may lack IPv6, also for one interface with a
 /// small MTU.
 pub fn close(interface: &str, ipv6: Ipv6) -> CloseResult {
-    let mut closed = CloseResult::default();
     let switch = match ipv6 {
         Ipv6::On => Some(("ipv6", "disable_ipv6", "0")),
         Ipv6::Off => Some(("ipv6", "disable_ipv6", "1")),
         Ipv6::Unchanged => None,
     };
-    for (family, setting, value) in REQUIRED_SETTINGS.into_iter().chain(switch) {
+    apply(interface, switch)
+}
+
+/// Like [`close`], for a port of the bridge.
+pub fn close_port(interface: &str) -> CloseResult {
+    apply(interface, Some(PORT_SETTING))
+}
+
+/// Applies the required settings and one more.
+fn apply(interface: &str, more: Option<(&str, &str, &str)>) -> CloseResult {
+    let mut closed = CloseResult::default();
+    for (family, setting, value) in REQUIRED_SETTINGS.into_iter().chain(more) {
         let name = format!("net/{family}/conf/{interface}/{setting}");
         let Some(is) = read(&name).filter(|is| is != value) else { continue };
         match write(&name, value) {
