@@ -100,6 +100,7 @@ fn found_in(rules: &Rules<'_>, hook: u32, marks: &mut Marks) -> Vec<String> {
         ways: &ways,
         ports: &[],
         tunnel: None,
+        is_tested: true,
     };
     let drop = || Some(Data::Verdict(DROP, None));
     let address_and_port =

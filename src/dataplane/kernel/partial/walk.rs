@@ -178,7 +178,8 @@ impl Walk<'_> {
             Verdict::Queue => Some(Act::Queues),
             _ => None,
         };
-        if !what.is_empty() {
+        let is_wanted = !what.is_empty() || !self.traffic.is_tested;
+        if is_wanted {
             acts.extend(of_verdict.map(|act| (act, what.clone())));
             if hook == POSTROUTING && is_of_pods && changes.contains(&Change::Source) {
                 acts.push((Act::Translates, what.clone()));
