@@ -2,9 +2,9 @@
 //!
 //! [`Pods`] is a table without a clock, a disk or a kernel; the caller stores changes and carries them out. A
 //! pod has the same place (offset) in each subnet of its node, so one number stands for both of its
-//! addresses. The first place is the gateway's. The last one is reserved for the agent's own pod, unless it is
-//! the only one for pods. A released address is not allocated again for a while, because peers may still send
-//! to its previous owner. The caller supplies the node's subnets.
+//! addresses. The first place is the gateway's. The last one is reserved for the agent's own pod, unless it
+//! is the only one for pods. A released address is not allocated again for a while, because peers may still
+//! send to its previous owner. The caller supplies the node's subnets.
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
