@@ -1,16 +1,18 @@
 //! The thread that tests whether this host forwards packets of pods, and determines what drops them if
 //! not.
 //!
-//! It has its own pod on the bridge (`pods::standin`) while there are pods and none needs its address.
+//! It has its own pod on the bridge (`pods::standin`) while there are pods.
 //! [`crate::dataplane::forwarding`] draws the conclusions. Nothing waits for this thread, and each step
 //! has a time limit.
 
 mod capture;
 mod carried;
 mod explain;
+mod foreign;
 mod gateway;
 mod ipsec;
 mod marks;
+mod no_trial;
 mod output;
 mod own_host;
 mod partial;
@@ -33,6 +35,7 @@ use std::{
 
 use self::{
     explain::Reasons,
+    no_trial::{NoTrial, no_bridge, no_trial_reason},
     setting::{Peer, Setting},
     stage::Stage,
     trial::{Outcome, Trial},
@@ -221,7 +224,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
                     self.due = Instant::now();
                     let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
                     if shape.is_none() {
-                        // A pod needs the address now.
+                        // Another pod has the address.
                         self.remove_stage();
                     }
                 }
@@ -243,13 +246,17 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     /// Makes a trial, and reads the rules if packets are lost.
     fn run_due(&mut self, now: Instant) {
         self.is_new = false;
-        let Some(setting) = self.setting.clone() else {
+        let Some(mut setting) = self.setting.clone() else {
             self.remove_stage();
             self.discard_results("this node has no subnet in use".to_owned());
             self.due = now + RETRY_INTERVAL;
             return;
         };
-        match self.run_trial(&setting) {
+        let foreign = match setting.has_pods {
+            true => None,
+            false => foreign::bridge(&mut self.netlink, &setting),
+        };
+        match self.run_trial(&setting, foreign.as_deref()) {
             Ok(()) => {
                 self.failures = 0;
                 self.due = now + self.trials.pause();
@@ -274,6 +281,9 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             self.due = now;
             return;
         }
+        if let Some(bridge) = foreign.filter(|_| self.stage.is_none()) {
+            (setting.bridge, setting.has_pods) = (bridge, true);
+        }
         self.last_trial = Some(now);
         self.read_rules(&setting);
         self.read_warnings(&setting);
@@ -286,7 +296,8 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             return;
         }
         self.warnings.clear();
-        if self.failures >= FAILURES_UNTIL_REPORTED {
+        let is_untested = self.failures >= FAILURES_UNTIL_REPORTED;
+        if is_untested {
             self.warnings.extend(warnings::untried(setting, &self.skipped));
         }
         let closed = self.trials.closed();
@@ -294,7 +305,10 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             |way: &Way| way.direction.is_of_host() || way.direction == Direction::TooLarge;
         if (setting.has_pods || setting.unanswered) && closed.iter().all(is_of_host) {
             self.warnings.extend(warnings::of_host(setting, &closed));
-            self.warnings.extend(partial::warnings(&mut self.netlink, setting));
+            self.warnings.extend(match is_untested {
+                true => partial::untested(&mut self.netlink, setting, &self.warnings),
+                false => partial::warnings(&mut self.netlink, setting),
+            });
             self.warnings.extend(ipsec::selecting(setting));
             self.warnings.extend(warnings::programs(&mut self.netlink, setting));
         }
@@ -304,16 +318,20 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         self.next_warnings = Some(begun + begun.elapsed() * READ_SHARE);
     }
 
-    /// Makes one trial of each way.
+    /// Makes one trial of each way. `foreign` is the bridge of another program that has the pods.
     ///
     /// # Errors
     /// Fails with the reason if no trial is possible.
-    fn run_trial(&mut self, setting: &Setting) -> Result<(), NoTrial> {
+    fn run_trial(&mut self, setting: &Setting, foreign: Option<&str>) -> Result<(), NoTrial> {
         let idle = |why: &str| NoTrial::Idle(why.to_owned());
         let Some(shape) = &setting.shape else {
-            return Err(idle("a pod has the address that the test needs"));
+            let occupant = setting.occupant.as_deref().unwrap_or("another pod has its address");
+            return Err(NoTrial::Failed(io::Error::other(format!(
+                "the agent needs a pod of its own at the last address of the subnet, and {occupant}: \
+                 replace that pod, or use subnets with more than one address for pods"
+            ))));
         };
-        if setting.peers.is_empty() && !setting.has_pods {
+        if setting.peers.is_empty() && !setting.has_pods && foreign.is_none() {
             self.remove_stage();
             return Err(idle("there are no pods, and no peer to test with"));
         }
@@ -332,7 +350,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             self.stage = set;
         }
         let stage = self.stage.take();
-        let mut stage = stage.ok_or_else(|| idle("there are no pods on a bridge of gossamer's"))?;
+        let mut stage = stage.ok_or_else(|| no_bridge(foreign))?;
         self.turn = self.turn.wrapping_add(1);
         let turn = self.turn;
         let found = stage.gateway.find(|pause| self.wait(&[], pause));
@@ -457,31 +475,4 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         }
         self.next_reading = Some(begun + MIN_READ_INTERVAL.max(begun.elapsed() * READ_SHARE));
     }
-}
-
-/// Why a trial was not made.
-enum NoTrial {
-    /// There is nothing to test.
-    Idle(String),
-    /// It failed.
-    Failed(io::Error),
-}
-
-impl From<io::Error> for NoTrial {
-    fn from(error: io::Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
-fn no_trial_reason(error: &io::Error) -> String {
-    let why = match error.kind() {
-        io::ErrorKind::PermissionDenied => "it needs CAP_SYS_ADMIN and CAP_NET_RAW".to_owned(),
-        // user_namespaces(7)
-        io::ErrorKind::StorageFull => "no more network namespaces can be created: raise \
-                                       user.max_net_namespaces (sysctl), or end the program that \
-                                       makes so many"
-            .to_owned(),
-        _ => error.to_string(),
-    };
-    format!("no test is possible: {why}")
 }

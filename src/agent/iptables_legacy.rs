@@ -116,6 +116,52 @@ fn translating_rules(ipv4: bool, way: Way, port: u16, targets: &[&str]) -> Vec<(
     named.collect()
 }
 
+/// Returns the policies that drop forwarded packets of pods, each with a remedy, if no rule seems to accept
+/// them. For hosts on which forwarding cannot be tested with packets.
+pub fn closed_policies(network: IpNet, bridge: &str) -> Vec<String> {
+    let name = program(network.addr().is_ipv4());
+    let mut sentences = Vec::new();
+    for table in tables(network.addr().is_ipv4()).iter().filter(|table| *table != "nat") {
+        let Some(rules) = save(name, table) else {
+            sentences.push(format!(
+                "{name} has rules that cannot be read here and may drop packets of pods: \
+                 {name} -t {table} -S"
+            ));
+            continue;
+        };
+        for SuspectRule { line, chain } in closed(&rules, network, bridge) {
+            let fix = format!("{name} -t {table} -I {chain}");
+            sentences.push(format!(
+                "{name} has `{line}` in its table {table}, and no rule there seems to accept packets of \
+                 pods: {fix} -s {network} -j ACCEPT; {fix} -d {network} -j ACCEPT"
+            ));
+        }
+    }
+    sentences.truncate(MAX_NAMED);
+    sentences
+}
+
+/// Returns the dropping policies, unless a rule accepts packets of the network or the bridge, or all.
+fn closed(rules: &str, network: IpNet, bridge: &str) -> Vec<SuspectRule> {
+    let is_of_pods = |line: &str| {
+        let words: Vec<&str> = line.split(' ').collect();
+        let names_network = words.windows(2).any(|pair| {
+            let named = pair[1].parse::<IpNet>();
+            ["-s", "-d"].contains(&pair[0])
+                && named.is_ok_and(|named| network.contains(&named) || named.contains(&network))
+        });
+        let is_unconditional = words.len() == 4;
+        line.ends_with("-j ACCEPT")
+            && (is_unconditional || names_network || words.contains(&bridge))
+    };
+    if rules.lines().any(is_of_pods) {
+        return Vec::new();
+    }
+    let mut found = suspect_rules(rules, Way::Forward, None, &DROPPING);
+    found.retain(|rule| rule.line.starts_with("-P "));
+    found
+}
+
 /// Returns the tables of a family that can be read.
 pub fn all_tables(ipv4: bool) -> Vec<LegacyTable> {
     let name = program(ipv4);
@@ -251,6 +297,27 @@ mod tests {
         let of_pods =
             ["-A mine -p udp -m udp --dport 53 -j DROP", "-A mine -s 192.0.2.1/32 -j DROP"];
         assert_eq!(drop(Way::Forward, None), of_pods);
+    }
+
+    #[test]
+    fn dropping_policy_is_returned_unless_a_rule_accepts_packets_of_pods() {
+        let network = "10.42.0.0/16".parse().expect("a network");
+        let with = |rule: &str| {
+            let rules = format!("*filter\n:INPUT DROP [0:0]\n:FORWARD DROP [0:0]\n{rule}\n");
+            let found = closed(&rules, network, "gsm0").into_iter();
+            found.map(|rule| rule.line).collect::<Vec<_>>()
+        };
+        for other in ["", "-A FORWARD -i docker0 -j ACCEPT", "-A FORWARD -s 10.42.0.0/16 -j DROP"] {
+            assert_eq!(with(other), ["-P FORWARD DROP"], "{other}");
+        }
+        for accepting in [
+            "-A FORWARD -s 10.42.1.0/24 -j ACCEPT",
+            "-A FORWARD -d 10.0.0.0/8 -j ACCEPT",
+            "-A FORWARD -i gsm0 -j ACCEPT",
+            "-A FORWARD -j ACCEPT",
+        ] {
+            assert!(with(accepting).is_empty(), "{accepting}");
+        }
     }
 
     #[test]

@@ -140,6 +140,7 @@ impl From<NoAddress> for PodError {
             NoAddress::Exhausted(_) => PodErrorKind::Exhausted,
             NoAddress::Outside { .. }
             | NoAddress::Gateway { .. }
+            | NoAddress::Reserved { .. }
             | NoAddress::Taken { .. }
             | NoAddress::GroupMac(_)
             | NoAddress::AddressMac(_)

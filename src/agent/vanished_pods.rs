@@ -223,6 +223,7 @@ fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
         NoAddress::Exhausted(_) => !going.is_empty(),
         NoAddress::Outside { .. }
         | NoAddress::Gateway { .. }
+        | NoAddress::Reserved { .. }
         | NoAddress::GroupMac(_)
         | NoAddress::AddressMac(_)
         | NoAddress::MacOfHost(_)

@@ -2,8 +2,9 @@
 //!
 //! [`Pods`] is a table without a clock, a disk or a kernel; the caller stores changes and carries them out. A
 //! pod has the same place (offset) in each subnet of its node, so one number stands for both of its
-//! addresses. The first place is the gateway's. A released address is not allocated again for a while,
-//! because peers may still send to its previous owner. The caller supplies the node's subnets.
+//! addresses. The first place is the gateway's. The last one is reserved for the agent's own pod, unless it
+//! is the only one for pods. A released address is not allocated again for a while, because peers may still
+//! send to its previous owner. The caller supplies the node's subnets.
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
@@ -72,6 +73,17 @@ pub enum NoAddress {
         /// The requested address.
         address: IpAddr,
         /// The subnet of that gateway.
+        subnet: IpNet,
+    },
+    /// The requested address is that of the agent's own pod.
+    #[error(
+        "address {address}: the last one of {subnet} is reserved for the agent's own pod, which tests \
+         forwarding: request another one"
+    )]
+    Reserved {
+        /// The requested address.
+        address: IpAddr,
+        /// The subnet with that address.
         subnet: IpNet,
     },
     /// Another pod has the requested address.
@@ -267,7 +279,7 @@ impl Pods {
 
     /// Returns the lowest free place that was not released recently; otherwise the one released first.
     fn free_place(&self, now: Time, subnets: Subnets) -> Result<u32, NoAddress> {
-        let last = last_place(subnets);
+        let last = last_pod_place(subnets);
         let mut oldest: Option<(Time, u32)> = None;
         for place in GATEWAY_PLACE + 1..=last {
             let addresses = addresses_at(subnets, place);
@@ -322,12 +334,13 @@ pub fn gateway(subnet: IpNet) -> IpAddr {
     address_at(subnet, GATEWAY_PLACE)
 }
 
-/// Returns the last address of a subnet that a pod can have.
+/// Returns the last address of a subnet before the broadcast address: that of the agent's own pod.
 pub fn last_address(subnet: IpNet) -> IpAddr {
     last_addresses(Subnets { first: subnet, second: None }).first
 }
 
-/// Returns the last addresses that a pod can have. They are allocated only when no others are free.
+/// Returns the addresses of the agent's own pod, the last ones of the subnets. They are allocated to other
+/// pods only if the subnets have no others.
 pub fn last_addresses(subnets: Subnets) -> Addresses {
     addresses_at(subnets, last_place(subnets))
 }
@@ -359,7 +372,7 @@ fn address_at(subnet: IpNet, place: u32) -> IpAddr {
     }
 }
 
-/// Returns the last place for pods. In IPv4 the address after it is the broadcast address.
+/// Returns the last place. In IPv4 the address after it is the broadcast address.
 fn last_place(subnets: Subnets) -> u32 {
     let last = |subnet: IpNet| {
         let bits = u32::from(subnet.max_prefix_len() - subnet.prefix_len());
@@ -367,6 +380,12 @@ fn last_place(subnets: Subnets) -> u32 {
         places - if subnet.addr().is_ipv4() { 2 } else { 1 }
     };
     subnets.iter().map(last).min().unwrap_or(0)
+}
+
+/// Returns the last place that is allocated: all but the last one, unless that is the only one.
+fn last_pod_place(subnets: Subnets) -> u32 {
+    let last = last_place(subnets);
+    if last > GATEWAY_PLACE + 1 { last - 1 } else { last }
 }
 
 /// Returns the place of a pod address in the subnet of its family.
@@ -386,7 +405,11 @@ fn place_of(subnets: Subnets, address: IpAddr) -> Result<u32, NoAddress> {
     if place == Some(GATEWAY_PLACE) {
         return Err(NoAddress::Gateway { address, subnet });
     }
+    let last = last_place(subnets);
+    if place == Some(last) && last > last_pod_place(subnets) {
+        return Err(NoAddress::Reserved { address, subnet });
+    }
     place
-        .filter(|place| (GATEWAY_PLACE + 1..=last_place(subnets)).contains(place))
+        .filter(|place| (GATEWAY_PLACE + 1..=last).contains(place))
         .ok_or(NoAddress::Outside { address, subnet })
 }

@@ -2,8 +2,9 @@
 //! unnamed network namespace on the pods' bridge.
 //!
 //! The kernel removes the namespace and its veth pair when the last file descriptor on it is closed, so a
-//! killed agent leaves nothing behind. The stand-in pod has the last address of the subnet. A pod gets that
-//! address when no other is free, and the caller then removes the stand-in pod.
+//! killed agent leaves nothing behind. The stand-in pod has the last address of the subnet, which no other
+//! pod gets. A pod may have it from an earlier version, or because the subnet has no other. Then there is no
+//! stand-in pod.
 
 use std::{
     fs::File,

@@ -67,15 +67,37 @@ fn lowest_address_is_allocated_and_released_one_rests() {
 #[test]
 fn address_released_first_is_allocated_when_no_other_is_free() {
     let mut pods = pods("10.42.7.0/29", None);
-    for name in ["a", "b", "c", "d", "e"] {
+    for name in ["a", "b", "c", "d"] {
         assert!(pods.allocate(at(0), name).is_ok());
     }
-    assert_eq!(pods.allocate(at(0), "f"), Err(NoAddress::Exhausted(5)));
+    assert_eq!(pods.allocate(at(0), "f"), Err(NoAddress::Exhausted(4)));
     pods.pods.detach(at(2), &named("b"));
     pods.pods.detach(at(1), &named("d"));
     assert_eq!(pods.allocate(at(3), "f"), Ok(ip("10.42.7.5")));
     assert_eq!(pods.allocate(at(3), "g"), Ok(ip("10.42.7.3")));
-    assert_eq!(pods.pods.iter().count(), 5);
+    assert_eq!(pods.pods.iter().count(), 4);
+}
+
+#[test]
+fn last_address_is_reserved_unless_it_is_the_only_one() {
+    for (first, second, last) in [
+        ("10.42.7.0/24", None, "10.42.7.254"),
+        ("10.42.7.0/24", Some("fd42:0:0:7::/64"), "fd42:0:0:7::fe"),
+        ("fd42:0:0:7::/120", None, "fd42:0:0:7::ff"),
+    ] {
+        let refused = pods(first, second).request("a", &[ip(last)]);
+        assert!(matches!(refused, Err(NoAddress::Reserved { .. })), "{last}: {refused:?}");
+    }
+    let mut earlier = pods("10.42.7.0/29", None);
+    let addresses = Addresses { first: ip("10.42.7.6"), second: None };
+    let [owner, netns] = ["cni/net", "/ns"].map(str::to_owned);
+    let old = Pod { attachment: named("old"), owner, addresses, netns, mac: None };
+    earlier.pods = Pods::new([old]);
+    assert!(["a", "b", "c", "d"].iter().all(|name| earlier.allocate(at(0), name).is_ok()));
+    assert_eq!(earlier.allocate(at(0), "e"), Err(NoAddress::Exhausted(4)));
+    assert!(earlier.pods.holder(ip("10.42.7.6")).is_some(), "a pod of an earlier run keeps it");
+    let mut tiny = pods("10.42.7.0/30", None);
+    assert_eq!(tiny.allocate(at(0), "a"), Ok(ip("10.42.7.2")));
 }
 
 #[test]
@@ -102,8 +124,8 @@ fn request_for_outside_or_taken_address_is_refused_and_changes_nothing() {
     assert!(gateway.contains("10.42.7.1: it is the gateway"), "{gateway}");
     let two = pods.request("a", &[ip("10.42.7.5"), ip("10.42.7.6")]).expect_err("two").to_string();
     assert!(two.contains("a pod has one IPv4 address"), "{two}");
-    assert!(pods.request("a", &[ip("10.42.7.254")]).is_ok());
-    let taken = pods.request("b", &[ip("10.42.7.254")]).expect_err("taken").to_string();
+    assert!(pods.request("a", &[ip("10.42.7.253")]).is_ok());
+    let taken = pods.request("b", &[ip("10.42.7.253")]).expect_err("taken").to_string();
     assert!(taken.contains("a eth0 has it"), "{taken}");
     let again = pods.request("a", &[]);
     assert!(matches!(again, Err(NoAddress::Attached { .. })), "{again:?}");

@@ -412,17 +412,22 @@ fn exhausted_subnet_is_reported_and_released_addresses_are_reused() {
         let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
         let mut agent = Agent::start(program(), &host, &small)?;
         agent.wait_converged(1, TIMEOUT)?;
-        let names = ["a", "b", "c", "d", "e", "f"];
+        let names = ["a", "b", "c", "d", "e"];
         let _spaces = namespaces(&names)?;
         let runtime = Runtime::new(&agent);
         let given: Vec<String> =
-            names[..5].iter().map(|name| address(&runtime.add(name))).collect();
-        let (code, why) = runtime.refused("ADD", "f", &json!({}));
-        assert!(code == 100 && why.contains("all 5 addresses"), "{code} {why}");
-        assert_eq!((veths(&host), pods(&mut agent)), (5, 5));
+            names[..4].iter().map(|name| address(&runtime.add(name))).collect();
+        let (code, why) = runtime.refused("ADD", "e", &json!({}));
+        assert!(code == 100 && why.contains("all 4 addresses"), "{code} {why}");
+        assert_eq!((veths(&host), pods(&mut agent)), (4, 4));
         let runtime = Runtime::new(&agent);
+        let last: std::net::Ipv4Addr = given[3].parse()?;
+        let last = std::net::Ipv4Addr::from(u32::from(last) + 1).to_string();
+        let fixed = json!({ "runtimeConfig": { "ips": [last] } });
+        let (code, why) = runtime.refused("ADD", "e", &fixed);
+        assert!(code == 101 && why.contains("reserved for the agent's own pod"), "{code} {why}");
         runtime.del("c");
-        assert_eq!(address(&runtime.add("f")), given[2]);
+        assert_eq!(address(&runtime.add("e")), given[2]);
         Ok(())
     });
 }

@@ -1,7 +1,6 @@
 //! The agent tests with packets whether a host forwards packets of pods, and reports what drops them.
 
 use gossamer::lab::{Agent, Lab, NetNs};
-use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{
@@ -12,7 +11,8 @@ use crate::{
     },
 };
 
-fn state(status: &Value) -> &str {
+/// Returns the state of the check of forwarding.
+pub fn state(status: &Value) -> &str {
     status["kernel"]["forwarding"]["state"].as_str().unwrap_or_default()
 }
 
@@ -53,7 +53,8 @@ impl TwoHosts {
     }
 }
 
-const ADD_FORWARD_CHAIN: &str = "nft add table inet wall && \
+/// Commands that create a forward chain without rules.
+pub const ADD_FORWARD_CHAIN: &str = "nft add table inet wall && \
                      nft add chain inet wall f { type filter hook forward priority 0 ; }";
 
 /// The directions that are lost, the reported cause, and the commands that close them.
@@ -216,47 +217,17 @@ fn forwarding_test_covers_each_family() {
 }
 
 #[test]
-fn agents_test_pod_gives_up_its_address_when_needed_and_is_removed_at_the_end() {
+fn rule_that_drops_tcp_timestamps_is_reported() {
     isolated(|lab| {
-        let first = lab.host(1, "n1")?;
-        let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
-        let mut agent = Agent::start(program(), &first, &small)?;
-        agent.wait_converged(1, TIMEOUT)?;
-        let token = crate::common::token_of(&mut agent)?;
-        let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
-        cluster.join(lab, 2)?;
-        cluster.converge()?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let own = |cluster: &Cluster| {
-            tool(&cluster.hosts[1].netns, "ip -o link show type veth").contains("gsp.1")
-        };
-        assert!(own(&cluster));
-        assert_eq!(crate::cni::pods(&mut cluster.agents[1]), 1, "the agent's pod is listed");
-        // A /29 has five addresses for pods. The last one is needed, so the agent gives it up.
-        let more = namespaces(&["c", "d", "e", "f"])?;
-        let added: Vec<Value> = {
-            let runtime = Runtime::new(&cluster.agents[1]);
-            ["c", "d", "e", "f"].iter().map(|name| runtime.add(name)).collect()
-        };
-        wait_until("the agent's pod does not give up the address", TIMEOUT, || !own(&cluster));
-        let status = status_where(&mut cluster.agents[1], |status| state(status) == "skipped");
-        assert!(detail(&status).contains("a pod has the address"), "{status:#}");
-        let gateway = added[3]["ips"][0]["gateway"].as_str().expect("a gateway");
-        tool(&more[3], &format!("ping -c 1 -W 2 {gateway}"));
-        Runtime::new(&cluster.agents[1]).del("f");
-        wait_until("it is not restored", TIMEOUT, || own(&cluster));
-        status_where(&mut cluster.agents[1], |status| state(status) == "ok");
-        // The agent's pod vanishes with a killed agent, and with one that leaves the cluster.
-        cluster.agents[1].end(Signal::SIGKILL)?;
-        wait_until("it is left behind", TIMEOUT, || !own(&cluster));
-        cluster.agents[1] = cluster.start_agent(&cluster.hosts[1], &[])?;
-        cluster.agents[1].wait_converged(2, TIMEOUT)?;
-        wait_until("it is not restored", TIMEOUT, || own(&cluster));
-        cluster.agents[1].leave()?;
-        assert!(
-            !own(&cluster) && !run(&cluster.hosts[1].netns, "ip link show gsm0").status.success()
-        );
+        let mut scene = TwoHosts::new(lab)?;
+        let (host, agent) = scene.second();
+        let rule = "nft add rule inet wall f tcp option timestamp exists drop";
+        sh(host, &format!("{ADD_FORWARD_CHAIN} && {rule}"));
+        wait_until("not reported", TIMEOUT, || {
+            has_problem(agent, "does not forward packets of pods")
+        });
+        let status = agent.ask("/v1/status", TIMEOUT)?;
+        assert!(status["problems"].to_string().contains("chain inet wall f"), "{status:#}");
         Ok(())
     });
 }

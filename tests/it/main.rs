@@ -3,6 +3,7 @@
 // A test that cannot continue should fail at once.
 #![allow(clippy::expect_used, clippy::panic)]
 
+mod agents_own_pod;
 mod agreement;
 mod bridge_loops;
 mod browser;

@@ -465,7 +465,7 @@ pub fn is_forwarding_off(ipv4: bool) -> bool {
 
 /// Returns the name of the pods' bridge.
 pub fn bridge_name(setting: &Setting) -> &str {
-    setting.shape.as_ref().map_or("the bridge", |shape| shape.bridge.as_str())
+    &setting.bridge
 }
 
 /// Returns the interface index of the pods' bridge.

@@ -17,18 +17,29 @@ const ARRIVING: u8 = 2;
 
 /// Returns a sentence for each such rule, with a remedy.
 pub fn warnings(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
-    sentences(netlink, setting, |_| true)
+    sentences(netlink, setting, true, |_| true)
+}
+
+/// Returns the same if no trial can be made, and includes rules that affect all packets of pods. Rules of
+/// chains that `known` warnings name as closed are omitted.
+pub fn untested(netlink: &mut Netlink, setting: &Setting, known: &[String]) -> Vec<String> {
+    let is_known = |partial: &Partial| {
+        let chain = format!("chain {} (", partial.base);
+        partial.what.is_empty() && known.iter().any(|warning| warning.starts_with(&chain))
+    };
+    sentences(netlink, setting, false, |partial| !is_known(partial))
 }
 
 /// Returns the sentences about rules that lower the TTL too far; used after packets were lost.
 pub fn shortening(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
-    sentences(netlink, setting, |act| matches!(act, Act::Shortens(_)))
+    sentences(netlink, setting, true, |partial| matches!(partial.act, Act::Shortens(_)))
 }
 
 fn sentences(
     netlink: &mut Netlink,
     setting: &Setting,
-    is_wanted: impl Fn(Act) -> bool,
+    is_tested: bool,
+    is_wanted: impl Fn(&Partial) -> bool,
 ) -> Vec<String> {
     let Ok(mut table) = FirewallTable::open() else { return Vec::new() };
     let addresses = setting.networks.iter().map(|network| network.addr());
@@ -64,11 +75,17 @@ fn sentences(
         // A trial cannot send packets that arrive by the underlay.
         let directly = without_tunnel.map(|ways| (ways, ARRIVING));
         for (ways, untested) in [(&by_tunnel, 0)].into_iter().chain(directly) {
-            let (sources, destinations) = (&networks, &networks);
-            let traffic =
-                Traffic { sources, destinations, ways, untested, ports: &ports, tunnel: None };
+            let traffic = Traffic {
+                sources: &networks,
+                destinations: &networks,
+                ways,
+                untested,
+                ports: &ports,
+                tunnel: None,
+                is_tested,
+            };
             let found = table.partial_rules(&mut rules, &traffic).into_iter();
-            for partial in found.filter(|partial| is_wanted(partial.act)) {
+            for partial in found.filter(&is_wanted) {
                 let rule = (network, partial.chain.clone(), partial.rule.clone());
                 if !known.contains(&rule) {
                     sentences.extend(sentence(netlink, setting, &partial, network));
@@ -78,7 +95,7 @@ fn sentences(
         }
     }
     let found = of_tunnels(netlink, setting, (&mut table, &mut rules), &links);
-    for partial in found.into_iter().filter(|partial| is_wanted(partial.act)) {
+    for partial in found.into_iter().filter(is_wanted) {
         let is_same = |(_, chain, rule): &(IpNet, String, String)| {
             (chain, rule) == (&partial.chain, &partial.rule)
         };
@@ -115,6 +132,7 @@ fn of_tunnels(
         untested: 0,
         ports: &[],
         tunnel,
+        is_tested: true,
     };
     let mut found = table.partial_rules(rules, &of(&peers, &local, &inwards));
     let mut leaving = table.partial_rules(rules, &of(&local, &peers, &outwards));
@@ -149,6 +167,10 @@ fn sentence(
     network: IpNet,
 ) -> Option<String> {
     let Partial { act, base, chain, is_early, .. } = partial;
+    let packets = match partial.what.as_str() {
+        "" => "packets between pods",
+        _ => "some packets between pods",
+    };
     if let Act::Redirects(port) = act {
         let packets =
             port.map_or("some packets".to_owned(), |port| format!("packets to port {port}"));
@@ -171,14 +193,12 @@ fn sentence(
         }
         Act::Marks(mark) => {
             let elsewhere = marks::leads(netlink, setting, network, (*mark, *is_early))?;
-            format!(
-                "gives some packets between pods the mark {mark:#x}: {what}; with it they {elsewhere}"
-            )
+            format!("gives {packets} the mark {mark:#x}: {what}; with it they {elsewhere}")
         }
-        Act::Translates => format!(
-            "gives some packets between pods another source address (SNAT or masquerading): {what}"
-        ),
-        act => format!("{}: {what}", fate(*act, "packets between pods")?),
+        Act::Translates => {
+            format!("gives {packets} another source address (SNAT or masquerading): {what}")
+        }
+        act => format!("{}: {what}", fate(*act, packets)?),
     };
     Some(format!("chain {chain} {done}; if that is not intended: {}", both(base, network)))
 }
@@ -192,7 +212,7 @@ fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
              arrive",
             hops(*ttl)
         ),
-        act => fate(*act, "tunnel packets")?,
+        act => fate(*act, "some tunnel packets")?,
     };
     let fix = match iptables(base) {
         Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
@@ -204,10 +224,10 @@ fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
 /// Describes what happens to the affected packets.
 fn fate(act: Act, packets: &str) -> Option<String> {
     match act {
-        Act::Drops => Some(format!("drops some {packets}")),
-        Act::Rejects => Some(format!("rejects some {packets}")),
+        Act::Drops => Some(format!("drops {packets}")),
+        Act::Rejects => Some(format!("rejects {packets}")),
         Act::Queues => Some(format!(
-            "hands some {packets} to a program by a queue where none listens, so they are lost"
+            "hands {packets} to a program by a queue where none listens, so they are lost"
         )),
         Act::Redirects(_) | Act::Marks(_) | Act::Translates | Act::Shortens(_) => None,
     }

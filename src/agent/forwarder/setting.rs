@@ -25,8 +25,14 @@ const MAX_PEERS: usize = 64;
 /// Everything that a trial depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Setting {
-    /// The agent's own pod; `None` if a pod has one of its addresses.
+    /// The agent's own pod; `None` if another pod has one of its addresses.
     pub shape: Option<Shape>,
+    /// The pod that has such an address, with the address.
+    pub occupant: Option<String>,
+    /// Name of the pods' bridge.
+    pub bridge: String,
+    /// This node's subnets.
+    pub subnets: Subnets,
     /// Whether this host has pods, and therefore a bridge.
     pub has_pods: bool,
     /// Index of the VXLAN device.
@@ -94,11 +100,15 @@ impl Agent {
         let device = self.kernel.device?;
         let subnets = view.own.subnets;
         let addresses = last_addresses(subnets);
-        let is_free = addresses.iter().all(|ip| self.pods.table.holder(ip).is_none());
+        let occupant = addresses.iter().find_map(|ip| {
+            let holder = self.pods.table.holder(ip)?;
+            Some(format!("pod {} has the address {ip}", holder.attachment))
+        });
         let vni = view.settings.vni;
-        let shape = is_free.then(|| Shape {
+        let bridge = self.config.bridge_name(vni);
+        let shape = occupant.is_none().then(|| Shape {
             link: link_name(vni),
-            bridge: self.config.bridge_name(vni),
+            bridge: bridge.clone(),
             subnets,
             addresses,
             mate: last_but_one(subnets),
@@ -123,6 +133,9 @@ impl Agent {
         });
         Some(Setting {
             shape,
+            occupant,
+            bridge,
+            subnets,
             has_pods: !self.pods.table.is_empty(),
             device,
             underlay: underlay.link,

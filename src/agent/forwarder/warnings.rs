@@ -10,7 +10,7 @@ use super::{
     explain::{bridge_name, translating},
 };
 use crate::{
-    agent::{conntrack, hooks},
+    agent::{conntrack, hooks, iptables_legacy},
     dataplane::{
         forwarding::{Direction, Way},
         kernel::{ClosingChain, FirewallTable, OwnHook},
@@ -23,13 +23,17 @@ const CLOSED_TO_PODS: &str = "pods do not reach their own host: it answers no ec
 const CLOSED_TO_HOST: &str = "this host does not reach its own pods: its packets to them do not \
                               arrive, including a kubelet's probes and a proxy's requests";
 
-/// Returns warnings for a trial that cannot be made, including rules that certainly drop packets of
-/// pods.
+/// Returns warnings for a trial that cannot be made, including chains whose policy or last rule drops
+/// packets of pods.
 pub fn untried(setting: &Setting, why: &str) -> Vec<String> {
     let mut warnings =
         vec![format!("it is unknown whether this host forwards packets of pods: {why}")];
     warnings.extend(conntrack::full_table_problem());
     let networks: Vec<IpNet> = setting.networks.iter().collect();
+    let bridge = bridge_name(setting);
+    warnings.extend(
+        networks.iter().flat_map(|network| iptables_legacy::closed_policies(*network, bridge)),
+    );
     let chains = FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks));
     let Ok(chains) = chains else { return warnings };
     warnings.extend(chains.guess().map(|chain| {

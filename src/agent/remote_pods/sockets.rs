@@ -309,8 +309,8 @@ impl FamilySockets {
     }
 
     fn first_segment(&self, to: IpAddr, round: u32) -> Vec<u8> {
-        let mut nonce = [0; NONCE_LEN];
-        nonce[..4].copy_from_slice(&round.to_be_bytes());
+        let round_bytes = round.to_be_bytes();
+        let nonce: [u8; NONCE_LEN] = std::array::from_fn(|at| round_bytes[at % round_bytes.len()]);
         // A different source port in each round, as new connections have.
         let port = round as u16 | 0x8000;
         let (from, ports) = (self.address, [port, FAR_PORT]);

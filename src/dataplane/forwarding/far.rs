@@ -200,8 +200,10 @@ impl FarPods {
     pub fn on_connected(&mut self, now: Time, to: IpAddr, number: u32) {
         let begun = self.round.as_ref().map_or(now, |round| round.begun);
         let is_early = now.since(begun) <= MAX_CONNECT_TIME;
-        if let Some(target) = self.target(to, number).filter(|_| is_early) {
-            target.connected.insert(to.is_ipv4());
+        if let Some(target) = self.target(to, number) {
+            let families =
+                if is_early { &mut target.connected } else { &mut target.connected_late };
+            families.insert(to.is_ipv4());
         }
     }
 

@@ -34,8 +34,13 @@ pub const IN_ANSWER: u32 = 8;
 const TCP_HEADER: usize = 20;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
-/// TCP option with the maximum segment size, which every real first segment has.
-const MSS_OPTION: [u8; 4] = [2, 4, 4, 196];
+/// Length in bytes of the TCP options of a first segment: those that Linux sends, in its order.
+const OPTIONS_LEN: usize = 20;
+/// TCP options with the maximum segment size (RFC 9293) and the permission of selective acknowledgments
+/// (RFC 2018), and the beginning of the one with timestamps (RFC 7323).
+const FIRST_OPTIONS: [u8; 8] = [2, 4, 4, 196, 4, 2, 8, 10];
+/// No operation, and the TCP option with the window scale (RFC 7323).
+const LAST_OPTIONS: [u8; 4] = [1, 3, 3, 7];
 const WINDOW: u16 = 64_240;
 const HOP_LIMIT: u8 = 64;
 /// VXLAN flags: the VNI is valid.
@@ -94,11 +99,11 @@ impl Probe {
             }
             Transport::Tcp => {
                 segment.extend(self.sequence());
-                let words = (TCP_HEADER + MSS_OPTION.len()) / 4;
+                let words = (TCP_HEADER + OPTIONS_LEN) / 4;
                 segment.extend([0, 0, 0, 0, (words as u8) << 4, SYN]);
                 segment.extend(WINDOW.to_be_bytes());
                 segment.extend([0; 4]);
-                segment.extend(MSS_OPTION);
+                segment.extend(self.options());
                 16
             }
         };
@@ -153,6 +158,14 @@ impl Probe {
     /// Returns the field of answers to a first segment: the acknowledgment number (RFC 9293, 3.10.7.1).
     pub const fn answer(nonce: [u8; NONCE_LEN]) -> Field {
         Field::Word(IN_ANSWER, number(nonce).wrapping_add(1))
+    }
+
+    /// Returns the TCP options. Rules may match each of them, so a test packet has all that connections have.
+    fn options(&self) -> [u8; OPTIONS_LEN] {
+        let [.., timestamp3, timestamp2, timestamp1, timestamp0] = self.nonce;
+        let timestamps = [timestamp3, timestamp2, timestamp1, timestamp0, 0, 0, 0, 0];
+        let mut options = FIRST_OPTIONS.into_iter().chain(timestamps).chain(LAST_OPTIONS);
+        std::array::from_fn(|_| options.next().unwrap_or_default())
     }
 
     fn sequence(&self) -> [u8; 4] {
@@ -312,7 +325,7 @@ mod tests {
     #[test]
     fn lengths_and_checksums_are_correct_in_both_families() {
         for (transport, length) in
-            [(Transport::Udp, UDP_HEADER + PAYLOAD_LEN), (Transport::Tcp, 24)]
+            [(Transport::Udp, UDP_HEADER + PAYLOAD_LEN), (Transport::Tcp, 40)]
         {
             for (from, to, header) in ENDS {
                 let packet = tunneled(transport, from, to);
@@ -332,6 +345,18 @@ mod tests {
                 assert_eq!(checksum(&pseudo_packet), 0);
             }
         }
+    }
+
+    #[test]
+    fn first_segment_has_the_options_of_linux() {
+        let segment = tunneled(Transport::Tcp, ENDS[0].0, ENDS[0].1).probe.segment();
+        assert_eq!(usize::from(segment[12] >> 4) * 4, segment.len(), "the header's length");
+        let (mut kinds, mut at) = (Vec::new(), TCP_HEADER);
+        while at < segment.len() {
+            kinds.push(segment[at]);
+            at += if segment[at] == 1 { 1 } else { usize::from(segment[at + 1]) };
+        }
+        assert_eq!((kinds, at), (vec![2, 4, 8, 1, 3], segment.len()));
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub struct Target {
     pub answered: BTreeSet<Sort>,
     /// Families (true: IPv4) whose connection was established early enough to carry data.
     pub connected: BTreeSet<bool>,
+    /// Families whose connection was established too late for that.
+    pub connected_late: BTreeSet<bool>,
     /// Destination of the samples; `None` if none were sent.
     pub sampled: Option<IpAddr>,
     /// Number of samples sent.
@@ -67,11 +69,13 @@ impl Target {
     }
 
     /// Returns whether a missing answer is evidence about this sort, and not about another one that must pass
-    /// first: data needs a connection, and passes only where large packets do.
+    /// first: data passes only where first segments and large packets do. A connection that is established
+    /// late proves nothing. One that is never established although first segments are answered is lost: a
+    /// rule may match what only connections have.
     fn is_conclusive(&self, sort: Sort) -> bool {
         let is_lost = |kind| self.open.contains(&Sort { kind, ..sort });
         sort.kind != Kind::Data
-            || self.connected.contains(&sort.ipv4)
+            || (self.connected.contains(&sort.ipv4) || !self.connected_late.contains(&sort.ipv4))
                 && !is_lost(Kind::Segment)
                 && !is_lost(Kind::Large)
     }

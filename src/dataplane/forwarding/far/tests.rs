@@ -37,6 +37,8 @@ struct World {
     cannot_send: bool,
     /// Time after which connections are established.
     connects_after: Duration,
+    /// No connection is established, even where first segments are answered.
+    never_connects: bool,
     /// Peers are of a version that does not report data of connections.
     lacks_data_reports: bool,
     /// Destinations of all packets except samples.
@@ -69,6 +71,7 @@ impl World {
             counted: 0,
             cannot_send: false,
             connects_after: Duration::ZERO,
+            never_connects: false,
             lacks_data_reports: false,
             sent: Vec::new(),
         }
@@ -110,7 +113,7 @@ impl World {
                             self.far.on_unsent(to, kind, number);
                         }
                         let node = node_at(to);
-                        if kind == Kind::Data {
+                        if kind == Kind::Data && !self.never_connects {
                             let sorts = self.peers.get(&node).into_iter().flatten();
                             if sorts.into_iter().any(|sort| *sort == (Kind::Segment, true)) {
                                 let at = self.now + self.connects_after;
@@ -305,6 +308,20 @@ fn data_is_lost_when_connections_are_established_but_carry_none() {
     world.far.update(&[far_peer(1)], &[]);
     world.rounds(3);
     assert_eq!(world.far.closed(), closed(Half::Back));
+}
+
+#[test]
+fn connection_never_established_is_lost_although_first_segments_are_answered() {
+    let mut world = World::new(1);
+    world.never_connects = true;
+    world.peers.insert(PEER, ALL[..5].to_vec());
+    world.rounds(3);
+    let sort = Sort { ipv4: true, kind: Kind::Data };
+    assert_eq!(world.far.closed(), [FarWay { node: PEER, half: Half::There, sort }]);
+    world.never_connects = false;
+    world.peers.insert(PEER, ALL.to_vec());
+    world.rounds(1);
+    assert_eq!(world.far.closed(), []);
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub struct Traffic<'a> {
     pub ports: &'a [String],
     /// The UDP port, if they are tunnel packets to or from this host.
     pub tunnel: Option<u16>,
+    /// Whether trials show rules that affect all of them, which then are not returned.
+    pub is_tested: bool,
 }
 
 /// The interfaces by which packets arrive and leave: index and name.
