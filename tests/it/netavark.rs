@@ -211,7 +211,7 @@ fn requested_addresses_macs_and_names_are_assigned_or_rejected() {
         let shown = tool(&spaces[0], "ip addr show dev net5");
         assert!(shown.contains("02:00:00:00:00:33") && shown.contains(&place(50)), "{shown}");
         for (asked, word) in [
-            (json!({ "static_ips": [place(50)] }), "in use by"),
+            (json!({ "static_ips": [place(50)] }), "has it"),
             (json!({ "static_ips": ["10.99.0.1"] }), "this node's subnet"),
             (json!({ "static_mac": "02:00:00:00:00:33" }), "02:00:00:00:00:33"),
             (json!({ "static_mac": "01:00:5e:00:00:01" }), "01:00:5e:00:00:01"),
