@@ -13,6 +13,10 @@
 //! Whatever the endpoint answers to addresses that have proven nothing (a Retry, a list of versions, a
 //! refusal) is limited in the socket: see [`Admissions::may_send`].
 
+mod tally;
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -22,6 +26,8 @@ use std::{
 
 use ipnet::IpNet;
 
+pub use self::tally::Flood;
+use self::tally::{Bucket, Tally};
 use crate::model::bounded::MAX_MEMBERS;
 
 /// Handshakes under way with strangers that have proven their addresses. Each handshake may cost about
@@ -59,8 +65,6 @@ const MAX_PROVEN: usize = 1_024;
 /// which the kernel counts each as some 800 bytes, take a quarter of the buffer.
 const ANSWERS_PER_SECOND: f64 = 3_000.0;
 const ANSWER_BURST: f64 = 1_000.0;
-/// Windows in which first packets that prove nothing are counted.
-const WINDOW: Duration = Duration::from_secs(60);
 /// So many in a window are a flood. 1,000 hosts that boot at once send fewer.
 const FLOOD: u64 = 3_000;
 /// So many handshakes that found no place, or lost it, in a window are a problem.
@@ -104,15 +108,6 @@ pub struct Handshakes {
     pub displaced: u64,
     /// Answers that were not sent, to addresses that had proven nothing: there were too many.
     pub unanswered: u64,
-}
-
-/// What strangers do too often.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flood {
-    /// In one minute.
-    pub packets: u64,
-    /// The source address of one of them. It stays the same while the flood lasts.
-    pub example: IpAddr,
 }
 
 /// The state of admission. Pure: the time comes with each call.
@@ -170,64 +165,6 @@ impl Handshake {
     }
 }
 
-/// A token bucket.
-struct Bucket {
-    tokens: f64,
-    filled: Instant,
-}
-
-impl Bucket {
-    fn take(&mut self, now: Instant) -> bool {
-        let span = now.saturating_duration_since(self.filled).as_secs_f64();
-        self.tokens = (self.tokens + span * ANSWERS_PER_SECOND).min(ANSWER_BURST);
-        self.filled = now;
-        let has_one = self.tokens >= 1.0;
-        if has_one {
-            self.tokens -= 1.0;
-        }
-        has_one
-    }
-}
-
-/// How many there were in this window and in the one before.
-struct Tally {
-    /// So many are a flood.
-    limit: u64,
-    since: Instant,
-    before: u64,
-    present: u64,
-    example: Option<IpAddr>,
-}
-
-impl Tally {
-    const fn new(limit: u64, now: Instant) -> Self {
-        Self { limit, since: now, before: 0, present: 0, example: None }
-    }
-
-    fn turn(&mut self, now: Instant) {
-        let span = now.saturating_duration_since(self.since);
-        if span >= WINDOW {
-            self.before = if span < 2 * WINDOW { self.present } else { 0 };
-            (self.present, self.since) = (0, now);
-        }
-        if self.present.max(self.before) < self.limit {
-            self.example = None;
-        }
-    }
-
-    fn add(&mut self, from: IpAddr) {
-        self.present += 1;
-        if self.present >= self.limit {
-            self.example.get_or_insert(from);
-        }
-    }
-
-    fn flood(&mut self, now: Instant) -> Option<Flood> {
-        self.turn(now);
-        Some(Flood { packets: self.present.max(self.before), example: self.example? })
-    }
-}
-
 impl Admissions {
     pub(super) fn new(now: Instant) -> Self {
         Self {
@@ -236,7 +173,7 @@ impl Admissions {
             overlay: Vec::new(),
             under_way: BTreeMap::new(),
             next: 0,
-            answers: Bucket { tokens: ANSWER_BURST, filled: now },
+            answers: Bucket::new(now, ANSWERS_PER_SECOND, ANSWER_BURST),
             counts: Handshakes::default(),
             unproven: Tally::new(FLOOD, now),
             crowd: Tally::new(CROWD, now),
@@ -287,7 +224,7 @@ impl Admissions {
             self.crowd.add(from);
         }
         if is_proven {
-            self.unproven.present = self.unproven.present.saturating_sub(1);
+            self.unproven.take_back();
         } else if admission == Admission::Retry {
             self.unproven.add(from);
         }
@@ -462,6 +399,3 @@ impl Drop for Place {
         self.admissions.lock().end(self.number);
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,6 +1,6 @@
 //! Which handshakes begin, which give way, and what is told of them.
 
-use super::*;
+use super::{tally::WINDOW, *};
 
 fn ip(number: u32) -> IpAddr {
     IpAddr::V4((0x0a00_0000 + number).into())
