@@ -195,9 +195,9 @@ impl Agent {
         let port = self.node.address().port();
         Some(format!(
             "{packets} handshakes a minute on UDP {port}, some of them from {example}, find no place or lose \
-             it, because earlier ones are not finished: joins may take longer, and so may gossip of a member \
-             at that address; see which program at {example} sends to UDP {port} (ss -unp), and let a \
-             firewall drop UDP {port} of hosts that are no members"
+             it, because earlier ones are not finished, or repeat a first packet: they take CPU time here, \
+             and handshakes of hosts with the cluster's secret come first; see which program at {example} \
+             sends to UDP {port} (ss -unp), and let a firewall drop UDP {port} of hosts that are no members"
         ))
     }
 

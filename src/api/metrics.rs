@@ -72,6 +72,7 @@ fn node(text: &mut Text, status: &AgentStatus) {
             ("outcome", "begun", handshakes.begun as f64),
             ("outcome", "retried", handshakes.retried as f64),
             ("outcome", "refused", handshakes.refused as f64),
+            ("outcome", "repeated", handshakes.repeated as f64),
             ("outcome", "displaced", handshakes.displaced as f64),
             ("outcome", "unanswered", handshakes.unanswered as f64),
         ],

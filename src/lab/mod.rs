@@ -14,6 +14,7 @@ mod host;
 mod netns;
 mod ping;
 mod plugin;
+mod replay;
 mod show;
 mod silence;
 
@@ -27,5 +28,6 @@ pub use host::{Host, Lab, Pod};
 pub use netns::NetNs;
 pub use ping::Pinger;
 pub use plugin::{Called, PLUGINS, call_plugin};
+pub use replay::Replay;
 pub use show::tables;
 pub use silence::Silence;

@@ -23,6 +23,7 @@ use rustls::{
 };
 use sha2::Sha256;
 
+use super::first_id::FirstIds;
 use crate::{
     model::NodeId,
     wire::{Secret, WIRE_VERSION},
@@ -72,6 +73,7 @@ pub struct Credentials {
     pub(super) reset_key: [u8; 64],
     pub(super) server: Arc<QuicServerConfig>,
     pub(super) client: Arc<QuicClientConfig>,
+    pub(super) first_ids: FirstIds,
     verifier: Arc<dyn ClientCertVerifier>,
     pub(super) me: NodeId,
 }
@@ -119,6 +121,10 @@ impl Credentials {
             .with_root_certificates(roots)
             .with_client_auth_cert(chain, private)?;
         client.resumption = Resumption::disabled();
+        let keys: Result<Vec<_>, _> = secrets
+            .iter()
+            .map(|secret| derive(secret.as_bytes(), b"connection ids of first packets, hmac key"))
+            .collect();
         let protocol = format!("gossamer/{WIRE_VERSION}").into_bytes();
         server.alpn_protocols = vec![protocol.clone()];
         client.alpn_protocols = vec![protocol];
@@ -126,6 +132,7 @@ impl Credentials {
             reset_key: derive(&key.seed, b"stateless reset")?,
             server: Arc::new(QuicServerConfig::try_from(server)?),
             client: Arc::new(QuicClientConfig::try_from(client)?),
+            first_ids: FirstIds::new(&keys?),
             verifier,
             me: key.id,
         })

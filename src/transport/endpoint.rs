@@ -111,7 +111,7 @@ impl Transport {
             io::ErrorKind::AddrInUse => BindError::InUse { address },
             _ => BindError::Io { address, error },
         };
-        let admissions = SharedAdmissions::new();
+        let admissions = SharedAdmissions::new(credentials.first_ids.clone());
         let intake = Intake::new();
         let (socket, buffer) = LimitedSocket::bind(address, admissions.clone()).map_err(fail)?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
@@ -295,6 +295,7 @@ impl Transport {
         let (server, client) = roles(credentials);
         self.dialler.endpoint.set_server_config(Some(server));
         self.dialler.client = client;
+        self.dialler.admissions.lock().accept_ids(credentials.first_ids.clone());
         self.credentials = credentials.clone();
         for link in self.peers.values_mut() {
             if let Some(connection) = link.connection.take_if(|held| !credentials.accept(held)) {

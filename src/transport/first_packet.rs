@@ -1,9 +1,12 @@
 //! First packets of handshakes, for tests of what a flood of them does.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{net::SocketAddr, ops::Range, sync::Arc, time::Instant};
 
 use anyhow::Context as _;
-use quinn_proto::{ClientConfig, Connection, DatagramEvent, Endpoint, EndpointConfig};
+use quinn_proto::{
+    ClientConfig, Connection, ConnectionId, ConnectionIdGenerator as _, DatagramEvent, Endpoint,
+    EndpointConfig, HashedConnectionIdGenerator, crypto::ServerConfig as _,
+};
 
 use super::credentials::{Credentials, SERVER_NAME};
 
@@ -67,9 +70,58 @@ impl Unfinished {
         self.next(now)
     }
 
+    /// The packet that shows a proof which another handshake of the same socket was asked for by `answer`.
+    /// `first` is the own first packet.
+    pub fn reuse(
+        &mut self,
+        credentials: &Credentials,
+        from: SocketAddr,
+        first: &[u8],
+        answer: &[u8],
+    ) -> Option<Vec<u8>> {
+        let (own, _) = Ids::of(first)?;
+        let (_, rest) = Ids::of(answer)?;
+        let token = &rest[..rest.len().checked_sub(RETRY_TAG)?];
+        let id = HashedConnectionIdGenerator::new().generate_cid();
+        let mut retry = answer[..VERSION.end].to_vec();
+        for id in [own.source, &id] {
+            retry.push(u8::try_from(id.len()).ok()?);
+            retry.extend_from_slice(id);
+        }
+        retry.extend_from_slice(token);
+        let version = u32::from_be_bytes(answer[VERSION].try_into().ok()?);
+        let destination = ConnectionId::new(own.destination);
+        retry.extend_from_slice(&credentials.server.retry_tag(version, &destination, &retry));
+        self.prove(from, &retry)
+    }
+
     fn next(&mut self, now: Instant) -> Option<Vec<u8>> {
         let mut packet = Vec::new();
         let _ = self.connection.poll_transmit(now, 1, &mut packet)?;
         Some(packet)
+    }
+}
+
+/// Where long headers hold the version (RFC 9000, 17.2).
+const VERSION: Range<usize> = 1..5;
+/// Bytes at the end of a Retry that prove that it is whole (RFC 9001, 5.8).
+const RETRY_TAG: usize = 16;
+
+/// The connection ids in a long header.
+struct Ids<'a> {
+    destination: &'a [u8],
+    source: &'a [u8],
+}
+
+impl<'a> Ids<'a> {
+    /// They, and what follows them.
+    fn of(packet: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let next = |bytes: &'a [u8]| {
+            let (length, rest) = bytes.split_first()?;
+            rest.split_at_checked(usize::from(*length))
+        };
+        let (destination, rest) = next(packet.get(VERSION.end..)?)?;
+        let (source, rest) = next(rest)?;
+        Some((Self { destination, source }, rest))
     }
 }

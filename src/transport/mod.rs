@@ -7,6 +7,7 @@
 mod connection;
 mod credentials;
 mod endpoint;
+mod first_id;
 mod first_packet;
 mod intake;
 

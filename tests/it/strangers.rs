@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gossamer::lab::{Agent, Flood, Silence, Source};
+use gossamer::lab::{Agent, Flood, Replay, Silence, Source};
 use serde_json::Value;
 
 use crate::{
@@ -133,4 +133,85 @@ fn user_of_a_members_host_that_finishes_no_handshake_is_told_by_the_other_member
         });
         Ok(())
     });
+}
+
+/// In the time of a few tries.
+const SOON: Duration = Duration::from_secs(5);
+
+#[test]
+fn host_that_repeats_its_proofs_keeps_no_host_of_its_ipv6_network_out() {
+    isolated(|lab| {
+        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
+        let attacker = lab.host(66, "evil")?;
+        let addresses: Vec<IpAddr> = (0..64).map(|n| v6(0x100 + n)).collect();
+        for address in &addresses {
+            tool(&attacker.netns, &format!("ip addr add {address}/64 dev eth0 nodad"));
+        }
+        let mut first = Agent::start(program(), &hosts[0], &["--init", "--iface", "fd99::1"])?;
+        first.wait_converged(1, PATIENCE)?;
+        let token = token_of(&mut first)?;
+        let target = SocketAddr::new(v6(1), PORT);
+        let replay = Replay::start(&attacker.netns, target, &addresses, 2_000)?;
+        wait_until("nothing is sent", PATIENCE, || replay.sent() > 1_000);
+        let begun = Instant::now();
+        let arguments = ["--iface", "fd99::2", "--join", "fd99::1", "--token", &token];
+        let mut second = Agent::start(program(), &hosts[1], &arguments)?;
+        joins_soon(begun, &mut first, &mut second)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn user_of_a_joining_host_that_repeats_a_proof_does_not_delay_it() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let joiner = lab.host(2, "n2")?;
+        let target = SocketAddr::from((cluster.hosts[0].ip, PORT));
+        let replay = Replay::start(&joiner.netns, target, &[joiner.ip.into()], 2_000)?;
+        wait_until("nothing is sent", PATIENCE, || replay.sent() > 1_000);
+        let begun = Instant::now();
+        let mut agent = cluster.start_agent(&joiner, &[])?;
+        let handshakes = joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
+        assert!(handshakes["begun"].as_u64() < Some(50), "{handshakes}");
+        assert!(handshakes["repeated"].as_u64() > Some(500), "{handshakes}");
+        let told = has_problem(&mut cluster.agents[0], "find no place or lose it");
+        assert!(told, "repeated packets are not told");
+        Ok(())
+    });
+}
+
+#[test]
+fn users_of_joining_hosts_that_prove_an_address_for_each_handshake_do_not_delay_them() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let target = SocketAddr::from((cluster.hosts[0].ip, PORT));
+        let mut agents = Vec::new();
+        for number in 2..=4 {
+            let joiner = lab.host(number, &format!("n{number}"))?;
+            let start = |_| Silence::start(&joiner.netns, target, vec![joiner.ip.into()]);
+            let silences = (0..4).map(start).collect::<anyhow::Result<Vec<_>>>()?;
+            wait_until("all places could be taken", PATIENCE, || {
+                silences.iter().all(|silence| silence.begun() > 300)
+            });
+            let begun = Instant::now();
+            let mut agent = cluster.start_agent(&joiner, &[])?;
+            joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
+            agents.push(agent);
+        }
+        Ok(())
+    });
+}
+
+fn v6(host: u16) -> IpAddr {
+    Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, host).into()
+}
+
+/// Waits until another one has joined the first; fails if that takes more than a few tries.
+fn joins_soon(begun: Instant, first: &mut Agent, joiner: &mut Agent) -> anyhow::Result<Value> {
+    joiner.wait_subnet(PATIENCE)?;
+    let took = begun.elapsed();
+    let handshakes = first.ask("/v1/status", PATIENCE)?["handshakes"].take();
+    println!("joined after {took:?}: {handshakes}");
+    assert!(took < SOON, "joined after {took:?}: {handshakes}");
+    Ok(handshakes)
 }

@@ -7,7 +7,9 @@ use tokio::sync::oneshot;
 
 use super::{
     DIAL_TIMEOUT, Event, Events,
-    admission::{Admission, Begun, Budget, MAX_PLACES, Place, STRANGERS_TIMEOUT, SharedAdmissions},
+    admission::{
+        Admission, Begun, Budget, First, MAX_PLACES, Place, STRANGERS_TIMEOUT, SharedAdmissions,
+    },
     read,
 };
 use crate::transport::{credentials::peer_of, intake::Intake};
@@ -22,9 +24,12 @@ pub(super) async fn accept(
     // Handshakes under way. One has to end for a newer one when its sender is dropped.
     let mut under_way: BTreeMap<u64, oneshot::Sender<()>> = BTreeMap::new();
     while let Some(incoming) = endpoint.accept().await {
-        let from = incoming.remote_address().ip();
-        let is_proven = incoming.remote_address_validated();
-        let admission = admissions.lock().judge(Instant::now(), from, is_proven);
+        let first = First {
+            from: incoming.remote_address().ip(),
+            id: incoming.orig_dst_cid(),
+            is_proven: incoming.remote_address_validated(),
+        };
+        let admission = admissions.lock().judge(Instant::now(), first);
         match admission {
             Admission::Begin(Begun { number, budget, instead_of }) => {
                 let place = admissions.place(number);
@@ -42,6 +47,7 @@ pub(super) async fn accept(
             // It fails only where the address is proven already.
             Admission::Retry => _ = incoming.retry(),
             Admission::Refuse => incoming.refuse(),
+            Admission::Ignore => incoming.ignore(),
         }
     }
 }

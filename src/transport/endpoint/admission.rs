@@ -1,18 +1,23 @@
 //! Admission: which handshakes are begun, so that strangers never use up what members need.
 //!
-//! The first packet of a handshake may carry any source address. A stranger, an address from which no member
-//! has spoken yet, must prove its address by QUIC's Retry (RFC 9000, 8.1.2) before it costs more than an
-//! answer of some hundred bytes. A member begins at once, within a small budget for first packets that
-//! prove nothing; beyond it, it has to prove its address, too. Each kind has a budget of its own.
+//! The first packet of a handshake may carry any source address. A host that is no member yet must prove its
+//! address by QUIC's Retry (RFC 9000, 8.1.2) before it costs more than an answer of some hundred bytes. A
+//! member begins at once, within a small budget for first packets that prove nothing; beyond it, it has to
+//! prove its address, too. Each kind has a budget of its own.
+//!
+//! A host without the secret is a stranger at any address, also at that of a member, which it may share as a
+//! user of the member's host. The connection id of a first packet tells ([`FirstIds`]). So strangers take
+//! places from each other alone, however many handshakes they begin.
 //!
 //! A host with a few addresses of its own can prove them and then finish no handshake. So each source has few
 //! places, and when all places are taken, the source with the most of them loses its oldest handshake. Within
 //! a source, which may be a whole network or a host with many users, the address with the most does; where
-//! all come from one address, half of the places are given on soon.
+//! all come from one address, half of the places are given on soon. No packet begins two handshakes.
 //!
 //! Whatever the endpoint answers to addresses that have proven nothing (a Retry, a list of versions, a
 //! refusal) is limited in the socket: see [`Admissions::may_send`].
 
+mod once;
 mod tally;
 #[cfg(test)]
 mod tests;
@@ -25,14 +30,21 @@ use std::{
 };
 
 use ipnet::IpNet;
+use quinn::ConnectionId;
 
 pub use self::tally::Flood;
-use self::tally::{Bucket, Tally};
-use crate::model::bounded::MAX_MEMBERS;
+use self::{
+    once::Once,
+    tally::{Bucket, Tally},
+};
+use crate::{model::bounded::MAX_MEMBERS, transport::first_id::FirstIds};
 
-/// Handshakes under way with strangers that have proven their addresses. Each handshake may cost about
-/// 40 KiB and a millisecond of CPU.
+/// Handshakes under way with hosts without the secret that have proven their addresses. Each handshake may
+/// cost about 40 KiB and a millisecond of CPU.
 const MAX_OF_STRANGERS: usize = 128;
+/// So many begin in a second, however soon they end. None of them succeeds: a host with another cluster's
+/// secret is told so.
+const STRANGERS_PER_SECOND: f64 = 200.0;
 /// The same from one source.
 const MAX_OF_ONE_SOURCE: usize = 16;
 /// The oldest of them are not ended for newer ones of the same source. Several hosts may share it, behind a
@@ -48,12 +60,12 @@ pub(super) const STRANGERS_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// Among sources that have equally many, a handshake has to end for a newer one after this at the earliest.
 /// Otherwise many hosts that join at once would end each other's handshakes, and none would finish.
 const UNDISTURBED: Duration = Duration::from_millis(250);
-/// Handshakes under way with members.
+/// Handshakes under way with hosts that have the secret and have proven their addresses.
 const MAX_OF_MEMBERS: usize = 192;
-/// The same from one member's address. Several nodes may share it, behind a router that translates.
+/// The same from one address. Several nodes may share it, behind a router that translates.
 const MAX_OF_ONE_MEMBER: usize = 24;
 const KEPT_OF_ONE_MEMBER: usize = 16;
-/// Handshakes under way in the name of members that have not proven their addresses.
+/// Handshakes under way with members that have not proven their addresses.
 const MAX_UNPROVEN: usize = 64;
 const MAX_UNPROVEN_OF_ONE: usize = 4;
 /// Handshakes under way at once.
@@ -70,13 +82,24 @@ const FLOOD: u64 = 3_000;
 /// So many handshakes that found no place, or lost it, in a window are a problem.
 const CROWD: u64 = 30;
 
+/// The first packet of a handshake.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct First {
+    pub(super) from: IpAddr,
+    /// The connection id that its sender chose. A token that proves the address holds it.
+    pub(super) id: ConnectionId,
+    pub(super) is_proven: bool,
+}
+
 /// What becomes of the first packet of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Admission {
     Begin(Begun),
     Retry,
-    /// Its address is its own, and it has too many handshakes under way.
+    /// Its address is its own, and there are too many handshakes.
     Refuse,
+    /// It has begun a handshake before.
+    Ignore,
 }
 
 /// A handshake that begins.
@@ -91,8 +114,11 @@ pub(super) struct Begun {
 /// Whose budget a handshake uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Budget {
+    /// Of hosts without the secret.
     Stranger,
+    /// Of hosts with the secret: members, and those that join.
     Member,
+    /// Of members that have not proven their addresses.
     Unproven,
 }
 
@@ -102,8 +128,10 @@ pub struct Handshakes {
     pub begun: u64,
     /// Asked to prove their address.
     pub retried: u64,
-    /// Refused: too many of their source were under way.
+    /// Refused: too many of their source were under way, or too many strangers in this second.
     pub refused: u64,
+    /// Not answered: they had begun a handshake before.
+    pub repeated: u64,
     /// Begun, and ended for a newer one: all places were taken, or all of their source.
     pub displaced: u64,
     /// Answers that were not sent, to addresses that had proven nothing: there were too many.
@@ -119,6 +147,11 @@ pub(super) struct Admissions {
     /// Handshakes under way, from the oldest to the newest.
     under_way: BTreeMap<u64, Handshake>,
     next: u64,
+    ids: FirstIds,
+    /// Of hosts with the secret, and of others.
+    begun: [Once; 2],
+    /// Handshakes with hosts without the secret.
+    strangers: Bucket,
     answers: Bucket,
     counts: Handshakes,
     /// First packets without a proof, less the proofs that followed. Their addresses may be forged.
@@ -166,13 +199,16 @@ impl Handshake {
 }
 
 impl Admissions {
-    pub(super) fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant, ids: FirstIds) -> Self {
         Self {
             members: BTreeMap::new(),
             proven: BTreeMap::new(),
             overlay: Vec::new(),
             under_way: BTreeMap::new(),
             next: 0,
+            ids,
+            begun: [Once::new(now), Once::new(now)],
+            strangers: Bucket::new(now, STRANGERS_PER_SECOND, STRANGERS_PER_SECOND),
             answers: Bucket::new(now, ANSWERS_PER_SECOND, ANSWER_BURST),
             counts: Handshakes::default(),
             unproven: Tally::new(FLOOD, now),
@@ -195,6 +231,11 @@ impl Admissions {
         self.overlay = networks;
     }
 
+    /// From now on the senders of these ids have the secret.
+    pub(super) fn accept_ids(&mut self, ids: FirstIds) {
+        self.ids = ids;
+    }
+
     /// Whether a packet may be sent: always to members and to those who have proven their addresses.
     pub(super) fn may_send(&mut self, now: Instant, to: IpAddr) -> bool {
         let to = to.to_canonical();
@@ -206,24 +247,26 @@ impl Admissions {
     }
 
     /// Judges the first packet of a handshake. What begins must be ended by [`Self::end`].
-    pub(super) fn judge(&mut self, now: Instant, from: IpAddr, is_proven: bool) -> Admission {
-        let from = from.to_canonical();
-        let is_member = self.members.contains_key(&from);
-        if is_proven && !is_member {
+    pub(super) fn judge(&mut self, now: Instant, first: First) -> Admission {
+        let First { from, is_proven, .. } = first;
+        let first = First { from: from.to_canonical(), ..first };
+        let from = first.from;
+        if is_proven && !self.members.contains_key(&from) {
             self.learn_stranger(now, from);
         }
         self.unproven.turn(now);
         self.crowd.turn(now);
-        let admission = self.admission(now, from, is_member, is_proven);
+        let admission = self.admission(now, first);
         match admission {
             Admission::Begin(_) => self.counts.begun += 1,
             Admission::Retry => self.counts.retried += 1,
             Admission::Refuse => self.counts.refused += 1,
+            Admission::Ignore => self.counts.repeated += 1,
         }
-        if admission == Admission::Refuse {
+        if matches!(admission, Admission::Refuse | Admission::Ignore) {
             self.crowd.add(from);
         }
-        if is_proven {
+        if is_proven && admission != Admission::Ignore {
             self.unproven.take_back();
         } else if admission == Admission::Retry {
             self.unproven.add(from);
@@ -231,19 +274,19 @@ impl Admissions {
         admission
     }
 
-    fn admission(
-        &mut self,
-        now: Instant,
-        from: IpAddr,
-        is_member: bool,
-        is_proven: bool,
-    ) -> Admission {
-        let budget = match (is_member, is_proven) {
+    fn admission(&mut self, now: Instant, first: First) -> Admission {
+        let First { from, id, is_proven } = first;
+        let has_secret = self.ids.show_secret(&id);
+        let budget = match (has_secret, is_proven) {
             (true, true) => Budget::Member,
-            (true, false) => Budget::Unproven,
+            (true, false) if self.members.contains_key(&from) => Budget::Unproven,
             (false, true) => Budget::Stranger,
-            (false, false) => return Admission::Retry,
+            (_, false) => return Admission::Retry,
         };
+        let kind = usize::from(!has_secret);
+        if self.begun[kind].contains(&id) {
+            return Admission::Ignore;
+        }
         let source = if budget == Budget::Stranger { self.source(from) } else { from };
         let Limits { of_all, of_one, kept } = budget.limits();
         let places = self.places(budget);
@@ -255,7 +298,8 @@ impl Admissions {
             _ if is_full => self.rival_of_all(now, budget, &places, source),
             _ => None,
         };
-        if (is_source_full || is_full) && instead_of.is_none() {
+        let has_place = !(is_source_full || is_full) || instead_of.is_some();
+        if !has_place || (budget == Budget::Stranger && !self.strangers.take(now)) {
             return if is_proven { Admission::Refuse } else { Admission::Retry };
         }
         if let Some(displaced) = instead_of.and_then(|number| self.under_way.remove(&number)) {
@@ -265,6 +309,7 @@ impl Admissions {
         let number = self.next;
         self.next += 1;
         self.under_way.insert(number, Handshake { begun: now, budget, source, from });
+        self.begun[kind].insert(now, id);
         Admission::Begin(Begun { number, budget, instead_of })
     }
 
@@ -373,8 +418,8 @@ fn learn(known: &mut BTreeMap<IpAddr, Instant>, limit: usize, now: Instant, addr
 pub(super) struct SharedAdmissions(Arc<Mutex<Admissions>>);
 
 impl SharedAdmissions {
-    pub(super) fn new() -> Self {
-        Self(Arc::new(Mutex::new(Admissions::new(Instant::now()))))
+    pub(super) fn new(ids: FirstIds) -> Self {
+        Self(Arc::new(Mutex::new(Admissions::new(Instant::now(), ids))))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Admissions> {

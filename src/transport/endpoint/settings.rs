@@ -27,6 +27,8 @@ pub fn roles(credentials: &Credentials) -> (ServerConfig, ClientConfig) {
     server.incoming_buffer_size_total(MAX_BEHIND_ALL);
     let mut client = ClientConfig::new(credentials.client.clone());
     client.transport_config(settings);
+    let ids = credentials.first_ids.clone();
+    client.initial_dst_cid_provider(Arc::new(move || ids.choose()));
     (server, client)
 }
 
