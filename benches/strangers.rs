@@ -1,4 +1,5 @@
-//! What strangers can do to a member: floods of first packets, and half-open connections to its `http` port.
+//! What strangers can do to a member: floods of first packets, also with a proof that is repeated, and
+//! half-open connections to its `http` port.
 //! `cargo bench --bench strangers [-- SECONDS]`; `GOSSAMER=PATH` measures another program.
 //!
 //! Three members and an attacker, in network namespaces on one machine. While a flood goes on hosts join one
@@ -15,8 +16,8 @@ use std::{
 };
 
 use gossamer::lab::{
-    self, Agent, Flood, Host, Lab, NetNs, Source, call_plugin, cpu_seconds, median, memory_mib,
-    spread,
+    self, Agent, Flood, Host, Lab, NetNs, Replay, Source, call_plugin, cpu_seconds, median,
+    memory_mib, spread,
 };
 use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
@@ -27,10 +28,11 @@ use serde_json::json;
 const SECONDS: u64 = 60;
 const PATIENCE: Duration = Duration::from_secs(30);
 const RATES: [u32; 3] = [200, 1_000, 5_000];
-const SOURCES: [(Source, &str); 3] = [
-    (Source::UnusedNeighbors, "unused addresses of the underlay"),
-    (Source::Far, "far addresses"),
-    (Source::Honest, "one honest address"),
+const ATTACKS: [(Attack, &str); 4] = [
+    (Attack::Flood(Source::UnusedNeighbors), "unused addresses of the underlay"),
+    (Attack::Flood(Source::Far), "far addresses"),
+    (Attack::Flood(Source::Honest), "one honest address"),
+    (Attack::Replay, "the joining host, with one valid token"),
 ];
 const PORT: u16 = 8473;
 const HTTP: u16 = 9473;
@@ -45,6 +47,15 @@ fn main() -> ExitCode {
     let seconds = arguments.iter().find_map(|a| a.parse().ok()).unwrap_or(SECONDS);
     Bench::start().and_then(|mut bench| bench.measure(seconds)).expect("measured");
     ExitCode::SUCCESS
+}
+
+/// What is done while hosts join.
+#[derive(Clone, Copy)]
+enum Attack {
+    /// One host sends first packets without a proof.
+    Flood(Source),
+    /// A user of each joining host repeats one proof of its address.
+    Replay,
 }
 
 struct Bench {
@@ -74,7 +85,8 @@ impl Bench {
         let (hosts, agents) = (vec![first], vec![agent]);
         let mut bench = Self { lab, program, hosts, agents, attacker, token, joined: 0 };
         for number in 2..=3 {
-            let (host, agent) = bench.join(number)?;
+            let host = bench.lab.host(number, &format!("n{number}"))?;
+            let agent = bench.join(&host)?;
             bench.hosts.push(host);
             bench.agents.push(agent);
         }
@@ -84,11 +96,9 @@ impl Bench {
         Ok(bench)
     }
 
-    fn join(&mut self, number: u16) -> anyhow::Result<(Host, Agent)> {
-        let host = self.lab.host(number, &format!("n{number}"))?;
+    fn join(&self, host: &Host) -> anyhow::Result<Agent> {
         let seed = self.hosts[0].ip.to_string();
-        let agent = Agent::start(&self.program, &host, &["--join", &seed, "--token", &self.token])?;
-        Ok((host, agent))
+        Ok(Agent::start(&self.program, host, &["--join", &seed, "--token", &self.token])?)
     }
 
     fn measure(&mut self, seconds: u64) -> anyhow::Result<()> {
@@ -100,9 +110,9 @@ impl Bench {
             "| from | packets/s | sent | downs | joins | in s | CPU of the flooded | RSS | handshakes |"
         );
         println!("|---|---|---|---|---|---|---|---|---|");
-        for (source, name) in SOURCES {
+        for (attack, name) in ATTACKS {
             for rate in RATES {
-                self.flood(source, name, rate, Duration::from_secs(seconds))?;
+                self.flood(attack, name, rate, Duration::from_secs(seconds))?;
             }
         }
         self.half_open()
@@ -119,7 +129,7 @@ impl Bench {
 
     fn flood(
         &mut self,
-        source: Source,
+        attack: Attack,
         name: &str,
         rate: u32,
         span: Duration,
@@ -128,13 +138,23 @@ impl Bench {
         let pid = self.agents[0].pid();
         let (begun, cpu) = (Instant::now(), cpu_seconds(pid));
         let to = SocketAddrV4::new(self.hosts[0].ip, PORT);
-        let flood = Flood::start(&self.attacker, to, source, rate)?;
+        let flood = match attack {
+            Attack::Flood(source) => Some(Flood::start(&self.attacker, to, source, rate)?),
+            Attack::Replay => None,
+        };
+        let mut sent = 0;
         let (mut tried, mut times) = (0, Vec::new());
         while begun.elapsed() < span {
             tried += 1;
             self.joined += 1;
+            let number = 100 + self.joined;
+            let host = self.lab.host(number, &format!("n{number}"))?;
+            let replay = match attack {
+                Attack::Replay => Some(replay(&host, to, rate)?),
+                Attack::Flood(_) => None,
+            };
             let start = Instant::now();
-            let (_host, mut agent) = self.join(100 + self.joined)?;
+            let mut agent = self.join(&host)?;
             if agent.wait_converged(4, PATIENCE).is_ok() {
                 times.push(start.elapsed().as_secs_f64());
                 agent.leave()?;
@@ -143,10 +163,10 @@ impl Bench {
                 agent.end(Signal::SIGKILL)?;
             }
             std::thread::sleep(Duration::from_secs(5));
+            sent += replay.map_or(0, |replay| replay.sent());
         }
         let cpu = (cpu_seconds(pid) - cpu) / begun.elapsed().as_secs_f64();
-        let sent = flood.sent();
-        drop(flood);
+        sent += flood.map_or(0, |flood| flood.sent());
         // A joiner that leaves again is called down by each of those that stay.
         let left = (times.len() * self.agents.len()) as u64;
         let downs = (self.downs()? - downs).saturating_sub(left);
@@ -216,4 +236,15 @@ impl Bench {
         anyhow::ensure!(median(asked) < 1_000.0, "status takes too long {when}");
         Ok(())
     }
+}
+
+/// Repeats a proof of a host's address; returns when it takes what it can.
+fn replay(host: &Host, to: SocketAddrV4, rate: u32) -> anyhow::Result<Replay> {
+    let replay = Replay::start(&host.netns, to.into(), &[host.ip.into()], rate)?;
+    let begun = Instant::now();
+    while replay.sent() < u64::from(rate) / 2 {
+        anyhow::ensure!(begun.elapsed() < PATIENCE, "nothing is sent");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(replay)
 }
