@@ -6,35 +6,36 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    io,
     net::IpAddr,
     ops::Bound,
     time::{Duration, Instant},
 };
 
 use ipnet::IpNet;
-use rtnetlink::packet_route::route::{RouteProtocol, RouteType};
+use rtnetlink::packet_route::route::RouteType;
 
 mod detour;
 mod others;
 mod policy;
+mod witness;
 
 pub use detour::Detour;
+use witness::Witness;
 
 use super::underlay::Chosen;
 use crate::{
     api::{CheckState, CheckStatus},
     dataplane::{
-        audit::{Answer, Audit, Cause, Evidence, Expected, Fact, Ground, Own, Question},
-        desired::{Desired, ROUTE_PROTOCOL},
+        audit::{Audit, Ground, Own},
+        desired::Desired,
         firewall::Firewall,
-        kernel::next_hops::Hop,
+        kernel::{ForeignRoutes, next_hops::Hop},
     },
-    model::Transport,
+    model::{Selector, Transport},
     netlink::{
         Netlink,
-        link::Link,
-        route::{Found, MAIN, Query, Refusal, Rule},
+        route::{Found, Query},
     },
     pods::bridge::ALIAS,
 };
@@ -50,9 +51,6 @@ const SHARE: u32 = 50;
 /// Paths whose MTU is asked for in one pass.
 const PATHS: usize = 256;
 const LONGEST: Duration = Duration::from_secs(3);
-
-/// Value of `rp_filter` (RFC 3704, strict).
-const STRICT: u8 = 1;
 
 const EACCES: i32 = 13;
 const EINVAL: i32 = 22;
@@ -97,8 +95,10 @@ pub struct Auditor {
     read_for: BTreeSet<IpNet>,
     /// Before this they are not read again.
     read_at: Instant,
-    /// Selectors of policy rules with which no packets are tried.
-    unread: usize,
+    /// What routes of others select that ask for more than the destination.
+    conditional: BTreeSet<Selector>,
+    /// Selectors of policy rules and of such routes with which no packets are tried.
+    unread: [usize; 2],
     told: Routing,
 }
 
@@ -137,15 +137,19 @@ impl Auditor {
             path_asked: None,
             read_for: BTreeSet::new(),
             read_at: now,
-            unread: 0,
+            conditional: BTreeSet::new(),
+            unread: [0; 2],
             told: Routing::default(),
         }
     }
 
-    /// Something has changed that may lead packets elsewhere: routes to these addresses, for one.
-    pub fn touch(&mut self, now: Instant, addresses: impl IntoIterator<Item = IpAddr>) {
+    /// Something has changed that may lead packets elsewhere: these routes, for one.
+    pub fn touch(&mut self, now: Instant, routes: ForeignRoutes) {
         self.audit.begin();
-        self.audit.suspect(addresses);
+        self.audit.suspect(routes.to);
+        if routes.has_conditional {
+            self.read_for.clear();
+        }
         self.due = self.due.min((now + SETTLE).max(self.not_before));
     }
 
@@ -213,9 +217,9 @@ impl Auditor {
         desired: &Desired,
         place: Place<'_>,
     ) -> io::Result<()> {
-        let (ground, unread) = ground(netlink, desired, place)?;
+        let (ground, unread) = ground(netlink, desired, place, &self.conditional)?;
         self.unread = unread;
-        let mut witness = Witness { netlink, desired, facts: None };
+        let mut witness = Witness::new(netlink, desired);
         let questions = self.audit.questions(desired, &ground);
         let results = questions.into_iter().map(|question| {
             let cause = witness.ask(&question)?;
@@ -278,12 +282,14 @@ impl Auditor {
 }
 
 /// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.
-/// Where there are several, ours is the right one. The second is how many selectors of rules are left out.
+/// Where there are several, ours is the right one. The second is how many selectors of rules, and of routes,
+/// are left out.
 fn ground(
     netlink: &mut Netlink,
     desired: &Desired,
     place: Place<'_>,
-) -> io::Result<(Ground, usize)> {
+    conditional: &BTreeSet<Selector>,
+) -> io::Result<(Ground, [usize; 2])> {
     let mut has: Vec<(u32, IpAddr)> =
         netlink.addresses()?.iter().map(|address| (address.link, address.ip)).collect();
     let pool = &desired.pool;
@@ -310,158 +316,8 @@ fn ground(
     let links: Vec<u32> =
         own.iter().filter_map(|own| own.inside).chain([device, underlay]).collect();
     let policy::Found { selected, unread } =
-        policy::selected(netlink, &own, pool.networks(), &links)?;
+        policy::selected(netlink, &own, pool.networks(), &links, conditional)?;
     Ok((Ground { device, underlay, local, own, has, masquerade, selected }, unread))
-}
-
-/// Answers questions; looks further only where an answer is wrong, and at everything once.
-struct Witness<'a> {
-    netlink: &'a mut Netlink,
-    desired: &'a Desired,
-    facts: Option<Facts>,
-}
-
-struct Facts {
-    links: Vec<Link>,
-    /// Addresses of this host.
-    has: Vec<IpAddr>,
-    rules: [Vec<(u32, u32, bool)>; 2],
-    /// No policy rule leads all packets to the main table.
-    without_main: [bool; 2],
-    refusals: [Vec<Refusal>; 2],
-}
-
-impl Witness<'_> {
-    /// Why the kernel sends a packet elsewhere; nothing, if it does not.
-    fn ask(&mut self, question: &Question) -> io::Result<Option<Cause>> {
-        let selector = question.selector;
-        let query = Query {
-            from: question.from,
-            input: question.input,
-            transport: selector.and_then(|selector| selector.transport),
-            tos: selector.map_or(0, |selector| selector.tos),
-            ..Query::to(question.to)
-        };
-        let answer = match self.netlink.route(&query) {
-            Ok(found) => match refusal(found.kind) {
-                Some(errno) => Answer::Refused(errno),
-                None => {
-                    Answer::Way { link: found.link, gateway: found.gateway, table: found.table }
-                }
-            },
-            Err(error) => match error.raw_os_error() {
-                Some(errno) => Answer::Refused(errno),
-                None => return Err(error),
-            },
-        };
-        if question.agrees(answer) {
-            return Ok(None);
-        }
-        let output = match answer {
-            Answer::Way { link, .. } => Some(link),
-            Answer::Refused(_) => None,
-        };
-        let evidence = self.evidence(question, &query, output)?;
-        Ok(Cause::of(question, answer, &evidence))
-    }
-
-    fn evidence(
-        &mut self,
-        question: &Question,
-        query: &Query,
-        output: Option<u32>,
-    ) -> io::Result<Evidence> {
-        let entry = self.netlink.route_entry(query).ok();
-        let is_kernels = entry.is_some_and(|entry| entry.protocol == RouteProtocol::Kernel);
-        let local = entry.is_some_and(|entry| entry.kind == RouteType::Local);
-        let entry = entry.and_then(|entry| {
-            let any = if query.to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
-            let to = IpNet::new(entry.destination.unwrap_or(any), entry.prefix_len).ok()?;
-            Some((to, entry.metric))
-        });
-        let back = question.from.and_then(|from| self.netlink.route(&Query::to(from)).ok());
-        let facts = match &mut self.facts {
-            Some(facts) => facts,
-            none => none.insert(Facts::gather(self.netlink)?),
-        };
-        // The far end of a point-to-point link is no address of this host.
-        let connected =
-            is_kernels && entry.is_some_and(|(to, _)| facts.has.iter().any(|ip| to.contains(ip)));
-        let family = usize::from(query.to.is_ipv6());
-        let refusals = facts.refusals[family].iter();
-        let others =
-            refusals.filter(|refusal| refusal.protocol != RouteProtocol::Other(ROUTE_PROTOCOL));
-        // The rule whose packets these are has led them there, not another one with that table.
-        let mut rules = facts.rules[family].clone();
-        rules.sort_by_key(|(priority, ..)| {
-            question.selector.is_some_and(|selector| selector.priority != *priority)
-        });
-        Ok(Evidence {
-            input: query.input.and_then(|index| facts.of(index)),
-            output: output.and_then(|index| facts.of(index)),
-            wanted: match question.expected {
-                Expected::Way { link, .. } => facts.of(link),
-                Expected::Nowhere | Expected::Unfiltered => None,
-            },
-            back: back.map(|found| found.link),
-            from_local: back
-                .is_some_and(|found| matches!(found.kind, RouteType::Local | RouteType::Broadcast)),
-            entry,
-            local,
-            connected,
-            ours: self.desired.tables.routes.get(&question.subject).map(|hop| hop.metric),
-            rules,
-            without_main: facts.without_main[family],
-            refusals: others.map(|r| (r.destination, r.kind, r.table)).collect(),
-            forwards: match query.to {
-                IpAddr::V4(_) => is_on("ipv4/ip_forward"),
-                IpAddr::V6(_) => is_on("ipv6/conf/all/forwarding"),
-            },
-            default_off: !is_on("ipv4/conf/default/forwarding"),
-        })
-    }
-}
-
-impl Facts {
-    fn gather(netlink: &mut Netlink) -> io::Result<Self> {
-        let mut read = |ipv4| {
-            let mut rules = netlink.rules(ipv4).unwrap_or_default();
-            rules.retain(|rule| rule.protocol != Some(RouteProtocol::Other(ROUTE_PROTOCOL)));
-            rules
-        };
-        let rules = [read(true), read(false)];
-        let leads = |rule: &Rule| rule.table == MAIN && rule.takes_all();
-        // Without rules there was nothing to read.
-        let without_main =
-            rules.each_ref().map(|rules| !rules.is_empty() && !rules.iter().any(leads));
-        let rules = rules.map(|rules| {
-            let short = |rule: Rule| (rule.priority, rule.table, rule.refuses);
-            rules.into_iter().map(short).collect()
-        });
-        let mut refusals = |ipv4| netlink.refusals(ipv4).unwrap_or_default();
-        let refusals = [refusals(true), refusals(false)];
-        let has = netlink.addresses()?.into_iter().map(|address| address.ip).collect();
-        Ok(Self { links: netlink.links()?, has, rules, without_main, refusals })
-    }
-
-    fn of(&self, index: u32) -> Option<Fact> {
-        let link = self.links.iter().find(|link| link.index == index)?;
-        let name = &link.name;
-        let controller = link.controller();
-        let vrf = self.links.iter().find(|vrf| Some(vrf.index) == controller && vrf.kind == "vrf");
-        Some(Fact {
-            name: name.clone(),
-            vrf: vrf.map(|vrf| (vrf.name.clone(), vrf.vrf_table().unwrap_or_default())),
-            forwards: is_on(&format!("ipv4/conf/{name}/forwarding")),
-            carrier: link.carrier,
-            filters: ["all", name.as_str()]
-                .map(|name| number(&format!("ipv4/conf/{name}/rp_filter")))
-                .into_iter()
-                .max()
-                == Some(STRICT),
-            without_ipv6: is_on(&format!("ipv6/conf/{name}/disable_ipv6")),
-        })
-    }
 }
 
 /// With IPv6 the kernel shows such a route, with IPv4 it gives its error.
@@ -478,14 +334,4 @@ const fn refusal(kind: RouteType) -> Option<i32> {
 /// As the kernel's users know it.
 fn reason(errno: i32) -> String {
     io::Error::from_raw_os_error(errno).to_string()
-}
-
-fn is_on(sysctl: &str) -> bool {
-    number(sysctl) != 0
-}
-
-/// Its value; 0 where there is none.
-fn number(sysctl: &str) -> u8 {
-    let value = fs::read_to_string(format!("/proc/sys/net/{sysctl}"));
-    value.ok().and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }

@@ -413,7 +413,7 @@ impl Audit {
         }
         // What takes all packets is told as that.
         let all: BTreeSet<Cause> = found.keys().cloned().collect();
-        found.retain(|cause, _| cause.of_selected().is_none_or(|cause| !all.contains(cause)));
+        found.retain(|cause, _| !cause.is_told_by(&all));
         let now: BTreeSet<Cause> = found.keys().cloned().collect();
         found.retain(|cause, _| self.before.contains(cause));
         self.findings = found.into_values().collect();
@@ -427,7 +427,8 @@ impl Audit {
 
     /// Subnets of peers to or from which packets take a wrong way.
     pub fn astray(&self) -> BTreeSet<IpNet> {
-        let of_pods = self.findings.iter().filter(|finding| finding.kind <= Kind::Own);
+        let astray = |finding: &&Finding| finding.kind <= Kind::Own && finding.cause.leads_astray();
+        let of_pods = self.findings.iter().filter(astray);
         of_pods.flat_map(|finding| finding.subjects.iter().copied()).collect()
     }
 

@@ -29,7 +29,7 @@ pub use path::PathState;
 pub use pod::{Addresses, Attachment, AttachmentError, CONTAINER_MAX, Pod, check_interface_name};
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
 pub use quorum::{Quorum, QuorumError};
-pub use selector::{Selector, Transport};
+pub use selector::{Condition, Ports, Selector, Transport};
 pub use slot::{Run, SlotRecord, SlotState};
 pub use text::{Text, escaped_lines, visible, visible_lines};
 pub use time::Time;

@@ -11,16 +11,16 @@ use std::{
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     route::{
-        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-        RouteProtocol, RouteType,
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteLwEnCapType, RouteMessage,
+        RouteMetric, RouteNextHop, RouteProtocol, RouteType,
     },
-    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage, RulePortRange},
 };
 
 use ipnet::IpNet;
 
 use super::Netlink;
-use crate::model::{Selector, Transport};
+use crate::model::{Condition, Ports, Selector, Transport};
 
 /// A packet whose way is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +69,8 @@ pub struct Found {
     pub redirected: bool,
     /// Unicast, local, unreachable, blackhole ...
     pub kind: RouteType,
+    /// Something is put before the packet, or a program changes it (MPLS, SRv6, BPF).
+    pub rewrites: bool,
 }
 
 /// The entry of a table that has decided a lookup.
@@ -83,6 +85,7 @@ pub struct Entry {
     pub kind: RouteType,
     /// It has several next hops.
     pub is_multipath: bool,
+    pub condition: Condition,
 }
 
 /// A policy rule (`ip rule`).
@@ -107,7 +110,8 @@ pub struct Rule {
 impl Rule {
     /// Whether it concerns every packet.
     pub fn takes_all(&self) -> bool {
-        let Selector { from, to, transport, tos, .. } = self.selector;
+        let Selector { from, to, tos, .. } = self.selector;
+        let transport = self.selector.transport();
         let is_any = |network: Option<IpNet>| network.is_none_or(|to| to.prefix_len() == 0);
         let is_selective = self.inverted || self.input.is_some() || self.mark.is_some();
         is_any(from) && is_any(to) && transport.is_none() && tos == 0 && !is_selective
@@ -122,7 +126,20 @@ pub struct Refusal {
     /// As `ip route` calls it.
     pub kind: &'static str,
     pub protocol: RouteProtocol,
+    pub condition: Condition,
 }
+
+/// Where a route leads from, whatever becomes of packets there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    pub network: IpNet,
+    pub condition: Condition,
+    /// The program that has made it.
+    pub protocol: RouteProtocol,
+}
+
+/// Of a route that ends the lookup in its table.
+pub const THROW: &str = "throw";
 
 /// `RTCF_REDIRECTED` of linux/in_route.h.
 const REDIRECTED: u32 = 0x0004_0000;
@@ -161,9 +178,8 @@ impl Netlink {
         })
     }
 
-    /// Destinations of all routes of a family, whatever becomes of packets there, with the program that has
-    /// made each. Those of this host's own addresses are left out.
-    pub fn destinations(&mut self, ipv4: bool) -> io::Result<Vec<(IpNet, RouteProtocol)>> {
+    /// Destinations of all routes of a family. Those of this host's own addresses are left out.
+    pub fn destinations(&mut self, ipv4: bool) -> io::Result<Vec<Destination>> {
         let wanted = RouteNetlinkMessage::GetRoute(of_family(ipv4));
         self.dump_some(&wanted, |message| {
             let RouteNetlinkMessage::NewRoute(route) = message else { return None };
@@ -174,9 +190,11 @@ impl Netlink {
                 RouteAttribute::Destination(address) => ip(address),
                 _ => None,
             });
+            let is_default = route.header.destination_prefix_length == 0;
+            let to = to.or_else(|| is_default.then(|| any(ipv4)));
             let to = to.filter(|to| !is_own && to.is_ipv4() == ipv4)?;
             let network = IpNet::new(to, route.header.destination_prefix_length).ok()?;
-            Some((network, protocol))
+            Some(Destination { network, condition: condition(&route), protocol })
         })
     }
 
@@ -198,9 +216,15 @@ impl Netlink {
             redirected: message.header.flags.bits() & REDIRECTED != 0
                 || message.header.protocol == RouteProtocol::IcmpRedirect,
             kind: message.header.kind,
+            rewrites: false,
         };
         for attribute in &message.attributes {
             match attribute {
+                // Tunnels alone read what these say, and no device of ours is such a one.
+                RouteAttribute::EncapType(
+                    RouteLwEnCapType::None | RouteLwEnCapType::Ip | RouteLwEnCapType::Ip6,
+                ) => {}
+                RouteAttribute::EncapType(_) => found.rewrites = true,
                 RouteAttribute::Oif(index) => found.link = *index,
                 RouteAttribute::Gateway(address) => found.gateway = ip(address),
                 RouteAttribute::Via(via) => found.gateway = via_ip(via),
@@ -233,6 +257,7 @@ impl Netlink {
             protocol: message.header.protocol,
             kind: message.header.kind,
             is_multipath: false,
+            condition: condition(&message),
         };
         for attribute in &message.attributes {
             match attribute {
@@ -244,6 +269,22 @@ impl Netlink {
             }
         }
         Ok(entry)
+    }
+
+    /// The next hops of the entry by which the kernel decides on a packet, where it has several: interface
+    /// and gateway.
+    ///
+    /// # Errors
+    /// As for [`Netlink::route`].
+    pub fn entry_hops(&mut self, query: &Query) -> io::Result<Vec<(u32, Option<IpAddr>)>> {
+        let message = self.lookup(query, RouteFlags::FibMatch)?;
+        let hops = message.attributes.iter().filter_map(|attribute| match attribute {
+            RouteAttribute::MultiPath(hops) => Some(hops),
+            _ => None,
+        });
+        let hop =
+            |hop: &RouteNextHop| (hop.interface_index, hop.attributes.iter().find_map(gateway));
+        Ok(hops.flatten().map(hop).collect())
     }
 
     /// The policy rules of a family, in the order in which the kernel follows them.
@@ -263,6 +304,7 @@ impl Netlink {
             (RouteType::Unreachable, "unreachable"),
             (RouteType::BlackHole, "blackhole"),
             (RouteType::Prohibit, "prohibit"),
+            (RouteType::Throw, THROW),
         ] {
             let mut filter = of_family(ipv4);
             filter.header.kind = kind;
@@ -332,6 +374,7 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
     let (mut mark, mut mask) = (None, u32::MAX);
     let (mut from, mut to) = (None, None);
     let (mut protocol, mut source, mut destination) = (None, None, None);
+    let range = |ports: &RulePortRange| Ports { first: ports.start, last: ports.end };
     let network = |ip: &IpAddr, length: u8| IpNet::new(*ip, length).ok();
     for attribute in &message.attributes {
         match attribute {
@@ -341,18 +384,20 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
             RuleAttribute::Source(ip) => from = network(ip, message.header.src_len),
             RuleAttribute::Destination(ip) => to = network(ip, message.header.dst_len),
             RuleAttribute::IpProtocol(number) => protocol = Some(u8::from(*number)),
-            RuleAttribute::SourcePortRange(ports) => source = Some(ports.start),
-            RuleAttribute::DestinationPortRange(ports) => destination = Some(ports.start),
+            RuleAttribute::SourcePortRange(ports) => source = Some(range(ports)),
+            RuleAttribute::DestinationPortRange(ports) => destination = Some(range(ports)),
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
             RuleAttribute::Protocol(number) => origin = Some(*number),
             _ => {}
         }
     }
-    let transport = Transport::new(protocol, source, destination);
+    let tos = message.header.tos;
+    let selector =
+        Selector { priority: Some(priority), from, to, protocol, source, destination, tos };
     Some(Rule {
         priority,
-        selector: Selector { priority, from, to, transport, tos: message.header.tos },
+        selector,
         inverted: message.header.flags.contains(RuleFlags::Invert),
         input,
         table: of_table,
@@ -366,7 +411,7 @@ fn listed(route: &RouteMessage, ipv4: bool) -> Option<Listed> {
     if route.header.kind != RouteType::Unicast {
         return None;
     }
-    let mut network = if ipv4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+    let mut network = any(ipv4);
     let (mut metric, mut table) = (0, u32::from(route.header.table));
     let (mut gateways, mut link) = (Vec::new(), None);
     for attribute in &route.attributes {
@@ -395,7 +440,7 @@ const fn gateway(attribute: &RouteAttribute) -> Option<IpAddr> {
 }
 
 fn refusal(route: &RouteMessage, kind: &'static str, ipv4: bool) -> Option<Refusal> {
-    let mut network = if ipv4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+    let mut network = any(ipv4);
     let mut table = u32::from(route.header.table);
     for attribute in &route.attributes {
         match attribute {
@@ -405,7 +450,22 @@ fn refusal(route: &RouteMessage, kind: &'static str, ipv4: bool) -> Option<Refus
         }
     }
     let destination = IpNet::new(network, route.header.destination_prefix_length).ok()?;
-    Some(Refusal { destination, table, kind, protocol: route.header.protocol })
+    let (protocol, condition) = (route.header.protocol, condition(route));
+    Some(Refusal { destination, table, kind, protocol, condition })
+}
+
+/// What a route selects packets by beside their destination.
+pub fn condition(route: &RouteMessage) -> Condition {
+    let length = route.header.source_prefix_length;
+    let from = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Source(address) => IpNet::new(ip(address)?, length).ok(),
+        _ => None,
+    });
+    Condition { from: from.filter(|_| length > 0), tos: route.header.tos }
+}
+
+fn any(ipv4: bool) -> IpAddr {
+    if ipv4 { [0; 4].into() } else { [0; 16].into() }
 }
 
 const fn ip(address: &RouteAddress) -> Option<IpAddr> {

@@ -5,7 +5,10 @@ use std::io::Write as _;
 use gossamer::lab::{Agent, Host, Lab, NetNs};
 use ipnet::IpNet;
 
-use crate::common::{PATIENCE, eventually, isolated, program, run, status_where, token_of, tool};
+use crate::common::{
+    PATIENCE, eventually, has_problem, isolated, program, run, sh, status_where, token_of, tool,
+    wait_until,
+};
 
 /// Two hosts of which each has an IPv6 address on the underlay too; none, if the kernel has no IPv6.
 pub fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
@@ -117,6 +120,44 @@ fn both_families_go_through_one_tunnel() {
         agents[0].leave()?;
         for left in ["ip route show proto 73", "ip -6 route show proto 73"] {
             assert_eq!(tool(host, left), "");
+        }
+        Ok(())
+    });
+}
+
+/// IPv6 has routes for packets of some senders, and of a type of service it has none.
+#[test]
+fn ipv6_route_that_a_plain_lookup_does_not_show_is_named_until_it_is_gone() {
+    isolated(|lab| {
+        let Some(hosts) = hosts(lab)? else { return Ok(()) };
+        let mut agents = cluster(&hosts, ["fd99::1", "fd99::2"], &["--network", "fd42::/48"])?;
+        let [own, peer] = [
+            subnet_of(&mut agents[0], "subnet")?.to_string(),
+            subnet_of(&mut agents[1], "subnet")?.to_string(),
+        ];
+        let _pod = pod6(&hosts[0], own.parse()?)?;
+        let (host, agent) = (&hosts[0].netns, &mut agents[0]);
+        sh(host, "ip link add d0 type veth peer name d1 && ip link set d0 up && ip link set d1 up");
+        let (part, gateway) = (peer.replace("/64", "/80"), peer.replace("/64", ""));
+        let tunnel =
+            format!("encap seg6 mode encap segs fd99::77 via {gateway} dev gossamer.1 onlink");
+        for (words, route, more) in [
+            (
+                format!("takes the packets to {peer} from {own}, by d0"),
+                format!("{peer} from {own} dev d0 metric 50"),
+                "",
+            ),
+            (
+                format!("dropped by the blackhole route to {part} from {own}"),
+                format!("blackhole {part} from {own}"),
+                "",
+            ),
+            (format!("takes the packets to {part}, by gossamer.1"), part, tunnel.as_str()),
+        ] {
+            tool(host, &format!("ip -6 route add {route} {more}"));
+            wait_until(&words, PATIENCE, || has_problem(agent, &words));
+            tool(host, &format!("ip -6 route del {route}"));
+            wait_until("still named", PATIENCE, || !has_problem(agent, &words));
         }
         Ok(())
     });

@@ -143,7 +143,7 @@ const FAULTS_AT_HOME: [(&str, &str, &str); 7] = [
 ];
 
 /// Policy rules that take some packets of pods only.
-const FAULTS_OF_SOME: [(&str, &str, &str); 6] = [
+const FAULTS_OF_SOME: [(&str, &str, &str); 7] = [
     (
         "that rule 5270 selects (from 10.42.1.9/32) leave by d0: table 52 has a route for them",
         "ip route add default dev d0 table 52 && ip rule add from 10.42.1.9 lookup 52 pref 5270",
@@ -155,7 +155,7 @@ const FAULTS_OF_SOME: [(&str, &str, &str); 6] = [
         "ip rule del pref 5271",
     ),
     (
-        "that rule 5272 selects (ipproto tcp dport 8080) leave by d0",
+        "that rule 5272 selects (ipproto tcp dport 8080-8090) leave by d0",
         "ip rule add ipproto tcp dport 8080-8090 lookup 52 pref 5272",
         "ip rule del pref 5272",
     ),
@@ -169,14 +169,104 @@ const FAULTS_OF_SOME: [(&str, &str, &str); 6] = [
         "ip rule add tos 0x10 lookup 52 pref 5274",
         "ip rule del pref 5274",
     ),
+    (
+        "that rule 5277 selects (dport 5000-6000) leave by d0",
+        "ip rule add dport 5000-6000 lookup 52 pref 5277",
+        "ip rule del pref 5277",
+    ),
     // As sing-box, mihomo and Clash write them.
     (
-        "dport 53) leave by d0",
+        "selects (dport 53) leave by d0",
         "ip rule add not from all dport 53 lookup main suppress_prefixlength 0 pref 5275 && \
          ip rule add not from all iif lo lookup 52 pref 5276",
         "ip rule del pref 5275 && ip rule del pref 5276",
     ),
 ];
+
+/// Routes of which a plain lookup shows nothing, or not what they do; 10.42.2.0/24 is the peer's subnet.
+const FAULTS_BEHIND_PLAIN_LOOKUPS: [(&str, &str, &str); 10] = [
+    (
+        "takes the packets to 10.42.2.0/24 tos 0x8, by d0",
+        "ip route add 10.42.2.0/24 tos 0x08 dev d0",
+        "ip route del 10.42.2.0/24 tos 0x8 dev d0",
+    ),
+    (
+        "(ip route del 10.42.2.64/26 tos 0x10 dev d0 metric 7)",
+        "ip route add 10.42.2.64/26 tos 0x10 dev d0 metric 7",
+        "ip route del 10.42.2.64/26 tos 0x10 dev d0 metric 7",
+    ),
+    (
+        "(to 10.42.2.9/32 tos 0x4) are dropped by the blackhole route to 10.42.2.9/32 tos 0x4",
+        "ip route add blackhole 10.42.2.9 tos 0x04",
+        "ip route del blackhole 10.42.2.9/32 tos 0x4",
+    ),
+    (
+        "selects (to 10.42.0.0/16 tos 0x8) leave by d0: table 52 has a route for them",
+        "ip route add 10.42.0.0/16 tos 0x08 dev d0 table 52 && ip rule add lookup 52 pref 5270",
+        "ip rule del pref 5270 && ip route flush table 52",
+    ),
+    (
+        "by d0, because it is more specific",
+        "ip route add 10.42.2.9/32 nexthop dev d0 nexthop via 10.42.2.0 dev gossamer.1 onlink",
+        "ip route del 10.42.2.9/32",
+    ),
+    (
+        "10.42.2.64/28, by d0, because it is more specific",
+        "ip nexthop add id 7 dev d0 && ip route add 10.42.2.64/28 nhid 7",
+        "ip route del 10.42.2.64/28 && ip nexthop del id 7",
+    ),
+    (
+        "dropped by the prohibit route to 10.42.2.77/32",
+        "ip route add prohibit 10.42.2.77",
+        "ip route del prohibit 10.42.2.77",
+    ),
+    (
+        "dropped by the throw route to 10.42.2.64/28: remove it (ip route del throw 10.42.2.64/28)",
+        "ip route add throw 10.42.2.64/28",
+        "ip route del throw 10.42.2.64/28",
+    ),
+    (
+        "carries 600 bytes, where the overlay carries 1450; remove it (ip route del 10.42.2.0/25 metric 0)",
+        "ip route add 10.42.2.0/25 via 10.42.2.0 dev gossamer.1 onlink mtu lock 600",
+        "ip route del 10.42.2.0/25 metric 0",
+    ),
+    (
+        "packets of pods to 10.42.2.128/25 have to be small",
+        "ip route add 10.42.2.128/25 via 10.42.2.0 dev gossamer.1 onlink mtu 1000",
+        "ip route del 10.42.2.128/25",
+    ),
+];
+
+#[test]
+fn route_that_a_plain_lookup_does_not_show_is_named_until_it_is_gone() {
+    isolated(|lab| {
+        each_is_named_until_it_is_gone(lab, &FAULTS_BEHIND_PLAIN_LOOKUPS, "10.42.2.", 1)
+    });
+}
+
+/// The same to pods here, one of them by a rule that leads to it.
+const FAULTS_BEHIND_PLAIN_LOOKUPS_AT_HOME: [(&str, &str, &str); 2] = [
+    (
+        "takes 10.42.1.9/32 tos 0x8, which is of this node's own subnet; remove it (ip route del \
+         10.42.1.9/32 tos 0x8 dev d0 metric 0)",
+        "ip route add 10.42.1.9 tos 0x08 dev d0",
+        "ip route del 10.42.1.9/32 tos 0x8 dev d0",
+    ),
+    (
+        "that rule 5270 selects (tos 0x10) are dropped by the blackhole route to 10.42.1.128/25 tos 0x10",
+        "ip rule add tos 0x10 lookup 52 pref 5270 && \
+         ip route add blackhole 10.42.1.128/25 tos 0x10 table 52",
+        "ip rule del pref 5270 && ip route flush table 52",
+    ),
+];
+
+#[test]
+fn route_with_a_tos_to_pods_here_is_named_until_it_is_gone() {
+    isolated(|lab| {
+        let faults = &FAULTS_BEHIND_PLAIN_LOOKUPS_AT_HOME;
+        each_is_named_until_it_is_gone(lab, faults, "10.42.1.", 0)
+    });
+}
 
 #[test]
 fn policy_rule_that_takes_some_packets_of_pods_is_named_with_what_it_selects() {

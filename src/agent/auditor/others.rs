@@ -1,13 +1,13 @@
 //! Routes of other programs that were there before this agent, or before it had heard of a peer.
 
-use std::{io, time::Instant};
+use std::{collections::BTreeSet, io, time::Instant};
 
 use rtnetlink::packet_route::route::RouteProtocol;
 
 use super::{Auditor, SHARE};
 use crate::{
     dataplane::desired::{Desired, ROUTE_PROTOCOL},
-    netlink::Netlink,
+    netlink::{Netlink, route::Destination},
 };
 
 /// Routes of which the ways are asked for at once.
@@ -26,18 +26,24 @@ impl Auditor {
         if has_all || begun < self.read_at {
             return Ok(());
         }
+        let mut conditional = BTreeSet::new();
         for network in desired.pool.networks().iter() {
             let found = match netlink.destinations(network.addr().is_ipv4()) {
                 // A kernel without IPv6.
                 Err(_) if network.addr().is_ipv6() => continue,
                 found => found?,
             };
-            let inside = found.iter().filter(|(to, protocol)| {
-                let is_ours = *protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
-                !is_ours && network.contains(to)
+            let of_others =
+                found.iter().filter(|route| route.protocol != RouteProtocol::Other(ROUTE_PROTOCOL));
+            let inside = of_others.clone().filter(|route| network.contains(&route.network));
+            self.audit.suspect(inside.map(|route| route.network.network()).take(MAX_ROUTES));
+            let meeting = of_others.filter(|Destination { network: to, condition, .. }| {
+                !condition.is_none() && (network.contains(to) || to.contains(&network))
             });
-            self.audit.suspect(inside.map(|(to, _)| to.network()).take(MAX_ROUTES));
+            let selectors = meeting.map(|route| route.condition.of_route_to(route.network));
+            conditional.extend(selectors.take(MAX_ROUTES));
         }
+        self.conditional = conditional;
         self.read_for = desired.tables.routes.keys().copied().collect();
         self.read_at = begun + begun.elapsed() * SHARE;
         Ok(())

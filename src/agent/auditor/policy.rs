@@ -1,4 +1,4 @@
-//! Policy rules of this host that may take some packets of pods.
+//! Policy rules and routes of this host that may take some packets of pods.
 
 use std::{collections::BTreeSet, io};
 
@@ -17,16 +17,17 @@ use crate::{
 /// Selectors of a family that packets are tried with.
 const MOST: usize = 32;
 
-/// What policy rules select that may be packets between pods.
+/// What policy rules and routes select that may be packets between pods.
 #[derive(Debug, Default)]
 pub struct Found {
     pub selected: Vec<Selected>,
-    /// Further selectors, with which no packets are tried.
-    pub unread: usize,
+    /// Further selectors of rules, and of routes, with which no packets are tried.
+    pub unread: [usize; 2],
 }
 
 /// What the policy rules of both families select that may be packets between pods, apart from what every
-/// packet meets. Marks cannot be known from here. Packets of pods come in by these links.
+/// packet meets; and the same of these routes. Marks cannot be known from here. Packets of pods come in by
+/// these links.
 ///
 /// # Errors
 /// The kernel does not show its rules.
@@ -35,6 +36,7 @@ pub fn selected(
     own: &[Own],
     networks: Subnets,
     links: &[u32],
+    conditional: &BTreeSet<Selector>,
 ) -> io::Result<Found> {
     let mut found = Found::default();
     for ipv4 in [true, false] {
@@ -58,41 +60,51 @@ pub fn selected(
             };
             selected.push(Selected { selector: rule.selector, input, ipv4 });
         }
-        let few = few(selected);
-        found.selected.extend(few.selected);
-        found.unread += few.unread;
+        let of_family =
+            |selector: &&Selector| selector.to.is_some_and(|to| to.addr().is_ipv4() == ipv4);
+        let routes = conditional.iter().filter(of_family);
+        let routes = routes.filter(|selector| meets(selector, own.subnet, all));
+        let routes = routes.map(|selector| Selected { selector: *selector, input: None, ipv4 });
+        for (few, unread) in
+            [few(selected), few(routes.collect())].into_iter().zip(&mut found.unread)
+        {
+            found.selected.extend(few.0);
+            *unread += few.1;
+        }
     }
     Ok(found)
 }
 
-/// That nothing takes a wrong way, and how much was not tried.
-pub fn detail(subnets: usize, unread: usize) -> String {
-    let rules = match unread {
-        0 => String::new(),
-        1 => "; 1 policy rule that may select packets of pods was not looked at".to_owned(),
-        count => {
-            format!("; {count} policy rules that may select packets of pods were not looked at")
-        }
-    };
-    format!("{subnets} subnets of peers are routed to{rules}")
+/// That nothing takes a wrong way, and how many rules and routes were not tried.
+pub fn detail(subnets: usize, unread: [usize; 2]) -> String {
+    let untried =
+        ["policy rule", "route"].into_iter().zip(unread).map(|(what, count)| match count {
+            0 => String::new(),
+            1 => format!("; 1 {what} that may select packets of pods was not looked at"),
+            count => {
+                format!("; {count} {what}s that may select packets of pods were not looked at")
+            }
+        });
+    format!("{subnets} subnets of peers are routed to{}", untried.collect::<String>())
 }
 
-/// Rules that select alike are met by the same packets: of these the first is enough.
-fn few(selected: Vec<Selected>) -> Found {
-    let mut found = Found::default();
+/// Rules that select alike are met by the same packets: of these the first is enough. The second is how many
+/// are left out.
+fn few(selected: Vec<Selected>) -> (Vec<Selected>, usize) {
+    let (mut few, mut unread) = (Vec::new(), 0);
     let mut known = BTreeSet::new();
     for one in selected {
-        let selects = Selector { priority: 0, ..one.selector };
+        let selects = Selector { priority: None, ..one.selector };
         if !known.insert((selects, one.input)) {
             continue;
         }
-        if found.selected.len() < MOST {
-            found.selected.push(one);
+        if few.len() < MOST {
+            few.push(one);
         } else {
-            found.unread += 1;
+            unread += 1;
         }
     }
-    found
+    (few, unread)
 }
 
 /// Whether it may select packets between pods here, in this subnet, and others of the overlay.
@@ -111,7 +123,7 @@ fn selects(rule: &Rule) -> bool {
     let is_ours = *protocol == Some(RouteProtocol::Other(ROUTE_PROTOCOL));
     let some = selector.from.is_some()
         || selector.to.is_some()
-        || selector.transport.is_some()
+        || selector.transport().is_some()
         || selector.tos != 0;
     some && mark.is_none() && !is_ours
 }
@@ -125,7 +137,7 @@ mod tests {
     }
 
     fn selector(priority: u32, from: Option<IpNet>, to: Option<IpNet>) -> Selector {
-        Selector { priority, from, to, transport: None, tos: 0 }
+        Selector { priority: Some(priority), from, to, ..Selector::default() }
     }
 
     #[test]
@@ -160,9 +172,9 @@ mod tests {
         };
         let alike = (0..100).map(|priority| of(7, priority));
         let others = (100..150).map(|number| of(number, number.into()));
-        let found = few(alike.chain(others).collect());
-        assert_eq!((found.selected.len(), found.unread), (MOST, 51 - MOST));
-        assert_eq!(found.selected[..2], [of(7, 0), of(100, 100)]);
-        assert_eq!(few(Vec::new()).unread, 0);
+        let (selected, unread) = few(alike.chain(others).collect());
+        assert_eq!((selected.len(), unread), (MOST, 51 - MOST));
+        assert_eq!(selected[..2], [of(7, 0), of(100, 100)]);
+        assert_eq!(few(Vec::new()).1, 0);
     }
 }

@@ -1,11 +1,14 @@
 //! Why the kernel sends a packet elsewhere: from what else it was asked to a sentence with what helps.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
 use super::{Answer, EINVAL, EXDEV, Expected, Kind, Question, likely_program};
-use crate::{dataplane::plan::full_len, model::Selector};
+use crate::{
+    dataplane::plan::full_len,
+    model::{Condition, Selector},
+};
 
 /// `RT_TABLE_MAIN`, where our routes are.
 pub const MAIN: u32 = 254;
@@ -20,7 +23,13 @@ pub enum Cause {
     /// Another table wins, by a policy rule.
     Table { table: u32, priority: Option<u32>, interface: String, ipv4: bool },
     /// Another route of the same table wins.
-    Route { destination: IpNet, metric: u32, interface: String, ours: Option<u32> },
+    Route {
+        destination: IpNet,
+        metric: u32,
+        interface: String,
+        ours: Option<u32>,
+        condition: Condition,
+    },
     /// A route by which this host keeps packets for itself (type local).
     Kept { destination: IpNet, interface: String },
     /// This host has an address of that subnet itself, or an interface in it: told as an overlap.
@@ -36,14 +45,30 @@ pub enum Cause {
     /// IPv6 is turned off on the interface.
     NoIpv6 { interface: String },
     /// A route that leads nowhere.
-    Refused { destination: IpNet, kind: &'static str, table: u32, priority: Option<u32> },
+    Refused {
+        destination: IpNet,
+        kind: &'static str,
+        table: u32,
+        priority: Option<u32>,
+        condition: Condition,
+    },
+    /// A more specific route of another program leads to the same, and carries less.
+    Narrowed {
+        destination: IpNet,
+        metric: u32,
+        table: u32,
+        condition: Condition,
+        mtu: u32,
+        carried: u32,
+    },
     /// A policy rule that drops packets.
     Rule { priority: u32, ipv4: bool },
     /// No policy rule leads all packets to the main table.
     NoMain { ipv4: bool },
     /// There is no route, or none that is known.
     Unknown { errno: i32 },
-    /// It concerns only the packets that a policy rule selects.
+    /// It concerns only the packets that a policy rule selects, or a route that asks for more than the
+    /// destination.
     Selected { selector: Selector, cause: Box<Self> },
 }
 
@@ -60,6 +85,8 @@ pub struct Evidence {
     pub back: Option<u32>,
     /// The entry that has decided: destination and metric.
     pub entry: Option<(IpNet, u32)>,
+    /// What that entry selects packets by beside their destination.
+    pub condition: Condition,
     /// Its type is local.
     pub local: bool,
     /// That of the entry for the sender's address follows from an address of this host: local, or broadcast.
@@ -72,8 +99,9 @@ pub struct Evidence {
     pub rules: Vec<(u32, u32, bool)>,
     /// No policy rule leads all packets to the main table.
     pub without_main: bool,
-    /// Routes that lead nowhere and are not ours: destination, kind and table.
-    pub refusals: Vec<(IpNet, &'static str, u32)>,
+    /// Routes that lead nowhere, are not ours, and whose condition the packet meets: destination, kind, table
+    /// and condition.
+    pub refusals: Vec<(IpNet, &'static str, u32, Condition)>,
     /// Whether the host forwards packets of this family.
     pub forwards: bool,
     /// New interfaces forward nothing.
@@ -124,12 +152,23 @@ impl Cause {
         })
     }
 
-    /// What happens to the packets that a policy rule selects, if it concerns those alone.
-    pub fn of_selected(&self) -> Option<&Self> {
-        match self {
-            Self::Selected { cause, .. } => Some(cause),
-            _ => None,
-        }
+    /// Whether another of these says the same: of all packets, or of those that a rule selects where this is
+    /// of a route.
+    pub(super) fn is_told_by(&self, all: &BTreeSet<Self>) -> bool {
+        let Self::Selected { selector, cause } = self else { return false };
+        let is_route = selector.priority.is_none();
+        let says_the_same = |other: &Self| match other {
+            Self::Selected { selector: by, cause: same } => {
+                same == cause && (by.priority.is_some() || by < selector)
+            }
+            _ => false,
+        };
+        all.contains(cause) || is_route && all.iter().any(says_the_same)
+    }
+
+    /// Whether packets do not get where they should.
+    pub(super) fn leads_astray(&self) -> bool {
+        !matches!(self, Self::Narrowed { .. })
     }
 
     fn of_refusal(question: &Question, errno: i32, evidence: &Evidence) -> Self {
@@ -157,25 +196,33 @@ impl Cause {
         let reached = |table: u32| table == MAIN || evidence.priority(table).is_some();
         let refusals = evidence.refusals.iter();
         let longest = refusals
-            .filter(|(destination, _, table)| destination.contains(&question.to) && reached(*table))
-            .max_by_key(|(destination, ..)| destination.prefix_len());
+            .filter(|(destination, _, table, _)| {
+                destination.contains(&question.to) && reached(*table)
+            })
+            .max_by_key(|(destination, .., condition)| (destination.prefix_len(), *condition));
         // A default route that leads nowhere is what there is where nothing else leads.
-        if let Some((destination, kind, table)) = longest.filter(|(to, ..)| to.prefix_len() > 0) {
-            let priority = evidence.priority(*table);
-            return Self::Refused { destination: *destination, kind, table: *table, priority };
+        if let Some(refusal) = longest.filter(|(to, ..)| to.prefix_len() > 0) {
+            return Self::of_route_to_nowhere(*refusal, evidence);
         }
         if let Some(cause) = input.and_then(Self::of_vrf) {
             return cause;
         }
-        if let Some((destination, kind, table)) = longest {
-            let priority = evidence.priority(*table);
-            return Self::Refused { destination: *destination, kind, table: *table, priority };
+        if let Some(refusal) = longest {
+            return Self::of_route_to_nowhere(*refusal, evidence);
         }
         match evidence.rules.iter().find(|(_, _, refuses)| *refuses) {
             Some((priority, ..)) => Self::Rule { priority: *priority, ipv4 },
             None if evidence.without_main => Self::NoMain { ipv4 },
             None => Self::Unknown { errno },
         }
+    }
+
+    fn of_route_to_nowhere(
+        (destination, kind, table, condition): (IpNet, &'static str, u32, Condition),
+        evidence: &Evidence,
+    ) -> Self {
+        let priority = evidence.priority(table);
+        Self::Refused { destination, kind, table, priority, condition }
     }
 
     fn of_way(question: &Question, table: u32, evidence: &Evidence) -> Self {
@@ -198,11 +245,13 @@ impl Cause {
             (LOCAL, _) => Self::Address { address: question.to, interface },
             (MAIN, Some((destination, metric))) => {
                 let ours = evidence.ours.filter(|_| destination == question.subject);
-                Self::Route { destination, metric, interface, ours }
+                let condition = evidence.condition;
+                Self::Route { destination, metric, interface, ours, condition }
             }
             (MAIN, None) => {
                 let destination = IpNet::new_assert(question.to, full_len(question.to));
-                Self::Route { destination, metric: 0, interface, ours: None }
+                let condition = evidence.condition;
+                Self::Route { destination, metric: 0, interface, ours: None, condition }
             }
             _ => {
                 let priority = evidence.priority(table);
@@ -230,8 +279,11 @@ impl Cause {
         };
         match self {
             Self::Selected { selector, cause } => {
-                let packets =
-                    format!("{packets} that rule {} selects ({selector})", selector.priority);
+                let by = match selector.priority {
+                    Some(priority) => format!("rule {priority}"),
+                    None => "a route".to_owned(),
+                };
+                let packets = format!("{packets} that {by} selects ({selector})");
                 cause.sentence_of(&packets, kind, network)
             }
             cause => cause.sentence_of(&packets, kind, network),
@@ -253,17 +305,27 @@ impl Cause {
                 "{packets} leave by {interface}: table {table} has a route for them (see ip{} rule)",
                 six(*ipv4)
             ),
-            Self::Route { destination, metric, interface, .. }
+            Self::Route { destination, metric, interface, condition, .. }
                 if kind.is_to_pods_here() && destination.prefix_len() > 0 =>
             {
                 format!(
                     "packets to pods here leave by {interface}: a route of another program in the main table \
-                     takes {destination}, which is of this node's own subnet; remove it (ip{} route del \
-                     {destination} dev {interface} metric {metric})",
+                     takes {destination}{condition}, which is of this node's own subnet; remove it \
+                     (ip{} route del {destination}{condition} dev {interface} metric {metric})",
                     six(destination.addr().is_ipv4())
                 )
             }
-            Self::Route { destination, metric, interface, ours: Some(ours) } => format!(
+            Self::Route { destination, metric, interface, condition, .. }
+                if !condition.is_none() =>
+            {
+                format!(
+                    "another program's route takes the packets to {destination}{condition}, by {interface}, \
+                     because it asks for more than the overlay's: remove it (ip{} route del \
+                     {destination}{condition} dev {interface} metric {metric})",
+                    six(destination.addr().is_ipv4())
+                )
+            }
+            Self::Route { destination, metric, interface, ours: Some(ours), .. } => format!(
                 "another program's route takes the packets to {destination}, by {interface}: its metric is \
                  {metric}, ours is {ours}; remove it (ip{} route del {destination} metric {metric})",
                 six(destination.addr().is_ipv4())
@@ -273,7 +335,7 @@ impl Cause {
                  (ip{} route show proto 73)",
                 six(destination.addr().is_ipv4())
             ),
-            Self::Route { destination, metric, interface, ours: None } => format!(
+            Self::Route { destination, metric, interface, ours: None, .. } => format!(
                 "another program's route takes the packets to {destination}, by {interface}, because it is \
                  more specific than the overlay's: remove it (ip{} route del {destination} metric {metric})",
                 six(destination.addr().is_ipv4())
@@ -310,7 +372,7 @@ impl Cause {
                  sysctl -w net.ipv6.conf.{}.disable_ipv6=0",
                 slashed(interface)
             ),
-            Self::Refused { destination, kind, table, priority } => {
+            Self::Refused { destination, kind, table, priority, condition } => {
                 let of_rule = match priority {
                     Some(priority) if *table != MAIN => {
                         format!(
@@ -322,8 +384,18 @@ impl Cause {
                 };
                 let table = if *table == MAIN { String::new() } else { format!(" table {table}") };
                 format!(
-                    "{packets} are dropped by the {kind} route to {destination}{of_rule}: remove it \
-                     (ip{} route del {kind} {destination}{table})",
+                    "{packets} are dropped by the {kind} route to {destination}{condition}{of_rule}: remove \
+                     it (ip{} route del {kind} {destination}{condition}{table})",
+                    six(is_ipv4(destination))
+                )
+            }
+            Self::Narrowed { destination, metric, table, condition, mtu, carried } => {
+                let of_table =
+                    if *table == MAIN { String::new() } else { format!(" table {table}") };
+                format!(
+                    "packets of pods to {destination}{condition} have to be small: another program's route \
+                     carries {mtu} bytes, where the overlay carries {carried}; remove it (ip{} route del \
+                     {destination}{condition} metric {metric}{of_table})",
                     six(is_ipv4(destination))
                 )
             }

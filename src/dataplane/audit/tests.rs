@@ -6,7 +6,7 @@ use crate::{
         desired::Underlay,
         plan::tests::{dual_stack_view, underlay, view},
     },
-    model::Transport,
+    model::{Condition, Ports},
 };
 
 const DEVICE: u32 = 7;
@@ -205,6 +205,7 @@ fn the_own_subnet_is_asked_about_as_a_whole_and_what_takes_a_part_of_it_is_told_
             metric: 0,
             interface: "d0".to_owned(),
             ours: None,
+            condition: Condition::default(),
         })
     };
     for _ in 0..6 {
@@ -292,8 +293,11 @@ fn what_wins_is_named_with_what_helps() {
     };
     let by = |table| Answer::Way { link: 3, gateway: None, table };
     let in_vrf = Fact { vrf: Some(("blue".to_owned(), 10)), ..fact("gsm0") };
-    let refusals =
-        vec![(net("10.42.2.0/25"), "blackhole", MAIN), (net("10.42.0.0/16"), "prohibit", 99)];
+    let refusals = [("10.42.2.0/25", "blackhole", MAIN), ("10.42.0.0/16", "prohibit", 99)];
+    let refusals: Vec<_> = refusals
+        .iter()
+        .map(|(to, kind, table)| (net(to), *kind, *table, Condition::default()))
+        .collect();
     let cases = [
         (
             question,
@@ -403,12 +407,12 @@ fn what_wins_is_named_with_what_helps() {
 /// address of the host itself.
 #[test]
 fn packets_that_rules_select_are_asked_about_as_rules_select_them() {
-    let selector = |from: Option<&str>, to: Option<&str>, dport| Selector {
-        priority: 100,
+    let selector = |from: Option<&str>, to: Option<&str>, dport: Option<u16>| Selector {
+        priority: Some(100),
         from: from.map(net),
         to: to.map(net),
-        transport: Transport::new(None, None, dport),
-        tos: 0,
+        destination: dport.map(|port| Ports { first: port, last: port }),
+        ..Selector::default()
     };
     let asked = |selector: Selector, input: Option<u32>| {
         let mut ground = ground(Some(BRIDGE));
@@ -438,11 +442,9 @@ fn packets_that_rules_select_are_asked_about_as_rules_select_them() {
 #[test]
 fn rule_that_takes_some_packets_is_told_with_what_it_selects() {
     let selector = Selector {
-        priority: 100,
-        from: None,
-        to: None,
-        transport: Transport::new(None, None, Some(80)),
-        tos: 0,
+        priority: Some(100),
+        destination: Some(Ports { first: 80, last: 90 }),
+        ..Selector::default()
     };
     let told = |some_only: bool| {
         let (desired, mut audit) = (desired(1), Audit::default());
@@ -465,8 +467,7 @@ fn rule_that_takes_some_packets_is_told_with_what_it_selects() {
     };
     let some = told(true);
     assert_eq!(some.len(), 1, "{some:?}");
-    let words =
-        "packets of pods to 10.42.2.0/24 that rule 100 selects (ipproto tcp dport 80) leave by d0";
+    let words = "packets of pods to 10.42.2.0/24 that rule 100 selects (dport 80-90) leave by d0";
     assert!(some[0].starts_with(words), "{some:?}");
     let all = told(false);
     assert_eq!(all.len(), 1, "{all:?}");

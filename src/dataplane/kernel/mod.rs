@@ -26,7 +26,7 @@ pub mod users;
 mod watch;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt, io,
     net::{IpAddr, Ipv4Addr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
@@ -45,12 +45,12 @@ pub use self::{
     observe::overlaps,
     partial::{Act, ForeignRules, LegacyTable, Partial, Traffic, Way},
     ports::{ClosedPort, open_port},
-    watch::Touched,
+    watch::{ForeignRoutes, Touched},
 };
 use self::{
     interface::Ipv6,
     messages::{device_message, fixed_attributes, request, solicit_us},
-    watch::{foreign_route, miss},
+    watch::miss,
 };
 use super::{
     demand::Miss,
@@ -81,9 +81,6 @@ const ENOBUFS: i32 = 105;
 /// Questions that are answered in one turn; the kernel asks again.
 const MAX_MISSES: usize = 4_096;
 
-/// Routes of others that are remembered until their ways are asked for.
-const MAX_FOREIGN: usize = 64;
-
 /// The kernel's tables of the network namespace in which it was opened.
 pub struct Kernel {
     netlink: Netlink,
@@ -92,8 +89,8 @@ pub struct Kernel {
     ethtool: Option<Ethtool>,
     /// The index that our device had when it was last seen.
     device: Option<u32>,
-    /// Addresses to which other programs have made routes since they were last taken.
-    foreign: BTreeSet<IpAddr>,
+    /// Since they were last taken.
+    foreign: ForeignRoutes,
 }
 
 /// What the kernel has told.
@@ -142,12 +139,12 @@ impl Kernel {
             monitor,
             ethtool: Ethtool::open().ok(),
             device: None,
-            foreign: BTreeSet::new(),
+            foreign: ForeignRoutes::default(),
         })
     }
 
-    /// Addresses of the overlay to which other programs have made routes.
-    pub fn take_foreign(&mut self) -> BTreeSet<IpAddr> {
+    /// Routes of other programs that have changed.
+    pub fn take_foreign(&mut self) -> ForeignRoutes {
         std::mem::take(&mut self.foreign)
     }
 
@@ -168,17 +165,14 @@ impl Kernel {
         let mut heard = Heard::default();
         let overrun = monitor.read(|message| {
             heard.touched.add(&message, desired, device);
-            let is_inside = |ip: &IpAddr| {
-                desired.is_some_and(|all| all.pool.networks().iter().any(|net| net.contains(ip)))
-            };
-            if foreign.len() < MAX_FOREIGN {
-                foreign.extend(foreign_route(&message).filter(is_inside));
-            }
+            foreign.add(&message, desired);
             if heard.misses.len() < MAX_MISSES {
                 heard.misses.extend(device.and_then(|device| miss(&message, device)));
             }
         })?;
         heard.overrun = overrun;
+        // What was not told may be any.
+        self.foreign.has_conditional |= overrun;
         Ok(heard)
     }
 

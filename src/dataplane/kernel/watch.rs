@@ -3,7 +3,7 @@
 //! Our own changes are heard like everybody's, so an event counts only if it contradicts what should be
 //! there. What is to be done about it is found out by a dump, never from the event.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -22,9 +22,12 @@ use crate::{
         demand::Miss,
         desired::{Desired, ROUTE_PROTOCOL},
     },
-    netlink::link::Link,
+    netlink::{link::Link, route::condition},
     pods::wiring::is_link_name,
 };
+
+/// Routes of others that are remembered until their ways are asked for.
+const MAX_FOREIGN: usize = 64;
 
 /// What has to be looked at again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -177,11 +180,35 @@ fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> boo
     }
 }
 
-/// The first address of another program's new route, of whatever table; none of a default route.
-pub fn foreign_route(message: &RouteNetlinkMessage) -> Option<IpAddr> {
-    let RouteNetlinkMessage::NewRoute(route) = message else { return None };
-    let is_ours = route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
-    subnet_of(route).filter(|_| !is_ours).map(|subnet| subnet.network())
+/// Other programs' routes that have changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct ForeignRoutes {
+    /// Addresses of the overlay to which there are new ones, of whatever table.
+    pub to: BTreeSet<IpAddr>,
+    /// Among those that came or went are some that select packets by more than their destination.
+    pub has_conditional: bool,
+}
+
+impl ForeignRoutes {
+    /// Adds what `message` says.
+    pub(super) fn add(&mut self, message: &RouteNetlinkMessage, desired: Option<&Desired>) {
+        let (route, is_new) = match message {
+            RouteNetlinkMessage::NewRoute(route) => (route, true),
+            RouteNetlinkMessage::DelRoute(route) => (route, false),
+            _ => return,
+        };
+        if route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
+            return;
+        }
+        self.has_conditional |= !condition(route).is_none();
+        let is_inside = |ip: &IpAddr| {
+            desired.is_some_and(|all| all.pool.networks().iter().any(|net| net.contains(ip)))
+        };
+        let first = subnet_of(route).map(|subnet| subnet.network());
+        if is_new && self.to.len() < MAX_FOREIGN {
+            self.to.extend(first.filter(is_inside));
+        }
+    }
 }
 
 /// What the kernel asks for, if it is about the device with this index.

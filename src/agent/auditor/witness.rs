@@ -1,0 +1,241 @@
+//! Asks the kernel the questions of an audit, and what else there is to know where an answer is wrong.
+
+use std::{fs, io, net::IpAddr};
+
+use ipnet::IpNet;
+use rtnetlink::packet_route::route::{RouteProtocol, RouteType};
+
+use super::refusal;
+use crate::{
+    dataplane::{
+        audit::{Answer, Cause, Evidence, Expected, Fact, Kind, Question},
+        desired::{Desired, ROUTE_PROTOCOL},
+    },
+    model::Condition,
+    netlink::{
+        Netlink,
+        link::Link,
+        route::{Entry, Found, MAIN, Query, Refusal, Rule, THROW},
+    },
+};
+
+/// Value of `rp_filter` (RFC 3704, strict).
+const STRICT: u8 = 1;
+
+/// Answers questions; looks further only where an answer is wrong, and at everything once.
+pub(super) struct Witness<'a> {
+    netlink: &'a mut Netlink,
+    desired: &'a Desired,
+    facts: Option<Facts>,
+}
+
+struct Facts {
+    links: Vec<Link>,
+    /// Addresses of this host.
+    has: Vec<IpAddr>,
+    rules: [Vec<(u32, u32, bool)>; 2],
+    /// No policy rule leads all packets to the main table.
+    without_main: [bool; 2],
+    refusals: [Vec<Refusal>; 2],
+}
+
+impl<'a> Witness<'a> {
+    pub(super) const fn new(netlink: &'a mut Netlink, desired: &'a Desired) -> Self {
+        Self { netlink, desired, facts: None }
+    }
+
+    /// Why the kernel sends a packet elsewhere, or lets it be less large than it may be; nothing, if it does
+    /// neither.
+    pub(super) fn ask(&mut self, question: &Question) -> io::Result<Option<Cause>> {
+        let selector = question.selector;
+        let query = Query {
+            from: question.from,
+            input: question.input,
+            transport: selector.and_then(|selector| selector.transport()),
+            tos: selector.map_or(0, |selector| selector.tos),
+            ..Query::to(question.to)
+        };
+        let found = self.netlink.route(&query);
+        let (answer, found) = match found {
+            Ok(found @ Found { link, gateway, table, .. }) => match refusal(found.kind) {
+                Some(errno) => (Answer::Refused(errno), None),
+                None => (Answer::Way { link, gateway, table }, Some(found)),
+            },
+            Err(error) => match error.raw_os_error() {
+                Some(errno) => (Answer::Refused(errno), None),
+                None => return Err(error),
+            },
+        };
+        if question.agrees(answer) && !found.is_some_and(|found| found.rewrites) {
+            return match found {
+                Some(found) => self.unseen(question, &query, found),
+                None => Ok(None),
+            };
+        }
+        let output = match answer {
+            Answer::Way { link, .. } => Some(link),
+            Answer::Refused(_) => None,
+        };
+        let evidence = self.evidence(question, &query, output)?;
+        Ok(Cause::of(question, answer, &evidence))
+    }
+
+    /// What one lookup does not show of another program's route: that it leads elsewhere by some of its next
+    /// hops, or carries less than ours.
+    fn unseen(
+        &mut self,
+        question: &Question,
+        query: &Query,
+        found: Found,
+    ) -> io::Result<Option<Cause>> {
+        let is_asked = match question.kind {
+            Kind::Out => true,
+            Kind::Home => query.input.is_none(),
+            Kind::In | Kind::Own | Kind::PodsToHost | Kind::HostsToPods => false,
+        };
+        let Expected::Way { link, gateway } = question.expected else { return Ok(None) };
+        let entry = is_asked.then(|| self.netlink.route_entry(query).ok()).flatten();
+        let is_ours = |entry: &Entry| entry.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
+        let Some(entry) = entry.filter(|entry| !is_ours(entry)) else { return Ok(None) };
+        if entry.is_multipath {
+            let mut hops = self.netlink.entry_hops(query)?.into_iter();
+            let is_right = |(by, via): &(u32, Option<IpAddr>)| {
+                *by == link && (gateway.is_none() || gateway == *via)
+            };
+            if let Some((link, gateway)) = hops.find(|hop| !is_right(hop)) {
+                let evidence = self.evidence(question, query, Some(link))?;
+                let answer = Answer::Way { link, gateway, table: found.table };
+                return Ok(Cause::of(question, answer, &evidence));
+            }
+        }
+        let hop = self.desired.tables.routes.get(&question.subject);
+        let carried = hop.and_then(|hop| hop.mtu).unwrap_or(self.desired.device.mtu);
+        let is_less = |mtu: &u32| *mtu < carried && !found.learned && question.kind == Kind::Out;
+        let Some(mtu) = found.mtu.filter(is_less) else { return Ok(None) };
+        let Entry { destination, prefix_len, metric, table, condition, .. } = entry;
+        let destination = destination.and_then(|to| IpNet::new(to, prefix_len).ok());
+        Ok(destination.map(|destination| Cause::Narrowed {
+            destination,
+            metric,
+            table,
+            condition,
+            mtu,
+            carried,
+        }))
+    }
+
+    fn evidence(
+        &mut self,
+        question: &Question,
+        query: &Query,
+        output: Option<u32>,
+    ) -> io::Result<Evidence> {
+        let entry = self.netlink.route_entry(query).ok();
+        let is_kernels = entry.is_some_and(|entry| entry.protocol == RouteProtocol::Kernel);
+        let local = entry.is_some_and(|entry| entry.kind == RouteType::Local);
+        let condition = entry.map_or_else(Condition::default, |entry| entry.condition);
+        let entry = entry.and_then(|entry| {
+            let any = if query.to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+            let to = IpNet::new(entry.destination.unwrap_or(any), entry.prefix_len).ok()?;
+            Some((to, entry.metric))
+        });
+        let back = question.from.and_then(|from| self.netlink.route(&Query::to(from)).ok());
+        let facts = match &mut self.facts {
+            Some(facts) => facts,
+            none => none.insert(Facts::gather(self.netlink)?),
+        };
+        // The far end of a point-to-point link is no address of this host.
+        let connected =
+            is_kernels && entry.is_some_and(|(to, _)| facts.has.iter().any(|ip| to.contains(ip)));
+        let family = usize::from(query.to.is_ipv6());
+        let refusals = facts.refusals[family].iter();
+        let others = refusals.filter(|refusal| {
+            let is_ours = refusal.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
+            // In other tables it leads to the next rule.
+            let is_end = refusal.kind != THROW || refusal.table == MAIN;
+            !is_ours && is_end && refusal.condition.takes(query.from, query.tos)
+        });
+        // The rule whose packets these are has led them there, not another one with that table.
+        let mut rules = facts.rules[family].clone();
+        rules.sort_by_key(|(priority, ..)| {
+            let of_rule = question.selector.and_then(|selector| selector.priority);
+            of_rule.is_some_and(|of_rule| of_rule != *priority)
+        });
+        Ok(Evidence {
+            input: query.input.and_then(|index| facts.of(index)),
+            output: output.and_then(|index| facts.of(index)),
+            wanted: match question.expected {
+                Expected::Way { link, .. } => facts.of(link),
+                Expected::Nowhere | Expected::Unfiltered => None,
+            },
+            back: back.map(|found| found.link),
+            from_local: back
+                .is_some_and(|found| matches!(found.kind, RouteType::Local | RouteType::Broadcast)),
+            entry,
+            condition,
+            local,
+            connected,
+            ours: self.desired.tables.routes.get(&question.subject).map(|hop| hop.metric),
+            rules,
+            without_main: facts.without_main[family],
+            refusals: others.map(|r| (r.destination, r.kind, r.table, r.condition)).collect(),
+            forwards: match query.to {
+                IpAddr::V4(_) => is_on("ipv4/ip_forward"),
+                IpAddr::V6(_) => is_on("ipv6/conf/all/forwarding"),
+            },
+            default_off: !is_on("ipv4/conf/default/forwarding"),
+        })
+    }
+}
+
+impl Facts {
+    fn gather(netlink: &mut Netlink) -> io::Result<Self> {
+        let mut read = |ipv4| {
+            let mut rules = netlink.rules(ipv4).unwrap_or_default();
+            rules.retain(|rule| rule.protocol != Some(RouteProtocol::Other(ROUTE_PROTOCOL)));
+            rules
+        };
+        let rules = [read(true), read(false)];
+        let leads = |rule: &Rule| rule.table == MAIN && rule.takes_all();
+        // Without rules there was nothing to read.
+        let without_main =
+            rules.each_ref().map(|rules| !rules.is_empty() && !rules.iter().any(leads));
+        let rules = rules.map(|rules| {
+            let short = |rule: Rule| (rule.priority, rule.table, rule.refuses);
+            rules.into_iter().map(short).collect()
+        });
+        let mut refusals = |ipv4| netlink.refusals(ipv4).unwrap_or_default();
+        let refusals = [refusals(true), refusals(false)];
+        let has = netlink.addresses()?.into_iter().map(|address| address.ip).collect();
+        Ok(Self { links: netlink.links()?, has, rules, without_main, refusals })
+    }
+
+    fn of(&self, index: u32) -> Option<Fact> {
+        let link = self.links.iter().find(|link| link.index == index)?;
+        let name = &link.name;
+        let controller = link.controller();
+        let vrf = self.links.iter().find(|vrf| Some(vrf.index) == controller && vrf.kind == "vrf");
+        Some(Fact {
+            name: name.clone(),
+            vrf: vrf.map(|vrf| (vrf.name.clone(), vrf.vrf_table().unwrap_or_default())),
+            forwards: is_on(&format!("ipv4/conf/{name}/forwarding")),
+            carrier: link.carrier,
+            filters: ["all", name.as_str()]
+                .map(|name| number(&format!("ipv4/conf/{name}/rp_filter")))
+                .into_iter()
+                .max()
+                == Some(STRICT),
+            without_ipv6: is_on(&format!("ipv6/conf/{name}/disable_ipv6")),
+        })
+    }
+}
+
+fn is_on(sysctl: &str) -> bool {
+    number(sysctl) != 0
+}
+
+/// Its value; 0 where there is none.
+fn number(sysctl: &str) -> u8 {
+    let value = fs::read_to_string(format!("/proc/sys/net/{sysctl}"));
+    value.ok().and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
