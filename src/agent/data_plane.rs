@@ -68,6 +68,8 @@ pub(super) struct KernelState {
     pub(super) peer_problems: Vec<String>,
     /// Why the underlay cannot be used as it is.
     pub(super) underlay_problem: Option<String>,
+    /// The carrier of the underlay's interface comes and goes, as a sentence.
+    pub(super) flapping: Option<String>,
     /// Addresses of this host inside the overlay's networks, as sentences.
     pub(super) overlaps: Vec<String>,
     /// Where the kernel sends packets.
@@ -132,6 +134,12 @@ impl Agent {
                 new.for_each(|problem| tracing::warn!("{problem}"));
                 self.kernel.routing = routing;
                 self.follow_path_mtus();
+            }
+            Told::Flapping(flapping) => {
+                if let (None, Some(problem)) = (&self.kernel.flapping, &flapping) {
+                    tracing::warn!("{problem}");
+                }
+                self.kernel.flapping = flapping;
             }
             Told::Overlaps(overlaps) => {
                 overlaps.iter().for_each(|overlap| tracing::warn!("{overlap}"));

@@ -20,7 +20,7 @@ use super::{
     overruns::Overruns,
     surroundings::Surroundings,
     told::{DemandState, Outcome, Told},
-    underlay::{Chosen, Watch},
+    underlay::{Chosen, Flaps, Watch},
 };
 use crate::{
     config::Config,
@@ -107,6 +107,8 @@ impl Programmer {
             netlink,
             config,
             underlay: Watch::new(Instant::now(), chosen),
+            flaps: Flaps::default(),
+            flapping: None,
             looked: None,
             orders,
             tell,
@@ -160,6 +162,9 @@ struct Reconciler<F> {
     netlink: Netlink,
     config: Config,
     underlay: Watch,
+    flaps: Flaps,
+    /// As last told.
+    flapping: Option<String>,
     /// When the interfaces were last looked at.
     looked: Option<Instant>,
     orders: Orders<Task>,

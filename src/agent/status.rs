@@ -132,6 +132,7 @@ impl Agent {
         problems.extend(self.flood_problem().into_iter().chain(self.crowd_problem()));
         let capped = self.transport.receive_buffer().capped;
         problems.extend(self.unread.problem(self.node.address().port(), capped));
+        problems.extend(kernel.flapping.clone());
         problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());

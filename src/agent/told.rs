@@ -22,6 +22,8 @@ pub enum Told {
     /// The interface that carries the tunnels is another one, or has another address or MTU; or there is
     /// none that would do.
     Underlay(Result<Chosen, UnderlayError>),
+    /// The carrier of that interface comes and goes, as a sentence; or does not any more.
+    Flapping(Option<String>),
     /// Where the kernel sends packets is not where they should go, or is again.
     Routing(Routing),
     /// Addresses of this host inside the overlay's networks, as sentences.

@@ -4,6 +4,8 @@
 //! change them (`bridge link set`, `ip link set type bridge_slave`), and then packets of the pod are dropped
 //! where nothing counts them.
 
+use std::fmt;
+
 use rtnetlink::{
     LinkMessageBuilder, LinkUnspec,
     packet_core::{DefaultNla, Nla},
@@ -46,6 +48,41 @@ const SETTINGS: [(u16, u8, &str); 16] = [
 /// Whether the bridge takes packets from a port and to it.
 pub(super) fn is_open(port: &Link) -> bool {
     port.is_operational() && told(port).contains(&(STATE, FORWARDING))
+}
+
+/// What a bridge does with packets of a port (`BR_STATE_*` of linux/if_bridge.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortState {
+    Disabled,
+    Listening,
+    Learning,
+    Forwarding,
+    Blocking,
+}
+
+impl fmt::Display for PortState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Disabled => "disabled",
+            Self::Listening => "listening",
+            Self::Learning => "learning",
+            Self::Forwarding => "forwarding",
+            Self::Blocking => "blocking",
+        })
+    }
+}
+
+/// The state of a port of any bridge; none, if it is not told.
+pub fn state(port: &Link) -> Option<PortState> {
+    let states = [
+        PortState::Disabled,
+        PortState::Listening,
+        PortState::Learning,
+        PortState::Forwarding,
+        PortState::Blocking,
+    ];
+    let (_, value) = told(port).into_iter().find(|(kind, _)| *kind == STATE)?;
+    states.get(usize::from(value)).copied()
 }
 
 /// Whether all settings that the kernel tells of a port are right.

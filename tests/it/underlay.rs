@@ -159,6 +159,54 @@ fn carrier_loss_with_address_and_route_left_in_place_fails_over() {
     });
 }
 
+/// A bridge has a carrier where a port of it forwards.
+#[test]
+fn bridge_whose_port_waits_for_its_forward_delay_is_named_with_the_state_of_the_port() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        for command in [
+            "ip link add br0 type bridge stp_state 1 forward_delay 3000",
+            "ip addr flush dev eth0",
+            "ip link set eth0 master br0",
+            "ip addr add 10.99.0.10/24 dev br0",
+            "ip link set br0 up",
+        ] {
+            tool(&host.netns, command);
+        }
+        let mut agent = Agent::start(program(), &host, &["--init", "--iface", "br0"])?;
+        let words =
+            "br0 has no carrier: it is a bridge, and its port eth0 is still listening (STP)";
+        wait_until("the state is not named", SOON, || has_problem(&mut agent, words));
+        tool(&host.netns, "ip link set br0 type bridge stp_state 0");
+        tool(&host.netns, "ip link set eth0 nomaster");
+        wait_until("no port", SOON, || has_problem(&mut agent, "it is a bridge without a port"));
+        tool(&host.netns, "ip link set eth0 master br0");
+        wait_until("it is still named", SOON, || !has_problem(&mut agent, "br0"));
+        Ok(())
+    });
+}
+
+#[test]
+fn carrier_that_comes_and_goes_is_named_and_stays_so_where_it_is_back() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let agent = &mut cluster.agents[1];
+        let words = "the carrier of eth0 comes and goes: it was lost";
+        for _ in 0..2 {
+            outside("ip link set port2 down");
+            outside("ip link set port2 up");
+        }
+        wait_until("no underlay", SOON, || !has_problem(agent, "no underlay"));
+        assert!(!has_problem(agent, words), "twice may be a restart of the switch");
+        outside("ip link set port2 down");
+        wait_until("it is not named", SOON, || has_problem(agent, words));
+        outside("ip link set port2 up");
+        wait_until("it is not back", SOON, || !has_problem(agent, "no underlay"));
+        assert!(has_problem(agent, words), "it was back before, too");
+        Ok(())
+    });
+}
+
 #[test]
 fn only_uplink_without_carrier_or_down_is_named_until_it_is_back() {
     isolated(|lab| {

@@ -12,7 +12,7 @@ impl<F: Fn(Told)> Reconciler<F> {
     pub(super) fn underlay_due(&self, now: Instant) -> Option<Instant> {
         let earliest = self.looked.map_or(now, |looked| looked + LOOK_GAP);
         let touched = self.touched.underlay.then_some(earliest);
-        touched.into_iter().chain(self.underlay.due()).min()
+        touched.into_iter().chain(self.underlay.due()).chain(self.flaps.due()).min()
     }
 
     pub(super) fn look_at_underlay(&mut self, now: Instant) {
@@ -24,8 +24,23 @@ impl<F: Fn(Told)> Reconciler<F> {
         if let Some(change) = self.underlay.step(now, look) {
             (self.tell)(Told::Underlay(change));
         }
+        self.look_for_flaps(now);
         // What has changed may be an address inside the overlay's networks.
         self.look_for_overlaps();
+    }
+
+    fn look_for_flaps(&mut self, now: Instant) {
+        let name = &self.underlay.present().name;
+        match self.netlink.link(name) {
+            Ok(Some(link)) => self.flaps.look(now, &link),
+            Ok(None) => {}
+            Err(error) => tracing::debug!(%error, "the underlay's carrier not looked at"),
+        }
+        let flapping = self.flaps.problem(name);
+        if flapping != self.flapping {
+            self.flapping.clone_from(&flapping);
+            (self.tell)(Told::Flapping(flapping));
+        }
     }
 
     /// Underlay addresses of the peers.

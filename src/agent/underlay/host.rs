@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{Chosen, ETHERNET_MTU, UnderlayError};
+use super::{Chosen, ETHERNET_MTU, UnderlayError, carrier::absence};
 use crate::{
     config::{Config, IfaceChoice},
     dataplane::desired::{Mode, overhead},
@@ -226,6 +226,10 @@ impl Host {
     fn count_neighbors(&self, address: &Address) -> usize {
         let is_near = |(peer, _): &&(IpAddr, u32)| is_neighbor(address, peer);
         if self.has_carrier(address) { self.peers.iter().filter(is_near).count() } else { 0 }
+    }
+
+    pub(super) fn no_carrier(&self, link: &Link) -> UnderlayError {
+        UnderlayError::NoCarrier { iface: link.name.clone(), why: absence(link, &self.links) }
     }
 
     fn has_carrier(&self, address: &Address) -> bool {

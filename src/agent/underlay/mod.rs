@@ -8,6 +8,7 @@
 //!
 //! [`watch`] decides when a change counts.
 
+mod carrier;
 mod host;
 mod watch;
 
@@ -16,7 +17,7 @@ use std::{io, net::IpAddr};
 use ipnet::IpNet;
 
 use self::host::Host;
-pub use self::watch::Watch;
+pub use self::{carrier::Flaps, watch::Watch};
 use crate::{
     config::Config,
     dataplane::desired::{Mode, Underlay, overhead},
@@ -106,8 +107,8 @@ pub enum UnderlayError {
          {address} dev {controller}, and routes that go by {iface})"
     )]
     Port { iface: String, controller: String, address: IpNet },
-    #[error("iface: {iface} has no carrier: is the cable plugged in, and the other end up?")]
-    NoCarrier { iface: String },
+    #[error("iface: {iface} has no carrier: {why}")]
+    NoCarrier { iface: String, why: String },
     #[error("netlink: {0}")]
     Netlink(String),
 }
@@ -174,7 +175,7 @@ pub fn look_again(
             })?,
         };
         if let Some(link) = host.link(found.link).filter(|link| !link.carrier) {
-            return Err(UnderlayError::NoCarrier { iface: link.name.clone() });
+            return Err(host.no_carrier(link));
         }
         Ok((host.chosen(netlink, found, config)?, held.is_some()))
     };
