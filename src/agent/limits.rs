@@ -8,6 +8,8 @@ use crate::{
     model::{Pool, Subnets},
 };
 
+/// Words of the sentence that says so of IPv6 in the overlay.
+pub const LACKS_IPV6: &str = "is left out on this host";
 /// UDP datagrams that QUIC must be able to send (RFC 9000, section 14).
 const QUIC_DATAGRAM: u32 = 1_200;
 
@@ -55,7 +57,7 @@ fn limits(chosen: &Chosen, pool: Option<&Pool>) -> Vec<String> {
             ),
         };
         limits.push(format!(
-            "IPv6 ({ipv6}) is left out on this host: it needs an MTU of {IPV6_MTU_MIN} in the overlay, and \
+            "IPv6 ({ipv6}) {LACKS_IPV6}: it needs an MTU of {IPV6_MTU_MIN} in the overlay, and \
              {why}"
         ));
     }

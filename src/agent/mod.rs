@@ -106,6 +106,7 @@ use crate::{
 
 pub use ending::Ending;
 pub use knock::{is_own, knock, own_sentence};
+pub use limits::LACKS_IPV6;
 pub use reload::Reread;
 pub use signals::guard;
 pub use start::{StartFailure, random, run};

@@ -66,14 +66,27 @@ impl Foreign {
     }
 }
 
-/// A sentence about each address of this host that takes packets away from pods, given the overlay's
-/// networks, this node's own subnets, and the bridge that gossamer has made for pods, if it has.
-pub fn problems(
-    foreign: &[Foreign],
-    networks: &[IpNet],
-    own: &[IpNet],
-    pods: Option<&str>,
-) -> Vec<String> {
+/// The overlay on this host.
+#[derive(Clone, Copy, Debug)]
+pub struct Overlay<'a> {
+    pub networks: &'a [IpNet],
+    /// This node's own subnets.
+    pub own: &'a [IpNet],
+    /// The bridge that gossamer has made for pods, if it has.
+    pub pods: Option<&'a str>,
+    /// Each peer's subnet has a route; otherwise one route is for all of them.
+    pub has_all_routes: bool,
+}
+
+/// A sentence about each address of this host that takes packets away from pods.
+pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
+    let Overlay { networks, own, pods, has_all_routes } = *overlay;
+    // Routes to subnets of nodes are more specific.
+    let is_outranked = |found: &Foreign| {
+        let is_ipv4 = found.network.addr().is_ipv4();
+        let mut own = own.iter().filter(|own| own.addr().is_ipv4() == is_ipv4);
+        has_all_routes && own.any(|own| found.network.prefix_len() < own.prefix_len())
+    };
     let home_of = |subnet: &IpNet| {
         let mut bridges = foreign
             .iter()
@@ -86,15 +99,27 @@ pub fn problems(
             let subnet = own.iter().find(|own| own.contains(&found.address()));
             if let Some((subnet, home)) = subnet.and_then(|subnet| Some((subnet, home_of(subnet)?)))
             {
-                return (found.interface != home).then(|| rival(found, *subnet, home));
+                if found.interface == home {
+                    return None;
+                }
+                if !is_outranked(found) {
+                    return Some(rival(found, *subnet, home));
+                }
             }
             let network = networks.iter().find(|network| found.takes_from(network))?;
+            let Foreign { network: around, interface, .. } = found;
+            let (address, around) = (found.address(), around.trunc());
+            let what = match is_outranked(found) {
+                true => format!(
+                    "subnets of nodes come before {around}, so the overlay takes the packets to machines \
+                     behind {interface} that have addresses in these, and packets to a pod with the address \
+                     {address} stay on this host"
+                ),
+                false => format!("packets for pods in {around} leave by that interface"),
+            };
             Some(format!(
-                "{} on {} is in the overlay's network {network}: packets for pods in {} leave by that \
-                 interface; give it another network, or create the cluster with another one (--network)",
-                found.address(),
-                found.interface,
-                found.network.trunc(),
+                "{address} on {interface} is in the overlay's network {network}: {what}; give it \
+                 another network, or create the cluster with another one (--network)"
             ))
         })
         .collect()
@@ -126,6 +151,28 @@ mod tests {
     fn foreign(network: &str, kind: ForeignKind) -> Foreign {
         let network = network.parse().expect("a network");
         Foreign { network, interface: "eth1".to_owned(), kind }
+    }
+
+    fn overlay<'a>(networks: &'a [IpNet], own: &'a [IpNet], pods: Option<&'a str>) -> Overlay<'a> {
+        Overlay { networks, own, pods, has_all_routes: true }
+    }
+
+    /// As libvirt and others have it: the routes to subnets are more specific.
+    #[test]
+    fn network_around_subnets_takes_nothing_from_them_and_that_is_not_said_of_it() {
+        let pool = ["10.42.0.0/16".parse().expect("a network")];
+        let own = ["10.42.1.0/24".parse().expect("a network")];
+        for network in ["10.42.0.1/16", "10.42.1.7/16", "10.42.7.1/8"] {
+            let found = [foreign(network, ForeignKind::Bridge)];
+            let overlay = overlay(&pool, &own, Some("gsm0"));
+            let said = problems(&found, &overlay);
+            let words = ["machines behind eth1", "stay on this host", "give it another network"];
+            assert!(said.len() == 1 && words.iter().all(|word| said[0].contains(word)), "{said:?}");
+            assert!(!said[0].contains("leave by"), "{said:?}");
+            // One route for all of the pool loses to it.
+            let said = problems(&found, &Overlay { has_all_routes: false, ..overlay });
+            assert!(said.len() == 1 && said[0].contains("leave by"), "{said:?}");
+        }
     }
 
     #[test]
@@ -175,7 +222,7 @@ mod tests {
     fn bridge_in_the_own_subnet_is_the_home_of_pods_and_others_are_named() {
         let pool = ["10.42.0.0/16".parse().expect("a network")];
         let own = ["10.42.1.0/24".parse().expect("a network")];
-        let said = |network, kind| problems(&[foreign(network, kind)], &pool, &own, None);
+        let said = |network, kind| problems(&[foreign(network, kind)], &overlay(&pool, &own, None));
         assert!(said("10.42.1.1/24", ForeignKind::Bridge).is_empty());
         assert!(said("10.42.1.7/24", ForeignKind::Address)[0].contains("10.42.1.7 on eth1"));
         assert!(said("10.42.5.1/24", ForeignKind::Bridge)[0].contains("10.42.5.0/24"));
@@ -190,16 +237,16 @@ mod tests {
             interface: interface.to_owned(),
             ..foreign("10.42.1.1/24", ForeignKind::Bridge)
         };
-        let said = problems(&[of("cni0")], &pool, &own, Some("gsm0"));
+        let said = problems(&[of("cni0")], &overlay(&pool, &own, Some("gsm0")));
         assert_eq!(said.len(), 1, "{said:?}");
         for words in ["10.42.1.1 on cni0", "gsm0 is the bridge", "ip link del cni0"] {
             assert!(said[0].contains(words), "{words}: {said:?}");
         }
-        let said = problems(&[of("pods"), of("cni0")], &pool, &own, None);
+        let said = problems(&[of("pods"), of("cni0")], &overlay(&pool, &own, None));
         assert!(said.len() == 1 && said[0].contains("pods is the bridge"), "{said:?}");
         // An address that is no bridge's, beside one.
         let card = foreign("10.42.1.7/32", ForeignKind::Address);
-        let said = problems(&[of("pods"), card], &pool, &own, None);
+        let said = problems(&[of("pods"), card], &overlay(&pool, &own, None));
         assert!(
             said.len() == 1 && said[0].contains("ip addr del 10.42.1.7/32 dev eth1"),
             "{said:?}"

@@ -10,9 +10,9 @@ use rtnetlink::{LinkBridge, LinkVeth, LinkVxlan};
 
 use super::{Finding, Numbers, Patient};
 use crate::{
-    agent::choose_underlay,
+    agent::{LACKS_IPV6, choose_underlay},
     dataplane::{
-        desired::{Mode, device_name},
+        desired::{IPV6_MTU_MIN, Mode, device_name},
         firewall::Firewall,
         kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
@@ -29,8 +29,6 @@ const OTHERS: [(&str, &str); 6] = [
     ("vxlan-", "Docker Swarm"),
     ("genev_sys", "Open vSwitch"),
 ];
-/// What IPv6 needs (RFC 8200, 5).
-const MIN_MTU: u32 = 1280;
 
 pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     let numbers = patient.numbers();
@@ -259,7 +257,10 @@ fn overlap(patient: &Patient, numbers: &Numbers, findings: &mut Vec<Finding>) {
         .into_iter()
         .filter_map(|key| patient.status()?[key].as_str()?.parse().ok())
         .collect();
-    let sentences = overlaps(&mut netlink, &numbers.networks, &own).unwrap_or_default();
+    let has_all_routes =
+        patient.status().is_none_or(|status| status["kernel"]["peers_in_use"].is_null());
+    let sentences = overlaps(&mut netlink, &numbers.networks, &own, has_all_routes);
+    let sentences = sentences.unwrap_or_default();
     findings.extend(sentences.iter().map(|sentence| {
         let (seen, rest) = sentence.split_once(": ").unwrap_or((sentence, ""));
         let (why, fix) = rest.split_once("; ").unwrap_or((rest, ""));
@@ -287,12 +288,16 @@ fn mtu(patient: &Patient, links: &[Link], underlay: Option<&str>) -> Vec<Finding
             ),
         ));
     }
-    if let Some(mtu) = own.filter(|mtu| *mtu < MIN_MTU) {
-        findings.push(Finding::warning(
+    let told = patient.problems().filter(|problem| problem.contains(LACKS_IPV6));
+    findings.extend(told.map(|problem| Finding::sentence("mtu", problem)));
+    let has_ipv6 = patient.numbers().networks.iter().any(|network| network.addr().is_ipv6());
+    let is_unheard = patient.agent.is_none() && has_ipv6;
+    if let Some(mtu) = own.filter(|mtu| is_unheard && *mtu < IPV6_MTU_MIN) {
+        findings.push(Finding::problem(
             "mtu",
             format!("the overlay carries {mtu} bytes"),
-            "the kernel turns IPv6 off on interfaces below 1280 bytes",
-            "raise the underlay's MTU, if pods are to speak IPv6",
+            format!("the kernel turns IPv6 off on interfaces below {IPV6_MTU_MIN} bytes"),
+            "raise the underlay's MTU, or the setting mtu",
         ));
     }
     let bridge = patient.config.as_ref().ok().map(|config| config.bridge_name(vni));

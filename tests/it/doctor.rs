@@ -38,7 +38,7 @@ fn examine(host: &Host, more: &str) -> Vec<Value> {
 }
 
 /// Findings that are neither "ok" nor "skipped": without pods there is nothing to forward.
-fn complaints(host: &Host, more: &str) -> Vec<Value> {
+pub fn complaints(host: &Host, more: &str) -> Vec<Value> {
     let mut findings = examine(host, more);
     findings.retain(|finding| finding["verdict"] != "ok" && finding["verdict"] != "skipped");
     findings
@@ -348,6 +348,29 @@ fn capability_that_the_agent_lacks_is_named_with_its_process() {
         agent.wait_converged(1, PATIENCE)?;
         let words = format!("CAP_SYS_ADMIN is not held by the agent (process {})", agent.pid());
         assert_named(&host, "", "privileges", &words);
+        Ok(())
+    });
+}
+
+/// What is left of an underlay with 1280 bytes is too small for IPv6, which only some overlays have.
+#[test]
+fn underlay_too_small_for_ipv6_is_told_alike_by_status_and_doctor() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        sh(&host.netns, "ip link set eth0 mtu 1280 && sysctl -qw net.ipv6.conf.all.forwarding=1");
+        let mut agent = Agent::start(program(), &host, &["--init"])?;
+        let status = agent.wait_converged(1, PATIENCE)?;
+        assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");
+        assert_eq!(complaints(&host, ""), Vec::<Value>::new());
+        let host = lab.host(2, "n2")?;
+        sh(&host.netns, "ip link set eth0 mtu 1280 && sysctl -qw net.ipv6.conf.all.forwarding=1");
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        let status = agent.wait_converged(1, PATIENCE)?;
+        let problems = status["problems"].as_array().expect("problems");
+        assert_eq!(problems.len(), 1, "{status:#}");
+        let told = complaints(&host, "");
+        let told: Vec<_> = told.iter().map(|told| (&told["check"], &told["seen"])).collect();
+        assert_eq!(told, [(&Value::from("mtu"), &problems[0])]);
         Ok(())
     });
 }

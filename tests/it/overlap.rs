@@ -11,6 +11,7 @@ use crate::{
         Cluster, PATIENCE, client, has_problem, isolated, program, run, status_where, tool,
         wait_until,
     },
+    doctor::complaints,
     forwarding_far::{all_answer, with_pods},
 };
 
@@ -76,6 +77,34 @@ fn joiner_takes_a_subnet_that_leads_nowhere_else_and_names_the_rest() {
         let mut agent = cluster.start_agent(&host, &[])?;
         let status = agent.wait_converged(2, PATIENCE)?;
         assert_ne!(Agent::subnet(&status)?, subnet);
+        Ok(())
+    });
+}
+
+/// As libvirt makes one: routes to subnets of nodes are more specific, so pods lose nothing to it.
+#[test]
+fn network_around_the_subnets_of_nodes_is_told_by_what_it_takes_and_doctor_says_the_same() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let host = &cluster.hosts[0].netns;
+        tool(host, "ip link add virbr0 type bridge");
+        tool(host, "ip link set virbr0 up");
+        tool(host, "ip addr add 10.42.0.1/16 dev virbr0");
+        let agent = &mut cluster.agents[0];
+        let named = |status: &serde_json::Value| status["problems"].to_string().contains("virbr0");
+        let status = status_where(agent, named);
+        let problems = status["problems"].as_array().expect("problems");
+        let problem = problems[0].as_str().expect("a sentence");
+        assert_eq!(problems.len(), 1, "{problems:#?}");
+        assert!(
+            problem.contains("addresses in these") && !problem.contains("leave by"),
+            "{problem}"
+        );
+        tool(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip));
+        let bad = complaints(&cluster.hosts[0], "");
+        assert_eq!(bad.len(), 1, "{bad:#?}");
+        assert!(bad[0]["seen"].as_str().is_some_and(|seen| problem.starts_with(seen)), "{bad:#?}");
         Ok(())
     });
 }

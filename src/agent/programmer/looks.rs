@@ -57,7 +57,8 @@ impl<F: Fn(Told)> Reconciler<F> {
         let networks: Vec<_> = all.pool.networks().iter().collect();
         let slots = all.device.addresses.iter().filter_map(|ip| all.pool.slot_of(*ip));
         let own: Vec<_> = slots.flat_map(|slot| all.pool.subnets(slot).iter()).collect();
-        match overlaps(&mut self.netlink, &networks, &own) {
+        let has_all_routes = self.demand.in_use().is_none();
+        match overlaps(&mut self.netlink, &networks, &own, has_all_routes) {
             Ok(overlaps) => {
                 if overlaps != self.overlaps {
                     self.overlaps.clone_from(&overlaps);

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     dataplane::{
         desired::{Device, Hop, ROUTE_PROTOCOL, Way},
-        overlap::{self, Foreign, ForeignKind},
+        overlap::{self, Foreign, ForeignKind, Overlay},
         plan::{Actual, Found},
     },
     model::{Mac, Pool},
@@ -255,11 +255,12 @@ impl Kernel {
 }
 
 /// Addresses of this host that take packets away from pods, as sentences with what helps: given the overlay's
-/// networks, and this node's own subnets.
+/// networks, this node's own subnets, and whether each peer's subnet has a route.
 pub fn overlaps(
     netlink: &mut Netlink,
     networks: &[IpNet],
     own: &[IpNet],
+    has_all_routes: bool,
 ) -> io::Result<Vec<String>> {
     let (links, addresses) = (netlink.links()?, netlink.addresses()?);
     let in_own = |link: &Link| {
@@ -268,7 +269,8 @@ pub fn overlaps(
     };
     let pods = links.iter().find(|link| link.alias == ALIAS && in_own(link));
     let pods = pods.map(|link| link.name.as_str());
-    Ok(overlap::problems(&foreign_of(&links, &addresses), networks, own, pods))
+    let overlay = Overlay { networks, own, pods, has_all_routes };
+    Ok(overlap::problems(&foreign_of(&links, &addresses), &overlay))
 }
 
 /// Addresses of interfaces that are none of ours.
