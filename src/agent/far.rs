@@ -47,7 +47,7 @@ pub struct Setting {
     askers: BTreeMap<IpAddr, NodeId>,
     /// The same as far as the kernel can tell them.
     sources: Vec<Sources>,
-    /// Those of this host, which its rules may have put in the place of a member's.
+    /// Those of this host and others that its rules may have put in the place of a member's.
     own: BTreeSet<IpAddr>,
 }
 
@@ -378,7 +378,8 @@ impl Agent {
             Some(askers(*subnets, peer.vtep.underlay).map(move |from| (from, node)))
         };
         let own = askers(view.own.subnets, view.own.vtep.underlay);
-        let own = own.chain([self.underlay.local]).collect();
+        let arriving = self.kernel.forwarding.arriving.iter().copied();
+        let own = own.chain([self.underlay.local]).chain(arriving).collect();
         let askers = view.peers.iter().filter_map(askers_of).flatten().collect();
         let sources = sources(view.settings.pool.networks(), view.own.subnets);
         let lost_here = self.kernel.forwarding.closed.clone();

@@ -76,6 +76,8 @@ pub struct Forwarding {
     pub lacks_gateway: bool,
     /// Ways that packets do not pass.
     pub closed: Vec<Way>,
+    /// Under which packets of other hosts' pods arrive at pods here in place of their own.
+    pub arriving: BTreeSet<IpAddr>,
     /// What may drop packets of pods to other hosts, or answers to them, where such are lost.
     pub suspects: Vec<String>,
 }

@@ -103,3 +103,30 @@ fn pods_of_peers_in_use_are_tried_where_entries_are_there_on_demand() {
         Ok(())
     });
 }
+
+/// Pods get such packets and answer them, so nothing is lost.
+#[test]
+fn source_that_the_receiving_host_replaces_is_named_there_and_is_no_loss() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        sh(
+            &cluster.hosts[1].netns,
+            "nft add table ip far && \
+             nft add chain ip far out { type nat hook postrouting priority 100 ; } && \
+             nft add rule ip far out ip saddr 10.42.0.0/16 oifname gsm0 snat to 192.0.2.7",
+        );
+        let words = "reach pods here under the address 192.0.2.7";
+        wait_until(words, PATIENCE, || has_warning(&mut cluster.agents[1], words));
+        // Of what is tried after that, what is dropped in earnest is told alone.
+        sh(
+            &cluster.hosts[1].netns,
+            "nft add chain ip far through { type filter hook forward priority 0 ; } && \
+             nft add rule ip far through ip saddr 10.42.0.0/16 oifname gsm0 ip protocol udp \
+             meta length > 1000 drop",
+        );
+        let words = "do not arrive at pods of n2 (IPv4 large packets";
+        wait_until(words, LONG, || has_problem(&mut cluster.agents[0], words));
+        Ok(())
+    });
+}

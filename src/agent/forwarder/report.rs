@@ -65,6 +65,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
             drops_incoming,
             lacks_gateway,
             closed,
+            arriving: self.arriving.values().copied().collect(),
             suspects,
         };
         if now != self.told {
