@@ -10,7 +10,9 @@ use serde_json::json;
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{Cluster, PATIENCE, has_problem, isolated, run, sh, skipped, tool, wait_until},
+    common::{
+        Cluster, PATIENCE, eventually, has_problem, isolated, run, sh, skipped, tool, wait_until,
+    },
 };
 
 /// Many more than the kernels of a few pods send of their own accord in a second.
@@ -58,6 +60,105 @@ fn pod_that_sends_back_what_comes_to_it_makes_no_loop() {
         assert!(done, "{second}");
         let count = asks_while_bridging(&spaces[0], &["eth0", "eth1"], &own, &spaces[1]);
         assert!((1..ROUND_AND_ROUND).contains(&count), "{count} packets");
+        Ok(())
+    });
+}
+
+fn mac_of(pod: &NetNs) -> String {
+    let link = tool(pod, "ip -br link show dev eth0");
+    link.split_whitespace().nth(2).expect("a MAC").to_owned()
+}
+
+/// Has a pod send back under its own MAC what comes to it, whatever its destination.
+fn sends_back(pod: &NetNs) {
+    let mac = mac_of(pod);
+    sh(
+        pod,
+        &format!(
+            "ip addr flush dev eth0 && ip link add loop0 address {mac} type bridge && \
+             ip link set eth0 master loop0 && bridge link set dev eth0 hairpin on && \
+             nft add table bridge loop && \
+             nft add chain bridge loop back {{ type filter hook postrouting priority 0 ; }} && \
+             nft add rule bridge loop back ether saddr set {mac} && ip link set loop0 up"
+        ),
+    );
+}
+
+#[test]
+fn pods_that_send_back_frames_to_a_mac_that_nothing_has_make_no_loop() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        for pod in ["a", "b", "c"] {
+            runtime.add(pod);
+        }
+        spaces[..2].iter().for_each(sends_back);
+        for pod in &spaces[..2] {
+            eventually(pod, "bridge -d link show dev eth0", |text| {
+                text.contains("state forwarding")
+            });
+            eventually(pod, "ip link show dev loop0", |text| text.contains("state UP"));
+        }
+        // A link-local address that follows from no pod's MAC may be any pod's.
+        sh(
+            &spaces[0],
+            "ip addr add fe80::77/64 dev loop0 nodad && \
+             ip neigh add fe80::99 lladdr 02:00:00:00:00:99 dev loop0",
+        );
+        // Beside the groups that their kernels send to, and which go round under the limit.
+        sh(
+            &spaces[2],
+            "nft add table netdev seen && \
+             nft add chain netdev seen in { type filter hook ingress device eth0 priority 0 ; } && \
+             nft add rule netdev seen in ether daddr 02:00:00:00:00:99 counter",
+        );
+        run(&spaces[0], "ping -c 3 -i 0.2 -W 1 -I fe80::77%loop0 fe80::99%loop0");
+        let seen = tool(&spaces[2], "nft list table netdev seen");
+        assert!(seen.contains("counter packets 0 "), "{seen}");
+        Ok(())
+    });
+}
+
+#[test]
+fn frame_to_a_mac_that_the_bridge_does_not_know_reaches_its_owner_alone() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b", "guest"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let added = runtime.add("a");
+        runtime.add("b");
+        let (host, own) = (&cluster.hosts[0].netns, address(&added));
+        let mac = mac_of(&spaces[0]);
+        let port = added["interfaces"][1]["name"].as_str().expect("a name");
+        // Of a virtual machine, say, that has not sent anything yet.
+        sh(
+            host,
+            "ip link add guest0 type veth peer name eth0 netns guest && \
+             ip link set guest0 master gsm0 up",
+        );
+        let (subnet, _) = own.rsplit_once('.').expect("dots");
+        sh(
+            &spaces[2],
+            &format!(
+                "sysctl -qw net.ipv6.conf.eth0.disable_ipv6=1 && \
+                 ip link set eth0 address 02:00:00:00:00:77 && ip link set eth0 up && \
+                 ip addr add {subnet}.200/24 dev eth0 && \
+                 ip neigh replace {own} lladdr {mac} dev eth0 nud permanent"
+            ),
+        );
+        sh(&spaces[0], &format!("ip neigh replace {subnet}.200 lladdr 02:00:00:00:00:77 dev eth0"));
+        wait_until("the guest is not reached", PATIENCE, || {
+            run(&spaces[0], &format!("ping -c 1 -W 1 {subnet}.200")).status.success()
+        });
+        // What the host sends as well, as long as a pod has sent nothing that the bridge remembers.
+        let before = received(&spaces[1]);
+        for _ in 0..100 {
+            run(host, &format!("bridge fdb del {mac} dev {port} master"));
+            tool(host, &format!("ping -c 1 -W 2 {own}"));
+        }
+        let count = received(&spaces[1]) - before;
+        assert!(count < 50, "{count} packets");
         Ok(())
     });
 }

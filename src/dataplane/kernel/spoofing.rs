@@ -9,7 +9,13 @@
 //! A pod may bridge its own interfaces, or send back by one of them what comes in there. Frames would go
 //! round for ever: a broadcast comes back by its own port (hairpin mode, which services need) or by another
 //! one of the same container. So what leaves by such a port has to be for the pod itself, as what comes to it
-//! by a service is, and what the pod sends must not be. A limit ends a loop through several pods.
+//! by a service is, and what the pod sends must not be. A limit ends a loop of broadcasts through several
+//! pods.
+//!
+//! A frame to a MAC that the bridge does not know leaves by all of its ports. Pods that send it back under
+//! MACs of their own would have it go round as well, and any pod would see what is meant for another. So by a
+//! cable nothing leaves but what is for its pod, or for a group. The bridge goes on learning who is where: a
+//! port of another program gets what is for a machine behind it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,11 +45,15 @@ const STRANGERS_CHAIN: &str = "strangers";
 const RETURNING_CHAIN: &str = "returning";
 /// About frames to several: what the rules for pods have let pass.
 const GROUPS_CHAIN: &str = "groups";
+/// About frames that leave by cables.
+const RECEIVING_CHAIN: &str = "receiving";
 /// `NF_BR_PRE_ROUTING`; before the bridge learns who is where, and before Docker and kube-proxy change
 /// addresses (linux/netfilter_bridge.h).
 const PREROUTING: u32 = 0;
 /// `NF_BR_FORWARD`
 const FORWARD: u32 = 2;
+/// `NF_BR_POST_ROUTING`: what the bridge forwards, and what this host sends by it.
+const POSTROUTING: u32 = 4;
 const FIRST: i32 = -310;
 
 /// Sets with the length of their elements and their type as the `nft` program knows it: name of the cable,
@@ -110,6 +120,7 @@ pub(super) static SHAPE: Shape = Shape {
         (CHAIN, PREROUTING, FIRST),
         (GROUPS_CHAIN, PREROUTING, FIRST + 1),
         (RETURNING_CHAIN, FORWARD, FIRST),
+        (RECEIVING_CHAIN, POSTROUTING, FIRST),
     ],
     limited: Some((CALM, GROUP_RATE)),
     alarm: Some(Alarm { chain: GROUPS_CHAIN, words: flooded }),
@@ -121,7 +132,8 @@ pub(super) static SHAPE: Shape = Shape {
             .named_with(SIBLINGS, &[Side::Input, Side::Output], &[], true)
             .named_with(SIBLING_MACS, &[Side::Output], &[ETHER_DESTINATION], false);
         let returning = std::iter::once((RETURNING_CHAIN, to_itself.count().drop()));
-        of_strangers.chain(of_pods).chain(to_groups).chain(returning).collect()
+        let to_pods = rules_for_receivers().into_iter().map(|rule| (RECEIVING_CHAIN, rule));
+        of_strangers.chain(of_pods).chain(to_groups).chain(returning).chain(to_pods).collect()
     },
     elements: elements_of,
     leaving: of_cable,
@@ -158,11 +170,29 @@ fn flooded(bridge: &Bridge) -> String {
     )
 }
 
+/// Frames to a group, or to none.
+fn to_group(is_one: bool) -> Rule {
+    let (base, offset, _) = ETHER_DESTINATION;
+    Rule::new().masked(base, offset, &[1], &[1], is_one)
+}
+
+/// From top to bottom; most frames need the first alone.
+fn rules_for_receivers() -> Vec<Rule> {
+    let leaving = |set, places: &[_], found| {
+        Rule::new().named_with(set, &[Side::Output], places, found).accept()
+    };
+    vec![
+        leaving(MACS, &[ETHER_DESTINATION], true),
+        to_group(true).accept(),
+        leaving(CABLES, &[], false),
+        Rule::new().count().drop(),
+    ]
+}
+
 /// Without the limit, which the kernel knows since 5.7, all cables are calm.
 fn rules_for_groups() -> Vec<Rule> {
-    let (base, offset, _) = ETHER_DESTINATION;
     vec![
-        Rule::new().masked(base, offset, &[1], &[0], true).accept(),
+        to_group(false).accept(),
         Rule::new().input_with(CABLES, &[], false).accept(),
         Rule::new().input_with(CALM, &[], true).accept(),
         Rule::new().count().drop(),
