@@ -21,6 +21,7 @@ use crate::{
             FirewallTable,
             interface::{self, Ipv6},
             sysctl,
+            tunnels::into_tunnels,
             users::UsersRule,
         },
         toggled::{Setting, Toggled},
@@ -53,6 +54,8 @@ pub struct HostState {
 
 pub struct Surroundings {
     table: io::Result<FirewallTable>,
+    /// Interfaces that lead into tunnels, as last read.
+    tunnels: Option<BTreeSet<String>>,
     changes: Option<Changes>,
     users: UsersRule,
     users_problem: Option<String>,
@@ -93,6 +96,7 @@ impl Surroundings {
     pub fn open(mode: Mode, set_sysctls: bool) -> Self {
         Self {
             table: FirewallTable::open(),
+            tunnels: None,
             changes: Changes::open().ok(),
             users: UsersRule::open(),
             users_problem: None,
@@ -153,17 +157,28 @@ impl Surroundings {
 
     /// Makes our table equal to what is wanted, without reading it.
     pub fn write_table(&mut self, firewall: &Firewall) {
+        if self.tunnels.is_none() {
+            self.read_tunnels(firewall.port);
+        }
         self.on_table(firewall, FirewallTable::write);
     }
 
     /// Reads our table, and puts right what is wrong in it.
     pub fn verify_table(&mut self, firewall: &Firewall) {
+        self.read_tunnels(firewall.port);
         if let Some(pass) = self.on_table(firewall, FirewallTable::verify) {
             self.dropped = self.dropped.max(pass.dropped);
             if pass.repaired {
                 self.repaired.push("firewall");
                 self.opponents.note(Kind::Firewall, &format!("inet {}", firewall.table), None);
             }
+        }
+    }
+
+    fn read_tunnels(&mut self, port: u16) {
+        let links = self.netlink.as_mut().map(Netlink::links);
+        if let Ok(Ok(links)) = links {
+            self.tunnels = Some(into_tunnels(&links, port));
         }
     }
 
@@ -297,7 +312,11 @@ impl Surroundings {
         firewall: &Firewall,
         act: impl Fn(&mut FirewallTable, &Firewall) -> io::Result<T>,
     ) -> Option<T> {
-        let done = self.try_on_table(firewall, act);
+        let mut firewall = firewall.clone();
+        if let (Some(guard), Some(tunnels)) = (&mut firewall.guard, &self.tunnels) {
+            guard.tunnels.extend(tunnels.iter().cloned());
+        }
+        let done = self.try_on_table(&firewall, act);
         self.guarded = firewall.guard.is_some() && done.is_some();
         done
     }

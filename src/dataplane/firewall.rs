@@ -62,6 +62,8 @@ pub struct Guard {
     pub interfaces: [String; 2],
     /// Where pods have their addresses, also on bridges of other programs.
     pub networks: Vec<IpNet>,
+    /// Interfaces by which this host sends into tunnels at the port, of other programs as well.
+    pub tunnels: BTreeSet<String>,
 }
 
 impl Firewall {
@@ -73,6 +75,7 @@ impl Firewall {
             lenient: !view.unheard.is_empty(),
             interfaces: [device_name(view.settings.vni), bridge.to_owned()],
             networks: view.settings.pool.networks().iter().collect(),
+            tunnels: BTreeSet::from([device_name(view.settings.vni)]),
         });
         let networks = || view.settings.pool.networks().iter().zip(view.own.subnets.iter());
         let leases = policy.on_demand.then(|| Leases {

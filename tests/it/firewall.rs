@@ -241,6 +241,7 @@ fn with_partial_knowledge_those_let_in_before_stay_and_nobody_else_comes_in() {
                 lenient,
                 interfaces: ["gossamer.1", "gsm0"].map(str::to_owned),
                 networks: vec!["10.42.0.0/16".parse().expect("a network")],
+                tunnels: ["gossamer.1".to_owned()].into(),
             }),
             port: 8472,
             masquerade: Vec::new(),

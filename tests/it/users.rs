@@ -14,7 +14,7 @@ use nix::{
 
 use crate::{
     common::{
-        Cluster, PATIENCE, checksum, echoes, eventually, isolated, run, skipped, status_where,
+        Cluster, PATIENCE, checksum, echoes, eventually, isolated, run, sh, skipped, status_where,
         tool, wait_until,
     },
     families,
@@ -94,9 +94,7 @@ fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
         let link = tool(&cluster.hosts[1].netns, "ip -br link show gossamer.1");
         let mac = link.split_whitespace().nth(2).expect("a MAC");
         let victim = pods[1].ip.octets();
-        let mut file = tempfile::Builder::new().tempfile()?;
-        file.write_all(&forgery(mac, victim))?;
-        fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        let file = readable(&forgery(mac, victim))?;
         let path = file.path().display().to_string();
         let peer = cluster.hosts[1].ip.to_string();
 
@@ -152,6 +150,101 @@ fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
         assert!(!tool(&cluster.hosts[0].netns, "ip rule show").contains("proto 73"));
         let left = run(&cluster.hosts[0].netns, routes).stdout;
         assert!(left.is_empty(), "{}", String::from_utf8_lossy(&left));
+        Ok(())
+    });
+}
+
+/// A file that users may read; its bytes are what they send.
+fn readable(bytes: &[u8]) -> io::Result<tempfile::NamedTempFile> {
+    let mut file = tempfile::Builder::new().tempfile()?;
+    file.write_all(bytes)?;
+    fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    Ok(file)
+}
+
+/// Classes of queueing disciplines (HTB, say) are chosen by all bits of the priority.
+#[test]
+fn packets_of_users_keep_the_class_that_rules_of_others_give_them() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let host = &cluster.hosts[0].netns;
+        if !run(host, &format!("{USER} true")).status.success() {
+            skipped("packets_of_users_keep_their_class", "there are no users but root here");
+            return Ok(());
+        }
+        let other = NetNs::new("other")?;
+        sh(
+            host,
+            "ip link add br9 type bridge && ip addr add 10.9.0.1/24 dev br9 && \
+             ip link add port9 type veth peer name eth0 netns other && \
+             ip link set port9 master br9 up && ip link set br9 up && \
+             ip neigh add 10.9.0.2 lladdr 02:00:00:00:00:09 dev br9 && \
+             nft add table inet class && \
+             nft add chain inet class out { type filter hook output priority 0 ; } && \
+             nft add rule inet class out udp dport 9 meta priority set 1:10 && \
+             nft add rule inet class out oifname gossamer.1 meta priority set 1:8010 && \
+             nft add rule inet class out udp dport 8472 meta priority 1:8010 counter && \
+             nft add table bridge seen && \
+             nft add chain bridge seen out { type filter hook postrouting priority 0 ; } && \
+             nft add rule bridge seen out ip daddr 10.9.0.2 udp dport 9 meta priority 1:10 counter && \
+             nft add rule bridge seen out ip daddr 10.9.0.2 udp dport 7 meta priority 0:0 counter",
+        );
+        tool(&other, "ip link set eth0 up");
+        eventually(host, "bridge link show dev port9", |text| text.contains("state forwarding"));
+        eventually(host, "nft list table inet gossamer.1", |text| text.contains("chain users"));
+        let file = readable(b"x")?;
+        let path = file.path().display().to_string();
+        for port in [9, 7] {
+            assert!(sends(host, USER, &path, "10.9.0.2", port));
+        }
+        let seen = tool(host, "nft list table bridge seen");
+        assert_eq!(seen.matches("counter packets 1 ").count(), 2, "{seen}");
+        // Those of the tunnel have the class of what is inside them.
+        tool(host, &format!("{USER} ping -c 1 -W 2 {}", pods[1].ip));
+        let seen = tool(host, "nft list table inet class");
+        assert!(seen.contains("counter packets 1 "), "{seen}");
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        assert_eq!(status["kernel"]["strangers_dropped"].as_u64(), Some(0));
+        Ok(())
+    });
+}
+
+#[test]
+fn users_send_into_tunnels_of_others_by_whatever_is_on_top_of_them() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 2)?;
+        let host = &cluster.hosts[0].netns;
+        if !run(host, &format!("{USER} true")).status.success() {
+            skipped("users_send_into_tunnels_of_others", "there are no users but root here");
+            return Ok(());
+        }
+        for (own, other) in [(0, 1), (1, 0)] {
+            let remote = cluster.hosts[other].ip;
+            let vxlan = |id: u8| {
+                format!("ip link add vx{id} type vxlan id {id} dstport 8472 remote {remote}")
+            };
+            let netns = &cluster.hosts[own].netns;
+            sh(
+                netns,
+                &format!(
+                    "{} && ip link add br7 type bridge && ip link set br7 up && \
+                     ip link set vx7 master br7 up && ip addr add 10.7.0.{}/24 dev br7 && \
+                     {} && ip link set vx8 up && \
+                     ip link add mac8 link vx8 type macvlan mode bridge && ip link set mac8 up && \
+                     ip addr add 10.8.0.{}/24 dev mac8",
+                    vxlan(7),
+                    own + 1,
+                    vxlan(8),
+                    own + 1,
+                ),
+            );
+        }
+        for to in ["10.7.0.2", "10.8.0.2"] {
+            wait_until(to, PATIENCE, || {
+                run(host, &format!("{USER} ping -c 1 -W 1 {to}")).status.success()
+            });
+        }
         Ok(())
     });
 }

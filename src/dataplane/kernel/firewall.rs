@@ -38,8 +38,6 @@ use crate::{
 const ELEMENT_EXPRESSION: u16 = 7;
 /// Bytes: what a socket's buffer takes where nobody has raised its limit (`net.core.wmem_max`).
 const MAX_TRANSACTION: usize = 300_000;
-/// What the kernel says of an expression that it does not know.
-const EOPNOTSUPP: i32 = 95;
 /// The table, as it is in the kernel.
 pub struct FirewallTable {
     nftables: Nftables,
@@ -263,15 +261,8 @@ impl FirewallTable {
     fn write_anew(&mut self, wanted: &Firewall, elements: Elements) -> io::Result<()> {
         self.written = None;
         self.dropped_before = self.dropped;
-        let mut steps = steps_to(wanted, &elements, true);
-        let mut written = self.carry_out(&steps);
-        let is_unknown = |error: &io::Error| error.raw_os_error() == Some(EOPNOTSUPP);
-        if written.as_ref().is_err_and(is_unknown) && wanted.guard.is_some() {
-            // Kernels before 5.1 cannot tell what goes into a tunnel.
-            steps = steps_to(wanted, &elements, false);
-            written = self.carry_out(&steps);
-        }
-        match written {
+        let steps = steps_to(wanted, &elements);
+        match self.carry_out(&steps) {
             // A kernel without nftables holds nothing of ours.
             Err(error) if wanted.is_empty() && is_missing(&error) => return Ok(()),
             written => written?,
@@ -334,8 +325,7 @@ impl Firewall {
     }
 }
 
-/// What makes the table, with or without the chains about what users send.
-fn steps_to(wanted: &Firewall, elements: &Elements, of_users: bool) -> Vec<Step> {
+fn steps_to(wanted: &Firewall, elements: &Elements) -> Vec<Step> {
     let table = &wanted.table;
     let mut steps = vec![create_table(table), delete_table(table)];
     if !wanted.is_empty() {
@@ -346,9 +336,7 @@ fn steps_to(wanted: &Firewall, elements: &Elements, of_users: bool) -> Vec<Step>
     if let Some(guard) = &wanted.guard {
         add_guard(table, guard, &mut steps);
         refuse_routers(table, guard, &mut steps);
-        if of_users {
-            refuse_users(table, guard, &mut steps);
-        }
+        refuse_users(table, guard, &mut steps);
     }
     if let Some(leases) = &wanted.leases {
         refuse_unleased(table, leases, &mut steps);

@@ -21,6 +21,7 @@ mod sets;
 mod spoofing;
 pub mod sysctl;
 pub mod trace;
+pub mod tunnels;
 mod unused;
 pub mod users;
 mod watch;

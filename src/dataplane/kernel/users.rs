@@ -16,8 +16,7 @@
 //!
 //! Rules hold for lookups alone. A socket that is connected to another port has got a route by that one, and
 //! may send to this one by the same: an IPv6 socket by `sendto`, any by what it has held back (`UDP_CORK`).
-//! So the guard's table drops what users send, too (`firewall::chains::refuse_users`), on kernels that tell
-//! what goes into a tunnel; on older ones the rules are all that there is.
+//! So the guard's table drops what users send, too (`firewall::chains::refuse_users`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::{LinkAttribute, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
     neighbour::{NeighbourMessage, NeighbourState},
     route::{RouteHeader, RouteMessage, RouteProtocol},
 };
@@ -66,8 +66,10 @@ impl Touched {
         self.rules |= match message {
             Message::DelRule(rule) => users::is_ours(rule),
             Message::DelRoute(route) => users::brings_back(route),
-            // Users may send by it.
-            Message::NewLink(_) => is_of_others,
+            // Users may send by it. A bridge may lead into a tunnel as soon as it has this port.
+            Message::NewLink(link) => {
+                is_of_others || Some(link.header.index) != device && is_vxlan(link)
+            }
             _ => false,
         };
         let Some(desired) = desired else { return };
@@ -154,6 +156,14 @@ impl Touched {
 /// Whether packets may take another way because of a change: those of the underlay, and those of pods. What
 /// concerns our own device, and ports of bridges, which come and go with pods, does not lead them elsewhere.
 /// A cable is no port yet when the kernel first tells of it, and gets a route of multicast when it is up.
+fn is_vxlan(link: &LinkMessage) -> bool {
+    let infos = link.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    });
+    infos.flatten().any(|info| *info == LinkInfo::Kind(InfoKind::Vxlan))
+}
+
 fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> bool {
     use RouteNetlinkMessage as Message;
     match message {

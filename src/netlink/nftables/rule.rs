@@ -52,8 +52,6 @@ const LOOPBACK: u32 = 1;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 const META_PKTTYPE: u32 = 19;
-/// Of the input interface 26 (Linux 5.1).
-const META_OIFKIND: u32 = 27;
 /// `PACKET_HOST` of linux/if_packet.h: to this host alone.
 const PACKET_HOST: u8 = 0;
 /// `NFT_REJECT_ICMPX_UNREACH`, `NFT_REJECT_ICMPX_HOST_UNREACH`
@@ -208,20 +206,15 @@ impl Rule {
         Self(self.0.nest(1, &limit(packets, LIMIT_BURST)))
     }
 
-    /// What leaves by an interface of this kind, as `ip -details link` calls it.
-    pub fn to_kind(self, kind: &str) -> Self {
-        self.meta(META_OIFKIND).compare(EQUAL, &name_bytes(kind))
-    }
-
     /// Matches what a socket of this network namespace sends that a user other than root has opened.
     pub fn of_user(self) -> Self {
         self.meta(META_SKUID).compare(UNEQUAL, &0_u32.to_ne_bytes())
     }
 
-    /// Whose priority has one of these bits, or none.
-    pub fn prioritized(self, bits: u32, any: bool) -> Self {
-        let masked = self.meta(META_PRIORITY).mask(&bits.to_ne_bytes());
-        masked.compare(if any { UNEQUAL } else { EQUAL }, &0_u32.to_ne_bytes())
+    /// Whose priority is this under the mask.
+    pub fn prioritized(self, mask: u32, value: u32) -> Self {
+        let masked = self.meta(META_PRIORITY).mask(&mask.to_ne_bytes());
+        masked.compare(EQUAL, &value.to_ne_bytes())
     }
 
     /// Sets these bits of the priority, or clears them.

@@ -12,7 +12,10 @@ use crate::{
     },
     netlink::{
         attributes::{self, Attributes},
-        nftables::{Base, Field, Kind, Rule, SET_EXPRESSION, Step, base_chain, counter},
+        nftables::{
+            Base, Field, IFNAMSIZ, Kind, Rule, SET_EXPRESSION, Side, Step, base_chain, counter,
+            name_bytes,
+        },
     },
     pods::{bridge::PREFIX, wiring::LINK_NAME},
 };
@@ -42,11 +45,12 @@ const SOURCE_NAT: i32 = 100;
 /// Where the VNI stands, counted from the UDP header (RFC 7348, 5).
 const VNI_OFFSET: u32 = 12;
 const PORT_OFFSET: u32 = 2;
-/// A bit of a packet's priority that no user can set (`SO_PRIORITY` takes 0 to 6 of them), and no
-/// queueing discipline reads: it says that a packet goes into a tunnel.
+/// A bit of a packet's priority that says that the packet goes into a tunnel. No user can set it
+/// (`SO_PRIORITY` takes 0 to 6 of them, and what follows from `IP_TOS` is not larger).
 const INTO_TUNNEL: u32 = 0x8000;
-/// Kinds of interfaces by which packets of users come into tunnels, also into those of other programs.
-const TUNNEL_KINDS: [&str; 2] = ["vxlan", "bridge"];
+/// The part of a priority that names a queueing discipline. Where it is not 0, root's rules have given the
+/// packet a class (`CLASSIFY`), by all of the bits, and its priority is left alone.
+const CLASSIFIED: u32 = 0xffff_0000;
 /// What gives a host routes: protocol and type of ICMPv6's router advertisement and redirect, and of ICMP's
 /// redirect.
 const ROUTE_GIVERS: [(u8, u8); 3] = [(58, 134), (58, 137), (1, 5)];
@@ -57,6 +61,8 @@ pub(super) const MEMBERS: [&str; 2] = ["members4", "members6"];
 /// The same addresses: the elements of the others count packets from members.
 const UNDERLAY: [&str; 2] = ["underlay4", "underlay6"];
 const LEASES: [&str; 2] = ["leases4", "leases6"];
+/// Names of interfaces by which packets come into tunnels.
+const TUNNELS: &str = "tunnels";
 
 /// What the sets hold, each of them that there is to be.
 pub(super) fn elements(wanted: &Firewall, members: &BTreeSet<IpAddr>) -> Elements {
@@ -74,6 +80,10 @@ pub(super) fn elements(wanted: &Firewall, members: &BTreeSet<IpAddr>) -> Element
     }
     if let Some(leases) = &wanted.leases {
         fill(LEASES, &mut leases.subnets.iter().map(IpNet::network));
+    }
+    if let Some(guard) = &wanted.guard {
+        let names = guard.tunnels.iter().map(|name| name_bytes(name).to_vec());
+        elements.insert(TUNNELS, names.collect());
     }
     elements
 }
@@ -94,13 +104,17 @@ fn groups() -> [IpNet; 2] {
 pub(super) fn add_sets(table: &str, elements: &Elements, steps: &mut Vec<Step>) {
     for (id, set) in (1..).zip(elements.keys()) {
         // Type and length of the elements as the `nft` program knows them.
-        let (kind, length) = if set.ends_with('4') { (7, 4) } else { (8, 16) };
+        let (kind, length) = match *set {
+            TUNNELS => (41, IFNAMSIZ as u32),
+            set if set.ends_with('4') => (7, 4),
+            _ => (8, 16),
+        };
         let named = Attributes::new().text(1, table).text(2, set);
-        let of_addresses = named.be32(3, 0).be32(4, kind).be32(5, length).be32(10, id);
+        let of_keys = named.be32(3, 0).be32(4, kind).be32(5, length).be32(10, id);
         let set = match MEMBERS.contains(set) {
             // Each element counts the packets that it was found for; kernels before 5.7 pass over that.
-            true => of_addresses.nest(SET_EXPRESSION, &counter()),
-            false => of_addresses,
+            true => of_keys.nest(SET_EXPRESSION, &counter()),
+            false => of_keys,
         };
         steps.push(create(Kind::NewSet, set));
     }
@@ -139,9 +153,10 @@ pub(super) fn add_guard(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
 
 /// What users other than root send to the port leaves this host in its name, so guards of other hosts would
 /// take it for tunnel packets. A tunnel packet that the kernel makes of what a process sends still belongs to
-/// the socket of that process. So what goes into a tunnel is given a bit, which the tunnel packet still has:
-/// what lacks it is a user's own. Policy rules ([`super::super::users`]) refuse that as well, but hold only
-/// where the kernel looks up a route with the packet's user and port, not where a socket has one already.
+/// the socket of that process. So what goes into a tunnel is given a bit, which the tunnel packet still has,
+/// unless it has a class: what has neither is a user's own. Policy rules ([`super::super::users`]) refuse
+/// that as well, but hold only where the kernel looks up a route with the packet's user and port, not
+/// where a socket has one already.
 ///
 /// Nothing in the packet itself counts: what follows the first segment of several (`UDP_SEGMENT`) is not seen
 /// here, and what lies in a user's pages (`splice`) may still change. The bit is cleared by the second chain
@@ -155,14 +170,14 @@ pub(super) fn refuse_users(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
         let based = base_chain(table, chain, "filter", hook, priority);
         steps.push(create(Kind::NewChain, based));
     }
-    let of_user = to_port(guard.port).of_user().prioritized(INTO_TUNNEL, false);
+    let either = CLASSIFIED | INTO_TUNNEL;
+    let of_user = to_port(guard.port).of_user().prioritized(either, 0);
     steps.push(append(table, USERS_CHAIN, &of_user.count().drop()));
-    let tunnelled = Rule::new().prioritized(INTO_TUNNEL, true).prioritize(INTO_TUNNEL, false);
+    let tunnelled = Rule::new().prioritized(either, INTO_TUNNEL).prioritize(INTO_TUNNEL, false);
     steps.push(append(table, OUT_OF_TUNNEL_CHAIN, &tunnelled));
-    for kind in TUNNEL_KINDS {
-        let into_tunnel = Rule::new().to_kind(kind).of_user().prioritize(INTO_TUNNEL, true);
-        steps.push(append(table, INTO_TUNNEL_CHAIN, &into_tunnel));
-    }
+    let to_tunnel = Rule::new().named_with(TUNNELS, &[Side::Output], &[], true).of_user();
+    let into_tunnel = to_tunnel.prioritized(CLASSIFIED, 0).prioritize(INTO_TUNNEL, true);
+    steps.push(append(table, INTO_TUNNEL_CHAIN, &into_tunnel));
 }
 
 /// What comes in from pods, and through the tunnel. Counted are only tunnel packets.
