@@ -20,6 +20,7 @@ mod ending;
 mod events;
 mod far;
 mod forwarder;
+mod fragments;
 mod hooks;
 mod host_view;
 mod inquest;

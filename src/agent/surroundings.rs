@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{connections::Connections, neighbor_tables::NeighborTables, opponents::Opponents};
+use super::{
+    connections::Connections, fragments::Fragments, neighbor_tables::NeighborTables,
+    opponents::Opponents,
+};
 use crate::{
     dataplane::{
         desired::{Desired, Mode},
@@ -76,6 +79,7 @@ pub struct Surroundings {
     /// The kernel would not have the masquerade.
     refused_at: Option<Instant>,
     connections: Connections,
+    fragments: Fragments,
     neighbors: NeighborTables,
     netlink: io::Result<Netlink>,
     problems: Vec<String>,
@@ -112,6 +116,7 @@ impl Surroundings {
             guarded: false,
             refused_at: None,
             connections: Connections::default(),
+            fragments: Fragments::default(),
             neighbors: NeighborTables::default(),
             netlink: Netlink::open(),
             problems: Vec::new(),
@@ -196,7 +201,7 @@ impl Surroundings {
         counted.inspect_err(|error| tracing::debug!(%error, "packets of members not read")).ok()
     }
 
-    /// Looks at sysctls, at the table of connections and, now and then, at chains of others.
+    /// Looks at sysctls, at tables of the kernel that may be full and, now and then, at chains of others.
     pub fn look(&mut self, desired: &Desired, bridge: &str, underlay: &str) {
         let begun = Instant::now();
         let networks: Vec<_> = desired.pool.networks().iter().collect();
@@ -209,6 +214,7 @@ impl Surroundings {
         }
         self.problems.clear();
         self.problems.extend(self.connections.look());
+        self.problems.extend(self.fragments.look());
         if let Ok(netlink) = &mut self.netlink {
             match self.neighbors.look(netlink) {
                 Ok(problems) => self.problems.extend(problems),

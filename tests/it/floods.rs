@@ -1,16 +1,18 @@
-//! A pod that makes the kernel tell of its interface without end: the agent stays small and serves others.
+//! Pods that use what their host has for all: the agent stays small and serves others, and what is full is
+//! named.
 
-use std::io;
+use std::{io, net::Ipv4Addr};
 
 use gossamer::{
     lab::{NetNs, memory_mib},
     netlink::{Netlink, Request, monitor::Monitor},
 };
 use rtnetlink::{LinkUnspec, packet_route::RouteNetlinkMessage};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
-    cni::{Runtime, namespaces},
-    common::{Cluster, eventually, freeze, isolated, thaw},
+    cni::{Runtime, address, namespaces},
+    common::{Cluster, PATIENCE, eventually, freeze, has_problem, isolated, sh, thaw, wait_until},
 };
 
 /// Sets an interface of this thread's namespace down and up, so often.
@@ -75,6 +77,44 @@ fn changes_that_are_more_than_one_turn_takes_come_with_the_next() {
             assert!(turns.iter().sum::<usize>() >= 2_000, "{turns:?}");
             Ok(())
         })?;
+        Ok(())
+    });
+}
+
+/// Sends the first fragments of so many UDP datagrams, and nothing more of them.
+fn send_first_fragments(netns: &NetNs, from: Ipv4Addr, to: Ipv4Addr, count: u16) -> io::Result<()> {
+    netns.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::UDP))?;
+        socket.set_header_included_v4(true)?;
+        for id in 0..count {
+            let [high, low] = id.to_be_bytes();
+            // "More fragments", time to live, UDP; the kernel fills in length and checksum.
+            let head = [0x45, 0, 0, 0, high, low, 0x20, 0, 64, 17, 0, 0];
+            let packet = [&head[..], &from.octets(), &to.octets(), &[0; 1_000]].concat();
+            socket.send_to(&packet, &std::net::SocketAddrV4::new(to, 0).into())?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn memory_for_fragments_that_a_pod_fills_is_named() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a"])?;
+        let given = Runtime::new(&cluster.agents[0]).add("a");
+        let gateway: Ipv4Addr = given["ips"][0]["gateway"].as_str().expect("a gateway").parse()?;
+        let own: Ipv4Addr = address(&given).parse()?;
+        sh(
+            &cluster.hosts[0].netns,
+            "sysctl -qw net.ipv4.ipfrag_low_thresh=200000 && \
+             sysctl -qw net.ipv4.ipfrag_high_thresh=300000",
+        );
+        let agent = &mut cluster.agents[0];
+        wait_until("it is not told", PATIENCE, || {
+            send_first_fragments(&spaces[0], own, gateway, 600).expect("sent");
+            has_problem(agent, "the kernel's memory for IPv4 fragments is full")
+        });
         Ok(())
     });
 }

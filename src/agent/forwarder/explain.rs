@@ -12,7 +12,7 @@ use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInf
 use super::{Setting, gateway, ipsec, marks, partial};
 use crate::{
     agent::{
-        connections,
+        connections, fragments,
         hooks::{self, Side},
         legacy,
     },
@@ -339,6 +339,10 @@ fn suspects(
     }
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let mut reasons: Vec<String> = Vec::new();
+    // The trials between pods of two hosts are the ones that send fragments.
+    if setting.is_far_lost {
+        reasons.extend(fragments::scarce());
+    }
     reasons.extend(networks.iter().flat_map(|network| marks::of_pods(netlink, setting, *network)));
     let mut takes_all = false;
     let links = netlink.links().unwrap_or_default();
