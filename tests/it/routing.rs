@@ -227,7 +227,7 @@ const HIDDEN_ROUTE_FAULTS: [(&str, &str, &str); 10] = [
         "ip route del throw 10.42.2.64/28",
     ),
     (
-        "carries 600 bytes, where the overlay carries 1450; remove it (ip route del 10.42.2.0/25 metric 0)",
+        "has the MTU 600, the overlay 1450; remove it (ip route del 10.42.2.0/25 metric 0)",
         "ip route add 10.42.2.0/25 via 10.42.2.0 dev gossamer.1 onlink mtu lock 600",
         "ip route del 10.42.2.0/25 metric 0",
     ),

@@ -65,7 +65,11 @@ fn secret_rotation_under_traffic_loses_no_member_and_no_packet() {
         let dropped = step(&cluster, &["drop", &old]).expect("dropped");
         assert_eq!(names(&dropped), [&*new]);
         assert!(step(&cluster, &["drop", &new]).expect_err("in use").contains("is in use"));
-        assert!(step(&cluster, &["use", "0badc0de"]).expect_err("unknown").contains("not known"));
+        assert!(
+            step(&cluster, &["use", "0badc0de"])
+                .expect_err("unknown")
+                .contains("is unknown on this node")
+        );
         assert!(step(&cluster, &["use", "this"]).expect_err("no name").contains("eight"));
 
         let answered = talking.join().expect("the stream ends")?;

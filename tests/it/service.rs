@@ -79,7 +79,7 @@ fn sighup_reloads_log_level_seeds_and_token() {
         let hangup = |agent: &Agent| kill(Pid::from_raw(agent.pid().cast_signed()), Signal::SIGHUP);
         write("mtu = \"many\"\n")?;
         hangup(&agent)?;
-        wait_until("not refused", TIMEOUT, || agent.log().contains("nothing was changed"));
+        wait_until("not refused", TIMEOUT, || agent.log().contains("nothing changed"));
 
         let right = &cluster.token;
         write(&format!("join = [\"10.99.0.10\"]\ntoken = \"{right}\"\nlog = \"debug\"\n"))?;
