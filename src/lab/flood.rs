@@ -3,21 +3,17 @@
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    thread::{self, JoinHandle},
+    thread,
     time::{Duration, Instant},
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::Host;
-use crate::{
-    transport::{Credentials, NodeKey, first_packets},
-    wire::Secret,
+use super::{
+    Host,
+    attack::{Attack, non_member},
 };
+use crate::transport::first_packets;
 
 /// Number of forged addresses, each with a socket of its own.
 const SOURCES: u8 = 250;
@@ -36,11 +32,7 @@ pub enum Source {
 }
 
 /// A flood of packets. It ends on drop.
-pub struct Flood {
-    stop: Arc<AtomicBool>,
-    sent: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
-}
+pub struct Flood(Attack);
 
 impl Flood {
     /// Starts to send `per_second` packets per second from a host.
@@ -53,9 +45,7 @@ impl Flood {
         source: Source,
         per_second: u32,
     ) -> anyhow::Result<Self> {
-        let key = NodeKey::from_seed([66; 32])?;
-        let non_member = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
-        let packets = first_packets(&non_member, to.into(), PACKETS)?;
+        let packets = first_packets(&non_member()?, to.into(), PACKETS)?;
         let from = |number: u8| match source {
             Source::UnusedNeighbors => Ipv4Addr::new(10, 99, 200, number),
             Source::Far => Ipv4Addr::new(198, 18, 0, number),
@@ -63,39 +53,25 @@ impl Flood {
         };
         let sockets: Vec<UdpSocket> =
             host.netns.run(|| (1..=SOURCES).map(|n| socket(from(n))).collect::<io::Result<_>>())?;
-        let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let thread = thread::spawn({
-            let (stop, sent) = (stop.clone(), sent.clone());
-            move || {
-                let begun = Instant::now();
-                let due = |count: u64| Duration::from_secs(count) / per_second;
-                for (count, packet) in (0..).zip(packets.iter().cycle()) {
-                    if stop.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    thread::sleep(due(count).saturating_sub(begun.elapsed()));
-                    let socket = &sockets[count as usize % sockets.len()];
-                    // A full send queue loses packets, which is acceptable.
-                    let is_sent = socket.send_to(packet, to).is_ok();
-                    sent.fetch_add(u64::from(is_sent), Ordering::Relaxed);
+        let attack = Attack::start(move |progress| {
+            let begun = Instant::now();
+            let due = |count: u64| Duration::from_secs(count) / per_second;
+            for (count, packet) in (0..).zip(packets.iter().cycle()) {
+                if progress.is_stopped() {
+                    break;
                 }
+                thread::sleep(due(count).saturating_sub(begun.elapsed()));
+                let socket = &sockets[count as usize % sockets.len()];
+                // A full send queue loses packets, which is acceptable.
+                progress.count(socket.send_to(packet, to).is_ok());
             }
-        });
-        Ok(Self { stop, sent, thread: Some(thread) })
+        })?;
+        Ok(Self(attack))
     }
 
     /// Returns the number of packets sent so far.
     pub fn sent(&self) -> u64 {
-        self.sent.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Flood {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.0.successes()
     }
 }
 

@@ -4,6 +4,7 @@
 //! namespaces, entered by [`enter()`], so it needs no root, disturbs nothing, and leaves nothing behind.
 
 mod agent;
+mod attack;
 mod cost;
 mod crowd;
 mod enter;

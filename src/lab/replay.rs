@@ -1,49 +1,40 @@
-//! A non-member that proves its addresses once, and begins handshakes with these proofs over and over.
+//! A non-member that proves its addresses once, and begins handshakes with these proofs repeatedly.
 
 use std::{
     io,
     net::{IpAddr, SocketAddr, UdpSocket},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    thread::{self, JoinHandle},
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 
-use super::NetNs;
-use crate::{
-    transport::{Credentials, NodeKey, Unfinished},
-    wire::Secret,
+use super::{
+    NetNs,
+    attack::{Attack, non_member},
 };
+use crate::transport::{Credentials, Unfinished};
 
-/// Different packets with one proof, which are sent by turns.
+/// Number of different packets with one proof, which are sent in turn.
 const PACKETS: usize = 1_024;
-/// A proof is taken for 15 s.
-const RENEWED: Duration = Duration::from_secs(10);
+/// Time after which the proofs are renewed. A node accepts a proof for 15 s.
+const PROOF_LIFETIME: Duration = Duration::from_secs(10);
 
-/// Sends until it is dropped.
-pub struct Replay {
-    ends: Arc<AtomicBool>,
-    sent: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
-}
+/// A flood of replayed proofs. It ends on drop.
+pub struct Replay(Attack);
 
 impl Replay {
-    /// Begins to send so many packets per second from all of these addresses by turns.
+    /// Starts to send `per_second` packets per second, from each of the addresses in turn.
     ///
     /// # Errors
-    /// Fails if the non-member's credentials cannot be made, or if an address is not the host's.
+    /// Fails if the non-member's credentials cannot be created, or if an address is not the host's.
     pub fn start(
         netns: &NetNs,
         to: SocketAddr,
         from: &[IpAddr],
         per_second: u32,
     ) -> anyhow::Result<Self> {
-        let key = NodeKey::from_seed([66; 32])?;
-        let stranger = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
+        let non_member = non_member()?;
         let sockets: Vec<UdpSocket> = netns.run(|| {
             from.iter().map(|from| UdpSocket::bind((*from, 0))).collect::<io::Result<_>>()
         })?;
@@ -51,64 +42,50 @@ impl Replay {
             socket.connect(to)?;
             socket.set_read_timeout(Some(Duration::from_millis(50)))?;
         }
-        let (ends, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let thread = thread::spawn({
-            let (ends, sent) = (ends.clone(), sent.clone());
-            move || {
-                while !ends.load(Ordering::Relaxed) {
-                    let packets = packets(&sockets, &stranger, to).unwrap_or_default();
-                    let begun = Instant::now();
-                    let due = |count: u64| Duration::from_secs(count) / per_second;
-                    for (count, (socket, packet)) in (0..).zip(packets.iter().cycle()) {
-                        if ends.load(Ordering::Relaxed) || begun.elapsed() > RENEWED {
-                            break;
-                        }
-                        thread::sleep(due(count).saturating_sub(begun.elapsed()));
-                        let is_sent = socket.send(packet).is_ok();
-                        sent.fetch_add(u64::from(is_sent), Ordering::Relaxed);
+        let attack = Attack::start(move |progress| {
+            while !progress.is_stopped() {
+                let packets = packets(&sockets, &non_member, to).unwrap_or_default();
+                let begun = Instant::now();
+                let due = |count: u64| Duration::from_secs(count) / per_second;
+                for (count, (socket, packet)) in (0..).zip(packets.iter().cycle()) {
+                    if progress.is_stopped() || begun.elapsed() > PROOF_LIFETIME {
+                        break;
                     }
+                    thread::sleep(due(count).saturating_sub(begun.elapsed()));
+                    progress.count(socket.send(packet).is_ok());
                 }
             }
-        });
-        Ok(Self { ends, sent, thread: Some(thread) })
+        })?;
+        Ok(Self(attack))
     }
 
-    /// Packets sent so far.
+    /// Returns the number of packets sent so far.
     pub fn sent(&self) -> u64 {
-        self.sent.load(Ordering::Relaxed)
+        self.0.successes()
     }
 }
 
-impl Drop for Replay {
-    fn drop(&mut self) {
-        self.ends.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// First packets of as many handshakes, with one proof of the address of each socket.
+/// Returns first packets of [`PACKETS`] handshakes, with one proof of the address of each socket.
 fn packets<'a>(
     sockets: &'a [UdpSocket],
-    stranger: &Credentials,
+    non_member: &Credentials,
     to: SocketAddr,
 ) -> anyhow::Result<Vec<(&'a UdpSocket, Vec<u8>)>> {
     let mut answers = Vec::new();
     let mut answer = [0; 2_048];
     for socket in sockets {
-        // Answers to the packets before are of no use.
+        // Discards the answers to earlier packets.
         socket.set_nonblocking(true)?;
         while socket.recv(&mut answer).is_ok() {}
         socket.set_nonblocking(false)?;
-        socket.send(&Unfinished::begin(stranger, to)?.1)?;
+        socket.send(&Unfinished::begin(non_member, to)?.1)?;
         let length = socket.recv(&mut answer)?;
         answers.push((socket, answer[..length].to_vec()));
     }
     let mut packets = Vec::new();
     for (socket, answer) in answers.iter().cycle().take(PACKETS) {
-        let (mut handshake, first) = Unfinished::begin(stranger, to)?;
-        let proof = handshake.reuse(stranger, to, &first, answer);
+        let (mut handshake, first) = Unfinished::begin(non_member, to)?;
+        let proof = handshake.reuse(non_member, to, &first, answer);
         packets.push((*socket, proof.context("no Retry")?));
     }
     Ok(packets)

@@ -2,31 +2,22 @@
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    thread::{self, JoinHandle},
     time::Duration,
 };
 
 use anyhow::Context as _;
 
-use super::NetNs;
-use crate::{
-    transport::{Credentials, NodeKey, Unfinished},
-    wire::Secret,
+use super::{
+    NetNs,
+    attack::{Attack, non_member},
 };
+use crate::transport::{Credentials, Unfinished};
 
 /// Longest wait for the answer to a first packet.
 const TIMEOUT: Duration = Duration::from_millis(50);
 
 /// Starts handshakes, one after another, until it is dropped.
-pub struct StalledHandshakes {
-    stop: Arc<AtomicBool>,
-    begun: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
-}
+pub struct StalledHandshakes(Attack);
 
 impl StalledHandshakes {
     /// Starts handshakes with `to`, from each of the addresses in turn.
@@ -34,40 +25,25 @@ impl StalledHandshakes {
     /// # Errors
     /// Fails if the non-member's credentials cannot be created.
     pub fn start(netns: &NetNs, to: SocketAddr, from: Vec<IpAddr>) -> anyhow::Result<Self> {
-        let key = NodeKey::from_seed([66; 32])?;
-        let non_member = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
-        let (stop, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let work = {
-            let (stop, begun) = (stop.clone(), begun.clone());
-            move || {
+        let non_member = non_member()?;
+        let attack = netns.run(|| {
+            Attack::start(move |progress| {
                 for address in from.iter().cycle() {
-                    if stop.load(Ordering::Relaxed) {
+                    if progress.is_stopped() {
                         break;
                     }
                     let socket = UdpSocket::bind((*address, 0));
-                    let is_begun =
-                        socket.is_ok_and(|socket| begin(&socket, &non_member, to).is_ok());
-                    begun.fetch_add(u64::from(is_begun), Ordering::Relaxed);
+                    progress
+                        .count(socket.is_ok_and(|socket| begin(&socket, &non_member, to).is_ok()));
                 }
-            }
-        };
-        // The thread stays in the network namespace in which it is started.
-        let thread = netns.run(|| thread::Builder::new().spawn(work))?;
-        Ok(Self { stop, begun, thread: Some(thread) })
+            })
+        })?;
+        Ok(Self(attack))
     }
 
     /// Returns the number of handshakes started so far.
     pub fn begun(&self) -> u64 {
-        self.begun.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for StalledHandshakes {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.0.successes()
     }
 }
 
