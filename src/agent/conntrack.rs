@@ -24,8 +24,6 @@ struct TableState {
 /// Follows the table over successive checks.
 #[derive(Debug, Default)]
 pub struct Conntrack {
-    /// The counter of dropped packets at the last check.
-    dropped: Option<u64>,
     /// Packets dropped for lack of room.
     recent: RecentLoss,
 }
@@ -42,10 +40,8 @@ impl Conntrack {
     }
 
     fn update(&mut self, table: TableState) -> Option<String> {
-        let before = self.dropped.replace(table.dropped)?;
-        let new = table.dropped.saturating_sub(before);
-        self.recent.note((new > 0 && table.is_full()).then_some(new), HOLD_CHECKS);
-        let count = self.recent.lost()?;
+        let is_relevant = |new| new > 0 && table.is_full();
+        let count = self.recent.update(table.dropped, HOLD_CHECKS, is_relevant)?;
         Some(format!("{}; {count} packets were dropped at the last count", table.problem()))
     }
 }

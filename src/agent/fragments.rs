@@ -26,17 +26,11 @@ struct Memory {
     refused: u64,
 }
 
-/// The state of both families over several checks.
+/// Follows the memory over successive checks.
 #[derive(Debug, Default)]
 pub struct Fragments {
-    families: [FamilyState; 2],
-}
-
-/// The state of one family.
-#[derive(Debug, Default)]
-struct FamilyState {
-    refused: Option<u64>,
-    recent: RecentLoss,
+    /// Fragments without room: IPv6, then IPv4.
+    families: [RecentLoss; 2],
 }
 
 impl Fragments {
@@ -46,12 +40,9 @@ impl Fragments {
     }
 
     fn update(&mut self, memory: Memory) -> Option<String> {
-        let state = &mut self.families[usize::from(memory.is_ipv4)];
-        let before = state.refused.replace(memory.refused)?;
-        let new = memory.refused.saturating_sub(before);
-        let is_scarce = memory.is_full() || memory.is_small() && new > 0;
-        state.recent.note(is_scarce.then_some(new), HOLD_CHECKS);
-        let count = state.recent.lost()?;
+        let recent = &mut self.families[usize::from(memory.is_ipv4)];
+        let is_scarce = |new| memory.is_full() || memory.is_small() && new > 0;
+        let count = recent.update(memory.refused, HOLD_CHECKS, is_scarce)?;
         Some(format!("{}; {count} found no room at the last count", memory.sentence()))
     }
 }

@@ -12,17 +12,8 @@ const HOLD_CHECKS: u32 = 3;
 /// Follows both tables over successive checks.
 #[derive(Debug, Default)]
 pub struct NeighborTables {
-    /// IPv6, then IPv4.
-    families: [FamilyState; 2],
-}
-
-/// The table of one family.
-#[derive(Debug, Default)]
-struct FamilyState {
-    /// The counter of refused entries at the last check.
-    refused: Option<u64>,
-    /// Entries refused for lack of room.
-    recent: RecentLoss,
+    /// Entries refused for lack of room: IPv6, then IPv4.
+    families: [RecentLoss; 2],
 }
 
 impl NeighborTables {
@@ -36,11 +27,8 @@ impl NeighborTables {
     }
 
     fn update(&mut self, table: NeighborTable) -> Option<String> {
-        let state = &mut self.families[usize::from(table.is_ipv4)];
-        let before = state.refused.replace(table.refused)?;
-        let new = table.refused.saturating_sub(before);
-        state.recent.note((new > 0).then_some(new), HOLD_CHECKS);
-        let count = state.recent.lost()?;
+        let recent = &mut self.families[usize::from(table.is_ipv4)];
+        let count = recent.update(table.refused, HOLD_CHECKS, |new| new > 0)?;
         let NeighborTable { is_ipv4, entries, most, .. } = table;
         let family = if is_ipv4 { "ipv4" } else { "ipv6" };
         let wanted = most.saturating_mul(4);
