@@ -75,6 +75,7 @@ fn sentences(
         // A trial cannot send packets that arrive by the underlay.
         let directly = without_tunnel.map(|ways| (ways, ARRIVING));
         for (ways, untested) in [(&by_tunnel, 0)].into_iter().chain(directly) {
+            let untested = if is_tested { untested } else { u8::MAX };
             let traffic = Traffic {
                 sources: &networks,
                 destinations: &networks,
@@ -82,7 +83,6 @@ fn sentences(
                 untested,
                 ports: &ports,
                 tunnel: None,
-                is_tested,
             };
             let found = table.partial_rules(&mut rules, &traffic).into_iter();
             for partial in found.filter(&is_wanted) {
@@ -132,7 +132,6 @@ fn of_tunnels(
         untested: 0,
         ports: &[],
         tunnel,
-        is_tested: true,
     };
     let mut found = table.partial_rules(rules, &of(&peers, &local, &inwards));
     let mut leaving = table.partial_rules(rules, &of(&local, &peers, &outwards));

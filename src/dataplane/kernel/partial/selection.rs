@@ -34,13 +34,12 @@ pub struct Traffic<'a> {
     /// Their ways through this host. The first way of pods' packets leads out.
     pub ways: &'a [Way],
     /// The ways, as bits, that no trial covers: a rule that takes all packets of them counts, too.
+    /// More bits than there are ways may be set.
     pub untested: u8,
     /// Names of the ports of single pods.
     pub ports: &'a [String],
     /// The UDP port, if they are tunnel packets to or from this host.
     pub tunnel: Option<u16>,
-    /// Whether trials show rules that affect all of them, which then are not returned.
-    pub is_tested: bool,
 }
 
 /// The interfaces by which packets arrive and leave: index and name.
@@ -83,6 +82,11 @@ impl Traffic<'_> {
         let ways = if ways & !self.untested == 0 { ways } else { 0 };
         let of_ways = self.ways.iter().enumerate().filter(|(at, _)| ways & 1 << at != 0);
         of_ways.filter_map(|(_, way)| Some(way.input.as_ref()?.1.as_str())).collect()
+    }
+
+    /// Whether trials cover any way.
+    pub(super) fn is_tested(&self) -> bool {
+        self.all_ways() & !self.untested != 0
     }
 
     /// Returns all ways, as bits.

@@ -111,7 +111,6 @@ fn found_by(
         untested,
         ports: &[],
         tunnel: None,
-        is_tested: true,
     };
     let drop = || Some(Data::Verdict(DROP, None));
     let address_and_port =

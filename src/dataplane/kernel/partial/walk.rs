@@ -179,7 +179,7 @@ impl Walk<'_> {
             _ => None,
         };
         let untested = self.traffic.untested_inputs(taken.ways & self.traffic.all_ways());
-        if !what.is_empty() || !self.traffic.is_tested {
+        if !what.is_empty() || !self.traffic.is_tested() {
             acts.extend(of_verdict.map(|act| (act, what.clone())));
             if hook == POSTROUTING && is_of_pods && changes.contains(&Change::Source) {
                 acts.push((Act::Translates, what.clone()));
