@@ -317,25 +317,13 @@ impl Agent {
                 self.prober.paths.on_answer(now, event.from, sequence, elsewhere);
             }
             IcmpKind::Request => self.prober.paths.on_packet(now, event.from, elsewhere),
-            IcmpKind::Arrival(sequence) => {
+            IcmpKind::Arrival(sequence) | IcmpKind::Refusal(sequence) => {
+                let by = match event.kind {
+                    IcmpKind::Arrival(_) => Responder::Agent,
+                    _ => Responder::Kernel,
+                };
                 self.prober.reports.on_answer(now, event.from, sequence);
-                self.prober.paths.on_arrival(
-                    now,
-                    event.from,
-                    sequence,
-                    Responder::Agent,
-                    elsewhere,
-                );
-            }
-            IcmpKind::Refusal(sequence) => {
-                self.prober.reports.on_answer(now, event.from, sequence);
-                self.prober.paths.on_arrival(
-                    now,
-                    event.from,
-                    sequence,
-                    Responder::Kernel,
-                    elsewhere,
-                );
+                self.prober.paths.on_arrival(now, event.from, sequence, by, elsewhere);
             }
         }
         if !self.kernel.withdrawn_peers.is_empty() {
