@@ -49,7 +49,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         Ok(links) => {
             findings.extend(overlays(&links, &numbers));
             findings.extend(bridge(examination, &links, &numbers));
-            findings.extend(mtu(examination, &links, underlay.as_deref()));
+            findings.extend(mtu(examination, &links, mode, underlay.as_deref()));
         }
         Err(error) => findings.push(Finding::skipped("overlays", format!("netlink: {error}"))),
     }
@@ -287,8 +287,8 @@ fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Find
 }
 
 /// Returns the bytes that a tunnel adds to each packet on this host's underlay; none without tunnels.
-fn tunnel_overhead(examination: &Examination) -> u32 {
-    if examination.config.as_ref().is_ok_and(|config| config.mode == Mode::HostGw) {
+fn tunnel_overhead(examination: &Examination, mode: Mode) -> u32 {
+    if mode == Mode::HostGw {
         return 0;
     }
     let address = examination
@@ -298,13 +298,18 @@ fn tunnel_overhead(examination: &Examination) -> u32 {
 }
 
 /// Checks the chain of MTUs from the underlay to the pods.
-fn mtu(examination: &Examination, links: &[Link], underlay: Option<&str>) -> Vec<Finding> {
+fn mtu(
+    examination: &Examination,
+    links: &[Link],
+    mode: Mode,
+    underlay: Option<&str>,
+) -> Vec<Finding> {
     let mut findings = Vec::new();
     let vni = examination.numbers().vni;
     let device = links.iter().find(|link| link.name == device_name(vni));
     let carrier = underlay.and_then(|name| links.iter().find(|link| link.name == name));
     let own = device.map(|device| device.mtu);
-    let overhead = tunnel_overhead(examination);
+    let overhead = tunnel_overhead(examination, mode);
     if let (Some(mtu), Some(carrier)) = (own, carrier)
         && mtu + overhead > carrier.mtu
     {

@@ -17,7 +17,7 @@ const FLAP_LOSSES: usize = 3;
 /// The span in which the losses are counted.
 const FLAP_SPAN: Duration = Duration::from_secs(60);
 /// Time without a loss after which the carrier no longer counts as flapping.
-const CALM_TIME: Duration = Duration::from_secs(5 * 60);
+const STABLE_TIME: Duration = Duration::from_secs(5 * 60);
 
 /// Describes why an interface has no carrier, and what to do. A bridge has one if a port forwards.
 pub(super) fn no_carrier_reason(link: &Link, links: &[Link]) -> String {
@@ -33,8 +33,8 @@ pub(super) fn no_carrier_reason(link: &Link, links: &[Link]) -> String {
     if let Some((port, state)) = waiting {
         return format!(
             "it is a bridge, and its port {} is still {state} (STP): it forwards after twice the bridge's \
-             forward_delay; where there is no loop, turn STP off for the next time (ip link set {name} type \
-             bridge stp_state 0, and where the bridge is configured)",
+             forward_delay; if there is no loop, turn STP off (ip link set {name} type bridge stp_state 0, \
+             and where the bridge is configured)",
             port.name
         );
     }
@@ -101,7 +101,7 @@ impl Flaps {
         let is_often = self.losses.len() == FLAP_LOSSES
             && self.losses.front().is_some_and(|at| since(at) < FLAP_SPAN);
         self.flapping = match self.flapping {
-            Some(before) if self.losses.back().is_some_and(|at| since(at) < CALM_TIME) => {
+            Some(before) if self.losses.back().is_some_and(|at| since(at) < STABLE_TIME) => {
                 Some(before + new)
             }
             None if is_often && new > 0 => Some((FLAP_LOSSES as u32).max(new)),
@@ -111,7 +111,7 @@ impl Flaps {
 
     /// Returns when to check again regardless of notifications.
     pub fn due(&self) -> Option<Instant> {
-        self.flapping.and(self.losses.back().map(|at| *at + CALM_TIME))
+        self.flapping.and(self.losses.back().map(|at| *at + STABLE_TIME))
     }
 
     /// Returns the problem, with the interface's name, while the carrier flaps.

@@ -1,3 +1,5 @@
+//! Tests of the pool: its slots, its networks and their names.
+
 use ipnet::Ipv4Net;
 use proptest::prelude::*;
 
