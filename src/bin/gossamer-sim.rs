@@ -25,6 +25,9 @@ use gossamer::{
         run::RunResult,
     },
 };
+use tracing_subscriber::{
+    Layer as _, filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 /// Run the production core of many nodes in a simulated world, one run per seed
 #[derive(Debug, Parser)]
@@ -55,7 +58,7 @@ struct Cli {
     json: bool,
     /// Print the nodes' log, with this filter; use it with one seed
     #[arg(long, value_name = "FILTER")]
-    log: Option<String>,
+    log: Option<Targets>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -86,9 +89,9 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Some(filter) = &cli.log {
-        let filter = tracing_subscriber::EnvFilter::new(filter);
-        tracing_subscriber::fmt().without_time().with_target(false).with_env_filter(filter).init();
+    if let Some(filter) = cli.log.clone() {
+        let log = fmt::layer().without_time().with_target(false);
+        tracing_subscriber::registry().with(log.with_filter(filter)).init();
     }
     match &cli.command {
         None => campaign(&cli),

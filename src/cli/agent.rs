@@ -13,7 +13,7 @@ use listenfd::ListenFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::{
-    EnvFilter, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+    filter::Targets, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
 };
 
 use super::{block_on, fail};
@@ -139,21 +139,20 @@ fn allow_many_files() -> Result<(), String> {
 }
 
 /// Parses the log filter. A bare level applies to gossamer; libraries then log only warnings and errors.
-fn filter(text: Option<&str>) -> Result<EnvFilter, String> {
+fn filter(text: Option<&str>) -> Result<Targets, String> {
     let text = text.unwrap_or("info");
     let filter = match text.contains([',', '=']) {
         true => text.to_owned(),
         false => format!("warn,gossamer={text}"),
     };
-    EnvFilter::try_new(&filter)
-        .map_err(|error| format!("log: {filter:?} is not a valid filter: {error}"))
+    filter.parse().map_err(|error| format!("log: {filter:?} is not a valid filter: {error}"))
 }
 
 /// Installs the log subscriber and returns a function that replaces its filter later.
 fn start_log(
-    filter: EnvFilter,
+    filter: Targets,
     format: LogFormat,
-) -> Result<impl Fn(EnvFilter) -> Result<(), String>, String> {
+) -> Result<impl Fn(Targets) -> Result<(), String>, String> {
     let (filter, handle) = reload::Layer::new(filter);
     let log = fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter);
