@@ -72,6 +72,8 @@ pub mod netavark;
 pub mod netlink;
 #[warn(clippy::disallowed_methods)]
 pub mod pods;
+#[cfg(feature = "agent")]
+mod random;
 #[cfg(any(test, feature = "sim"))]
 #[warn(clippy::disallowed_methods)]
 pub mod sim;
@@ -79,6 +81,8 @@ pub mod sim;
 pub mod store;
 #[cfg(feature = "agent")]
 pub mod transport;
+#[cfg(feature = "agent")]
+mod underlay;
 #[warn(clippy::disallowed_methods)]
 pub mod wire;
 #[cfg(feature = "agent")]

@@ -2,13 +2,20 @@
 
 use tokio::sync::mpsc;
 
-use super::{
-    archive::ArchiveEvent, attach_worker::AttachResult, forwarder::ForwarderEvent,
-    kernel_event::KernelEvent, kubernetes::NodeReport, pod_answers::PodAnswers,
-    remote_pods::RemotePodsEvent, silence_diagnosis::SilenceFindings,
-};
 use crate::{
-    api::Question, docker as docker_plugin, icmp::IcmpEvent, store::WriteEvent, transport::Event,
+    agent::{
+        diagnosis::{
+            forwarder::ForwarderEvent, pod_answers::PodAnswers, remote_pods::RemotePodsEvent,
+            silence::SilenceFindings,
+        },
+        kubernetes::NodeReport,
+        workers::{archive::ArchiveEvent, attach_worker::AttachResult, kernel_event::KernelEvent},
+    },
+    api::Question,
+    docker as docker_plugin,
+    icmp::IcmpEvent,
+    store::WriteEvent,
+    transport::Event,
 };
 
 /// One input: a turn of the loop begins with it.

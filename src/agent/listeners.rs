@@ -20,8 +20,8 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
 };
 
-use super::{LoopEvent, StartFailure};
 use crate::{
+    agent::{LoopEvent, StartFailure},
     api::{self, SocketError},
     config::Config,
     docker,

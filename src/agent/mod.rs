@@ -4,64 +4,22 @@
 //! inputs of the core. The loop owns all state; there are no locks. The core decides; this module does
 //! the IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
-mod archive;
 mod arrivals;
-mod attach_worker;
-mod auditor;
-mod bridge;
 mod clock;
-mod conntrack;
-mod data_plane;
-mod disk_stall;
-mod docker;
-mod ending;
-mod events;
-mod forwarder;
-mod fragments;
-mod hooks;
-mod host_checks;
-mod host_view;
-mod iptables_legacy;
-mod isolation;
-mod kernel_event;
+mod diagnosis;
+mod handlers;
+mod host;
 mod kubernetes;
-mod lease_audit;
-mod limits;
 mod listeners;
-mod memory;
-mod neighbor_tables;
-mod overruns;
-mod packet_filter;
-mod path_mtu;
-mod path_status;
-mod ping;
-mod pod_address;
-mod pod_answers;
-mod pod_queries;
+mod operator;
 mod pods;
-mod probe;
-mod programmer;
-mod raw_tcp;
-mod receive_buffer;
-mod recent_loss;
 mod reload;
-mod remote_pods;
-mod repair_conflicts;
-mod routes;
-mod secrets;
-mod seed_check;
 mod service;
+mod shutdown;
 mod signals;
-mod silence_diagnosis;
 mod start;
-mod startup_wait;
-mod status;
-mod subnet_env;
-mod survey;
-mod tap;
 mod threads;
-mod underlay;
-mod vanished_pods;
+mod workers;
 
 use std::{
     pin::pin,
@@ -72,30 +30,25 @@ use std::{
 use tokio::sync::oneshot;
 
 use self::{
-    archive::{Archive, ArchiveEvent},
     arrivals::{Arrival, Arrivals, LoopEvent},
-    attach_worker::AttachWorker,
     clock::Clock,
-    data_plane::KernelState,
-    events::Journal,
-    forwarder::Forwarder,
-    isolation::Isolation,
+    diagnosis::{
+        forwarder::Forwarder, isolation::Isolation, pod_answers::PodAnswerCheck,
+        remote_pods::RemotePods, silence::SilenceDiagnosis,
+    },
+    handlers::{kernel::KernelState, probe::Prober},
+    host::receive_buffer::ReceiveDrops,
     kubernetes::PodCidrSource,
     listeners::{ListenerProblems, Listeners},
-    ping::PingRound,
-    pod_answers::PodAnswerCheck,
+    operator::{events::Journal, ping::PingRound, secrets::Steps, status::Waiter, survey::Surveys},
     pods::PodState,
-    probe::Prober,
-    programmer::Programmer,
-    receive_buffer::ReceiveDrops,
-    remote_pods::RemotePods,
-    secrets::Steps,
     service::Service,
     signals::Signals,
-    silence_diagnosis::SilenceDiagnosis,
-    status::Waiter,
-    survey::Surveys,
-    underlay::ChosenUnderlay,
+    workers::{
+        archive::{Archive, ArchiveEvent},
+        attach_worker::AttachWorker,
+        programmer::Programmer,
+    },
 };
 use crate::{
     api::Question,
@@ -103,16 +56,14 @@ use crate::{
     core::{Command, Gate, Input, Node, Output, Target},
     store::{StateDir, WriteEvent, Writer},
     transport::{Event, Transport},
+    underlay::ChosenUnderlay,
     wire::{Keyring, Token},
 };
 
-pub use ending::Ending;
-pub use limits::LACKS_IPV6;
 pub use reload::SettingsReader;
-pub use seed_check::{check_seeds, is_own_address, own_address_problem};
+pub use shutdown::Ending;
 pub use signals::guard;
-pub use start::{StartFailure, random, run};
-pub use underlay::choose as choose_underlay;
+pub use start::{StartFailure, run};
 
 /// A longer turn of the loop is logged, because everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);

@@ -3,8 +3,8 @@
 //! These are the log filter, the seeds and the token. All other settings take effect at the next start,
 //! which interrupts no traffic. Invalid settings change nothing.
 
-use super::Agent;
 use crate::{
+    agent::Agent,
     api::{EventKind, EventLevel},
     config::Config,
     wire::SecretOrder,

@@ -13,13 +13,17 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{
-    Agent, Ending, Forwarder, LoopEvent, PodAnswerCheck, RemotePods, SilenceDiagnosis,
-    forwarder::{ForwarderEvent, Forwarding},
-    pod_answers::PodAnswers,
-    remote_pods::{RemotePodsEvent, RemotePodsState},
+use crate::{
+    agent::{
+        Agent, Ending, Forwarder, LoopEvent, PodAnswerCheck, RemotePods, SilenceDiagnosis,
+        diagnosis::{
+            forwarder::{ForwarderEvent, Forwarding},
+            pod_answers::PodAnswers,
+            remote_pods::{RemotePodsEvent, RemotePodsState},
+        },
+    },
+    api::{CheckState, CheckStatus},
 };
-use crate::api::{CheckState, CheckStatus};
 
 /// Time between the end of a thread and its restart, so that a repeated panic uses little CPU.
 const RESTART_DELAY: Duration = Duration::from_secs(20);

@@ -9,8 +9,8 @@ use clap::Args;
 
 use super::{Client, block_on, fail};
 use crate::{
-    agent::random,
     api::{self, ClientError},
+    random::random,
     store::StateDir,
 };
 

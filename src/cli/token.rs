@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::{Client, fail, query_and_print};
 use crate::{
-    agent::random,
     api,
     model::ClusterId,
+    random::random,
     wire::{Secret, Token},
 };
 

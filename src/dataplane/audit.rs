@@ -6,7 +6,7 @@
 //! entries: it looks up routes for packets as pods send and receive them, for a part of the peers
 //! in each pass, and reports each deviation by its cause.
 //!
-//! Pure: `agent/auditor` executes the lookups.
+//! Pure: `agent/diagnosis/auditor` executes the lookups.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

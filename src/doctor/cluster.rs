@@ -6,10 +6,10 @@ use serde_json::Value;
 
 use super::{Agent, Examination, Finding};
 use crate::{
-    agent::{check_seeds, is_own_address, own_address_problem},
     api::block_on,
     core::CallError,
     store::read_token,
+    transport::{check_seeds, is_own_address, own_address_problem},
     wire::visible,
 };
 

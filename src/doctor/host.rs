@@ -11,7 +11,6 @@ use rtnetlink::{LinkBridge, LinkVeth, LinkVxlan};
 
 use super::{Examination, Finding, Numbers};
 use crate::{
-    agent::{LACKS_IPV6, choose_underlay},
     dataplane::{
         desired::{IPV6_MTU_MIN, Mode, device_name, overhead},
         firewall::Firewall,
@@ -20,6 +19,7 @@ use crate::{
     model::Pool,
     netlink::{Netlink, in_thread, link::Link},
     pods::{obstacle::obstacle, standin::OWN_ALIAS},
+    underlay::{self, LACKS_IPV6},
 };
 
 /// Prefixes of device names of other overlays, with the program.
@@ -170,7 +170,8 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
     }
     let config = examination.config.as_ref().ok()?;
     let chosen = Netlink::open().map_err(|error| error.to_string()).and_then(|mut netlink| {
-        choose_underlay(&mut netlink, config, std::iter::empty()).map_err(|error| error.to_string())
+        underlay::choose(&mut netlink, config, std::iter::empty())
+            .map_err(|error| error.to_string())
     });
     match chosen {
         Ok(chosen) => {

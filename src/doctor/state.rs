@@ -11,8 +11,8 @@ use nix::sys::statvfs::statvfs;
 
 use super::{Examination, Finding};
 use crate::{
-    agent::random,
     config::Config,
+    random::random,
     store::{Database, History, LoadedDatabase, node_key, read_token},
     transport::NodeKey,
     wire::{Record, Token},

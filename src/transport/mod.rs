@@ -12,8 +12,10 @@ mod endpoint;
 mod first_id;
 mod first_packet;
 mod intake;
+mod seed_check;
 
 pub use connection::Event;
 pub use credentials::{CredentialError, Credentials, NodeKey};
 pub use endpoint::{BindError, Flood, Handshakes, ReceiveBuffer, Transport};
 pub use first_packet::{Unfinished, first_packets};
+pub use seed_check::{check_seeds, is_own_address, own_address_problem};

@@ -22,8 +22,13 @@ use std::{
 use ipnet::IpNet;
 
 pub(super) use self::poll::{NodeReport, PodCidrSource};
-use super::{StartFailure, startup_wait::StartupWait};
-use crate::{config::PodCidr, files, model::Pool, store::StateDir};
+use crate::{
+    agent::{StartFailure, start::wait::StartupWait},
+    config::PodCidr,
+    files,
+    model::Pool,
+    store::StateDir,
+};
 
 /// Pause after a failure whose answer names no other pause.
 const RETRY: Duration = Duration::from_secs(2);

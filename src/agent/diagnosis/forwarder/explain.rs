@@ -1,0 +1,476 @@
+//! Rules that may drop packets. They are read only after a trial has shown a loss, and never decide the
+//! verdict.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInfo};
+
+use super::{Setting, gateway, ipsec, marks, partial};
+use crate::{
+    agent::{
+        diagnosis::{
+            hooks::{self, Side},
+            iptables_legacy,
+        },
+        host::{conntrack, fragments},
+    },
+    dataplane::{
+        forwarding::{Direction, Transport, Way},
+        kernel::{ClosedPort, FirewallTable, LostPackets, open_port, sysctl},
+        silence::DroppingRule,
+    },
+    netlink::{Netlink, link::Link},
+};
+
+/// Files that list the tables of iptables-legacy, with the command.
+const LEGACY: [(&str, &str); 2] = [
+    ("/proc/net/ip_tables_names", "iptables-legacy"),
+    ("/proc/net/ip6_tables_names", "ip6tables-legacy"),
+];
+
+/// Causes found for ways on which packets are lost.
+#[derive(Clone, Debug, Default)]
+pub struct Reasons {
+    /// Causes for forwarded packets, or where to look for them.
+    pub rules: Vec<String>,
+    /// Whether a cause acts before routing has decided between pods and this host.
+    pub takes_all: bool,
+    /// Causes for packets to pods of other hosts and for answers; `None` if not read.
+    pub remote: Option<Vec<String>>,
+    /// Sentences about pods that cannot resolve their gateway, by whether it is the IPv4 one.
+    pub gateway: BTreeMap<bool, String>,
+    /// Why rules see packets between pods, by whether it concerns IPv4.
+    bridged: BTreeMap<bool, Bridged>,
+    /// Sentences about pods that cannot resolve each other, by whether it concerns IPv4.
+    finding: BTreeMap<bool, String>,
+    /// Rules that translate the source of pods' packets, by whether it concerns IPv4.
+    translating: BTreeMap<bool, String>,
+    /// What drops this host's ICMP errors for too large packets, by whether it concerns IPv4.
+    pub(super) silencing: BTreeMap<bool, DroppingRule>,
+    /// What drops tunnel packets that contain packets of pods.
+    pub(super) dropping: Option<DroppingRule>,
+    /// Rules of iptables-legacy that may drop them, if nothing was traced.
+    pub(super) legacy: Vec<String>,
+    /// Rules that divert tunnel packets that contain packets of pods.
+    pub(super) leading: Vec<String>,
+    /// The interface by which diverted packets leave.
+    pub(super) stray: Option<String>,
+}
+
+impl Reasons {
+    /// Reads the rules again, for these ways. Traced causes are copied.
+    pub fn read_again(
+        &self,
+        netlink: &mut Netlink,
+        setting: &Setting,
+        port: Option<u32>,
+        closed: &[Way],
+        translated: &BTreeMap<bool, IpAddr>,
+    ) -> Self {
+        let mut reasons = Self::default();
+        reasons.silencing.clone_from(&self.silencing);
+        reasons.dropping.clone_from(&self.dropping);
+        reasons.stray.clone_from(&self.stray);
+        for ipv4 in translated.keys() {
+            reasons.translating.insert(*ipv4, translating(setting, *ipv4));
+        }
+        let needs_rules = setting.is_remote_lost || closed.iter().any(needs_rules);
+        let (found, takes_all) =
+            if needs_rules { suspects(netlink, setting, port, closed) } else { Default::default() };
+        for Way { direction, ipv4 } in closed {
+            if *direction == Direction::TooLarge || direction.is_of_host() {
+                continue;
+            }
+            if *direction == Direction::Carried {
+                let ipv4 = setting.local.is_ipv4();
+                reasons.legacy = iptables_legacy::around_tunnels(
+                    ipv4,
+                    iptables_legacy::Way::Out,
+                    setting.port,
+                    None,
+                );
+                reasons.leading = marks::of_tunnels(netlink, setting);
+                continue;
+            }
+            if *direction == Direction::Gateway {
+                let sentence = gateway::sentence(netlink, setting, *ipv4);
+                reasons.gateway.extend(sentence.map(|sentence| (*ipv4, sentence)));
+                continue;
+            }
+            if *direction == Direction::NeighborDiscovery {
+                reasons.finding.insert(*ipv4, finding(setting, *ipv4));
+                continue;
+            }
+            if reasons.rules.is_empty() {
+                (reasons.rules, reasons.takes_all) = (or_where_to_look(&found, setting), takes_all);
+            }
+            if direction.is_between() {
+                let chains = chains_between(setting, *ipv4);
+                let bridged = match chains.is_empty() {
+                    true => Bridged::ByRules(bridged(setting, *ipv4)),
+                    false => Bridged::ByChains(chains.join("; ")),
+                };
+                reasons.bridged.insert(*ipv4, bridged);
+            }
+        }
+        reasons.remote = setting.is_remote_lost.then_some(found);
+        reasons
+    }
+
+    /// Removes causes of ways that are not closed any more.
+    pub fn keep(&mut self, closed: &[Way], is_remote_lost: bool) {
+        let is_closed = |is: fn(Direction) -> bool, ipv4| {
+            closed.iter().any(|way| is(way.direction) && way.ipv4 == ipv4)
+        };
+        self.gateway.retain(|ipv4, _| is_closed(|way| way == Direction::Gateway, *ipv4));
+        self.bridged.retain(|ipv4, _| is_closed(Direction::is_between, *ipv4));
+        self.finding.retain(|ipv4, _| is_closed(|way| way == Direction::NeighborDiscovery, *ipv4));
+        self.silencing.retain(|ipv4, _| is_closed(|way| way == Direction::TooLarge, *ipv4));
+        if !closed.iter().any(|way| way.direction == Direction::Carried) {
+            (self.dropping, self.stray) = (None, None);
+            self.legacy.clear();
+            self.leading.clear();
+        }
+        if !closed.iter().any(needs_rules) {
+            self.rules.clear();
+        }
+        self.remote.take_if(|_| !is_remote_lost);
+    }
+
+    /// Returns whether a cause is known for each of these ways.
+    pub fn explain(&self, closed: &[Way], translated: &BTreeMap<bool, IpAddr>) -> bool {
+        let is_known = |way: &Way| match way.direction {
+            Direction::Gateway => self.gateway.contains_key(&way.ipv4),
+            Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
+            Direction::NeighborDiscovery => self.finding.contains_key(&way.ipv4),
+            Direction::Out(_) | Direction::In(_) | Direction::LargeOut => !self.rules.is_empty(),
+            Direction::Carried => self.dropping.is_some() || !self.leading.is_empty(),
+            Direction::TooLarge | Direction::ToHost | Direction::FromHost(_) => true,
+        };
+        closed.iter().all(is_known)
+            && translated.keys().all(|ipv4| self.translating.contains_key(ipv4))
+    }
+
+    /// Returns sentences about packets that leave with another source address than the pod's.
+    pub fn translations(
+        &self,
+        translated: &BTreeMap<bool, IpAddr>,
+    ) -> impl Iterator<Item = String> {
+        translated.iter().map(|(ipv4, address)| {
+            format!(
+                "packets of pods to pods of other hosts leave under the address {address} in place of the \
+                 pod's own, so policies and logs there name the wrong source: {}",
+                self.translating.get(ipv4).map_or("", String::as_str)
+            )
+        })
+    }
+
+    /// Returns sentences about packets lost between pods of this host. If all are lost, address
+    /// resolution is not reported in addition.
+    pub fn between(&self) -> impl Iterator<Item = String> {
+        let finding = self.finding.iter().filter(|(ipv4, _)| !self.bridged.contains_key(*ipv4));
+        let finding = finding.map(|(_, sentence)| sentence.clone());
+        let bridged = self.bridged.iter().map(|(ipv4, bridged)| {
+            let cause = match bridged {
+                Bridged::ByRules(why) => format!("{why}: {}", self.rules.join("; ")),
+                Bridged::ByChains(chains) => chains.clone(),
+            };
+            let family = if *ipv4 { 4 } else { 6 };
+            format!(
+                "this host does not forward packets between its own pods (IPv{family}): {cause}"
+            )
+        });
+        bridged.chain(finding)
+    }
+}
+
+/// Why packets between pods of this host are lost.
+#[derive(Clone, Debug)]
+enum Bridged {
+    /// They pass the rules for forwarded packets, for this reason.
+    ByRules(String),
+    /// Chains of the bridge family may drop them; with remedies.
+    ByChains(String),
+}
+
+/// Returns whether rules may drop packets between ports of the bridge, for IPv4 and IPv6.
+pub fn are_bridged_filtered(netlink: &mut Netlink, setting: &Setting) -> [bool; 2] {
+    let by_rules = go_through_rules(netlink, bridge_name(setting));
+    [true, false]
+        .map(|ipv4| by_rules[usize::from(!ipv4)] || !chains_between(setting, ipv4).is_empty())
+}
+
+/// Returns chains of the bridge family that may drop packets between pods of a family, with remedies.
+fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
+    let networks: Vec<IpNet> = setting.networks.iter().collect();
+    let network = networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
+    network.into_iter().flat_map(|network| hooks::chains(*network, &["bridge"])).collect()
+}
+
+/// Describes pods of this host that cannot resolve each other's addresses, with possible causes.
+fn finding(setting: &Setting, ipv4: bool) -> String {
+    let (family, question) = if ipv4 { (4, "ARP") } else { (6, "neighbor discovery") };
+    let mut causes = chains_between(setting, ipv4);
+    if causes.is_empty() {
+        causes.push(format!(
+            "no rule was found that says so; look at nft list ruleset (families bridge and netdev), \
+             ebtables-legacy -L, arptables-legacy -L, bridge -d link show and bpftool net show dev {}",
+            bridge_name(setting)
+        ));
+    }
+    format!(
+        "pods of this host do not find each other (IPv{family}): {question} of one does not arrive at \
+         another: {}",
+        causes.join("; ")
+    )
+}
+
+/// Returns whether packets between ports of the bridge pass the rules for forwarded packets, for IPv4
+/// and IPv6.
+fn go_through_rules(netlink: &mut Netlink, bridge: &str) -> [bool; 2] {
+    let by_all = [true, false].map(|ipv4| fs::read_to_string(bridge_sysctl(ipv4)));
+    // Without br_netfilter these sysctls do not exist, and a bridge's own setting has no effect.
+    if by_all.iter().all(Result::is_err) {
+        return [false; 2];
+    }
+    let link = netlink.link(bridge).ok().flatten();
+    let own = link.map(|link| own_filters(&link)).unwrap_or_default();
+    let by_all = by_all.map(|value| value.is_ok_and(|value| value.trim() != "0"));
+    [by_all[0] || own[0], by_all[1] || own[1]]
+}
+
+/// Returns `nf_call_iptables` and `nf_call_ip6tables` of a bridge.
+fn own_filters(link: &Link) -> [bool; 2] {
+    let mut filters = [false; 2];
+    let infos = link.message.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    });
+    for info in infos.flatten() {
+        let LinkInfo::Data(InfoData::Bridge(settings)) = info else { continue };
+        for setting in settings {
+            match setting {
+                InfoBridge::NfCallIpTables(is_on) => filters[0] = *is_on,
+                InfoBridge::NfCallIp6Tables(is_on) => filters[1] = *is_on,
+                _ => {}
+            }
+        }
+    }
+    filters
+}
+
+fn bridge_sysctl(ipv4: bool) -> String {
+    format!("/proc/sys/net/bridge/bridge-nf-call-{}", iptables(ipv4))
+}
+
+const fn iptables(ipv4: bool) -> &'static str {
+    if ipv4 { "iptables" } else { "ip6tables" }
+}
+
+/// Describes the setting that makes rules see bridged packets.
+fn bridged(setting: &Setting, ipv4: bool) -> String {
+    let name = iptables(ipv4);
+    let is_for_all = fs::read_to_string(bridge_sysctl(ipv4)).is_ok_and(|value| value.trim() != "0");
+    let (what, command) = if is_for_all {
+        let sysctl = format!("net.bridge.bridge-nf-call-{name}");
+        (format!("{sysctl} is 1"), format!("sysctl -w {sysctl}=0"))
+    } else {
+        let bridge = bridge_name(setting);
+        let key = name.replace("ip", "nf_call_ip");
+        (format!("{key} of {bridge} is 1"), format!("ip link set {bridge} type bridge {key} 0"))
+    };
+    format!(
+        "{what}, so the rules for forwarded packets see them too; let them pass there, or turn that off \
+         where nothing needs it (Kubernetes does: {command})"
+    )
+}
+
+/// Describes chains that translate sources, and how to exempt the overlay.
+pub fn translating(setting: &Setting, ipv4: bool) -> String {
+    let family = if ipv4 { "ip" } else { "ip6" };
+    let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
+    let chains = FirewallTable::open().and_then(|mut table| table.translating_chains(ipv4));
+    let exempt = |chain: &String| match (chain.as_str(), network) {
+        ("ip nat POSTROUTING" | "ip6 nat POSTROUTING", Some(network)) => format!(
+            "chain {chain}: {}tables -t nat -I POSTROUTING -s {network} -d {network} -j ACCEPT",
+            if ipv4 { "ip" } else { "ip6" }
+        ),
+        (_, Some(network)) => format!(
+            "chain {chain}: nft insert rule {chain} {family} saddr {network} {family} daddr {network} accept"
+        ),
+        (_, None) => format!("chain {chain}"),
+    };
+    let mut causes: Vec<String> = chains.iter().flatten().map(exempt).collect();
+    let (file, program) = LEGACY[usize::from(!ipv4)];
+    let tables = fs::read_to_string(file).unwrap_or_default();
+    if tables.lines().any(|table| table == "nat") {
+        causes.push(format!(
+            "{program} has rules, too, which are not read here: {program} -t nat -S POSTROUTING"
+        ));
+    }
+    if causes.is_empty() {
+        causes.push(
+            "no rule was found that says so; look at nft list ruleset and bpftool net".to_owned(),
+        );
+    }
+    causes.join("; ")
+}
+
+const fn needs_rules(way: &Way) -> bool {
+    way.direction.is_through() || way.direction.is_between()
+}
+
+/// Returns the causes, or commands that may show them.
+fn or_where_to_look(found: &[String], setting: &Setting) -> Vec<String> {
+    if !found.is_empty() {
+        return found.to_vec();
+    }
+    vec![format!(
+        "no rule was found that says so; look at nft list ruleset, ip rule (also by mark or port), \
+         iptables-legacy -S FORWARD, ip xfrm policy, bpftool net, and tc filter show dev {}",
+        setting.device_name
+    )]
+}
+
+/// Returns possible causes, and whether one of them acts before routing.
+fn suspects(
+    netlink: &mut Netlink,
+    setting: &Setting,
+    port: Option<u32>,
+    closed: &[Way],
+) -> (Vec<String>, bool) {
+    // Packets that connection tracking drops are not dropped by a rule.
+    if let Some(full) = conntrack::full_table_problem() {
+        return (vec![full], false);
+    }
+    let networks: Vec<IpNet> = setting.networks.iter().collect();
+    let mut reasons: Vec<String> = Vec::new();
+    // Only trials between pods of two hosts send fragments.
+    if setting.is_remote_lost {
+        reasons.extend(fragments::scarce());
+    }
+    reasons.extend(networks.iter().flat_map(|network| marks::of_pods(netlink, setting, *network)));
+    let mut takes_all = false;
+    let links = netlink.links().unwrap_or_default();
+    let lost = lost(setting, port, closed, &links);
+    let chains =
+        FirewallTable::open().and_then(|mut table| table.chains_that_may_drop(&networks, &lost));
+    match chains {
+        Ok(chains) => reasons.extend(chains.suspects().iter().map(|chain| {
+            takes_all |= ["prerouting", "ingress"].contains(&chain.hook);
+            let is_ipv6 = chain.chain.starts_with("ip6 ");
+            let network = networks.iter().find(|network| network.addr().is_ipv6() == is_ipv6);
+            let network = network.or(networks.first());
+            let fix = network.map(|network| chain.fix(*network)).unwrap_or_default();
+            format!("{chain}: {fix}")
+        })),
+        Err(error) => reasons.push(format!("nftables cannot be read ({error})")),
+    }
+    reasons.extend(partial::shortening(netlink, setting));
+    reasons.extend(ipsec::taking(&networks));
+    reasons.extend(networks.iter().flat_map(|network| iptables_legacy::around_pods(*network)));
+    let is_on_the_way = |link: &&Link| {
+        link.index == setting.device
+            || link.name == bridge_name(setting)
+            || Some(link.index) == port
+            || setting.is_remote_lost && link.index == setting.underlay
+    };
+    for link in links.iter().filter(is_on_the_way) {
+        let sides = [Side::Ingress, Side::Egress];
+        reasons.extend(sides.into_iter().flat_map(|side| hooks::at(netlink, link, side)));
+    }
+    if reasons.is_empty() {
+        reasons.extend(redirecting(&networks));
+    }
+    (reasons, takes_all)
+}
+
+/// Returns the packets that a rule must match to be a possible cause.
+fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) -> LostPackets {
+    let mut transports: BTreeSet<Transport> = BTreeSet::new();
+    for way in closed {
+        match way.direction {
+            Direction::Out(of) | Direction::In(of) | Direction::Between(of) => {
+                transports.insert(of);
+            }
+            Direction::LargeOut => _ = transports.insert(Transport::Udp),
+            _ => {}
+        }
+    }
+    transports.extend(&setting.lost_transports);
+    if transports.is_empty() || setting.is_remote_lost && setting.lost_transports.is_empty() {
+        transports.extend(Transport::ALL);
+    }
+    let is_on_the_way = |link: &&Link| {
+        [setting.device, setting.underlay].contains(&link.index)
+            || link.name == bridge_name(setting)
+            || Some(link.index) == port
+    };
+    let on_the_way: Vec<&Link> = links.iter().filter(is_on_the_way).collect();
+    let controllers = on_the_way.iter().filter_map(|link| {
+        let controller = link.controller()?;
+        links.iter().find(|other| other.index == controller)
+    });
+    let links = on_the_way.iter().copied().chain(controllers).map(|link| link.name.clone());
+    let hosts = setting.peers.iter().map(|peer| peer.underlay).chain([setting.local]);
+    LostPackets {
+        transports,
+        networks: setting.networks.iter().chain(hosts.map(IpNet::from)).collect(),
+        port: setting.port,
+        links: links.collect(),
+    }
+}
+
+/// Returns chains that redirect packets to another address, and how to exempt the overlay.
+fn redirecting(networks: &[IpNet]) -> Vec<String> {
+    let open = |network: &IpNet| {
+        let ipv4 = network.addr().is_ipv4();
+        let chains = FirewallTable::open().and_then(|mut table| table.redirecting_chains(ipv4));
+        let family = if ipv4 { "ip" } else { "ip6" };
+        let sentence = |chain: String| {
+            let fix = match chain.as_str() {
+                "ip nat PREROUTING" | "ip6 nat PREROUTING" => {
+                    format!("{family}tables -t nat -I PREROUTING -d {network} -j ACCEPT")
+                }
+                _ => format!("nft insert rule {chain} {family} daddr {network} accept"),
+            };
+            format!("chain {chain} sends packets to other addresses (redirect or DNAT): {fix}")
+        };
+        chains.unwrap_or_default().into_iter().map(sentence).collect::<Vec<_>>()
+    };
+    networks.iter().flat_map(open).collect()
+}
+
+/// Returns chains that drop incoming tunnel packets.
+pub fn input(setting: &Setting) -> Vec<String> {
+    let port = setting.port;
+    let closed = FirewallTable::open().and_then(|mut table| table.closed_ports(&[port]));
+    let closed = closed.unwrap_or_default();
+    let sentence = |ClosedPort { chain, port, .. }: &ClosedPort| {
+        format!(
+            "chain {chain} drops UDP {port}, so tunnel packets do not arrive: {}",
+            open_port(chain, *port)
+        )
+    };
+    closed.iter().filter(|closed| !closed.limited).map(sentence).collect()
+}
+
+/// Returns whether the host is known to forward no packets of a family.
+pub fn is_forwarding_off(ipv4: bool) -> bool {
+    sysctl::is_off(if ipv4 { "net/ipv4/ip_forward" } else { "net/ipv6/conf/all/forwarding" })
+}
+
+/// Returns the name of the pods' bridge.
+pub fn bridge_name(setting: &Setting) -> &str {
+    &setting.bridge
+}
+
+/// Returns the interface index of the pods' bridge.
+pub fn index_of_bridge(netlink: &mut Netlink, setting: &Setting) -> Option<u32> {
+    netlink.link(bridge_name(setting)).ok()?.map(|link| link.index)
+}

@@ -1,0 +1,294 @@
+//! Warnings about rules that affect only some packets of pods, so that no trial detects them.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+
+use super::{Setting, explain::bridge_name, marks, setting::Peer};
+use crate::{
+    agent::diagnosis::iptables_legacy,
+    dataplane::kernel::{Act, FirewallTable, ForeignRules, Partial, Traffic, Way},
+    model::Transport,
+    netlink::{Netlink, link::Link, route::Query},
+};
+
+/// The way of packets that arrive from other hosts, as a bit of [`Traffic::untested`].
+const ARRIVING: u8 = 2;
+
+/// Returns a sentence for each such rule, with a remedy.
+pub fn warnings(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
+    sentences(netlink, setting, true, |_| true)
+}
+
+/// Returns the same if no trial can be made, and includes rules that affect all packets of pods. Rules of
+/// chains that `known` warnings name as closed are omitted.
+pub fn untested(netlink: &mut Netlink, setting: &Setting, known: &[String]) -> Vec<String> {
+    let is_known = |partial: &Partial| {
+        let chain = format!("chain {} (", partial.base);
+        partial.what.is_empty() && known.iter().any(|warning| warning.starts_with(&chain))
+    };
+    sentences(netlink, setting, false, |partial| !is_known(partial))
+}
+
+/// Returns the sentences about rules that lower the TTL too far; used after packets were lost.
+pub fn shortening(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
+    sentences(netlink, setting, true, |partial| matches!(partial.act, Act::Shortens(_)))
+}
+
+fn sentences(
+    netlink: &mut Netlink,
+    setting: &Setting,
+    is_tested: bool,
+    is_wanted: impl Fn(&Partial) -> bool,
+) -> Vec<String> {
+    let Ok(mut table) = FirewallTable::open() else { return Vec::new() };
+    let addresses = setting.networks.iter().map(|network| network.addr());
+    let families: BTreeSet<bool> =
+        addresses.chain([setting.local]).map(|address| address.is_ipv4()).collect();
+    let legacy = families.into_iter().flat_map(iptables_legacy::all_tables).collect();
+    let Ok(mut rules) = table.foreign_rules(legacy) else { return Vec::new() };
+    let links = netlink.links().unwrap_or_default();
+    let bridge = links.iter().find(|link| link.name == bridge_name(setting));
+    let named = |link: &Link| (link.index, link.name.clone());
+    let inside = bridge.map(named);
+    let ways_by = |outside: (u32, String)| {
+        let outside = Some(outside);
+        let out = Way { input: inside.clone(), output: outside.clone() };
+        [out, Way { input: outside, output: inside.clone() }]
+    };
+    let by_tunnel = ways_by((setting.device, setting.device_name.clone()));
+    let underlay = links.iter().find(|link| link.index == setting.underlay);
+    let without_tunnel = underlay.map(|link| ways_by(named(link)));
+    let is_port =
+        |link: &&Link| bridge.is_some_and(|bridge| link.controller() == Some(bridge.index));
+    let ports: Vec<String> = links.iter().filter(is_port).map(|link| link.name.clone()).collect();
+    let mut sentences = Vec::new();
+    let mut known = Vec::new();
+    for network in setting.networks.iter() {
+        let is_ipv4 = network.addr().is_ipv4();
+        let of_family = |leasable: &&IpNet| leasable.addr().is_ipv4() == is_ipv4;
+        let networks: Vec<IpNet> = setting.leasable.iter().filter(of_family).copied().collect();
+        // IPv6 cannot be routed over an IPv4 underlay.
+        let is_routable = |peer: &&Peer| peer.underlay.is_ipv6() || is_ipv4;
+        let is_direct = setting.peers.iter().filter(is_routable).any(|peer| peer.direct);
+        let without_tunnel = without_tunnel.as_ref().filter(|_| is_direct);
+        // A trial cannot send packets that arrive by the underlay.
+        let directly = without_tunnel.map(|ways| (ways, ARRIVING));
+        for (ways, untested) in [(&by_tunnel, 0)].into_iter().chain(directly) {
+            let untested = if is_tested { untested } else { u8::MAX };
+            let traffic = Traffic {
+                sources: &networks,
+                destinations: &networks,
+                ways,
+                untested,
+                ports: &ports,
+                tunnel: None,
+            };
+            let found = table.partial_rules(&mut rules, &traffic).into_iter();
+            for partial in found.filter(&is_wanted) {
+                let rule = (network, partial.chain.clone(), partial.rule.clone());
+                if !known.contains(&rule) {
+                    sentences.extend(sentence(netlink, setting, &partial, network));
+                    known.push(rule);
+                }
+            }
+        }
+    }
+    let found = of_tunnels(netlink, setting, (&mut table, &mut rules), &links);
+    for partial in found.into_iter().filter(is_wanted) {
+        let is_same = |(_, chain, rule): &(IpNet, String, String)| {
+            (chain, rule) == (&partial.chain, &partial.rule)
+        };
+        if !known.iter().any(is_same) {
+            sentences.extend(sentence_of_tunnels(setting, &partial));
+        }
+    }
+    sentences
+}
+
+/// Returns rules that affect some incoming or outgoing tunnel packets.
+fn of_tunnels(
+    netlink: &mut Netlink,
+    setting: &Setting,
+    (table, rules): (&mut FirewallTable, &mut ForeignRules),
+    links: &[Link],
+) -> Vec<Partial> {
+    let peers = setting.peers.iter().filter(|peer| peer.tunnelled);
+    let peers: Vec<IpNet> = peers.map(|peer| IpNet::from(peer.underlay)).collect();
+    if peers.is_empty() {
+        return Vec::new();
+    }
+    let underlay = links.iter().find(|link| link.index == setting.underlay);
+    let underlay = underlay.map(|link| (link.index, link.name.clone()));
+    let local = [IpNet::from(setting.local)];
+    let inwards = [Way { input: underlay.clone(), output: None }];
+    let outwards = [Way { input: None, output: underlay }];
+    let tunnel = Some(setting.port);
+    let is_shortening = |partial: &Partial| matches!(partial.act, Act::Shortens(_));
+    let of = |sources, destinations, ways| Traffic {
+        sources,
+        destinations,
+        ways,
+        untested: 0,
+        ports: &[],
+        tunnel,
+    };
+    let mut found = table.partial_rules(rules, &of(&peers, &local, &inwards));
+    let mut leaving = table.partial_rules(rules, &of(&local, &peers, &outwards));
+    // A peer on the same link needs one hop only.
+    let shortens = leaving.iter().any(is_shortening);
+    leaving.retain(|partial| !is_shortening(partial));
+    found.append(&mut leaving);
+    let routed = peers.iter().filter(|_| shortens).copied();
+    let routed: Vec<IpNet> = routed.filter(|peer| has_router(netlink, setting, *peer)).collect();
+    if !routed.is_empty() {
+        let leaving = table.partial_rules(rules, &of(&local, &routed, &outwards));
+        found.extend(leaving.into_iter().filter(is_shortening));
+    }
+    found
+}
+
+/// Returns whether tunnel packets to the peer pass a router.
+fn has_router(netlink: &mut Netlink, setting: &Setting, peer: IpNet) -> bool {
+    let query = Query {
+        from: Some(setting.local),
+        output: setting.pinned,
+        transport: Some(Transport::udp_to(setting.port)),
+        ..Query::to(peer.addr())
+    };
+    netlink.route(&query).is_ok_and(|found| found.gateway.is_some())
+}
+
+fn sentence(
+    netlink: &mut Netlink,
+    setting: &Setting,
+    partial: &Partial,
+    network: IpNet,
+) -> Option<String> {
+    let Partial { act, base, chain, is_early, .. } = partial;
+    let packets = match partial.what.as_str() {
+        "" => "packets between pods",
+        _ => "some packets between pods",
+    };
+    if let Act::Redirects(port) = act {
+        let packets =
+            port.map_or("some packets".to_owned(), |port| format!("packets to port {port}"));
+        return Some(format!(
+            "chain {chain} sends {packets} between pods of different hosts to another address or to this \
+             host itself (redirect or DNAT, as for a transparent proxy), because no rule leaves out the \
+             overlay: {}",
+            to(base, network)
+        ));
+    }
+    let what = taken(partial);
+    let done = match act {
+        Act::Shortens(ttl) => {
+            return Some(format!(
+                "chain {chain} leaves packets between pods {} (TTL or hop limit {ttl}), so they do not \
+                 arrive: {what}: {}",
+                hops(*ttl),
+                both(base, network)
+            ));
+        }
+        Act::Marks(mark) => {
+            let elsewhere = marks::leads(netlink, setting, network, (*mark, *is_early))?;
+            format!("gives {packets} the mark {mark:#x}: {what}; with it they {elsewhere}")
+        }
+        Act::Translates => {
+            format!("gives {packets} another source address (SNAT or masquerading): {what}")
+        }
+        act => format!("{}: {what}", fate(*act, packets)?),
+    };
+    Some(format!("chain {chain} {done}; if that is not intended: {}", both(base, network)))
+}
+
+fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
+    let Partial { act, base, chain, .. } = partial;
+    let port = setting.port;
+    let fate = match act {
+        Act::Shortens(ttl) => format!(
+            "leaves tunnel packets to hosts behind a router {} (TTL or hop limit {ttl}), so they do not \
+             arrive",
+            hops(*ttl)
+        ),
+        act => fate(*act, "some tunnel packets")?,
+    };
+    let fix = match iptables(base) {
+        Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
+        None => format!("nft insert rule {base} udp dport {port} accept"),
+    };
+    Some(format!("chain {chain} {fate}: {}; if that is not intended: {fix}", taken(partial)))
+}
+
+/// Describes what happens to the affected packets.
+fn fate(act: Act, packets: &str) -> Option<String> {
+    match act {
+        Act::Drops => Some(format!("drops {packets}")),
+        Act::Rejects => Some(format!("rejects {packets}")),
+        Act::Queues => Some(format!(
+            "hands {packets} to a program by a queue where none listens, so they are lost"
+        )),
+        Act::Redirects(_) | Act::Marks(_) | Act::Translates | Act::Shortens(_) => None,
+    }
+}
+
+fn hops(ttl: u8) -> String {
+    if ttl == 1 { "1 hop".to_owned() } else { format!("{ttl} hops") }
+}
+
+/// Describes which packets the rule affects, and identifies the rule.
+fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
+    let more = match more {
+        0 => String::new(),
+        1 => ", and 1 more rule does the same".to_owned(),
+        more => format!(", and {more} more rules do the same"),
+    };
+    let what = if what.is_empty() { "all".to_owned() } else { format!("those {what}") };
+    format!("{what} (rule {rule}{more})")
+}
+
+/// Returns the command that exempts packets within the overlay from a base chain.
+fn both(base: &str, network: IpNet) -> String {
+    let family = family(network);
+    match iptables(base) {
+        Some(command) => format!("{command} -s {network} -d {network} -j ACCEPT"),
+        None => format!(
+            "nft insert rule {base} {family} saddr {network} {family} daddr {network} accept"
+        ),
+    }
+}
+
+/// Returns the command that exempts packets to the overlay from a base chain.
+fn to(base: &str, network: IpNet) -> String {
+    match iptables(base) {
+        Some(command) => format!("{command} -d {network} -j ACCEPT"),
+        None => format!("nft insert rule {base} {} daddr {network} accept", family(network)),
+    }
+}
+
+/// Returns the command that inserts a rule at the beginning of an iptables chain; `None` for other
+/// chains.
+fn iptables(base: &str) -> Option<String> {
+    let program = |family: &str| if family == "ip" { "iptables" } else { "ip6tables" };
+    match base.split(' ').collect::<Vec<_>>()[..] {
+        [program @ ("iptables-legacy" | "ip6tables-legacy"), table, chain] => {
+            Some(format!("{program} -t {table} -I {chain}"))
+        }
+        [family @ ("ip" | "ip6"), "filter", chain @ ("FORWARD" | "INPUT" | "OUTPUT")] => {
+            Some(format!("{} -I {chain}", program(family)))
+        }
+        [
+            family @ ("ip" | "ip6"),
+            table @ ("nat" | "mangle" | "raw"),
+            chain @ ("PREROUTING" | "POSTROUTING" | "FORWARD" | "INPUT" | "OUTPUT"),
+        ] => Some(format!("{} -t {table} -I {chain}", program(family))),
+        _ => None,
+    }
+}
+
+const fn family(network: IpNet) -> &'static str {
+    match network {
+        IpNet::V4(_) => "ip",
+        IpNet::V6(_) => "ip6",
+    }
+}

@@ -1,0 +1,109 @@
+//! Warnings about rules that may affect some packets of pods although the tested ones pass, and about
+//! trials that cannot be made.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{
+    Setting,
+    explain::{bridge_name, translating},
+};
+use crate::{
+    agent::{
+        diagnosis::{hooks, iptables_legacy},
+        host::conntrack,
+    },
+    dataplane::{
+        forwarding::{Direction, Way},
+        kernel::{ClosingChain, FirewallTable, OwnHook},
+    },
+    netlink::Netlink,
+};
+
+const CLOSED_TO_PODS: &str = "pods do not reach their own host: it answers no echo, no datagram \
+                              and no connection of theirs, as to a DNS server or an API server there";
+const CLOSED_TO_HOST: &str = "this host does not reach its own pods: its packets to them do not \
+                              arrive, including a kubelet's probes and a proxy's requests";
+
+/// Returns warnings for a trial that cannot be made, including chains whose policy or last rule drops
+/// packets of pods.
+pub fn untried(setting: &Setting, why: &str) -> Vec<String> {
+    let mut warnings =
+        vec![format!("it is unknown whether this host forwards packets of pods: {why}")];
+    warnings.extend(conntrack::full_table_problem());
+    let networks: Vec<IpNet> = setting.networks.iter().collect();
+    let bridge = bridge_name(setting);
+    warnings.extend(
+        networks.iter().flat_map(|network| iptables_legacy::closed_policies(*network, bridge)),
+    );
+    let chains = FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks));
+    let Ok(chains) = chains else { return warnings };
+    warnings.extend(chains.guess().map(|chain| {
+        let is_ipv6 = chain.chain.starts_with("ip6 ");
+        let network = networks.iter().find(|network| network.addr().is_ipv6() == is_ipv6);
+        let fix = network.or(networks.first()).map(|network| chain.fix(*network));
+        format!(
+            "{chain}, and no rule in it seems to accept packets of pods: {}",
+            fix.unwrap_or_default()
+        )
+    }));
+    warnings
+}
+
+/// Describes packets of other hosts' pods that arrive at pods here with another source address.
+pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> String {
+    format!(
+        "packets of pods of other hosts reach pods here under the address {address} in place of the sender's \
+         own, so policies and logs here name the wrong source: {}",
+        translating(setting, ipv4)
+    )
+}
+
+/// Describes eBPF programs at the overlay's interfaces, which may drop packets that no trial sends.
+pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
+    let mut sentences = Vec::new();
+    for name in [&setting.device_name, bridge_name(setting)] {
+        let link = netlink.link(name).ok().flatten();
+        let found = link.map(|link| hooks::programs(netlink, &link)).unwrap_or_default();
+        sentences.extend(found.into_iter().map(|program| {
+            format!("some packets of pods may be dropped where no trial shows it: {program}")
+        }));
+    }
+    sentences
+}
+
+/// Describes rules that drop packets between this host and its own pods. Returns nothing without a
+/// suspect chain.
+pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<String> {
+    let mut sentences = Vec::new();
+    for (hook, network) in [OwnHook::Input, OwnHook::Output]
+        .into_iter()
+        .flat_map(|hook| setting.networks.iter().map(move |network| (hook, network)))
+    {
+        let is_lost = closed.iter().any(|way| {
+            let is_it = match hook {
+                OwnHook::Input => way.direction == Direction::ToHost,
+                OwnHook::Output => matches!(way.direction, Direction::FromHost(_)),
+            };
+            is_it && way.ipv4 == network.addr().is_ipv4()
+        });
+        if !is_lost {
+            continue;
+        }
+        let found = FirewallTable::open().and_then(|mut table| table.chains_at(hook, network));
+        let fix = |chain: &ClosingChain| format!("{chain}: {}", chain.fix_at(hook, network));
+        let chains: Vec<String> = found.unwrap_or_default().iter().map(fix).collect();
+        if chains.is_empty() {
+            continue;
+        }
+        let family = if network.addr().is_ipv4() { 4 } else { 6 };
+        let said = match hook {
+            OwnHook::Input => CLOSED_TO_PODS,
+            OwnHook::Output => CLOSED_TO_HOST,
+        };
+        let chains = chains.join("; ");
+        sentences.push(format!("{said} (IPv{family}); if that is not intended, {chains}"));
+    }
+    sentences
+}

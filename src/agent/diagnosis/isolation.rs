@@ -1,0 +1,155 @@
+//! What is reported when no other member answers: the address of this host has changed, the seeds are
+//! addresses of this host, or all members are down.
+
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    agent::Agent,
+    model::{NodeId, PathState},
+    transport::own_address_problem,
+};
+
+/// How long no member answers before it counts: after a start, or after the network was away, gossip reaches
+/// members within some seconds.
+const MIN_ISOLATION: Duration = Duration::from_secs(10);
+/// Gossip considers a member alive for less than this after its last packet.
+const GOSSIP_EXPIRY: Duration = Duration::from_secs(60);
+/// Limit of members named in one sentence.
+const MAX_NAMED: usize = 3;
+
+/// Whether other members answer, and under which address they know this host.
+#[derive(Debug, Default)]
+pub(in crate::agent) struct Isolation {
+    /// Since when no member answers although there are some.
+    isolated_since: Option<Instant>,
+    /// The address under which members know this host, and when the present one replaced it.
+    address_change: Option<(IpAddr, Instant)>,
+}
+
+impl Isolation {
+    /// Records that the address of this host changed.
+    pub(in crate::agent) fn on_address_change(&mut self, before: IpAddr, now: IpAddr) {
+        let (known, _) = *self.address_change.get_or_insert((before, Instant::now()));
+        self.address_change = (known != now).then_some((known, Instant::now()));
+    }
+
+    /// Returns the address under which members know this host, if it is not the present one.
+    pub(in crate::agent) fn previous_address(&self) -> Option<IpAddr> {
+        self.address_change.map(|(known, _)| known)
+    }
+}
+
+impl Agent {
+    /// Records whether other members answer, and forgets the previous address once they know the present one.
+    pub(in crate::agent) fn watch_isolation(&mut self, now: Instant) {
+        if self.node.is_alone() || self.node.has_active_peer() {
+            self.isolation.isolated_since = None;
+            let is_known =
+                |(_, at): &mut (IpAddr, Instant)| now.duration_since(*at) >= GOSSIP_EXPIRY;
+            if self.isolation.address_change.take_if(is_known).is_some() {
+                self.save_underlay();
+            }
+        } else {
+            self.isolation.isolated_since.get_or_insert(now);
+        }
+    }
+
+    /// Returns why no other member answers, unless each is reported by the problem of its path, or why there
+    /// is no other member yet.
+    pub(in crate::agent) fn isolation_problem(&self) -> Option<String> {
+        self.own_seeds_problem().or_else(|| self.moved_problem()).or_else(|| self.alone_problem())
+    }
+
+    /// Returns the problem that seeds are addresses of this host.
+    fn own_seeds_problem(&self) -> Option<String> {
+        let seeds = self.node.own_seeds().filter_map(|seed| self.config.seeds.get(seed));
+        let seeds: Vec<&str> = seeds.map(String::as_str).collect();
+        let token = self.config.token.as_ref().or(self.saved_token.as_ref());
+        let is_of_token =
+            |seed: &&str| token.is_some_and(|token| token.seeds.iter().any(|s| s == seed));
+        (!seeds.is_empty()).then(|| own_address_problem(&seeds, seeds.iter().all(is_of_token)))
+    }
+
+    /// Whether no member has answered for [`MIN_ISOLATION`] although the underlay works.
+    fn is_isolated(&self) -> bool {
+        self.isolation.isolated_since.is_some_and(|since| since.elapsed() >= MIN_ISOLATION)
+            && self.kernel.underlay_problem.is_none()
+    }
+
+    /// Returns the problem that neither the members nor this host are at their earlier addresses.
+    pub(in crate::agent) fn moved_problem(&self) -> Option<String> {
+        let known = self.isolation.previous_address().filter(|_| self.is_isolated())?;
+        let now = self.underlay.local;
+        let members = self.named(self.node.peers());
+        Some(format!(
+            "the address of this host has changed from {known} to {now}, and no member answers at the \
+             address known for it ({members}): if the addresses of all hosts have changed, restart the agent \
+             of one host with --join ADDRESS, where ADDRESS is the present address of another host (there: \
+             gossamer status, `underlay`)"
+        ))
+    }
+
+    /// Returns the problem that no member answers. The likely causes follow from the state of the path to the
+    /// first member.
+    fn alone_problem(&self) -> Option<String> {
+        if !self.is_isolated() {
+            return None;
+        }
+        let paths: Vec<_> = self.path_states().map(|(node, state, _)| (node, state)).collect();
+        let state =
+            |node: NodeId| paths.iter().find(|(of, _)| *of == node).map(|(_, state)| *state);
+        let is_reported = |node: &NodeId| {
+            state(*node).is_some_and(|state| self.path_problem(*node, state).is_some())
+        };
+        let unreported: Vec<NodeId> = self.node.peers().filter(|node| !is_reported(node)).collect();
+        let first = *unreported.first()?;
+        let gossip = self.node.address_of(first)?.port();
+        let tunnels = self.kernel.wanted.as_ref().map(|view| view.settings.vxlan_port);
+        let ports = tunnels.map_or(gossip.to_string(), |port| format!("{port} and {gossip}"));
+        let why = match state(first) {
+            Some(
+                PathState::Ok
+                | PathState::Asymmetric
+                | PathState::MtuTooLarge
+                | PathState::PartlyLost,
+            ) => {
+                format!(
+                    "its kernel answers through the tunnel, so the host runs: either its agent is stopped \
+                     (there: systemctl status gossamer), or UDP {gossip} is blocked between the two hosts, \
+                     by a firewall or by the network"
+                )
+            }
+            Some(PathState::OneWay) => format!(
+                "its tunnel packets arrive here, so the host runs: UDP {ports} from this host are dropped \
+                 there or on the way (there: gossamer status), or its agent is stopped as well"
+            ),
+            _ => format!(
+                "either that host is off, its agent is stopped, or packets between the two hosts are lost: \
+                 if it runs, its status may name the cause (there: gossamer status); or this host is cut \
+                 off: check its network, its routes (ip route get ADDRESS; ip neigh), and whether firewalls \
+                 let UDP {ports} pass"
+            ),
+        };
+        Some(format!(
+            "no other member answers this host: {} down; {why}",
+            self.named(unreported.into_iter())
+        ))
+    }
+
+    /// Returns up to [`MAX_NAMED`] members with their addresses, and the number of the others.
+    fn named(&self, members: impl Iterator<Item = NodeId>) -> String {
+        let members: Vec<NodeId> = members.collect();
+        let display = |node: &NodeId| {
+            let name = self.node.name_of(*node);
+            self.node.address_of(*node).map_or(name.to_owned(), |at| format!("{name} ({at})"))
+        };
+        let mut named: Vec<String> = members.iter().take(MAX_NAMED).map(display).collect();
+        if members.len() > MAX_NAMED {
+            named.push(format!("{} more", members.len() - MAX_NAMED));
+        }
+        named.join(", ")
+    }
+}

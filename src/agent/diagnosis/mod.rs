@@ -1,0 +1,14 @@
+//! Whether packets arrive, and what drops them if they do not. Results are read by operators; they change
+//! no route and no membership.
+
+pub(super) mod auditor;
+pub(super) mod forwarder;
+mod hooks;
+mod iptables_legacy;
+pub(super) mod isolation;
+mod packet_filter;
+pub(super) mod pod_answers;
+mod raw_tcp;
+pub(super) mod remote_pods;
+pub(super) mod silence;
+mod tap;

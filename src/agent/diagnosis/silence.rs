@@ -1,0 +1,494 @@
+//! The thread that finds out why a peer is silent: it captures packets at the interfaces for some seconds,
+//! and queries how the kernel handles the packets of the peer.
+//!
+//! It works only while a peer is silent, and less often the longer that lasts. [`crate::dataplane::silence`]
+//! draws the conclusions, which are sentences for operators and nothing else.
+
+mod case;
+mod kernel_queries;
+mod neighbor_queries;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    os::fd::{AsFd as _, BorrowedFd},
+    sync::mpsc::TryRecvError,
+    time::{Duration, Instant},
+};
+
+use self::{
+    kernel_queries::{
+        PeerRoutes, SendOutcome, SentPackets, TestSender, at_device, congested, counted_packets,
+        nothing_found,
+    },
+    neighbor_queries::NeighborQueries,
+};
+use crate::{
+    agent::diagnosis::{iptables_legacy, tap::Tap},
+    dataplane::{
+        kernel::trace::Trace,
+        silence::{Cause, Facts, IN, OUT, Place, Suspect, Verdict, Watch},
+    },
+    model::{Mac, NodeId},
+    netlink::Netlink,
+    worker::{Order, Orders, Thread, Worker},
+};
+
+/// Limit of peers diagnosed at once.
+const MAX_DIAGNOSED: usize = 8;
+/// Limit of silent peers in a case.
+const MAX_SUSPECTS: usize = 256;
+/// How long to wait after a change of the case, so that peers that become silent together are diagnosed
+/// together.
+const SETTLE_TIME: Duration = Duration::from_millis(500);
+/// How long packets and rules are watched: the probe sends to a silent peer once a second.
+const CAPTURE_TIME: Duration = Duration::from_millis(2_500);
+/// Time between test packets to a peer during a capture.
+const TEST_PACKET_INTERVAL: Duration = Duration::from_millis(800);
+/// Limit of packets read per capture.
+const MAX_PACKETS: u32 = 20_000;
+/// First pause between diagnoses of an unchanged case. It doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_secs(8);
+/// Longest pause between diagnoses of an unchanged case.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+/// Pause before the first check whether another machine has this host's address.
+const CLAIM_FIRST_CHECK: Duration = Duration::from_secs(3);
+/// Time between these checks.
+const CLAIM_CHECK_INTERVAL: Duration = Duration::from_secs(60);
+/// Time between these checks while another machine has the address.
+const CLAIMED_CHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// How long the verdict on a recovered peer is kept, and reported at once if it falls silent again: a rate
+/// limit drops its packets only under load.
+const VERDICT_LIFETIME: Duration = Duration::from_secs(60);
+/// How long to wait for an answer to the check: a host answers at once.
+const CLAIM_CAPTURE_TIME: Duration = Duration::from_millis(500);
+
+/// The input of a diagnosis.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Case {
+    /// The interfaces and addresses of this host.
+    pub place: Place,
+    /// Whether packets leave by the underlay's interface whatever the main routing table says.
+    pub pinned: bool,
+    /// The silent peers.
+    pub suspects: Vec<Suspect>,
+}
+
+type Verdicts = BTreeMap<NodeId, Verdict>;
+
+/// The findings of a diagnosis.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SilenceFindings {
+    /// The sentence that another machine has this host's address.
+    pub claim: Option<String>,
+    /// Verdicts on the peers diagnosed last.
+    pub verdicts: Verdicts,
+}
+
+/// The event loop's handle of the thread.
+pub struct SilenceDiagnosis {
+    /// The thread and its orders.
+    pub(in crate::agent) worker: Worker<Option<Case>>,
+    /// The case last ordered.
+    ordered: Option<Case>,
+    /// What is known about silent and recently recovered peers.
+    findings: SilenceFindings,
+    /// Peers with a verdict that are no longer silent, and since when.
+    recovered: BTreeMap<NodeId, Instant>,
+}
+
+impl Order for Option<Case> {
+    fn supersedes(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl SilenceDiagnosis {
+    /// Starts the thread; `report` is called with new findings.
+    ///
+    /// # Errors
+    /// Fails when the system refuses a netlink socket or the thread.
+    pub fn start(report: impl Fn(SilenceFindings) + Send + 'static) -> io::Result<Self> {
+        let netlink = Netlink::open()?;
+        let begin = |orders| Diagnoser {
+            netlink,
+            orders,
+            report,
+            case: None,
+            group: 0,
+            pause: FIRST_PAUSE,
+            due: None,
+            claim_due: None,
+            claim: None,
+            duplicates: BTreeMap::new(),
+        };
+        let worker = Worker::start("silence", move |orders| begin(orders).run())?;
+        Ok(Self {
+            worker,
+            ordered: None,
+            findings: SilenceFindings::default(),
+            recovered: BTreeMap::new(),
+        })
+    }
+
+    /// Ends the thread after the present step. The ended thread leaves no nftables table behind.
+    pub fn end(self) -> Thread {
+        self.worker.end()
+    }
+}
+
+/// The state of the thread.
+struct Diagnoser<F> {
+    netlink: Netlink,
+    orders: Orders<Option<Case>>,
+    report: F,
+    case: Option<Case>,
+    /// Number of the next group of peers, if there are more than [`MAX_DIAGNOSED`].
+    group: usize,
+    /// Pause before the diagnosis after the next.
+    pause: Duration,
+    /// When the next diagnosis is due.
+    due: Option<Instant>,
+    /// When the next check is due whether another machine has this host's address.
+    claim_due: Option<Instant>,
+    /// The sentence that another machine has it.
+    claim: Option<String>,
+    /// Silent peers that were seen with a hardware address of this host.
+    duplicates: BTreeMap<NodeId, Mac>,
+}
+
+impl<F: Fn(SilenceFindings)> Diagnoser<F> {
+    fn run(mut self) {
+        while self.apply_orders() {
+            let now = Instant::now();
+            if self.due.is_some_and(|due| due <= now) {
+                self.run_diagnosis(now);
+                continue;
+            }
+            if self.claim_due.is_some_and(|due| due <= now) {
+                self.check_claims(now);
+                continue;
+            }
+            let due = self.due.into_iter().chain(self.claim_due).min();
+            self.orders.sleeper.wait([], due.map(|due| due.saturating_duration_since(now)));
+        }
+    }
+
+    /// Applies waiting orders. Returns false once the agent has ended.
+    fn apply_orders(&mut self) -> bool {
+        loop {
+            match self.orders.take() {
+                Ok(case) => {
+                    let place = |case: &Option<Case>| case.as_ref().map(|case| case.place.clone());
+                    let before = place(&self.case);
+                    self.case = case;
+                    let now = Instant::now();
+                    if place(&self.case) != before {
+                        self.claim_due = self.case.is_some().then_some(now + CLAIM_FIRST_CHECK);
+                    }
+                    let suspects = self.case.as_ref().map(|case| &case.suspects);
+                    let is_silent = |node: &NodeId| {
+                        suspects
+                            .is_some_and(|list| list.iter().any(|suspect| suspect.node == *node))
+                    };
+                    self.duplicates.retain(|node, _| is_silent(node));
+                    self.pause = FIRST_PAUSE;
+                    self.due = suspects.filter(|all| !all.is_empty()).map(|_| now + SETTLE_TIME);
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// Diagnoses the next group of peers, and reports the verdicts.
+    fn run_diagnosis(&mut self, now: Instant) {
+        let Some(case) = self.case.clone() else { return };
+        let count = case.suspects.len();
+        let first = (self.group * MAX_DIAGNOSED) % count.max(1);
+        let diagnosed = case.suspects.iter().cycle().skip(first).take(count.min(MAX_DIAGNOSED));
+        let diagnosed: Vec<Suspect> = diagnosed.cloned().collect();
+        // The next diagnosis takes the next group.
+        self.group = if count > MAX_DIAGNOSED { self.group + 1 } else { 0 };
+        self.due = Some(now + self.pause);
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        match self.diagnose(&case, &diagnosed) {
+            Ok(Some(verdicts)) => {
+                (self.report)(SilenceFindings { claim: self.claim.clone(), verdicts })
+            }
+            Ok(None) => {}
+            Err(error) => tracing::debug!(%error, "silent peers not diagnosed"),
+        }
+    }
+
+    /// Checks whether another machine has this host's address: that can affect some packets and not others.
+    fn check_claims(&mut self, now: Instant) {
+        let pause =
+            if self.claim.is_some() { CLAIMED_CHECK_INTERVAL } else { CLAIM_CHECK_INTERVAL };
+        self.claim_due = Some(now + pause);
+        let Some(Case { place, .. }) = self.case.clone() else { return };
+        let Some(neighbor_queries) = NeighborQueries::new(&place, []) else { return };
+        let before = self.claim.clone();
+        match self.capture_claims(&place, &neighbor_queries) {
+            Ok(()) if self.claim != before => {
+                let claim = self.claim.clone();
+                (self.report)(SilenceFindings { claim, verdicts: BTreeMap::new() });
+            }
+            Ok(()) => {}
+            Err(error) => tracing::debug!(%error, "own address not checked"),
+        }
+    }
+
+    /// Queries this host's address by ARP, and reads the answers.
+    fn capture_claims(
+        &mut self,
+        place: &Place,
+        neighbor_queries: &NeighborQueries,
+    ) -> io::Result<()> {
+        let routes = PeerRoutes::find(&mut self.netlink, place, false, &[])?;
+        let mut watch = Watch::new(place.local, place.port, routes.own_macs(), &[]);
+        let tap = Tap::of_arp()?;
+        neighbor_queries.send();
+        let begun = Instant::now();
+        while begun.elapsed() < CLAIM_CAPTURE_TIME && watch.claim().is_none() {
+            let mut packets = 0;
+            while packets < MAX_PACKETS && tap.next(|packet| watch.on_packet(packet))?.is_some() {
+                packets += 1;
+            }
+            let remaining = CLAIM_CAPTURE_TIME.saturating_sub(begun.elapsed());
+            self.orders.sleeper.wait([tap.as_fd()], Some(remaining));
+            if !self.apply_orders() {
+                return Ok(());
+            }
+        }
+        self.claim = watch.claim().map(|mac| claim_sentence(mac, place));
+        Ok(())
+    }
+
+    /// Runs one diagnosis. Returns `None` if the case changed or the agent ended meanwhile.
+    fn diagnose(&mut self, case: &Case, diagnosed: &[Suspect]) -> io::Result<Option<Verdicts>> {
+        let place = &case.place;
+        let routes = PeerRoutes::find(&mut self.netlink, place, case.pinned, diagnosed)?;
+        let mut watch = Watch::new(place.local, place.port, routes.own_macs(), diagnosed);
+        watch.add_known_duplicates(&self.duplicates);
+        let hops = routes.hops(place);
+        watch.expect_answers(hops.iter().copied());
+        let neighbor_queries = NeighborQueries::new(place, hops);
+        let before = counted_packets(case);
+        let errors = congested(&mut self.netlink, &place.device);
+        let Some(sent) =
+            self.capture(case, diagnosed, neighbor_queries.as_ref(), None, &mut watch)?
+        else {
+            return Ok(None);
+        };
+        self.duplicates.extend(watch.duplicates());
+        self.claim = watch.claim().map(|mac| claim_sentence(mac, place));
+        let after = counted_packets(case);
+        let errors = errors.zip(congested(&mut self.netlink, &place.device));
+        let mut facts: BTreeMap<NodeId, Facts> = BTreeMap::new();
+        for suspect in diagnosed {
+            let traces = &watch.traces[&suspect.node];
+            let count = |counted: &Option<BTreeMap<IpAddr, u64>>| {
+                counted.as_ref().and_then(|counted| counted.get(&suspect.address).copied())
+            };
+            let counts = count(&before).zip(count(&after));
+            let known = Facts {
+                sent: sent.past_device.contains(&suspect.node),
+                entered: sent.into_device.contains(&suspect.node)
+                    && routes.routes_to_device(&mut self.netlink, place, suspect.vtep),
+                unresolved: routes.unresolved(&mut self.netlink, suspect.address),
+                filtered: routes.filtered(&mut self.netlink, place, suspect.address, &traces.came),
+                pinned: routes
+                    .pinned(&mut self.netlink, suspect.address, |hop| watch.answering(hop)),
+                congested: errors.is_some_and(|(before, after)| after > before),
+                xdp: routes.has_xdp(place),
+                passthru: routes.passthru(place),
+                uncounted: counts.is_some_and(|(before, after)| before == after),
+                ..Facts::default()
+            };
+            facts.insert(suspect.node, known);
+        }
+        self.read_device_hints(place, diagnosed, &watch, &mut facts);
+        if self
+            .diagnose_neighbor_answers(case, diagnosed, &routes, &mut watch, &mut facts)?
+            .is_none()
+        {
+            return Ok(None);
+        }
+        // Rules are read only for packets that are, or may be, lost on this host.
+        let is_doubtful = |suspect: &&Suspect| {
+            let (traces, facts) = (&watch.traces[&suspect.node], &facts[&suspect.node]);
+            let is_translated = traces.left.values().any(|from| *from != place.source);
+            let is_known = facts.unresolved.is_some() || facts.filtered.is_some();
+            let is_known = is_known || facts.pinned.is_some();
+            let is_lost_here = facts.sent && traces.left.is_empty() || is_translated;
+            let is_lost_here = is_lost_here || sent.forbidden.contains(&suspect.node);
+            // Packets of a live peer may arrive another way, without a tunnel.
+            !is_known && (is_lost_here || !traces.came.is_empty() || suspect.lives)
+        };
+        let doubtful: Vec<Suspect> = diagnosed.iter().filter(is_doubtful).cloned().collect();
+        if !doubtful.is_empty() && watch.claim().is_none() {
+            let addresses: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.address).collect();
+            let overlay: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.vtep).collect();
+            let (device, interface) = (&place.device, &place.interface);
+            let started = Trace::begin(device, interface, place.port, &addresses, &overlay);
+            let trace = started.inspect_err(|error| tracing::debug!(%error, "packets not traced"));
+            let mut trace = trace.ok();
+            if trace.is_some()
+                && self.capture(case, &doubtful, None, trace.as_mut(), &mut watch)?.is_none()
+            {
+                return Ok(None);
+            }
+            for suspect in &doubtful {
+                let Some(facts) = facts.get_mut(&suspect.node) else { continue };
+                if let Some(trace) = &trace {
+                    facts.dropped = trace.report().dropped(place.local, suspect.address);
+                    facts.translating = trace.report().translating(suspect.address);
+                    let diverted = trace.report().dropped_at(suspect.vtep);
+                    facts.diverted = diverted.and_then(|(by, at)| {
+                        routes.diverted(&mut self.netlink, suspect.vtep, by, at)
+                    });
+                }
+                let left = &watch.traces[&suspect.node].left;
+                if facts.translating.is_none() && left.values().any(|from| *from != place.source) {
+                    facts.translating_legacy =
+                        iptables_legacy::translating(place.local.is_ipv4(), place.port);
+                }
+                for way in [OUT, IN] {
+                    facts.hints[way] = routes.hints(&mut self.netlink, place, way);
+                }
+                let is_unexplained = trace.is_some() && facts.hints[OUT].is_empty();
+                facts.forbidden = is_unexplained && sent.forbidden.contains(&suspect.node);
+                for way in [OUT, IN] {
+                    if facts.hints[way].is_empty() {
+                        facts.hints[way].push(nothing_found(&place.interface, way));
+                    }
+                }
+            }
+        }
+        Ok(Some(watch.conclude(diagnosed, &facts, place)))
+    }
+
+    /// Reads what may drop packets at the VXLAN device, if packets may be lost there.
+    fn read_device_hints(
+        &mut self,
+        place: &Place,
+        diagnosed: &[Suspect],
+        watch: &Watch,
+        facts: &mut BTreeMap<NodeId, Facts>,
+    ) {
+        let mut known_hints = [None, None];
+        for suspect in diagnosed {
+            let Some(facts) = facts.get_mut(&suspect.node) else { continue };
+            let carried = watch.traces[&suspect.node].carried;
+            for (way, may_be_lost) in [(OUT, facts.entered && !carried[OUT]), (IN, carried[IN])] {
+                if may_be_lost {
+                    let hints = known_hints[way]
+                        .get_or_insert_with(|| at_device(&mut self.netlink, place, way));
+                    facts.device_hints[way].clone_from(hints);
+                }
+            }
+        }
+    }
+
+    /// Finds out what drops answers for next hops that arrive and that the kernel does not receive. Returns
+    /// `None` if the case changed or the agent ended meanwhile.
+    fn diagnose_neighbor_answers(
+        &mut self,
+        case: &Case,
+        diagnosed: &[Suspect],
+        routes: &PeerRoutes,
+        watch: &mut Watch,
+        facts: &mut BTreeMap<NodeId, Facts>,
+    ) -> io::Result<Option<()>> {
+        let mut refused = BTreeMap::new();
+        for suspect in diagnosed {
+            let unresolved = facts.get(&suspect.node).and_then(|facts| facts.unresolved.as_ref());
+            let Some((hop, _)) = unresolved else { continue };
+            if routes.has_next_hop_at(suspect.address, watch.answered_at(*hop)) {
+                refused.insert(suspect.node, *hop);
+            }
+        }
+        if refused.is_empty() {
+            return Ok(Some(()));
+        }
+        let Case { place, .. } = case;
+        let hops: BTreeSet<IpAddr> = refused.values().copied().collect();
+        let neighbor_queries = NeighborQueries::new(place, hops.iter().copied());
+        let mut trace = Trace::of_answers(&place.device, &place.interface, &hops)?;
+        if self
+            .capture(case, diagnosed, neighbor_queries.as_ref(), Some(&mut trace), watch)?
+            .is_none()
+        {
+            return Ok(None);
+        }
+        for (node, hop) in refused {
+            let Some(facts) = facts.get_mut(&node) else { continue };
+            facts.refused = Some(trace.report().dropped_from(hop));
+        }
+        Ok(Some(()))
+    }
+
+    /// Captures packets, and sends test packets meanwhile: to the tunnels' port with a header that every
+    /// device drops, and through the tunnel. Returns the peers to which packets were sent; `None` if the case
+    /// changed or the agent ended meanwhile.
+    fn capture(
+        &mut self,
+        case: &Case,
+        diagnosed: &[Suspect],
+        neighbor_queries: Option<&NeighborQueries>,
+        mut trace: Option<&mut Trace>,
+        watch: &mut Watch,
+    ) -> io::Result<Option<SentPackets>> {
+        let tap = Tap::open(case.place.port)?;
+        let sender = TestSender::open(&case.place, case.pinned)?;
+        let mut sent = SentPackets::default();
+        let (begun, mut next_test_at, mut packets) = (Instant::now(), Instant::now(), 0);
+        loop {
+            let now = Instant::now();
+            if next_test_at <= now {
+                next_test_at = now + TEST_PACKET_INTERVAL;
+                // Not to a peer without a tunnel: it would take the packet for one that a pod of this host
+                // sent through a tunnel.
+                let tunneled = diagnosed.iter().filter(|suspect| suspect.tunnelled);
+                for suspect in tunneled {
+                    let outcome = sender.send_past_device(suspect.address);
+                    sent.past_device
+                        .extend((outcome != SendOutcome::NoRoute).then_some(suspect.node));
+                    sent.forbidden
+                        .extend((outcome == SendOutcome::Forbidden).then_some(suspect.node));
+                }
+                let sent_to = diagnosed
+                    .iter()
+                    .filter(|suspect| suspect.tunnelled && sender.send_through_tunnel(suspect));
+                sent.into_device.extend(sent_to.map(|suspect| suspect.node));
+                neighbor_queries.into_iter().for_each(NeighborQueries::send);
+            }
+            while packets < MAX_PACKETS && tap.next(|packet| watch.on_packet(packet))?.is_some() {
+                packets += 1;
+            }
+            if let Some(trace) = &mut trace {
+                trace.read()?;
+            }
+            let remaining = CAPTURE_TIME.saturating_sub(begun.elapsed());
+            if remaining.is_zero() {
+                return Ok(Some(sent));
+            }
+            let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
+            fds.extend((packets < MAX_PACKETS).then(|| tap.as_fd()));
+            fds.extend(trace.as_ref().map(|trace| trace.as_fd()));
+            let until = next_test_at.saturating_duration_since(Instant::now());
+            self.orders.sleeper.wait(fds, Some(remaining.min(until)));
+            let case_before = self.case.clone();
+            if !self.apply_orders() || self.case != case_before {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+/// Returns the sentence that another machine has this host's address.
+fn claim_sentence(mac: Mac, place: &Place) -> String {
+    Cause::AddressTaken { mac }.sentence(&[], place)
+}

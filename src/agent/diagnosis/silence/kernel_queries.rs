@@ -1,0 +1,366 @@
+//! Kernel queries about the packets of a silent peer, and the sender of test packets.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+};
+
+use rtnetlink::packet_route::{link::LinkAttribute, neighbour::NeighbourState};
+use socket2::SockRef;
+
+use super::Case;
+use crate::{
+    agent::diagnosis::{
+        hooks::{self, Side},
+        iptables_legacy::{self, Way},
+    },
+    dataplane::{
+        audit::EXDEV,
+        kernel::FirewallTable,
+        silence::{Diverted, DroppingRule, OUT, Pinned, Place, Suspect, open_chain},
+    },
+    model::{Mac, NodeId, Transport},
+    netlink::{
+        Netlink,
+        link::Link,
+        route::{Query, RouteLookup},
+        xfrm,
+    },
+};
+
+/// `EPERM`: a rule or a program refused the packet.
+const EPERM: i32 = 1;
+/// `EINVAL`: see [`PeerRoutes::filtered`].
+const EINVAL: i32 = 22;
+/// A VXLAN header without the I flag: every device drops the packet (RFC 7348, section 5).
+const INVALID_VXLAN_HEADER: [u8; 8] = [0; 8];
+/// Value of `rp_filter` for strict mode (RFC 3704).
+const RP_FILTER_STRICT: u8 = 1;
+/// Limit of programs and policies named.
+const MAX_NAMED: usize = 3;
+
+/// Sends test packets to a peer as this host sends its tunnel packets.
+pub struct TestSender {
+    socket: UdpSocket,
+    /// UDP port of the tunnels.
+    port: u16,
+    /// Sockets of the overlay, at most one per family.
+    overlay_sockets: Vec<UdpSocket>,
+}
+
+impl TestSender {
+    /// Opens the sockets, bound to the underlay's interface if packets are pinned to it.
+    ///
+    /// # Errors
+    /// Fails when a socket cannot be opened or bound.
+    pub fn open(place: &Place, pinned: bool) -> io::Result<Self> {
+        let socket = UdpSocket::bind((place.source, 0))?;
+        socket.set_nonblocking(true)?;
+        if pinned {
+            SockRef::from(&socket).bind_device(Some(place.interface.as_bytes()))?;
+        }
+        let any = [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()];
+        let overlay_sockets = any.into_iter().filter_map(|any| UdpSocket::bind((any, 0)).ok());
+        let overlay_sockets: Vec<UdpSocket> = overlay_sockets.collect();
+        overlay_sockets.iter().try_for_each(|socket| socket.set_nonblocking(true))?;
+        Ok(Self { socket, port: place.port, overlay_sockets })
+    }
+
+    /// Sends an empty datagram through the tunnel to the agent of the peer. Returns whether the kernel
+    /// accepted it.
+    pub fn send_through_tunnel(&self, suspect: &Suspect) -> bool {
+        let to = SocketAddr::new(suspect.vtep, suspect.gossip);
+        let has_family = |socket: &&UdpSocket| {
+            socket.local_addr().is_ok_and(|local| local.is_ipv4() == to.is_ipv4())
+        };
+        self.overlay_sockets
+            .iter()
+            .find(has_family)
+            .is_some_and(|socket| socket.send_to(&[], to).is_ok())
+    }
+
+    /// Sends a packet to the tunnels' port without the VXLAN device, and returns the outcome.
+    pub fn send_past_device(&self, address: IpAddr) -> SendOutcome {
+        match self.socket.send_to(&INVALID_VXLAN_HEADER, (address, self.port)) {
+            Ok(_) => SendOutcome::Accepted,
+            Err(error) if error.raw_os_error() == Some(EPERM) => SendOutcome::Forbidden,
+            Err(_) => SendOutcome::NoRoute,
+        }
+    }
+}
+
+/// The outcome of sending a test packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendOutcome {
+    /// The kernel accepted it.
+    Accepted,
+    /// A firewall rule, or a program of this process's cgroup, refused it.
+    Forbidden,
+    /// It failed for another reason, such as a missing route.
+    NoRoute,
+}
+
+/// Peers to which test packets were sent.
+#[derive(Debug, Default)]
+pub struct SentPackets {
+    /// Without the VXLAN device.
+    pub past_device: BTreeSet<NodeId>,
+    /// Those of `past_device` to which the kernel refused to send.
+    pub forbidden: BTreeSet<NodeId>,
+    /// Through the VXLAN device.
+    pub into_device: BTreeSet<NodeId>,
+}
+
+/// Returns the tunnel packets that the guard has counted, by underlay address; `None` where it does not
+/// count.
+pub fn counted_packets(case: &Case) -> Option<BTreeMap<IpAddr, u64>> {
+    let mut table = FirewallTable::open().ok().filter(|_| case.place.guard)?;
+    table.packets_of_members(&case.place.device).ok()
+}
+
+/// Interfaces of this host, and its routes to the peers.
+pub struct PeerRoutes {
+    links: Vec<Link>,
+    /// Routes by underlay address of the peer.
+    routes: BTreeMap<IpAddr, RouteLookup>,
+}
+
+impl PeerRoutes {
+    /// Reads the interfaces, and the route to each peer. With `pinned`, packets leave by the underlay's
+    /// interface whatever the main routing table says.
+    ///
+    /// # Errors
+    /// Fails when the kernel does not report the interfaces.
+    pub fn find(
+        netlink: &mut Netlink,
+        place: &Place,
+        pinned: bool,
+        suspects: &[Suspect],
+    ) -> io::Result<Self> {
+        let links = netlink.links()?;
+        let mut routes = BTreeMap::new();
+        for Suspect { address, .. } in suspects {
+            let output = pinned.then_some(place.link);
+            let (from, transport) = (Some(place.source), Some(Transport::udp_to(place.port)));
+            let query = Query { output, from, transport, ..Query::to(*address) };
+            if let Ok(route) = netlink.route(&query) {
+                routes.insert(*address, route);
+            }
+        }
+        Ok(Self { links, routes })
+    }
+
+    /// Returns the hardware addresses of this host's interfaces.
+    pub fn own_macs(&self) -> BTreeSet<Mac> {
+        let macs = self.links.iter().filter(|link| !link.loopback).filter_map(|link| link.mac);
+        macs.filter(|mac| mac.as_bytes() != &[0; 6]).collect()
+    }
+
+    /// Returns the next hop to a peer, and its interface.
+    fn hop(&self, address: IpAddr) -> Option<(IpAddr, &Link)> {
+        let route = self.routes.get(&address)?;
+        let link = self.links.iter().find(|link| link.index == route.link)?;
+        Some((route.gateway.unwrap_or(address), link))
+    }
+
+    /// Returns the next hops to all peers on the underlay's interface.
+    pub fn hops(&self, place: &Place) -> BTreeSet<IpAddr> {
+        let hops = self.routes.keys().filter_map(|address| self.hop(*address));
+        hops.filter(|(_, link)| link.index == place.link).map(|(hop, _)| hop).collect()
+    }
+
+    /// Whether one of these interfaces is that of the next hop to a peer, or a port of it.
+    pub fn has_next_hop_at(
+        &self,
+        address: IpAddr,
+        mut interfaces: impl Iterator<Item = u32>,
+    ) -> bool {
+        let Some((_, wanted)) = self.hop(address) else { return false };
+        let is_match =
+            |link: &Link| link.index == wanted.index || link.controller() == Some(wanted.index);
+        interfaces.any(|index| self.links.iter().any(|link| link.index == index && is_match(link)))
+    }
+
+    /// Returns the permanent neighbor entry of the next hop to a peer, if other hardware addresses answer for
+    /// that hop.
+    pub fn pinned(
+        &self,
+        netlink: &mut Netlink,
+        address: IpAddr,
+        answering: impl Fn(IpAddr) -> BTreeSet<Mac>,
+    ) -> Option<Pinned> {
+        let (address, link) = self.hop(address)?;
+        let answering = answering(address);
+        let mac = netlink.permanent_neighbor(link.index, address).ok()??;
+        let is_other = !answering.is_empty() && !answering.contains(&mac);
+        let interface = link.name.clone();
+        is_other.then_some(Pinned { address, interface, mac, answering })
+    }
+
+    /// Returns the next hop to a peer and its interface, if the kernel cannot resolve its hardware address.
+    pub fn unresolved(&self, netlink: &mut Netlink, address: IpAddr) -> Option<(IpAddr, String)> {
+        let (hop, link) = self.hop(address)?;
+        let state = netlink.neighbour(link.index, hop).ok()??;
+        let is_unresolved = matches!(state, NeighbourState::Incomplete | NeighbourState::Failed);
+        is_unresolved.then(|| (hop, link.name.clone()))
+    }
+
+    /// Returns the interface at which the reverse path filter drops packets from a peer. Considers the
+    /// interfaces at which they arrive (`arrival_links`); if the underlay's is one of them, only that.
+    pub fn filtered(
+        &self,
+        netlink: &mut Netlink,
+        place: &Place,
+        peer: IpAddr,
+        arrival_links: &BTreeSet<u32>,
+    ) -> Option<String> {
+        let considered = match arrival_links.contains(&place.link) {
+            true => BTreeSet::from([place.link]),
+            false => arrival_links.clone(),
+        };
+        // The kernel attributes packets at a port to its bridge or bond.
+        let links = considered.iter().filter_map(|index| {
+            self.links.iter().find(|link| link.index == *index && link.controller().is_none())
+        });
+        let mut links = links.filter(|link| {
+            let transport = Some(Transport::udp_to(place.port));
+            let query = Query { transport, ..Query::forwarded(peer, place.local, link.index) };
+            match netlink.route(&query).map_err(|error| error.raw_os_error()) {
+                Err(Some(EXDEV)) => true,
+                // Kernels since 6.14 return this for the filter, and for other reasons.
+                Err(Some(EINVAL)) => is_strict(&link.name),
+                _ => false,
+            }
+        });
+        links.next().map(|link| link.name.clone())
+    }
+
+    /// Whether packets to a peer's pods go to the VXLAN device; a route of another program may take
+    /// precedence.
+    pub fn routes_to_device(&self, netlink: &mut Netlink, place: &Place, vtep: IpAddr) -> bool {
+        let output_link = netlink.route(&Query::to(vtep)).map(|found| found.link);
+        self.links
+            .iter()
+            .any(|link| output_link.as_ref().ok() == Some(&link.index) && link.name == place.device)
+    }
+
+    /// Returns what drops packets of a peer's pods that arrive at one interface while those to them leave by
+    /// another.
+    pub fn diverted(
+        &self,
+        netlink: &mut Netlink,
+        vtep: IpAddr,
+        by: DroppingRule,
+        at: u32,
+    ) -> Option<Diverted> {
+        let output_link = netlink.route(&Query::to(vtep)).ok()?.link;
+        let name = |index: u32| {
+            let link = self.links.iter().find(|link| link.index == index)?;
+            Some(link.name.clone())
+        };
+        let (came, goes) = (name(at)?, name(output_link).filter(|_| output_link != at)?);
+        Some(Diverted { by, came, goes })
+    }
+
+    /// Whether an XDP program receives packets at the underlay's interface before packet sockets do.
+    pub fn has_xdp(&self, place: &Place) -> bool {
+        let link = self.links.iter().find(|link| link.index == place.link);
+        link.is_some_and(Link::has_xdp)
+    }
+
+    /// Returns what may take all packets that arrive at the underlay's interface.
+    pub fn passthru(&self, place: &Place) -> Option<String> {
+        hooks::passthru(self.links.iter().find(|link| link.index == place.link)?)
+    }
+
+    /// Returns what may drop tunnel packets in this direction (`OUT` or `IN`) where no nftables rule does.
+    pub fn hints(&self, netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String> {
+        let Place { local, port, gossip, .. } = place;
+        let is_out = way == OUT;
+        let side = if is_out { Side::Egress } else { Side::Ingress };
+        let legacy = if is_out { Way::Out } else { Way::In };
+        let mut hints =
+            iptables_legacy::around_tunnels(local.is_ipv4(), legacy, *port, Some(*gossip));
+        if !is_out {
+            hints.extend(redirecting(local.is_ipv4(), *port));
+            hints.extend(iptables_legacy::redirecting(local.is_ipv4(), *port));
+        }
+        let underlay = self.links.iter().find(|link| link.index == place.link);
+        hints.extend(underlay.into_iter().flat_map(|link| hooks::at(netlink, link, side)));
+        hints.extend(self.passthru(place).filter(|_| !is_out));
+        let direction = if is_out { "out" } else { "in" };
+        let policies = xfrm::policies().unwrap_or_default();
+        let concerned = policies.iter().filter(|policy| {
+            let ours = if is_out { policy.from } else { policy.to };
+            !policy.lets_pass() && policy.direction == direction && ours.contains(local)
+        });
+        hints.extend(concerned.take(MAX_NAMED).map(|policy| {
+            format!(
+                "an IPsec policy takes packets from {} to {} (ip xfrm policy: dir {direction}, priority {}): \
+                 exempt UDP {port} from it",
+                policy.from, policy.to, policy.priority
+            )
+        }));
+        hints
+    }
+}
+
+/// Returns the sentence that names further places to check, for use without other hints.
+pub fn nothing_found(interface: &str, way: usize) -> String {
+    let legacy = if way == OUT { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
+    format!(
+        "no rule or policy that drops them was found, and {}; check ip rule and iptables -t mangle -S \
+         OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}",
+        hooks::nothing_found(interface)
+    )
+}
+
+/// Returns what may drop packets at the VXLAN device in this direction; empty for arriving packets if nothing
+/// is found.
+pub fn at_device(netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String> {
+    let device = &place.device;
+    let Ok(Some(link)) = netlink.link(device) else { return Vec::new() };
+    let side = if way == OUT { Side::Egress } else { Side::Ingress };
+    let mut hints = hooks::at(netlink, &link, side);
+    if way == OUT && hints.is_empty() {
+        hints.push(format!(
+            "{}; check nft list ruleset (family netdev)",
+            hooks::nothing_found(device)
+        ));
+    }
+    hints
+}
+
+/// Returns the nftables chains that give tunnel packets another destination, as sentences.
+fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
+    let chains = FirewallTable::open().and_then(|mut table| table.redirected_port(ipv4, port));
+    let sentence = |chain: String| {
+        format!(
+            "chain {chain} gives UDP {port} another destination (DNAT, as for a port that a container \
+             publishes): publish another port, or exempt it: {}; then conntrack -D -p udp --orig-port-dst \
+             {port}",
+            open_chain(&chain, &[port])
+        )
+    };
+    chains.unwrap_or_default().into_iter().take(MAX_NAMED).map(sentence).collect()
+}
+
+/// Returns the number of packets that the VXLAN device dropped for their ECN marks.
+pub fn congested(netlink: &mut Netlink, device: &str) -> Option<u64> {
+    let link = netlink.link(device).ok()??;
+    link.message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Stats64(stats) => Some(stats.rx_frame_errors),
+        _ => None,
+    })
+}
+
+/// Whether a strict reverse path filter is in force: the larger of the values for all interfaces and for this
+/// one applies.
+fn is_strict(interface: &str) -> bool {
+    let value = |name: &str| {
+        let value = fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"));
+        value.ok().and_then(|value| value.trim().parse::<u8>().ok()).unwrap_or(0)
+    };
+    value("all").max(value(interface)) == RP_FILTER_STRICT
+}

@@ -1,0 +1,463 @@
+//! The event loop's part of the data plane: computes the desired state, and handles the kernel thread's
+//! events.
+//!
+//! The kernel thread (`programmer`) applies and repairs. This module numbers the desired states, turns
+//! failures into problems, counts repairs, and passes to the core which subnet the kernel uses and this
+//! host's address.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use ipnet::IpNet;
+
+use crate::{
+    agent::{
+        Agent, Ending,
+        diagnosis::{
+            auditor::Routing,
+            forwarder::{ForwarderEvent, Forwarding},
+            pod_answers::PodAnswers,
+            remote_pods::RemotePodsState,
+        },
+        host::checks::HostState,
+        workers::{
+            archive::SavedFile,
+            kernel_event::{DemandState, KernelEvent, Outcome},
+            programmer::{DesiredState, State},
+            subnet_env::SubnetFile,
+        },
+    },
+    config::Config,
+    core::{Command, Input, Peer, View},
+    dataplane::{
+        desired::{Desired, Underlay, device_name},
+        firewall::Firewall,
+        kernel::{
+            FirewallTable, Kernel, KernelError, RefusedEntry, pod_tables::PodTables,
+            users::UserRules,
+        },
+        plan::Op,
+    },
+    model::{NodeId, Pool},
+    pods::wiring::Wiring,
+    underlay::{ChosenUnderlay, UnderlayError},
+};
+
+/// Time limit for a node that cannot use the kernel to return its new subnet before it ends.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The event loop's knowledge of the kernel.
+#[derive(Default)]
+pub(in crate::agent) struct KernelState {
+    /// The view to program.
+    pub(in crate::agent) wanted: Option<View>,
+    /// The subnet that the core was last told to be in use by the kernel.
+    pub(in crate::agent) in_use: Option<Option<IpNet>>,
+    /// Whether the kernel must hold nothing of gossamer's.
+    pub(in crate::agent) withdrawn: bool,
+    /// Peers with `unreachable` routes, because neither gossip nor their kernels have answered for a
+    /// long time.
+    pub(in crate::agent) withdrawn_peers: BTreeSet<NodeId>,
+    /// MTU of packets to each peer whose path carries less than the overlay device, in bytes.
+    pub(in crate::agent) narrow: BTreeMap<NodeId, u32>,
+    /// Number of the last desired state passed to the thread.
+    pub(in crate::agent) requested: u64,
+    /// Number of the last desired state that the thread has handled.
+    pub(in crate::agent) answered: u64,
+    /// Index of the VXLAN device while it exists.
+    pub(in crate::agent) device: Option<u32>,
+    /// Whether the device leaves checksums to the network card, if known.
+    pub(in crate::agent) checksum_offload: Option<bool>,
+    /// Whether the kernel has equaled the desired state at least once.
+    pub(in crate::agent) programmed_once: bool,
+    /// Why the kernel cannot be programmed.
+    pub(in crate::agent) problem: Option<String>,
+    /// Problems of single peers whose entries the kernel refused.
+    pub(in crate::agent) peer_problems: Vec<String>,
+    /// Why the underlay is unusable.
+    pub(in crate::agent) underlay_problem: Option<String>,
+    /// The problem that the carrier of the underlay interface flaps.
+    pub(in crate::agent) flapping: Option<String>,
+    /// Problems about addresses of this host inside the overlay's networks.
+    pub(in crate::agent) overlaps: Vec<String>,
+    /// Where the kernel sends packets.
+    pub(in crate::agent) routing: Routing,
+    /// Whether packets of pods are forwarded.
+    pub(in crate::agent) forwarding: Forwarding,
+    /// Whether packets of pods reach pods of other hosts, and answers return.
+    pub(in crate::agent) remote_pods: RemotePodsState,
+    /// Whether pods of this host answer.
+    pub(in crate::agent) answers: PodAnswers,
+    /// Kernel requests for missing entries, and the peers in use.
+    pub(in crate::agent) demand: DemandState,
+    /// Firewall and sysctls.
+    pub(in crate::agent) host: HostState,
+    /// Number of kernel operations since the start.
+    pub(in crate::agent) operations: u64,
+    /// Number of repaired changes of other programs, by kind.
+    pub(in crate::agent) repairs: BTreeMap<&'static str, u64>,
+    /// When a repair of each kind was last logged, and the number of repairs since.
+    pub(in crate::agent) logged: BTreeMap<&'static str, (Option<Instant>, u64)>,
+}
+
+impl Agent {
+    /// Returns this host's end of the underlay, and how packets reach peers.
+    pub(in crate::agent) fn current_underlay(&self) -> Underlay {
+        let routed = self.kernel.routing.routed.clone();
+        Underlay { routed, ..self.underlay.with_mode(self.config.mode) }
+    }
+
+    /// Computes the desired state and passes it to the kernel thread.
+    pub(in crate::agent) fn program(&mut self) {
+        let state = match (&self.kernel.wanted, self.node.cluster()) {
+            (Some(view), _) => {
+                let mut underlay = self.current_underlay();
+                underlay.narrow.clone_from(&self.kernel.narrow);
+                let mut desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
+                desired.device.checksum_offload = self.prober.wanted_offload();
+                let mut usable = Cow::Borrowed(view);
+                if view
+                    .peers
+                    .values()
+                    .any(|peer| underlay.unusable_peer_reason(peer.vtep.underlay).is_some())
+                {
+                    let is_usable =
+                        |peer: &Peer| underlay.unusable_peer_reason(peer.vtep.underlay).is_none();
+                    usable.to_mut().peers.retain(|_, peer| is_usable(peer));
+                }
+                let bridge = self.config.bridge_name(view.settings.vni);
+                let firewall = Firewall::new(&usable, &self.config.firewall, &bridge);
+                State::Overlay(Box::new(desired), Box::new(firewall))
+            }
+            (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {
+                device: device_name(cluster.settings.vni),
+                pool: cluster.settings.pool,
+            },
+            _ => return,
+        };
+        self.update_forwarder();
+        self.expect_bridge();
+        self.kernel.requested += 1;
+        self.programmer.program(DesiredState { number: self.kernel.requested, state });
+    }
+
+    /// Handles an event of the kernel thread.
+    pub(in crate::agent) fn on_kernel_event(&mut self, told: KernelEvent) {
+        match told {
+            KernelEvent::Outcome(outcome) => self.on_kernel(outcome),
+            KernelEvent::Underlay(underlay) => self.on_underlay(underlay),
+            KernelEvent::Routing(routing) => {
+                let known = &self.kernel.routing.problems;
+                let new = routing.problems.iter().filter(|problem| !known.contains(problem));
+                new.for_each(|problem| tracing::warn!("{problem}"));
+                let is_other_way = routing.routed != self.kernel.routing.routed;
+                self.kernel.routing = routing;
+                if is_other_way {
+                    self.program();
+                }
+                self.follow_path_mtus();
+            }
+            KernelEvent::Flapping(flapping) => {
+                if let (None, Some(problem)) = (&self.kernel.flapping, &flapping) {
+                    tracing::warn!("{problem}");
+                }
+                self.kernel.flapping = flapping;
+            }
+            KernelEvent::Overlaps(overlaps) => {
+                overlaps.iter().for_each(|overlap| tracing::warn!("{overlap}"));
+                self.kernel.overlaps = overlaps;
+            }
+            KernelEvent::Host(state) => self.on_host(state),
+            KernelEvent::Demand(state) => self.on_demand(state),
+            KernelEvent::Counted(counted) => self.on_packet_counts(counted),
+        }
+    }
+
+    /// Handles the result of programming.
+    fn on_kernel(&mut self, Outcome { number, repair, result }: Outcome) {
+        self.kernel.answered = number;
+        match result {
+            Ok(report) => {
+                self.kernel.device = report.device;
+                self.kernel.checksum_offload = report.checksum_offload;
+                let operations: u64 = report.done.values().sum();
+                self.kernel.operations += operations;
+                if repair && operations > 0 {
+                    for (kind, count) in &report.done {
+                        self.record_and_log_repair(kind, *count);
+                    }
+                } else if operations > 0 {
+                    tracing::debug!(operations, "kernel programmed");
+                }
+                self.note_kernel_failures(&report.failed);
+                self.report_kernel_subnet();
+                if self.kernel.withdrawn {
+                    let _ = std::fs::remove_file(&self.config.subnet_file);
+                    return;
+                }
+                if !self.kernel.programmed_once {
+                    self.kernel.programmed_once = true;
+                    tracing::info!("data plane ready");
+                }
+                self.write_subnet_env();
+                self.keep_bridge();
+            }
+            Err(error) => self.on_kernel_error(&error),
+        }
+    }
+
+    /// Handles an event of the forwarder thread.
+    pub(in crate::agent) fn on_forwarding(&mut self, news: ForwarderEvent) {
+        let state = match news {
+            ForwarderEvent::State(state) => state,
+            ForwarderEvent::Room(room) => return self.remote_pods.set_room(room),
+        };
+        let before = &self.kernel.forwarding;
+        let of = |state: &Forwarding| {
+            let Forwarding { problems, input, warnings, .. } = state.clone();
+            [problems, input, warnings].concat()
+        };
+        let (before, told) = (of(before), of(&state));
+        let known = |problem: &&String| before.contains(problem);
+        told.iter()
+            .filter(|problem| !known(problem))
+            .for_each(|problem| tracing::warn!("{problem}"));
+        self.kernel.forwarding = state;
+        self.update_remote_pods();
+    }
+
+    /// Counts kernel requests for missing entries, and updates the paths if the peers in use have
+    /// changed.
+    fn on_demand(&mut self, state: DemandState) {
+        let before = std::mem::replace(&mut self.kernel.demand, state);
+        let now = &self.kernel.demand;
+        let missed = now.answered.saturating_sub(before.answered);
+        if now.in_use.is_none() && missed > 0 {
+            // All peers are programmed, so an entry was removed without a notification.
+            self.record_repair("miss", missed);
+        }
+        if self.kernel.demand.in_use != before.in_use {
+            self.update_paths();
+        }
+    }
+
+    /// Handles a change of the host checks.
+    fn on_host(&mut self, state: HostState) {
+        let known = &self.kernel.host.problems;
+        state.problems.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::error!("{p}"));
+        let known = &self.kernel.host.warnings;
+        state.warnings.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::warn!("{p}"));
+        for kind in &state.repaired {
+            self.record_and_log_repair(kind, 1);
+        }
+        self.kernel.host = state;
+    }
+
+    /// Handles a change of the underlay interface, its address or MTU.
+    fn on_underlay(&mut self, underlay: Result<ChosenUnderlay, UnderlayError>) {
+        let chosen = match underlay {
+            Ok(chosen) => chosen,
+            Err(error) => {
+                let why = match error {
+                    // Tunnel packets leave by the interface that has the address.
+                    UnderlayError::Moved { .. } => format!(
+                        "no underlay: {error}; until then the tunnels stay as they were, whether packets \
+                         of pods pass or not"
+                    ),
+                    error => format!(
+                        "no underlay: {error}; pods of this host reach each other, and those of other \
+                         hosts once the network is back"
+                    ),
+                };
+                if self.kernel.underlay_problem.as_ref() != Some(&why) {
+                    tracing::error!("{why}");
+                }
+                self.kernel.underlay_problem = Some(why);
+                return;
+            }
+        };
+        self.kernel.underlay_problem = None;
+        let before = std::mem::replace(&mut self.underlay, chosen);
+        let now = &self.underlay;
+        if before == *now {
+            return;
+        }
+        let what = |chosen: &ChosenUnderlay| {
+            format!("{} ({}, MTU {})", chosen.local, chosen.name, chosen.mtu)
+        };
+        if before.is_present() && what(&before) == what(now) {
+            tracing::debug!(?before, ?now, "underlay interface changed");
+        } else if before.is_present() {
+            tracing::warn!(before = what(&before), now = what(now), "underlay changed");
+        } else {
+            tracing::info!(underlay = what(now), "underlay available");
+        }
+        if before.local != now.local && self.config.advertise.is_none() {
+            self.isolation.on_address_change(before.local, now.local);
+        }
+        self.save_underlay();
+        let now = &self.underlay;
+        if before.local != now.local && self.config.advertise.is_none() {
+            let input = Input::UnderlayChanged { underlay: now.local };
+            self.transport.moved();
+            self.input(input);
+        } else {
+            self.input(Input::Command(Command::Sync));
+        }
+        self.program();
+    }
+
+    /// Saves the underlay, by which a host that starts without a network serves its pods. The saved
+    /// address is the one that members know, so that a start with another address is noticed.
+    pub(in crate::agent) fn save_underlay(&mut self) {
+        let ChosenUnderlay { local, mtu, .. } = self.underlay;
+        let local = self.isolation.previous_address().unwrap_or(local);
+        self.archive.save(SavedFile::Underlay(local, mtu));
+    }
+
+    /// Passes to the core which subnet the kernel uses. The core gives a subnet away only when it is not
+    /// in use.
+    fn report_kernel_subnet(&mut self) {
+        if self.kernel.answered != self.kernel.requested {
+            return;
+        }
+        let in_use = self.kernel.wanted.as_ref().map(|view| view.own.subnets.first);
+        if self.kernel.in_use.replace(in_use) != Some(in_use) {
+            self.input(Input::KernelSubnet(in_use));
+        }
+    }
+
+    /// Turns refused entries into problems. A refusal of one peer's entries is a problem of that peer. A
+    /// refusal because of this host, of its own entries, or of entries of all of several peers is a
+    /// problem of the kernel.
+    fn note_kernel_failures(&mut self, failed: &[RefusedEntry]) {
+        let peers = self.kernel.wanted.as_ref().map(|view| &view.peers);
+        let owner = |entry: &RefusedEntry| {
+            let mut peers = peers.into_iter().flatten();
+            let found = peers.find(|(_, peer)| concerns(&entry.op, peer)).map(|(node, _)| *node);
+            found.filter(|_| !entry.is_of_host())
+        };
+        let owned: Vec<_> = failed.iter().map(|entry| (owner(entry), entry)).collect();
+        let refused: BTreeSet<NodeId> = owned.iter().filter_map(|(node, _)| *node).collect();
+        let is_of_all = refused.len() > 1 && Some(refused.len()) == peers.map(BTreeMap::len);
+        let is_whole = |node: &Option<NodeId>| node.is_none() || is_of_all;
+        let whole: Vec<_> = owned.iter().filter(|(node, _)| is_whole(node)).collect();
+        let problem = whole.first().map(|(_, first)| match whole.len() {
+            1 => format!("a kernel entry was refused: {first}"),
+            count => format!("{count} kernel entries were refused, the first: {first}"),
+        });
+        let mut told = BTreeSet::new();
+        let of_peers = owned.iter().filter(|(node, _)| !is_whole(node) && told.insert(*node));
+        let of_peers: Vec<String> = of_peers
+            .filter_map(|(node, entry)| {
+                Some(format!("packets to {}: {entry}", self.node.name_of((*node)?)))
+            })
+            .collect();
+        let new = of_peers.iter().filter(|problem| !self.kernel.peer_problems.contains(problem));
+        new.for_each(|problem| tracing::warn!("{problem}"));
+        if let Some(problem) = problem.as_ref().filter(|p| self.kernel.problem.as_ref() != Some(p))
+        {
+            tracing::error!("{problem}");
+        }
+        self.kernel.peer_problems = of_peers;
+        self.kernel.problem = problem;
+    }
+
+    /// Returns the problems of peers whose underlay addresses this host cannot send to.
+    pub(in crate::agent) fn unusable_peers(&self) -> Vec<String> {
+        let underlay = self.current_underlay();
+        let peers = self.kernel.wanted.iter().flat_map(|view| &view.peers);
+        let problem = |(node, peer): (&NodeId, &Peer)| {
+            let address = peer.vtep.underlay;
+            let why = underlay.unusable_peer_reason(address)?;
+            let name = self.node.name_of(*node);
+            Some(format!(
+                "packets to {name}: its tunnels end at {address}, {why}: correct its underlay address"
+            ))
+        };
+        peers.filter_map(problem).collect()
+    }
+
+    /// Handles a kernel error. Before the first success this host cannot be a member, so the agent ends
+    /// with the reason. Later errors and transient ones are retried.
+    fn on_kernel_error(&mut self, error: &KernelError) {
+        let why = error.to_string();
+        if self.kernel.problem.as_ref() != Some(&why) {
+            tracing::error!("{why}");
+        }
+        self.kernel.problem = Some(why.clone());
+        if self.kernel.programmed_once || self.giving_up.is_some() || error.is_transient() {
+            return;
+        }
+        if self.fresh {
+            tracing::info!("returning the subnet");
+            self.giving_up = Some((why, Instant::now() + LEAVE_TIMEOUT));
+            // The refused entries do not exist.
+            self.input(Input::KernelSubnet(None));
+            self.input(Input::Command(Command::Leave));
+        } else {
+            self.ending = Some(Ending::Failed(why));
+        }
+    }
+
+    /// Writes `subnet.env`.
+    fn write_subnet_env(&mut self) {
+        let Some(view) = &self.kernel.wanted else { return };
+        let networks = view.settings.pool.networks();
+        let subnets = self.underlay.subnets_of_pods(view.own.subnets);
+        let (mtu, masquerade) = (self.underlay.mtu, self.config.firewall.masquerade);
+        let file = SubnetFile::new(networks, subnets, mtu, masquerade);
+        self.archive.save(SavedFile::Subnet(self.config.subnet_file.clone(), file));
+    }
+}
+
+/// Returns whether the operation concerns an entry of this peer.
+fn concerns(op: &Op, peer: &Peer) -> bool {
+    let contains = |address: IpAddr| {
+        let mut subnets = peer.leases.iter().flat_map(|(_, subnets)| subnets.iter());
+        subnets.any(|subnet| subnet.contains(&address))
+    };
+    match op {
+        Op::SetFdb(mac, _) | Op::RemoveFdb(mac, _) => *mac == peer.vtep.mac,
+        Op::SetNeighbor(address, _) | Op::Resolve(address, _) | Op::RemoveNeighbor(address) => {
+            contains(*address)
+        }
+        Op::AddRoute(subnet, _) | Op::ReplaceRoute(subnet, _) | Op::RemoveRoute(subnet, _) => {
+            contains(subnet.network())
+        }
+        _ => false,
+    }
+}
+
+/// Removes the device of a VNI with all its entries, routes into the pool's networks, the pods' bridge
+/// with its veth pairs, and `subnet.env`.
+pub(in crate::agent) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
+    let Some((vni, pool)) = traces else { return };
+    let device = device_name(vni);
+    let removed = Kernel::open()
+        .map_err(KernelError::from)
+        .and_then(|mut kernel| kernel.remove(&device, &pool));
+    if let Err(error) = removed {
+        tracing::error!(%error, "device not removed");
+    }
+    let removed = FirewallTable::open().and_then(|mut table| table.remove(&device));
+    if let Err(error) = removed {
+        tracing::debug!(%error, "nftables table not removed");
+    }
+    if let Err(error) = UserRules::open().remove() {
+        tracing::error!(%error, "policy rules of the VXLAN port not removed");
+    }
+    if let Err(error) = PodTables::open().remove(&device) {
+        tracing::debug!(%error, "nftables tables of pods not removed");
+    }
+    let bridge = config.bridge_name(vni);
+    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));
+    if let Err(error) = removed {
+        tracing::error!(%error, "bridge not removed");
+    }
+    let _ = std::fs::remove_file(&config.subnet_file);
+}

@@ -1,0 +1,11 @@
+//! What operators see and request: status, events, pings, surveys of all members, and the rotation of the
+//! secret.
+
+pub(super) mod events;
+mod lease_audit;
+mod path_status;
+pub(super) mod ping;
+mod routes;
+pub(super) mod secrets;
+pub(super) mod status;
+pub(super) mod survey;

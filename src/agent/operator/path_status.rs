@@ -1,0 +1,408 @@
+//! The path to each peer in the status: its measurements, and problems with their remedies.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
+
+use crate::{
+    agent::{Agent, operator::ping::milliseconds},
+    api::{EventKind, EventLevel, PathStatus},
+    core::Peer,
+    dataplane::{
+        desired::{Underlay, Way, overhead},
+        silence::Sign,
+    },
+    model::{NodeId, PathState},
+};
+
+/// Smallest MTU, in bytes, that is set on a route: no IPv4 path carries less (RFC 791 requires hosts to
+/// accept 576 bytes).
+const ROUTE_MTU_MIN: u32 = 576;
+
+impl Agent {
+    /// Returns the status of the path to each peer.
+    pub(super) fn path_statuses(&self) -> Vec<PathStatus> {
+        let status =
+            |(node, state, round_trip): (NodeId, PathState, Option<Duration>)| PathStatus {
+                node,
+                name: self.node.name_of(node).to_owned(),
+                state,
+                round_trip_ms: round_trip.map(milliseconds),
+                underlay_round_trip_ms: self.transport.round_trip(node).map(milliseconds),
+                mtu: self.kernel.narrow.get(&node).copied(),
+                problem: self.path_problem(node, state),
+                pods_answer: self.is_passed_by_pods(node, state),
+            };
+        self.path_states().map(status).collect()
+    }
+
+    /// Lowers the MTU of the route to a peer to what its path carries. The kernel then reports larger
+    /// packets to the sending pods (RFC 1191); otherwise they would be lost or fragmented without
+    /// notice.
+    pub(in crate::agent) fn follow_path_mtus(&mut self) {
+        let Some(view) = &self.kernel.wanted else { return };
+        let device = self.underlay.tunnel_mtu;
+        let headers = overhead(self.underlay.local);
+        let fits = |(node, peer): (&NodeId, &Peer)| {
+            let probed = self.prober.paths.mtu_reduction(*node);
+            let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
+            let host = peer.vtep.underlay;
+            // An MTU set by a route of this host needs no probe.
+            let by_route = self.kernel.routing.path_mtus.get(&host).filter(|path| !path.learned);
+            let by_route = by_route.map(|path| path.mtu);
+            let told = by_route.or_else(|| self.prober.reports.correct_mtu(host));
+            let told = told.map(|mtu| mtu.saturating_sub(headers));
+            let fits = probed.into_iter().chain(told).min()?;
+            (ROUTE_MTU_MIN..device).contains(&fits).then_some((*node, fits))
+        };
+        let narrow: BTreeMap<NodeId, u32> = view.peers.iter().filter_map(fits).collect();
+        if narrow == self.kernel.narrow {
+            return;
+        }
+        let before = std::mem::replace(&mut self.kernel.narrow, narrow);
+        let now = &self.kernel.narrow;
+        let changed = |node: &&NodeId| before.get(node) != now.get(node);
+        for node in
+            before.keys().chain(now.keys()).collect::<BTreeSet<_>>().into_iter().filter(changed)
+        {
+            let name = self.node.name_of(*node);
+            let text = match now.get(node) {
+                Some(mtu) => format!(
+                    "the path to {name} carries packets of {mtu} bytes, less than the {device} of this \
+                     host's overlay device: the MTU of its route is lowered to {mtu}"
+                ),
+                None => format!("the path to {name} carries packets of {device} bytes again"),
+            };
+            tracing::info!("{text}");
+            self.journal.note(EventKind::Path, EventLevel::Warn, text);
+        }
+        self.program();
+    }
+
+    /// Returns the state of the path to each peer with a subnet, and the round-trip time of the last
+    /// answer.
+    pub(in crate::agent) fn path_states(
+        &self,
+    ) -> impl Iterator<Item = (NodeId, PathState, Option<Duration>)> + '_ {
+        self.prober.paths.states(self.clock.now())
+    }
+
+    /// Describes an address translator between the two hosts if the agent's packets show one.
+    fn translation(&self, node: NodeId, there: IpAddr) -> String {
+        let seen = self.transport.remote(node).map(|remote| remote.ip().to_canonical());
+        match seen.filter(|seen| *seen != there && seen.is_ipv4() == there.is_ipv4()) {
+            Some(seen) => format!(
+                "; packets of its agent come from {seen}: an address translator changes {there}, and \
+                 tunnels need advertise = an address there that UDP passes to unchanged"
+            ),
+            None => String::new(),
+        }
+    }
+
+    /// Returns the problem that this host sends the tunnel packets to a silent peer elsewhere.
+    fn detour_problem(&self, name: &str, here: IpAddr, there: IpAddr, port: u16) -> Option<String> {
+        let detour = self.kernel.routing.detours.get(&there)?;
+        Some(detour.sentence(name, [here, there], port, &self.underlay.name))
+    }
+
+    /// Returns whether no probe of a peer is answered.
+    pub(in crate::agent) const fn is_lost(&self, state: PathState) -> bool {
+        let is_dead = matches!(state, PathState::Dead | PathState::Withdrawn);
+        is_dead || matches!(state, PathState::Unanswered | PathState::OneWay)
+    }
+
+    /// Returns the problem of a path, with its remedy.
+    pub(in crate::agent) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
+        match self.path_text(node, state)? {
+            PathText::Problem(problem) => Some(problem),
+            PathText::Warning(_) => None,
+        }
+    }
+
+    /// Returns what may be wrong without affecting any pod.
+    pub(super) fn path_warnings(&self) -> impl Iterator<Item = String> + '_ {
+        self.path_states().filter_map(|(node, state, _)| match self.path_text(node, state)? {
+            PathText::Problem(_) => None,
+            PathText::Warning(warning) => Some(warning),
+        })
+    }
+
+    /// Returns whether packets of pods reach a peer and return, although probes of its host are not
+    /// answered.
+    pub(super) fn is_passed_by_pods(&self, node: NodeId, state: PathState) -> bool {
+        matches!(state, PathState::Unanswered | PathState::OneWay)
+            && self.kernel.remote_pods.answering.contains(&node)
+    }
+
+    /// Returns the text for a path without answers and without a known cause. If packets of the peer
+    /// arrive, its firewall may drop only the probes, so it is a problem only if packets of pods are
+    /// known to be lost as well.
+    fn unanswered(&self, node: NodeId, state: PathState, text: String) -> Option<PathText> {
+        let is_proven = self.kernel.remote_pods.closed.iter().any(|way| way.node == node);
+        Some(match state {
+            PathState::OneWay if !is_proven => PathText::Warning(text),
+            _ => PathText::Problem(text),
+        })
+    }
+
+    fn path_text(&self, node: NodeId, state: PathState) -> Option<PathText> {
+        if self.is_passed_by_pods(node, state) {
+            return None;
+        }
+        let view = self.kernel.wanted.as_ref()?;
+        let peer = view.peers.get(&node)?;
+        let (there, here) = (peer.vtep.underlay, view.own.vtep.underlay);
+        let (port, name) = (view.settings.vxlan_port, self.node.name_of(node));
+        let gossip = self.node.address_of(node)?.port();
+        let (_, subnets) = peer.leases.first()?;
+        let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
+        // Without an underlay, no peer is reachable: the cause is reported once.
+        let is_silent = (self.is_lost(state) || !self.prober.paths.is_alive(node))
+            && self.kernel.underlay_problem.is_none();
+        if is_silent && let Some(problem) = self.moved_problem() {
+            return problem_text(problem);
+        }
+        if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
+            return problem_text(problem);
+        }
+        if let Some(told) = self.prober.reports.recurring_false_mtu(there) {
+            return problem_text(wrong_mtu_problem(name, there, told, self.underlay.carried));
+        }
+        let is_partly = state == PathState::PartlyLost;
+        // This host drops packets of new flows to every peer, which is reported elsewhere.
+        if (lost || is_partly) && self.kernel.host.is_table_full {
+            return None;
+        }
+        let found = self.silence_diagnosis.verdict(node).filter(|_| is_silent || is_partly);
+        if let Some(cause) = found.and_then(|found| found.cause.clone()) {
+            return problem_text(cause);
+        }
+        let is_gone = self.is_lost(state) && !self.prober.paths.is_alive(node);
+        let is_unanswered = is_gone && state != PathState::OneWay;
+        if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_unanswered) {
+            return problem_text(silent_machine_problem(name, there, sign, [port, gossip]));
+        }
+        // Gossip has already reported that the peer is down.
+        if lost && !self.prober.paths.is_alive(node) {
+            return None;
+        }
+        // The probe left by another interface, or its answer was lost on this host; that is reported by
+        // its cause.
+        if lost && subnets.iter().any(|subnet| self.kernel.routing.diverted.contains(&subnet)) {
+            return None;
+        }
+        // Answers without a tunnel may be this host's own packets that a route returned.
+        if state == PathState::Asymmetric && !self.kernel.routing.problems.is_empty() {
+            return None;
+        }
+        // Rules of this host would drop an answer; they are reported by their effect on pods.
+        let ipv4 = subnets.first.addr().is_ipv4();
+        if lost && self.kernel.forwarding.drops_incoming[usize::from(!ipv4)] {
+            return None;
+        }
+        let underlay = self.current_underlay();
+        let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
+        let is_direct = matches!(ways[0], Way::Direct { .. });
+        if lost && self.prober.paths.is_diverted_inbound(node) {
+            let own = view.own.subnets.first.network();
+            return problem_text(mixed_modes_problem(name, own, is_direct));
+        }
+        match ways[0] {
+            _ if ways.contains(&Way::Unreachable) => {
+                return unreachable_problem(&underlay, name, there, ways[0]).and_then(problem_text);
+            }
+            Way::Direct { .. } if lost => {
+                let suspects = self.kernel.forwarding.suspects.iter();
+                let suspects =
+                    suspects.map(|suspect| format!("{suspect}; or ")).collect::<String>();
+                return self.unanswered(node, state, format!(
+                    "packets to {name} go to {there} without a tunnel, and are not answered: \
+                     {suspects}let the underlay carry {} (in a cloud: turn off its check of source and \
+                     destination), or use mode = \"vxlan\"; or the firewall of {name} drops ICMP and UDP \
+                     {gossip} from {}, which harms no pod (there: gossamer status)",
+                    view.settings.pool.network(),
+                    view.own.subnets.first.network()
+                ));
+            }
+            // With direct routing, both packets with and without a tunnel are valid answers.
+            Way::Direct { .. } if state == PathState::Asymmetric => return None,
+            _ => {}
+        }
+        // Filters of both hosts and of the network may drop probes or answers.
+        let filters_text = match found.is_some_and(|found| found.leaves) {
+            true => format!(
+                " (tunnel packets to it leave this host, so by the network, or by {name}: gossamer status \
+                 there may name it; nft list ruleset, iptables-legacy -S, ip xfrm policy, and ingress \
+                 filters there), or the answers are dropped \
+                 on their way back (by this host: the same here with INPUT, a limit of UDP packets for one)"
+            ),
+            false => " (by the network, by this host: nft list ruleset, iptables-legacy -S OUTPUT, ip xfrm \
+                      policy, or by the other: the same with INPUT, and ingress filters), or the answers are \
+                      dropped on their way back (by this host: the same here with INPUT, a limit of UDP \
+                      packets for one)"
+                .to_owned(),
+        };
+        let translated = self.translation(node, there);
+        match state {
+            PathState::Unanswered => self.unanswered(
+                node,
+                state,
+                format!(
+                    "no probe of {name} through the tunnel is answered, though its agent is alive: \
+                 either UDP {port} is closed on the way between {here} and {there}{filters_text}, \
+                 or the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, \
+                 which harms no pod{translated}"
+                ),
+            ),
+            PathState::OneWay => self.unanswered(
+                node,
+                state,
+                format!(
+                    "no probe of {name} through the tunnel is answered, though its packets arrive: \
+                 either UDP {port} is closed on the way from {here} to {there}{filters_text}, or \
+                 the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, which \
+                 harms no pod{translated}"
+                ),
+            ),
+            PathState::Asymmetric => problem_text(format!(
+                "packets to {name} go through the tunnel, and its answers arrive without one: \
+                 another route or another mode leads it here (there: ip route get {}); rp_filter \
+                 and firewalls may drop that",
+                view.own.subnets.first.network()
+            )),
+            PathState::PartlyLost => {
+                let (lost, of) = self.prober.paths.flows(node)?;
+                problem_text(format!(
+                    "packets to {name} are partly lost: {lost} of {of} flows do not get through, the others \
+                     do. Either one of several links or routers between {here} and {there} that share \
+                     the load (bonds, port channels, ECMP: each flow takes one) is dead or drops UDP {port}: \
+                     look at bonds of both hosts (/proc/net/bonding), routes with several next hops (ip \
+                     route get {there}), and the switches and routers between; or there are more packets \
+                     than a link carries, or than a limit lets pass (on both hosts: gossamer doctor)"
+                ))
+            }
+            PathState::MtuTooLarge => {
+                let mtu = self.underlay.mtu;
+                let (arrive, smaller) = match self.prober.paths.mtu_reduction(node) {
+                    Some(less) => {
+                        let fits = mtu.saturating_sub(less);
+                        (format!("those of {fits}"), format!("mtu = {fits}"))
+                    }
+                    None => ("small ones".to_owned(), "a smaller mtu".to_owned()),
+                };
+                let lowered = match self.kernel.narrow.get(&node) {
+                    Some(mtu) => format!(
+                        "; the MTU of its route is lowered to {mtu}, which pods that receive ICMP \
+                        errors follow"
+                    ),
+                    None => String::new(),
+                };
+                problem_text(format!(
+                    "packets of {mtu} bytes to {name} are lost, {arrive} arrive: some link between {here} \
+                     and {there} carries less than this host's{lowered}; set {smaller} on all nodes"
+                ))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The text about a path.
+enum PathText {
+    /// A problem of pods.
+    Problem(String),
+    /// Something that may affect no pod.
+    Warning(String),
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "as it is returned")]
+fn problem_text(text: String) -> Option<PathText> {
+    Some(PathText::Problem(text))
+}
+
+/// Describes a peer whose agent and kernel do not answer, although a machine with its address was seen.
+fn silent_machine_problem(
+    name: &str,
+    there: IpAddr,
+    sign: Sign,
+    [port, gossip]: [u16; 2],
+) -> String {
+    format!(
+        "neither the agent of {name} ({there}) nor its tunnel answers, though a machine has that address: \
+         {sign}. Either its agent does not run (there: systemctl status gossamer), or packets between the \
+         two hosts (UDP {port} and {gossip}) are dropped there, here or on the way: what a host drops \
+         itself, its own status names (there: gossamer status)"
+    )
+}
+
+/// Describes a peer with a subnet that this host cannot reach in mode host-gw; `first` is the way to its
+/// first subnet. An underlay address that is unusable in every mode is reported elsewhere.
+fn unreachable_problem(
+    underlay: &Underlay,
+    name: &str,
+    there: IpAddr,
+    first: Way,
+) -> Option<String> {
+    if underlay.unusable_peer_reason(there).is_some() {
+        return None;
+    }
+    Some(match first {
+        Way::Unreachable => format!(
+            "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no tunnels: use \
+             mode = \"direct\" on all nodes"
+        ),
+        _ => format!(
+            "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay address \
+             {there}; use mode = \"direct\" on all nodes"
+        ),
+    })
+}
+
+/// Describes a wrong path MTU report that keeps coming back.
+fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
+    let (family, icmp) = match there {
+        IpAddr::V4(_) => ("ip", "ICMP type 3 code 4"),
+        IpAddr::V6(_) => ("ip -6", "ICMPv6 packet too big"),
+    };
+    format!(
+        "this host's kernel assumes that the path to {name} ({there}) carries {told} bytes ({family} \
+         route get {there}), though packets of {carried} arrive: another host forges {icmp}, or a router \
+         errs, and tunnel packets become small and slow; drop {icmp} from outside the underlay where its \
+         MTU is known"
+    )
+}
+
+/// Describes packets that take different ways in both directions, without any answer.
+fn mixed_modes_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
+    let (go, come) = match is_direct {
+        true => ("without a tunnel", "through one"),
+        false => ("through the tunnel", "without one"),
+    };
+    format!(
+        "packets to {name} go {go}, its own come {come}, and no probe of it is answered: either \
+         the two hosts have different modes, or a route of another program leads one of them (there: ip \
+         route get {own}), and on one of the two a rule about the reverse path (rpfilter, fib) or rp_filter \
+         drops packets that arrive by the other way: set the same mode on all nodes; a host that \
+         drops packets names the rule (there: gossamer status)"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::desired::Mode;
+
+    #[test]
+    fn unusable_underlay_address_is_not_reported_as_a_matter_of_the_mode() {
+        let here: IpAddr = [192, 0, 2, 1].into();
+        let of_mode = |mode| Underlay { mode, ..Underlay::of_tunnels(2, here, 1_450) };
+        for mode in [Mode::Vxlan, Mode::Direct, Mode::HostGw] {
+            assert_eq!(unreachable_problem(&of_mode(mode), "h1", here, Way::Unreachable), None);
+        }
+        let far = [198, 51, 100, 3].into();
+        let problem = unreachable_problem(&of_mode(Mode::HostGw), "h1", far, Way::Unreachable);
+        assert!(problem.is_some_and(|problem| problem.contains("mode host-gw uses no tunnels")));
+    }
+}

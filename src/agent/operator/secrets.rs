@@ -1,0 +1,301 @@
+//! Rotation of the cluster's secret without interrupting communication.
+//!
+//! The operator requests a step from one agent, which first queries whether all members are ready for it
+//! and then requests the step from them. If a member is not ready, the step is refused with the member's
+//! name, and nothing changes.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use serde_json::{Value, json};
+use tokio::sync::oneshot::Sender;
+
+use crate::{
+    agent::{Agent, operator::survey::Findings, workers::archive::SavedFile},
+    api::{EventKind, EventLevel, SecretStep},
+    core::ReplyId,
+    model::{NodeId, Text},
+    transport::{Credentials, NodeKey},
+    wire::{Inquiry, Keyring, Report, SecretId, SecretOrder, Token},
+};
+
+type Reply = Sender<Result<Value, String>>;
+
+/// Refusal of secret changes with subnets assigned from outside.
+const REFUSED_WITH_POD_CIDR: &str = "with lease_source = \"podcidr\" the cluster's id follows \
+                        from its secret: change it where all agents get it from, and restart them together";
+
+/// Maximum number of saved seeds: configured seeds first, then members.
+const MAX_SAVED_SEEDS: usize = 8;
+
+/// Maximum number of steps that wait for the disk.
+const MAX_STEPS: usize = 64;
+
+/// Runs after a step.
+type Then = Box<dyn FnOnce(&mut Agent, Result<(), String>) + Send>;
+
+/// Changes of the keyring that are not on disk yet, in order of arrival.
+#[derive(Default)]
+pub(in crate::agent) struct Steps {
+    queue: VecDeque<(SecretOrder, Then)>,
+    /// The step that is being written, and the keyring after it.
+    written: Option<(Keyring, SecretOrder, Then)>,
+}
+
+impl Agent {
+    /// Saves the token, so that a restart of a node in the cluster needs neither `--token` nor `--join`,
+    /// even if the database is lost.
+    pub(in crate::agent) fn save_token(&mut self) {
+        let mut seeds = self.config.seeds.clone();
+        seeds.extend(self.node.member_addresses().map(|address| address.to_string()));
+        let mut known = BTreeSet::new();
+        seeds.retain(|seed| known.insert(seed.clone()));
+        seeds.truncate(MAX_SAVED_SEEDS);
+        let token = self.token(seeds);
+        if token.is_none() || token == self.saved_token {
+            return;
+        }
+        if let Some(token) = &token {
+            self.archive.save(SavedFile::Token(token.clone()));
+        }
+        self.saved_token = token;
+    }
+
+    /// Returns the token of the cluster with these seeds; `None` outside a cluster.
+    pub(in crate::agent) fn token(&self, seeds: Vec<String>) -> Option<Token> {
+        let cluster = self.node.cluster()?.id;
+        Some(Token { cluster, secret: self.keyring.in_use().clone(), seeds })
+    }
+
+    /// Carries out an operator's step on all members.
+    pub(in crate::agent) fn change_secret(&mut self, step: SecretStep, force: bool, reply: Reply) {
+        if self.config.pod_cidr.is_some() {
+            return drop(reply.send(Err(REFUSED_WITH_POD_CIDR.to_owned())));
+        }
+        let members: Vec<NodeId> = self.node.peers().collect();
+        match step {
+            SecretStep::List => self.list_secrets(Vec::new(), reply),
+            SecretStep::Add(secret) => {
+                // Without a new secret, every member receives the secrets that this node accepts.
+                let all = self.keyring.accepted();
+                let orders = secret.map_or_else(|| all.to_vec(), |secret| vec![secret]);
+                let orders: Vec<SecretOrder> = orders.into_iter().map(SecretOrder::Add).collect();
+                self.send_orders(members, orders, Vec::new(), reply);
+            }
+            SecretStep::Use(id) => {
+                if !self.keyring.accepts(id) {
+                    let why =
+                        format!("secret {id} is unknown on this node: see `gossamer secret list`");
+                    return drop(reply.send(Err(why)));
+                }
+                let ready = move |report: &Report| report.secrets.contains(&id);
+                let lack = format!("do not have secret {id} (run `gossamer secret add` again)");
+                self.send_if_ready(members, ready, lack, force, SecretOrder::Use(id), reply);
+            }
+            SecretStep::Drop(id) => {
+                if self.keyring.in_use().id() == id {
+                    let why = format!("secret {id} is in use: switch to another one first");
+                    return drop(reply.send(Err(why)));
+                }
+                let ready = move |report: &Report| report.secrets.first() != Some(&id);
+                let lack = format!("still use secret {id} (run `gossamer secret use` again)");
+                self.send_if_ready(members, ready, lack, force, SecretOrder::Drop(id), reply);
+            }
+        }
+    }
+
+    /// Answers a query of another member's agent.
+    pub(in crate::agent) fn on_inquiry(&mut self, reply: ReplyId, from: NodeId, inquiry: Inquiry) {
+        let refused = match inquiry {
+            Inquiry::Report => None,
+            Inquiry::Arrivals(round) => return self.remote_pods.testify(reply, from, round),
+            Inquiry::Secret(_) if self.config.pod_cidr.is_some() => {
+                Some(REFUSED_WITH_POD_CIDR.to_owned())
+            }
+            Inquiry::Secret(order) => {
+                return self.apply_order(order, move |agent, done| {
+                    agent.answer_inquiry(reply, done.err())
+                });
+            }
+        };
+        self.answer_inquiry(reply, refused);
+    }
+
+    fn answer_inquiry(&mut self, reply: ReplyId, refused: Option<String>) {
+        let refused = refused.map(Text::from);
+        let report = Report { refused, ..self.own_report() };
+        self.node.report(reply, report);
+    }
+
+    /// Sends a step to all members if all are ready for it.
+    fn send_if_ready(
+        &mut self,
+        members: Vec<NodeId>,
+        ready: impl Fn(&Report) -> bool + Send + 'static,
+        lack: String,
+        force: bool,
+        order: SecretOrder,
+        reply: Reply,
+    ) {
+        let all = members.clone();
+        let then = move |agent: &mut Self, found: Findings| {
+            let names = |which: &dyn Fn(&Option<Report>) -> bool| {
+                let names = found.iter().filter(|(_, report)| which(report));
+                names.map(|(node, _)| agent.node.name_of(*node)).collect::<Vec<_>>().join(", ")
+            };
+            let silent = names(&|report| report.is_none());
+            let lacking = names(&|report| report.as_ref().is_some_and(|report| !ready(report)));
+            let mut why = Vec::new();
+            if !lacking.is_empty() {
+                why.push(format!("{lacking} {lack}"));
+            }
+            if !silent.is_empty() {
+                why.push(format!(
+                    "{silent} did not answer (a member that misses this step needs a new token to reconnect; \
+                     --force continues without it)"
+                ));
+            }
+            if !why.is_empty() && !force {
+                return drop(
+                    reply.send(Err(format!("not all members are ready: {}", why.join("; ")))),
+                );
+            }
+            agent.send_orders(all, vec![order], Vec::new(), reply);
+        };
+        self.survey(members, Inquiry::Report, then);
+    }
+
+    /// Sends the steps to all members one after the other, carries them out here, and answers with the
+    /// result.
+    fn send_orders(
+        &mut self,
+        members: Vec<NodeId>,
+        mut orders: Vec<SecretOrder>,
+        refused: Vec<String>,
+        reply: Reply,
+    ) {
+        let Some(order) = orders.pop() else { return self.list_secrets(refused, reply) };
+        if !matches!(order, SecretOrder::Add(_)) {
+            return self.send_order(members, order, orders, refused, reply);
+        }
+        self.apply_order(order.clone(), move |agent, done| match done {
+            Ok(()) => agent.send_order(members, order, orders, refused, reply),
+            Err(why) => drop(reply.send(Err(why))),
+        });
+    }
+
+    fn send_order(
+        &mut self,
+        members: Vec<NodeId>,
+        order: SecretOrder,
+        orders: Vec<SecretOrder>,
+        mut refused: Vec<String>,
+        reply: Reply,
+    ) {
+        let all = members.clone();
+        let inquiry = Inquiry::Secret(order.clone());
+        self.survey(members, inquiry, move |agent, found| {
+            refused.extend(found.iter().filter_map(|(node, report)| {
+                let why = report.as_ref()?.refused.as_ref()?;
+                Some(format!("{}: {why}", agent.node.name_of(*node)))
+            }));
+            // This node carries out the step after the members: until the last node has done so, all
+            // nodes still understand each other.
+            agent.apply_order(order, move |agent, done| match done {
+                Ok(()) => agent.send_orders(all, orders, refused, reply),
+                Err(why) => drop(reply.send(Err(why))),
+            });
+        });
+    }
+
+    /// Carries out a step on this node after all earlier ones: on disk first, then on the network.
+    pub(in crate::agent) fn apply_order(
+        &mut self,
+        order: SecretOrder,
+        then: impl FnOnce(&mut Self, Result<(), String>) + Send + 'static,
+    ) {
+        if self.steps.queue.len() >= MAX_STEPS {
+            let why = "earlier changes of secrets are not on disk yet".to_owned();
+            return then(self, Err(why));
+        }
+        self.steps.queue.push_back((order, Box::new(then)));
+        self.run_next_step();
+    }
+
+    fn run_next_step(&mut self) {
+        while self.steps.written.is_none()
+            && let Some((order, then)) = self.steps.queue.pop_front()
+        {
+            let mut keyring = self.keyring.clone();
+            match keyring.apply(&order) {
+                Ok(true) => {
+                    self.archive.save_secrets(keyring.clone());
+                    self.steps.written = Some((keyring, order, then));
+                }
+                Ok(false) => then(self, Ok(())),
+                Err(why) => then(self, Err(why)),
+            }
+        }
+    }
+
+    /// Handles the result of writing the pending keyring. `kept` contains the seed of the node's key.
+    pub(in crate::agent) fn on_secrets_saved(&mut self, kept: Result<[u8; 32], String>) {
+        let Some((keyring, order, then)) = self.steps.written.take() else { return };
+        let done = kept.and_then(|seed| self.use_keyring(keyring, &order, seed));
+        then(self, done);
+        self.run_next_step();
+    }
+
+    fn use_keyring(
+        &mut self,
+        keyring: Keyring,
+        order: &SecretOrder,
+        seed: [u8; 32],
+    ) -> Result<(), String> {
+        let credentials = NodeKey::from_seed(seed)
+            .and_then(|key| Credentials::new(keyring.accepted(), &key))
+            .map_err(|error| error.to_string())?;
+        self.transport.use_credentials(&credentials);
+        self.keyring = keyring;
+        self.save_token();
+        let (id, what) = match order {
+            SecretOrder::Add(secret) => (secret.id(), "is accepted"),
+            SecretOrder::Use(id) => (*id, "is in use"),
+            SecretOrder::Drop(id) => (*id, "is no longer accepted"),
+        };
+        let text = format!("secret {id} {what}");
+        tracing::info!("{text}");
+        self.journal.note(EventKind::Agent, EventLevel::Info, text);
+        Ok(())
+    }
+
+    /// Sends which members accept and use which secrets.
+    fn list_secrets(&mut self, refused: Vec<String>, reply: Reply) {
+        let members = self.node.peers().collect();
+        self.survey(members, Inquiry::Report, move |agent, mut found| {
+            found.insert(agent.node.id(), Some(agent.own_report()));
+            let name = |node: &NodeId| agent.node.name_of(*node).to_owned();
+            let members_where = |which: &dyn Fn(&Report) -> bool| -> Vec<String> {
+                let fits = found.iter().filter(|(_, r)| r.as_ref().is_some_and(which));
+                fits.map(|(node, _)| name(node)).collect()
+            };
+            let mut ids: Vec<SecretId> =
+                found.values().flatten().flat_map(|report| report.secrets.clone()).collect();
+            ids.sort();
+            ids.dedup();
+            let secret = |id: &SecretId| {
+                json!({
+                    "secret": id.to_string(),
+                    "used_by": members_where(&|report| report.secrets.first() == Some(id)),
+                    "accepted_by": members_where(&|report| report.secrets.contains(id)),
+                    "lacked_by": members_where(&|report| !report.secrets.contains(id)),
+                })
+            };
+            let silent: Vec<String> =
+                found.iter().filter(|(_, r)| r.is_none()).map(|(node, _)| name(node)).collect();
+            let secrets: Vec<Value> = ids.iter().map(secret).collect();
+            let _ = reply.send(Ok(json!({
+                "secrets": secrets, "silent": silent, "refused": refused,
+            })));
+        });
+    }
+}

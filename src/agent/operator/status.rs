@@ -1,0 +1,257 @@
+//! Builds the status from the core's part and the agent's: kernel, disk, connections.
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::oneshot;
+
+use crate::{
+    agent::{Agent, PodCidrSource},
+    api::{AgentStatus, KernelStatus},
+    core::Phase,
+    dataplane::desired::device_name,
+    transport::Flood,
+    underlay,
+    wire::visible,
+};
+
+/// Maximum number of requests that wait for convergence; further ones are answered immediately.
+const MAX_WAITERS: usize = 64;
+/// A disk that has not answered for longer is a problem.
+pub(in crate::agent) const DISK_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A request that waits until this node has converged with a number of members, or until a deadline.
+pub(in crate::agent) struct Waiter {
+    /// Number of live members required, including this one.
+    pub(in crate::agent) members: usize,
+    /// When to answer regardless of convergence.
+    pub(in crate::agent) deadline: Instant,
+    /// Receives the status.
+    pub(in crate::agent) reply: oneshot::Sender<AgentStatus>,
+}
+
+impl Agent {
+    /// Stores a request that waits for convergence.
+    pub(in crate::agent) fn add_waiter(&mut self, waiter: Waiter) {
+        if self.waiters.len() < MAX_WAITERS {
+            self.waiters.push(waiter);
+        } else {
+            let _ = waiter.reply.send(self.status());
+        }
+    }
+
+    /// Answers requests whose condition is met or whose deadline has passed.
+    pub(in crate::agent) fn serve_waiters(&mut self) {
+        self.waiters.retain(|waiter| !waiter.reply.is_closed());
+        let now = Instant::now();
+        // The status of a large cluster is long, so it is built only if it may be an answer.
+        let (is_converged, active) = (self.is_converged(), self.node.active_count());
+        let may_be_served =
+            |waiter: &Waiter| is_converged && active >= waiter.members || waiter.deadline <= now;
+        if !self.waiters.iter().any(may_be_served) {
+            return;
+        }
+        let status = self.status();
+        for waiter in std::mem::take(&mut self.waiters) {
+            let enough = status.members_alive() >= waiter.members;
+            if (status.converged && enough) || waiter.deadline <= now {
+                let _ = waiter.reply.send(status.clone());
+            } else {
+                self.waiters.push(waiter);
+            }
+        }
+    }
+
+    /// Reports to the service manager if it is time to.
+    pub(in crate::agent) fn report_to_service(&mut self, now: Instant) {
+        if !self.service.is_due(now) {
+            return;
+        }
+        let status = self.status();
+        let subnet = status.node.subnet.map_or("no subnet".to_owned(), |subnet| subnet.to_string());
+        let (alive, all) = (status.members_alive(), status.node.members.len());
+        let problem = status.node.problems.first().map_or_else(String::new, |p| format!("; {p}"));
+        self.service.report(now, format!("{subnet}, {alive} of {all} members alive{problem}"));
+    }
+
+    /// Returns the status.
+    pub(in crate::agent) fn status(&self) -> AgentStatus {
+        let mut node = self.node.status();
+        node.problems = self.problems();
+        let kernel = &self.kernel;
+        let device = kernel.wanted.as_ref();
+        let device = device.map(|v| device_name(v.settings.vni));
+        AgentStatus {
+            version: env!("CARGO_PKG_VERSION"),
+            converged: self.is_converged(),
+            warnings: self.warnings(),
+            kernel: KernelStatus {
+                device,
+                mtu: self.underlay.mtu,
+                underlay_interface: self.underlay.name.clone(),
+                underlay_address: Some(self.underlay.local),
+                in_sync: self.is_in_sync(),
+                operations: kernel.operations,
+                repairs: kernel.repairs.clone(),
+                checksum_offload: kernel.checksum_offload,
+                checksum_offload_fails: self.prober.is_offload_guilty(),
+                non_members_dropped: kernel.host.dropped,
+                peers_in_use: kernel.demand.in_use.as_ref().map(BTreeSet::len),
+                misses_answered: kernel.demand.answered,
+                misses_unknown: kernel.demand.unknown,
+                routing: kernel.routing.status.clone(),
+                forwarding: self
+                    .add_remote_pods_status(kernel.answers.added_to(&kernel.forwarding.status)),
+            },
+            paths: self.path_statuses(),
+            pods: self.pods.table.iter().filter(|pod| self.is_present(pod)).count(),
+            pods_outside: self.pods_outside(),
+            pods_refused: self.refuses_pods(),
+            connections: self.transport.connections(),
+            handshakes: self.transport.handshakes(),
+            gossip_dropped: self.receive_drops.dropped(),
+            node,
+        }
+    }
+
+    /// Returns why the disk cannot be written.
+    pub(in crate::agent) fn store_problem(&self) -> Option<String> {
+        let is_silent = self.writer.silent_for().is_some_and(|silent| silent > DISK_TIMEOUT);
+        let silence = || {
+            let patience = DISK_TIMEOUT.as_secs();
+            format!(
+                "the disk has not answered for more than {patience} s, so pods and leases cannot change: \
+                 check it (dmesg)"
+            )
+        };
+        self.store_failure.clone().or_else(|| is_silent.then(silence))
+    }
+
+    /// Returns all problems, with their remedies.
+    pub(in crate::agent) fn problems(&self) -> Vec<String> {
+        let mut problems = self.node.problems();
+        let kernel = &self.kernel;
+        problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
+        problems.extend(self.listener_problems.problems());
+        problems.extend(self.isolation_problem());
+        problems.extend(self.ended.problems());
+        problems.extend(self.silence_diagnosis.claim().cloned());
+        problems.extend(self.flood_problem().into_iter().chain(self.handshake_problem()));
+        let capped = self.transport.receive_buffer().capped;
+        problems.extend(self.receive_drops.problem(self.node.address().port(), capped));
+        problems.extend(kernel.flapping.clone());
+        problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
+        problems.extend(underlay::limits(
+            &self.underlay,
+            self.node.cluster().map(|cluster| cluster.settings.pool).as_ref(),
+        ));
+        problems.extend(kernel.forwarding.input.iter().cloned());
+        // Diverted packets are not forwarded either: one cause, one problem.
+        if !self.is_all_diverted() {
+            problems.extend(kernel.forwarding.problems.iter().cloned());
+            problems.extend(self.remote_pod_problems());
+        }
+        // If pods cannot resolve the gateway, the same cause drops other answers of pods as well.
+        if !kernel.forwarding.lacks_gateway {
+            problems.extend(kernel.answers.problems.iter().cloned());
+        }
+        problems.extend(kernel.routing.problems.iter().chain(&kernel.overlaps).cloned());
+        problems.extend(kernel.host.problems.iter().cloned());
+        problems.extend(self.pods.refusal.iter().chain(&self.pods.problems).cloned());
+        if !kernel.host.refuses_routers {
+            problems.extend(self.pods.open.iter().cloned());
+        }
+        let no_other = self.node.is_alone();
+        problems.extend(self.source.iter().flat_map(|source| source.problems(no_other)));
+        problems.extend(self.store_problem().map(|why| format!("state directory: {why}")));
+        problems.extend(self.archive.problems());
+        let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
+        if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {
+            problems.push(format!(
+                "{outside} pods have addresses outside this node's subnet {subnet}: restart them"
+            ));
+        }
+        let states = self.path_states();
+        problems.extend(states.filter_map(|(node, state, _)| self.path_problem(node, state)));
+        // One cause may concern several peers.
+        let mut told = BTreeSet::new();
+        problems.retain(|problem| told.insert(problem.clone()));
+        // Some problems contain text received from other hosts.
+        problems.iter().map(|problem| visible(problem)).collect()
+    }
+
+    /// Returns warnings about losses of some packets or missing tests, with remedies.
+    fn warnings(&self) -> Vec<String> {
+        let kernel = &self.kernel;
+        let known = kernel.forwarding.warnings.iter().chain(&kernel.answers.warnings);
+        let known = known.chain(&kernel.host.warnings).chain(&self.pods.guests);
+        let known = known.cloned().chain(self.path_warnings()).chain(self.remote_pod_warnings());
+        known.map(|warning| visible(&warning)).collect()
+    }
+
+    /// Describes non-members that flood the gossip port.
+    fn flood_problem(&self) -> Option<String> {
+        let Flood { packets, example } = self.transport.flood()?;
+        let port = self.node.address().port();
+        Some(format!(
+            "non-members send {packets} first packets of handshakes a minute to UDP {port}, one of them \
+             from {example} (which may be forged), and prove no address: joins may take longer; let a \
+             firewall drop UDP {port} of hosts that are no members"
+        ))
+    }
+
+    /// Describes programs that use up the capacity for handshakes.
+    fn handshake_problem(&self) -> Option<String> {
+        let Flood { packets, example } = self.transport.crowd()?;
+        let port = self.node.address().port();
+        Some(format!(
+            "{packets} handshakes a minute on UDP {port}, some of them from {example}, find no place or lose \
+             it, because earlier ones are not finished, or repeat a first packet: they take CPU time here, \
+             and handshakes of hosts with the cluster's secret come first; see which program at {example} \
+             sends to UDP {port} (ss -unp), and let a firewall drop UDP {port} of hosts that are no members"
+        ))
+    }
+
+    /// Returns whether packets to every peer take a wrong way.
+    fn is_all_diverted(&self) -> bool {
+        let diverted = &self.kernel.routing.diverted;
+        let peers = self.kernel.wanted.iter().flat_map(|view| view.peers.values());
+        let mut subnets = peers.filter_map(|peer| Some(peer.leases.first()?.1));
+        !diverted.is_empty()
+            && subnets.all(|subnets| subnets.iter().any(|subnet| diverted.contains(&subnet)))
+    }
+
+    /// Returns whether the node has converged (see the glossary).
+    pub(super) fn is_converged(&self) -> bool {
+        self.node.phase() == Phase::Member
+            && self.node.is_settled()
+            && self.is_in_sync()
+            && !self.may_lack_members()
+            && self.archive.is_subnet_file_current()
+    }
+
+    /// Returns whether other nodes may exist that this node does not know of.
+    fn may_lack_members(&self) -> bool {
+        self.node.is_alone() && self.source.as_ref().is_some_and(PodCidrSource::lacks_list)
+    }
+
+    /// Returns whether the kernel equals the desired state.
+    fn is_in_sync(&self) -> bool {
+        let kernel = &self.kernel;
+        kernel.wanted.is_some()
+            && kernel.answered == kernel.requested
+            && kernel.programmed_once
+            && kernel.problem.is_none()
+            // Pods are part of the desired state.
+            && self.takes_pods()
+    }
+
+    /// Returns the number of pods with addresses outside this node's subnet.
+    fn pods_outside(&self) -> usize {
+        let subnets = self.kernel.wanted.as_ref().map(|view| view.own.subnets);
+        let outside = self.pods.table.outside(subnets);
+        outside.filter(|pod| self.is_present(pod)).count()
+    }
+}

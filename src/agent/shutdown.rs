@@ -1,0 +1,121 @@
+//! The end of an agent: why it ends, and what it removes.
+
+use std::time::{Duration, Instant};
+
+use crate::{
+    agent::{Agent, handlers::kernel::remove_traces},
+    core::{Command, Input, Stop},
+    model::NodeId,
+    wire::visible,
+    worker::Thread,
+};
+
+/// How long to wait for threads at the end, so that the whole end takes less than
+/// [`crate::agent::signals::TIMEOUT`].
+const THREAD_JOIN_TIMEOUT: Duration = Duration::from_millis(3500);
+
+/// Why an agent ended that had started.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Stopped by a signal: all state stays, including the kernel's.
+    Stopped,
+    /// The node left its cluster, and nothing of it is left on this host.
+    Left {
+        /// The member that took over its slots, if it had any.
+        successor: Option<NodeId>,
+    },
+    /// The node is no longer a member under this identity, and has to join as a new node.
+    Restart,
+    /// The node was assigned another subnet, and has to start again with it.
+    Reassigned,
+    /// The agent cannot continue; the sentence says why.
+    Failed(String),
+    /// A thread of this program failed: all state stays, including the kernel's.
+    Broken(String),
+}
+
+impl Agent {
+    /// Ends the agent for the reason that the core gives.
+    pub(super) fn on_stop(&mut self, stop: Stop) {
+        self.ending = Some(match stop {
+            Stop::Left { successor } => match self.giving_up.take() {
+                Some((why, _)) => Ending::Failed(why),
+                None => Ending::Left { successor },
+            },
+            Stop::Expelled { successor } => {
+                tracing::error!(
+                    successor = successor.map(tracing::field::display),
+                    "this node was forgotten by the cluster; joining as a new node with another subnet"
+                );
+                Ending::Restart
+            }
+            Stop::Refused(refusal) => Ending::Failed(visible(&format!("join refused: {refusal}"))),
+            Stop::Rejected { seed, why } => {
+                let name = self.config.seeds.get(seed).map_or("?", String::as_str);
+                Ending::Failed(visible(&format!("join {name}: {why}")))
+            }
+        });
+    }
+
+    /// Whether the kernel can hold anything of this node. If not, what it holds belongs to another overlay.
+    pub(super) const fn may_have_kernel_state(&self) -> bool {
+        !self.fresh || self.kernel.programmed_once
+    }
+
+    /// Ends the threads and connections, and removes the state that this ending requires to remove.
+    pub(super) async fn finish(mut self) -> Ending {
+        let ending = self.ending.take().unwrap_or(Ending::Stopped);
+        self.service.stopping();
+        self.input(Input::Command(Command::Save));
+        self.carry_out();
+        let cluster = self.node.cluster().map(|known| (known.settings.vni, known.settings.pool));
+        let has_kernel_state = self.may_have_kernel_state();
+        self.transport.close().await;
+        let threads = [
+            self.programmer.end(),
+            self.forwarder.end(),
+            self.remote_pods.end(),
+            self.answer_check.end(),
+            self.silence_diagnosis.end(),
+            self.attach_worker.end(),
+            self.writer.end(),
+            self.archive.end(),
+        ];
+        await_threads(threads).await;
+        let refused = self.fresh && matches!(ending, Ending::Failed(_));
+        let ends = matches!(ending, Ending::Left { .. } | Ending::Restart) || refused;
+        if ends && has_kernel_state {
+            remove_traces(cluster, &self.config);
+        }
+        if (matches!(ending, Ending::Left { .. }) || refused)
+            && let Err(error) = self.state.wipe()
+        {
+            tracing::error!(%error, "state not removed");
+        }
+        if let Some(reply) = self.leave_reply.take() {
+            let answer = match &ending {
+                Ending::Left { successor } => {
+                    Ok(successor.map(|successor| self.node.name_of(successor).to_owned()))
+                }
+                Ending::Failed(why) => Err(why.clone()),
+                Ending::Stopped | Ending::Restart | Ending::Reassigned | Ending::Broken(_) => {
+                    Err("the agent was stopped before the node had left".to_owned())
+                }
+            };
+            let _ = reply.send(answer);
+            // Another task sends the reply, and must do so before the process ends.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        ending
+    }
+}
+
+/// Waits for threads until the deadline; a thread that hangs in a disk or kernel operation is abandoned.
+async fn await_threads<const N: usize>(threads: [Thread; N]) {
+    let deadline = Instant::now() + THREAD_JOIN_TIMEOUT;
+    for thread in threads {
+        if let Err(name) = thread.join(deadline).await {
+            tracing::error!(thread = name, "thread did not end in time and was abandoned");
+        }
+    }
+}

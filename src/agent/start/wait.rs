@@ -1,0 +1,276 @@
+//! Waiting at startup for the state directory, the subnet's kernel objects, the gossip port or an
+//! underlay.
+//!
+//! Before that, the node can agree on nothing with peers, and a member record without an address would
+//! mislead them. A node that already has a subnet does not wait for an underlay: it serves the pods of
+//! its host immediately.
+
+use std::{
+    fmt::Display,
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::mpsc;
+
+use crate::{
+    agent::{
+        LoopEvent, StartFailure, listeners::ListenerProblems, operator::status::Waiter,
+        service::Service, signals::Signals,
+    },
+    api::{AgentStatus, CheckStatus, KernelStatus, PodError, PodErrorKind, Question},
+    config::Config,
+    core::NodeStatus,
+    dataplane::kernel::KernelError,
+    docker,
+    model::{NodeId, NodeName},
+    netlink::Netlink,
+    transport::{BindError, Handshakes},
+    underlay::{self, ChosenUnderlay, UnderlayError},
+};
+
+/// How long to wait for resources that an earlier process still holds: a process whose disk hangs keeps
+/// its files and sockets for a while after it was killed.
+pub(super) const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time between two attempts.
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// The problem shown before the agent waits for something.
+const STARTING: &str = "the agent is starting";
+/// Interval at which the service manager and requests with a deadline are served.
+const SERVE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Answers requests and handles signals while the node waits.
+pub(in crate::agent) struct StartupWait<'a> {
+    name: NodeName,
+    node: NodeId,
+    closed: ListenerProblems,
+    signals: &'a mut Signals,
+    questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
+    service: Service,
+    /// Requests that wait for convergence; they are answered after the start.
+    waiters: Vec<Waiter>,
+    /// Docker's requests with their time of arrival; they are answered after the start.
+    docker: Vec<(Instant, docker::Request)>,
+    problem: String,
+}
+
+impl<'a> StartupWait<'a> {
+    /// Starts to answer requests from `questions`.
+    pub(in crate::agent) fn new(
+        name: NodeName,
+        closed: ListenerProblems,
+        signals: &'a mut Signals,
+        questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
+    ) -> Self {
+        let service = Service::new(Instant::now());
+        let problem = STARTING.to_owned();
+        let (waiters, docker) = (Vec::new(), Vec::new());
+        let node = NodeId::UNKNOWN;
+        Self { name, node, closed, signals, questions, service, waiters, docker, problem }
+    }
+
+    /// Sets the node id, once the key has been read.
+    pub(super) const fn identify(&mut self, node: NodeId) {
+        self.node = node;
+    }
+
+    /// Returns the control sockets that could not be opened.
+    pub(in crate::agent) fn closed(&self) -> ListenerProblems {
+        self.closed.clone()
+    }
+
+    /// Returns the unanswered requests: those that wait for convergence, and Docker's.
+    pub(super) fn into_questions(self) -> (Vec<Waiter>, Vec<(Instant, docker::Request)>) {
+        (self.waiters, self.docker)
+    }
+
+    /// Sets the problem in the status, and logs it if it is new.
+    pub(in crate::agent) fn report_problem(&mut self, problem: String) {
+        if self.problem != problem {
+            tracing::error!("{problem}");
+            self.problem = problem;
+        }
+    }
+
+    /// Reports what another process holds, which may be an earlier process of this agent that is ending.
+    pub(super) fn report_predecessor(&mut self, error: &impl Display) {
+        let timeout_secs = PREDECESSOR_TIMEOUT.as_secs();
+        self.report_problem(format!(
+            "waiting up to {timeout_secs} s for an earlier process to end: {error}"
+        ));
+    }
+
+    /// Sets the problem in the status without logging it.
+    pub(in crate::agent) fn set_activity(&mut self, what: &str) {
+        what.clone_into(&mut self.problem);
+    }
+
+    /// Runs `work` and answers requests meanwhile. Returns `None` if a signal ends the agent first.
+    pub(in crate::agent) async fn run<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let now = Instant::now();
+            // A start that waits for nothing is not reported to the service manager.
+            if self.problem != STARTING && self.service.is_due(now) {
+                self.service.report(now, self.problem.clone());
+            }
+            let mut status = status(&self.name, self.node, self.problem.clone());
+            status.node.problems.extend(self.closed.problems());
+            self.waiters.retain(|waiter| !waiter.reply.is_closed());
+            for waiter in self.waiters.extract_if(.., |waiter| waiter.deadline <= now) {
+                let _ = waiter.reply.send(status.clone());
+            }
+            tokio::select! {
+                biased;
+                () = self.signals.end() => return None,
+                done = &mut work => return Some(done),
+                Some(news) = self.questions.recv() => match news {
+                    LoopEvent::Api(question) => self.waiters.extend(answer(question, &status)),
+                    LoopEvent::Docker(request) => self.docker.push((Instant::now(), request)),
+                    _ => {}
+                },
+                () = tokio::time::sleep(SERVE_INTERVAL) => {}
+            }
+        }
+    }
+
+    /// Waits until an interface can carry tunnels. Returns `None` if a signal ends the agent first.
+    ///
+    /// # Errors
+    /// Fails if no network can satisfy the settings, or if no netlink socket can be opened.
+    pub(super) async fn wait_for_underlay(
+        &mut self,
+        config: &Config,
+    ) -> Result<Option<ChosenUnderlay>, StartFailure> {
+        let mut netlink = Netlink::open()?;
+        loop {
+            match underlay::choose(&mut netlink, config, std::iter::empty()) {
+                Ok(chosen) => return Ok(Some(chosen)),
+                Err(error @ (UnderlayError::NoMatch { .. } | UnderlayError::Netlink(_))) => {
+                    self.report_problem(format!("waiting for the network: {error}"));
+                }
+                Err(error) => return Err(error.into()),
+            }
+            if self.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Binds the gossip port, waiting for a while if another process has it. Returns `None` if a signal
+    /// ends the agent first.
+    ///
+    /// # Errors
+    /// Fails if the port cannot be bound.
+    pub(super) async fn bind_port<T>(
+        &mut self,
+        bind: impl Fn() -> Result<T, BindError>,
+    ) -> Result<Option<T>, BindError> {
+        let begun = Instant::now();
+        loop {
+            match bind() {
+                Err(error @ BindError::InUse { .. }) if begun.elapsed() < PREDECESSOR_TIMEOUT => {
+                    self.report_predecessor(&error);
+                }
+                bound => return bound.map(Some),
+            }
+            if self.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Repeats a kernel request while it fails transiently. Returns `None` if a signal ends the agent
+    /// first.
+    ///
+    /// # Errors
+    /// Fails if the request fails permanently.
+    pub(super) async fn retry_kernel<T>(
+        &mut self,
+        mut ask: impl FnMut() -> Result<T, KernelError>,
+    ) -> Result<Option<T>, KernelError> {
+        loop {
+            match ask() {
+                Err(error) if error.is_transient() => {
+                    self.report_problem(format!("waiting for the kernel: {error}"));
+                }
+                answer => return answer.map(Some),
+            }
+            if self.run(tokio::time::sleep(RETRY_INTERVAL)).await.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
+    let pods_refused = Some(problem.clone());
+    let kernel = KernelStatus {
+        device: None,
+        mtu: 0,
+        underlay_interface: String::new(),
+        underlay_address: None,
+        in_sync: false,
+        operations: 0,
+        repairs: Default::default(),
+        checksum_offload: None,
+        checksum_offload_fails: false,
+        non_members_dropped: 0,
+        peers_in_use: None,
+        misses_answered: 0,
+        misses_unknown: 0,
+        routing: CheckStatus::default(),
+        forwarding: CheckStatus::default(),
+    };
+    AgentStatus {
+        warnings: Vec::new(),
+        version: env!("CARGO_PKG_VERSION"),
+        converged: false,
+        node: NodeStatus::waiting(node, name.clone(), problem),
+        kernel,
+        paths: Vec::new(),
+        pods: 0,
+        pods_outside: 0,
+        pods_refused,
+        connections: 0,
+        handshakes: Handshakes::default(),
+        gossip_dropped: 0,
+    }
+}
+
+/// Answers a request. Returns a request that waits for convergence to the caller.
+fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
+    let why = || status.node.problems.first().cloned().unwrap_or_default();
+    let not_ready = || PodError::new(PodErrorKind::NotReady, why());
+    // A failed reply means that the client is gone.
+    match question {
+        Question::Wait { seconds, members, reply } => {
+            let deadline = Instant::now() + Duration::from_secs(seconds);
+            return Some(Waiter { members, deadline, reply });
+        }
+        Question::Status { reply } => _ = reply.send(status.clone()),
+        Question::Alive { reply } => _ = reply.send(()),
+        Question::Token { reply } => _ = reply.send(None),
+        Question::Leave { reply } => _ = reply.send(Err(why())),
+        Question::Forget { reply, .. } | Question::Secret { reply, .. } => {
+            let _ = reply.send(Err(why()));
+        }
+        Question::ResetIdentity { reply } => _ = reply.send(Err(why())),
+        Question::Ping { reply, .. } => _ = reply.send(Err(why())),
+        Question::History { reply } => _ = reply.send(Ok(Vec::new())),
+        Question::Attach { reply, .. } => _ = reply.send(Err(not_ready())),
+        // The plugin stores a note and repeats the request later.
+        Question::Detach { reply, .. } => _ = reply.send(Err(not_ready())),
+        Question::Check { reply, .. } => _ = reply.send(Err(not_ready())),
+        Question::Pods { reply } => _ = reply.send(Vec::new()),
+        Question::Release { reply } => _ = reply.send(Ok(Vec::new())),
+        Question::Events { reply } => _ = reply.send(Err(why())),
+        Question::PastEvents { reply } => _ = reply.send(Vec::new()),
+        Question::Samples { reply } => _ = reply.send(Vec::new()),
+        // Dropping the reply tells the client that the agent does not answer.
+        Question::Matrix { reply } => drop(reply),
+        Question::Routes { reply } => _ = reply.send(Err(why())),
+        Question::Peer { reply, .. } => _ = reply.send(Err(why())),
+    }
+    None
+}

@@ -1,0 +1,78 @@
+//! Checks whether seeds would admit this host, without joining.
+//!
+//! The check uses a newly drawn node key, so that no member mistakes it for a known node.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use nix::ifaddrs::getifaddrs;
+
+use crate::{
+    core::{CallError, CallId, Input},
+    model::ClusterId,
+    random::random,
+    transport::{Credentials, NodeKey, Transport},
+    wire::{Frame, Request, Roots, Secret},
+};
+
+/// Sends a request to each seed. Returns, sorted by seed, nothing or why the seed gave no answer. Takes at
+/// most ten seconds.
+///
+/// # Errors
+/// Fails when the system gives no random bytes, or no UDP socket can be bound.
+pub async fn check_seeds(
+    seeds: &[String],
+    secret: &Secret,
+) -> anyhow::Result<Vec<(String, Result<(), CallError>)>> {
+    let credentials =
+        Credentials::new(std::slice::from_ref(secret), &NodeKey::from_seed(random()?)?)?;
+    let any: SocketAddr = (Ipv6Addr::UNSPECIFIED, 0).into();
+    let bound = Transport::bind(any, &credentials);
+    let bound = bound.or_else(|_| Transport::bind(([0, 0, 0, 0], 0).into(), &credentials));
+    let (mut transport, mut events) = bound?;
+    let request = Request::Compare(Roots::default()).encode();
+    let frame = Frame::Request(&request).encode(ClusterId::UNKNOWN);
+    for (number, seed) in seeds.iter().enumerate() {
+        transport.call_name(CallId(number as u64), seed.clone(), frame.clone());
+    }
+    let mut answers = Vec::new();
+    while answers.len() < seeds.len() {
+        let Some(event) = events.recv().await else { break };
+        if let Some(Input::Answer { call, result }) = transport.handle(event)
+            && let Some(seed) = usize::try_from(call.0).ok().and_then(|n| seeds.get(n))
+        {
+            answers.push((seed.clone(), result.map(drop)));
+        }
+    }
+    transport.close().await;
+    answers.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(answers)
+}
+
+/// Whether a seed is an address of this host. False for a name that is not an address.
+pub fn is_own_address(seed: &str) -> bool {
+    let Ok(address) = seed.parse::<SocketAddr>() else { return false };
+    let own = getifaddrs().into_iter().flatten().filter_map(|interface| interface.address);
+    let ip = |own: nix::sys::socket::SockaddrStorage| -> Option<IpAddr> {
+        let ipv4 = own.as_sockaddr_in().map(|own| own.ip().into());
+        ipv4.or_else(|| own.as_sockaddr_in6().map(|own| own.ip().into()))
+    };
+    own.filter_map(ip).any(|own| own == address.ip())
+}
+
+/// Returns the sentence that these seeds are addresses of this host, with the remedy. `of_token`: they come
+/// from the token.
+pub fn own_address_problem(seeds: &[&str], of_token: bool) -> String {
+    let (of, is) = match (of_token, seeds.len()) {
+        (true, 1) => ("the token's address", "is"),
+        (true, _) => ("the token's addresses", "are"),
+        (false, 1) => ("the seed", "is"),
+        (false, _) => ("the seeds", "are"),
+    };
+    format!(
+        "{of} {} {is} this host's own, so no member is found there (virtual machines that are each behind \
+         their own NAT have the same address): name a member by an address that this host reaches (--join \
+         ADDRESS); or start the member that made the token with --iface NAME or --advertise ADDRESS, and \
+         use a new token of that member (gossamer token)",
+        seeds.join(", ")
+    )
+}
