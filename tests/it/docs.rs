@@ -1,9 +1,14 @@
 //! The commands in the documentation are run, or at least parsed.
 //!
 //! A page that begins with `<!-- run: hosts=3 -->` has transcripts: blocks marked `console` with lines
-//! such as `host1# COMMAND`. They are run from top to bottom on as many new hosts. Other lines are
-//! output, and are not compared. A command must succeed, or end with the code N of a trailing `# exit N`.
-//! A command that ends with `&` runs in the background.
+//! such as `host1# COMMAND`. They are run from top to bottom on as many new hosts. A backslash at the
+//! end of a line continues the command, and so does a here-document (`<<EOF`) up to its end. Other lines
+//! are output, and are not compared. A command must succeed, or end with the code N of a trailing
+//! `# exit N`. A command that ends with `&` runs in the background.
+//!
+//! Comments that begin with the line `<!-- run:` have commands that readers do not see: they create the
+//! cluster that a page assumes, or wait where a reader looks twice. The hosts have no init: a script in
+//! place of `systemctl` runs the program as the real unit does.
 
 use std::{
     collections::BTreeSet,
@@ -32,10 +37,43 @@ const HOST_SETUP: &str = "mount --make-rprivate /; mount -t tmpfs tmpfs /mnt; cp
                     mkdir /run/lock /var/lib/misc; hostname $NAME; \
                     for n in 1 2 3 4; do echo 10.99.0.$((n + 9)) host$n >> /etc/hosts; done; \
                     echo ready > /mnt/ready; exec sleep infinity";
-/// An `scp FILE hostN:` for hosts that share a machine.
-const SCP: &str = "#!/bin/sh\nset -e\nfor last; do :; done\npid=$(cat /proc/1/root/run/lab/${last%:*}.pid)\n\
-                   while [ $# -gt 1 ]; do case $1 in -*) ;; *) cp -p $1 /proc/$pid/root/root/ ;; esac; \
-                   shift; done\n";
+/// An `scp FILE hostN:PATH` for hosts that share a machine.
+const SCP: &str = "#!/bin/sh\nset -e\nfor last; do :; done\nroot=/proc/$(cat \
+                   /proc/1/root/run/lab/${last%%:*}.pid)/root\ncase ${last#*:} in /*) to=$root${last#*:} ;; \
+                   *) to=$root/root/${last#*:} ;; esac\nwhile [ $# -gt 1 ]; do case $1 in -*) ;; \
+                   *) cp -p $1 $to ;; esac; shift; done\n";
+/// A `systemctl` for hosts without an init: it runs the program as the unit's file says. The process holds
+/// a lock until it ends.
+const SYSTEMCTL: &str = r#"#!/bin/sh
+set -e
+start() {
+    exec 9> /mnt/lock
+    flock -n 9 || return 0
+    file=/etc/systemd/system/$unit; [ -e $file ] || file=/run/systemd/system/$unit
+    set -- $(sed -n 's:^ExecStart=\(/usr/bin/\)\?::p' $file)
+    "$@" > /mnt/journal 2>&1 < /dev/null & echo $! > /mnt/pid
+    exec 9>&-
+}
+stop() { flock -n /mnt/lock true || kill $(cat /mnt/pid) || true; flock /mnt/lock true; }
+verb=$1; shift; now=; unit=gossamer.service
+for word; do case $word in --now) now=1 ;; --quiet | gossamer | $unit) ;; *) exit 5 ;; esac; done
+case $verb in
+daemon-reload) ;;
+enable) [ ! "$now" ] || start ;;
+disable) [ ! "$now" ] || stop ;;
+is-active) ! flock -n /mnt/lock true ;;
+start | stop) $verb ;;
+restart) stop; start ;;
+reload) kill -HUP $(cat /mnt/pid) ;;
+*) exit 5 ;;
+esac
+"#;
+/// Installs both on a host.
+const INSTALL_UNIT: &str = "mkdir -p /run/systemd/system; printf '%s' \"$UNIT\" > \
+                            /run/systemd/system/gossamer.service; printf '%s' \"$SYSTEMCTL\" > \
+                            /mnt/systemctl; chmod 755 /mnt/systemctl";
+/// The unit that the package installs.
+const UNIT: &str = include_str!("../../config/gossamer.service");
 
 /// Time limit of a command, in seconds. Commands on the pages take less.
 const COMMAND_LIMIT_SECONDS: &str = "60";
@@ -47,37 +85,48 @@ struct Step {
     code: i32,
 }
 
-fn pages() -> Vec<(String, String)> {
+/// Returns the names and the texts of the pages: those below docs/, and the README.
+pub fn pages() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let docs = fs::read_dir(root.join("docs")).expect("docs/");
-    let docs = docs.map(|entry| entry.expect("an entry").path());
-    let all: BTreeSet<PathBuf> =
-        docs.filter(|path| path.extension().is_some_and(|end| end == "md")).collect();
-    all.into_iter()
+    let docs = root.join("docs");
+    let mut paths = BTreeSet::new();
+    for folder in [docs.clone(), docs.join("recipes")] {
+        let entries = fs::read_dir(folder).expect("a folder of pages");
+        let files = entries.map(|entry| entry.expect("an entry").path());
+        paths.extend(files.filter(|path| path.extension().is_some_and(|end| end == "md")));
+    }
+    paths
+        .into_iter()
         .chain([root.join("README.md")])
         .map(|path| {
-            let name = path.file_name().expect("a name").display().to_string();
-            (name, fs::read_to_string(path).expect("a page"))
+            let name = path.strip_prefix(&docs).unwrap_or(Path::new("README.md")).display();
+            (name.to_string(), fs::read_to_string(&path).expect("a page"))
         })
         .collect()
 }
 
 /// Returns the blocks of a page with a mark: the number of the line before each block, and its lines.
+/// Hidden commands are blocks with the mark `console`.
 fn blocks<'a>(text: &'a str, mark: &str) -> Vec<(usize, Vec<&'a str>)> {
-    let (mut blocks, mut open): (Vec<(usize, Vec<&str>)>, Option<bool>) = (Vec::new(), None);
+    let mut blocks: Vec<(usize, Vec<&str>)> = Vec::new();
+    let mut open: Option<(&str, bool)> = None;
     for (number, line) in text.lines().enumerate() {
-        match (line.trim_start().strip_prefix("```"), open) {
-            (Some(info), None) => {
-                open = Some(info.trim() == mark);
-                if info.trim() == mark {
+        let trimmed = line.trim_start();
+        match open {
+            Some((end, _)) if trimmed.starts_with(end) => open = None,
+            Some((_, true)) => blocks.last_mut().into_iter().for_each(|block| block.1.push(line)),
+            Some((_, false)) => {}
+            None => {
+                let (end, info) = match trimmed.strip_prefix("```") {
+                    Some(info) => ("```", info.trim()),
+                    None if trimmed == "<!-- run:" => ("-->", "console"),
+                    None => continue,
+                };
+                open = Some((end, info == mark));
+                if info == mark {
                     blocks.push((number + 1, Vec::new()));
                 }
             }
-            (Some(_), Some(_)) => open = None,
-            (None, Some(true)) => {
-                blocks.last_mut().into_iter().for_each(|block| block.1.push(line))
-            }
-            _ => {}
         }
     }
     blocks
@@ -94,6 +143,16 @@ fn steps(text: &str) -> Vec<Step> {
             while command.ends_with('\\') {
                 command.pop();
                 command.push_str(lines.next().map_or("", |(_, line)| line.trim_start()));
+            }
+            if let Some((_, end)) = command.split_once("<<") {
+                let end = end.trim().trim_matches('\'').to_owned();
+                for (_, line) in lines.by_ref() {
+                    command.push('\n');
+                    command.push_str(line);
+                    if line == end {
+                        break;
+                    }
+                }
             }
             let (command, code) = match command.rsplit_once("# exit ") {
                 Some((command, code)) => (command.to_owned(), code.trim().parse().expect("a code")),
@@ -112,7 +171,7 @@ fn prompt(line: &str) -> Option<(usize, &str)> {
 }
 
 /// Creates the mount namespace of a host, with its own files. Commands enter it.
-fn create_host_files(host: &Host) -> anyhow::Result<Child> {
+pub fn create_host_files(host: &Host) -> anyhow::Result<Child> {
     let mut command = Command::new("unshare");
     command.args(["--mount", "--uts", "sh", "-ec", HOST_SETUP]);
     command.env("PROGRAM", program()).env("SCP", SCP).env("NAME", &host.name);
@@ -123,7 +182,7 @@ fn create_host_files(host: &Host) -> anyhow::Result<Child> {
     Ok(child)
 }
 
-fn enter(keeper: &Child, command: &str) -> Command {
+pub fn enter(keeper: &Child, command: &str) -> Command {
     let mut shell = Command::new("nsenter");
     shell.args([
         "--mount",
@@ -149,6 +208,9 @@ fn run(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
     for number in 1..=count.expect("a number of hosts") {
         let host = lab.host(number, &format!("host{number}"))?;
         let keeper = create_host_files(&host)?;
+        let mut install = enter(&keeper, INSTALL_UNIT);
+        install.env("UNIT", UNIT).env("SYSTEMCTL", SYSTEMCTL);
+        anyhow::ensure!(host.netns.spawn(&mut install)?.wait()?.success(), "no systemctl");
         hosts.push((host, keeper));
     }
     let steps = steps(&text);
