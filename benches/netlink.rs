@@ -16,14 +16,13 @@ use std::{
 };
 
 use gossamer::{
-    core::{Own, Peer, View},
     dataplane::{
         desired::{Desired, Tables, Underlay, Way},
         kernel::{Kernel, requests},
         plan::{Actual, Found, plan},
     },
     lab::{self, Lab},
-    model::{ClusterSettings, Mac, NodeId, Pool, PoolSpec, Slot, Vtep},
+    model::{ClusterSettings, Mac, NodeId, Own, Peer, Pool, PoolSpec, Slot, View, Vtep},
     netlink::{Netlink, Request},
 };
 

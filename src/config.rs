@@ -29,6 +29,7 @@ use crate::{
     wire::{Token, TokenError},
 };
 
+mod choices;
 mod instance;
 mod net_conf;
 mod settings;

@@ -6,19 +6,20 @@
 //! Three rings. An arrow points from a module to one that it imports.
 //!
 //! ```text
-//!  main -> cli -> agent -> core -> wire -> model         the pure ring: core, wire, model,
-//!                   |        ^                           dataplane::{desired, plan}
+//!  main -> cli -> agent -> core -> wire -> model                              the pure ring
+//!                   |        dataplane -> model, pods -> model
 //!                   +-> dataplane::kernel, pods::wiring, netlink, store, transport, api     the adapters
 //! ```
 //!
 //! - **The pure ring** makes the decisions. It reads no clock, draws no randomness of its own, opens no file
-//!   and no socket, and compiles without the feature `agent`. [`model`] holds the data types, [`wire`] parses
-//!   messages of peers and database records, [`core`] is one node as a state machine, [`dataplane::desired`]
-//!   computes what the kernel must hold, and [`dataplane::plan`] the operations that lead there.
+//!   and no socket. It is exactly what the build without default features contains: [`model`], [`wire`],
+//!   [`core`], [`dataplane`] without `kernel`, [`pods`] without its submodules, and `checksum`. [`model`]
+//!   holds the data types, [`wire`] parses messages of peers and database records, [`core`] is one node as a
+//!   state machine, [`dataplane`] computes what the kernel must hold and judges what it does, and [`pods`]
+//!   records which pod has which of the node's addresses.
 //! - **Adapters** each serve one external interface: [`dataplane::kernel`] and [`netlink`] the kernel,
-//!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket. [`pods`] records which pod has which
-//!   of the node's addresses, and [`pods::wiring`] connects pods. Container runtimes call [`cni`] and
-//!   [`netavark`], Docker calls [`docker`].
+//!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket, and [`pods::wiring`] connects pods.
+//!   Container runtimes call [`cni`] and [`netavark`], Docker calls [`docker`].
 //! - **The shell**, [`agent`], is one loop that feeds inputs to the core and executes its outputs. `sim`
 //!   (feature `sim`) runs many cores in a simulated world. [`config`] and [`cli`] read settings and commands,
 //!   [`doctor`] checks a host for problems, and [`lab`] builds clusters in network namespaces for the demo,
@@ -47,6 +48,7 @@ pub mod config;
 pub mod core;
 #[cfg(feature = "agent")]
 pub mod datagram;
+#[warn(clippy::disallowed_methods)]
 pub mod dataplane;
 #[cfg(feature = "agent")]
 pub mod docker;

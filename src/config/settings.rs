@@ -8,7 +8,7 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use serde::Deserialize;
 
-use super::{ConfigError, bad, net_conf};
+use super::{ConfigError, bad, choices, net_conf};
 use crate::{
     dataplane::{demand::Program, desired::Mode},
     docker, files,
@@ -107,10 +107,10 @@ pub struct Settings {
     pub withdraw_after: Option<String>,
     /// How packets reach peers: always by tunnel, directly where the underlay allows it, or always
     /// directly [default: vxlan]
-    #[arg(long, env = "GOSSAMER_MODE", value_enum, value_name = "MODE")]
+    #[arg(long, env = "GOSSAMER_MODE", value_parser = choices::mode(), value_name = "MODE")]
     pub mode: Option<Mode>,
     /// Which peers have kernel entries: all, or each from its first packet on [default: all]
-    #[arg(long, env = "GOSSAMER_PROGRAM", value_enum, value_name = "WHICH")]
+    #[arg(long, env = "GOSSAMER_PROGRAM", value_parser = choices::program(), value_name = "WHICH")]
     pub program: Option<Program>,
     /// With on-demand: remove the entries of a peer that was not used for this time [default: 5m]
     #[arg(long, env = "GOSSAMER_IDLE_AFTER", value_name = "SPAN")]

@@ -79,7 +79,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::{
-        super::{View, view::Own},
+        super::{Own, View},
         *,
     };
     use crate::model::{ClusterSettings, Mac, Pool, PoolSpec, Slot, Vtep};

@@ -5,22 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use crate::{
-    model::NodeId,
+    model::{CallError, CallId, NodeId, ReplyId, View, WriteSeq},
     wire::{Inquiry, Key, Refusal, Report},
 };
 
-use super::{slots::Change, view::View};
-
-/// The number of a durable write, counted per process. An output that depends on a write names it in `after`.
-pub type WriteSeq = u64;
-
-/// Identifies a request of this node; each one gets exactly one [`Input::Answer`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct CallId(pub u64);
-
-/// Identifies a peer's request, as numbered by the transport that returns the reply.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ReplyId(pub u64);
+use super::slots::Change;
 
 /// An event for a node. The transport has authenticated every `from`.
 #[derive(Clone, Debug)]
@@ -87,20 +76,6 @@ pub enum Target {
     },
     /// The seed with this index in the configuration. The transport resolves its name for each call.
     Seed(usize),
-}
-
-/// The reason for which a call brought no answer. The call has changed nothing on this node.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CallError {
-    /// No connection, no answer in time, or an answer that cannot be used.
-    #[error("no answer: {0}")]
-    Unreachable(String),
-    /// The TLS handshake failed on a certificate of either side: the secrets differ.
-    #[error("the handshake was refused: {0}")]
-    Rejected(String),
-    /// The address is this node's own.
-    #[error("the address is this node's own")]
-    Myself,
 }
 
 /// An effect for the agent or the simulator to carry out. Outputs with `after: n` must wait until write `n`

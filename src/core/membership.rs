@@ -23,10 +23,9 @@ use foca::{
     OwnedNotification, PeriodicParams, State, Timer,
 };
 use rand::rngs::StdRng;
-use serde::Serialize;
 
 use crate::{
-    model::{Identity, Incarnation, NodeId, Suspicion, Time},
+    model::{Identity, Incarnation, Liveness, NodeId, Suspicion, Time},
     wire::{Buckets, DATAGRAM_MAX, SwimCodec},
 };
 
@@ -44,18 +43,6 @@ pub(super) const UNSENT_REFUTATIONS: u16 = 16;
 const FREEZE_THRESHOLD: Duration = Duration::from_millis(500);
 /// Time to read the packets that arrived while the process was frozen.
 const SOCKET_DRAIN_TIME: Duration = Duration::from_millis(250);
-
-/// The state of a member in gossip.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Liveness {
-    /// It answers probes.
-    Alive,
-    /// It did not answer a probe and has not refuted the suspicion yet.
-    Suspect,
-    /// It did not refute a suspicion in time.
-    Down,
-}
 
 /// An event or packet from gossip.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -59,11 +59,9 @@ pub use boot::{Bootstrap, NodeConfig, StartError};
 pub use counters::Counters;
 pub use forget::{CannotForget, Reclaiming};
 pub use gate::Gate;
-pub use io::{CallError, CallId, Command, Input, Output, ReplyId, Stop, Target, WriteSeq};
-pub use membership::Liveness;
+pub use io::{Command, Input, Output, Stop, Target};
 pub use slots::Change;
 pub use status::{MemberStatus, NodeStatus, Phase, SlotCounts};
-pub use view::{Own, Peer, View};
 
 use self::{
     directory::Directory,
@@ -82,6 +80,7 @@ use self::{
     vote::Voting,
     writes::Dirty,
 };
+pub use crate::model::{CallError, CallId, Liveness, Own, Peer, ReplyId, View, WriteSeq};
 use crate::{
     model::{BootId, ClusterId, ClusterRecord, Forget, MemberRecord, NodeId, Run, Slot, Time},
     wire::{Frame, Push, Request, Response, Roots},

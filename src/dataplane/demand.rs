@@ -34,7 +34,6 @@ pub enum Miss {
 
 /// Which peers get entries in the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
-#[cfg_attr(feature = "agent", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Program {
     /// All peers, always.

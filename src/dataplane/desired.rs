@@ -23,10 +23,7 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    core::View,
-    model::{Mac, NodeId, Pool, Slot, Vtep},
-};
+use crate::model::{Mac, NodeId, Pool, Slot, View, Vtep};
 
 /// `rtm_protocol` of all routes that gossamer creates; it identifies them without any stored state.
 pub const ROUTE_PROTOCOL: u8 = 73;
@@ -123,7 +120,6 @@ pub struct Desired {
 
 /// How packets reach peers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "agent", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Always through a tunnel.

@@ -17,7 +17,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use ipnet::IpNet;
 
 use super::desired::device_name;
-use crate::core::View;
+use crate::model::View;
 
 /// The settings of this host that determine the table.
 #[derive(Clone, Debug, PartialEq, Eq)]

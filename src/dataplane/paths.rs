@@ -23,10 +23,7 @@ use std::{
 
 pub use self::flows::FLOWS;
 use self::path::Path;
-use crate::{
-    core::Liveness,
-    model::{NodeId, PathState, Time},
-};
+use crate::model::{Liveness, NodeId, PathState, Time};
 
 /// Interval at which [`Paths::update_withdrawn`] and [`Paths::poll`] must be called.
 pub const CHECK_INTERVAL: Duration = Duration::from_secs(1);

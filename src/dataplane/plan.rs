@@ -253,10 +253,7 @@ pub(super) mod tests {
         super::{desired::Underlay, fake::FakeKernel},
         *,
     };
-    use crate::{
-        core::{Own, Peer, View},
-        model::{ClusterSettings, NodeId, Pool, PoolSpec, Slot, Vtep},
-    };
+    use crate::model::{ClusterSettings, NodeId, Own, Peer, Pool, PoolSpec, Slot, View, Vtep};
 
     /// Builds a view from (node, slot) pairs; the first is this node.
     pub fn view(members: &[(u8, u32)]) -> View {

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{Agent, Examination, Finding};
 use crate::{
     api::block_on,
-    core::CallError,
+    model::CallError,
     store::read_token,
     transport::{check_seeds, is_own_address, own_address_problem},
     wire::visible,

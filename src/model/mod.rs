@@ -5,9 +5,11 @@
 
 /// Deserializers that bound the length of lists.
 pub mod bounded;
+mod call;
 mod cluster;
 mod forget;
 mod id;
+mod liveness;
 mod member;
 mod path;
 mod pod;
@@ -18,11 +20,14 @@ mod slot;
 mod text;
 mod time;
 mod unfit;
+mod view;
 mod vtep;
 
+pub use call::{CallError, CallId, ReplyId, WriteSeq};
 pub use cluster::{ClusterRecord, ClusterSettings, Difference, SettingsWish};
 pub use forget::Forget;
 pub use id::{BootId, ClusterId, IdError, NodeId};
+pub use liveness::Liveness;
 pub use member::{
     Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
 };
@@ -35,4 +40,5 @@ pub use slot::{Run, SlotRecord, SlotState};
 pub use text::{Text, escaped_lines, visible, visible_lines};
 pub use time::Time;
 pub use unfit::UnusableRecord;
+pub use view::{Own, Peer, View};
 pub use vtep::{Mac, Vtep};

@@ -13,7 +13,7 @@ use std::{
 };
 
 use super::{Database, EssentialsCopy, StoreError};
-use crate::{core::WriteSeq, wire::Key, worker::Thread};
+use crate::{model::WriteSeq, wire::Key, worker::Thread};
 
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Time without new batches after which the copy of the essential records is written.

@@ -7,8 +7,7 @@ use tokio::sync::mpsc;
 
 use super::intake::{Intake, Message, NodeIntake};
 use crate::{
-    core::{CallError, CallId},
-    model::NodeId,
+    model::{CallError, CallId, NodeId},
     wire::visible,
 };
 

@@ -172,8 +172,8 @@ pub(super) fn read(name: &str) -> Option<String> {
 mod tests {
     use super::*;
     use crate::{
-        core::View,
         dataplane::plan::tests::{dual_stack_view, view},
+        model::View,
     };
 
     #[test]

@@ -6,10 +6,7 @@ use super::{
     HEALTHY, Kind, Queues, Responder, SUSPECT, Tally, flows::Flows, replies::Replies,
     size_search::SizeSearch,
 };
-use crate::{
-    core::Liveness,
-    model::{NodeId, PathState, Time},
-};
+use crate::model::{Liveness, NodeId, PathState, Time};
 
 /// Interval of probes to a healthy peer.
 const HEALTHY_INTERVAL: Duration = Duration::from_secs(15);

@@ -6,8 +6,7 @@ use quinn::{ClientConfig, Connection, Endpoint};
 
 use super::{DIAL_TIMEOUT, Events, Intake, admission::SharedAdmissions, read};
 use crate::{
-    core::CallError,
-    model::NodeId,
+    model::{CallError, NodeId},
     transport::{
         connection::call_error,
         credentials::{SERVER_NAME, peer_of},

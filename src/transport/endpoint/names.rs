@@ -6,7 +6,10 @@ use quinn::{Connection, VarInt};
 use tokio::task::JoinSet;
 
 use super::{Event, dial::Dialer};
-use crate::{core::CallError, model::NodeId, worker::resolve};
+use crate::{
+    model::{CallError, NodeId},
+    worker::resolve,
+};
 
 /// Upper limit of the addresses of one name that are tried.
 const MAX_ADDRESSES: usize = 8;

@@ -1,0 +1,26 @@
+//! Identifiers that connect the core with the adapters that carry out its outputs.
+
+/// The number of a durable write, counted per process. An output that depends on a write names it in `after`.
+pub type WriteSeq = u64;
+
+/// Identifies a request of this node; each one ends exactly once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CallId(pub u64);
+
+/// Identifies a peer's request, as numbered by the transport that returns the reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ReplyId(pub u64);
+
+/// The reason for which a call brought no answer. The call has changed nothing on this node.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CallError {
+    /// No connection, no answer in time, or an answer that cannot be used.
+    #[error("no answer: {0}")]
+    Unreachable(String),
+    /// The TLS handshake failed on a certificate of either side: the secrets differ.
+    #[error("the handshake was refused: {0}")]
+    Rejected(String),
+    /// The address is this node's own.
+    #[error("the address is this node's own")]
+    Myself,
+}

@@ -1,0 +1,15 @@
+//! What gossip holds of a member.
+
+use serde::Serialize;
+
+/// The state of a member in gossip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Liveness {
+    /// It answers probes.
+    Alive,
+    /// It did not answer a probe and has not refuted the suspicion yet.
+    Suspect,
+    /// It did not refute a suspicion in time.
+    Down,
+}
