@@ -28,7 +28,7 @@ use gossamer::{
     lab::{self, Agent, Host, Lab, cpu_seconds, memory_mib},
     model::{BootId, Mac, MemberRecord, NodeId, PathState, SettingsWish, Time, Version, Vtep},
     netlink,
-    transport::{CredentialError, Credentials, Event, NodeKey, Transport},
+    transport::{CredentialError, Credentials, Event, NodeKey, Received, Transport},
     wire::{Key, PathReport, Record, Report, Secret, Token},
 };
 use nix::sys::signal::Signal;
@@ -46,6 +46,15 @@ const SETTLE: Duration = Duration::from_secs(30);
 const IDLE_PERIOD: Duration = Duration::from_secs(60);
 /// Interval between two probes that all members together send to the agent's VTEP.
 const PROBE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Returns what a node is told of what its transport has received.
+fn input(received: Received) -> Input {
+    match received {
+        Received::Message { from, bytes } => Input::Message { from, bytes },
+        Received::Request { from, reply, bytes } => Input::Request { from, reply, bytes },
+        Received::Answer { call, result } => Input::Answer { call, result },
+    }
+}
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -308,8 +317,8 @@ impl Crowd {
             let next = self.timers.first().map_or(Duration::MAX, |(at, _)| at.since(self.now()));
             tokio::select! {
                 Some((member, event)) = self.arrivals.recv() => {
-                    let input = self.members[member].transport.handle(event);
-                    self.inputs.extend(input.map(|input| (member, input)));
+                    let received = self.members[member].transport.handle(event);
+                    self.inputs.extend(received.map(|received| (member, input(received))));
                 }
                 _ = asks.tick() => self.ask(agent),
                 () = tokio::time::sleep(next.min(PROBE_INTERVAL)) => {}

@@ -55,7 +55,7 @@ use crate::{
     config::Config,
     core::{Command, Gate, Input, Node, Output, Target},
     store::{StateDir, WriteEvent, Writer},
-    transport::{Event, Transport},
+    transport::{Event, Received, Transport},
     underlay::ChosenUnderlay,
     wire::{Keyring, Token},
 };
@@ -254,8 +254,13 @@ impl Agent {
     }
 
     fn on_network(&mut self, event: Event) {
-        if let Some(input) = self.transport.handle(event) {
-            self.input(input);
+        match self.transport.handle(event) {
+            Some(Received::Message { from, bytes }) => self.input(Input::Message { from, bytes }),
+            Some(Received::Request { from, reply, bytes }) => {
+                self.input(Input::Request { from, reply, bytes });
+            }
+            Some(Received::Answer { call, result }) => self.input(Input::Answer { call, result }),
+            None => {}
         }
     }
 

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::intake::{Intake, Message, NodeIntake};
 use crate::{
-    model::{CallError, CallId, NodeId},
+    model::{CallError, CallId, NodeId, ReplyId},
     wire::visible,
 };
 
@@ -64,6 +64,34 @@ pub enum Event {
         call: CallId,
         /// The response and its sender, or why there is none.
         result: Result<(NodeId, Message), CallError>,
+    },
+}
+
+/// What has arrived from a peer, whose certificate proves its id.
+#[derive(Clone, Debug)]
+pub enum Received {
+    /// A frame that needs no response.
+    Message {
+        /// The sender.
+        from: NodeId,
+        /// The frame.
+        bytes: Vec<u8>,
+    },
+    /// A request; its response goes to [`super::Transport::reply`].
+    Request {
+        /// The sender.
+        from: NodeId,
+        /// Identifies the response.
+        reply: ReplyId,
+        /// The frame.
+        bytes: Vec<u8>,
+    },
+    /// A call has ended. Each call ends exactly once.
+    Answer {
+        /// The call.
+        call: CallId,
+        /// The node that responded and its frame, or why there is none.
+        result: Result<(NodeId, Vec<u8>), CallError>,
     },
 }
 

@@ -39,14 +39,11 @@ pub use self::{
     socket::ReceiveBuffer,
 };
 use super::{
-    connection::{Event, Events, read, request, send_stream},
+    connection::{Event, Events, Received, read, request, send_stream},
     credentials::Credentials,
     intake::Intake,
 };
-use crate::{
-    core::{CallError, CallId, Input, ReplyId},
-    model::NodeId,
-};
+use crate::model::{CallError, CallId, NodeId, ReplyId};
 
 /// Length of the event queue. When it is full, readers of streams wait, and datagrams are dropped.
 const EVENT_QUEUE: usize = 4096;
@@ -209,8 +206,8 @@ impl Transport {
         self.dialer.admissions.lock().learn_overlay(networks);
     }
 
-    /// Processes an event; returns an input if the event concerns the node.
-    pub fn handle(&mut self, event: Event) -> Option<Input> {
+    /// Processes an event; returns what has arrived, if anything has.
+    pub fn handle(&mut self, event: Event) -> Option<Received> {
         match event {
             Event::Connected { peer, connection, inbound } => {
                 self.connected(peer, connection, inbound);
@@ -226,7 +223,7 @@ impl Transport {
             }
             Event::Message { from, message } => {
                 self.mark_used(from);
-                Some(Input::Message { from, bytes: message.bytes })
+                Some(Received::Message { from, bytes: message.bytes })
             }
             Event::Request { from, message, stream } => {
                 self.mark_used(from);
@@ -238,11 +235,11 @@ impl Transport {
                 {
                     self.give_up(*oldest);
                 }
-                Some(Input::Request { from, reply, bytes: message.bytes })
+                Some(Received::Request { from, reply, bytes: message.bytes })
             }
             Event::Answer { call, result } => {
                 let result = result.map(|(from, message)| (from, message.bytes));
-                Some(Input::Answer { call, result })
+                Some(Received::Answer { call, result })
             }
         }
     }

@@ -7,10 +7,9 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use nix::ifaddrs::getifaddrs;
 
 use crate::{
-    core::{CallError, CallId, Input},
-    model::ClusterId,
+    model::{CallError, CallId, ClusterId},
     random::random,
-    transport::{Credentials, NodeKey, Transport},
+    transport::{Credentials, NodeKey, Received, Transport},
     wire::{Frame, Request, Roots, Secret},
 };
 
@@ -37,7 +36,7 @@ pub async fn check_seeds(
     let mut answers = Vec::new();
     while answers.len() < seeds.len() {
         let Some(event) = events.recv().await else { break };
-        if let Some(Input::Answer { call, result }) = transport.handle(event)
+        if let Some(Received::Answer { call, result }) = transport.handle(event)
             && let Some(seed) = usize::try_from(call.0).ok().and_then(|n| seeds.get(n))
         {
             answers.push((seed.clone(), result.map(drop)));

@@ -8,13 +8,12 @@ use std::{
 };
 
 use gossamer::{
-    core::{CallError, CallId, Input},
     lab::{Host, NetNs},
     model::{
-        BootId, ClusterId, Identity, Incarnation, Mac, MemberRecord, NodeId, Run, Slot, SlotRecord,
-        SlotState, Version, Vtep,
+        BootId, CallError, CallId, ClusterId, Identity, Incarnation, Mac, MemberRecord, NodeId,
+        Run, Slot, SlotRecord, SlotState, Version, Vtep,
     },
-    transport::{Credentials, NodeKey, Transport},
+    transport::{Credentials, NodeKey, Received, Transport},
     wire::{Facts, Frame, GrantWish, Hello, Push, Refusal, Request, Response, Token},
 };
 use serde_json::Value;
@@ -146,7 +145,7 @@ fn serve(
                     }
                 },
                 Some(event) = events.recv() => match transport.handle(event) {
-                    Some(Input::Answer { call, result }) => {
+                    Some(Received::Answer { call, result }) => {
                         let read = |(from, bytes): (NodeId, Vec<u8>)| match Frame::decode(&bytes) {
                             Ok((_, Frame::Response(payload))) => {
                                 (from, Response::decode(payload).expect("a response"))
@@ -156,7 +155,7 @@ fn serve(
                         let reply = waiting.remove(&call).expect("asked");
                         let _ = reply.send(result.map(read));
                     }
-                    Some(Input::Request { reply, .. }) => {
+                    Some(Received::Request { reply, .. }) => {
                         if let Some(payload) = &answer {
                             transport.reply(reply, Frame::Response(payload).encode(cluster));
                         }

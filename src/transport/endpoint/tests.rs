@@ -22,23 +22,23 @@ fn address(side: &Side) -> SocketAddr {
     side.0.local_address().expect("bound")
 }
 
-/// Returns the next input of the node.
-async fn next_input(side: &mut Side) -> Input {
+/// Returns what arrives next.
+async fn next_received(side: &mut Side) -> Received {
     loop {
         let event = side.1.recv().await.expect("the endpoint lives");
-        if let Some(input) = side.0.handle(event) {
-            return input;
+        if let Some(received) = side.0.handle(event) {
+            return received;
         }
     }
 }
 
-/// Returns the next input of `side`, while `other` processes its events.
-async fn next_while(side: &mut Side, other: &mut Side) -> Input {
+/// Returns what arrives next at `side`, while `other` processes its events.
+async fn next_while(side: &mut Side, other: &mut Side) -> Received {
     loop {
         tokio::select! {
             Some(event) = side.1.recv() => {
-                if let Some(input) = side.0.handle(event) {
-                    return input;
+                if let Some(received) = side.0.handle(event) {
+                    return received;
                 }
             }
             Some(event) = other.1.recv() => assert!(other.0.handle(event).is_none()),
@@ -52,13 +52,13 @@ async fn frames_and_requests_reach_a_member_with_a_proven_id() {
     let to = address(&two);
     let two_id = two.0.dialer.me;
     one.0.send(two_id, to, b"small".to_vec());
-    let Input::Message { from, bytes } = next_while(&mut two, &mut one).await else {
+    let Received::Message { from, bytes } = next_while(&mut two, &mut one).await else {
         panic!("a message")
     };
     assert_eq!((from, bytes.as_slice()), (one.0.dialer.me, &b"small"[..]));
 
     one.0.send(two_id, to, vec![7; 100_000]);
-    let Input::Message { bytes, .. } = next_while(&mut two, &mut one).await else {
+    let Received::Message { bytes, .. } = next_while(&mut two, &mut one).await else {
         panic!("a message")
     };
     assert_eq!(bytes, vec![7; 100_000], "too large for a datagram, so it took a stream");
@@ -66,23 +66,23 @@ async fn frames_and_requests_reach_a_member_with_a_proven_id() {
     // The response uses the connection that the other side has dialed.
     let back = address(&one);
     two.0.call(CallId(5), one.0.dialer.me, back, b"question".to_vec());
-    let Input::Request { reply, bytes, .. } = next_while(&mut one, &mut two).await else {
+    let Received::Request { reply, bytes, .. } = next_while(&mut one, &mut two).await else {
         panic!("a request")
     };
     assert_eq!(bytes, b"question");
     one.0.reply(reply, b"answer".to_vec());
-    let Input::Answer { call, result } = next_while(&mut two, &mut one).await else {
+    let Received::Answer { call, result } = next_while(&mut two, &mut one).await else {
         panic!("a response")
     };
     assert_eq!((call, result), (CallId(5), Ok((one.0.dialer.me, b"answer".to_vec()))));
 
     // A request that is given up fails, and gets no empty response.
     two.0.call(CallId(6), one.0.dialer.me, back, b"question".to_vec());
-    let Input::Request { reply, .. } = next_while(&mut one, &mut two).await else {
+    let Received::Request { reply, .. } = next_while(&mut one, &mut two).await else {
         panic!("a request")
     };
     one.0.give_up(reply);
-    let Input::Answer { call, result } = next_while(&mut two, &mut one).await else {
+    let Received::Answer { call, result } = next_while(&mut two, &mut one).await else {
         panic!("a response")
     };
     assert!(call == CallId(6) && matches!(result, Err(CallError::Unreachable(_))), "{result:?}");
@@ -110,7 +110,7 @@ async fn handshake_without_the_secret_fails() {
     let mut non_member = non_member;
     let to = address(&member).to_string();
     non_member.0.call_name(CallId(1), to, b"let me in".to_vec());
-    let Input::Answer { result: Err(error), .. } = next_input(&mut non_member).await else {
+    let Received::Answer { result: Err(error), .. } = next_received(&mut non_member).await else {
         panic!("no answer")
     };
     assert!(matches!(&error, CallError::Rejected(_)), "{error:?}");
@@ -137,16 +137,22 @@ async fn call_fails_when_another_node_or_none_answers() {
     let (mut one, two) = (bind(1, 1), bind(1, 2));
     let expected = NodeKey::from_seed([9; 32]).expect("key").id();
     one.0.call(CallId(1), expected, address(&two), b"hello".to_vec());
-    let Input::Answer { result: Err(error), .. } = next_input(&mut one).await else { panic!() };
+    let Received::Answer { result: Err(error), .. } = next_received(&mut one).await else {
+        panic!()
+    };
     assert!(error.to_string().contains("is node"), "{error}");
 
     let own = address(&one).to_string();
     one.0.call_name(CallId(2), own, b"hello".to_vec());
-    let Input::Answer { result: Err(error), .. } = next_input(&mut one).await else { panic!() };
+    let Received::Answer { result: Err(error), .. } = next_received(&mut one).await else {
+        panic!()
+    };
     assert_eq!(error, CallError::Myself);
 
     one.0.call_name(CallId(3), "no-such-host.invalid:1".to_owned(), b"hello".to_vec());
-    let Input::Answer { result: Err(error), .. } = next_input(&mut one).await else { panic!() };
+    let Received::Answer { result: Err(error), .. } = next_received(&mut one).await else {
+        panic!()
+    };
     assert!(error.to_string().contains("no-such-host.invalid"), "{error}");
 }
 
@@ -255,18 +261,20 @@ async fn connection_without_answers_is_recreated() {
 
     open.store(false, Ordering::Relaxed);
     one.0.call(CallId(1), two_id, way, b"question".to_vec());
-    let Input::Answer { result: Err(_), .. } = next_input(&mut one).await else {
+    let Received::Answer { result: Err(_), .. } = next_received(&mut one).await else {
         panic!("silence")
     };
     assert_eq!(one.0.connections(), 0);
 
     open.store(true, Ordering::Relaxed);
     one.0.call(CallId(2), two_id, way, b"question".to_vec());
-    let Input::Request { reply, .. } = next_while(&mut two, &mut one).await else {
+    let Received::Request { reply, .. } = next_while(&mut two, &mut one).await else {
         panic!("a request")
     };
     two.0.reply(reply, b"answer".to_vec());
-    let Input::Answer { result, .. } = next_while(&mut one, &mut two).await else { panic!("none") };
+    let Received::Answer { result, .. } = next_while(&mut one, &mut two).await else {
+        panic!("none")
+    };
     assert_eq!(result, Ok((two_id, b"answer".to_vec())));
 }
 
@@ -310,7 +318,7 @@ async fn request_delay(hub: &mut Side) -> Duration {
     let mut asking = bind(1, 1);
     let begun = Instant::now();
     asking.0.call(CallId(1), hub.0.dialer.me, address(hub), b"question".to_vec());
-    let Input::Request { .. } = next_while(hub, &mut asking).await else { panic!("a request") };
+    let Received::Request { .. } = next_while(hub, &mut asking).await else { panic!("a request") };
     begun.elapsed()
 }
 
