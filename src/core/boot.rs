@@ -26,7 +26,6 @@ use super::{
     lease::LeaseSearch,
     leave::Leaving,
     malformed::Notes,
-    planted::{Mutation, has_mutation},
     push::PushQueue,
     sync::{NeededWitnesses, SyncRound},
     vote::Voting,
@@ -132,11 +131,7 @@ impl Node {
     ) -> Result<Self, StartError> {
         let mut memory = Memory::new(now, config.node, &saved);
         saved.into_iter().for_each(|(_, record)| memory.recall(record));
-        let starts = if has_mutation(Mutation::StartsNotCounted) {
-            1
-        } else {
-            memory.starts.saturating_add(1)
-        };
+        let starts = memory.starts.saturating_add(1);
         let mut rng = StdRng::from_seed(config.rng_seed);
         let left_to = memory.directory.get(config.node).and_then(|record| record.left_to);
         if left_to.is_some() && memory.cluster.is_none() {

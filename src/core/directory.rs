@@ -10,10 +10,7 @@ use crate::{
     wire::{Buckets, Record},
 };
 
-use super::{
-    planted::{Mutation, has_mutation},
-    rank::state_hash,
-};
+use super::rank::state_hash;
 
 /// Limit of forgotten nodes without a member record.
 const MAX_STRAY: usize = 1 << 10;
@@ -42,8 +39,7 @@ impl Directory {
                 true
             }
             Entry::Occupied(mut entry) => {
-                let newer = precedence(record) > precedence(entry.get())
-                    || has_mutation(Mutation::IgnoreVersions) && record != entry.get();
+                let newer = precedence(record) > precedence(entry.get());
                 if newer {
                     let before = entry.insert(record.clone());
                     self.hashes[Buckets::of_node(record.node)] ^=

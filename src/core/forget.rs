@@ -19,11 +19,7 @@ use crate::{
     wire::{Facts, Key, Request, Response},
 };
 
-use super::{
-    Answer, Liveness, Node, Output, Purpose, Stop,
-    planted::{Mutation, has_mutation},
-    rank::peer_score,
-};
+use super::{Answer, Liveness, Node, Output, Purpose, Stop, rank::peer_score};
 
 /// Pause before missing acknowledgements are requested again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -273,9 +269,6 @@ impl Node {
     /// slots or as receivers of the records of a node that left. They may know grants that no other node
     /// knows.
     fn missing_acknowledgements(&self, forget: &Forget) -> BTreeSet<NodeId> {
-        if has_mutation(Mutation::ForgetWithoutAcknowledgements) {
-            return BTreeSet::new();
-        }
         let acknowledged_by = self.forgetting.acknowledged.get(forget);
         let members = self.directory.peers(self.me.node).map(|record| record.node);
         let keepers = self.directory.iter().filter_map(|record| record.left_to);

@@ -3,10 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::{
-    Output, ReplyId, WriteSeq,
-    planted::{Mutation, has_mutation},
-};
+use super::{Output, ReplyId, WriteSeq};
 
 /// Limit of held outputs. Beyond it the oldest frame or reply is dropped; for peers that is a lost packet.
 const MAX_HELD: usize = 8192;
@@ -42,7 +39,7 @@ impl Gate {
         if matches!(output, Output::Withdraw | Output::Program { .. }) {
             self.held.retain(|(_, held)| !matches!(held, Output::Program { .. }));
         }
-        if after <= self.durable || has_mutation(Mutation::AnswerBeforeFlush) {
+        if after <= self.durable {
             return Some(output);
         }
         if self.held.len() >= MAX_HELD

@@ -13,10 +13,7 @@ use std::time::Duration;
 
 use crate::model::{ClusterRecord, Forget, Incarnation, MemberRecord, NodeId, Run, Time};
 
-use super::{
-    planted::{Mutation, has_mutation},
-    slots::{count_of, generation_of},
-};
+use super::slots::{count_of, generation_of};
 
 /// Allowance for missed events: one a second for more than four years. systemd restarts a failing agent that
 /// often.
@@ -49,8 +46,7 @@ impl Horizon {
 
     /// Returns whether a counter can have this value, `uptime` after the start; `known` is its present value.
     fn allows(&mut self, now: Time, uptime: Duration, value: u64, known: Option<u64>) -> bool {
-        if value <= self.base + self.leap + uptime.as_secs() || has_mutation(Mutation::AcceptJumps)
-        {
+        if value <= self.base + self.leap + uptime.as_secs() {
             return true;
         }
         let is_next = known.is_some_and(|known| value <= known.saturating_add(MAX_STEP));

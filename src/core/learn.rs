@@ -15,11 +15,7 @@ use crate::{
 };
 
 use super::{
-    DuplicateIdentity, Node,
-    malformed::Kind,
-    planted::{Mutation, has_mutation},
-    slots::Contested,
-    sync::NeededWitnesses,
+    DuplicateIdentity, Node, malformed::Kind, slots::Contested, sync::NeededWitnesses,
     vet::Refusals,
 };
 
@@ -184,7 +180,7 @@ impl Node {
     /// This node publishes its own record with a higher version.
     fn handle_forged_record(&mut self, now: Time, record: &MemberRecord) {
         let is_old = record.version < self.me.version || *record == self.me;
-        if is_old || has_mutation(Mutation::IgnoreForgedRecords) || !self.may_outbid(now) {
+        if is_old || !self.may_outbid(now) {
             return;
         }
         self.counters.forged += 1;

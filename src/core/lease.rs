@@ -14,9 +14,7 @@ use crate::{
 
 use super::{
     Answer, Change, ClusterState, KernelSubnet, Node, NodeConfig, Purpose, SlotTable,
-    boot::preferred,
-    planted::{Mutation, has_mutation},
-    rank::peer_score,
+    boot::preferred, rank::peer_score,
 };
 
 /// A node with an assigned subnet that has compared its state with no member yet waits this long before it
@@ -140,8 +138,7 @@ impl Node {
             }
             // Only after the kernel has switched: a slot given back may be leased to another node at once.
             let subnet = cluster_state.cluster.settings.pool.subnet(own);
-            let has_switched = self.kernel_subnet == KernelSubnet::Subnet(subnet)
-                || has_mutation(Mutation::ReleaseLeaseInUse);
+            let has_switched = self.kernel_subnet == KernelSubnet::Subnet(subnet);
             if may_write && has_switched {
                 self.release_all_but(now, own);
             }

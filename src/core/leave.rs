@@ -11,11 +11,7 @@ use crate::{
     wire::{Facts, Key, Request, Response},
 };
 
-use super::{
-    Answer, KernelSubnet, Node, Output, Purpose, Stop,
-    planted::{Mutation, has_mutation},
-    rank::peer_score,
-};
+use super::{Answer, KernelSubnet, Node, Output, Purpose, Stop, rank::peer_score};
 
 /// Pause after no member has accepted the handover.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -136,9 +132,7 @@ impl Node {
                 leaving.tried.clear();
                 leaving.successor = Some(successor);
                 self.view_stale = true;
-                if self.kernel_subnet == KernelSubnet::Nothing
-                    || has_mutation(Mutation::LeaveWithoutWithdrawal)
-                {
+                if self.kernel_subnet == KernelSubnet::Nothing {
                     self.continue_leave_after_withdrawal();
                 }
             }
@@ -194,7 +188,7 @@ impl Node {
         leaving.tried.insert(keeper);
         let successor = leaving.successor;
         let accepted = matches!(answer, Ok((_, Response::Accepted)));
-        if !accepted && !has_mutation(Mutation::LeaveWithoutAcceptance) {
+        if !accepted {
             tracing::warn!(%keeper, "handover not accepted, trying another member");
             return self.hand_to_next(now);
         }

@@ -32,7 +32,6 @@ mod malformed;
 mod membership;
 mod partners;
 mod ping;
-pub mod planted;
 mod push;
 mod rank;
 mod serve;
@@ -73,7 +72,6 @@ use self::{
     leave::Leaving,
     malformed::{Notes, read_response},
     membership::{Membership, Notice},
-    planted::{Mutation, has_mutation},
     push::PushQueue,
     slots::SlotTable,
     sync::SyncRound,
@@ -398,9 +396,6 @@ impl Node {
                     self.counters.downs += 1;
                     tracing::info!(%node, name = self.name_of(node), "member down");
                     self.replace_predecessor(now);
-                    if has_mutation(Mutation::DownFreesSlots) {
-                        self.declare_gone(now, node, true);
-                    }
                 }
                 Notice::Renewed(identity) => {
                     tracing::debug!(?identity.incarnation, "identity renewed");

@@ -13,7 +13,6 @@ use crate::{
 use super::{
     ClusterState, Node, Output, ReplyId,
     malformed::Kind,
-    planted::{Mutation, has_mutation},
     slots::{Change, Grant},
 };
 
@@ -164,7 +163,6 @@ impl Node {
         let pool = &self.cluster_state.as_ref()?.cluster.settings.pool;
         let (theirs, ours) = (record.vtep.underlay, self.me.vtep.underlay);
         match record.why_unusable(pool) {
-            _ if has_mutation(Mutation::AcceptUnfitRecords) => None,
             Some(unfit) => Some(unfit.to_string()),
             None if theirs == ours => Some(format!("its underlay address {theirs} is this node's")),
             None if theirs.is_ipv4() != ours.is_ipv4() => Some(format!(
@@ -177,7 +175,7 @@ impl Node {
     /// Grants a slot of this node to `to`. The response waits for the write.
     fn grant(&mut self, now: Time, to: NodeId, wish: GrantWish) -> Result<Facts, Refusal> {
         let me = self.me.node;
-        if !self.sync.synced() && !has_mutation(Mutation::GrantBeforeSync) {
+        if !self.sync.synced() {
             return Err(Refusal::NotSynced);
         }
         if self.duplicate.is_some() {

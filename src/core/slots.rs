@@ -12,10 +12,7 @@ use crate::{
     wire::{Buckets, Refusal},
 };
 
-use super::{
-    planted::{Mutation, has_mutation},
-    rank::{slot_score, state_hash},
-};
+use super::rank::{slot_score, state_hash};
 
 /// The upper half of an epoch counts how often the slot was reclaimed (the generation), the lower half counts
 /// the records written since.
@@ -132,7 +129,7 @@ impl SlotTable {
         prefer: Option<Slot>,
     ) -> Result<Grant, Refusal> {
         let known: Vec<Run> = self.runs_of(to).copied().collect();
-        if !known.is_empty() && !has_mutation(Mutation::GrantAnotherSlot) {
+        if !known.is_empty() {
             return Ok(Grant::Again(known));
         }
         let preferred_elsewhere = prefer
@@ -198,11 +195,7 @@ impl SlotTable {
         let owned: Vec<Run> = self.runs_of(gone).copied().collect();
         let mut changes = Vec::new();
         for run in owned {
-            let epoch = if has_mutation(Mutation::ReclaimKeepsGeneration) {
-                run.record.epoch + 1
-            } else {
-                later_generation(run.record.epoch, u64::from(round))
-            };
+            let epoch = later_generation(run.record.epoch, u64::from(round));
             let record = SlotRecord { epoch, owner: me, state: SlotState::Free, granter: me };
             let new = Run { record, ..run };
             self.set(new);
@@ -306,8 +299,7 @@ impl SlotTable {
     ) -> Change {
         let before = self.record(start);
         debug_assert!(before.is_some_and(|r| r.owner == me), "only the owner writes {start:?}");
-        let raise = u64::from(!has_mutation(Mutation::SameEpoch) || owner == me);
-        let epoch = before.map_or(0, |record| record.epoch.saturating_add(raise));
+        let epoch = before.map_or(0, |record| record.epoch.saturating_add(1));
         let run = Run { start, len, record: SlotRecord { epoch, owner, state, granter: me } };
         self.set(run);
         (run, before)

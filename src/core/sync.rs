@@ -14,12 +14,8 @@ use crate::{
 };
 
 use super::{
-    Answer, CallError, Node, Purpose, Target,
-    learn::MergeResult,
-    malformed::Kind,
-    partners::Partners,
-    planted::{Mutation, has_mutation},
-    rank::state_hash,
+    Answer, CallError, Node, Purpose, Target, learn::MergeResult, malformed::Kind,
+    partners::Partners, rank::state_hash,
 };
 
 /// Interval of rounds while settled.
@@ -297,12 +293,11 @@ impl Node {
             Some(witnesses) => witnesses.contains(node),
             None => !self.sync.confirmed.contains(node),
         };
-        let takes_down = rounds.is_multiple_of(4) && !has_mutation(Mutation::NeverCompareWithDown);
+        let takes_down = rounds.is_multiple_of(4);
         let prefers_useful = rounds % 4 < 2;
         let peers: Vec<&MemberRecord> = self.directory.peers(me).collect();
         let may_compare = |record: &&&MemberRecord| {
             self.sync.partners.may_compare(now, record.node, peers.len() == 1)
-                || has_mutation(Mutation::RetrySilentPartner)
         };
         let all: Vec<&MemberRecord> = peers.iter().filter(may_compare).copied().collect();
         let wanted = |record: &&&MemberRecord| {
@@ -310,18 +305,12 @@ impl Node {
                 && (!prefers_useful || is_useful(&record.node))
         };
         let preferred: Vec<&MemberRecord> = all.iter().filter(wanted).copied().collect();
-        let from = match preferred.is_empty() {
-            true if has_mutation(Mutation::NeverCompareWithDown) => &preferred,
-            true => &all,
-            false => &preferred,
-        };
+        let from = if preferred.is_empty() { &all } else { &preferred };
         let peer = from
             .choose(&mut self.rng)
             .filter(|_| !self.sync.open.member)
             .map(|record| Target::Member { node: record.node, address: record.address });
         let turn = (rounds / 2) as usize;
-        let absent_seeds =
-            if has_mutation(Mutation::NeverCompareWithDown) { Vec::new() } else { absent_seeds };
         if !absent_seeds.is_empty()
             && !self.sync.open.seed
             && (!rounds.is_multiple_of(2) || peer.is_none())
@@ -421,10 +410,8 @@ impl Node {
                     if !refused {
                         self.notes.clear_refused(from);
                     }
-                    let is_settled =
-                        is_irreconcilable && !has_mutation(Mutation::FruitlessComparisonUnsettles);
-                    self.note_comparison(now, from, is_settled);
-                    if is_settled {
+                    self.note_comparison(now, from, is_irreconcilable);
+                    if is_irreconcilable {
                         self.recheck_forgets(now);
                     }
                 }
@@ -466,7 +453,6 @@ impl Node {
         let slots = self
             .cluster_state
             .iter()
-            .filter(|_| !has_mutation(Mutation::NeverExchangeSlots))
             .flat_map(|cluster_state| {
                 buckets.iter().flat_map(|bucket| cluster_state.slots.bucket(*bucket))
             })

@@ -9,11 +9,7 @@ use crate::{
     wire::SwimPacket,
 };
 
-use super::{
-    Node,
-    membership::UNSENT_REFUTATIONS,
-    planted::{Mutation, has_mutation},
-};
+use super::{Node, membership::UNSENT_REFUTATIONS};
 
 /// The entries of one message that were refused: their number, and the reason of the first.
 #[derive(Default)]
@@ -46,7 +42,7 @@ impl Node {
         }
         let pool =
             self.cluster_state.as_ref().map(|cluster_state| &cluster_state.cluster.settings.pool);
-        let unfit = pool.filter(|_| !is_me && !has_mutation(Mutation::AcceptUnfitRecords));
+        let unfit = pool.filter(|_| !is_me);
         if let Some(unfit) = unfit.and_then(|pool| record.why_unusable(pool)) {
             refused.add(|| format!("the record of {} ({}): {unfit}", record.name, record.node));
             return false;
@@ -101,9 +97,6 @@ impl Node {
 
     /// Returns whether gossip may use this identity: the node has a record, and the incarnation is possible.
     fn is_credible(&mut self, now: Time, identity: Identity) -> bool {
-        if has_mutation(Mutation::AcceptAnyIdentity) {
-            return true;
-        }
         let Identity { node, incarnation } = identity;
         let record = if node == self.me.node { Some(&self.me) } else { self.directory.get(node) };
         record.is_some() && self.horizons.allows_incarnation(now, incarnation, record)
@@ -142,7 +135,7 @@ impl Node {
             Err(error) => return self.note_malformed(from, &error),
         };
         let sender = packet.header.src;
-        if sender.node != from && !has_mutation(Mutation::AcceptAnySender) {
+        if sender.node != from {
             return self.note_malformed(from, &"a gossip packet with the identity of another node");
         }
         if !self.is_credible(now, sender) {

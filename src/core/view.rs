@@ -4,11 +4,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use crate::model::{MemberRecord, NodeId, Own, Peer, Slot, SlotState, Subnets, View};
 
-use super::{
-    ClusterState, KernelRequest, Node, Output,
-    leave::Leaving,
-    planted::{Mutation, has_mutation},
-};
+use super::{ClusterState, KernelRequest, Node, Output, leave::Leaving};
 
 impl Node {
     /// Queues an output for the kernel if the view has changed. It waits for the write of this node's own
@@ -62,11 +58,7 @@ impl Node {
             settings: cluster.settings,
             own: Own { subnets, vtep: self.me.vtep },
             peers: self.directory.peers(me).filter_map(peer).collect(),
-            unconfirmed: if has_mutation(Mutation::RemoveUnconfirmedEntries) {
-                Vec::new()
-            } else {
-                self.unconfirmed()
-            },
+            unconfirmed: self.unconfirmed(),
         })
     }
 

@@ -19,10 +19,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::desired::{Desired, Device, Hop, Tables, Way};
-use crate::{
-    core::planted::{Mutation, has_mutation},
-    model::Mac,
-};
+use crate::model::Mac;
 
 /// The gossamer entries found by a dump. The kernel allows several FDB entries of one MAC and several routes
 /// to one subnet, hence the sets.
@@ -127,10 +124,6 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     if ops.iter().any(|op| matches!(op, Op::SetMac(_))) {
         // The kernel drops the neighbor entries of a device whose MAC changes.
         actual.neighbors.clear();
-    }
-    if has_mutation(Mutation::RemoveBeforeAdd) {
-        ops.extend(actual.routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)));
-        actual.routes.clear();
     }
     plan_additions(&desired.tables, &actual, &mut ops);
     plan_removals(desired, &actual, &mut ops);

@@ -12,9 +12,9 @@ use std::{
 
 use super::{
     faults::{Fault, Faults},
+    mutations::{self, MUTATIONS},
     run::{Plan, RunResult},
 };
-use crate::core::planted::{self, Mutation};
 
 /// Every seed that is a multiple of this is run twice, and both runs must have the same trace.
 const DETERMINISM_CHECK_INTERVAL: u64 = 50;
@@ -201,19 +201,17 @@ pub fn reproduce_command(plan: &Plan) -> String {
 }
 
 /// Seeds that catch mutations which few seeds catch. They are tried first; an outdated entry costs only time.
-const KNOWN_CATCHING_SEEDS: [(Mutation, u64); 3] = [
-    (Mutation::LeaveWithoutWithdrawal, 1_354),
-    (Mutation::ReleaseLeaseInUse, 4_395),
-    (Mutation::IgnoreVersions, 332),
-];
+const KNOWN_CATCHING_SEEDS: [(&str, u64); 3] =
+    [("LeaveWithoutWithdrawal", 1_354), ("ReleaseLeaseInUse", 4_395), ("IgnoreVersions", 332)];
 
-/// Searches the seeds from 1 to `limit` for one that fails with the mutation and passes without it. Returns
-/// the seed and the violation.
-pub fn find_catching_seed(bug: Mutation, limit: u64) -> Option<(u64, String)> {
-    let recorded = KNOWN_CATCHING_SEEDS.iter().filter(|(of, _)| *of == bug).map(|(_, seed)| *seed);
-    recorded.chain(1..=limit).find_map(|seed| {
+/// Searches the seeds from 1 to `limit` for one that fails with a mutation and passes without it. Returns the
+/// seed and the violation. Finds none unless this is the mutated copy of the simulator.
+pub fn find_catching_seed(mutation: usize, limit: u64) -> Option<(u64, String)> {
+    let name = MUTATIONS.get(mutation)?.name;
+    let known = KNOWN_CATCHING_SEEDS.iter().filter(|(of, _)| *of == name).map(|(_, seed)| *seed);
+    known.chain(1..=limit).find_map(|seed| {
         let plan = Plan::draw(seed, 3..=20);
-        let violation = planted::with(bug, || plan.run().violation)?;
+        let violation = mutations::with(mutation, || plan.run().violation)?;
         plan.run().violation.is_none().then_some((seed, violation))
     })
 }

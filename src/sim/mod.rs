@@ -12,6 +12,7 @@
 //!   Byzantine member
 //! - [`rest`]: what must hold after the faults
 //! - [`run`]: one run from seed to result; [`campaign`]: many runs; [`figures`]: convergence times
+//! - [`mutations`]: deliberate defects that the oracle must detect
 
 pub mod campaign;
 pub mod disk;
@@ -20,6 +21,7 @@ pub mod faults;
 pub mod figures;
 pub mod host;
 mod liar;
+pub mod mutations;
 pub mod network;
 mod operator;
 pub mod oracle;

@@ -13,7 +13,7 @@ const MAX_WIDTH: usize = 110;
 const PURE: [&str; 6] = ["checksum", "core", "dataplane", "model", "pods", "wire"];
 
 /// Adapters and pure modules that know nothing of the consensus core.
-const WITHOUT_CORE: [&str; 5] = ["model", "netlink", "pods", "store", "transport"];
+const WITHOUT_CORE: [&str; 6] = ["dataplane", "model", "netlink", "pods", "store", "transport"];
 
 /// Imports that would make the pure ring impure: IO, clocks, randomness, threads, and the shell.
 const IMPURE: [&str; 24] = [

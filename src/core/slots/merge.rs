@@ -2,9 +2,7 @@
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
-use super::{
-    Change, Contested, Mutation, Run, SlotRecord, SlotTable, clip, has_mutation, precedence,
-};
+use super::{Change, Contested, Run, SlotRecord, SlotTable, clip, precedence};
 use crate::model::Pool;
 
 /// Up to this many changes are applied one by one; for more, the table is rebuilt.
@@ -26,12 +24,6 @@ impl SlotTable {
         for run in disjoint(theirs, &self.pool) {
             for (part, ours) in self.overlaps(run) {
                 match ours {
-                    Some(ours)
-                        if has_mutation(Mutation::MergeByLowerEpoch)
-                            && ours.epoch > part.record.epoch =>
-                    {
-                        merged.changed.push((part, Some(ours)));
-                    }
                     Some(ours) if ours == part.record || ours.epoch > part.record.epoch => {}
                     Some(ours) if ours.epoch == part.record.epoch => {
                         resolve_conflict(part, ours, &mut merged);

@@ -3,6 +3,8 @@
 //! Exit codes: 0 if no rule was violated and every required situation occurred, 1 otherwise, 2 for wrong
 //! usage.
 
+mod mutated;
+
 use std::{
     collections::BTreeSet,
     num::NonZero,
@@ -14,16 +16,14 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
-use gossamer::{
-    core::planted::Mutation,
-    sim::{
-        campaign::{
-            Campaign, REQUIRED_SITUATIONS, Report, find_catching_seed, reproduce_command, shrink,
-        },
-        faults::Faults,
-        figures,
-        run::RunResult,
+use gossamer::sim::{
+    campaign::{
+        Campaign, REQUIRED_SITUATIONS, Report, find_catching_seed, reproduce_command, shrink,
     },
+    faults::Faults,
+    figures,
+    mutations::{IS_MUTATED, MUTATIONS},
+    run::RunResult,
 };
 use tracing_subscriber::{
     Layer as _, filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _,
@@ -63,8 +63,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Switch on each mutation (a defect) in turn, and search for a seed that catches it
-    Planted {
+    /// Build a copy with defects, switch on one after the other, and search for a seed that catches it
+    #[command(alias = "planted")]
+    Mutations {
         /// Number of seeds to try for each mutation
         #[arg(long, default_value_t = 10_000)]
         limit: u64,
@@ -95,7 +96,11 @@ fn main() -> ExitCode {
     }
     match &cli.command {
         None => campaign(&cli),
-        Some(Command::Planted { limit }) => mutations(*limit),
+        Some(Command::Mutations { limit }) if IS_MUTATED => catch_mutations(*limit),
+        Some(Command::Mutations { limit }) => mutated::run(*limit).unwrap_or_else(|error| {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }),
         #[cfg(feature = "agent")]
         Some(Command::Fuzz { seed, inputs }) => fuzz(*seed, *inputs),
         Some(Command::Figures { sizes }) => match figures::print_all(sizes) {
@@ -189,28 +194,29 @@ fn summary(cli: &Cli, report: &Report, seconds: f64) -> String {
 }
 
 /// Searches for a seed that catches each mutation, in as many threads as there are processors.
-fn mutations(limit: u64) -> ExitCode {
+fn catch_mutations(limit: u64) -> ExitCode {
     let (next, escaped) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let catch_mutations = || {
-        while let Some(bug) = Mutation::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
-            match find_catching_seed(*bug, limit) {
-                Some((seed, violation)) => {
-                    println!("{bug:<32?} seed {seed:>5}  {violation:.100}")
-                }
+    let catch = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(mutation) = MUTATIONS.get(index) else { return };
+            let name = mutation.name;
+            match find_catching_seed(index, limit) {
+                Some((seed, violation)) => println!("{name:<32} seed {seed:>5}  {violation:.100}"),
                 None => {
                     escaped.fetch_add(1, Ordering::Relaxed);
-                    println!("{bug:<32?} not caught in {limit} seeds");
+                    println!("{name:<32} not caught in {limit} seeds: {}", mutation.defect);
                 }
             }
         }
     };
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, NonZero::get) {
-            scope.spawn(catch_mutations);
+            scope.spawn(catch);
         }
     });
     let escaped = escaped.into_inner();
-    println!("{} of {} mutations caught", Mutation::ALL.len() - escaped, Mutation::ALL.len());
+    println!("{} of {} mutations caught", MUTATIONS.len() - escaped, MUTATIONS.len());
     if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
