@@ -26,10 +26,12 @@ use gossamer::{
     core::{Bootstrap, CallId, Gate, Input, Node, NodeConfig, Output, ReplyId, Target},
     icmp::{self, Family},
     lab::{self, Agent, Host, Lab, cpu_seconds, memory_mib},
-    model::{BootId, Mac, MemberRecord, NodeId, PathState, SettingsWish, Time, Version, Vtep},
-    netlink,
-    transport::{CredentialError, Credentials, Event, NodeKey, Received, Transport},
-    wire::{Key, PathReport, Record, Report, Secret, Token},
+    model::{
+        BootId, ClusterId, Mac, MemberRecord, NodeId, PathState, SettingsWish, Time, Version, Vtep,
+    },
+    netlink, rpc,
+    transport::{Call, CredentialError, Credentials, Event, NodeKey, Received, Transport},
+    wire::{InquiryAnswer, Key, PathReport, Record, Report, Secret, Token},
 };
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
@@ -48,12 +50,13 @@ const IDLE_PERIOD: Duration = Duration::from_secs(60);
 const PROBE_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Returns what a node is told of what its transport has received.
-fn input(received: Received) -> Input {
-    match received {
+fn input(received: Received) -> Option<Input> {
+    Some(match received {
         Received::Message { from, bytes } => Input::Message { from, bytes },
         Received::Request { from, reply, bytes } => Input::Request { from, reply, bytes },
-        Received::Answer { call, result } => Input::Answer { call, result },
-    }
+        Received::Answer { call: Call::Node(call), result } => Input::Answer { call, result },
+        Received::Answer { call: Call::Inquiry(_), .. } => return None,
+    })
 }
 
 fn main() -> ExitCode {
@@ -318,7 +321,15 @@ impl Crowd {
             tokio::select! {
                 Some((member, event)) = self.arrivals.recv() => {
                     let received = self.members[member].transport.handle(event);
-                    self.inputs.extend(received.map(|received| (member, input(received))));
+                    match received {
+                        Some(Received::Request { reply, bytes, .. }) if rpc::is_inquiry(&bytes) => {
+                            self.report(member, reply);
+                        }
+                        Some(received) => {
+                            self.inputs.extend(input(received).map(|input| (member, input)));
+                        }
+                        None => {}
+                    }
                 }
                 _ = asks.tick() => self.ask(agent),
                 () = tokio::time::sleep(next.min(PROBE_INTERVAL)) => {}
@@ -358,6 +369,20 @@ impl Crowd {
         }
     }
 
+    /// Answers an inquiry of the agent: all members reach each other.
+    fn report(&mut self, member: usize, reply: ReplyId) {
+        let paths_to_all = self.members.iter().map(|member| PathReport {
+            node: member.id,
+            state: PathState::Ok,
+            round_trip_us: Some(300),
+        });
+        let report = Report { paths: paths_to_all.collect(), ..Report::default() };
+        let Member { node, transport, .. } = &mut self.members[member];
+        let cluster = node.cluster().map_or(ClusterId::UNKNOWN, |cluster| cluster.id);
+        let answer = InquiryAnswer::Report(Box::new(report));
+        transport.reply(reply, rpc::answer_frame(cluster, &answer));
+    }
+
     fn execute(&mut self, member: usize, output: Output) {
         let from = self.members[member].id;
         match output {
@@ -367,7 +392,12 @@ impl Crowd {
             },
             Output::Call { call, to: Target::Member { node, address }, bytes, .. } => {
                 let Some(place) = self.places.get(&node) else {
-                    return self.members[member].transport.call(call, node, address, bytes);
+                    return self.members[member].transport.call(
+                        Call::Node(call),
+                        node,
+                        address,
+                        bytes,
+                    );
                 };
                 self.asked += 1;
                 let reply = ReplyId(self.asked);
@@ -391,20 +421,7 @@ impl Crowd {
                 self.members[member].vtep = Some(subnet.network());
                 self.inputs.push_back((member, Input::KernelSubnet(Some(subnet))));
             }
-            Output::InquiryReceived { reply, .. } => {
-                let paths_to_all = self.members.iter().map(|member| PathReport {
-                    node: member.id,
-                    state: PathState::Ok,
-                    round_trip_us: Some(300),
-                });
-                let report = Report { paths: paths_to_all.collect(), ..Report::default() };
-                let node = &mut self.members[member].node;
-                node.report(reply, report);
-                while let Some(output) = self.members[member].node.poll_output() {
-                    self.execute(member, output);
-                }
-            }
-            Output::SlotsChanged(_) | Output::PingResult { .. } => {}
+            Output::SlotsChanged(_) => {}
             other => println!("{from} wants {other:?}"),
         }
     }

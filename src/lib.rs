@@ -13,10 +13,11 @@
 //!
 //! - **The pure ring** makes the decisions. It reads no clock, draws no randomness of its own, opens no file
 //!   and no socket. It is exactly what the build without default features contains: [`model`], [`wire`],
-//!   [`core`], [`dataplane`] without `kernel`, [`pods`] without its submodules, and `checksum`. [`model`]
-//!   holds the data types, [`wire`] parses messages of peers and database records, [`core`] is one node as a
-//!   state machine, [`dataplane`] computes what the kernel must hold and judges what it does, and [`pods`]
-//!   records which pod has which of the node's addresses.
+//!   [`core`], [`rpc`], [`dataplane`] without `kernel`, [`pods`] without its submodules, and `checksum`.
+//!   [`model`] holds the data types, [`wire`] parses messages of peers and database records, [`core`] is one
+//!   node as a state machine, [`rpc`] carries inquiries between agents beside it, [`dataplane`] computes what
+//!   the kernel must hold and judges what it does, and [`pods`] records which pod has which of the node's
+//!   addresses.
 //! - **Adapters** each serve one external interface: [`dataplane::kernel`] and [`netlink`] the kernel,
 //!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket, and [`pods::wiring`] connects pods.
 //!   Container runtimes call [`cni`] and [`netavark`], Docker calls [`docker`].
@@ -76,6 +77,8 @@ pub mod netlink;
 pub mod pods;
 #[cfg(feature = "agent")]
 mod random;
+#[warn(clippy::disallowed_methods)]
+pub mod rpc;
 #[cfg(any(test, feature = "sim"))]
 #[warn(clippy::disallowed_methods)]
 pub mod sim;

@@ -94,7 +94,10 @@ impl Arrivals {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::{CallError, CallId};
+    use crate::{
+        model::{CallError, CallId},
+        transport::Call,
+    };
 
     #[test]
     fn take_all_sources_busy_returns_one_input_of_each() {
@@ -103,7 +106,7 @@ mod tests {
         let (_to_icmp, icmp) = mpsc::channel(1);
         for number in 0..100 {
             let _ = to_threads.send(LoopEvent::Disk(WriteEvent::Saved(number)));
-            let call = CallId(number);
+            let call = Call::Node(CallId(number));
             let _ = to_network.try_send(Event::Answer { call, result: Err(CallError::Myself) });
         }
         let mut arrivals = Arrivals { threads, network, icmp };

@@ -54,8 +54,9 @@ use crate::{
     api::Question,
     config::Config,
     core::{Command, Gate, Input, Node, Output, Target},
+    rpc::{self, Inquiries},
     store::{StateDir, WriteEvent, Writer},
-    transport::{Event, Received, Transport},
+    transport::{Call, Event, Received, Transport},
     underlay::ChosenUnderlay,
     wire::{Keyring, Token},
 };
@@ -115,6 +116,7 @@ struct Agent {
     journal: Journal,
     /// Control sockets that could not be opened.
     listener_problems: ListenerProblems,
+    inquiries: Inquiries<operator::inquiries::Purpose>,
     surveys: Surveys,
     /// Where the subnet of this node comes from, if it is assigned from outside the cluster.
     source: Option<PodCidrSource>,
@@ -256,10 +258,18 @@ impl Agent {
     fn on_network(&mut self, event: Event) {
         match self.transport.handle(event) {
             Some(Received::Message { from, bytes }) => self.input(Input::Message { from, bytes }),
+            Some(Received::Request { from, reply, bytes }) if rpc::is_inquiry(&bytes) => {
+                self.on_inquiry_frame(from, reply, &bytes);
+            }
             Some(Received::Request { from, reply, bytes }) => {
                 self.input(Input::Request { from, reply, bytes });
             }
-            Some(Received::Answer { call, result }) => self.input(Input::Answer { call, result }),
+            Some(Received::Answer { call: Call::Node(call), result }) => {
+                self.input(Input::Answer { call, result });
+            }
+            Some(Received::Answer { call: Call::Inquiry(id), result }) => {
+                self.on_inquiry_end(id, result);
+            }
             None => {}
         }
     }
@@ -320,11 +330,11 @@ impl Agent {
         match output {
             Output::Send { to, address, bytes, .. } => self.transport.send(to, address, bytes),
             Output::Call { call, to: Target::Member { node, address }, bytes, .. } => {
-                self.transport.call(call, node, address, bytes);
+                self.transport.call(Call::Node(call), node, address, bytes);
             }
             Output::Call { call, to: Target::Seed(seed), bytes, .. } => {
                 let name = self.config.seeds.get(seed).cloned().unwrap_or_default();
-                self.transport.call_name(call, name, bytes);
+                self.transport.call_name(Call::Node(call), name, bytes);
             }
             Output::Reply { reply, bytes, .. } => self.transport.reply(reply, bytes),
             Output::Write { records, seq } => {
@@ -351,11 +361,6 @@ impl Agent {
                     let _ = reply.send(Err(why));
                 }
             }
-            Output::PingResult { node, answered } => self.on_answered(node, answered),
-            Output::InquiryReceived { reply, from, inquiry } => {
-                self.on_inquiry(reply, from, inquiry)
-            }
-            Output::InquiryResult { node, number, report } => self.on_report(node, number, report),
             Output::Stop(stop) => self.on_stop(stop),
         }
     }

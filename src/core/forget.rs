@@ -143,6 +143,22 @@ impl Node {
         }
     }
 
+    /// Returns the member with this name or id; it may be this node.
+    ///
+    /// # Errors
+    /// Fails if no member or several members match.
+    pub fn find(&self, whom: &str) -> Result<NodeId, String> {
+        match self.member_named(whom) {
+            Err(CannotForget::Myself) => Ok(self.me.node),
+            found => found.map_err(|error| error.to_string()),
+        }
+    }
+
+    /// Returns whether a node was forgotten.
+    pub fn is_forgotten(&self, node: NodeId) -> bool {
+        self.directory.forgotten(node).is_some()
+    }
+
     /// Returns whether a node without a member record is still referenced: it owns slots, is the successor
     /// of a forgotten node, or received the records of a node that left.
     fn is_referenced(&self, node: NodeId) -> bool {

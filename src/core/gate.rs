@@ -29,9 +29,6 @@ impl Gate {
             | Output::Withdraw
             | Output::SlotsChanged(_)
             | Output::CannotLeave(_)
-            | Output::PingResult { .. }
-            | Output::InquiryReceived { .. }
-            | Output::InquiryResult { .. }
             | Output::Stop(_) => 0,
         };
         // A held view must not reach the kernel after a withdrawal, and of several views only the newest is

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use crate::{
     model::{CallError, CallId, NodeId, ReplyId, View, WriteSeq},
-    wire::{Inquiry, Key, Refusal, Report},
+    wire::{Key, Refusal},
 };
 
 use super::slots::Change;
@@ -135,37 +135,6 @@ pub enum Output {
     SlotsChanged(Vec<Change>),
     /// [`Command::Leave`] is impossible for this reason; the node remains a member.
     CannotLeave(String),
-    /// The result of [`Node::ping`].
-    ///
-    /// [`Node::ping`]: super::Node::ping
-    PingResult {
-        /// The member that was pinged.
-        node: NodeId,
-        /// Whether it answered.
-        answered: bool,
-    },
-    /// A member's inquiry; the agent answers it with [`Node::report`].
-    ///
-    /// [`Node::report`]: super::Node::report
-    InquiryReceived {
-        /// Identifies the reply.
-        reply: ReplyId,
-        /// The member that inquires.
-        from: NodeId,
-        /// What it inquires about.
-        inquiry: Inquiry,
-    },
-    /// The result of [`Node::inquire`].
-    ///
-    /// [`Node::inquire`]: super::Node::inquire
-    InquiryResult {
-        /// The member that was called.
-        node: NodeId,
-        /// The number that the caller gave to the inquiry.
-        number: u64,
-        /// The member's report, or `None` without a usable answer.
-        report: Option<Box<Report>>,
-    },
     /// The node has ended for this reason and produces no more work.
     Stop(Stop),
 }

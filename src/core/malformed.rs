@@ -105,6 +105,12 @@ impl Node {
         }
     }
 
+    /// Notes a frame for the agent that cannot be decoded.
+    pub fn report_malformed(&mut self, now: Time, from: NodeId, error: &dyn Display) {
+        self.clock = now;
+        self.note_malformed(from, error);
+    }
+
     pub(super) fn note_malformed(&mut self, from: NodeId, error: &dyn Display) {
         self.counters.malformed += 1;
         let error = visible(&error.to_string());

@@ -13,7 +13,6 @@
 //! - `serve`: answers peers; `vet`, `horizon`: refuse facts that cannot be true; `malformed`: reports them
 //! - `leave`: hands over all slots; `forget`: reclaims the slots of a lost node; `vote`: starts that by
 //!   timeout
-//! - `ping`, `inquire`: an operator's questions to members
 
 mod boot;
 mod counters;
@@ -21,7 +20,6 @@ mod directory;
 mod forget;
 mod gate;
 mod horizon;
-mod inquire;
 mod introduce;
 mod io;
 mod join;
@@ -31,7 +29,6 @@ mod leave;
 mod malformed;
 mod membership;
 mod partners;
-mod ping;
 mod push;
 mod rank;
 mod serve;
@@ -211,15 +208,6 @@ enum Purpose {
         voter: NodeId,
         node: NodeId,
     },
-    /// [`Node::ping`].
-    Ping {
-        node: NodeId,
-    },
-    /// [`Node::inquire`].
-    Inquire {
-        node: NodeId,
-        number: u64,
-    },
 }
 
 /// The result of a call: the node that answered, and its response.
@@ -348,8 +336,6 @@ impl Node {
                 self.handle_acknowledgement(now, node, &forgets, era, answer);
             }
             Purpose::Vote { voter, node } => self.handle_vote(now, voter, node, answer),
-            Purpose::Ping { node } => self.handle_ping_answer(node, &answer),
-            Purpose::Inquire { node, number } => self.handle_inquiry_answer(node, number, answer),
         }
     }
 
@@ -429,6 +415,16 @@ impl Node {
             self.call(target, purpose, request);
         }
         target.is_some()
+    }
+
+    /// Returns this node's id.
+    pub const fn id(&self) -> NodeId {
+        self.me.node
+    }
+
+    /// Returns all members except this one, without those that left or were forgotten.
+    pub fn peers(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.directory.peers(self.me.node).map(|record| record.node)
     }
 
     /// Returns the address of a member's QUIC endpoint.

@@ -20,12 +20,9 @@ impl Node {
     pub(super) fn serve(&mut self, now: Time, from: NodeId, reply: ReplyId, bytes: &[u8]) {
         let response = match Frame::decode(bytes) {
             Ok((cluster, Frame::Request(payload))) => match Request::decode(payload) {
-                Ok(request) => match self.refusal(from, cluster, &request) {
+                Ok(request) => match self.request_refusal(from, cluster, &request) {
                     Some(refusal) => Response::Refused(refusal),
-                    None => match self.respond(now, from, reply, request) {
-                        Some(response) => response,
-                        None => return,
-                    },
+                    None => self.respond(now, from, request),
                 },
                 Err(error) => self.unreadable(from, &error),
             },
@@ -41,34 +38,43 @@ impl Node {
         self.outputs.push_back(Output::Reply { reply, bytes, after: self.after() });
     }
 
-    /// Returns the refusal that the sender gets whatever it requests, if any.
-    fn refusal(&self, from: NodeId, cluster: ClusterId, request: &Request) -> Option<Refusal> {
+    /// Returns the refusal that a node gets whatever it requests, if any.
+    pub fn refusal(&self, from: NodeId, cluster: ClusterId) -> Option<Refusal> {
+        self.cluster_refusal(cluster).or_else(|| {
+            if self.directory.get(from).is_some_and(MemberRecord::has_left) {
+                return Some(Refusal::Left);
+            }
+            let forget = self.directory.forgotten(from);
+            forget.map(|forget| Refusal::Forgotten { successor: forget.successor })
+        })
+    }
+
+    /// Returns the refusal of a frame with this cluster id, if any.
+    fn cluster_refusal(&self, cluster: ClusterId) -> Option<Refusal> {
         match self.cluster_id() {
             None => Some(Refusal::NotReady),
             Some(ours) if cluster != ours && cluster != ClusterId::UNKNOWN => {
                 Some(Refusal::OtherCluster { ours: cluster, theirs: ours })
             }
-            // A member that left may still have to hand over its records.
-            _ if matches!(request, Request::Handover(_)) => None,
-            _ if self.directory.get(from).is_some_and(MemberRecord::has_left) => {
-                Some(Refusal::Left)
-            }
-            _ => {
-                let forget = self.directory.forgotten(from);
-                forget.map(|forget| Refusal::Forgotten { successor: forget.successor })
-            }
+            Some(_) => None,
         }
     }
 
-    /// Returns the response, or `None` if the agent has to provide it.
-    fn respond(
-        &mut self,
-        now: Time,
+    fn request_refusal(
+        &self,
         from: NodeId,
-        reply: ReplyId,
-        request: Request,
-    ) -> Option<Response> {
-        Some(match request {
+        cluster: ClusterId,
+        request: &Request,
+    ) -> Option<Refusal> {
+        match request {
+            // A member that left may still have to hand over its records.
+            Request::Handover(_) => self.cluster_refusal(cluster),
+            _ => self.refusal(from, cluster),
+        }
+    }
+
+    fn respond(&mut self, now: Time, from: NodeId, request: Request) -> Response {
+        match request {
             Request::Hello(hello) => self.respond_to_hello(now, from, hello),
             Request::AreYouThere(suspicion) => {
                 Response::Here(self.membership.refute(now, &suspicion))
@@ -96,10 +102,6 @@ impl Node {
                 Response::Acknowledged(lacks)
             }
             Request::HaveYouMissed { node, quorum } => Response::Vote(self.vote(node, &quorum)),
-            Request::Inquire(inquiry) => {
-                self.outputs.push_back(Output::InquiryReceived { reply, from, inquiry });
-                return None;
-            }
             _ if self.leaving.is_some() => Response::Refused(Refusal::Leaving),
             Request::BeMySuccessor => Response::Accepted,
             Request::Handover(facts) => {
@@ -109,7 +111,7 @@ impl Node {
                 self.dirty.mark(Key::Member(from), true);
                 Response::Accepted
             }
-        })
+        }
     }
 
     fn respond_to_hello(&mut self, now: Time, from: NodeId, hello: Hello) -> Response {

@@ -18,13 +18,13 @@ use crate::{
     dataplane::forwarding,
     docker, icmp,
     model::{
-        BootId, ClusterId, Forget, Identity, Incarnation, Mac, MemberRecord, NodeId, Run, Slot,
-        SlotRecord, SlotState, Version, Vtep,
+        BootId, ClusterId, Forget, Identity, Incarnation, Mac, MemberRecord, NodeId, PathState,
+        Run, Slot, SlotRecord, SlotState, Version, Vtep,
     },
     netavark, netlink,
     wire::{
-        Arrivals, Facts, Frame, GrantWish, Hello, Inquiry, Key, Keyring, Push, Record, Refusal,
-        Report, Request, Response, Secret, SwimPacket, Token,
+        Arrivals, Facts, Frame, GrantWish, Hello, Inquiry, InquiryAnswer, Key, Keyring, PathReport,
+        Push, Record, Refusal, Report, Request, Response, Secret, SecretOrder, SwimPacket, Token,
     },
 };
 
@@ -36,6 +36,12 @@ pub(super) const TARGETS: &[Target] = &[
     Target { name: "push", samples: pushes, parse: |bytes| Push::decode(bytes).is_ok() },
     Target { name: "request", samples: requests, parse: |bytes| Request::decode(bytes).is_ok() },
     Target { name: "response", samples: responses, parse: |bytes| Response::decode(bytes).is_ok() },
+    Target { name: "inquiry", samples: inquiries, parse: |bytes| Inquiry::decode(bytes).is_ok() },
+    Target {
+        name: "answer",
+        samples: answers,
+        parse: |bytes| InquiryAnswer::decode(bytes).is_ok(),
+    },
     Target { name: "swim", samples: packets, parse: |bytes| SwimPacket::decode(bytes).is_ok() },
     Target { name: "record", samples: records, parse: parse_record },
     Target {
@@ -109,18 +115,32 @@ fn requests() -> Vec<Vec<u8>> {
         Request::Hello(Hello { member, identity: identity(), settings, grant })
     });
     let exchange = Request::Exchange { buckets: 3, identity: identity(), facts: facts() };
-    let inquiry = Request::Inquire(Inquiry::Arrivals(7));
-    let all = [Request::Grant(GrantWish::default()), Request::BeMySuccessor, exchange, inquiry];
+    let all = [Request::Grant(GrantWish::default()), Request::BeMySuccessor, exchange];
     all.into_iter().chain(hello).map(|request| request.encode()).collect()
 }
 
 fn responses() -> Vec<Vec<u8>> {
     let refused = Response::Refused(Refusal::Malformed("no such bucket".to_owned().into()));
     let facts = Response::Facts { facts: facts(), down: Vec::new(), down_as: None };
+    [Response::Same, refused, facts].into_iter().map(|response| response.encode()).collect()
+}
+
+fn inquiries() -> Vec<Vec<u8>> {
+    let add = Secret::new(vec![7; 32]).ok().map(|secret| Inquiry::Secret(SecretOrder::Add(secret)));
+    let all = [Inquiry::Report, Inquiry::Arrivals(7), Inquiry::Ping];
+    all.into_iter().chain(add).map(|inquiry| inquiry.encode()).collect()
+}
+
+fn answers() -> Vec<Vec<u8>> {
     let arrivals = Arrivals { pod_age_ms: 60_000, came: 0x55, samples: 20, shed: false };
-    let report = Report { arrivals: Some(arrivals), ..Report::default() };
-    let report = Response::Report(Box::new(report));
-    [Response::Same, refused, facts, report].into_iter().map(|response| response.encode()).collect()
+    let path = PathReport { node: node(1), state: PathState::Ok, round_trip_us: Some(300) };
+    let report = Report { arrivals: Some(arrivals), paths: vec![path], ..Report::default() };
+    let all = [
+        InquiryAnswer::Pong,
+        InquiryAnswer::Report(Box::new(report)),
+        InquiryAnswer::Refused(Refusal::Left),
+    ];
+    all.into_iter().map(|answer| answer.encode()).collect()
 }
 
 fn frames() -> Vec<Vec<u8>> {

@@ -3,9 +3,13 @@
 /// The number of a durable write, counted per process. An output that depends on a write names it in `after`.
 pub type WriteSeq = u64;
 
-/// Identifies a request of this node; each one ends exactly once.
+/// Identifies a request of the core; each one ends exactly once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CallId(pub u64);
+
+/// Identifies an inquiry of this agent to another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct InquiryId(pub u64);
 
 /// Identifies a peer's request, as numbered by the transport that returns the reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -23,7 +23,7 @@ mod unfit;
 mod view;
 mod vtep;
 
-pub use call::{CallError, CallId, ReplyId, WriteSeq};
+pub use call::{CallError, CallId, InquiryId, ReplyId, WriteSeq};
 pub use cluster::{ClusterRecord, ClusterSettings, Difference, SettingsWish};
 pub use forget::Forget;
 pub use id::{BootId, ClusterId, IdError, NodeId};

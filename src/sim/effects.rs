@@ -49,10 +49,7 @@ impl World {
             Output::Withdraw => {
                 self.set_desired_state(index, DesiredState::Nothing);
             }
-            Output::SlotsChanged(_)
-            | Output::PingResult { .. }
-            | Output::InquiryReceived { .. }
-            | Output::InquiryResult { .. } => {}
+            Output::SlotsChanged(_) => {}
             Output::CannotLeave(_) => self.hosts[index].is_departing = false,
             Output::Stop(stop) => self.on_stop(index, stop),
         }

@@ -279,7 +279,7 @@ impl Oracle {
 /// Returns the facts that a frame carries.
 fn facts(bytes: &[u8]) -> Option<Facts> {
     match Frame::decode(bytes).ok()?.1 {
-        Frame::Swim(_) => None,
+        Frame::Swim(_) | Frame::Inquiry(_) | Frame::Answer(_) => None,
         Frame::Push(payload) => Push::decode(payload).ok().map(|push| push.facts),
         Frame::Request(payload) => match Request::decode(payload).ok()? {
             Request::Exchange { facts, .. } | Request::Handover(facts) => Some(facts),

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::intake::{Intake, Message, NodeIntake};
 use crate::{
-    model::{CallError, CallId, NodeId, ReplyId},
+    model::{CallError, CallId, InquiryId, NodeId, ReplyId},
     wire::visible,
 };
 
@@ -61,10 +61,19 @@ pub enum Event {
     /// A call has ended.
     Answer {
         /// The call.
-        call: CallId,
+        call: Call,
         /// The response and its sender, or why there is none.
         result: Result<(NodeId, Message), CallError>,
     },
+}
+
+/// A call, by the part of the program that makes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// A request of the core.
+    Node(CallId),
+    /// An inquiry of the agent.
+    Inquiry(InquiryId),
 }
 
 /// What has arrived from a peer, whose certificate proves its id.
@@ -89,7 +98,7 @@ pub enum Received {
     /// A call has ended. Each call ends exactly once.
     Answer {
         /// The call.
-        call: CallId,
+        call: Call,
         /// The node that responded and its frame, or why there is none.
         result: Result<(NodeId, Vec<u8>), CallError>,
     },

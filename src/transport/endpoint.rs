@@ -39,11 +39,11 @@ pub use self::{
     socket::ReceiveBuffer,
 };
 use super::{
-    connection::{Event, Events, Received, read, request, send_stream},
+    connection::{Call, Event, Events, Received, read, request, send_stream},
     credentials::Credentials,
     intake::Intake,
 };
-use crate::model::{CallError, CallId, NodeId, ReplyId};
+use crate::model::{CallError, NodeId, ReplyId};
 
 /// Length of the event queue. When it is full, readers of streams wait, and datagrams are dropped.
 const EVENT_QUEUE: usize = 4096;
@@ -109,7 +109,7 @@ struct PeerLink {
     last_used: Option<Instant>,
     is_dialing: bool,
     frames: VecDeque<Vec<u8>>,
-    calls: VecDeque<(CallId, Vec<u8>)>,
+    calls: VecDeque<(Call, Vec<u8>)>,
 }
 
 impl Transport {
@@ -259,7 +259,7 @@ impl Transport {
     }
 
     /// Sends a request to a member. The response or the error arrives as an event.
-    pub fn call(&mut self, call: CallId, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
+    pub fn call(&mut self, call: Call, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let link = self.peers.entry(to).or_default();
         link.last_used = Some(Instant::now());
         if let Some(connection) = link.live().cloned() {
@@ -276,7 +276,7 @@ impl Transport {
     }
 
     /// Sends a request to the node that answers at a name, `HOST:PORT`.
-    pub fn call_name(&self, call: CallId, name: String, bytes: Vec<u8>) {
+    pub fn call_name(&self, call: Call, name: String, bytes: Vec<u8>) {
         let dialer = self.dialer.clone();
         let turn = self.calls_by_name.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(async move {
@@ -449,7 +449,7 @@ impl Transport {
     }
 
     /// Starts a task that sends a request on a connection.
-    fn request_on(&self, call: CallId, peer: NodeId, on: Connection, bytes: Vec<u8>) {
+    fn request_on(&self, call: Call, peer: NodeId, on: Connection, bytes: Vec<u8>) {
         let (events, intake) = (self.dialer.events.clone(), self.dialer.intake.clone());
         tokio::spawn(async move {
             let result = request(peer, &on, &intake, &bytes).await;
@@ -459,7 +459,7 @@ impl Transport {
 
     /// Ends a call with an error, through the event queue like a response. A task waits if the
     /// queue is full.
-    fn answer(&self, call: CallId, error: CallError) {
+    fn answer(&self, call: Call, error: CallError) {
         let (events, result) = (self.dialer.events.clone(), Err(error));
         tokio::spawn(async move { events.send(Event::Answer { call, result }).await });
     }

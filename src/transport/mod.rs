@@ -14,7 +14,7 @@ mod first_packet;
 mod intake;
 mod seed_check;
 
-pub use connection::{Event, Received};
+pub use connection::{Call, Event, Received};
 pub use credentials::{CredentialError, Credentials, NodeKey};
 pub use endpoint::{BindError, Flood, Handshakes, ReceiveBuffer, Transport};
 pub use first_packet::{Unfinished, first_packets};

@@ -9,7 +9,7 @@ use nix::ifaddrs::getifaddrs;
 use crate::{
     model::{CallError, CallId, ClusterId},
     random::random,
-    transport::{Credentials, NodeKey, Received, Transport},
+    transport::{Call, Credentials, NodeKey, Received, Transport},
     wire::{Frame, Request, Roots, Secret},
 };
 
@@ -31,12 +31,12 @@ pub async fn check_seeds(
     let request = Request::Compare(Roots::default()).encode();
     let frame = Frame::Request(&request).encode(ClusterId::UNKNOWN);
     for (number, seed) in seeds.iter().enumerate() {
-        transport.call_name(CallId(number as u64), seed.clone(), frame.clone());
+        transport.call_name(Call::Node(CallId(number as u64)), seed.clone(), frame.clone());
     }
     let mut answers = Vec::new();
     while answers.len() < seeds.len() {
         let Some(event) = events.recv().await else { break };
-        if let Some(Received::Answer { call, result }) = transport.handle(event)
+        if let Some(Received::Answer { call: Call::Node(call), result }) = transport.handle(event)
             && let Some(seed) = usize::try_from(call.0).ok().and_then(|n| seeds.get(n))
         {
             answers.push((seed.clone(), result.map(drop)));

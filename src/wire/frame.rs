@@ -32,6 +32,10 @@ pub enum Frame<'a> {
     Request(&'a [u8]),
     /// The response on the same stream: [`super::Response`].
     Response(&'a [u8]),
+    /// An inquiry of one agent to another, on a stream: [`super::Inquiry`].
+    Inquiry(&'a [u8]),
+    /// The answer on the same stream: [`super::InquiryAnswer`].
+    Answer(&'a [u8]),
 }
 
 impl<'a> Frame<'a> {
@@ -42,6 +46,8 @@ impl<'a> Frame<'a> {
             Self::Push(payload) => (2, payload),
             Self::Request(payload) => (3, payload),
             Self::Response(payload) => (4, payload),
+            Self::Inquiry(payload) => (5, payload),
+            Self::Answer(payload) => (6, payload),
         };
         let mut bytes = Vec::with_capacity(HEADER + payload.len());
         bytes.extend_from_slice(&[WIRE_VERSION, kind]);
@@ -69,6 +75,8 @@ impl<'a> Frame<'a> {
             2 => Self::Push(payload),
             3 => Self::Request(payload),
             4 => Self::Response(payload),
+            5 => Self::Inquiry(payload),
+            6 => Self::Answer(payload),
             other => return Err(WireError::Kind(other)),
         };
         Ok((ClusterId::from_bytes(*cluster), frame))
@@ -104,14 +112,16 @@ mod tests {
     proptest! {
         #[test]
         fn frame_round_trips(
-            id in any::<[u8; 8]>(), kind in 0..4, payload in prop::collection::vec(any::<u8>(), 0..64),
+            id in any::<[u8; 8]>(), kind in 0..6, payload in prop::collection::vec(any::<u8>(), 0..64),
         ) {
             let cluster = ClusterId::from_bytes(id);
             let frame = match kind {
                 0 => Frame::Swim(&payload),
                 1 => Frame::Push(&payload),
                 2 => Frame::Request(&payload),
-                _ => Frame::Response(&payload),
+                3 => Frame::Response(&payload),
+                4 => Frame::Inquiry(&payload),
+                _ => Frame::Answer(&payload),
             };
             let bytes = frame.encode(cluster);
             prop_assert_eq!(Frame::decode(&bytes), Ok((cluster, frame)));

@@ -12,7 +12,7 @@ use crate::model::{
 };
 
 use super::{
-    Inquiry, Report, WireError,
+    Inquiry, InquiryAnswer, WireError,
     codec::{decode, encode},
 };
 
@@ -91,8 +91,6 @@ pub enum Request {
         /// The sender's rule.
         quorum: Quorum,
     },
-    /// An operator's inquiry or order.
-    Inquire(Inquiry),
 }
 
 /// The response to a [`Request`].
@@ -127,8 +125,6 @@ pub enum Response {
     Acknowledged(Facts),
     /// A voter's observation.
     Vote(Vote),
-    /// The answer to an inquiry.
-    Report(Box<Report>),
 }
 
 /// A voter's observation of a member.
@@ -316,7 +312,10 @@ macro_rules! payload {
     )+};
 }
 
-payload!(Push: "push", Request: "request", Response: "response");
+payload!(
+    Push: "push", Request: "request", Response: "response", Inquiry: "inquiry",
+    InquiryAnswer: "answer"
+);
 
 #[cfg(test)]
 mod tests {

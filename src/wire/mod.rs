@@ -18,7 +18,7 @@ pub use message::{
     Buckets, Facts, GrantWish, Hello, Push, Refusal, Request, Response, Roots, Vote, Welcome,
 };
 pub use record::{Key, Record, RecordError};
-pub use report::{Arrivals, Inquiry, PathReport, Report, SecretId, SecretOrder};
+pub use report::{Arrivals, Inquiry, InquiryAnswer, PathReport, Report, SecretId, SecretOrder};
 pub use swim::{SwimCodec, SwimPacket};
 pub use token::{MIN_SECRET_LEN, Secret, Token, TokenError};
 

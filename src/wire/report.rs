@@ -1,7 +1,7 @@
 //! Inquiries about a member and its answers: reports for surveys of the cluster, and steps of a secret
 //! rotation.
 //!
-//! The core forwards inquiries to the shell, which answers them. No decision of a node depends on them.
+//! They are frames of their own and do not pass through the core: no decision of a node depends on them.
 
 use std::{fmt, str::FromStr};
 
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{NodeId, PathState, Text, bounded};
 
-use super::Secret;
+use super::{Refusal, Secret};
 
 /// Greatest number of secrets in a report.
 const MAX_SECRETS: usize = 16;
@@ -23,6 +23,19 @@ pub enum Inquiry {
     Secret(SecretOrder),
     /// Requests the packets of this round of forwarding trials that reached the member's own pod.
     Arrivals(u32),
+    /// Requests any answer.
+    Ping,
+}
+
+/// The answer to an [`Inquiry`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum InquiryAnswer {
+    /// The answer to a ping.
+    Pong,
+    /// The member's report.
+    Report(Box<Report>),
+    /// The member does not answer this node.
+    Refused(Refusal),
 }
 
 /// A step of a secret rotation. All steps are idempotent.
@@ -36,7 +49,7 @@ pub enum SecretOrder {
     Drop(SecretId),
 }
 
-/// The answer to an [`Inquiry`].
+/// A member's report on itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Version of the member's program.

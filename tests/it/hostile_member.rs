@@ -13,7 +13,7 @@ use gossamer::{
         BootId, CallError, CallId, ClusterId, Identity, Incarnation, Mac, MemberRecord, NodeId,
         Run, Slot, SlotRecord, SlotState, Version, Vtep,
     },
-    transport::{Credentials, NodeKey, Received, Transport},
+    transport::{Call, Credentials, NodeKey, Received, Transport},
     wire::{Facts, Frame, GrantWish, Hello, Push, Refusal, Request, Response, Token},
 };
 use serde_json::Value;
@@ -141,11 +141,11 @@ fn serve(
                     Some(Order::Ask(address, bytes, reply)) => {
                         calls += 1;
                         waiting.insert(CallId(calls), reply);
-                        transport.call_name(CallId(calls), address.to_string(), bytes);
+                        transport.call_name(Call::Node(CallId(calls)), address.to_string(), bytes);
                     }
                 },
                 Some(event) = events.recv() => match transport.handle(event) {
-                    Some(Received::Answer { call, result }) => {
+                    Some(Received::Answer { call: Call::Node(call), result }) => {
                         let read = |(from, bytes): (NodeId, Vec<u8>)| match Frame::decode(&bytes) {
                             Ok((_, Frame::Response(payload))) => {
                                 (from, Response::decode(payload).expect("a response"))

@@ -364,7 +364,7 @@ impl Agent {
                 }
             }
             RemotePodsEvent::Testimony(reply, arrivals) => {
-                self.node.report(reply, Report { arrivals, ..Report::default() });
+                self.send_report(reply, Report { arrivals, ..Report::default() });
             }
         }
     }

@@ -2,6 +2,7 @@
 //! secret.
 
 pub(super) mod events;
+pub(super) mod inquiries;
 mod lease_audit;
 mod path_status;
 pub(super) mod ping;

@@ -10,12 +10,14 @@ use std::{
 
 use tokio::sync::oneshot;
 
+use super::inquiries::Purpose;
 use crate::{
     agent::Agent,
     api::{PingReport, Reach},
     icmp,
     model::NodeId,
     pods::gateway,
+    wire::Inquiry,
 };
 
 /// Time after which a missing answer counts as none.
@@ -61,7 +63,7 @@ impl Agent {
             return;
         }
         let begun = Instant::now();
-        let node = match self.node.ping(member) {
+        let node = match self.ping_target(member) {
             Ok(node) => node,
             Err(why) => return drop(reply.send(Err(why))),
         };
@@ -81,6 +83,18 @@ impl Agent {
             problem: None,
         };
         self.ping_rounds.push(PingRound { report, begun, sequences, agent_done: false, reply });
+    }
+
+    /// Sends an inquiry to the agent of a member, given by name or id. Returns the member.
+    fn ping_target(&mut self, member: &str) -> Result<NodeId, String> {
+        let node = self.node.find(member)?;
+        if node == self.node.id() {
+            return Err("the member is this node itself".to_owned());
+        }
+        match self.inquire(node, Purpose::Ping, &Inquiry::Ping) {
+            true => Ok(node),
+            false => Err(format!("the address of {member} is not known")),
+        }
     }
 
     /// Sends an echo request to an address of a peer, and returns its sequence number.

@@ -15,7 +15,7 @@ use crate::{
     core::ReplyId,
     model::{NodeId, Text},
     transport::{Credentials, NodeKey},
-    wire::{Inquiry, Keyring, Report, SecretId, SecretOrder, Token},
+    wire::{Inquiry, InquiryAnswer, Keyring, Report, SecretId, SecretOrder, Token},
 };
 
 type Reply = Sender<Result<Value, String>>;
@@ -107,23 +107,24 @@ impl Agent {
     pub(in crate::agent) fn on_inquiry(&mut self, reply: ReplyId, from: NodeId, inquiry: Inquiry) {
         let refused = match inquiry {
             Inquiry::Report => None,
+            Inquiry::Ping => return self.answer_inquiry(reply, &InquiryAnswer::Pong),
             Inquiry::Arrivals(round) => return self.remote_pods.testify(reply, from, round),
             Inquiry::Secret(_) if self.config.pod_cidr.is_some() => {
                 Some(REFUSED_WITH_POD_CIDR.to_owned())
             }
             Inquiry::Secret(order) => {
                 return self.apply_order(order, move |agent, done| {
-                    agent.answer_inquiry(reply, done.err())
+                    agent.send_own_report(reply, done.err())
                 });
             }
         };
-        self.answer_inquiry(reply, refused);
+        self.send_own_report(reply, refused);
     }
 
-    fn answer_inquiry(&mut self, reply: ReplyId, refused: Option<String>) {
+    fn send_own_report(&mut self, reply: ReplyId, refused: Option<String>) {
         let refused = refused.map(Text::from);
         let report = Report { refused, ..self.own_report() };
-        self.node.report(reply, report);
+        self.send_report(reply, report);
     }
 
     /// Sends a step to all members if all are ready for it.

@@ -13,6 +13,7 @@ use std::{
 use axum::body::Bytes;
 use tokio::sync::oneshot::Sender;
 
+use super::inquiries::Purpose;
 use crate::{
     agent::Agent,
     api::{Matrix, MatrixPath, MatrixRow},
@@ -185,18 +186,20 @@ impl Agent {
         let now = Instant::now();
         while let Some(survey) = self.surveys.queues[queue].front_mut() {
             let is_late = *survey.deadline.get_or_insert(now + SURVEY_TIMEOUT) <= now;
-            while survey.asked.len() < MAX_PARALLEL_QUERIES
-                && !is_late
-                && let Some(node) = survey.left.pop_front()
-            {
-                if self.node.inquire(node, survey.number, survey.inquiry.clone()) {
-                    survey.asked.insert(node);
-                } else {
-                    survey.findings.insert(node, None);
-                }
-            }
-            if !survey.asked.is_empty() && !is_late {
-                return;
+            let room = MAX_PARALLEL_QUERIES.saturating_sub(survey.asked.len());
+            let count = if is_late { 0 } else { room.min(survey.left.len()) };
+            let next: Vec<NodeId> = survey.left.drain(..count).collect();
+            let (purpose, inquiry) = (Purpose::Survey(survey.number), survey.inquiry.clone());
+            let (asked, silent): (BTreeSet<NodeId>, BTreeSet<NodeId>) =
+                next.into_iter().partition(|node| self.inquire(*node, purpose, &inquiry));
+            let Some(survey) = self.surveys.queues[queue].front_mut() else { return };
+            survey.asked.extend(asked);
+            survey.findings.extend(silent.into_iter().map(|node| (node, None)));
+            match (survey.asked.is_empty(), survey.left.is_empty()) {
+                (false, _) if !is_late => return,
+                // None of these members has a known address.
+                (true, false) if !is_late => continue,
+                _ => {}
             }
             let Some(survey) = self.surveys.queues[queue].pop_front() else { return };
             let mut findings = survey.findings;

@@ -6,7 +6,7 @@ use super::{
     super::{NodeKey, credentials::SERVER_NAME},
     *,
 };
-use crate::wire::Secret;
+use crate::{model::CallId, wire::Secret};
 
 type Side = (Transport, mpsc::Receiver<Event>);
 
@@ -65,7 +65,7 @@ async fn frames_and_requests_reach_a_member_with_a_proven_id() {
 
     // The response uses the connection that the other side has dialed.
     let back = address(&one);
-    two.0.call(CallId(5), one.0.dialer.me, back, b"question".to_vec());
+    two.0.call(Call::Node(CallId(5)), one.0.dialer.me, back, b"question".to_vec());
     let Received::Request { reply, bytes, .. } = next_while(&mut one, &mut two).await else {
         panic!("a request")
     };
@@ -74,10 +74,10 @@ async fn frames_and_requests_reach_a_member_with_a_proven_id() {
     let Received::Answer { call, result } = next_while(&mut two, &mut one).await else {
         panic!("a response")
     };
-    assert_eq!((call, result), (CallId(5), Ok((one.0.dialer.me, b"answer".to_vec()))));
+    assert_eq!((call, result), (Call::Node(CallId(5)), Ok((one.0.dialer.me, b"answer".to_vec()))));
 
     // A request that is given up fails, and gets no empty response.
-    two.0.call(CallId(6), one.0.dialer.me, back, b"question".to_vec());
+    two.0.call(Call::Node(CallId(6)), one.0.dialer.me, back, b"question".to_vec());
     let Received::Request { reply, .. } = next_while(&mut one, &mut two).await else {
         panic!("a request")
     };
@@ -85,7 +85,10 @@ async fn frames_and_requests_reach_a_member_with_a_proven_id() {
     let Received::Answer { call, result } = next_while(&mut two, &mut one).await else {
         panic!("a response")
     };
-    assert!(call == CallId(6) && matches!(result, Err(CallError::Unreachable(_))), "{result:?}");
+    assert!(
+        call == Call::Node(CallId(6)) && matches!(result, Err(CallError::Unreachable(_))),
+        "{result:?}"
+    );
     assert_eq!((one.0.connections(), two.0.connections()), (1, 1));
 }
 
@@ -109,7 +112,7 @@ async fn handshake_without_the_secret_fails() {
     let (non_member, mut member) = (bind(2, 1), bind(1, 2));
     let mut non_member = non_member;
     let to = address(&member).to_string();
-    non_member.0.call_name(CallId(1), to, b"let me in".to_vec());
+    non_member.0.call_name(Call::Node(CallId(1)), to, b"let me in".to_vec());
     let Received::Answer { result: Err(error), .. } = next_received(&mut non_member).await else {
         panic!("no answer")
     };
@@ -136,20 +139,20 @@ async fn handshake_without_the_secret_fails() {
 async fn call_fails_when_another_node_or_none_answers() {
     let (mut one, two) = (bind(1, 1), bind(1, 2));
     let expected = NodeKey::from_seed([9; 32]).expect("key").id();
-    one.0.call(CallId(1), expected, address(&two), b"hello".to_vec());
+    one.0.call(Call::Node(CallId(1)), expected, address(&two), b"hello".to_vec());
     let Received::Answer { result: Err(error), .. } = next_received(&mut one).await else {
         panic!()
     };
     assert!(error.to_string().contains("is node"), "{error}");
 
     let own = address(&one).to_string();
-    one.0.call_name(CallId(2), own, b"hello".to_vec());
+    one.0.call_name(Call::Node(CallId(2)), own, b"hello".to_vec());
     let Received::Answer { result: Err(error), .. } = next_received(&mut one).await else {
         panic!()
     };
     assert_eq!(error, CallError::Myself);
 
-    one.0.call_name(CallId(3), "no-such-host.invalid:1".to_owned(), b"hello".to_vec());
+    one.0.call_name(Call::Node(CallId(3)), "no-such-host.invalid:1".to_owned(), b"hello".to_vec());
     let Received::Answer { result: Err(error), .. } = next_received(&mut one).await else {
         panic!()
     };
@@ -260,14 +263,14 @@ async fn connection_without_answers_is_recreated() {
     assert_eq!(one.0.connections(), 1);
 
     open.store(false, Ordering::Relaxed);
-    one.0.call(CallId(1), two_id, way, b"question".to_vec());
+    one.0.call(Call::Node(CallId(1)), two_id, way, b"question".to_vec());
     let Received::Answer { result: Err(_), .. } = next_received(&mut one).await else {
         panic!("silence")
     };
     assert_eq!(one.0.connections(), 0);
 
     open.store(true, Ordering::Relaxed);
-    one.0.call(CallId(2), two_id, way, b"question".to_vec());
+    one.0.call(Call::Node(CallId(2)), two_id, way, b"question".to_vec());
     let Received::Request { reply, .. } = next_while(&mut two, &mut one).await else {
         panic!("a request")
     };
@@ -317,7 +320,7 @@ async fn stall(hub: &mut Side, key: u16, streams: usize, bytes: usize) -> (Side,
 async fn request_delay(hub: &mut Side) -> Duration {
     let mut asking = bind(1, 1);
     let begun = Instant::now();
-    asking.0.call(CallId(1), hub.0.dialer.me, address(hub), b"question".to_vec());
+    asking.0.call(Call::Node(CallId(1)), hub.0.dialer.me, address(hub), b"question".to_vec());
     let Received::Request { .. } = next_while(hub, &mut asking).await else { panic!("a request") };
     begun.elapsed()
 }
