@@ -74,7 +74,7 @@ fn without_agent(device: &str) -> Finding {
             "routing",
             format!("packets leave by another table than main: {}", elsewhere.join(", ")),
             "the overlay's routes are in the main table",
-            "ip rule; let the overlay come first: ip rule add to NETWORK lookup main priority NUMBER",
+            "ip rule; give the overlay precedence: ip rule add to NETWORK lookup main priority NUMBER",
         ),
     }
 }

@@ -107,7 +107,7 @@ fn mark_that_diverts_packets_of_pods_is_reported_and_the_advice_works() {
                 .filter_map(Value::as_str)
                 .collect();
             let problem = problems.iter().find(|problem| problem.contains(words));
-            let advice = problem.and_then(|problem| problem.rsplit_once("come first: "));
+            let advice = problem.and_then(|problem| problem.rsplit_once("precedence: "));
             let (_, advice) = advice.expect("an advice");
             advice.split("; ").for_each(|command| _ = tool(&host.netns, command));
             wait_until(advice, TIMEOUT, || run(&spaces[1], &ping).status.success());

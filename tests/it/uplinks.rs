@@ -169,7 +169,7 @@ const FAULTS: [(&str, &str, &str); 3] = [
         "ip rule del pref 100; ip route flush table 77",
     ),
     (
-        "table 52 leads them there (ip rule 5270), probably of Tailscale; let packets to it come first: ip \
+        "table 52 leads them there (ip rule 5270), probably of Tailscale; give packets to it precedence: ip \
          rule add to 10.99.0.10 lookup main priority 5269",
         "ip route add 10.99.0.0/16 dev tun0 table 52; ip rule add lookup 52 pref 5270",
         "ip rule del pref 5270; ip route flush table 52",
@@ -197,7 +197,7 @@ fn diverted_tunnel_packets_are_reported_with_interface_and_table() {
                 let status: Value = agent.ask("/v1/status", TIMEOUT).expect("a status");
                 status["problems"].as_array().is_some_and(Vec::is_empty)
             };
-            if let Some((_, advice)) = named.split_once("come first: ") {
+            if let Some((_, advice)) = named.split_once("precedence: ") {
                 tool(&host.netns, advice);
                 wait_until("the advice does not help", REPORT_TIMEOUT, || is_well(agent));
                 tool(&host.netns, &advice.replace("rule add", "rule del"));

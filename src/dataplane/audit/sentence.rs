@@ -36,7 +36,7 @@ impl Cause {
         Some(match self {
             Self::Table { table, priority: Some(priority), interface, ipv4 } => format!(
                 "{packets} leave by {interface}: table {table} has a route for them and comes before the \
-                 main table (ip{} rule {priority}){}; let the overlay come first: {}",
+                 main table (ip{} rule {priority}){}; give the overlay precedence: {}",
                 ip6_option(*ipv4),
                 likely_program(*table, interface)
                     .map(|program| format!(", probably of {program}"))
@@ -142,7 +142,7 @@ impl Cause {
                 )
             }
             Self::Rule { priority, ipv4 } => format!(
-                "{packets} are dropped by ip{} rule {priority}; let the overlay come first: {}",
+                "{packets} are dropped by ip{} rule {priority}; give the overlay precedence: {}",
                 ip6_option(*ipv4),
                 command_for_earlier_rule(network, *priority, *ipv4)
             ),

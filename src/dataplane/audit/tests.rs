@@ -356,7 +356,7 @@ fn cause_is_reported_with_the_command_that_removes_it() {
             lookup,
             LookupResult::Refused(13),
             Evidence { rules: vec![(100, 0, true)], ..healthy.clone() },
-            "dropped by ip rule 100; let the overlay come first",
+            "dropped by ip rule 100; give the overlay precedence",
         ),
         (
             lookup,

@@ -167,7 +167,7 @@ impl Lead {
                 None => (String::new(), 0),
             };
             return format!(
-                "table {table} leads them there{rule}, probably of {program}; let packets to it come first: \
+                "table {table} leads them there{rule}, probably of {program}; give packets to it precedence: \
                  {family} rule add to {there} lookup main priority {before}"
             );
         };

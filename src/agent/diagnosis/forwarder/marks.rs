@@ -26,7 +26,7 @@ pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<
         let (family, before) = (family(ipv4), before(rule));
         let of_tunnels = remedy_for_tunnels(setting, rule);
         Some(format!(
-            "packets with mark {0} {elsewhere}, because {1}: let the overlay and its tunnels come first: \
+            "packets with mark {0} {elsewhere}, because {1}: give the overlay and its tunnels precedence: \
              {family} rule add to {network} lookup main priority {before}; {of_tunnels}",
             shown(rule, mark),
             because(rule, mark, ipv4, ipv4)
@@ -43,8 +43,8 @@ pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32| {
         let elsewhere = led(netlink, &[way], mark)?;
         Some(format!(
-            "tunnel packets with mark {} {elsewhere}, because {}, which tunnel packets inherit: let them \
-             come first: {}",
+            "tunnel packets with mark {} {elsewhere}, because {}, which tunnel packets inherit: give \
+             them precedence: {}",
             shown(rule, mark),
             because(rule, mark, ipv4, inside_ipv4),
             remedy_for_tunnels(setting, rule)
