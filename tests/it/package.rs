@@ -96,7 +96,7 @@ fn package_is_installed_upgraded_and_removed_without_leftovers() {
             "/usr/share/man/man1/gossamer-doctor.1.gz",
             "/usr/share/bash-completion/completions/gossamer",
             "/usr/share/doc/gossamer/examples/grafana.json",
-            "/usr/share/doc/gossamer/decisions/0001-fdb-before-neighbour.md",
+            "/usr/share/doc/gossamer/decisions/0001-fdb-before-neighbor.md",
             "/usr/libexec/netavark/gossamer",
             "/usr/lib/systemd/network/05-gossamer.network",
             "/usr/lib/NetworkManager/conf.d/10-gossamer.conf",
