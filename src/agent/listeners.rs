@@ -25,6 +25,7 @@ use crate::{
     api::{self, SocketError},
     config::Config,
     docker,
+    model::{Problem, ProblemCode},
 };
 
 /// Pause after the first failed attempt to open a listener. It doubles up to [`MAX_RETRY_PAUSE`].
@@ -54,12 +55,12 @@ pub(super) struct ListenerProblems(watch::Receiver<Problems>);
 /// Key of the control socket in [`Problems`].
 const CONTROL: &str = "control";
 
-/// Sentences by the name of the listener.
-type Problems = BTreeMap<&'static str, String>;
+/// Problems by the name of the listener.
+type Problems = BTreeMap<&'static str, Problem>;
 
 impl ListenerProblems {
-    /// Returns one sentence with a remedy for each listener that is not open.
-    pub(super) fn problems(&self) -> Vec<String> {
+    /// Returns one problem for each listener that is not open.
+    pub(super) fn problems(&self) -> Vec<Problem> {
         self.0.borrow().values().cloned().collect()
     }
 }
@@ -171,17 +172,21 @@ fn is_temporary(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable)
 }
 
-fn http_problem(address: SocketAddr, error: &std::io::Error) -> String {
+fn http_problem(address: SocketAddr, error: &std::io::Error) -> Problem {
     let port = address.port();
-    format!(
-        "http: {address}: {error}: metrics, health and the dashboard are not served; find the program that \
-         has the port (ss -ltnp sport = :{port}), or choose another address; retrying"
-    )
+    let what = format!(
+        "http: {address}: {error}: metrics, health and the dashboard are not served; retrying"
+    );
+    let fix = format!(
+        "find the program that has the port (ss -ltnp sport = :{port}), or choose another address"
+    );
+    Problem::new(ProblemCode::Listener, "http", what, fix)
 }
 
-fn plugin_problem(path: &Path, error: &SocketError) -> String {
+fn plugin_problem(path: &Path, error: &SocketError) -> Problem {
     let path = path.display();
-    format!("docker_plugin: {path}: Docker cannot reach this agent: {error}; retrying")
+    let what = format!("docker_plugin: {path}: Docker cannot reach this agent: {error}; retrying");
+    Problem::new(ProblemCode::Listener, "docker_plugin", what, "")
 }
 
 /// Creates the control socket again when its file is gone, until the socket is dropped.
@@ -205,9 +210,10 @@ async fn keep_control(
                 problems.send_modify(|problems| _ = problems.remove(CONTROL));
             }
             Err(error) => {
-                let why = format!(
+                let what = format!(
                     "{error}: the file of the control socket is gone, and cannot be created again; retrying"
                 );
+                let why = Problem::new(ProblemCode::Listener, CONTROL, what, "");
                 if problems.borrow().get(CONTROL) != Some(&why) {
                     tracing::error!("{why}");
                 }
@@ -220,7 +226,7 @@ async fn keep_control(
 /// Repeats the attempt to listen at the `http` address until it succeeds.
 async fn open_http(
     address: SocketAddr,
-    first: String,
+    first: Problem,
     problems: watch::Sender<Problems>,
     events: mpsc::UnboundedSender<LoopEvent>,
 ) {
@@ -231,7 +237,7 @@ async fn open_http(
 /// Repeats the attempt to open the socket of the plugin until it succeeds.
 async fn open_plugin(
     path: &Path,
-    first: String,
+    first: Problem,
     problems: &watch::Sender<Problems>,
     closing: &watch::Sender<bool>,
     events: &mpsc::UnboundedSender<LoopEvent>,
@@ -245,9 +251,9 @@ async fn open_plugin(
 /// Calls `open` until it succeeds, and publishes meanwhile why it fails.
 async fn retry_until_open<T>(
     listener: &'static str,
-    first: String,
+    first: Problem,
     problems: &watch::Sender<Problems>,
-    mut open: impl FnMut() -> Result<T, String>,
+    mut open: impl FnMut() -> Result<T, Problem>,
 ) -> T {
     let (mut why, mut pause) = (first, FIRST_RETRY_PAUSE);
     loop {

@@ -23,6 +23,7 @@ use crate::{
         },
     },
     api::{CheckState, CheckStatus},
+    model::{Problem, ProblemCode},
 };
 
 /// Time between the end of a thread and its restart, so that a repeated panic uses little CPU.
@@ -76,13 +77,18 @@ impl Ended {
     }
 
     /// Returns the problems, with their remedies.
-    pub(super) fn problems(&self) -> impl Iterator<Item = String> {
+    pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
         let pause = RESTART_DELAY.as_secs();
         self.0.keys().map(move |thread| {
-            format!(
-                "a thread of this agent has ended because of a bug, so it is unknown {}: it is \
-                 restarted after {pause} s; if the problem remains, report the thread's log lines",
-                thread.task()
+            let task = thread.task();
+            Problem::new(
+                ProblemCode::ThreadEnded,
+                task,
+                format!(
+                    "a thread of this agent has ended because of a bug, so it is unknown {task}; it is \
+                     restarted after {pause} s"
+                ),
+                "if the problem remains, report the thread's log lines",
             )
         })
     }

@@ -27,6 +27,7 @@ use futures_util::stream::{self, Stream, StreamExt as _};
 use tokio::sync::broadcast::error::RecvError;
 
 use super::{Event, EventFeed};
+use crate::model::ProblemCode;
 
 /// Allows the page to load only its own files, and forbids framing it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
@@ -51,7 +52,7 @@ const PAGE: [File; 2] = [
     ("/", HTML, include_str!("dashboard/index.html")),
     ("/dashboard.css", CSS, include_str!("dashboard/dashboard.css")),
 ];
-const SCRIPTS: [File; 23] = scripts![
+const SCRIPTS: [File; 24] = scripts![
     "addresses.js",
     "cells.js",
     "chart.js",
@@ -71,6 +72,7 @@ const SCRIPTS: [File; 23] = scripts![
     "paint.js",
     "pathwords.js",
     "pool.js",
+    "problems.js",
     "summary.js",
     "theme.js",
     "tile.js",
@@ -88,6 +90,28 @@ pub fn pages<S: Clone + Send + Sync + 'static>() -> Router<S> {
         ];
         router.route(path, get(move || async move { (headers, text) }))
     })
+}
+
+/// Returns the page that explains the codes of problems, with an anchor for each.
+pub async fn problem_codes() -> impl IntoResponse {
+    let mut page = String::from(
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>gossamer: problem \
+         codes</title><link rel=\"stylesheet\" href=\"dashboard.css\"><main class=\"codes\"><h1>Problem \
+         codes</h1><p>docs/TROUBLESHOOTING.md says more about each.</p><dl>",
+    );
+    for code in ProblemCode::ALL {
+        let (name, means) = (code.name(), code.description());
+        // Names and descriptions are constants without markup.
+        page.push_str(&format!("<dt id=\"{name}\"><code>{name}</code></dt><dd>{means}</dd>"));
+    }
+    page.push_str("</dl></main></html>\n");
+    let headers = [
+        (CONTENT_TYPE, HTML),
+        (CONTENT_SECURITY_POLICY, POLICY),
+        (CACHE_CONTROL, "no-cache"),
+        (REFERRER_POLICY, "no-referrer"),
+    ];
+    (headers, page)
 }
 
 /// On a loopback address, answers only requests whose `Host` is a number or `localhost`. A page of

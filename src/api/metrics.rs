@@ -5,7 +5,8 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, fs};
 
-use super::{AgentStatus, MemberState};
+use super::{AgentStatus, MemberState, VerdictState};
+use crate::model::{ProblemCode, Severity};
 
 /// `Content-Type` of the Prometheus text format.
 const PLAIN: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -45,9 +46,10 @@ fn node(text: &mut Text, status: &AgentStatus) {
     );
     let node = &status.node;
     text.number("has_subnet", "Node leases a subnet.", node.subnet.is_some());
-    text.number("problems", "Problems that `gossamer status` shows.", node.problems.len() as f64);
-    let warnings = status.warnings.len() as f64;
-    text.number("warnings", "Warnings that `gossamer status` shows.", warnings);
+    let state = status.verdict.state;
+    let by_state = VerdictState::ALL.map(|of| ("state", of.name(), f64::from(of == state)));
+    text.gauge("verdict", "The verdict on the node: 1 for its state, 0 for the others.", by_state);
+    problems(text, status);
     let mut members =
         BTreeMap::from(["alive", "suspect", "down", "left", "unknown"].map(|s| (s.to_owned(), 0)));
     for member in &node.members {
@@ -111,6 +113,19 @@ fn node(text: &mut Text, status: &AgentStatus) {
             ("result", "different", counters.syncs_different as f64),
         ],
     );
+}
+
+/// Counts problems and notices by their code.
+fn problems(text: &mut Text, status: &AgentStatus) {
+    let mut counts: BTreeMap<(ProblemCode, Severity), u32> = BTreeMap::new();
+    for problem in status.node.problems.iter().chain(&status.notices) {
+        *counts.entry((problem.code, problem.severity)).or_default() += 1;
+    }
+    text.gauge("problems", "Problems and notices that `gossamer status` shows.", []);
+    for ((code, severity), count) in counts {
+        let labels = format!("code=\"{}\",severity=\"{}\"", code.name(), severity.name());
+        let _ = writeln!(text.out, "gossamer_problems{{{labels}}} {count}");
+    }
 }
 
 fn kernel(text: &mut Text, status: &AgentStatus) {

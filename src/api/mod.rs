@@ -18,6 +18,7 @@ mod routes;
 mod server;
 mod socket;
 mod status;
+mod verdict;
 
 pub use client::{
     ClientError, block_on, follow, get, other_version, own_version, post, post_json, post_with,
@@ -37,3 +38,4 @@ pub use routes::KernelEntry;
 pub use server::{serve, serve_http, submit};
 pub use socket::{Socket, SocketError};
 pub use status::{AgentStatus, CheckState, CheckStatus, KernelStatus, MemberState, PathStatus};
+pub use verdict::{Verdict, VerdictState};

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
-use crate::model::{NodeId, PathState};
+use crate::model::{NodeId, PathState, Problem};
 
 /// The results of one round.
 #[derive(Clone, Debug, Serialize)]
@@ -22,7 +22,7 @@ pub struct PingReport {
     /// Path state according to the data path probe.
     pub path: Option<PathState>,
     /// What is wrong, and a remedy.
-    pub problem: Option<String>,
+    pub problem: Option<Problem>,
 }
 
 /// The address of a request and the time to the answer.

@@ -28,7 +28,7 @@ use crate::wire::Token;
 use super::{
     AgentStatus, AttachRequest, AttachmentName, ClientError, Event, EventFeed, KernelEntry,
     MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, Question, SAMPLE_INTERVAL, Sample,
-    SecretStep, Socket, SocketError,
+    SecretStep, Socket, SocketError, VerdictState,
     connections::{Excess, serve as serve_connections},
     dashboard,
     descriptor::{CarrierListener, ReceivedDescriptor},
@@ -99,6 +99,7 @@ pub fn serve_http(
         read_only_routes()
             .route("/v1/status", get(status_now))
             .merge(dashboard::pages())
+            .route("/problems", get(dashboard::problem_codes))
             .with_state(submit_fn),
     );
     tokio::spawn(serve_connections(listener, Excess::Refused, router, |_| |_: &mut _| {}));
@@ -135,13 +136,11 @@ async fn healthz(State(submit_fn): State<SubmitFn>) -> Response {
 
 /// Reports whether the node has its subnet and its pods can be reached.
 async fn readyz(State(submit_fn): State<SubmitFn>) -> Response {
-    let render = |status: AgentStatus| {
-        if status.converged {
-            return "ready\n".into_response();
+    let render = |status: AgentStatus| match status.verdict.state {
+        VerdictState::NotReady => {
+            error_response(StatusCode::SERVICE_UNAVAILABLE, &status.verdict.text)
         }
-        let why = status.node.problems.join("; ");
-        let why = if why.is_empty() { "it has not converged yet".to_owned() } else { why };
-        error_response(StatusCode::SERVICE_UNAVAILABLE, &why)
+        _ => format!("{}\n", status.verdict).into_response(),
     };
     respond(&submit_fn, |reply| Question::Status { reply }, render).await
 }

@@ -4,9 +4,10 @@ use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use serde::Serialize;
 
+use super::Verdict;
 use crate::{
     core::{Liveness, MemberStatus, NodeStatus},
-    model::{NodeId, PathState},
+    model::{NodeId, PathState, Problem},
     transport::Handshakes,
 };
 
@@ -15,14 +16,16 @@ use crate::{
 pub struct AgentStatus {
     /// Version of the agent.
     pub version: &'static str,
+    /// The verdict on the node.
+    pub verdict: Verdict,
     /// Whether the node has its subnet, its state equals a peer's, and the kernel equals its view.
     pub converged: bool,
     /// State of the node's core.
     #[serde(flatten)]
     pub node: NodeStatus,
     /// Conditions that may affect some packets, or that prevent this node from checking whether packets
-    /// pass, with remedies.
-    pub warnings: Vec<String>,
+    /// pass.
+    pub notices: Vec<Problem>,
     /// State of kernel programming.
     pub kernel: KernelStatus,
     /// State of the path to each peer with a subnet.
@@ -57,7 +60,7 @@ pub struct PathStatus {
     /// Path MTU in bytes, if it is smaller than the overlay device's.
     pub mtu: Option<u32>,
     /// What is wrong, and a remedy.
-    pub problem: Option<String>,
+    pub problem: Option<Problem>,
     /// Whether the host does not answer, but its pods do.
     pub pods_answer: bool,
 }

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     api::{self, ClientError},
     config::{Instance, Settings},
-    doctor::{self, Agent, Examination, Verdict, examine},
+    doctor::{self, Agent, Examination, examine},
 };
 
 /// An agent that does not answer within this time counts as hanging.
@@ -36,7 +36,7 @@ pub struct DoctorArgs {
     settings: Settings,
 }
 
-/// Returns exit code 1 if there is a problem, and 0 otherwise.
+/// Returns the exit code of the verdict.
 pub fn run(args: DoctorArgs) -> ExitCode {
     let examination = examination(&args);
     let findings = examine(&examination);
@@ -46,15 +46,13 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     {
         return fail(error);
     }
-    let answer = json!({ "findings": findings });
+    let verdict = doctor::verdict(&examination, &findings);
+    let answer = json!({ "verdict": verdict, "findings": findings });
     args.output.print(&answer, findings_text);
     if let Some(path) = args.bundle.filter(|_| args.output.is_text()) {
         write_stdout(&format!("written: {}\n", path.display()));
     }
-    if findings.iter().any(|finding| finding.verdict == Verdict::Problem) {
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    ExitCode::from(verdict.exit_code())
 }
 
 fn examination(args: &DoctorArgs) -> Examination {
@@ -102,11 +100,11 @@ fn findings_text(answer: &Value, wide: bool) -> String {
     };
     // Problems come last, where a terminal shows them.
     let unremarkable = with_verdicts(&["ok", "skipped"]).into_iter();
-    let complaints = with_verdicts(&["warning"]).into_iter().chain(with_verdicts(&["problem"]));
+    let complaints = with_verdicts(&["notice"]).into_iter().chain(with_verdicts(&["problem"]));
     for finding in unremarkable.chain(complaints) {
         let verdict = match finding["verdict"].as_str() {
             Some("ok") => good("ok      "),
-            Some("warning") => doubtful("warning "),
+            Some("notice") => doubtful("notice  "),
             Some("problem") => bad("PROBLEM "),
             _ => "skipped ".to_owned(),
         };
@@ -119,15 +117,20 @@ fn findings_text(answer: &Value, wide: bool) -> String {
             }
         }
     }
-    let (problems, warnings) = (count("problem"), count("warning"));
     let all = doctor::CHECKS.len();
-    let _ = match (problems, warnings) {
-        (0, 0) => writeln!(out, "\n{}: {all} checks found nothing", good("healthy")),
-        _ => writeln!(
+    let verdict = text(&answer["verdict"]["text"]);
+    let verdict = match answer["verdict"]["state"].as_str() {
+        Some("healthy") => good(verdict),
+        Some("degraded") => doubtful(verdict),
+        _ => bad(verdict),
+    };
+    let _ = match (count("problem"), count("notice")) {
+        (0, 0) => writeln!(out, "\n{verdict}; {all} checks found nothing"),
+        (problems, notices) => writeln!(
             out,
-            "\n{} and {} in {all} checks",
+            "\n{verdict}; {} and {} in {all} checks",
             pluralized(problems, "problem"),
-            pluralized(warnings, "warning")
+            pluralized(notices, "notice")
         ),
     };
     if wide {

@@ -2,7 +2,13 @@
 //!
 //! Colors are for terminals only: `anstream` strips them elsewhere, and if `NO_COLOR` is set.
 
-use std::{fmt::Display, future::Future, io::Write as _, process::ExitCode};
+use std::{
+    fmt::Display,
+    future::Future,
+    io::Write as _,
+    process::ExitCode,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use anstream::adapter::strip_str;
 use clap::ValueEnum;
@@ -103,6 +109,32 @@ pub fn strong(text: impl Display) -> String {
 /// Colors a text by "Select Graphic Rendition" (ECMA-48, 8.3.117).
 fn painted(code: u8, text: &dyn Display) -> String {
     format!("\x1b[{code}m{text}\x1b[0m")
+}
+
+/// Formats a problem: what is wrong, since when, and the remedy.
+pub fn problem_text(problem: &Value) -> String {
+    let since = problem["since"].as_u64().map(|since| now().saturating_sub(since));
+    let since = since.filter(|age| *age >= 60).map(|age| format!(" (for {})", duration_text(age)));
+    let what = format!("{}{}", text(&problem["what"]), since.unwrap_or_default());
+    match problem["fix"].as_str() {
+        None | Some("") => what,
+        Some(fix) => format!("{what}: {fix}"),
+    }
+}
+
+/// Returns the seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs())
+}
+
+/// Formats a time in seconds by its largest unit.
+fn duration_text(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3_600 => format!("{} min", seconds / 60),
+        3_600..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} days", seconds / 86_400),
+    }
 }
 
 /// Formats a table with two spaces between columns.

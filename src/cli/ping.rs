@@ -9,7 +9,11 @@ use std::{
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Client, block_on, fail, output::write_stdout, percent_encoded};
+use super::{
+    Client, block_on, fail,
+    output::{problem_text, write_stdout},
+    percent_encoded,
+};
 use crate::api;
 
 /// Keys of the three results in an answer.
@@ -95,7 +99,8 @@ fn time(reach: &Value) -> String {
 /// Returns what the results of the last round mean together.
 fn summary(round: &Value) -> String {
     let answered = PROBES.map(|probe| round[probe]["round_trip_ms"].is_number());
-    let words = match (round["problem"].as_str(), answered) {
+    let problem = round["problem"].is_object().then(|| problem_text(&round["problem"]));
+    let words = match (problem.as_deref(), answered) {
         (Some(problem), _) => problem,
         (None, [_, true, false]) => {
             "pods: the gateway has no address there yet; it gets one with the first pod"

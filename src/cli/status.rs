@@ -8,12 +8,16 @@ use serde_json::Value;
 use super::{
     Client,
     leases::slots_text,
-    output::{bad, doubtful, elements, good, query_and_print, strong, text, wrapped},
+    output::{bad, doubtful, elements, good, problem_text, query_and_print, strong, text, wrapped},
 };
-use crate::api::{self, ClientError};
+use crate::api::{self, ClientError, Verdict};
 
-/// Exit code if the node has not converged.
+/// Exit code if the condition of --wait does not hold.
 const NOT_CONVERGED: u8 = 3;
+/// Time limit of --wait without a value.
+const DEFAULT_WAIT_SECONDS: u64 = 60;
+/// Time after which --wait says what it waits for.
+const ANNOUNCE_AFTER: Duration = Duration::from_millis(500);
 /// Time between two attempts to reach a socket that does not exist yet.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// Columns before the text of each line.
@@ -24,33 +28,88 @@ const MAX_NAMES: usize = 5;
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     /// Wait up to SECONDS (60 if no value is given) for the agent to start and to converge
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "60")]
-    #[arg(value_name = "SECONDS")]
+    #[arg(long, num_args = 0..=1, default_missing_value = "60", value_name = "SECONDS")]
     wait: Option<u64>,
-    /// With --wait: also wait until COUNT members are alive, including this one
-    #[arg(long, requires = "wait", default_value_t = 1, value_name = "COUNT")]
-    members: usize,
+    /// Also wait until COUNT members are alive, including this one (implies --wait)
+    #[arg(long, value_name = "COUNT")]
+    members: Option<usize>,
     #[command(flatten)]
     client: Client,
 }
 
-/// Returns exit code 0 if the node has converged and enough members are alive, and 3 if not.
+impl StatusArgs {
+    /// Returns the seconds to wait; `None` without --wait and --members.
+    fn wait(&self) -> Option<u64> {
+        self.wait.or(self.members.map(|_| DEFAULT_WAIT_SECONDS))
+    }
+
+    /// Returns the number of live members to wait for.
+    fn members(&self) -> usize {
+        self.members.unwrap_or(1)
+    }
+}
+
+/// Returns the exit code of the verdict; with --wait 0 if the node has converged and enough members are
+/// alive, and 3 if not.
 pub fn status(args: &StatusArgs) -> ExitCode {
     match query_and_print(&args.client, query_status(args), status_text) {
-        Ok(answer) if answer["converged"] == true && alive(&answer) >= args.members => {
-            ExitCode::SUCCESS
+        Ok(answer) => match args.wait() {
+            None => exit_code(&answer),
+            Some(seconds) => match unmet(&answer, args.members()) {
+                None => ExitCode::SUCCESS,
+                Some(why) => {
+                    eprintln!("gossamer: gave up after {seconds} s: {why}");
+                    ExitCode::from(NOT_CONVERGED)
+                }
+            },
+        },
+        Err(code) => {
+            if let Some(seconds) = args.wait() {
+                eprintln!("gossamer: gave up after {seconds} s: no agent has answered");
+            }
+            code
         }
-        Ok(_) => ExitCode::from(NOT_CONVERGED),
-        Err(code) => code,
     }
+}
+
+/// Returns the exit code of the verdict. Earlier agents have none.
+fn exit_code(status: &Value) -> ExitCode {
+    let verdict = serde_json::from_value::<Verdict>(status["verdict"].clone());
+    match verdict {
+        Ok(verdict) => ExitCode::from(verdict.exit_code()),
+        Err(_) if status["converged"] == true => ExitCode::SUCCESS,
+        Err(_) => ExitCode::from(NOT_CONVERGED),
+    }
+}
+
+/// Returns what --wait still waits for; `None` if nothing.
+fn unmet(status: &Value, members: usize) -> Option<String> {
+    let alive = alive(status);
+    if alive < members {
+        return Some(format!("{alive} of {members} members are alive"));
+    }
+    if status["converged"] == true {
+        return None;
+    }
+    let verdict = &status["verdict"];
+    Some(if verdict["state"] == "not-ready" {
+        text(&verdict["text"])
+    } else if status["kernel"]["in_sync"] != true {
+        "not converged: the kernel does not equal this node's view".to_owned()
+    } else if status["settled"] != true {
+        "not converged: the state differs from that of other members".to_owned()
+    } else {
+        "not converged".to_owned()
+    })
 }
 
 /// Queries the status. With `--wait` it also waits for the socket: the agent may have been started just
 /// now.
 async fn query_status(args: &StatusArgs) -> Result<Value, ClientError> {
     let socket = &args.client.socket();
-    let Some(seconds) = args.wait else { return api::get(socket, "/v1/status").await };
-    let target = format!("/v1/status?wait={seconds}&members={}", args.members);
+    let Some(seconds) = args.wait() else { return api::get(socket, "/v1/status").await };
+    let members = args.members();
+    let target = format!("/v1/status?wait={seconds}&members={members}");
     let patience = Duration::from_secs(seconds);
     let answered = tokio::time::timeout(patience, async {
         loop {
@@ -63,7 +122,22 @@ async fn query_status(args: &StatusArgs) -> Result<Value, ClientError> {
             }
         }
     });
-    match answered.await {
+    // A wait that ends immediately needs no message.
+    let announced = async {
+        tokio::time::sleep(ANNOUNCE_AFTER).await;
+        let socket = socket.display();
+        let more =
+            if members > 1 { format!(" with {members} members alive") } else { String::new() };
+        eprintln!(
+            "gossamer: waiting up to {seconds} s for the agent at {socket} to converge{more}"
+        );
+        std::future::pending::<()>().await;
+    };
+    let answered = tokio::select! {
+        answered = answered => answered,
+        () = announced => return Err(ClientError::NoAnswer),
+    };
+    match answered {
         Ok(answer) => answer,
         // The agent answers by itself when the time is over; its answer may be slightly late.
         Err(_) => api::get(socket, "/v1/status").await,
@@ -73,17 +147,19 @@ async fn query_status(args: &StatusArgs) -> Result<Value, ClientError> {
 fn status_text(status: &Value, wide: bool) -> String {
     let mut out = String::new();
     for problem in elements(&status["problems"]) {
-        let words = wrapped(&text(problem), LABEL_COLUMNS);
+        let words = wrapped(&problem_text(problem), LABEL_COLUMNS);
         let _ = writeln!(out, "{}   {words}", bad("problem"));
     }
-    for warning in elements(&status["warnings"]) {
-        let words = wrapped(&text(warning), LABEL_COLUMNS);
-        let _ = writeln!(out, "{}   {words}", doubtful("warning"));
+    for notice in elements(&status["notices"]) {
+        let words = wrapped(&problem_text(notice), LABEL_COLUMNS);
+        let _ = writeln!(out, "{}    {words}", doubtful("notice"));
     }
     let (alive, known) = (alive(status), count(status, |_| true));
-    let state = match (status["converged"].as_bool(), text(&status["phase"])) {
-        (Some(true), _) => good("converged"),
-        (_, phase) => bad(format_args!("not converged ({phase})")),
+    let verdict = &status["verdict"];
+    let state = match verdict["state"].as_str() {
+        Some("healthy") => good(text(&verdict["text"])),
+        Some("degraded") => doubtful(text(&verdict["text"])),
+        _ => bad(text(&verdict["text"])),
     };
     let kernel = &status["kernel"];
     let in_sync = if kernel["in_sync"] == true { "in sync" } else { "not in sync" };
@@ -122,6 +198,7 @@ fn status_text(status: &Value, wide: bool) -> String {
     row("pods", text(&status["pods"]));
     if wide {
         row("version", text(&status["version"]));
+        row("converged", text(&status["converged"]));
         row("links", format!("{} connections to members", status["connections"]));
     }
     out

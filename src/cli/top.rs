@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use super::{
     Client, block_on, fail,
-    output::{elements, text},
+    output::{elements, problem_text, text},
     status::is_present,
 };
 use crate::api::{self, ClientError};
@@ -180,10 +180,13 @@ fn draw(frame: &mut Frame<'_>, picture: &Picture) {
 fn head_lines(picture: &Picture) -> Vec<Line<'static>> {
     let Picture { status, traffic, .. } = picture;
     let kernel = &status["kernel"];
-    let state = match status["converged"].as_bool() {
-        Some(true) => Span::styled("converged", Color::Green),
-        _ => Span::styled(format!("not converged ({})", text(&status["phase"])), Color::Red),
+    let verdict = &status["verdict"];
+    let color = match verdict["state"].as_str() {
+        Some("healthy") => Color::Green,
+        Some("degraded") => Color::Yellow,
+        _ => Color::Red,
     };
+    let state = Span::styled(text(&verdict["text"]), color);
     let name = Span::styled(text(&status["name"]), Modifier::BOLD);
     let subnet = format!(
         "  {} of {}",
@@ -217,7 +220,7 @@ fn head_lines(picture: &Picture) -> Vec<Line<'static>> {
 }
 
 fn problem_lines(picture: &Picture) -> Vec<Line<'static>> {
-    let problems = elements(&picture.status["problems"]).map(text);
+    let problems = elements(&picture.status["problems"]).map(problem_text);
     let all = picture.error.clone().into_iter().chain(problems);
     all.map(|problem| Line::styled(format!("! {problem}"), Color::Red)).collect()
 }
@@ -330,11 +333,13 @@ mod tests {
             })
         };
         let status = json!({
-            "name": "n1", "converged": true, "subnet": "10.42.2.0/24", "pods": 2,
+            "name": "n1", "verdict": { "state": "healthy", "text": "healthy" },
+            "subnet": "10.42.2.0/24", "pods": 2,
             "members": [member("n1", true, "alive"), member("n20", false, "alive"),
                         member("n300", false, "down")],
             "paths": [path("n20", "ok"), path("n300", "unanswered")],
-            "slots": { "leased": 3, "free": 252 }, "problems": ["the tunnel to n300 is blocked"],
+            "slots": { "leased": 3, "free": 252 },
+            "problems": [{ "what": "the tunnel to n300 is blocked", "fix": "" }],
             "settings": { "pool": { "network": "10.42.0.0/16" } },
             "kernel": { "device": "gossamer.1", "underlay_interface": "eth0", "mtu": 1450,
                         "repairs": { "route": 2, "neighbor": 1 } },
@@ -361,7 +366,7 @@ mod tests {
         let lines = screen(&picture());
         let all = lines.join("\n");
         for words in [
-            "n1  converged  10.42.2.0/24 of 10.42.0.0/16",
+            "n1  healthy  10.42.2.0/24 of 10.42.0.0/16",
             "members 2 alive of 3",
             "repairs 3",
             "in 1.0 Mbit/s  out 0 bit/s",

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, fmt::Display, time::Duration};
 
 use crate::{
-    model::{ClusterId, NodeId, Time, visible},
+    model::{ClusterId, NodeId, Problem, ProblemCode, Time, visible},
     wire::{Frame, Response},
 };
 
@@ -143,15 +143,20 @@ impl Node {
     }
 
     /// Returns one problem for each peer whose entries are refused.
-    pub(super) fn refused_problems(&self) -> Vec<String> {
+    pub(super) fn refused_problems(&self) -> Vec<Problem> {
         let all: Vec<_> = self.notes.refused(self.clock).collect();
         let named = all.iter().take(MAX_NAMED).map(|(node, why)| {
             let name = self.name_of(*node);
-            format!("{name} ({node}) sends facts that cannot be true, and they are ignored: {why}")
+            let what = format!(
+                "{name} ({node}) sends facts that cannot be true, and they are ignored: {why}"
+            );
+            Problem::new(ProblemCode::InvalidFacts, name, what, "")
         });
         let more = all.len().saturating_sub(MAX_NAMED);
-        let more =
-            (more > 0).then(|| format!("{more} more members send facts that cannot be true"));
+        let more = (more > 0).then(|| {
+            let what = format!("{more} more members send facts that cannot be true");
+            Problem::new(ProblemCode::InvalidFacts, "other members", what, "")
+        });
         named.chain(more).collect()
     }
 }

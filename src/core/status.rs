@@ -9,7 +9,8 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::model::{
-    ClusterId, ClusterSettings, Mac, MemberRecord, NodeId, NodeName, Run, Slot, SlotState,
+    ClusterId, ClusterSettings, Mac, MemberRecord, NodeId, NodeName, Problem, ProblemCode, Run,
+    Slot, SlotState,
 };
 
 use super::{Counters, Liveness, Node, Reclaiming};
@@ -59,8 +60,8 @@ pub struct NodeStatus {
     pub free_slots: Vec<FreeRange>,
     /// Forgotten nodes whose subnets are not reclaimed yet.
     pub reclaiming: Vec<Reclaiming>,
-    /// Problems and what to do about them, in sentences.
-    pub problems: Vec<String>,
+    /// Problems and what to do about them.
+    pub problems: Vec<Problem>,
     /// Counts since the start.
     pub counters: Counters,
 }
@@ -127,7 +128,7 @@ pub struct MemberStatus {
 
 impl NodeStatus {
     /// Returns the status of a node that cannot start yet; `problem` says what it waits for.
-    pub fn waiting(node: NodeId, name: NodeName, problem: String) -> Self {
+    pub fn waiting(node: NodeId, name: NodeName, problem: Problem) -> Self {
         Self {
             node,
             name,
@@ -287,7 +288,7 @@ impl Node {
     }
 
     /// Returns a problem if all free slots belong to members that do not answer.
-    fn stranded(&self) -> Option<String> {
+    fn stranded(&self) -> Option<Problem> {
         let free_slots = self.free_slots();
         let count = |alive: bool| -> u32 {
             let reachable = |free: &&FreeRange| (free.liveness == Some(Liveness::Alive)) == alive;
@@ -300,26 +301,37 @@ impl Node {
         let away: BTreeSet<&str> = free_slots.iter().map(|free| free.name.as_str()).collect();
         let names = away.iter().copied().collect::<Vec<_>>().join(", ");
         let example = away.first().copied().unwrap_or_default();
-        Some(format!(
-            "no reachable member has a free subnet, but members that do not answer own {stranded} free \
-             ones ({names}): restart one of them, or if it is lost for good, run \
-             `gossamer forget {example}`"
+        Some(Problem::new(
+            ProblemCode::NoSubnet,
+            Problem::HOST,
+            format!(
+                "no reachable member has a free subnet, but members that do not answer own {stranded} free \
+                 ones ({names})"
+            ),
+            format!(
+                "restart one of them, or if it is lost for good, run `gossamer forget {example}`"
+            ),
         ))
     }
 
-    /// Returns the present problems and what to do about them, in sentences.
-    pub fn problems(&self) -> Vec<String> {
+    /// Returns the present problems and what to do about them.
+    pub fn problems(&self) -> Vec<Problem> {
         let phase = self.phase();
         let mut problems = Vec::new();
         if phase == Phase::Joining {
             // The agent reports seeds that are this node's own address.
             let failures = self.joining.failures().filter(|(_, failure)| !failure.is_own_address());
-            problems
-                .extend(failures.map(|(seed, failure)| format!("seed {}: {failure}", seed + 1)));
+            problems.extend(failures.map(|(seed, failure)| {
+                let seed = format!("seed {}", seed + 1);
+                let what = format!("{seed}: {failure}");
+                Problem::new(ProblemCode::SeedUnreachable, seed, what, "")
+            }));
         }
         if let (Phase::Leaseless, Some(cluster_state)) = (phase, &self.cluster_state) {
-            problems
-                .extend(cluster_state.search.refusal.iter().map(|r| format!("no subnet yet: {r}")));
+            problems.extend(cluster_state.search.refusal.iter().map(|refusal| {
+                let what = format!("no subnet yet: {refusal}");
+                Problem::new(ProblemCode::NoSubnet, "refusal", what, "")
+            }));
             if cluster_state.search.rival.is_none() {
                 problems.extend(self.stranded());
             }
@@ -331,54 +343,77 @@ impl Node {
                 let pool = cluster_state.cluster.settings.pool;
                 Some(pool.subnet(pool.slot_at(address)?))
             });
-            problems.push(format!(
-                "{} was assigned to this node and to {}, which uses it: assign another one to one \
-                 of the two (in Kubernetes: delete the Node object of one, and restart its kubelet)",
-                subnet.map_or_else(String::new, |subnet| subnet.to_string()),
-                self.name_of(rival)
+            let subnet = subnet.map_or_else(String::new, |subnet| subnet.to_string());
+            let rival = self.name_of(rival);
+            problems.push(Problem::new(
+                ProblemCode::SubnetAssignedTwice,
+                rival,
+                format!("{subnet} was assigned to this node and to {rival}, which uses it"),
+                "assign another one to one of the two (in Kubernetes: delete the Node object of one, and \
+                 restart its kubelet)",
             ));
         }
         if let Some(duplicate) = &self.duplicate {
-            problems.push(format!(
-                "this node's key is in use twice, at {} and at {}: its state directory was copied. Neither \
-                 grants subnets until you run `gossamer reset-identity` on one of the two",
-                self.me.address, duplicate.address
+            problems.push(Problem::new(
+                ProblemCode::DuplicateIdentity,
+                duplicate.address,
+                format!(
+                    "this node's key is in use twice, at {} and at {}: its state directory was copied",
+                    self.me.address, duplicate.address
+                ),
+                "run `gossamer reset-identity` on one of the two; until then, neither grants subnets",
             ));
         }
         if self.counters.rollbacks > 0 {
-            problems.push(format!(
-                "peers hold {} records that this node wrote and no longer has: its state directory \
-                 was rolled back to an older copy{}",
-                self.counters.rollbacks,
-                if self.may_write() {
-                    "; it has compared its state with all members since and is up to date"
-                } else {
-                    "; it grants nothing until it has compared with all members"
-                }
+            problems.push(Problem::new(
+                ProblemCode::RolledBack,
+                Problem::HOST,
+                format!(
+                    "peers hold {} records that this node wrote and no longer has: its state directory \
+                     was rolled back to an older copy{}",
+                    self.counters.rollbacks,
+                    if self.may_write() {
+                        "; it has compared its state with all members since and is up to date"
+                    } else {
+                        "; it grants nothing until it has compared with all members"
+                    }
+                ),
+                "",
             ));
         }
         if self.counters.ownership_conflicts > 0 && self.config.assigned.is_none() {
-            problems.push(format!(
-                "{} slots had two owners at one epoch: a state directory was copied or rolled back",
-                self.counters.ownership_conflicts
+            problems.push(Problem::new(
+                ProblemCode::OwnershipConflict,
+                Problem::HOST,
+                format!(
+                    "{} slots had two owners at one epoch: a state directory was copied or rolled back",
+                    self.counters.ownership_conflicts
+                ),
+                "",
             ));
         }
         if self.counters.forged > 0 {
-            problems.push(format!(
-                "{} records of this node were received that it never wrote: a member is faulty or lies; this \
-                 node has published newer ones",
-                self.counters.forged
+            problems.push(Problem::new(
+                ProblemCode::ForgedRecords,
+                Problem::HOST,
+                format!(
+                    "{} records of this node were received that it never wrote: a member is faulty or lies; \
+                     this node has published newer ones",
+                    self.counters.forged
+                ),
+                "",
             ));
         }
         problems.extend(self.refused_problems());
         let irreconcilable = self.sync.partners.irreconcilable();
         let irreconcilable = irreconcilable.filter(|node| !self.is_gone(*node));
         problems.extend(irreconcilable.map(|node| {
-            format!(
-                "{} ({node}): its state still differs after several comparisons; other nodes are not \
-                 affected",
-                self.name_of(node)
-            )
+            let name = self.name_of(node);
+            let what = format!(
+                "{name} ({node}): its state still differs after several comparisons; other nodes are not \
+                 affected"
+            );
+            Problem::new(ProblemCode::StateDiffers, name, what, "")
         }));
         problems.extend(self.vote_problems());
         problems

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::*;
 use crate::{
-    model::{ClusterSettings, Pool, PoolSpec, SlotRecord, SlotState},
+    model::{ClusterSettings, Pool, PoolSpec, Problem, SlotRecord, SlotState},
     sim::{rest, world::World},
     wire::Facts,
 };
@@ -35,6 +35,11 @@ const fn seconds(count: u64) -> Duration {
 }
 
 /// Hosts are identified by their index; 0 is the creator.
+/// Joins problems with their remedies, one a line.
+fn texts(problems: &[Problem]) -> String {
+    problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n")
+}
+
 impl World {
     fn created(settings: ClusterSettings) -> Self {
         let mut world = Self::new(1, settings);
@@ -80,7 +85,7 @@ impl World {
     }
 
     fn problems(&self, host: usize) -> String {
-        self.node(host).status().problems.join("\n")
+        texts(&self.node(host).status().problems)
     }
 
     /// Cuts each of these hosts off from all others, in both directions.

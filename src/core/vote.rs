@@ -17,7 +17,7 @@ use std::{
 };
 
 use crate::{
-    model::{NodeId, NodeName, Quorum, Time},
+    model::{NodeId, NodeName, Problem, ProblemCode, Quorum, Time},
     wire::{Request, Response, Vote},
 };
 
@@ -172,17 +172,23 @@ impl Node {
     }
 
     /// Returns the reasons for which votes may fail.
-    pub(super) fn vote_problems(&self) -> Vec<String> {
+    pub(super) fn vote_problems(&self) -> Vec<Problem> {
         let Some((quorum, _)) = self.voting_rule() else { return Vec::new() };
         let unknown = quorum.voters().iter().filter_map(|name| {
             let why = self.voter(name).err()?;
-            Some(format!("voter {}: {why}", name.as_str()))
+            let what = format!("voter {}: {why}", name.as_str());
+            Some(Problem::new(ProblemCode::Voting, name, what, ""))
         });
         let differing = self.voting.differing.iter().map(|voter| {
-            format!(
-                "voter {} has other voters or another forget_after than this node ({quorum:?}), so its \
-                 vote does not count: configure the same on all voters",
-                self.name_of(*voter)
+            let name = self.name_of(*voter);
+            Problem::new(
+                ProblemCode::Voting,
+                name,
+                format!(
+                    "voter {name} has other voters or another forget_after than this node ({quorum:?}), so \
+                     its vote does not count"
+                ),
+                "configure the same on all voters",
             )
         });
         unknown.chain(differing).collect()

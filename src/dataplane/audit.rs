@@ -20,7 +20,7 @@ use super::{
     plan::full_len,
 };
 use crate::{
-    model::{Selector, Subnets},
+    model::{Problem, Selector, Subnets},
     pods::{gateway, last_address},
 };
 
@@ -360,9 +360,9 @@ impl Audit {
         self.previous_causes = now;
     }
 
-    /// Returns one sentence per cause of diverted or dropped packets.
-    pub fn sentences(&self, networks: Subnets) -> Vec<String> {
-        self.findings.iter().filter_map(|finding| finding.sentence(networks)).collect()
+    /// Returns one problem per cause of diverted or dropped packets.
+    pub fn problems(&self, networks: Subnets) -> Vec<Problem> {
+        self.findings.iter().filter_map(|finding| finding.problem(networks)).collect()
     }
 
     /// Returns the peer subnets to or from which packets are diverted.
@@ -379,7 +379,7 @@ impl Audit {
 }
 
 impl Finding {
-    fn sentence(&self, networks: Subnets) -> Option<String> {
+    fn problem(&self, networks: Subnets) -> Option<Problem> {
         let of_ipv4 = is_ipv4(*self.subjects.first()?);
         let network = networks.iter().find(|network| is_ipv4(*network) == of_ipv4)?;
         let mut names: Vec<String> = self
@@ -391,7 +391,7 @@ impl Finding {
         if self.subjects.len() > MAX_SUBNETS_NAMED {
             names.push(format!("{} more", self.subjects.len() - MAX_SUBNETS_NAMED));
         }
-        self.cause.sentence(self.kind, &names.join(", "), network)
+        self.cause.problem(self.kind, &names.join(", "), network)
     }
 }
 

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::model::Pool;
+use crate::model::{Pool, Problem, ProblemCode};
 
 /// A network that leads to an interface outside the overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,9 +85,9 @@ pub struct Overlay<'a> {
     pub has_all_routes: bool,
 }
 
-/// Returns a sentence for each address of this host that diverts packets of pods, or whose network
+/// Returns a problem for each address of this host that diverts packets of pods, or whose network
 /// the overlay takes packets from.
-pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
+pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<Problem> {
     let Overlay { networks, pool, own, pods, has_all_routes } = *overlay;
     // A part of the pool that is never leased contains no pods.
     let is_leasable = |found: &&Foreign| {
@@ -116,7 +116,7 @@ pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
                     return None;
                 }
                 if !overlay_outranks(found) {
-                    return Some(second_interface_sentence(found, *subnet, bridge));
+                    return Some(second_interface_problem(found, *subnet, bridge));
                 }
             }
             let network = networks.iter().find(|network| found.takes_from(network))?;
@@ -130,17 +130,19 @@ pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
                 ),
                 false => format!("packets for pods in {around} leave by that interface"),
             };
-            Some(format!(
-                "{address} on {interface} is in the overlay's network {network}: {what}; give it \
-                 another network, or create the cluster with another one (--network)"
+            Some(Problem::new(
+                ProblemCode::Overlap,
+                interface,
+                format!("{address} on {interface} is in the overlay's network {network}: {what}"),
+                "give it another network, or create the cluster with another one (--network)",
             ))
         })
         .collect()
 }
 
-/// Returns the sentence about an interface in this node's own subnet besides the pods' bridge. The
+/// Returns the problem of an interface in this node's own subnet besides the pods' bridge. The
 /// kernel uses the older of two routes to the subnet.
-fn second_interface_sentence(found: &Foreign, subnet: IpNet, bridge: &str) -> String {
+fn second_interface_problem(found: &Foreign, subnet: IpNet, bridge: &str) -> Problem {
     let Foreign { network, interface, kind, .. } = found;
     let whole = match kind {
         ForeignKind::Bridge => {
@@ -150,11 +152,13 @@ fn second_interface_sentence(found: &Foreign, subnet: IpNet, bridge: &str) -> St
         }
         ForeignKind::Address | ForeignKind::Route => String::new(),
     };
-    format!(
+    let what = format!(
         "{} on {interface} is in this node's own subnet {subnet}, of which {bridge} is the bridge: packets \
-         for pods leave by {interface} instead; remove it (ip addr del {network} dev {interface}){whole}",
+         for pods leave by {interface} instead",
         found.address()
-    )
+    );
+    let fix = format!("remove it (ip addr del {network} dev {interface}){whole}");
+    Problem::new(ProblemCode::Overlap, interface, what, fix)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::{
     net::IpAddr,
 };
 
-use crate::model::{Mac, NodeId};
+use crate::model::{Mac, NodeId, Problem};
 
 pub use self::{
     cause::{Cause, Diverted, DroppingRule, MAY_NOT_SEND, Pinned, Place},
@@ -20,6 +20,7 @@ mod cause;
 mod commands;
 #[cfg(test)]
 mod tests;
+mod texts;
 
 /// `EtherTypes` (IANA, IEEE 802).
 pub const ARP: u16 = 0x0806;
@@ -110,8 +111,8 @@ pub enum Sign {
 /// The result for one peer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// The cause with advice, as a sentence; `None` if unknown.
-    pub cause: Option<String>,
+    /// The cause, with advice; `None` if unknown.
+    pub cause: Option<Problem>,
     /// Tunnel packets to it left this host.
     pub leaves: bool,
     /// Evidence that a machine with its address is running.
@@ -378,10 +379,10 @@ impl Watch {
             }
         }
         for (cause, suspects) in by_cause {
-            let sentence = cause.sentence(&suspects, place);
+            let problem = cause.problem(&suspects, place);
             for suspect in suspects {
                 let verdict = verdicts.entry(suspect.node).or_default();
-                verdict.cause = Some(sentence.clone());
+                verdict.cause = Some(problem.clone());
             }
         }
         verdicts

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use crate::model::Time;
+use crate::model::{Problem, ProblemCode, Time};
 
 /// Period in which changes are counted.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -52,7 +52,7 @@ impl ForwardingChanges {
 
     /// Returns a problem for each setting that is repeatedly turned off. If that of all interfaces is among
     /// them, those of single interfaces are left out, because the kernel changes them with it.
-    pub fn problems(&self, now: Time) -> Vec<String> {
+    pub fn problems(&self, now: Time) -> Vec<Problem> {
         let is_frequent = |setting: &Setting| {
             let history = self.0.get(setting);
             let off = history.map(|record| record.turned_off.iter()).into_iter().flatten();
@@ -79,16 +79,19 @@ impl Setting {
         }
     }
 
-    fn problem(&self) -> String {
+    fn problem(&self) -> Problem {
         let name = self.name();
         let file = name.replace('.', "\u{0}").replace('/', ".").replace('\u{0}', "/");
-        format!(
+        let what = format!(
             "another program repeatedly sets {name} to 0 ({MIN_CHANGES} times or more within {} s); packets \
-             of pods are dropped until it is 1 again: find the program and stop it (scripts and hooks \
-             of libvirt, firewalls, VPNs and tuning tools; grep -rs forward /etc/sysctl.d \
-             /etc/libvirt/hooks; auditctl -w /proc/sys/{file} -p w)",
+             of pods are dropped until it is 1 again",
             WINDOW.as_secs()
-        )
+        );
+        let fix = format!(
+            "find the program and stop it (scripts and hooks of libvirt, firewalls, VPNs and tuning tools; \
+             grep -rs forward /etc/sysctl.d /etc/libvirt/hooks; auditctl -w /proc/sys/{file} -p w)"
+        );
+        Problem::new(ProblemCode::ForwardingSwitched, name, what, fix)
     }
 }
 
@@ -129,25 +132,25 @@ mod tests {
         );
         assert!(problems[0].contains("/proc/sys/net/ipv4/ip_forward "), "{problems:?}");
         assert_eq!(changes.problems(at(60)).len(), 1);
-        assert_eq!(changes.problems(at(61)), Vec::<String>::new());
+        assert_eq!(changes.problems(at(61)), []);
     }
 
     #[test]
     fn occasional_changes_and_new_interfaces_are_no_problem() {
         let mut changes = ForwardingChanges::default();
         toggle(&mut changes, &setting_of(None), (0..20).map(|n| n * 40));
-        assert_eq!(changes.problems(at(800)), Vec::<String>::new());
+        assert_eq!(changes.problems(at(800)), []);
         for _ in 0..9 {
             changes.note(at(800), setting_of(Some("gossamer.1")), false);
         }
-        assert_eq!(changes.problems(at(800)), Vec::<String>::new());
+        assert_eq!(changes.problems(at(800)), []);
     }
 
     #[test]
     fn interface_is_reported_unless_all_interfaces_are() {
         let mut changes = ForwardingChanges::default();
         toggle(&mut changes, &setting_of(Some("gossamer.1")), 0..3);
-        let problems = changes.problems(at(3)).concat();
+        let problems = changes.problems(at(3))[0].to_string();
         assert!(
             problems.contains("repeatedly sets net.ipv4.conf.gossamer/1.forwarding to 0"),
             "{problems}"

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::{Agent, Examination, Finding};
+use super::{Agent, Examination, Finding, problems_in};
 use crate::{
     api::block_on,
-    model::CallError,
+    model::{CallError, Problem, ProblemCode},
     store::read_token,
     transport::{check_seeds, is_own_address, own_address_problem},
     wire::visible,
@@ -24,13 +24,13 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         return;
     };
     let Agent { status, routes, events } = agent;
-    let mut reported: Vec<&str> = Vec::new();
-    let paths = paths(status, &mut reported);
-    let identity = identity(status, &mut reported);
-    let members = members(status, events, &mut reported);
+    let paths = paths(status);
+    let members = members(status, events);
+    let identity = identity(status);
+    let of_cluster = [&paths[..], &members, std::slice::from_ref(&identity)].concat();
     findings
         .push(Finding::ok("seeds", format!("{} connections to members", status["connections"])));
-    findings.extend(agent_problems(status, &reported, findings));
+    findings.extend(agent_problems(status, &[&of_cluster[..], findings].concat()));
     findings.extend(members);
     findings.extend(paths);
     findings.extend(addresses(status));
@@ -56,20 +56,17 @@ fn no_agent(examination: &Examination) -> Finding {
     )
 }
 
+/// Problems of the agent that a copied or restored state directory causes.
+const OF_IDENTITY: [ProblemCode; 3] =
+    [ProblemCode::DuplicateIdentity, ProblemCode::RolledBack, ProblemCode::OwnershipConflict];
+
 /// Returns the agent's problems that no other check has reported.
-fn agent_problems(status: &Value, reported: &[&str], findings: &[Finding]) -> Vec<Finding> {
-    let is_told = |problem: &str| {
-        reported.contains(&problem)
-            || findings
-                .iter()
-                .any(|finding| finding.fix.is_some() && problem.starts_with(finding.seen.as_str()))
-            || findings.iter().any(|finding| finding.seen == problem)
-    };
-    let problems = each(status, "problems").filter_map(Value::as_str);
-    let mut agent_problems: Vec<Finding> = problems
-        .filter(|problem| !is_told(problem))
-        .map(|problem| Finding::sentence("agent", problem))
-        .collect();
+fn agent_problems(status: &Value, findings: &[Finding]) -> Vec<Finding> {
+    let is_told = |problem: &Problem| findings.iter().any(|finding| finding.reports(problem));
+    let mut problems = problems_in(status, "problems");
+    problems.retain(|problem| !is_told(problem));
+    let mut agent_problems: Vec<Finding> =
+        problems.iter().map(|problem| Finding::of("agent", problem)).collect();
     if status["converged"] != true && agent_problems.is_empty() {
         agent_problems.push(Finding::problem(
             "agent",
@@ -79,7 +76,7 @@ fn agent_problems(status: &Value, reported: &[&str], findings: &[Finding]) -> Ve
         ));
     }
     if text(status, "version") != env!("CARGO_PKG_VERSION") {
-        agent_problems.push(Finding::warning(
+        agent_problems.push(Finding::notice(
             "agent",
             format!(
                 "it runs version {}, this is {}",
@@ -97,31 +94,16 @@ fn agent_problems(status: &Value, reported: &[&str], findings: &[Finding]) -> Ve
     agent_problems
 }
 
-fn members<'a>(status: &'a Value, events: &Value, reported: &mut Vec<&'a str>) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    let mut problems = each(status, "problems").filter_map(Value::as_str);
-    // This problem names all members and says more.
-    let of_all = problems.find(|problem| problem.starts_with("no other member answers"));
-    if let Some(problem) = of_all {
-        reported.push(problem);
-        findings.push(Finding::sentence("members", problem));
-    }
+fn members(status: &Value, events: &Value) -> Vec<Finding> {
+    let mut problems = problems_in(status, "problems");
+    problems
+        .retain(|problem| [ProblemCode::MemberDown, ProblemCode::Isolated].contains(&problem.code));
+    let mut findings: Vec<Finding> =
+        problems.iter().map(|problem| Finding::of("members", problem)).collect();
     let present = || {
         each(status, "members")
             .filter(|member| member["left"] == false && member["forgotten"] == false)
     };
-    for member in present().filter(|_| of_all.is_none()) {
-        let (name, state) = (text(member, "name"), text(member, "liveness"));
-        if state != "alive" && state != "suspect" {
-            let state = if state.is_empty() { "has never been seen" } else { "is down" };
-            findings.push(Finding::problem(
-                "members",
-                format!("{name} ({}) {state}", text(member, "address")),
-                "it keeps its subnet, and its pods may still be reachable",
-                remedy(status, name),
-            ));
-        }
-    }
     let mut downs: BTreeMap<&str, usize> = BTreeMap::new();
     for event in each(events, "events").filter(|event| event["kind"] == "member") {
         if let Some(name) = text(event, "text").strip_suffix(" is down") {
@@ -129,7 +111,7 @@ fn members<'a>(status: &'a Value, events: &Value, reported: &mut Vec<&'a str>) -
         }
     }
     for (name, count) in downs.into_iter().filter(|(_, count)| *count >= DOWNS_UNTIL_FLAPPING) {
-        findings.push(Finding::warning(
+        findings.push(Finding::notice(
             "members",
             format!("{name} was down {count} times"),
             "likely causes are a bad link, an overloaded host, or an agent that crashes",
@@ -137,7 +119,8 @@ fn members<'a>(status: &'a Value, events: &Value, reported: &mut Vec<&'a str>) -
         ));
     }
     if findings.is_empty() {
-        findings.push(Finding::ok("members", format!("{} alive", present().count())));
+        let alive = present().filter(|member| text(member, "liveness") == "alive").count();
+        findings.push(Finding::ok("members", format!("{alive} alive")));
     }
     findings
 }
@@ -146,7 +129,7 @@ fn members<'a>(status: &'a Value, events: &Value, reported: &mut Vec<&'a str>) -
 /// host.
 fn remedy(status: &Value, name: &str) -> String {
     let mut paths = each(status, "paths").filter(|path| text(path, "name") == name);
-    if paths.any(|path| path["problem"].is_string()) {
+    if paths.any(|path| path["problem"].is_object()) {
         return "follow the finding of check `paths` first".to_owned();
     }
     let mut others = each(status, "members")
@@ -163,17 +146,15 @@ fn remedy(status: &Value, name: &str) -> String {
     )
 }
 
-fn paths<'a>(status: &'a Value, reported: &mut Vec<&'a str>) -> Vec<Finding> {
-    let mut findings = Vec::new();
+fn paths(status: &Value) -> Vec<Finding> {
+    let mut findings: Vec<Finding> = Vec::new();
     for path in each(status, "paths") {
         let (name, state) = (text(path, "name"), text(path, "state"));
-        if let Some(problem) = path["problem"].as_str() {
+        if let Ok(problem) = serde_json::from_value::<Problem>(path["problem"].clone()) {
             // One cause may concern several peers.
-            if reported.contains(&problem) {
-                continue;
+            if !findings.iter().any(|finding| finding.seen == problem.what) {
+                findings.push(Finding::of("paths", &problem));
             }
-            reported.push(problem);
-            findings.push(Finding::sentence("paths", problem));
         } else if matches!(state, "dead" | "withdrawn") {
             findings.push(Finding::problem(
                 "paths",
@@ -226,7 +207,7 @@ fn addresses(status: &Value) -> Vec<Finding> {
             let who = holders.join(", ");
             let gone = "if one of them is the other's earlier installation: gossamer forget ID";
             findings.push(match key {
-                "name" => Finding::warning(
+                "name" => Finding::notice(
                     "addresses",
                     format!("{} members are called {value}: {who}", holders.len()),
                     "commands that take a name cannot tell them apart",
@@ -251,14 +232,10 @@ fn addresses(status: &Value) -> Vec<Finding> {
     findings
 }
 
-fn identity<'a>(status: &'a Value, reported: &mut Vec<&'a str>) -> Finding {
-    let mut problems = each(status, "problems").filter_map(Value::as_str);
-    let about = |problem: &&str| problem.contains("state directory was");
-    match problems.find(about) {
-        Some(problem) => {
-            reported.push(problem);
-            Finding::sentence("identity", problem)
-        }
+fn identity(status: &Value) -> Finding {
+    let problems = problems_in(status, "problems");
+    match problems.iter().find(|problem| OF_IDENTITY.contains(&problem.code)) {
+        Some(problem) => Finding::of("identity", problem),
         None => Finding::ok("identity", format!("this node alone is {}", text(status, "node"))),
     }
 }
@@ -266,7 +243,7 @@ fn identity<'a>(status: &'a Value, reported: &mut Vec<&'a str>) -> Finding {
 fn offload(status: &Value) -> Finding {
     let kernel = &status["kernel"];
     if kernel["checksum_offload_fails"] == true {
-        return Finding::warning(
+        return Finding::notice(
             "offload",
             "packets whose checksums were left to the network card did not arrive",
             "the kernel computes them since then, which costs some throughput",
@@ -337,14 +314,14 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
         };
         if is_own_address(&seed) {
             let of_token = token.seeds.contains(&seed);
-            findings.push(Finding::sentence("seeds", &own_address_problem(&[&seed], of_token)));
+            findings.push(Finding::of("seeds", &own_address_problem(&[&seed], of_token)));
             continue;
         }
         let seen = visible(&format!("{seed}: {error}"));
         // One reachable seed is enough.
         findings.push(match reached {
             0 => Finding::problem("seeds", seen, why, fix),
-            _ => Finding::warning("seeds", seen, why, fix),
+            _ => Finding::notice("seeds", seen, why, fix),
         });
     }
     if findings.is_empty() {
@@ -391,23 +368,19 @@ mod tests {
         let status = json!({ "members": [member("a", "192.0.2.1:8473")] });
         let down = json!({ "kind": "member", "text": "a is down" });
         let events = |count| json!({ "events": vec![down.clone(); count] });
-        assert_eq!(
-            members(&status, &events(DOWNS_UNTIL_FLAPPING - 1), &mut Vec::new())[0].verdict,
-            Verdict::Ok
-        );
-        assert!(is_bad(
-            &members(&status, &events(DOWNS_UNTIL_FLAPPING), &mut Vec::new())[0],
-            "a was down 3 times"
-        ));
+        assert_eq!(members(&status, &events(DOWNS_UNTIL_FLAPPING - 1))[0].verdict, Verdict::Ok);
+        assert!(is_bad(&members(&status, &events(DOWNS_UNTIL_FLAPPING))[0], "a was down 3 times"));
     }
 
     #[test]
     fn duplicate_identity_bad_offload_and_wrong_entries_are_reported() {
-        let problem = "this node's key is in use twice: its state directory was copied";
-        let mut reported = Vec::new();
-        let status = json!({ "problems": [problem] });
-        assert!(is_bad(&identity(&status, &mut reported), problem));
-        assert_eq!(reported, [problem], "and no other check reports it again");
+        let what = "this node's key is in use twice: its state directory was copied";
+        let problem = Problem::new(ProblemCode::DuplicateIdentity, "192.0.2.7:8473", what, "");
+        let status = json!({ "problems": [problem], "converged": true });
+        let found = identity(&status);
+        assert!(is_bad(&found, what));
+        let others = agent_problems(&status, &[found]);
+        assert!(!others.iter().any(|other| is_bad(other, what)), "it is reported once: {others:?}");
         let status = json!({ "kernel": { "checksum_offload_fails": true } });
         assert!(is_bad(&offload(&status), "checksums"));
         let entry = json!({ "table": "fdb", "key": "aa", "verdict": "missing" });

@@ -4,7 +4,10 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{Examination, Finding, Verdict};
-use crate::dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port};
+use crate::{
+    dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port},
+    model::ProblemCode,
+};
 
 /// Runs the checks `firewall`, `forwarding` and `docker`.
 pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
@@ -32,7 +35,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     // Gossip sends so few packets that no rate limit affects it.
     for limited in closed.iter().filter(|closed| closed.limited && is_tunnel(closed.port)) {
         let ClosedPort { chain, port, .. } = limited;
-        findings.push(Finding::warning(
+        findings.push(Finding::notice(
             "firewall",
             format!("chain {chain} drops UDP {port} above some rate"),
             "all traffic between pods of two hosts uses that port: under load many packets are lost",
@@ -48,7 +51,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         findings.push(if works && !by_port {
             let why =
                 format!("that is the port of {what}, according to its rules; so far they arrive");
-            Finding::warning("firewall", seen, why, fix)
+            Finding::notice("firewall", seen, why, fix)
         } else {
             let why = format!("that is the port of {what}: members do not reach this host");
             Finding::problem("firewall", seen, why, fix)
@@ -60,17 +63,15 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
             format!("UDP {} and {} are accepted", ports[0], ports[1]),
         ));
     }
-    let warnings = examination.warnings().map(|warning| Finding {
-        verdict: Verdict::Warning,
-        ..Finding::sentence("forwarding", warning)
-    });
-    let warnings: Vec<Finding> = warnings.collect();
+    let notices = examination.notices();
+    let notices: Vec<Finding> =
+        notices.iter().map(|notice| Finding::of("forwarding", notice)).collect();
     let found = forwarding(examination, &chains, &numbers.networks);
-    // The agent's warning already contains the reason and the likely cause.
+    // The agent's notice already contains the reason and the likely cause.
     let is_told =
-        |finding: &Finding| !warnings.is_empty() && matches!(finding.verdict, Verdict::Warning);
+        |finding: &Finding| !notices.is_empty() && matches!(finding.verdict, Verdict::Notice);
     findings.extend(found.into_iter().filter(|finding| !is_told(finding)));
-    findings.extend(warnings);
+    findings.extend(notices);
     for chain in &chains.dropping {
         findings.push(Finding::problem(
             "docker",
@@ -84,6 +85,18 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     }
 }
 
+/// Problems of the agent that its trials show.
+const OF_FORWARDING: [ProblemCode; 8] = [
+    ProblemCode::NotForwarding,
+    ProblemCode::GatewayUnresolved,
+    ProblemCode::PodsApart,
+    ProblemCode::TunnelOutput,
+    ProblemCode::TooLargeUnreported,
+    ProblemCode::SourceTranslated,
+    ProblemCode::RemotePods,
+    ProblemCode::PodSilent,
+];
+
 /// Returns the results of the agent's trials; without them, a guess from the chains.
 fn forwarding(
     examination: &Examination,
@@ -96,32 +109,17 @@ fn forwarding(
     match tried.and_then(|tried| tried["state"].as_str()) {
         Some("ok") => return vec![Finding::ok("forwarding", detail)],
         Some("failing") => {
-            let is_about_it = |problem: &&str| {
-                [
-                    "does not forward",
-                    "at pods of",
-                    "do not find their gateway",
-                    "do not find each other",
-                    "leave under the address",
-                    "do not learn that a packet",
-                    "do not leave this host inside",
-                    "not answer ARP",
-                    "not answer neighbor discovery",
-                ]
-                .iter()
-                .any(|words| problem.contains(words))
-            };
-            let problems = examination.problems().filter(is_about_it);
-            let findings = problems.filter_map(|problem| problem.split_once(": "));
-            let findings = findings.map(|(seen, fix)| {
-                let why = if seen.contains("leave under") {
-                    "other containers identify a container by its address"
-                } else if seen.contains("too large") {
-                    "small packets pass, but connections hang at the first large one"
-                } else {
-                    "pods here do not reach other pods, or other pods do not reach them"
+            let findings = examination.problems(&OF_FORWARDING).map(|problem| {
+                let why = match problem.code {
+                    ProblemCode::SourceTranslated => {
+                        "other containers identify a container by its address"
+                    }
+                    ProblemCode::TooLargeUnreported => {
+                        "small packets pass, but connections hang at the first large one"
+                    }
+                    _ => "pods here do not reach other pods, or other pods do not reach them",
                 };
-                Finding::problem("forwarding", seen, why, fix)
+                Finding { why: Some(why.to_owned()), ..Finding::of("forwarding", &problem) }
             });
             let findings: Vec<Finding> = findings.collect();
             if findings.is_empty() {
@@ -140,7 +138,7 @@ fn forwarding(
         let network = networks.iter().find(of_family).or(networks.first());
         let fix =
             network.map_or_else(|| "accept the overlay's network".to_owned(), |n| chain.fix(*n));
-        Finding::warning(
+        Finding::notice(
             "forwarding",
             format!("{chain}, and no rule in it seems to accept packets of pods"),
             "a guess from its rules: each chain must accept a packet",

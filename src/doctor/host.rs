@@ -16,10 +16,10 @@ use crate::{
         firewall::Firewall,
         kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
-    model::Pool,
+    model::{Pool, ProblemCode},
     netlink::{Netlink, in_thread, link::Link},
     pods::{obstacle::obstacle, standin::OWN_ALIAS},
-    underlay::{self, LACKS_IPV6},
+    underlay,
 };
 
 /// Prefixes of device names of other overlays, with the program.
@@ -141,7 +141,7 @@ fn kernel() -> Finding {
     });
     match trial {
         Ok(Ok(())) => Finding::ok("kernel", "VXLAN, veth, bridge and nftables work"),
-        Ok(Err(error)) => Finding::warning(
+        Ok(Err(error)) => Finding::notice(
             "kernel",
             format!("no network namespace can be created: {error}"),
             "neither this check nor the agent's tests of forwarding are possible, so a firewall that drops \
@@ -196,8 +196,7 @@ fn sysctls(numbers: &Numbers, mode: Mode, underlay: Option<&str>, findings: &mut
     let wanted = sysctl::wanted(&numbers.networks, &device, mode, underlay.unwrap_or("all"));
     let wrong: Vec<_> = wanted.iter().filter_map(|setting| setting.wrong()).collect();
     if let Some(unreadable) = sysctl::unreadable() {
-        let warning = Finding::sentence("sysctls", &unreadable);
-        findings.push(Finding { verdict: super::Verdict::Warning, ..warning });
+        findings.push(Finding::of("sysctls", &unreadable));
     } else if wrong.is_empty() {
         findings.push(Finding::ok("sysctls", "forwarding is on"));
     }
@@ -245,7 +244,7 @@ fn overlays(links: &[Link], numbers: &Numbers) -> Vec<Finding> {
     for link in links.iter().filter(|link| link.name != own) {
         let known = OVERLAY_PREFIXES.iter().find(|(prefix, _)| link.name.starts_with(prefix));
         if let Some((_, whose)) = known {
-            findings.push(Finding::warning(
+            findings.push(Finding::notice(
                 "overlays",
                 format!("interface {} belongs to {whose}", link.name),
                 "two overlays on one host give pods two networks, and often use the same UDP port",
@@ -264,7 +263,7 @@ fn bridge(examination: &Examination, links: &[Link], numbers: &Numbers) -> Optio
     let config = examination.config.as_ref().ok().filter(|_| examination.agent.is_none())?;
     let name = config.bridge_name(numbers.vni);
     let obstacle = obstacle(links.iter().find(|link| link.name == name)?, None)?;
-    Some(Finding::sentence("overlays", &obstacle))
+    Some(Finding::of("overlays", &obstacle))
 }
 
 /// Checks for interfaces whose networks overlap the overlay's.
@@ -278,12 +277,12 @@ fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Find
         examination.status().is_none_or(|status| status["kernel"]["peers_in_use"].is_null());
     let pool = examination.status().map(|status| status["settings"]["pool"].clone());
     let pool = pool.and_then(|pool| serde_json::from_value::<Pool>(pool).ok());
-    let sentences = overlaps(&mut netlink, &numbers.networks, pool.as_ref(), &own, has_all_routes);
-    let sentences = sentences.unwrap_or_default();
-    findings.extend(sentences.iter().map(|sentence| {
-        let (seen, rest) = sentence.split_once(": ").unwrap_or((sentence, ""));
-        let (why, fix) = rest.split_once("; ").unwrap_or((rest, ""));
-        Finding::problem("overlays", seen, why, fix)
+    let problems = overlaps(&mut netlink, &numbers.networks, pool.as_ref(), &own, has_all_routes);
+    let problems = problems.unwrap_or_default();
+    findings.extend(problems.iter().map(|problem| {
+        let (seen, why) = problem.what.split_once(": ").unwrap_or((&problem.what, ""));
+        let (seen, why) = (seen.to_owned(), Some(why.to_owned()));
+        Finding { seen, why, ..Finding::of("overlays", problem) }
     }));
 }
 
@@ -325,8 +324,8 @@ fn mtu(
             ),
         ));
     }
-    let ipv6_problems = examination.problems().filter(|problem| problem.contains(LACKS_IPV6));
-    findings.extend(ipv6_problems.map(|problem| Finding::sentence("mtu", problem)));
+    let ipv6_problems = examination.problems(&[ProblemCode::Ipv6LeftOut]);
+    findings.extend(ipv6_problems.map(|problem| Finding::of("mtu", &problem)));
     let has_ipv6 = examination.numbers().networks.iter().any(|network| network.addr().is_ipv6());
     let is_unreported = examination.agent.is_none() && has_ipv6;
     if let Some(mtu) = own.filter(|mtu| is_unreported && *mtu < IPV6_MTU_MIN) {

@@ -1,7 +1,7 @@
 //! `gossamer doctor`: checks everything that may make a host's pods unreachable.
 //!
 //! Works with and without a running agent, and changes nothing on the host. Each finding says what was
-//! seen; problems and warnings also say why it matters and what to do. What only the agent knows is
+//! seen; problems and notices also say why it matters and what to do. What only the agent knows is
 //! queried over its control socket.
 
 mod bundle;
@@ -17,7 +17,11 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::config::{Config, ConfigError, DEFAULT_VXLAN_PORT, Instance};
+use crate::{
+    api::{self, VerdictState},
+    config::{Config, ConfigError, DEFAULT_VXLAN_PORT, Instance},
+    model::{Problem, ProblemCode, Severity},
+};
 
 pub use bundle::write as write_bundle;
 
@@ -61,6 +65,10 @@ pub struct Finding {
     pub why: Option<String>,
     /// The remedy: a command or a setting; `None` as above.
     pub fix: Option<String>,
+    /// The code of the agent's problem; `None` if the doctor has found it itself.
+    pub code: Option<ProblemCode>,
+    /// What the agent's problem is about.
+    pub subject: Option<String>,
 }
 
 /// The severity of a finding.
@@ -72,14 +80,16 @@ pub enum Verdict {
     /// The check was not possible.
     Skipped,
     /// Pods may be affected later, or under load.
-    Warning,
+    Notice,
     /// Pods are unreachable, or will be.
     Problem,
 }
 
 impl Finding {
     fn ok(check: &'static str, seen: impl Into<String>) -> Self {
-        Self { check, verdict: Verdict::Ok, seen: seen.into(), why: None, fix: None }
+        let seen = seen.into();
+        let (why, fix, code, subject) = (None, None, None, None);
+        Self { check, verdict: Verdict::Ok, seen, why, fix, code, subject }
     }
 
     fn skipped(check: &'static str, seen: impl Into<String>) -> Self {
@@ -93,19 +103,42 @@ impl Finding {
         fix: impl Into<String>,
     ) -> Self {
         let (why, fix) = (Some(why.into()), Some(fix.into()));
-        Self { check, verdict: Verdict::Problem, seen: seen.into(), why, fix }
+        Self { verdict: Verdict::Problem, why, fix, ..Self::ok(check, seen) }
     }
 
-    fn warning(
+    fn notice(
         check: &'static str,
         seen: impl Into<String>,
         why: impl Into<String>,
         fix: impl Into<String>,
     ) -> Self {
-        Self { verdict: Verdict::Warning, ..Self::problem(check, seen, why, fix) }
+        Self { verdict: Verdict::Notice, ..Self::problem(check, seen, why, fix) }
     }
 
-    /// Returns a problem described by one sentence of the agent, which includes the remedy.
+    /// Returns a problem or notice of the agent.
+    fn of(check: &'static str, problem: &Problem) -> Self {
+        Self {
+            verdict: match problem.severity {
+                Severity::Problem => Verdict::Problem,
+                Severity::Notice => Verdict::Notice,
+            },
+            fix: (!problem.fix.is_empty()).then(|| problem.fix.clone()),
+            code: Some(problem.code),
+            subject: Some(problem.subject.clone()),
+            ..Self::ok(check, &problem.what)
+        }
+    }
+
+    /// Whether the finding reports this problem of the agent.
+    fn reports(&self, problem: &Problem) -> bool {
+        let is_same = self.code == Some(problem.code)
+            && self.subject.as_deref() == Some(problem.subject.as_str());
+        // A check of the host may have found the same.
+        let is_found = self.fix.is_some() && problem.what.starts_with(self.seen.as_str());
+        is_same || is_found || self.seen == problem.what
+    }
+
+    /// Returns a problem described by one sentence, which includes the remedy.
     fn sentence(check: &'static str, sentence: &str) -> Self {
         Self { verdict: Verdict::Problem, ..Self::ok(check, sentence) }
     }
@@ -133,6 +166,19 @@ pub struct Agent {
     pub events: Value,
 }
 
+/// Returns the verdict: that of the agent, with the problems of all checks.
+pub fn verdict(examination: &Examination, findings: &[Finding]) -> api::Verdict {
+    let reported = examination.status().map(|status| status["verdict"].clone());
+    let reported = reported.and_then(|verdict| serde_json::from_value(verdict).ok());
+    match reported {
+        Some(verdict @ api::Verdict { state: VerdictState::NotReady, .. }) => verdict,
+        _ => {
+            let problems = findings.iter().filter(|finding| finding.verdict == Verdict::Problem);
+            api::Verdict::new(None, problems.count())
+        }
+    }
+}
+
 /// Runs all checks. Must be called outside of a runtime. Takes a few seconds if a seed does not answer.
 pub fn examine(examination: &Examination) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -155,21 +201,26 @@ struct Numbers {
     networks: Vec<ipnet::IpNet>,
 }
 
+/// Returns the problems or notices in a status.
+fn problems_in(status: &Value, key: &str) -> Vec<Problem> {
+    let all = status[key].as_array().into_iter().flatten();
+    all.filter_map(|problem| serde_json::from_value(problem.clone()).ok()).collect()
+}
+
 impl Examination {
     fn status(&self) -> Option<&Value> {
         self.agent.as_ref().map(|agent| &agent.status)
     }
 
-    /// Returns the agent's problems.
-    fn problems(&self) -> impl Iterator<Item = &str> {
-        let problems = self.status().and_then(|status| status["problems"].as_array());
-        problems.into_iter().flatten().filter_map(Value::as_str)
+    /// Returns the agent's problems of these codes.
+    fn problems(&self, codes: &[ProblemCode]) -> impl Iterator<Item = Problem> {
+        let problems = self.status().map(|status| problems_in(status, "problems"));
+        problems.unwrap_or_default().into_iter().filter(|problem| codes.contains(&problem.code))
     }
 
-    /// Returns the agent's warnings.
-    fn warnings(&self) -> impl Iterator<Item = &str> {
-        let warnings = self.status().and_then(|status| status["warnings"].as_array());
-        warnings.into_iter().flatten().filter_map(Value::as_str)
+    /// Returns the agent's notices.
+    fn notices(&self) -> Vec<Problem> {
+        self.status().map(|status| problems_in(status, "notices")).unwrap_or_default()
     }
 
     /// Returns the id of the process that owns the control socket.

@@ -5,6 +5,7 @@ use ipnet::IpNet;
 use super::{Examination, Finding};
 use crate::{
     dataplane::{desired::device_name, kernel::Kernel},
+    model::ProblemCode,
     netlink::{Netlink, route::Query},
     pods::gateway,
 };
@@ -22,9 +23,9 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     match check["state"].as_str() {
         Some("ok") => findings.push(Finding::ok("routing", detail)),
         Some("failing") => {
-            let problems = examination.problems().filter(|problem| detail.contains(problem));
+            let problems = examination.problems(&[ProblemCode::Diverted]);
             let problems: Vec<Finding> =
-                problems.map(|problem| Finding::sentence("routing", problem)).collect();
+                problems.map(|problem| Finding::of("routing", &problem)).collect();
             if problems.is_empty() {
                 let seen = format!("{detail}: see the other checks");
                 findings.push(Finding::skipped("routing", seen));

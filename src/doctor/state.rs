@@ -63,7 +63,7 @@ fn clock(state_dir: &Path) -> Finding {
         "set it (timedatectl set-ntp true, or date -s), and give the host a battery-backed clock";
     if now < EARLIEST {
         let seen = format!("this host's clock says {}", text(now));
-        return Finding::warning("clock", seen, why, fix);
+        return Finding::notice("clock", seen, why, fix);
     }
     let lines = History::new(state_dir).read().unwrap_or_default();
     let last = lines.iter().filter_map(|line| line["at"].as_u64()).max().unwrap_or(0);
@@ -73,7 +73,7 @@ fn clock(state_dir: &Path) -> Finding {
             text(now),
             text(Duration::from_secs(last))
         );
-        return Finding::warning("clock", seen, why, fix);
+        return Finding::notice("clock", seen, why, fix);
     }
     Finding::ok("clock", text(now).to_string())
 }

@@ -14,6 +14,7 @@ mod member;
 mod path;
 mod pod;
 mod pool;
+mod problem;
 mod quorum;
 mod selector;
 mod slot;
@@ -34,6 +35,7 @@ pub use member::{
 pub use path::PathState;
 pub use pod::{Addresses, Attachment, AttachmentError, CONTAINER_MAX, Pod, check_interface_name};
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
+pub use problem::{Problem, ProblemCode, ProblemKey, Severity};
 pub use quorum::{Quorum, QuorumError};
 pub use selector::{Condition, Ports, Selector, Transport};
 pub use slot::{Run, SlotRecord, SlotState};

@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
-    model::{Addresses, Mac, Pod, Subnets},
+    model::{Addresses, Mac, Pod, Problem, Subnets},
     netlink::{
         Netlink, Request,
         link::{Address, Link, address_message, no_ipv6_address},
@@ -99,8 +99,8 @@ pub struct RepairReport {
     pub spoofing: u64,
     /// Name and index of the last repaired interface, except for sysctls.
     last: Option<(String, u32)>,
-    /// Sysctls that let a pod send routes to this host, as sentences with the remedy.
-    pub open: Vec<String>,
+    /// Sysctls that let a pod send routes to this host.
+    pub open: Vec<Problem>,
     /// Names of ports that the kernel does not have.
     pub absent: BTreeSet<String>,
     /// Names of ports whose other end is on this host.
@@ -168,7 +168,7 @@ pub(super) fn ensure(
         }
     };
     if let Some(obstacle) = obstacle::to(bridge, &link, netlink)? {
-        return Err(io::Error::other(obstacle));
+        return Err(io::Error::other(obstacle.to_string()));
     }
     // Before the bridge is up, because it receives no packets until then.
     let closed = interface::close(&bridge.name, bridge.ipv6());

@@ -9,7 +9,7 @@ use super::{
     gateway,
 };
 use crate::{
-    model::{Mac, Subnets},
+    model::{Mac, Problem, ProblemCode, Subnets},
     netlink::{
         Netlink,
         link::{Address, Link},
@@ -21,18 +21,18 @@ use crate::{
 /// The bridge has gossamer's alias. If an agent ended while creating it, it may lack the alias and have the
 /// MAC that follows from the gateway's address. Without an agent (`subnets` is `None`) any MAC that follows
 /// from an address counts.
-pub fn obstacle(link: &Link, subnets: Option<Subnets>) -> Option<String> {
+pub fn obstacle(link: &Link, subnets: Option<Subnets>) -> Option<Problem> {
     let has_mac = |mac: Mac| match subnets {
         Some(subnets) => mac == mac_at(gateway(subnets.first)),
         None => is_address_mac(mac),
     };
     let is_ours = link.alias == ALIAS || link.mac.is_some_and(has_mac);
     (link.kind != "bridge" || !is_ours).then(|| {
-        format!(
-            "no pod can be connected: an interface {} is there and is not gossamer's: choose another name \
-             for the pods' bridge (the setting bridge)",
-            link.name
-        )
+        let name = &link.name;
+        let what =
+            format!("no pod can be connected: an interface {name} is there and is not gossamer's");
+        let fix = "choose another name for the pods' bridge (the setting bridge)";
+        Problem::new(ProblemCode::PodsRefused, name, what, fix)
     })
 }
 
@@ -44,7 +44,7 @@ pub(super) fn to(
     bridge: &Bridge,
     link: &Link,
     netlink: &mut Netlink,
-) -> io::Result<Option<String>> {
+) -> io::Result<Option<Problem>> {
     match obstacle(link, Some(bridge.subnets)) {
         None => other_overlay(netlink, link, bridge),
         obstacle => Ok(obstacle),
@@ -57,7 +57,7 @@ fn other_overlay(
     netlink: &mut Netlink,
     link: &Link,
     bridge: &Bridge,
-) -> io::Result<Option<String>> {
+) -> io::Result<Option<Problem>> {
     let has = netlink.addresses()?;
     // Link-local addresses are in the same network on every interface.
     let is_foreign = |address: &&Address| {
@@ -77,10 +77,12 @@ fn other_overlay(
         links.iter().filter(|device| device.kind == "vxlan" && device.name != bridge.table);
     let device = devices.find(|device| has.iter().any(|address| is_its_vtep(device, address)));
     Ok(device.map(|device| {
-        format!(
-            "no pod can be connected: bridge {} has the pods of another overlay on this host ({}): choose \
-             another name for this one's bridge (the setting bridge)",
-            link.name, device.name
-        )
+        let name = &link.name;
+        let what = format!(
+            "no pod can be connected: bridge {name} has the pods of another overlay on this host ({})",
+            device.name
+        );
+        let fix = "choose another name for this one's bridge (the setting bridge)";
+        Problem::new(ProblemCode::PodsRefused, name, what, fix)
     }))
 }

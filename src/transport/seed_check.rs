@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use nix::ifaddrs::getifaddrs;
 
 use crate::{
-    model::{CallError, CallId, ClusterId},
+    model::{CallError, CallId, ClusterId, Problem, ProblemCode},
     random::random,
     transport::{Call, Credentials, NodeKey, Received, Transport},
     wire::{Frame, Request, Roots, Secret},
@@ -58,20 +58,21 @@ pub fn is_own_address(seed: &str) -> bool {
     own.filter_map(ip).any(|own| own == address.ip())
 }
 
-/// Returns the sentence that these seeds are addresses of this host, with the remedy. `of_token`: they come
-/// from the token.
-pub fn own_address_problem(seeds: &[&str], of_token: bool) -> String {
+/// Returns the problem that these seeds are addresses of this host. `of_token`: they come from the token.
+pub fn own_address_problem(seeds: &[&str], of_token: bool) -> Problem {
     let (of, is) = match (of_token, seeds.len()) {
         (true, 1) => ("the token's address", "is"),
         (true, _) => ("the token's addresses", "are"),
         (false, 1) => ("the seed", "is"),
         (false, _) => ("the seeds", "are"),
     };
-    format!(
-        "{of} {} {is} this host's own, so no member is found there (virtual machines that are each behind \
-         their own NAT have the same address): name a member by an address that this host reaches (--join \
-         ADDRESS); or start the member that made the token with --iface NAME or --advertise ADDRESS, and \
-         use a new token of that member (gossamer token)",
-        seeds.join(", ")
-    )
+    let seeds = seeds.join(", ");
+    let what = format!(
+        "{of} {seeds} {is} this host's own, so no member is found there (virtual machines that are each \
+         behind their own NAT have the same address)"
+    );
+    let fix = "name a member by an address that this host reaches (--join ADDRESS); or start the member that \
+               made the token with --iface NAME or --advertise ADDRESS, and use a new token of that member \
+               (gossamer token)";
+    Problem::new(ProblemCode::OwnAddressSeed, seeds, what, fix)
 }

@@ -8,6 +8,7 @@ use std::{
 use rtnetlink::packet_route::link::LinkAttribute;
 
 use crate::{
+    model::{Problem, ProblemCode},
     netlink::link::Link,
     pods::port::{self, PortState},
 };
@@ -115,12 +116,18 @@ impl Flaps {
     }
 
     /// Returns the problem, with the interface's name, while the carrier flaps.
-    pub fn problem(&self, name: &str) -> Option<String> {
+    pub fn problem(&self, name: &str) -> Option<Problem> {
         let count = self.flapping?;
-        Some(format!(
-            "the carrier of {name} flaps: it was lost {count} times, and tunnel packets with it; \
-             check the cable, the transceiver, and the port of the switch (ethtool {name}; ip -s -s link \
-             show {name})"
+        Some(Problem::new(
+            ProblemCode::LinkFlapping,
+            name,
+            format!(
+                "the carrier of {name} flaps: it was lost {count} times, and tunnel packets with it"
+            ),
+            format!(
+                "check the cable, the transceiver, and the port of the switch (ethtool {name}; ip -s -s \
+                 link show {name})"
+            ),
         ))
     }
 }

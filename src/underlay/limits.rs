@@ -5,11 +5,9 @@ use std::net::IpAddr;
 use super::ChosenUnderlay;
 use crate::{
     dataplane::desired::{IPV6_MTU_MIN, overhead},
-    model::{Pool, Subnets},
+    model::{Pool, Problem, ProblemCode, Subnets},
 };
 
-/// Part of the problem about IPv6 in the overlay, by which the doctor recognizes it.
-pub const LACKS_IPV6: &str = "is left out on this host";
 /// Size in bytes of UDP datagrams that QUIC must be able to send (RFC 9000, section 14).
 const QUIC_DATAGRAM: u32 = 1_200;
 
@@ -22,7 +20,7 @@ impl ChosenUnderlay {
 }
 
 /// Returns the problems of an underlay whose MTU is too small.
-pub(crate) fn limits(chosen: &ChosenUnderlay, pool: Option<&Pool>) -> Vec<String> {
+pub(crate) fn limits(chosen: &ChosenUnderlay, pool: Option<&Pool>) -> Vec<Problem> {
     let ChosenUnderlay { name, local, carried, .. } = chosen;
     let mut limits = Vec::new();
     if !chosen.is_present() {
@@ -30,10 +28,17 @@ pub(crate) fn limits(chosen: &ChosenUnderlay, pool: Option<&Pool>) -> Vec<String
     }
     let needed = QUIC_DATAGRAM + headers_of_udp(*local);
     if *carried < needed {
-        limits.push(format!(
-            "interface {name} has MTU {carried}, and gossip (QUIC) needs at least {needed} \
-             (RFC 9000): this host reaches no member; raise it on all hosts: ip link set {name} mtu {}",
-            IPV6_MTU_MIN + overhead(*local)
+        limits.push(Problem::new(
+            ProblemCode::GossipMtu,
+            name,
+            format!(
+                "interface {name} has MTU {carried}, and gossip (QUIC) needs at least {needed} (RFC 9000), \
+                 so this host reaches no member"
+            ),
+            format!(
+                "raise it on all hosts: ip link set {name} mtu {}",
+                IPV6_MTU_MIN + overhead(*local)
+            ),
         ));
     }
     let networks = pool.map(|pool| pool.networks().iter());
@@ -41,18 +46,24 @@ pub(crate) fn limits(chosen: &ChosenUnderlay, pool: Option<&Pool>) -> Vec<String
     if let Some(ipv6) = ipv6.filter(|_| chosen.tunnel_mtu < IPV6_MTU_MIN) {
         let left = chosen.tunnel_mtu;
         let enough = IPV6_MTU_MIN + overhead(*local);
-        let why = match *carried < enough {
-            true => format!(
-                "interface {name} with MTU {carried} leaves {left} (IPv4 continues): ip link set {name} mtu \
-                 {enough}"
+        let (why, fix) = match *carried < enough {
+            true => (
+                format!("interface {name} with MTU {carried} leaves {left} (IPv4 continues)"),
+                format!("ip link set {name} mtu {enough}"),
             ),
-            false => format!(
-                "`mtu` of this host's settings is {left} (IPv4 continues): raise it, or leave it out"
+            false => (
+                format!("`mtu` of this host's settings is {left} (IPv4 continues)"),
+                "raise it, or leave it out".to_owned(),
             ),
         };
-        limits.push(format!(
-            "IPv6 ({ipv6}) {LACKS_IPV6}: it needs an MTU of {IPV6_MTU_MIN} in the overlay, and \
-             {why}"
+        limits.push(Problem::new(
+            ProblemCode::Ipv6LeftOut,
+            name,
+            format!(
+                "IPv6 ({ipv6}) is left out on this host: it needs an MTU of {IPV6_MTU_MIN} in the overlay, \
+                 and {why}"
+            ),
+            fix,
         ));
     }
     limits
@@ -82,7 +93,7 @@ mod tests {
     fn mtu_below_quic_minimum_is_reported_with_interface_and_minimum() {
         for (local, minimum) in [("192.0.2.1", 1_228), ("2001:db8::1", 1_248)] {
             assert!(limits(&chosen(local, minimum), None).is_empty());
-            let said = limits(&chosen(local, minimum - 1), None).join("");
+            let said = limits(&chosen(local, minimum - 1), None)[0].to_string();
             let words = ["eth0".to_owned(), format!("MTU {}", minimum - 1), minimum.to_string()];
             assert!(words.iter().all(|word| said.contains(word)), "{said}");
         }
@@ -98,10 +109,10 @@ mod tests {
         let pool = pool.expect("a pool");
         assert!(limits(&chosen("192.0.2.1", 1_330), Some(&pool)).is_empty());
         assert!(limits(&chosen("192.0.2.1", 1_329), None).is_empty());
-        let said = limits(&chosen("192.0.2.1", 1_329), Some(&pool)).join("");
+        let said = limits(&chosen("192.0.2.1", 1_329), Some(&pool))[0].to_string();
         assert!(said.contains("leaves 1279") && said.contains("mtu 1330"), "{said}");
         let set = ChosenUnderlay { tunnel_mtu: 1_200, ..chosen("192.0.2.1", 1_500) };
-        let said = limits(&set, Some(&pool)).join("");
+        let said = limits(&set, Some(&pool))[0].to_string();
         assert!(said.contains("settings is 1200") && !said.contains("ip link"), "{said}");
     }
 }

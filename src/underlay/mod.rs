@@ -20,7 +20,7 @@ use ipnet::IpNet;
 
 use self::host::Host;
 pub(crate) use self::limits::limits;
-pub use self::{carrier::Flaps, limits::LACKS_IPV6, watch::Watch};
+pub use self::{carrier::Flaps, watch::Watch};
 use crate::{
     config::Config,
     dataplane::desired::{Mode, Underlay, overhead},

@@ -7,11 +7,11 @@ use nix::sys::signal::Signal;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, TIMEOUT, has_problem, has_warning, isolated, program, run, sh, status_where, tool,
-        wait_until,
+        Cluster, TIMEOUT, has_notice, has_problem, isolated, program, run, sh, status_where, texts,
+        tool, wait_until,
     },
     forwarding::{ADD_FORWARD_CHAIN, state, with_pods},
-    misrouting_hosts::wait_for_warning,
+    misrouting_hosts::wait_for_notice,
 };
 
 #[test]
@@ -72,7 +72,7 @@ fn impossible_test_is_warned_of_where_a_pod_has_the_only_address() {
         agent.wait_converged(1, TIMEOUT)?;
         let _spaces = namespaces(&["a"])?;
         Runtime::new(&agent).add("a");
-        wait_for_warning(
+        wait_for_notice(
             &mut agent,
             &[
                 "it is unknown whether this host forwards packets of pods",
@@ -81,9 +81,9 @@ fn impossible_test_is_warned_of_where_a_pod_has_the_only_address() {
         );
         assert_eq!(state(&agent.ask("/v1/status", TIMEOUT)?), "skipped");
         sh(&host.netns, &format!("{ADD_FORWARD_CHAIN} && nft add rule inet wall f reject"));
-        wait_for_warning(&mut agent, &["chain inet wall f"]);
+        wait_for_notice(&mut agent, &["chain inet wall f"]);
         Runtime::new(&agent).del("a");
-        wait_until("it is still reported", TIMEOUT, || !has_warning(&mut agent, "it is unknown"));
+        wait_until("it is still reported", TIMEOUT, || !has_notice(&mut agent, "it is unknown"));
         Ok(())
     });
 }
@@ -101,14 +101,14 @@ fn rules_that_drop_packets_of_pods_on_a_foreign_bridge_are_warned_of() {
         sh(host, "ip link set cni0 up && ip link add va type veth peer name eth0 netns a");
         sh(host, "ip link set va master cni0 up");
         tool(&space, "ip link set eth0 up");
-        wait_for_warning(
+        wait_for_notice(
             agent,
             &[
                 "it is unknown whether this host forwards packets of pods",
                 "bridge cni0 of another program",
             ],
         );
-        let no_rules = agent.ask("/v1/status", TIMEOUT)?["warnings"].to_string();
+        let no_rules = texts(&agent.ask("/v1/status", TIMEOUT)?["notices"]);
         assert!(!no_rules.contains("chain "), "{no_rules}");
         let zones = "nft add table inet fw && nft add chain inet fw zone && \
                      nft add rule inet fw zone reject && \
@@ -129,12 +129,12 @@ fn rules_that_drop_packets_of_pods_on_a_foreign_bridge_are_warned_of() {
             (&nat, "ip", "chain ip fw f gives some packets between pods another source address"),
         ] {
             sh(host, rules);
-            wait_for_warning(agent, &[words]);
+            wait_for_notice(agent, &[words]);
             sh(host, &format!("nft delete table {family} fw"));
-            wait_until("it is still reported", TIMEOUT, || !has_warning(agent, words));
+            wait_until("it is still reported", TIMEOUT, || !has_notice(agent, words));
         }
         sh(host, "ip link del cni0");
-        wait_until("it is still reported", TIMEOUT, || !has_warning(agent, "it is unknown"));
+        wait_until("it is still reported", TIMEOUT, || !has_notice(agent, "it is unknown"));
         Ok(())
     });
 }

@@ -4,7 +4,7 @@
 use std::{fs, path::Path, process::Command, time::Duration};
 
 use crate::common::{
-    Cluster, TIMEOUT, client, isolated, program, run, status_where, tool, wait_until,
+    Cluster, TIMEOUT, client, isolated, program, run, status_where, texts, tool, wait_until,
 };
 use gossamer::lab::{Agent, Host, Lab, Pod};
 use nix::sys::signal::Signal;
@@ -178,7 +178,7 @@ fn copied_state_directory_is_reported_on_both_hosts_and_one_gets_a_new_identity(
             let both = [2, 3].map(|n: usize| cluster.hosts[n].ip.to_string());
             wait_until("the copy is not reported", DOWN_TIMEOUT, || {
                 let status = cluster.agents[number].ask("/v1/status", TIMEOUT);
-                let problems = status.expect("a status")["problems"].to_string();
+                let problems = texts(&status.expect("a status")["problems"]);
                 problems.contains("reset-identity") && both.iter().all(|ip| problems.contains(ip))
             });
         }

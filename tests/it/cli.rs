@@ -33,8 +33,7 @@ fn status_members_leases_and_token_commands_show_the_cluster() {
         let cluster = Cluster::start(lab, 3)?;
         let status = client(&cluster, 1, &["status", "--wait=10", "--members", "3"]);
         assert_eq!(status.status.code(), Some(0));
-        for words in
-            ["n2 (", "state     converged", "3 alive of 3", "gossamer.1, mtu 1450, in sync"]
+        for words in ["n2 (", "state     healthy", "3 alive of 3", "gossamer.1, mtu 1450, in sync"]
         {
             assert!(text(&status).contains(words), "{words:?} in\n{}", text(&status));
         }
@@ -157,8 +156,8 @@ fn events_command_follows_events_and_status_shows_problems_first() {
         ] {
             tool(&cluster.hosts[1].netns, chain);
         }
-        let wait_for_warning = wait_for("path", "packets to n2");
-        assert_eq!(wait_for_warning["level"], "warn");
+        let wait_for_notice = wait_for("path", "packets to n2");
+        assert_eq!(wait_for_notice["level"], "warn");
         wait_for("problem", "n2");
         follower.kill()?;
         follower.wait()?;

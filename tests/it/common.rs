@@ -233,16 +233,28 @@ pub fn status_where(agent: &mut Agent, wanted: impl Fn(&Value) -> bool) -> Value
     }
 }
 
+/// Returns a list of problems or notices as sentences with their remedies, one a line.
+pub fn texts(problems: &Value) -> String {
+    let text = |problem: &Value| {
+        let part = |name: &str| problem[name].as_str().unwrap_or_default().to_owned();
+        match part("fix") {
+            fix if fix.is_empty() => part("what"),
+            fix => format!("{}: {fix}", part("what")),
+        }
+    };
+    problems.as_array().into_iter().flatten().map(text).collect::<Vec<_>>().join("\n")
+}
+
 /// Returns whether a problem in the agent's status contains `words`.
 pub fn has_problem(agent: &mut Agent, words: &str) -> bool {
     let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
-    status["problems"].to_string().contains(words)
+    texts(&status["problems"]).contains(words)
 }
 
-/// Returns whether a warning in the agent's status contains `words`.
-pub fn has_warning(agent: &mut Agent, words: &str) -> bool {
+/// Returns whether a notice in the agent's status contains `words`.
+pub fn has_notice(agent: &mut Agent, words: &str) -> bool {
     let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
-    status["warnings"].to_string().contains(words)
+    texts(&status["notices"]).contains(words)
 }
 
 /// Waits until the output of a command fulfills a condition, and returns the output.

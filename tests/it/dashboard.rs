@@ -61,7 +61,7 @@ fn dashboard_shows_a_real_cluster_and_its_changes() {
         let mut browser = Browser::start(&cluster.hosts[0].netns)?;
         browser.set_screen(1280, 900, "light")?;
         browser.open(URL)?;
-        browser.wait_for("document.getElementById('verdict').innerText === 'Converged'")?;
+        browser.wait_for("document.getElementById('verdict').innerText === 'healthy'")?;
         let rows = "document.querySelectorAll('#members tbody tr').length";
         assert_eq!(browser.ask(rows)?, 3);
         let summary = "document.getElementById('matrix-summary').innerText";
@@ -78,7 +78,20 @@ fn dashboard_shows_a_real_cluster_and_its_changes() {
         tool(host, "sysctl -w net.ipv4.ip_forward=0");
         let problems = "document.getElementById('problems').innerText";
         browser.wait_for(&format!("{problems}.includes('sysctl -w net.ipv4.ip_forward=1')"))?;
+        let verdict = "document.getElementById('verdict').innerText";
+        browser
+            .wait_for(&format!("{verdict}.startsWith('not ready: net.ipv4.ip_forward is 0')"))?;
+        let explained =
+            browser.ask("document.querySelector('#problems a').getAttribute('href')")?;
+        assert_eq!(explained, "problems#forwarding-off");
+        browser.ask("document.querySelector('#problems .copy').click()")?;
+        browser.wait_for("document.querySelector('#problems .copy').innerText === 'Copied'")?;
+        tool(host, "sysctl -w net.ipv4.ip_forward=1");
+        browser.wait_for(&format!("{verdict} === 'healthy'"))?;
         cluster.agents[2].end(nix::sys::signal::Signal::SIGKILL)?;
+        // A member that is down is a problem.
+        browser.wait_for(&format!("{problems}.includes('n3 is down')"))?;
+        browser.wait_for(&format!("{verdict} === 'degraded: 1 problem'"))?;
         browser.wait_for("document.getElementById('members').innerText.includes('down')")?;
         assert_eq!(browser.page_errors, [""; 0]);
         // The page reports when the agent no longer answers.
@@ -226,7 +239,13 @@ fn status() -> Value {
         "reclaiming": [{
             "node": id(99), "name": "n99", "successor": id(2), "slots": 1, "waits_for": ["n7"],
         }],
-        "problems": ["the tunnel to n7 is blocked: allow UDP 8472 from 10.99.1.1 to 10.99.1.7"],
+        "verdict": { "state": "degraded", "text": "degraded: 1 problem" },
+        "problems": [{
+            "code": "path-lost", "severity": "problem", "subject": "n7", "since": 1_764_000_000,
+            "what": "no probe of n7 through the tunnel is answered, though its agent is alive",
+            "fix": "allow UDP 8472 from 10.99.1.1 to 10.99.1.7",
+        }],
+        "notices": [],
         "counters": { "grants": 3, "downs": 1 },
         "kernel": {
             "device": "gossamer.1", "mtu": 1450, "underlay_interface": "eth0",

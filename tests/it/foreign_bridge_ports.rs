@@ -7,7 +7,7 @@ use gossamer::lab::Pinger;
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{Cluster, TIMEOUT, has_problem, has_warning, isolated, tool, wait_until},
+    common::{Cluster, TIMEOUT, has_notice, has_problem, isolated, tool, wait_until},
 };
 
 /// Timeout for packets that are expected to be lost.
@@ -43,7 +43,7 @@ fn foreign_bridge_port_is_reported_and_cannot_spoof_pods() {
         };
         let agent = &mut cluster.agents[0];
         wait_until("it is not reported", TIMEOUT, || {
-            has_warning(agent, "guest0 on the pods' bridge")
+            has_notice(agent, "guest0 on the pods' bridge")
         });
         assert!(!has_problem(agent, "guest0"), "an intended port is no problem");
         wait_until("an address that no pod has", TIMEOUT, || reaches(own, &unused));
@@ -57,7 +57,7 @@ fn foreign_bridge_port_is_reported_and_cannot_spoof_pods() {
         runtime.del("b");
         wait_until("the address of a pod that is gone", TIMEOUT, || reaches(own, &taken));
         tool(host, "ip link set guest0 nomaster");
-        wait_until("it is still reported", TIMEOUT, || !has_warning(agent, "guest0"));
+        wait_until("it is still reported", TIMEOUT, || !has_notice(agent, "guest0"));
         Ok(())
     });
 }

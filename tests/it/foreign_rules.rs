@@ -1,5 +1,5 @@
 //! Rules of other programs in sets, maps, behind marks, at interfaces and in iptables-legacy. Those that
-//! drop packets of pods are reported as warnings until the advice is followed. Rules of healthy hosts are
+//! drop packets of pods are reported as notices until the advice is followed. Rules of healthy hosts are
 //! not reported.
 
 use gossamer::lab::NetNs;
@@ -10,10 +10,10 @@ use crate::{
         wait_until,
     },
     forwarding::TwoHosts,
-    misrouting_hosts::{is_healthy, wait_for_warning},
+    misrouting_hosts::{is_healthy, wait_for_notice},
 };
 
-/// The commands that create the rules, the expected warning, the advice, and the commands that remove the
+/// The commands that create the rules, the expected notice, the advice, and the commands that remove the
 /// rules.
 const BAN_RULES: [(&[&str], &str, &str, &str); 9] = [
     (
@@ -126,7 +126,7 @@ fn bans_in_sets_maps_marks_and_tables_are_warned_of_until_the_advice_is_followed
         status_where(agent, is_healthy);
         for (commands, words, advice, remove) in BAN_RULES {
             if all_succeed(host, commands) {
-                wait_for_warning(agent, &[words, advice]);
+                wait_for_notice(agent, &[words, advice]);
                 sh(host, advice);
                 status_where(agent, is_healthy);
             } else {
@@ -293,7 +293,7 @@ table netdev ddos {
 }";
 
 #[test]
-fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning() {
+fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_notice() {
     isolated(|lab| {
         let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
@@ -310,7 +310,7 @@ fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning() {
             let restored = run(host, &format!("{program} -n {tables}"));
             if !restored.status.success() {
                 skipped(
-                    "rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning",
+                    "rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_notice",
                     &format!("{program}: {restored:?}"),
                 );
             }
@@ -322,7 +322,7 @@ fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_warning() {
              nft add rule ip last f tcp dport 99 drop",
         );
         let last = "chain ip last f drops some packets between pods: those to port 99";
-        let said = wait_for_warning(agent, &[last]);
+        let said = wait_for_notice(agent, &[last]);
         assert_eq!(said.matches("chain ").count(), 1, "{said}");
         sh(host, "nft delete table ip last");
         status_where(agent, is_healthy);
@@ -373,7 +373,7 @@ fn rule_that_reduces_the_hop_limit_is_reported_and_the_advice_works() {
                 !run(&spaces[1], &ping).status.success(),
                 "the fault is a different one: {rule}"
             );
-            wait_for_warning(agent, &[words, advice]);
+            wait_for_notice(agent, &[words, advice]);
             // Once packets are known to be lost, this is reported as the cause.
             wait_until(words, TIMEOUT, || has_problem(agent, words));
             tool(host, advice);

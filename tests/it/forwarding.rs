@@ -6,8 +6,8 @@ use serde_json::Value;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, TIMEOUT, eventually, has_problem, isolated, program, run, sh, status_where, tool,
-        wait_until,
+        Cluster, TIMEOUT, eventually, has_problem, isolated, program, run, sh, status_where, texts,
+        tool, wait_until,
     },
 };
 
@@ -227,7 +227,7 @@ fn rule_that_drops_tcp_timestamps_is_reported() {
             has_problem(agent, "does not forward packets of pods")
         });
         let status = agent.ask("/v1/status", TIMEOUT)?;
-        assert!(status["problems"].to_string().contains("chain inet wall f"), "{status:#}");
+        assert!(texts(&status["problems"]).contains("chain inet wall f"), "{status:#}");
         Ok(())
     });
 }
@@ -248,7 +248,7 @@ fn silent_peer_is_not_reported_as_a_forwarding_fault_of_this_host() {
             wait_until("it is not tested", TIMEOUT, || tool(host, "cat /proc/net/snmp") != before);
         }
         let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
-        assert!(!status["problems"].to_string().contains("does not forward"), "{status:#}");
+        assert!(!texts(&status["problems"]).contains("does not forward"), "{status:#}");
         Ok(())
     });
 }
@@ -274,7 +274,7 @@ fn source_nat_between_pods_is_reported_until_removed() {
             has_problem(agent, "leave under the address 10.42.") && has_problem(agent, words)
         });
         let status = agent.ask("/v1/status", TIMEOUT)?;
-        assert!(!status["problems"].to_string().contains("ip nat docker"), "{status:#}");
+        assert!(!texts(&status["problems"]).contains("ip nat docker"), "{status:#}");
         let doctor =
             format!("{} doctor --socket {}", program().display(), agent.socket().display());
         let shown = String::from_utf8(run(host, &doctor).stdout)?;
@@ -335,7 +335,7 @@ fn unresolved_gateway_is_reported_with_the_cause_until_resolved() {
                     && has_problem(agent, words)
             });
             let status = agent.ask("/v1/status", TIMEOUT)?;
-            let problems = status["problems"].to_string();
+            let problems = texts(&status["problems"]);
             assert!(!problems.contains("no rule was found"), "no other cause: {problems}");
             let doctor =
                 format!("{} doctor --socket {}", program().display(), agent.socket().display());

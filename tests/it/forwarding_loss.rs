@@ -7,7 +7,7 @@ use gossamer::lab::NetNs;
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{Cluster, TIMEOUT, has_problem, has_warning, isolated, run, sh, wait_until},
+    common::{Cluster, TIMEOUT, has_notice, has_problem, isolated, run, sh, texts, wait_until},
     forwarding_far::{all_answer, with_pods},
 };
 
@@ -36,23 +36,23 @@ fn random_loss_is_warned_of_with_share_and_direction_until_it_ends() {
         let there = "% of the packets of pods here to pods of n2 are lost on their way there";
         let here = "% of the packets of pods of n1 to pods here are lost on their way here";
         let begun = Instant::now();
-        wait_until(there, 2 * TIMEOUT, || has_warning(&mut cluster.agents[0], there));
+        wait_until(there, 2 * TIMEOUT, || has_notice(&mut cluster.agents[0], there));
         println!("reported by the sender after {:?}", begun.elapsed());
-        wait_until(here, 2 * TIMEOUT, || has_warning(&mut cluster.agents[1], here));
+        wait_until(here, 2 * TIMEOUT, || has_notice(&mut cluster.agents[1], here));
         println!("reported by the receiver after {:?}", begun.elapsed());
         for (agent, other) in [(0, "way here"), (1, "way there")] {
             let status = cluster.agents[agent].ask("/v1/status", TIMEOUT)?;
-            let said = status["warnings"].to_string();
+            let said = texts(&status["notices"]);
             let percent = said.split("about ").nth(1).and_then(|rest| rest.split(' ').next());
             let percent: u32 = percent.expect("a share").parse()?;
             assert!((10..=45).contains(&percent), "{said}");
             assert!(!said.contains(other), "the other direction: {said}");
-            assert!(!status["problems"].to_string().contains("at pods of"), "{status:#}");
+            assert!(!texts(&status["problems"]).contains("at pods of"), "{status:#}");
         }
         sh(&cluster.hosts[1].netns, "nft delete table ip weather");
         let begun = Instant::now();
         for agent in &mut cluster.agents {
-            wait_until("still reported", TIMEOUT, || !has_warning(agent, LOSS_WARNING));
+            wait_until("still reported", TIMEOUT, || !has_notice(agent, LOSS_WARNING));
         }
         println!("no longer reported after {:?}", begun.elapsed());
         Ok(())
@@ -68,7 +68,7 @@ fn loss_of_five_percent_causes_no_warning() {
         let begun = Instant::now();
         while begun.elapsed() < TEST_ROUNDS_TIMEOUT {
             for agent in &mut cluster.agents {
-                assert!(!has_warning(agent, LOSS_WARNING), "{}", agent.log());
+                assert!(!has_notice(agent, LOSS_WARNING), "{}", agent.log());
             }
             std::thread::sleep(Duration::from_millis(500));
         }
@@ -117,7 +117,7 @@ fn source_nat_on_the_receiving_host_is_reported_there_and_is_no_loss() {
              nft add rule ip far out ip saddr 10.42.0.0/16 oifname gsm0 snat to 192.0.2.7",
         );
         let words = "reach pods here under the address 192.0.2.7";
-        wait_until(words, TIMEOUT, || has_warning(&mut cluster.agents[1], words));
+        wait_until(words, TIMEOUT, || has_notice(&mut cluster.agents[1], words));
         // Of the following tests, only packets that are really dropped are reported.
         sh(
             &cluster.hosts[1].netns,

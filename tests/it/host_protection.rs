@@ -19,7 +19,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, TIMEOUT, client, eventually, isolated, program, run, status_where, tool,
+        Cluster, TIMEOUT, client, eventually, isolated, program, run, status_where, texts, tool,
         wait_until,
     },
 };
@@ -80,7 +80,7 @@ fn sysctl(netns: &NetNs, name: &str) -> String {
 }
 
 fn problems(agent: &mut Agent) -> String {
-    agent.ask("/v1/status", TIMEOUT).expect("a status")["problems"].to_string()
+    texts(&agent.ask("/v1/status", TIMEOUT).expect("a status")["problems"])
 }
 
 /// Makes a host accept router advertisements, as a host without IPv6 forwarding does.
@@ -189,7 +189,7 @@ fn changed_protective_sysctls_are_restored_or_reported() {
         status_where(&mut cluster.agents[0], |status| {
             status["kernel"]["repairs"]["sysctl"].as_u64() >= Some(1)
         });
-        assert_eq!(problems(&mut cluster.agents[0]), "[]");
+        assert_eq!(problems(&mut cluster.agents[0]), "");
 
         let other = lab.host(2, "n2")?;
         let _space = NetNs::new("b")?;
@@ -199,13 +199,13 @@ fn changed_protective_sysctls_are_restored_or_reported() {
         // Without the guard, because the guard drops the advertisements of pods, which is equally safe.
         let mut agent = Agent::start(&wrapped, &other, &["--init", "--guard", "false"])?;
         status_where(&mut agent, |status| {
-            let named = status["problems"].to_string();
+            let named = texts(&status["problems"]);
             named.contains("net.ipv6.conf.gossamer/1.accept_ra is 1 and cannot be set to 0")
                 && named.contains("sysctl -w net.ipv6.conf.gossamer/1.accept_ra=0")
         });
         Runtime::new(&agent).add("b");
         status_where(&mut agent, |status| {
-            status["problems"].to_string().contains("net.ipv6.conf.gsm0.accept_ra")
+            texts(&status["problems"]).contains("net.ipv6.conf.gsm0.accept_ra")
         });
         Ok(())
     });
@@ -249,7 +249,7 @@ fn host_that_starts_ipv6_forwarding_keeps_its_routes_from_advertisements() {
         let mut agent = Agent::start(&wrapped, &hosts[1], &setting)?;
         let command = "run sysctl -w net.ipv6.conf.eth0.accept_ra=2";
         status_where(&mut agent, |status| {
-            let named = status["problems"].to_string();
+            let named = texts(&status["problems"]);
             named.contains("eth0 has routes or addresses") && named.contains(command)
         });
         assert!(!forwards(&hosts[1]) && !learned(&hosts[1]).is_empty());
@@ -257,7 +257,7 @@ fn host_that_starts_ipv6_forwarding_keeps_its_routes_from_advertisements() {
         // The advised command preserves it as well.
         let mut agent = Agent::start(program(), &hosts[2], &overlay)?;
         let advice = "sysctl -w net.ipv6.conf.eth0.accept_ra=2 net.ipv6.conf.all.forwarding=1";
-        status_where(&mut agent, |status| status["problems"].to_string().contains(advice));
+        status_where(&mut agent, |status| texts(&status["problems"]).contains(advice));
         tool(&hosts[2].netns, &advice.replace("-w", "-qw"));
         assert!(forwards(&hosts[2]) && !learned(&hosts[2]).is_empty());
         Ok(())
@@ -301,7 +301,7 @@ fn packets_to_unused_addresses_of_the_subnet_are_rejected_locally() {
         );
         tool(&host.netns, &format!("ping -c 1 -W 2 {}", address(&added)));
         tool(&spaces[0], "ping -c 1 -W 2 10.42.7.1");
-        assert_eq!(problems(&mut agent), "[]");
+        assert_eq!(problems(&mut agent), "");
         agent.leave()?;
         for family in ["-4", "-6"] {
             assert_eq!(tool(&host.netns, &format!("ip {family} route show proto 73")), "");
@@ -457,7 +457,7 @@ fn pod_cannot_use_an_unassigned_address_or_mac() {
         status_where(&mut agent, |status| {
             status["kernel"]["repairs"]["anti-spoofing"].as_u64() >= Some(4)
         });
-        assert_eq!(problems(&mut agent), "[]");
+        assert_eq!(problems(&mut agent), "");
         Runtime::new(&agent).del("b");
         eventually(&host.netns, show, |text| !text.contains(&b4));
         assert!(table().contains(&a4));

@@ -19,7 +19,7 @@ use gossamer::{
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, TIMEOUT, eventually, has_problem, isolated, run, status_where, tool, wait_until,
+    Cluster, TIMEOUT, eventually, has_problem, isolated, run, status_where, texts, tool, wait_until,
 };
 
 const PORT: u16 = 8473;
@@ -269,7 +269,7 @@ fn impossible_address_of_a_member_is_reported_as_that_members_fault() {
                     let evil = status["members"].as_array().into_iter().flatten();
                     let mut evil = evil.filter(|member| member["name"] == "evil");
                     evil.next().is_some_and(|member| member["underlay"] == underlay)
-                        && status["problems"].to_string().contains(why)
+                        && texts(&status["problems"]).contains(why)
                 };
                 status_where(&mut cluster.agents[agent], named);
             }

@@ -6,8 +6,8 @@ use gossamer::lab::{Agent, Host, Lab, NetNs};
 use ipnet::IpNet;
 
 use crate::common::{
-    TIMEOUT, eventually, has_problem, isolated, program, run, sh, status_where, token_of, tool,
-    wait_until,
+    TIMEOUT, eventually, has_problem, isolated, program, run, sh, status_where, texts, token_of,
+    tool, wait_until,
 };
 
 /// Creates two hosts that also have an IPv6 address on the underlay. Returns None if the kernel has no
@@ -173,7 +173,7 @@ fn configured_mtu_too_small_for_ipv6_is_reported_and_the_agent_starts() {
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         let mut agent = Agent::start(program(), &host, &["--mtu", "1200"])?;
         let status = agent.wait_converged(1, TIMEOUT)?;
-        let problems = status["problems"].to_string();
+        let problems = texts(&status["problems"]);
         assert!(problems.contains("settings is 1200 (IPv4 continues)"), "{status:#}");
         Ok(())
     });

@@ -8,8 +8,8 @@ use serde_json::Value;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, TIMEOUT, eventually, has_problem, has_warning, isolated, program, run,
-        status_where, token_of, tool, wait_until,
+        Cluster, TIMEOUT, eventually, has_notice, has_problem, isolated, program, run,
+        status_where, texts, token_of, tool, wait_until,
     },
 };
 
@@ -69,10 +69,10 @@ fn dual_stack_on_an_underlay_too_small_for_ipv6_carries_ipv4() {
         let addresses = "ip -6 addr show gossamer.1 scope global";
         for (host, agent) in cluster.hosts.iter().zip(&mut cluster.agents) {
             assert_eq!(tool(&host.netns, addresses), "");
-            status_where(agent, |status| status["problems"].to_string().contains(left_out));
+            status_where(agent, |status| texts(&status["problems"]).contains(left_out));
             set_mtu(host, 1_330);
             eventually(&host.netns, addresses, |shown| shown.contains("fd42:"));
-            status_where(agent, |status| !status["problems"].to_string().contains(left_out));
+            status_where(agent, |status| !texts(&status["problems"]).contains(left_out));
         }
         let routes = tool(&cluster.hosts[0].netns, "ip -6 route show proto 73");
         assert!(routes.contains("fd42:"), "{routes}");
@@ -114,7 +114,7 @@ fn large_foreign_rule_sets_are_not_kept_in_memory() {
             ),
         );
         wait_until("it is not reported", TIMEOUT, || {
-            has_warning(&mut cluster.agents[0], "ip proxy pre")
+            has_notice(&mut cluster.agents[0], "ip proxy pre")
         });
         let peak = memory_mib(pid, "VmHWM:");
         assert!(peak < before + 50.0, "{before} MiB before, {peak} MiB now");

@@ -3,7 +3,9 @@
 use gossamer::lab::Host;
 
 use crate::{
-    common::{Cluster, TIMEOUT, client, has_problem, isolated, status_where, tool, wait_until},
+    common::{
+        Cluster, TIMEOUT, client, has_problem, isolated, status_where, texts, tool, wait_until,
+    },
     forwarding::with_pods,
 };
 
@@ -34,7 +36,7 @@ fn host_that_drops_decapsulated_packets_does_not_blame_the_network() {
                     .to_string()
                     .contains("does not forward packets of pods (IPv4 in)")
         });
-        assert!(!status["problems"].to_string().contains("UDP 8472"), "{status:#}");
+        assert!(!texts(&status["problems"]).contains("UDP 8472"), "{status:#}");
         let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
         assert!(doctor.contains("skipped   paths          0 of 1 ok"), "{doctor}");
         Ok(())

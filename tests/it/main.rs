@@ -79,3 +79,4 @@ mod tidy;
 mod underlay;
 mod unprivileged_users;
 mod uplinks;
+mod verdict;

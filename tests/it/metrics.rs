@@ -15,12 +15,12 @@ use crate::{
     common::{Cluster, TIMEOUT, isolated, program, skipped, wait_until},
 };
 
-const PORT: u16 = 9473;
+pub const PORT: u16 = 9473;
 /// Debian's `prometheus`.
 const PROMTOOL: &str = "/usr/bin/promtool";
 
 /// Returns the status line with headers, and the body.
-fn get(netns: &NetNs, path: &str, accept: &str) -> (String, String) {
+pub fn get(netns: &NetNs, path: &str, accept: &str) -> (String, String) {
     get_from("127.0.0.1", netns, path, accept)
 }
 
@@ -41,7 +41,7 @@ fn get_from(host: &str, netns: &NetNs, path: &str, accept: &str) -> (String, Str
 }
 
 /// Returns the value of a sample by name and labels.
-fn sample(text: &str, name: &str) -> f64 {
+pub fn sample(text: &str, name: &str) -> f64 {
     let mut lines = text.lines().filter_map(|line| line.rsplit_once(' '));
     let found = lines.find(|(series, _)| *series == name);
     found.and_then(|(_, number)| number.parse().ok()).unwrap_or_else(|| panic!("{name}: {text}"))

@@ -9,20 +9,20 @@ use crate::{
     cni::Runtime,
     common::{
         Cluster, TIMEOUT, client, has_problem, isolated, program, run, sh, skipped, status_where,
-        tool, wait_until,
+        texts, tool, wait_until,
     },
     forwarding::{TwoHosts, with_pods},
 };
 
 pub fn is_healthy(status: &Value) -> bool {
     let has_none = |kind: &str| status[kind] == serde_json::json!([]);
-    status["kernel"]["forwarding"]["state"] == "ok" && has_none("problems") && has_none("warnings")
+    status["kernel"]["forwarding"]["state"] == "ok" && has_none("problems") && has_none("notices")
 }
 
-/// Waits until the agent, `gossamer status` and the doctor all show the warning. Returns the warnings.
-pub fn wait_for_warning(agent: &mut Agent, words: &[&str]) -> String {
+/// Waits until the agent, `gossamer status` and the doctor all show the notice. Returns the notices.
+pub fn wait_for_notice(agent: &mut Agent, words: &[&str]) -> String {
     let has = |status: &Value| {
-        let said = status["warnings"].to_string();
+        let said = texts(&status["notices"]);
         words.iter().all(|words| said.contains(words))
     };
     let status = status_where(agent, has);
@@ -31,9 +31,9 @@ pub fn wait_for_warning(agent: &mut Agent, words: &[&str]) -> String {
         // Lines are wrapped.
         let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
         let first = words[0].split(' ').next().expect("a word");
-        assert!(said.contains("warning ") && said.contains(first), "{command}: {said}");
+        assert!(said.contains("notice ") && said.contains(first), "{command}: {said}");
     }
-    status["warnings"].to_string()
+    texts(&status["notices"])
 }
 
 /// Adds a second uplink that leads nowhere.
@@ -100,13 +100,8 @@ fn mark_that_diverts_packets_of_pods_is_reported_and_the_advice_works() {
             let agent = &mut cluster.agents[1];
             wait_until(words, TIMEOUT, || has_problem(agent, words));
             let status = agent.ask("/v1/status", TIMEOUT)?;
-            let problems: Vec<&str> = status["problems"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .filter_map(Value::as_str)
-                .collect();
-            let problem = problems.iter().find(|problem| problem.contains(words));
+            let problems = texts(&status["problems"]);
+            let problem = problems.lines().find(|problem| problem.contains(words));
             let advice = problem.and_then(|problem| problem.rsplit_once("precedence: "));
             let (_, advice) = advice.expect("an advice");
             advice.split("; ").for_each(|command| _ = tool(&host.netns, command));
@@ -194,7 +189,7 @@ fn redirected_ports_between_pods_are_warned_of_until_the_advice_is_followed() {
         for (rule, words) in PROXIES {
             sh(host, table);
             sh(host, &format!("nft add rule ip proxy pre {rule}"));
-            wait_for_warning(agent, &["chain ip proxy", words]);
+            wait_for_notice(agent, &["chain ip proxy", words]);
             let status = agent.ask("/v1/status", TIMEOUT)?;
             assert_eq!(status["kernel"]["forwarding"]["state"], "ok", "{status:#}");
             assert_eq!(status["converged"], true);
@@ -209,7 +204,7 @@ fn redirected_ports_between_pods_are_warned_of_until_the_advice_is_followed() {
             // one, it has read them all.
             sh(host, "nft add chain ip proxy last { type nat hook prerouting priority 0 ; }");
             sh(host, "nft add rule ip proxy last tcp dport 99 redirect to :1");
-            let said = wait_for_warning(agent, &["chain ip proxy last sends packets to port 99"]);
+            let said = wait_for_notice(agent, &["chain ip proxy last sends packets to port 99"]);
             assert!(!said.contains("proxy pre") && !said.contains("proxy more"), "{rule}: {said}");
             sh(host, "nft delete table ip proxy");
             status_where(agent, is_healthy);
@@ -225,7 +220,7 @@ fn redirected_ports_between_pods_are_warned_of_until_the_advice_is_followed() {
             return Ok(());
         }
         let advice = "iptables -t nat -I PREROUTING -d 10.42.0.0/16 -j ACCEPT";
-        wait_for_warning(agent, &["sends packets to port 80", advice]);
+        wait_for_notice(agent, &["sends packets to port 80", advice]);
         tool(host, advice);
         status_where(agent, is_healthy);
         iptables("-F PREROUTING");
@@ -239,7 +234,7 @@ fn redirected_ports_between_pods_are_warned_of_until_the_advice_is_followed() {
         }
         sh(host, table);
         sh(host, "nft add rule ip proxy pre tcp dport 99 redirect to :1");
-        let said = wait_for_warning(agent, &["chain ip proxy pre sends packets to port 99"]);
+        let said = wait_for_notice(agent, &["chain ip proxy pre sends packets to port 99"]);
         assert!(!said.contains("DOCKER"), "{said}");
         Ok(())
     });
@@ -256,7 +251,7 @@ fn destination_nat_of_incoming_pod_packets_is_warned_of_with_the_chain() {
              nft add chain ip nat POSTROUTING { type nat hook postrouting priority srcnat ; } && \
              nft add rule ip nat POSTROUTING oifname gsm0 masquerade",
         );
-        wait_for_warning(
+        wait_for_notice(
             agent,
             &[
                 "packets of pods of other hosts reach pods here under the address 10.42.",
@@ -288,7 +283,7 @@ fn host_closed_to_its_pods_or_cut_off_from_them_is_warned_of_with_the_chain() {
              nft add chain inet wall in { type filter hook input priority 0 ; policy drop ; } && \
              nft add rule inet wall in iifname { lo, eth0, gossamer.1 } accept",
         );
-        wait_for_warning(
+        wait_for_notice(
             agent,
             &[
                 "pods do not reach their own host",
@@ -309,7 +304,7 @@ fn host_closed_to_its_pods_or_cut_off_from_them_is_warned_of_with_the_chain() {
              nft add chain inet wall out { type filter hook output priority 0 ; policy drop ; } && \
              nft add rule inet wall out oifname { lo, eth0, gossamer.1 } accept",
         );
-        wait_for_warning(
+        wait_for_notice(
             agent,
             &[
                 "this host does not reach its own pods",
@@ -346,7 +341,7 @@ fn impossible_forwarding_test_is_warned_of_with_the_dropping_chain() {
         );
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
         let agent = &mut cluster.agents[1];
-        wait_for_warning(
+        wait_for_notice(
             agent,
             &[
                 "it is unknown whether this host forwards packets of pods",

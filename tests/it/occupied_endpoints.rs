@@ -4,7 +4,9 @@ use std::{fs, net::TcpListener};
 
 use gossamer::lab::Agent;
 
-use crate::common::{TIMEOUT, has_problem, isolated, program, run, status_where, wait_until};
+use crate::common::{
+    TIMEOUT, has_problem, isolated, program, run, status_where, texts, wait_until,
+};
 
 const ADDRESS: &str = "127.0.0.1:9473";
 
@@ -19,7 +21,7 @@ fn occupied_http_port_is_reported_and_served_once_free() {
         drop(squatter);
         let served = || run(&host.netns, &format!("curl -sf http://{ADDRESS}/healthz"));
         wait_until("it is not served", TIMEOUT, || served().status.success());
-        status_where(&mut agent, |status| !status["problems"].to_string().contains("http:"));
+        status_where(&mut agent, |status| !texts(&status["problems"]).contains("http:"));
         assert!(agent.log().contains("listener opened"), "{}", agent.log());
         Ok(())
     });
@@ -39,7 +41,7 @@ fn blocked_docker_socket_is_reported_and_created_once_possible() {
         assert!(has_problem(&mut agent, "Docker cannot reach this agent"));
         fs::remove_file(&obstacle)?;
         wait_until("it is not created", TIMEOUT, || socket.exists());
-        status_where(&mut agent, |status| !status["problems"].to_string().contains("docker"));
+        status_where(&mut agent, |status| !texts(&status["problems"]).contains("docker"));
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         assert!(!socket.exists());
         Ok(())

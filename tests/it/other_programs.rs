@@ -13,7 +13,7 @@ use crate::{
     cni::namespaces,
     common::{Cluster, TIMEOUT, has_problem, isolated, sh, status_where, tool, wait_until},
     forwarding::with_pods,
-    misrouting_hosts::{is_healthy, wait_for_warning},
+    misrouting_hosts::{is_healthy, wait_for_notice},
     silence_causes::{start_pair, wait_for_path, wait_for_problem},
 };
 
@@ -66,7 +66,7 @@ fn bpf_program_on_an_overlay_interface_is_warned_of_until_removed() {
             );
             let words =
                 format!("{device} has eBPF programs on its egress (bpf): tc filter show dev");
-            wait_for_warning(
+            wait_for_notice(
                 &mut cluster.agents[1],
                 &["some packets of pods may be dropped", &words],
             );

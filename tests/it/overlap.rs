@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, TIMEOUT, client, has_problem, isolated, program, run, status_where, tool,
+        Cluster, TIMEOUT, client, has_problem, isolated, program, run, status_where, texts, tool,
         wait_until,
     },
     doctor::complaints,
@@ -58,7 +58,7 @@ fn joiner_avoids_overlapping_subnets_and_reports_the_overlap() {
         let subnet = Agent::subnet(&status)?;
         assert_ne!(subnet.to_string(), "10.42.200.0/24");
         status_where(&mut agent, |status| {
-            status["problems"].to_string().contains("10.42.200.7 on eth1")
+            texts(&status["problems"]).contains("10.42.200.7 on eth1")
         });
         let doctor = client(&agent, &["doctor"]);
         let said = String::from_utf8_lossy(&doctor.stdout);
@@ -92,10 +92,10 @@ fn network_around_node_subnets_is_reported_with_its_effect_by_status_and_doctor(
         tool(host, "ip link set virbr0 up");
         tool(host, "ip addr add 10.42.0.1/16 dev virbr0");
         let agent = &mut cluster.agents[0];
-        let named = |status: &serde_json::Value| status["problems"].to_string().contains("virbr0");
+        let named = |status: &serde_json::Value| texts(&status["problems"]).contains("virbr0");
         let status = status_where(agent, named);
         let problems = status["problems"].as_array().expect("problems");
-        let problem = problems[0].as_str().expect("a sentence");
+        let problem = problems[0]["what"].as_str().expect("a sentence");
         assert_eq!(problems.len(), 1, "{problems:#?}");
         assert!(problem.contains("in these subnets") && !problem.contains("leave by"), "{problem}");
         tool(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip));
@@ -129,8 +129,8 @@ fn second_bridge_in_the_own_subnet_is_reported_with_the_removal_command() {
         let _pod = namespaces(&["a"])?;
         Runtime::new(agent).add("a");
         let words = format!("{gateway} on cni0 is in this node's own subnet {subnet}");
-        let status = status_where(agent, |status| status["problems"].to_string().contains(&words));
-        assert!(status["problems"].to_string().contains("ip link del cni0"), "{status:#}");
+        let status = status_where(agent, |status| texts(&status["problems"]).contains(&words));
+        assert!(texts(&status["problems"]).contains("ip link del cni0"), "{status:#}");
         let doctor =
             format!("{} doctor --socket {}", program().display(), agent.socket().display());
         let doctor = String::from_utf8(run(host, &doctor).stdout)?;

@@ -1,10 +1,10 @@
-//! Rules that affect only some packets between pods are reported as warnings, by their form and only for
+//! Rules that affect only some packets between pods are reported as notices, by their form and only for
 //! what they do.
 
 use crate::{
     common::{TIMEOUT, has_problem, isolated, run, sh, skipped, status_where, wait_until},
     forwarding::TwoHosts,
-    misrouting_hosts::{is_healthy, wait_for_warning},
+    misrouting_hosts::{is_healthy, wait_for_notice},
 };
 
 /// Chain of a table, rules, the warning, and the advice.
@@ -116,7 +116,7 @@ fn rules_matching_some_packets_between_pods_are_warned_of_until_the_advice_is_fo
             sh(host, &format!("nft add table {family} {table} && nft add chain {chain}"));
             let added = run(host, &format!("nft add rule {family} {table} {name} {rule}"));
             assert!(added.status.success(), "{added:?}");
-            wait_for_warning(agent, &[words, advice]);
+            wait_for_notice(agent, &[words, advice]);
             sh(host, advice);
             status_where(agent, is_healthy);
             sh(host, &format!("nft delete table {family} {table}"));
@@ -126,7 +126,7 @@ fn rules_matching_some_packets_between_pods_are_warned_of_until_the_advice_is_fo
 }
 
 #[test]
-fn rules_of_healthy_hosts_cause_no_warning() {
+fn rules_of_healthy_hosts_cause_no_notice() {
     isolated(|lab| {
         let mut scene = TwoHosts::new(lab)?;
         let (host, agent) = scene.second();
@@ -140,7 +140,7 @@ fn rules_of_healthy_hosts_cause_no_warning() {
             "nft add table ip last && nft add chain ip last f { type filter hook forward priority 9 ; } && \
              nft add rule ip last f tcp dport 99 drop",
         );
-        let said = wait_for_warning(
+        let said = wait_for_notice(
             agent,
             &["chain ip last f drops some packets between pods: those to port 99"],
         );
@@ -180,7 +180,7 @@ fn ipsec_policy_matching_some_pod_packets_is_warned_of_until_the_advice_is_follo
             let [_, from, _, to] = std::array::from_fn(|_| words.next().expect("a word"));
             let advice = format!("ip xfrm policy delete {policy}");
             let named = format!("some packets between pods: those from {from} to {to}");
-            let said = wait_for_warning(agent, &["an IPsec policy", &named, &advice]);
+            let said = wait_for_notice(agent, &["an IPsec policy", &named, &advice]);
             assert_eq!(said.matches("an IPsec policy").count(), 1, "{said}");
             sh(host, &format!("{advice} && nft delete table ip change"));
             status_where(agent, is_healthy);

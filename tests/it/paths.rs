@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     common::{
-        Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, run, skipped,
+        Cluster, TIMEOUT, client, eventually, has_notice, has_problem, isolated, run, skipped,
         tool, wait_until,
     },
     forwarding_far::with_pods,
@@ -106,8 +106,8 @@ fn blocked_tunnel_is_reported_with_both_possible_causes() {
         let between = |a: Ipv4Addr, b: Ipv4Addr| {
             let way = [format!("way from {a} to {b}"), format!("way between {a} and {b}")];
             move |agent: &mut Agent| {
-                let is_reported = way.iter().any(|way| has_warning(agent, way));
-                is_reported && has_warning(agent, "drops ICMP and UDP 8473")
+                let is_reported = way.iter().any(|way| has_notice(agent, way));
+                is_reported && has_notice(agent, "drops ICMP and UDP 8473")
             }
         };
         let is_reported = between(here, there);
@@ -120,7 +120,7 @@ fn blocked_tunnel_is_reported_with_both_possible_causes() {
         assert!(!has_problem(&mut cluster.agents[0], of_rule), "the rule is on the other host");
         tool(host, "nft delete table inet block");
         wait_until("it is still reported", TIMEOUT, || {
-            !has_warning(&mut cluster.agents[0], "8472")
+            !has_notice(&mut cluster.agents[0], "8472")
                 && !has_problem(&mut cluster.agents[1], "8472")
         });
         Ok(())

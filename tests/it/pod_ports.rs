@@ -14,8 +14,8 @@ use serde_json::Value;
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, link_socket,
-        program, run, skipped, status_where, token_of, tool, wait_until,
+        Cluster, TIMEOUT, client, eventually, has_notice, has_problem, isolated, link_socket,
+        program, run, skipped, status_where, texts, token_of, tool, wait_until,
     },
     silence_causes::{start_pair, wait_for_path, wait_for_problem},
 };
@@ -227,7 +227,7 @@ fn cause_of_drops_at_a_pods_interface_is_reported_until_removed() {
     });
 }
 
-/// What another program attaches to a pod's interface, the warning, and the commands that remove it. The
+/// What another program attaches to a pod's interface, the notice, and the commands that remove it. The
 /// filter drops packets longer than 1000 bytes.
 const FOREIGN_HOOKS: [(&str, &str, &str); 4] = [
     (
@@ -285,15 +285,15 @@ fn foreign_qdiscs_and_filters_of_a_pods_port_are_warned_of_except_bandwidth_limi
             run(&spaces[0], &format!("ping -c 1 -W 1 -s 1200 {}", pods[3].1));
             let words = words.replace("PORT", port);
             let agent = &mut cluster.agents[0];
-            wait_until(&words, TIMEOUT, || has_warning(agent, &words));
+            wait_until(&words, TIMEOUT, || has_notice(agent, &words));
             let status = agent.ask("/v1/status", TIMEOUT)?;
-            let said = status["warnings"].to_string();
+            let said = texts(&status["notices"]);
             assert!(said.contains(&format!("pod a eth0 ({ip}): ")), "{said}");
             assert!(!["b", "c", "d"].iter().any(|name| said.contains(&format!("pod {name}"))));
-            assert!(!status["problems"].to_string().contains(port.as_str()), "{status:#}");
+            assert!(!texts(&status["problems"]).contains(port.as_str()), "{status:#}");
             assert!(said.contains(&end.replace("PORT", port)), "{said}");
             in_place(end, port, 0);
-            wait_until("still reported", TIMEOUT, || !has_warning(agent, port));
+            wait_until("still reported", TIMEOUT, || !has_notice(agent, port));
             if begin.contains("clsact") {
                 in_place("tc qdisc del dev PORT clsact", port, 0);
             }

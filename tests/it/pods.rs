@@ -17,7 +17,7 @@ use crate::{
     cni::{Runtime, address, namespaces, pods, veths},
     common::{
         Cluster, TIMEOUT, client, eventually, isolated, new_token, program, run, status_where,
-        tool, wait_until,
+        texts, tool, wait_until,
     },
     host_failures::lose_database,
 };
@@ -363,7 +363,7 @@ fn foreign_interface_with_the_bridges_name_is_reported_everywhere_until_removed(
                 assert!(status["converged"] == false, "{status:#}");
                 status["pods_refused"].to_string().contains(&why)
             });
-            assert!(status["problems"].to_string().contains(&why), "{status:#}");
+            assert!(texts(&status["problems"]).contains(&why), "{status:#}");
             let agent = &cluster.agents[0];
             let (code, said) = Runtime::new(agent).refused("STATUS", "", &json!({}));
             assert!(code == 50 && said.contains(&why), "{code} {said}");

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, TIMEOUT, has_problem, isolated, program, run, sh, status_where, wait_until,
+    Cluster, TIMEOUT, has_problem, isolated, program, run, sh, status_where, texts, wait_until,
 };
 
 fn doctor(netns: &NetNs, agent: &Agent) -> String {
@@ -227,7 +227,7 @@ const HIDDEN_ROUTE_FAULTS: [(&str, &str, &str); 10] = [
         "ip route del throw 10.42.2.64/28",
     ),
     (
-        "has the MTU 600, the overlay 1450; remove it (ip route del 10.42.2.0/25 metric 0)",
+        "has the MTU 600, the overlay 1450: remove it (ip route del 10.42.2.0/25 metric 0)",
         "ip route add 10.42.2.0/25 via 10.42.2.0 dev gossamer.1 onlink mtu lock 600",
         "ip route del 10.42.2.0/25 metric 0",
     ),
@@ -246,7 +246,7 @@ fn route_hidden_from_a_plain_lookup_is_reported_until_removed() {
 /// The same for pods on this host; one of the routes is selected by a rule.
 const LOCAL_HIDDEN_ROUTE_FAULTS: [(&str, &str, &str); 2] = [
     (
-        "takes 10.42.1.9/32 tos 0x8, a part of this node's own subnet; remove it (ip route del \
+        "takes 10.42.1.9/32 tos 0x8, a part of this node's own subnet: remove it (ip route del \
          10.42.1.9/32 tos 0x8 dev d0 metric 0)",
         "ip route add 10.42.1.9 tos 0x08 dev d0",
         "ip route del 10.42.1.9/32 tos 0x8 dev d0",
@@ -352,10 +352,10 @@ fn locally_diverted_packets_cause_no_advice_to_open_a_port() {
             let state = status["paths"][0]["state"].as_str().unwrap_or_default();
             matches!(state, "unanswered" | "one-way")
         });
-        assert!(!status["problems"].to_string().contains("UDP 8472"), "{status:#}");
-        let is_reported = |status: &Value| status["problems"].to_string().contains("table 52");
+        assert!(!texts(&status["problems"]).contains("UDP 8472"), "{status:#}");
+        let is_reported = |status: &Value| texts(&status["problems"]).contains("table 52");
         let status = status_where(agent, is_reported);
-        assert!(!status["problems"].to_string().contains("UDP 8472"), "{status:#}");
+        assert!(!texts(&status["problems"]).contains("UDP 8472"), "{status:#}");
         // The state that the agent leaves is checked without the agent.
         agent.end(Signal::SIGTERM)?;
         let shown = doctor(host, agent);

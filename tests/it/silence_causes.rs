@@ -196,8 +196,8 @@ fn udp_rate_limit_is_reported_with_its_rule_on_the_host_that_has_it() {
         let socket = cluster.agents[1].socket().display().to_string();
         let doctor = format!("{} doctor --socket {socket}", program().display());
         let doctor = String::from_utf8(run(&second.netns, &doctor).stdout)?;
-        let warning = "warning   firewall       chain inet flood in drops UDP 8472 above some rate";
-        assert!(doctor.contains(warning), "{doctor}");
+        let notice = "notice    firewall       chain inet flood in drops UDP 8472 above some rate";
+        assert!(doctor.contains(notice), "{doctor}");
         load.kill()?;
         load.wait()?;
         tool(&second.netns, "nft delete table inet flood");

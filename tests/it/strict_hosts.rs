@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     common::{
-        Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, run, sh, skipped,
+        Cluster, TIMEOUT, client, eventually, has_notice, has_problem, isolated, run, sh, skipped,
         status_where, tool, wait_until,
     },
     forwarding_far::{all_answer, with_pods},
@@ -24,8 +24,8 @@ const DOCUMENTED_RULES: &str = "nft add table inet strict && \
     nft add rule inet strict in iif lo accept && \
     nft add rule inet strict in ip saddr 10.99.0.0/16 udp dport { 8472, 8473 } accept";
 
-fn has_no_problem_or_warning(status: &Value) -> bool {
-    status["problems"] == serde_json::json!([]) && status["warnings"] == serde_json::json!([])
+fn has_no_problem_or_notice(status: &Value) -> bool {
+    status["problems"] == serde_json::json!([]) && status["notices"] == serde_json::json!([])
 }
 
 /// Checks that the status of all agents fulfills a condition for `DETECTION_TIME`.
@@ -49,7 +49,7 @@ fn host_open_for_members_only_is_no_problem_once_its_pods_answer() {
         cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED_RULES));
         for agent in &mut cluster.agents {
             let settled = |status: &Value| {
-                status["paths"][0]["pods_answer"] == true && has_no_problem_or_warning(status)
+                status["paths"][0]["pods_answer"] == true && has_no_problem_or_notice(status)
             };
             status_where(agent, settled);
         }
@@ -66,13 +66,13 @@ fn host_open_for_members_only_is_no_problem_once_its_pods_answer() {
 }
 
 #[test]
-fn host_open_for_members_only_without_pods_is_a_warning() {
+fn host_open_for_members_only_without_pods_is_a_notice() {
     isolated(|lab| {
         let mut cluster = start_pair(lab)?;
         cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED_RULES));
         for (agent, other) in cluster.agents.iter_mut().zip(["n2", "n1"]) {
             let words = format!("the firewall of {other} drops ICMP and UDP 8473");
-            wait_until(&words, TIMEOUT, || has_warning(agent, &words));
+            wait_until(&words, TIMEOUT, || has_notice(agent, &words));
         }
         assert_holds(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))
     });
@@ -135,7 +135,7 @@ fn masquerade_of_all_packets_on_one_host_is_no_problem_of_others() {
              nft add rule ip full post masquerade",
         );
         let words = "reach pods here under the address";
-        wait_until(words, TIMEOUT, || has_warning(&mut cluster.agents[1], words));
+        wait_until(words, TIMEOUT, || has_notice(&mut cluster.agents[1], words));
         assert_holds(&mut cluster.agents[..1], |status| status["problems"] == serde_json::json!([]))
     });
 }

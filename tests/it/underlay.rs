@@ -14,7 +14,7 @@ use crate::{
     cni::Runtime,
     common::{
         Cluster, TIMEOUT, client, eventually, has_problem, isolated, program, run, status_where,
-        token_of, tool, wait_until,
+        texts, token_of, tool, wait_until,
     },
 };
 
@@ -253,7 +253,7 @@ fn known_node_without_network_serves_its_pods_and_connects_later() {
         tool(&host.netns, "ip link del gossamer.1");
         cluster.agents[1] = Agent::start(program(), host, &[])?;
         let reported = status_where(&mut cluster.agents[1], |status| {
-            status["problems"].to_string().contains("no underlay")
+            texts(&status["problems"]).contains("no underlay")
         });
         assert_eq!(reported["kernel"]["mtu"], 1450, "of the last network");
         let said = client(&cluster.agents[1], &["status"]);
@@ -284,7 +284,7 @@ fn new_node_without_network_reports_the_reason_and_joins_later() {
         tool(&host.netns, "ip addr flush dev eth0");
         let mut agent = cluster.start_agent(&host, &[])?;
         let waits = status_where(&mut agent, |status| {
-            status["problems"].to_string().contains("waiting for the network")
+            texts(&status["problems"]).contains("waiting for the network")
         });
         assert_eq!(waits["phase"], "waiting");
         assert!(client(&agent, &["status"]).status.code() == Some(3));
@@ -299,7 +299,7 @@ fn new_node_without_network_reports_the_reason_and_joins_later() {
         let third = lab.host(3, "n3")?;
         let mut agent = cluster.start_agent(&third, &["--iface", "usb0"])?;
         status_where(&mut agent, |status| {
-            let waits = status["problems"].to_string();
+            let waits = texts(&status["problems"]);
             waits.contains("no interface usb0") && waits.contains("10.99.0.12")
         });
         assert!(agent.end(Signal::SIGTERM)?.success());
@@ -396,7 +396,7 @@ fn link_local_address_on_a_pods_interface_is_never_the_underlay() {
         tool(&host.netns, &format!("ip addr add 169.254.7.7/16 dev {port}"));
         tool(&host.netns, &format!("ip route add default dev {port} metric 1005"));
         tool(&host.netns, "ip addr flush dev eth0");
-        status_where(&mut agent, |status| status["problems"].to_string().contains("no underlay"));
+        status_where(&mut agent, |status| texts(&status["problems"]).contains("no underlay"));
         tool(&host.netns, "ip addr add 10.99.0.10/16 dev eth0");
         tool(&host.netns, "ip route add default via 10.99.0.1");
         status_where(&mut agent, |status| status["problems"].as_array().is_some_and(Vec::is_empty));

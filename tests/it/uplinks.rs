@@ -169,7 +169,7 @@ const FAULTS: [(&str, &str, &str); 3] = [
         "ip rule del pref 100; ip route flush table 77",
     ),
     (
-        "table 52 leads them there (ip rule 5270), probably of Tailscale; give packets to it precedence: ip \
+        "table 52 leads them there (ip rule 5270), probably of Tailscale: give packets to it precedence: ip \
          rule add to 10.99.0.10 lookup main priority 5269",
         "ip route add 10.99.0.0/16 dev tun0 table 52; ip rule add lookup 52 pref 5270",
         "ip rule del pref 5270; ip route flush table 52",

@@ -31,7 +31,7 @@ use crate::{
         firewall::Firewall,
         kernel::{ForeignRoutes, next_hops::Hop},
     },
-    model::{Selector, Transport},
+    model::{Problem, Selector, Transport},
     netlink::{
         Netlink,
         route::{Query, RouteLookup},
@@ -62,7 +62,7 @@ const EHOSTUNREACH: i32 = 113;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routing {
     /// Why packets do not take their intended way, with remedies.
-    pub problems: Vec<String>,
+    pub problems: Vec<Problem>,
     /// Subnets of peers whose packets take a wrong way.
     pub diverted: BTreeSet<IpNet>,
     /// MTU of the path to these hosts, if it is smaller than that of the underlay interface because of a
@@ -206,11 +206,14 @@ impl Auditor {
             if self.audit.is_unfinished() { UNCERTAIN_PASS_INTERVAL } else { PASS_INTERVAL };
         self.not_before = begun + rest.max(UNCERTAIN_PASS_INTERVAL);
         self.due = begun + pause.max(rest);
-        let problems = self.audit.sentences(desired.pool.networks());
+        let problems = self.audit.problems(desired.pool.networks());
         let (state, detail) = match (self.audit.subjects(), problems.as_slice()) {
             (0, _) => (CheckState::Skipped, "there is no peer".to_owned()),
             (count, []) => (CheckState::Ok, policy::detail(count, self.unread)),
-            (_, problems) => (CheckState::Failing, problems.join("; ")),
+            (_, problems) => {
+                let texts: Vec<String> = problems.iter().map(Problem::to_string).collect();
+                (CheckState::Failing, texts.join("; "))
+            }
         };
         let diverted = self.audit.diverted();
         let (state, detail) = match state {

@@ -13,6 +13,7 @@ mod gateway;
 mod ipsec;
 mod marks;
 mod no_trial;
+mod notices;
 mod output;
 mod own_host;
 mod partial;
@@ -22,7 +23,6 @@ mod resolution;
 mod setting;
 mod stage;
 mod trial;
-mod warnings;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -43,7 +43,7 @@ use self::{
 use crate::{
     api::CheckStatus,
     dataplane::forwarding::{Direction, TrialResult, Trials, Way},
-    model::Transport,
+    model::{Problem, Transport},
     netlink::{Netlink, nftables::Changes, route::Query},
     pods::standin::Room,
     worker::{Order, Orders, Thread, Worker},
@@ -68,12 +68,12 @@ const READ_SHARE: u32 = 100;
 pub struct Forwarding {
     /// The state of the check for the status.
     pub status: CheckStatus,
-    /// Problems, with remedies.
-    pub problems: Vec<String>,
-    /// Warnings about losses of some packets, or about a missing test, with remedies.
-    pub warnings: Vec<String>,
+    /// The problems.
+    pub problems: Vec<Problem>,
+    /// Notices about losses of some packets, or about a missing test.
+    pub notices: Vec<Problem>,
     /// Why tunnel packets of members do not arrive.
-    pub input: Vec<String>,
+    pub input: Vec<Problem>,
     /// Whether this host drops everything that comes out of the tunnel, even packets to itself, as one
     /// of the problems says; for IPv4 and IPv6.
     pub drops_incoming: [bool; 2],
@@ -129,8 +129,8 @@ impl Forwarder {
             arriving: BTreeMap::new(),
             skipped: String::new(),
             failures: 0,
-            warnings: Vec::new(),
-            next_warnings: None,
+            notices: Vec::new(),
+            next_notices: None,
             turn: 0,
             due: Instant::now(),
             last_trial: None,
@@ -177,9 +177,9 @@ struct TrialRunner<F> {
     skipped: String,
     /// Number of consecutive trials that could not be made.
     failures: u32,
-    warnings: Vec<String>,
-    /// Earliest time to read the rules behind the warnings again.
-    next_warnings: Option<Instant>,
+    notices: Vec<Problem>,
+    /// Earliest time to read the rules behind the notices again.
+    next_notices: Option<Instant>,
     /// Number of the last trial.
     turn: usize,
     due: Instant,
@@ -189,7 +189,7 @@ struct TrialRunner<F> {
     next_reading: Option<Instant>,
     /// Possible causes of losses, from the last reading of the rules.
     reasons: Reasons,
-    input: Vec<String>,
+    input: Vec<Problem>,
     /// The last reported results.
     reported: Forwarding,
 }
@@ -201,7 +201,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             if self.have_rules_changed() {
                 let earliest = self.last_trial.map_or(now, |tried| tried + MIN_TRIAL_INTERVAL);
                 self.due = self.due.min(earliest.max(now + SETTLE_TIME));
-                (self.next_reading, self.next_warnings) = (None, None);
+                (self.next_reading, self.next_notices) = (None, None);
             }
             if self.due <= now {
                 self.run_due(now);
@@ -286,36 +286,36 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         }
         self.last_trial = Some(now);
         self.read_rules(&setting);
-        self.read_warnings(&setting);
+        self.read_notices(&setting);
     }
 
-    /// Reads rules for warnings about what a trial cannot detect.
-    fn read_warnings(&mut self, setting: &Setting) {
+    /// Reads rules for notices about what a trial cannot detect.
+    fn read_notices(&mut self, setting: &Setting) {
         let begun = Instant::now();
-        if self.next_warnings.is_some_and(|at| at > begun) {
+        if self.next_notices.is_some_and(|at| at > begun) {
             return;
         }
-        self.warnings.clear();
+        self.notices.clear();
         let is_untested = self.failures >= FAILURES_UNTIL_REPORTED;
         if is_untested {
-            self.warnings.extend(warnings::untried(setting, &self.skipped));
+            self.notices.extend(notices::untried(setting, &self.skipped));
         }
         let closed = self.trials.closed();
         let is_of_host =
             |way: &Way| way.direction.is_of_host() || way.direction == Direction::TooLarge;
         if (setting.has_pods || setting.unanswered) && closed.iter().all(is_of_host) {
-            self.warnings.extend(warnings::of_host(setting, &closed));
-            self.warnings.extend(match is_untested {
-                true => partial::untested(&mut self.netlink, setting, &self.warnings),
-                false => partial::warnings(&mut self.netlink, setting),
+            self.notices.extend(notices::of_host(setting, &closed));
+            self.notices.extend(match is_untested {
+                true => partial::untested(&mut self.netlink, setting, &self.notices),
+                false => partial::notices(&mut self.netlink, setting),
             });
-            self.warnings.extend(ipsec::selecting(setting));
-            self.warnings.extend(warnings::programs(&mut self.netlink, setting));
+            self.notices.extend(ipsec::selecting(setting));
+            self.notices.extend(notices::programs(&mut self.netlink, setting));
         }
         for (ipv4, address) in &self.arriving {
-            self.warnings.push(warnings::arriving(setting, *ipv4, *address));
+            self.notices.push(notices::arriving(setting, *ipv4, *address));
         }
-        self.next_warnings = Some(begun + begun.elapsed() * READ_SHARE);
+        self.next_notices = Some(begun + begun.elapsed() * READ_SHARE);
     }
 
     /// Makes one trial of each way. `foreign` is the bridge of another program that has the pods.
@@ -385,7 +385,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
                     seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
                     self.translated = translated;
                     if self.arriving != arriving {
-                        (self.arriving, self.next_warnings) = (arriving, None);
+                        (self.arriving, self.next_notices) = (arriving, None);
                     }
                     if let Some(index) = stray {
                         let links = self.netlink.links().unwrap_or_default();

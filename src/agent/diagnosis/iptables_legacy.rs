@@ -15,6 +15,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::dataplane::{kernel::LegacyTable, silence::iptables_ports};
+use crate::model::{Problem, ProblemCode};
 
 /// How long to wait for the output of the program.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -116,29 +117,34 @@ fn translating_rules(ipv4: bool, way: Way, port: u16, targets: &[&str]) -> Vec<(
     named.collect()
 }
 
-/// Returns the policies that drop forwarded packets of pods, each with a remedy, if no rule seems to accept
-/// them. For hosts on which forwarding cannot be tested with packets.
-pub fn closed_policies(network: IpNet, bridge: &str) -> Vec<String> {
+/// Returns a notice for each policy that drops forwarded packets of pods, if no rule seems to accept them.
+/// For hosts on which forwarding cannot be tested with packets.
+pub fn closed_policies(network: IpNet, bridge: &str) -> Vec<Problem> {
     let name = program(network.addr().is_ipv4());
-    let mut sentences = Vec::new();
+    let notice = |table: &str, what: String, fix: String| {
+        let subject = format!("{name} {table}");
+        Problem::new(ProblemCode::NotForwarding, subject, what, fix).notice()
+    };
+    let mut notices = Vec::new();
     for table in tables(network.addr().is_ipv4()).iter().filter(|table| *table != "nat") {
         let Some(rules) = save(name, table) else {
-            sentences.push(format!(
-                "{name} has rules that cannot be read here and may drop packets of pods: \
-                 {name} -t {table} -S"
-            ));
+            let what =
+                format!("{name} has rules that cannot be read here and may drop packets of pods");
+            notices.push(notice(table, what, format!("{name} -t {table} -S")));
             continue;
         };
         for SuspectRule { line, chain } in closed(&rules, network, bridge) {
             let fix = format!("{name} -t {table} -I {chain}");
-            sentences.push(format!(
+            let what = format!(
                 "{name} has `{line}` in its table {table}, and no rule there seems to accept packets of \
-                 pods: {fix} -s {network} -j ACCEPT; {fix} -d {network} -j ACCEPT"
-            ));
+                 pods"
+            );
+            let fix = format!("{fix} -s {network} -j ACCEPT; {fix} -d {network} -j ACCEPT");
+            notices.push(notice(table, what, fix));
         }
     }
-    sentences.truncate(MAX_NAMED);
-    sentences
+    notices.truncate(MAX_NAMED);
+    notices
 }
 
 /// Returns the dropping policies, unless a rule accepts packets of the network or the bridge, or all.

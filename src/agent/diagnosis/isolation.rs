@@ -2,13 +2,14 @@
 //! addresses of this host, or all members are down.
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     time::{Duration, Instant},
 };
 
 use crate::{
     agent::Agent,
-    model::{NodeId, PathState},
+    model::{Liveness, NodeId, PathState, Problem, ProblemCode},
     transport::own_address_problem,
 };
 
@@ -19,10 +20,16 @@ const MIN_ISOLATION: Duration = Duration::from_secs(10);
 const GOSSIP_EXPIRY: Duration = Duration::from_secs(60);
 /// Limit of members named in one sentence.
 const MAX_NAMED: usize = 3;
+/// Limit of members that are down and have a problem of their own each.
+const MAX_DOWN_NAMED: usize = 5;
+/// Remedy for members that are down and not named.
+const SEE_MEMBERS: &str = "see gossamer members";
 
 /// Whether other members answer, and under which address they know this host.
 #[derive(Debug, Default)]
 pub(in crate::agent) struct Isolation {
+    /// Since when gossip does not know these members.
+    unseen_since: BTreeMap<NodeId, Instant>,
     /// Since when no member answers although there are some.
     isolated_since: Option<Instant>,
     /// The address under which members know this host, and when the present one replaced it.
@@ -45,6 +52,11 @@ impl Isolation {
 impl Agent {
     /// Records whether other members answer, and forgets the previous address once they know the present one.
     pub(in crate::agent) fn watch_isolation(&mut self, now: Instant) {
+        let opinions = self.node.opinions();
+        let unseen = self.node.peers().filter(|node| !opinions.contains_key(node));
+        let known = std::mem::take(&mut self.isolation.unseen_since);
+        let since = |node: NodeId| (node, known.get(&node).copied().unwrap_or(now));
+        self.isolation.unseen_since = unseen.map(since).collect();
         if self.node.is_alone() || self.node.has_active_peer() {
             self.isolation.isolated_since = None;
             let is_known =
@@ -59,12 +71,12 @@ impl Agent {
 
     /// Returns why no other member answers, unless each is reported by the problem of its path, or why there
     /// is no other member yet.
-    pub(in crate::agent) fn isolation_problem(&self) -> Option<String> {
+    pub(in crate::agent) fn isolation_problem(&self) -> Option<Problem> {
         self.own_seeds_problem().or_else(|| self.moved_problem()).or_else(|| self.alone_problem())
     }
 
     /// Returns the problem that seeds are addresses of this host.
-    fn own_seeds_problem(&self) -> Option<String> {
+    fn own_seeds_problem(&self) -> Option<Problem> {
         let seeds = self.node.own_seeds().filter_map(|seed| self.config.seeds.get(seed));
         let seeds: Vec<&str> = seeds.map(String::as_str).collect();
         let token = self.config.token.as_ref().or(self.saved_token.as_ref());
@@ -80,21 +92,25 @@ impl Agent {
     }
 
     /// Returns the problem that neither the members nor this host are at their earlier addresses.
-    pub(in crate::agent) fn moved_problem(&self) -> Option<String> {
+    pub(in crate::agent) fn moved_problem(&self) -> Option<Problem> {
         let known = self.isolation.previous_address().filter(|_| self.is_isolated())?;
         let now = self.underlay.local;
         let members = self.named(self.node.peers());
-        Some(format!(
-            "the address of this host has changed from {known} to {now}, and no member answers at the \
-             address known for it ({members}): if the addresses of all hosts have changed, restart the agent \
-             of one host with --join ADDRESS, where ADDRESS is the present address of another host (there: \
-             gossamer status, `underlay`)"
+        Some(Problem::new(
+            ProblemCode::AddressChanged,
+            Problem::HOST,
+            format!(
+                "the address of this host has changed from {known} to {now}, and no member answers at the \
+                 address known for it ({members})"
+            ),
+            "if the addresses of all hosts have changed, restart the agent of one host with --join ADDRESS, \
+             where ADDRESS is the present address of another host (there: gossamer status, `underlay`)",
         ))
     }
 
     /// Returns the problem that no member answers. The likely causes follow from the state of the path to the
     /// first member.
-    fn alone_problem(&self) -> Option<String> {
+    fn alone_problem(&self) -> Option<Problem> {
         if !self.is_isolated() {
             return None;
         }
@@ -133,10 +149,90 @@ impl Agent {
                  let UDP {ports} pass"
             ),
         };
-        Some(format!(
-            "no other member answers this host: {} down; {why}",
+        let what = format!(
+            "no other member answers this host: {} down",
             self.named(unreported.into_iter())
-        ))
+        );
+        Some(Problem::new(ProblemCode::Isolated, Problem::HOST, what, why))
+    }
+
+    /// Returns the problems of members that are down, unless one of these problems is about them.
+    pub(in crate::agent) fn down_members(&self, known: &[Problem]) -> Vec<Problem> {
+        let of_all = [ProblemCode::Isolated, ProblemCode::AddressChanged, ProblemCode::NoUnderlay];
+        if known.iter().any(|problem| of_all.contains(&problem.code)) {
+            return Vec::new();
+        }
+        let opinions = self.node.opinions();
+        let down: Vec<NodeId> =
+            self.node.peers().filter(|node| self.is_down(*node, &opinions)).collect();
+        let paths: BTreeMap<NodeId, PathState> =
+            self.path_states().map(|(node, state, _)| (node, state)).collect();
+        let is_reported = |node: &NodeId| {
+            let state = paths.get(node);
+            state.is_some_and(|state| self.path_problem(*node, *state).is_some())
+        };
+        let down: Vec<NodeId> = down.into_iter().filter(|node| !is_reported(node)).collect();
+        let named = down.iter().take(MAX_DOWN_NAMED);
+        let mut problems: Vec<Problem> =
+            named.map(|node| self.down_problem(*node, paths.get(node), &opinions)).collect();
+        if let more @ 1.. = down.len().saturating_sub(MAX_DOWN_NAMED) {
+            let what = format!("{more} more members are down");
+            problems.push(Problem::new(
+                ProblemCode::MemberDown,
+                "other members",
+                what,
+                SEE_MEMBERS,
+            ));
+        }
+        problems
+    }
+
+    /// Whether gossip holds a member down. A member that it has not heard of counts as down once it had time
+    /// to answer.
+    fn is_down(&self, node: NodeId, opinions: &BTreeMap<NodeId, Liveness>) -> bool {
+        match opinions.get(&node) {
+            Some(liveness) => *liveness == Liveness::Down,
+            None => {
+                let since = self.isolation.unseen_since.get(&node);
+                since.is_some_and(|since| since.elapsed() >= MIN_ISOLATION)
+            }
+        }
+    }
+
+    fn down_problem(
+        &self,
+        node: NodeId,
+        path: Option<&PathState>,
+        opinions: &BTreeMap<NodeId, Liveness>,
+    ) -> Problem {
+        let name = self.node.name_of(node);
+        let is_unique = self.node.peers().filter(|other| self.node.name_of(*other) == name).count()
+            == 1
+            && self.node.name_of(self.node.id()) != name;
+        // Commands take the id of a member whose name is not unique.
+        let named = if is_unique { name.to_owned() } else { node.to_string() };
+        let state = match opinions.get(&node) {
+            Some(_) => "is down",
+            None => "has not been seen for a day, or since the agent started here",
+        };
+        let (what, start) = match path {
+            Some(PathState::Ok) => (
+                format!(
+                    "the agent of {name} {state}; its kernel still forwards packets of its pods"
+                ),
+                "start its agent (there: systemctl start gossamer)",
+            ),
+            Some(_) => (format!("{name} {state}: its pods are unreachable"), "start it"),
+            None => (format!("{name} {state}"), "start it"),
+        };
+        let fix = match self.node.has_active_peer() {
+            true => format!("{start}, or if that host is gone for good: gossamer forget {named}"),
+            // The cause may be this host.
+            false => format!(
+                "{start}; if it runs, its own status may name the cause (there: gossamer status)"
+            ),
+        };
+        Problem::new(ProblemCode::MemberDown, if is_unique { name } else { &named }, what, fix)
     }
 
     /// Returns up to [`MAX_NAMED`] members with their addresses, and the number of the others.

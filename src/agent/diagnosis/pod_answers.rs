@@ -26,7 +26,7 @@ use crate::{
     api::{CheckState, CheckStatus},
     dataplane::answers::{PodResults, Round},
     docker,
-    model::{Mac, Pod, Subnets},
+    model::{Mac, Pod, Problem, ProblemCode, Subnets},
     netlink::{Netlink, link::Link},
     pods::{
         gateway, port,
@@ -76,9 +76,9 @@ pub struct PodAnswers {
     /// Number of pods that do not answer.
     silent: usize,
     /// One sentence with a remedy for each silent pod, up to a limit.
-    pub problems: Vec<String>,
+    pub problems: Vec<Problem>,
     /// The same for what may drop some packets of single pods.
-    pub warnings: Vec<String>,
+    pub notices: Vec<Problem>,
 }
 
 /// The event loop's handle of the thread.
@@ -311,27 +311,28 @@ impl<F: Fn(PodAnswers)> AnswerChecker<F> {
         }
     }
 
-    /// Reports the silent pods with their causes, and the warnings about ports.
+    /// Reports the silent pods with their causes, and the notices about ports.
     fn report_state(&mut self, roster: &PodRoster) {
         let silent: Vec<_> =
             self.roll.silent().map(|(port, loss)| (port.to_owned(), loss)).collect();
-        let sentences =
-            self.explained.sentences(&mut self.netlink, &mut self.wiring, roster, &silent);
-        let warnings = self.ports.warnings(roster, silent.iter().map(|(port, _)| port.as_str()));
-        let more = sentences.len().saturating_sub(MAX_NAMED);
-        let silent = sentences.len();
-        let mut problems: Vec<String> = sentences.into_iter().take(MAX_NAMED).collect();
+        let mut problems =
+            self.explained.problems(&mut self.netlink, &mut self.wiring, roster, &silent);
+        let notices = self.ports.notices(roster, silent.iter().map(|(port, _)| port.as_str()));
+        let silent = problems.len();
+        let more = silent.saturating_sub(MAX_NAMED);
+        problems.truncate(MAX_NAMED);
         if more > 0 {
-            problems.push(format!(
+            let what = format!(
                 "{more} more pods of this host do not answer ARP or neighbor discovery, likely for the \
                  same causes"
-            ));
+            );
+            problems.push(Problem::new(ProblemCode::PodSilent, "other pods", what, ""));
         }
         self.report_if_changed(PodAnswers {
             answering: self.roll.answering(),
             silent,
             problems,
-            warnings,
+            notices,
         });
     }
 
@@ -427,10 +428,10 @@ impl Agent {
 
     /// Stores what the thread reports, and logs what is new.
     pub(in crate::agent) fn on_answers(&mut self, state: PodAnswers) {
-        let sentences = |answers: &PodAnswers| [&answers.problems[..], &answers.warnings].concat();
-        let before = sentences(&self.kernel.answers);
-        let new = sentences(&state).into_iter().filter(|text| !before.contains(text));
-        new.for_each(|text| tracing::warn!("{text}"));
+        let findings = |answers: &PodAnswers| [&answers.problems[..], &answers.notices].concat();
+        let before = findings(&self.kernel.answers);
+        let new = findings(&state).into_iter().filter(|found| !before.contains(found));
+        new.for_each(|found| tracing::warn!("{found}"));
         self.kernel.answers = state;
     }
 }

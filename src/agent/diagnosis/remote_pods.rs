@@ -337,7 +337,7 @@ impl Agent {
         match reported {
             RemotePodsEvent::State(state) => {
                 let words = |agent: &Self| {
-                    [agent.remote_pod_problems(), agent.remote_pod_warnings()].concat()
+                    [agent.remote_pod_problems(), agent.remote_pod_notices()].concat()
                 };
                 let before = words(self);
                 // A link of the path may carry less than before.

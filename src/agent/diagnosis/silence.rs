@@ -30,7 +30,7 @@ use crate::{
         kernel::trace::Trace,
         silence::{Cause, Facts, IN, OUT, Place, Suspect, Verdict, Watch},
     },
-    model::{Mac, NodeId},
+    model::{Mac, NodeId, Problem},
     netlink::Netlink,
     worker::{Order, Orders, Thread, Worker},
 };
@@ -81,7 +81,7 @@ type Verdicts = BTreeMap<NodeId, Verdict>;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SilenceFindings {
     /// The sentence that another machine has this host's address.
-    pub claim: Option<String>,
+    pub claim: Option<Problem>,
     /// Verdicts on the peers diagnosed last.
     pub verdicts: Verdicts,
 }
@@ -153,7 +153,7 @@ struct Diagnoser<F> {
     /// When the next check is due whether another machine has this host's address.
     claim_due: Option<Instant>,
     /// The sentence that another machine has it.
-    claim: Option<String>,
+    claim: Option<Problem>,
     /// Silent peers that were seen with a hardware address of this host.
     duplicates: BTreeMap<NodeId, Mac>,
 }
@@ -262,7 +262,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                 return Ok(());
             }
         }
-        self.claim = watch.claim().map(|mac| claim_sentence(mac, place));
+        self.claim = watch.claim().map(|mac| claim_problem(mac, place));
         Ok(())
     }
 
@@ -283,7 +283,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             return Ok(None);
         };
         self.duplicates.extend(watch.duplicates());
-        self.claim = watch.claim().map(|mac| claim_sentence(mac, place));
+        self.claim = watch.claim().map(|mac| claim_problem(mac, place));
         let after = counted_packets(case);
         let errors = errors.zip(congested(&mut self.netlink, &place.device));
         let mut facts: BTreeMap<NodeId, Facts> = BTreeMap::new();
@@ -488,7 +488,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
     }
 }
 
-/// Returns the sentence that another machine has this host's address.
-fn claim_sentence(mac: Mac, place: &Place) -> String {
-    Cause::AddressTaken { mac }.sentence(&[], place)
+/// Returns the problem that another machine has this host's address.
+fn claim_problem(mac: Mac, place: &Place) -> Problem {
+    Cause::AddressTaken { mac }.problem(&[], place)
 }

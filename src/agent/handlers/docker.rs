@@ -44,7 +44,7 @@ impl Agent {
     /// Answers a request of Docker, now or when this node has a subnet.
     pub(in crate::agent) fn on_docker(&mut self, request: Request) {
         let is_early = request.needs_subnet() && !self.has_subnet_in_use();
-        if is_early && self.store_problem().is_none() {
+        if is_early && self.store_failure().is_none() {
             self.pods.early_requests.push((Instant::now(), request));
         } else {
             self.answer_docker(request);

@@ -42,7 +42,7 @@ use crate::{
         },
         plan::Op,
     },
-    model::{NodeId, Pool},
+    model::{NodeId, Pool, Problem, ProblemCode},
     pods::wiring::Wiring,
     underlay::{ChosenUnderlay, UnderlayError},
 };
@@ -75,15 +75,15 @@ pub(in crate::agent) struct KernelState {
     /// Whether the kernel has equaled the desired state at least once.
     pub(in crate::agent) programmed_once: bool,
     /// Why the kernel cannot be programmed.
-    pub(in crate::agent) problem: Option<String>,
+    pub(in crate::agent) problem: Option<Problem>,
     /// Problems of single peers whose entries the kernel refused.
-    pub(in crate::agent) peer_problems: Vec<String>,
+    pub(in crate::agent) peer_problems: Vec<Problem>,
     /// Why the underlay is unusable.
-    pub(in crate::agent) underlay_problem: Option<String>,
+    pub(in crate::agent) underlay_problem: Option<Problem>,
     /// The problem that the carrier of the underlay interface flaps.
-    pub(in crate::agent) flapping: Option<String>,
+    pub(in crate::agent) flapping: Option<Problem>,
     /// Problems about addresses of this host inside the overlay's networks.
-    pub(in crate::agent) overlaps: Vec<String>,
+    pub(in crate::agent) overlaps: Vec<Problem>,
     /// Where the kernel sends packets.
     pub(in crate::agent) routing: Routing,
     /// Whether packets of pods are forwarded.
@@ -218,11 +218,11 @@ impl Agent {
         };
         let before = &self.kernel.forwarding;
         let of = |state: &Forwarding| {
-            let Forwarding { problems, input, warnings, .. } = state.clone();
-            [problems, input, warnings].concat()
+            let Forwarding { problems, input, notices, .. } = state.clone();
+            [problems, input, notices].concat()
         };
         let (before, told) = (of(before), of(&state));
-        let known = |problem: &&String| before.contains(problem);
+        let known = |problem: &&Problem| before.contains(problem);
         told.iter()
             .filter(|problem| !known(problem))
             .for_each(|problem| tracing::warn!("{problem}"));
@@ -249,8 +249,8 @@ impl Agent {
     fn on_host(&mut self, state: HostState) {
         let known = &self.kernel.host.problems;
         state.problems.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::error!("{p}"));
-        let known = &self.kernel.host.warnings;
-        state.warnings.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::warn!("{p}"));
+        let known = &self.kernel.host.notices;
+        state.notices.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::warn!("{p}"));
         for kind in &state.repaired {
             self.record_and_log_repair(kind, 1);
         }
@@ -262,7 +262,7 @@ impl Agent {
         let chosen = match underlay {
             Ok(chosen) => chosen,
             Err(error) => {
-                let why = match error {
+                let what = match error {
                     // Tunnel packets leave by the interface that has the address.
                     UnderlayError::Moved { .. } => format!(
                         "no underlay: {error}; until then the tunnels stay as they were, whether packets \
@@ -273,6 +273,7 @@ impl Agent {
                          hosts once the network is back"
                     ),
                 };
+                let why = Problem::new(ProblemCode::NoUnderlay, Problem::HOST, what, "");
                 if self.kernel.underlay_problem.as_ref() != Some(&why) {
                     tracing::error!("{why}");
                 }
@@ -346,15 +347,20 @@ impl Agent {
         let is_of_all = refused.len() > 1 && Some(refused.len()) == peers.map(BTreeMap::len);
         let is_whole = |node: &Option<NodeId>| node.is_none() || is_of_all;
         let whole: Vec<_> = owned.iter().filter(|(node, _)| is_whole(node)).collect();
-        let problem = whole.first().map(|(_, first)| match whole.len() {
-            1 => format!("a kernel entry was refused: {first}"),
-            count => format!("{count} kernel entries were refused, the first: {first}"),
+        let problem = whole.first().map(|(_, first)| {
+            let what = match whole.len() {
+                1 => format!("a kernel entry was refused: {first}"),
+                count => format!("{count} kernel entries were refused, the first: {first}"),
+            };
+            Problem::new(ProblemCode::KernelRefused, Problem::HOST, what, "")
         });
         let mut told = BTreeSet::new();
         let of_peers = owned.iter().filter(|(node, _)| !is_whole(node) && told.insert(*node));
-        let of_peers: Vec<String> = of_peers
+        let of_peers: Vec<Problem> = of_peers
             .filter_map(|(node, entry)| {
-                Some(format!("packets to {}: {entry}", self.node.name_of((*node)?)))
+                let name = self.node.name_of((*node)?);
+                let what = format!("packets to {name}: {entry}");
+                Some(Problem::new(ProblemCode::PeerRefused, name, what, ""))
             })
             .collect();
         let new = of_peers.iter().filter(|problem| !self.kernel.peer_problems.contains(problem));
@@ -368,16 +374,16 @@ impl Agent {
     }
 
     /// Returns the problems of peers whose underlay addresses this host cannot send to.
-    pub(in crate::agent) fn unusable_peers(&self) -> Vec<String> {
+    pub(in crate::agent) fn unusable_peers(&self) -> Vec<Problem> {
         let underlay = self.current_underlay();
         let peers = self.kernel.wanted.iter().flat_map(|view| &view.peers);
         let problem = |(node, peer): (&NodeId, &Peer)| {
             let address = peer.vtep.underlay;
             let why = underlay.unusable_peer_reason(address)?;
             let name = self.node.name_of(*node);
-            Some(format!(
-                "packets to {name}: its tunnels end at {address}, {why}: correct its underlay address"
-            ))
+            let what = format!("packets to {name}: its tunnels end at {address}, {why}");
+            let fix = "correct its underlay address";
+            Some(Problem::new(ProblemCode::UnusableAddress, name, what, fix))
         };
         peers.filter_map(problem).collect()
     }
@@ -386,10 +392,11 @@ impl Agent {
     /// with the reason. Later errors and transient ones are retried.
     fn on_kernel_error(&mut self, error: &KernelError) {
         let why = error.to_string();
-        if self.kernel.problem.as_ref() != Some(&why) {
+        let problem = Problem::new(ProblemCode::KernelRefused, Problem::HOST, why.as_str(), "");
+        if self.kernel.problem.as_ref() != Some(&problem) {
             tracing::error!("{why}");
         }
-        self.kernel.problem = Some(why.clone());
+        self.kernel.problem = Some(problem);
         if self.kernel.programmed_once || self.giving_up.is_some() || error.is_transient() {
             return;
         }

@@ -29,7 +29,7 @@ use crate::{
         },
         toggled::{ForwardingChanges, Setting},
     },
-    model::Time,
+    model::{Problem, ProblemCode, Time},
     netlink::{Netlink, netconf::ForwardingMonitor, nftables::Changes},
 };
 
@@ -44,10 +44,10 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 /// The last reported result of the host checks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostState {
-    /// The problems, with their remedies.
-    pub problems: Vec<String>,
-    /// What could not be checked, with remedies.
-    pub warnings: Vec<String>,
+    /// The problems.
+    pub problems: Vec<Problem>,
+    /// What could not be checked.
+    pub notices: Vec<Problem>,
     /// Whether the kernel's connection tracking table is full and drops packets, as one of the problems
     /// says.
     pub is_table_full: bool,
@@ -66,7 +66,7 @@ pub struct HostChecks {
     tunnels: Option<BTreeSet<String>>,
     changes: Option<Changes>,
     users: UserRules,
-    users_problem: Option<String>,
+    users_problem: Option<Problem>,
     mode: Mode,
     set_sysctls: bool,
     /// Names of sysctls that were correct at the last check.
@@ -78,7 +78,7 @@ pub struct HostChecks {
     forwarding_changes: ForwardingChanges,
     /// Whether the device was closed to router advertisements from the overlay at the last check.
     was_closed: bool,
-    table_problem: Option<String>,
+    table_problem: Option<Problem>,
     /// Whether the kernel had the guard at the last check.
     guarded: bool,
     /// When the kernel refused the masquerade rules.
@@ -87,13 +87,13 @@ pub struct HostChecks {
     fragments: Fragments,
     neighbors: NeighborTables,
     netlink: io::Result<Netlink>,
-    problems: Vec<String>,
-    warnings: Vec<String>,
+    problems: Vec<Problem>,
+    notices: Vec<Problem>,
     dropped: u64,
     repaired: Vec<&'static str>,
     /// Earliest time to read other programs' chains again.
     read_chains_at: Instant,
-    chain_problems: Vec<String>,
+    chain_problems: Vec<Problem>,
     /// Earliest time to read the packet counters again.
     count_at: Instant,
     /// Repeated conflicts with other programs about entries, the table and sysctls.
@@ -127,7 +127,7 @@ impl HostChecks {
             neighbors: NeighborTables::default(),
             netlink: Netlink::open(),
             problems: Vec::new(),
-            warnings: Vec::new(),
+            notices: Vec::new(),
             dropped: 0,
             repaired: Vec::new(),
             read_chains_at: Instant::now(),
@@ -160,10 +160,11 @@ impl HostChecks {
         };
         self.users_problem = kept.as_ref().err().map(|error| {
             let port = firewall.port;
-            format!(
+            let what = format!(
                 "users of this host can send tunnel packets (UDP {port}) to other hosts: the policy rule \
                  against that was refused: {error}"
-            )
+            );
+            Problem::new(ProblemCode::UsersUnblocked, Problem::HOST, what, "")
         });
         if matches!(kept, Ok(true)) {
             self.repaired.push("firewall");
@@ -229,7 +230,7 @@ impl HostChecks {
             self.read_chains_at = begun + begun.elapsed() * CHAIN_READ_SHARE;
         }
         self.problems.clear();
-        self.warnings = sysctl::unreadable().into_iter().collect();
+        self.notices = sysctl::unreadable().into_iter().collect();
         self.problems.extend(self.connections.check());
         self.problems.extend(self.fragments.check());
         if let Ok(netlink) = &mut self.netlink {
@@ -254,7 +255,7 @@ impl HostChecks {
                     self.correct_sysctls.insert(setting.name().to_owned());
                     self.repaired.extend(was_correct.then_some("sysctl"));
                 }
-                Err(error) => self.problems.push(error),
+                Err(problem) => self.problems.push(problem),
             }
         }
         self.check_forwarding_switches([&desired.device.name, bridge]);
@@ -312,7 +313,7 @@ impl HostChecks {
         let problems = problems.cloned().chain(self.repair_conflicts.problems());
         let state = HostState {
             problems: problems.collect(),
-            warnings: self.warnings.clone(),
+            notices: self.notices.clone(),
             is_table_full: self.connections.is_full(),
             refuses_routers: self.guarded,
             dropped: self.dropped,
@@ -385,18 +386,27 @@ impl HostChecks {
     }
 }
 
-fn no_table(error: &io::Error) -> String {
-    format!(
-        "nftables: {error}: load the modules nf_tables, nf_nat and nft_masq, or set guard = false and \
-         ip_masq = false"
+fn no_table(error: &io::Error) -> Problem {
+    Problem::new(
+        ProblemCode::FirewallTable,
+        Problem::HOST,
+        format!("nftables: {error}"),
+        "load the modules nf_tables, nf_nat and nft_masq, or set guard = false and ip_masq = false",
     )
 }
 
-fn direct_access(chain: &str, desired: &Desired) -> String {
-    format!(
-        "chain {chain} drops what other hosts send to containers on a bridge of Docker's (Docker 28 and \
-         later): start dockerd with --allow-direct-routing, or make the network with \
-         -o com.docker.network.bridge.trusted_host_interfaces={}, or with -d gossamer",
-        desired.device.name
+fn direct_access(chain: &str, desired: &Desired) -> Problem {
+    Problem::new(
+        ProblemCode::DockerDirectAccess,
+        chain,
+        format!(
+            "chain {chain} drops what other hosts send to containers on a bridge of Docker's (Docker 28 and \
+             later)"
+        ),
+        format!(
+            "start dockerd with --allow-direct-routing, or make the network with \
+             -o com.docker.network.bridge.trusted_host_interfaces={}, or with -d gossamer",
+            desired.device.name
+        ),
     )
 }

@@ -3,7 +3,10 @@
 
 use std::fs;
 
-use crate::agent::host::recent_loss::RecentLoss;
+use crate::{
+    agent::host::recent_loss::RecentLoss,
+    model::{Problem, ProblemCode},
+};
 
 /// Number of checks for which the table counts as full after the last packet that it dropped.
 const HOLD_CHECKS: u32 = 3;
@@ -29,8 +32,8 @@ pub struct Conntrack {
 }
 
 impl Conntrack {
-    /// Reads the table. Returns a problem and its remedy while the table drops packets.
-    pub fn check(&mut self) -> Option<String> {
+    /// Reads the table. Returns a problem while the table drops packets.
+    pub fn check(&mut self) -> Option<Problem> {
         self.update(TableState::read()?)
     }
 
@@ -39,15 +42,17 @@ impl Conntrack {
         self.recent.lost().is_some()
     }
 
-    fn update(&mut self, table: TableState) -> Option<String> {
+    fn update(&mut self, table: TableState) -> Option<Problem> {
         let is_relevant = |new| new > 0 && table.is_full();
         let count = self.recent.update(table.dropped, HOLD_CHECKS, is_relevant)?;
-        Some(format!("{}; {count} packets were dropped at the last count", table.problem()))
+        let problem = table.problem();
+        let what = format!("{}; {count} were dropped at the last count", problem.what);
+        Some(Problem { what, ..problem })
     }
 }
 
 /// Returns the same problem as an explanation of lost packets; `None` if the table has room.
-pub fn full_table_problem() -> Option<String> {
+pub fn full_table_problem() -> Option<Problem> {
     TableState::read().filter(|table| table.is_full()).map(|table| table.problem())
 }
 
@@ -66,14 +71,18 @@ impl TableState {
         self.entries.saturating_mul(100) >= self.most.saturating_mul(FULL_PERCENT)
     }
 
-    fn problem(self) -> String {
+    fn problem(self) -> Problem {
         let Self { entries, most, .. } = self;
-        format!(
+        let what = format!(
             "the kernel's table of connections is full ({entries} of {most}), so packets of new connections \
-             are dropped: raise the limit (sysctl -w net.netfilter.nf_conntrack_max={}, and a file in \
-             /etc/sysctl.d), and look for what fills it (conntrack -L)",
+             are dropped"
+        );
+        let fix = format!(
+            "raise the limit (sysctl -w net.netfilter.nf_conntrack_max={}, and a file in /etc/sysctl.d), and \
+             look for what fills it (conntrack -L)",
             most.saturating_mul(2)
-        )
+        );
+        Problem::new(ProblemCode::ConnectionTableFull, Problem::HOST, what, fix)
     }
 }
 
@@ -111,7 +120,7 @@ mod tests {
         assert_eq!(update(100, 7), None, "no earlier count");
         assert_eq!(update(100, 7), None, "full, but nothing dropped");
         let problem = update(99, 12).expect("a problem");
-        assert!(problem.contains("(99 of 100)") && problem.contains("5 packets"), "{problem}");
+        assert!(problem.contains("(99 of 100)") && problem.contains("5 were dropped"), "{problem}");
         assert!(problem.contains("nf_conntrack_max=200"), "{problem}");
         for _ in 0..HOLD_CHECKS {
             assert!(update(60, 12).is_some());

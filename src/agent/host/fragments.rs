@@ -3,7 +3,10 @@
 
 use std::fs;
 
-use crate::agent::host::recent_loss::RecentLoss;
+use crate::{
+    agent::host::recent_loss::RecentLoss,
+    model::{Problem, ProblemCode},
+};
 
 /// Number of checks for which a shortage stays reported.
 const HOLD_CHECKS: u32 = 3;
@@ -34,23 +37,25 @@ pub struct Fragments {
 }
 
 impl Fragments {
-    /// Checks the memory. Returns a problem, with its remedy, for each family that has too little.
-    pub fn check(&mut self) -> Vec<String> {
+    /// Checks the memory. Returns a problem for each family that has too little.
+    pub fn check(&mut self) -> Vec<Problem> {
         memories().filter_map(|memory| self.update(memory)).collect()
     }
 
-    fn update(&mut self, memory: Memory) -> Option<String> {
+    fn update(&mut self, memory: Memory) -> Option<Problem> {
         let recent = &mut self.families[usize::from(memory.is_ipv4)];
         let is_scarce = |new| memory.is_full() || memory.is_small() && new > 0;
         let count = recent.update(memory.refused, HOLD_CHECKS, is_scarce)?;
-        Some(format!("{}; {count} found no room at the last count", memory.sentence()))
+        let problem = memory.problem();
+        let what = format!("{}; {count} found no room at the last count", problem.what);
+        Some(Problem { what, ..problem })
     }
 }
 
-/// Returns the same sentences as possible causes of lost fragments.
-pub fn scarce() -> impl Iterator<Item = String> {
+/// Returns the same problems as possible causes of lost fragments.
+pub fn scarce() -> impl Iterator<Item = Problem> {
     let scarce = memories().filter(|memory| memory.is_full() || memory.is_small());
-    scarce.map(|memory| memory.sentence())
+    scarce.map(Memory::problem)
 }
 
 fn memories() -> impl Iterator<Item = Memory> {
@@ -77,19 +82,23 @@ impl Memory {
         self.limit < SMALL_LIMIT
     }
 
-    fn sentence(self) -> String {
+    fn problem(self) -> Problem {
         let Self { is_ipv4, used, limit, .. } = self;
         let how = if self.is_full() { "full" } else { "small" };
         let (family, sysctl, filter) = match is_ipv4 {
             true => ("IPv4", "net.ipv4.ipfrag_high_thresh", "ip[6:2] & 0x3fff != 0"),
             false => ("IPv6", "net.ipv6.ip6frag_high_thresh", "ip6[6] == 44"),
         };
-        format!(
+        let what = format!(
             "the kernel's memory for {family} fragments is {how} ({used} of {limit} bytes), so packets that \
-             arrive here in fragments are dropped: raise the limit (sysctl -w {sysctl}={}, and a file in \
-             /etc/sysctl.d), and find the sender of the fragments (tcpdump -ni any '{filter}')",
+             arrive here in fragments are dropped"
+        );
+        let fix = format!(
+            "raise the limit (sysctl -w {sysctl}={}, and a file in /etc/sysctl.d), and find the sender of \
+             the fragments (tcpdump -ni any '{filter}')",
             limit.saturating_mul(4).max(DEFAULT_LIMIT)
-        )
+        );
+        Problem::new(ProblemCode::FragmentMemory, family, what, fix)
     }
 }
 

@@ -5,6 +5,7 @@ use std::io;
 
 use crate::{
     agent::host::recent_loss::RecentLoss,
+    model::{Problem, ProblemCode},
     netlink::{Netlink, neighbour::NeighborTable},
 };
 
@@ -19,30 +20,34 @@ pub struct NeighborTables {
 }
 
 impl NeighborTables {
-    /// Reads the tables. Returns a problem with its remedy for each table that is full.
+    /// Reads the tables. Returns a problem for each table that is full.
     ///
     /// # Errors
     /// Fails when the kernel does not report the tables.
-    pub fn check(&mut self, netlink: &mut Netlink) -> io::Result<Vec<String>> {
+    pub fn check(&mut self, netlink: &mut Netlink) -> io::Result<Vec<Problem>> {
         let tables = netlink.neighbor_tables()?;
         Ok(tables.into_iter().filter_map(|table| self.update(table)).collect())
     }
 
-    fn update(&mut self, table: NeighborTable) -> Option<String> {
+    fn update(&mut self, table: NeighborTable) -> Option<Problem> {
         let recent = &mut self.families[usize::from(table.is_ipv4)];
         let count = recent.update(table.refused, HOLD_CHECKS, |new| new > 0)?;
         let NeighborTable { is_ipv4, entries, most, .. } = table;
         let family = if is_ipv4 { "ipv4" } else { "ipv6" };
         let wanted = most.saturating_mul(4);
-        Some(format!(
-            "the kernel's table of {} neighbors was full ({count} neighbors found no room at the last \
+        let name = if is_ipv4 { "IPv4" } else { "IPv6" };
+        let what = format!(
+            "the kernel's table of {name} neighbors was full ({count} neighbors found no room at the last \
              count; {entries} entries now, at most {most}), so hosts and pods without an entry cannot be \
-             reached: raise the limit on this host (sysctl -w net.{family}.neigh.default.gc_thresh3={wanted} \
+             reached"
+        );
+        let fix = format!(
+            "raise the limit on this host (sysctl -w net.{family}.neigh.default.gc_thresh3={wanted} \
              net.{family}.neigh.default.gc_thresh2={}, and a file in /etc/sysctl.d), and find the program \
              that looks up many addresses, also in pods' namespaces (ip -s neigh)",
-            if is_ipv4 { "IPv4" } else { "IPv6" },
             wanted / 2
-        ))
+        );
+        Some(Problem::new(ProblemCode::NeighborTableFull, name, what, fix))
     }
 }
 

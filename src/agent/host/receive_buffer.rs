@@ -2,7 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{agent::host::recent_loss::RecentLoss, transport::ReceiveBuffer};
+use crate::{
+    agent::host::recent_loss::RecentLoss,
+    model::{Problem, ProblemCode},
+    transport::ReceiveBuffer,
+};
 
 /// Time between two readings of the drop counter.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
@@ -42,7 +46,7 @@ impl ReceiveDrops {
 
     /// Returns the problem with its remedy. `capped` is the buffer size in bytes if `net.core.rmem_max`
     /// limited it.
-    pub(in crate::agent) fn problem(&self, port: u16, capped: Option<usize>) -> Option<String> {
+    pub(in crate::agent) fn problem(&self, port: u16, capped: Option<usize>) -> Option<Problem> {
         let count = self.recent.lost()?;
         let (seconds, wanted) = (RECHECK_INTERVAL.as_secs(), ReceiveBuffer::wanted());
         let helps = match capped {
@@ -52,10 +56,11 @@ impl ReceiveDrops {
             ),
             None => "see what floods it (gossamer status), or give the agent more CPU".to_owned(),
         };
-        Some(format!(
+        let what = format!(
             "{count} packets to UDP {port} were lost within {seconds} s, because the agent did not read them \
-             in time: {helps}"
-        ))
+             in time"
+        );
+        Some(Problem::new(ProblemCode::PacketsUnread, format!("UDP {port}"), what, helps))
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
 use crate::{
     dataplane::fight::{FightStart, Fights, Kind},
     files,
-    model::Time,
+    model::{Problem, ProblemCode, Time},
 };
 
 /// Programs that change interfaces, addresses and routes of other programs, the most likely first.
@@ -75,14 +75,14 @@ const MAX_NAMED: usize = 3;
 pub struct RepairConflicts {
     begun: Instant,
     fights: Fights,
-    /// One sentence for each present conflict.
-    sentences: BTreeMap<Kind, String>,
+    /// One problem for each present conflict.
+    problems: BTreeMap<Kind, Problem>,
 }
 
 impl RepairConflicts {
     /// Returns an instance without conflicts.
     pub fn new() -> Self {
-        Self { begun: Instant::now(), fights: Fights::default(), sentences: BTreeMap::new() }
+        Self { begun: Instant::now(), fights: Fights::default(), problems: BTreeMap::new() }
     }
 
     /// Counts a repair of `object`, which concerns the interface with index `link`, if any.
@@ -90,7 +90,7 @@ impl RepairConflicts {
         let now = self.now();
         if let Some(begun) = self.fights.note(now, kind) {
             let suspects = find_suspects(Path::new("/"), kind, link);
-            self.sentences.insert(kind, sentence(kind, object, begun, &suspects));
+            self.problems.insert(kind, problem(kind, object, begun, &suspects));
         }
     }
 
@@ -105,11 +105,11 @@ impl RepairConflicts {
         self.fights.is_under_way(now, kind)
     }
 
-    /// Returns the present conflicts as sentences.
-    pub fn problems(&mut self) -> Vec<String> {
+    /// Returns the problems of the present conflicts.
+    pub fn problems(&mut self) -> Vec<Problem> {
         let now = self.now();
-        self.sentences.retain(|kind, _| self.fights.is_under_way(now, *kind));
-        self.sentences.values().cloned().collect()
+        self.problems.retain(|kind, _| self.fights.is_under_way(now, *kind));
+        self.problems.values().cloned().collect()
     }
 
     fn now(&self) -> Time {
@@ -117,7 +117,7 @@ impl RepairConflicts {
     }
 }
 
-fn sentence(kind: Kind, object: &str, begun: FightStart, suspects: &Suspects) -> String {
+fn problem(kind: Kind, object: &str, begun: FightStart, suspects: &Suspects) -> Problem {
     let (what, see) = match kind {
         Kind::Entries => ("gossamer's entries in the kernel", "ip monitor all"),
         Kind::Bridge => ("the pods' bridge and its ports", "ip monitor link address"),
@@ -142,10 +142,11 @@ fn sentence(kind: Kind, object: &str, begun: FightStart, suspects: &Suspects) ->
             running.join(" or ")
         ),
     };
-    format!(
+    let what = format!(
         "another program keeps changing {what} ({object}): repaired {repairs} times in {seconds} s, and only \
-         every few seconds from now on; {cause}"
-    )
+         every few seconds from now on"
+    );
+    Problem::new(ProblemCode::RepairConflict, object, what, cause)
 }
 
 /// The programs that may cause the conflict.
@@ -226,11 +227,11 @@ mod tests {
     }
 
     #[test]
-    fn sentence_of_a_conflict_names_object_rate_and_program() {
+    fn problem_of_a_conflict_names_object_rate_and_program() {
         let begun = FightStart { repairs: 10, within: Duration::from_secs(12) };
         let text_for = |managed, running: &[&'static str]| {
             let suspects = Suspects { managed, running: running.to_vec() };
-            sentence(Kind::Bridge, "port gsm1", begun, &suspects)
+            problem(Kind::Bridge, "port gsm1", begun, &suspects)
         };
         let text = text_for(false, &["NetworkManager"]);
         for part in ["bridge", "port gsm1", "10 times in 12 s", "NetworkManager"] {

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     api::{EventKind, EventLevel},
     config::PodCidr,
-    model::Pool,
+    model::{Pool, Problem, ProblemCode},
 };
 
 /// Time between queries while nothing is missing.
@@ -45,7 +45,7 @@ pub(crate) struct PodCidrSource {
     /// Seeds of the last list.
     seeds: Vec<String>,
     /// The problem of this node's subnet.
-    problem: Option<String>,
+    problem: Option<Problem>,
     /// The last logged failure of each kind.
     logged: BTreeMap<&'static str, String>,
     /// Pause before the next query.
@@ -89,11 +89,11 @@ impl PodCidrSource {
 
     /// Returns the problem with the subnet of this node, and with `no_other` (no other node is known) the
     /// problem with the list of nodes.
-    pub(crate) fn problems(&self, no_other: bool) -> impl Iterator<Item = String> {
-        let unlisted =
-            self.unlisted.as_ref().filter(|_| no_other).map(|why| {
-                format!("no other node is known, and Kubernetes does not list them: {why}")
-            });
+    pub(crate) fn problems(&self, no_other: bool) -> impl Iterator<Item = Problem> {
+        let unlisted = self.unlisted.as_ref().filter(|_| no_other).map(|why| {
+            let what = format!("no other node is known, and Kubernetes does not list them: {why}");
+            Problem::new(ProblemCode::Kubernetes, "nodes", what, "")
+        });
         self.problem.iter().cloned().chain(unlisted)
     }
 
@@ -171,7 +171,8 @@ impl Agent {
                 failed = true;
                 let known =
                     source.cidrs.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");
-                source.problem = Some(format!("{why}; this node continues with {known}"));
+                let what = format!("{why}; this node continues with {known}");
+                source.problem = Some(Problem::new(ProblemCode::Kubernetes, "subnet", what, ""));
                 source.log(why, "Kubernetes no longer assigns this node a usable subnet");
             }
             Err(LookupError::NoAnswer { why, pause: requested }) => {

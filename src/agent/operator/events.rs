@@ -4,7 +4,7 @@
 //! report the change. The agent never reads the journal for its own decisions.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -13,7 +13,7 @@ use tokio::sync::broadcast;
 use crate::{
     agent::Agent,
     api::{Event, EventFeed, EventKind, EventLevel, MemberState, SAMPLE_INTERVAL, Sample},
-    model::{NodeId, PathState},
+    model::{NodeId, PathState, Problem, ProblemKey, Severity},
     wire::visible,
 };
 
@@ -55,9 +55,11 @@ struct Snapshot {
     members_version: Option<(u64, u64, usize)>,
     members: BTreeMap<NodeId, (String, MemberState)>,
     paths: BTreeMap<NodeId, PathState>,
-    /// Problems by their text without numbers, so that a changed measurement is not a new problem.
-    problems: BTreeMap<String, BTreeSet<String>>,
+    /// Problems and notices, with the time of their first record.
+    problems: BTreeMap<ProblemKey, Problem>,
     converged: bool,
+    /// Whether the node has converged since the start.
+    has_converged: bool,
 }
 
 impl Journal {
@@ -106,6 +108,40 @@ impl Journal {
     /// Returns the stored events, oldest first.
     pub(in crate::agent) fn past(&self) -> Vec<Event> {
         self.events.iter().cloned().collect()
+    }
+
+    /// Whether the node had converged at one of the comparisons.
+    pub(in crate::agent) const fn has_converged(&self) -> bool {
+        self.snapshot.has_converged
+    }
+
+    /// Returns these problems with the time at which each was first recorded.
+    pub(super) fn dated(&self, mut problems: Vec<Problem>) -> Vec<Problem> {
+        for problem in &mut problems {
+            let known = self.snapshot.problems.get(&problem.key());
+            problem.since = known.map_or_else(|| Some(wall_clock().as_secs()), |known| known.since);
+        }
+        problems
+    }
+
+    /// Replaces the recorded problems and notices, and adds an event for each problem that began or ended.
+    fn record_problems(&mut self, found: Vec<Problem>) {
+        let now: BTreeMap<ProblemKey, Problem> =
+            self.dated(found).into_iter().map(|problem| (problem.key(), problem)).collect();
+        let before = std::mem::replace(&mut self.snapshot.problems, now);
+        let only_in = |side: &BTreeMap<ProblemKey, Problem>,
+                       other: &BTreeMap<ProblemKey, Problem>| {
+            let is_problem = |problem: &Problem| problem.severity == Severity::Problem;
+            let problems = side.iter().filter(|(_, problem)| is_problem(problem));
+            let new = problems.filter(|(key, _)| !other.get(*key).is_some_and(is_problem));
+            new.map(|(_, problem)| problem.clone()).collect::<Vec<_>>()
+        };
+        let begun = only_in(&self.snapshot.problems, &before);
+        let ended = only_in(&before, &self.snapshot.problems);
+        let begun = begun.iter().map(Problem::to_string).collect();
+        let ended = ended.iter().map(|problem| format!("no longer so: {problem}")).collect();
+        self.note_all(EventKind::Problem, EventLevel::Warn, begun);
+        self.note_all(EventKind::Problem, EventLevel::Info, ended);
     }
 
     /// Returns the stored events and a receiver of new ones.
@@ -224,6 +260,7 @@ impl Agent {
     /// Adds an event for a change of convergence, and for each new or ended problem.
     fn record_problem_changes(&mut self) {
         let converged = self.is_converged();
+        self.journal.snapshot.has_converged |= converged;
         if converged != std::mem::replace(&mut self.journal.snapshot.converged, converged) {
             let subnet = self.kernel.wanted.as_ref().map(|view| view.own.subnets.first);
             let subnet = subnet.map(|subnet| subnet.to_string()).unwrap_or_default();
@@ -233,17 +270,8 @@ impl Agent {
             };
             self.journal.note(EventKind::Agent, level, text);
         }
-        let mut now: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-        for text in self.problems() {
-            now.entry(without_numbers(&text)).or_default().insert(text);
-        }
-        let before = std::mem::take(&mut self.journal.snapshot.problems);
-        let new = added_texts(&now, &before);
-        let ended =
-            added_texts(&before, &now).iter().map(|text| format!("no longer so: {text}")).collect();
-        self.journal.snapshot.problems = now;
-        self.journal.note_all(EventKind::Problem, EventLevel::Warn, new);
-        self.journal.note_all(EventKind::Problem, EventLevel::Info, ended);
+        let found = self.notices().into_iter().chain(self.problems()).collect();
+        self.journal.record_problems(found);
     }
 
     /// Stores a sample of members, paths and repairs.
@@ -284,31 +312,10 @@ pub(super) fn wall_clock() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Returns the texts of `side` that `other` lacks, of each kind of which `side` has more texts.
-fn added_texts(
-    side: &BTreeMap<String, BTreeSet<String>>,
-    other: &BTreeMap<String, BTreeSet<String>>,
-) -> Vec<String> {
-    let none = BTreeSet::new();
-    let kinds = side.iter().map(|(kind, texts)| (texts, other.get(kind).unwrap_or(&none)));
-    let more = kinds.filter(|(texts, others)| texts.len() > others.len());
-    more.flat_map(|(texts, others)| texts.difference(others).cloned()).collect()
-}
-
-/// Returns a sentence without its measurements, which identifies its subject. Digits in names, addresses and
-/// subnets stay.
-fn without_numbers(text: &str) -> String {
-    let is_number = |word: &str| {
-        let word = word.trim_matches(|c: char| !c.is_ascii_alphanumeric());
-        word.matches('.').count() <= 1 && word.chars().all(|c| c.is_ascii_digit() || c == '.')
-    };
-    let words = text.split(' ').filter(|word| word.is_empty() || !is_number(word));
-    words.collect::<Vec<_>>().join(" ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::ProblemCode;
 
     #[test]
     fn note_many_events_numbers_bounds_and_sends_them() {
@@ -338,27 +345,40 @@ mod tests {
         assert!(journal.feed().is_ok());
     }
 
+    fn problem(subject: &str, what: &str) -> Problem {
+        Problem::new(ProblemCode::PathLost, subject, what, "")
+    }
+
     #[test]
-    fn added_texts_changed_numbers_are_ignored_other_subjects_are_not() {
-        let kinds = |texts: &[&str]| {
-            let mut kinds: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-            for text in texts {
-                kinds.entry(without_numbers(text)).or_default().insert((*text).to_owned());
-            }
-            kinds
+    fn problems_are_told_by_code_and_subject() {
+        let mut journal = Journal::new(Instant::now());
+        let mut told = |found: &[Problem]| {
+            let first = journal.number;
+            journal.record_problems(found.to_vec());
+            let new = journal.events.iter().filter(|event| event.number > first);
+            new.map(|event| event.text.clone()).collect::<Vec<_>>()
         };
-        let before = kinds(&["7 of 12.5 ms", "n2 is blocked"]);
-        assert_eq!(added_texts(&kinds(&["8 of 1 ms", "n2 is blocked"]), &before), [""; 0]);
-        let after = kinds(&["8 of 1 ms", "n2 is blocked", "n3 is blocked"]);
-        assert_eq!(added_texts(&after, &before), ["n3 is blocked"]);
-        assert_eq!(added_texts(&before, &after), [""; 0]);
-        assert_eq!(added_texts(&before, &kinds(&["n2 is blocked"])), ["7 of 12.5 ms"]);
-        // One problem begins in the second in which the other ends.
-        let later = kinds(&["7 of 12.5 ms", "n3 is blocked"]);
-        assert_eq!(added_texts(&later, &before), ["n3 is blocked"]);
-        assert_eq!(added_texts(&before, &later), ["n2 is blocked"]);
-        let [one, other] =
-            ["10.42.1.0/24 is closed", "10.42.2.0/24 is closed"].map(without_numbers);
-        assert_ne!(one, other);
+        assert_eq!(told(&[problem("n2", "n2: 7 of 12 ms")]), ["n2: 7 of 12 ms"]);
+        assert_eq!(told(&[problem("n2", "n2: 8 of 1 ms")]), [""; 0], "only a measurement changed");
+        // One problem begins in the second in which a similar one ends.
+        assert_eq!(
+            told(&[problem("n3", "n3: 8 of 1 ms")]),
+            ["n3: 8 of 1 ms", "no longer so: n2: 8 of 1 ms"]
+        );
+        // A notice is no event, also if a problem becomes one.
+        let notice = problem("n3", "n3: 8 of 1 ms").notice();
+        assert_eq!(told(std::slice::from_ref(&notice)), ["no longer so: n3: 8 of 1 ms"]);
+        assert_eq!(told(&[notice]), [""; 0]);
+    }
+
+    #[test]
+    fn problem_keeps_the_time_of_its_first_record() {
+        let mut journal = Journal::new(Instant::now());
+        let earlier = Problem { since: Some(7), ..problem("n2", "n2 is blocked") };
+        journal.snapshot.problems.insert(earlier.key(), earlier);
+        let dated =
+            journal.dated(vec![problem("n2", "n2 is dead"), problem("n3", "n3 is blocked")]);
+        assert_eq!(dated[0].since, Some(7));
+        assert!(dated[1].since.is_some_and(|since| since > 7));
     }
 }

@@ -10,3 +10,4 @@ mod routes;
 pub(super) mod secrets;
 pub(super) mod status;
 pub(super) mod survey;
+mod verdict;

@@ -14,7 +14,7 @@ use crate::{
         desired::{Underlay, Way, overhead},
         silence::Sign,
     },
-    model::{NodeId, PathState},
+    model::{NodeId, PathState, Problem, ProblemCode, Severity},
 };
 
 /// Smallest MTU, in bytes, that is set on a route: no IPv4 path carries less (RFC 791 requires hosts to
@@ -102,9 +102,15 @@ impl Agent {
     }
 
     /// Returns the problem that this host sends the tunnel packets to a silent peer elsewhere.
-    fn detour_problem(&self, name: &str, here: IpAddr, there: IpAddr, port: u16) -> Option<String> {
+    fn detour_problem(
+        &self,
+        name: &str,
+        here: IpAddr,
+        there: IpAddr,
+        port: u16,
+    ) -> Option<Problem> {
         let detour = self.kernel.routing.detours.get(&there)?;
-        Some(detour.sentence(name, [here, there], port, &self.underlay.name))
+        Some(detour.problem(name, [here, there], port, &self.underlay.name))
     }
 
     /// Returns whether no probe of a peer is answered.
@@ -113,20 +119,16 @@ impl Agent {
         is_dead || matches!(state, PathState::Unanswered | PathState::OneWay)
     }
 
-    /// Returns the problem of a path, with its remedy.
-    pub(in crate::agent) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
-        match self.path_text(node, state)? {
-            PathText::Problem(problem) => Some(problem),
-            PathText::Warning(_) => None,
-        }
+    /// Returns the problem of a path.
+    pub(in crate::agent) fn path_problem(&self, node: NodeId, state: PathState) -> Option<Problem> {
+        self.path_finding(node, state).filter(|found| found.severity == Severity::Problem)
     }
 
     /// Returns what may be wrong without affecting any pod.
-    pub(super) fn path_warnings(&self) -> impl Iterator<Item = String> + '_ {
-        self.path_states().filter_map(|(node, state, _)| match self.path_text(node, state)? {
-            PathText::Problem(_) => None,
-            PathText::Warning(warning) => Some(warning),
-        })
+    pub(super) fn path_notices(&self) -> impl Iterator<Item = Problem> + '_ {
+        let found = self.path_states();
+        let found = found.filter_map(|(node, state, _)| self.path_finding(node, state));
+        found.filter(|found| found.severity == Severity::Notice)
     }
 
     /// Returns whether packets of pods reach a peer and return, although probes of its host are not
@@ -136,18 +138,20 @@ impl Agent {
             && self.kernel.remote_pods.answering.contains(&node)
     }
 
-    /// Returns the text for a path without answers and without a known cause. If packets of the peer
+    /// Returns the finding about a path without answers and without a known cause. If packets of the peer
     /// arrive, its firewall may drop only the probes, so it is a problem only if packets of pods are
     /// known to be lost as well.
-    fn unanswered(&self, node: NodeId, state: PathState, text: String) -> Option<PathText> {
+    fn unanswered(&self, node: NodeId, state: PathState, what: String, fix: String) -> Problem {
         let is_proven = self.kernel.remote_pods.closed.iter().any(|way| way.node == node);
-        Some(match state {
-            PathState::OneWay if !is_proven => PathText::Warning(text),
-            _ => PathText::Problem(text),
-        })
+        let problem = Problem::new(ProblemCode::PathLost, self.node.name_of(node), what, fix);
+        match state {
+            PathState::OneWay if !is_proven => problem.notice(),
+            _ => problem,
+        }
     }
 
-    fn path_text(&self, node: NodeId, state: PathState) -> Option<PathText> {
+    /// Returns what is wrong with a path.
+    fn path_finding(&self, node: NodeId, state: PathState) -> Option<Problem> {
         if self.is_passed_by_pods(node, state) {
             return None;
         }
@@ -162,13 +166,13 @@ impl Agent {
         let is_silent = (self.is_lost(state) || !self.prober.paths.is_alive(node))
             && self.kernel.underlay_problem.is_none();
         if is_silent && let Some(problem) = self.moved_problem() {
-            return problem_text(problem);
+            return Some(problem);
         }
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
-            return problem_text(problem);
+            return Some(problem);
         }
         if let Some(told) = self.prober.reports.recurring_false_mtu(there) {
-            return problem_text(wrong_mtu_problem(name, there, told, self.underlay.carried));
+            return Some(wrong_mtu_problem(name, there, told, self.underlay.carried));
         }
         let is_partly = state == PathState::PartlyLost;
         // This host drops packets of new flows to every peer, which is reported elsewhere.
@@ -177,12 +181,12 @@ impl Agent {
         }
         let found = self.silence_diagnosis.verdict(node).filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
-            return problem_text(cause);
+            return Some(cause);
         }
         let is_gone = self.is_lost(state) && !self.prober.paths.is_alive(node);
         let is_unanswered = is_gone && state != PathState::OneWay;
         if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_unanswered) {
-            return problem_text(silent_machine_problem(name, there, sign, [port, gossip]));
+            return Some(silent_machine_problem(name, there, sign, [port, gossip]));
         }
         // Gossip has already reported that the peer is down.
         if lost && !self.prober.paths.is_alive(node) {
@@ -207,24 +211,27 @@ impl Agent {
         let is_direct = matches!(ways[0], Way::Direct { .. });
         if lost && self.prober.paths.is_diverted_inbound(node) {
             let own = view.own.subnets.first.network();
-            return problem_text(mixed_modes_problem(name, own, is_direct));
+            return Some(mixed_modes_problem(name, own, is_direct));
         }
         match ways[0] {
             _ if ways.contains(&Way::Unreachable) => {
-                return unreachable_problem(&underlay, name, there, ways[0]).and_then(problem_text);
+                return unreachable_problem(&underlay, name, there, ways[0]);
             }
             Way::Direct { .. } if lost => {
                 let suspects = self.kernel.forwarding.suspects.iter();
                 let suspects =
                     suspects.map(|suspect| format!("{suspect}; or ")).collect::<String>();
-                return self.unanswered(node, state, format!(
-                    "packets to {name} go to {there} without a tunnel, and are not answered: \
-                     {suspects}let the underlay carry {} (in a cloud: turn off its check of source and \
+                let what = format!(
+                    "packets to {name} go to {there} without a tunnel, and are not answered"
+                );
+                let fix = format!(
+                    "{suspects}let the underlay carry {} (in a cloud: turn off its check of source and \
                      destination), or use mode = \"vxlan\"; or the firewall of {name} drops ICMP and UDP \
                      {gossip} from {}, which harms no pod (there: gossamer status)",
                     view.settings.pool.network(),
                     view.own.subnets.first.network()
-                ));
+                );
+                return Some(self.unanswered(node, state, what, fix));
             }
             // With direct routing, both packets with and without a tunnel are valid answers.
             Way::Direct { .. } if state == PathState::Asymmetric => return None,
@@ -246,42 +253,56 @@ impl Agent {
         };
         let translated = self.translation(node, there);
         match state {
-            PathState::Unanswered => self.unanswered(
+            PathState::Unanswered => Some(self.unanswered(
                 node,
                 state,
                 format!(
-                    "no probe of {name} through the tunnel is answered, though its agent is alive: \
-                 either UDP {port} is closed on the way between {here} and {there}{filters_text}, \
-                 or the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, \
-                 which harms no pod{translated}"
+                    "no probe of {name} through the tunnel is answered, though its agent is alive"
                 ),
-            ),
-            PathState::OneWay => self.unanswered(
+                format!(
+                    "either UDP {port} is closed on the way between {here} and {there}{filters_text}, or \
+                     the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms \
+                     no pod{translated}"
+                ),
+            )),
+            PathState::OneWay => Some(self.unanswered(
                 node,
                 state,
                 format!(
-                    "no probe of {name} through the tunnel is answered, though its packets arrive: \
-                 either UDP {port} is closed on the way from {here} to {there}{filters_text}, or \
-                 the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, which \
-                 harms no pod{translated}"
+                    "no probe of {name} through the tunnel is answered, though its packets arrive"
                 ),
-            ),
-            PathState::Asymmetric => problem_text(format!(
-                "packets to {name} go through the tunnel, and its answers arrive without one: \
-                 another route or another mode leads it here (there: ip route get {}); rp_filter \
-                 and firewalls may drop that",
-                view.own.subnets.first.network()
+                format!(
+                    "either UDP {port} is closed on the way from {here} to {there}{filters_text}, or the \
+                     firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no \
+                     pod{translated}"
+                ),
+            )),
+            PathState::Asymmetric => Some(Problem::new(
+                ProblemCode::PathAsymmetric,
+                name,
+                format!(
+                    "packets to {name} go through the tunnel, and its answers arrive without one"
+                ),
+                format!(
+                    "another route or another mode leads it here (there: ip route get {}); rp_filter and \
+                     firewalls may drop that",
+                    view.own.subnets.first.network()
+                ),
             )),
             PathState::PartlyLost => {
                 let (lost, of) = self.prober.paths.flows(node)?;
-                problem_text(format!(
+                let what = format!(
                     "packets to {name} are partly lost: {lost} of {of} flows do not get through, the others \
-                     do. Either one of several links or routers between {here} and {there} that share \
+                     do"
+                );
+                let fix = format!(
+                    "either one of several links or routers between {here} and {there} that share \
                      the load (bonds, port channels, ECMP: each flow takes one) is dead or drops UDP {port}: \
                      look at bonds of both hosts (/proc/net/bonding), routes with several next hops (ip \
                      route get {there}), and the switches and routers between; or there are more packets \
                      than a link carries, or than a limit lets pass (on both hosts: gossamer doctor)"
-                ))
+                );
+                Some(Problem::new(ProblemCode::PathPartlyLost, name, what, fix))
             }
             PathState::MtuTooLarge => {
                 let mtu = self.underlay.mtu;
@@ -299,27 +320,16 @@ impl Agent {
                     ),
                     None => String::new(),
                 };
-                problem_text(format!(
+                let what = format!(
                     "packets of {mtu} bytes to {name} are lost, {arrive} arrive: some link between {here} \
-                     and {there} carries less than this host's{lowered}; set {smaller} on all nodes"
-                ))
+                     and {there} carries less than this host's{lowered}"
+                );
+                let fix = format!("set {smaller} on all nodes");
+                Some(Problem::new(ProblemCode::PathMtu, name, what, fix))
             }
             _ => None,
         }
     }
-}
-
-/// The text about a path.
-enum PathText {
-    /// A problem of pods.
-    Problem(String),
-    /// Something that may affect no pod.
-    Warning(String),
-}
-
-#[expect(clippy::unnecessary_wraps, reason = "as it is returned")]
-fn problem_text(text: String) -> Option<PathText> {
-    Some(PathText::Problem(text))
 }
 
 /// Describes a peer whose agent and kernel do not answer, although a machine with its address was seen.
@@ -328,13 +338,17 @@ fn silent_machine_problem(
     there: IpAddr,
     sign: Sign,
     [port, gossip]: [u16; 2],
-) -> String {
-    format!(
+) -> Problem {
+    let what = format!(
         "neither the agent of {name} ({there}) nor its tunnel answers, though a machine has that address: \
-         {sign}. Either its agent does not run (there: systemctl status gossamer), or packets between the \
-         two hosts (UDP {port} and {gossip}) are dropped there, here or on the way: what a host drops \
-         itself, its own status names (there: gossamer status)"
-    )
+         {sign}"
+    );
+    let fix = format!(
+        "either its agent does not run (there: systemctl status gossamer), or packets between the two hosts \
+         (UDP {port} and {gossip}) are dropped there, here or on the way: what a host drops itself, its own \
+         status names (there: gossamer status)"
+    );
+    Problem::new(ProblemCode::PathLost, name, what, fix)
 }
 
 /// Describes a peer with a subnet that this host cannot reach in mode host-gw; `first` is the way to its
@@ -344,49 +358,53 @@ fn unreachable_problem(
     name: &str,
     there: IpAddr,
     first: Way,
-) -> Option<String> {
+) -> Option<Problem> {
     if underlay.unusable_peer_reason(there).is_some() {
         return None;
     }
-    Some(match first {
+    let what = match first {
         Way::Unreachable => format!(
-            "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no tunnels: use \
-             mode = \"direct\" on all nodes"
+            "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no tunnels"
         ),
         _ => format!(
             "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay address \
-             {there}; use mode = \"direct\" on all nodes"
+             {there}"
         ),
-    })
+    };
+    let fix = "use mode = \"direct\" on all nodes";
+    Some(Problem::new(ProblemCode::PathUnreachable, name, what, fix))
 }
 
 /// Describes a wrong path MTU report that keeps coming back.
-fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
+fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> Problem {
     let (family, icmp) = match there {
         IpAddr::V4(_) => ("ip", "ICMP type 3 code 4"),
         IpAddr::V6(_) => ("ip -6", "ICMPv6 packet too big"),
     };
-    format!(
+    let what = format!(
         "this host's kernel assumes that the path to {name} ({there}) carries {told} bytes ({family} \
          route get {there}), though packets of {carried} arrive: another host forges {icmp}, or a router \
-         errs, and tunnel packets become small and slow; drop {icmp} from outside the underlay where its \
-         MTU is known"
-    )
+         errs, and tunnel packets become small and slow"
+    );
+    let fix = format!("drop {icmp} from outside the underlay where its MTU is known");
+    Problem::new(ProblemCode::PathMtu, name, what, fix)
 }
 
 /// Describes packets that take different ways in both directions, without any answer.
-fn mixed_modes_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
+fn mixed_modes_problem(name: &str, own: IpAddr, is_direct: bool) -> Problem {
     let (go, come) = match is_direct {
         true => ("without a tunnel", "through one"),
         false => ("through the tunnel", "without one"),
     };
-    format!(
+    let what = format!(
         "packets to {name} go {go}, its own come {come}, and no probe of it is answered: either \
          the two hosts have different modes, or a route of another program leads one of them (there: ip \
          route get {own}), and on one of the two a rule about the reverse path (rpfilter, fib) or rp_filter \
-         drops packets that arrive by the other way: set the same mode on all nodes; a host that \
-         drops packets names the rule (there: gossamer status)"
-    )
+         drops packets that arrive by the other way"
+    );
+    let fix = "set the same mode on all nodes; a host that drops packets names the rule (there: gossamer \
+               status)";
+    Problem::new(ProblemCode::PathLost, name, what, fix)
 }
 
 #[cfg(test)]

@@ -12,9 +12,9 @@ use crate::{
     api::{AgentStatus, KernelStatus},
     core::Phase,
     dataplane::desired::device_name,
+    model::{Problem, ProblemCode},
     transport::Flood,
     underlay,
-    wire::visible,
 };
 
 /// Maximum number of requests that wait for convergence; further ones are answered immediately.
@@ -72,21 +72,24 @@ impl Agent {
         let status = self.status();
         let subnet = status.node.subnet.map_or("no subnet".to_owned(), |subnet| subnet.to_string());
         let (alive, all) = (status.members_alive(), status.node.members.len());
+        let verdict = &status.verdict;
         let problem = status.node.problems.first().map_or_else(String::new, |p| format!("; {p}"));
-        self.service.report(now, format!("{subnet}, {alive} of {all} members alive{problem}"));
+        let text = format!("{verdict}; {subnet}, {alive} of {all} members alive{problem}");
+        self.service.report(now, text);
     }
 
     /// Returns the status.
     pub(in crate::agent) fn status(&self) -> AgentStatus {
         let mut node = self.node.status();
-        node.problems = self.problems();
+        node.problems = self.journal.dated(self.problems());
         let kernel = &self.kernel;
         let device = kernel.wanted.as_ref();
         let device = device.map(|v| device_name(v.settings.vni));
         AgentStatus {
             version: env!("CARGO_PKG_VERSION"),
+            verdict: self.verdict(&node.problems),
             converged: self.is_converged(),
-            warnings: self.warnings(),
+            notices: self.journal.dated(self.notices()),
             kernel: KernelStatus {
                 device,
                 mtu: self.underlay.mtu,
@@ -117,20 +120,31 @@ impl Agent {
     }
 
     /// Returns why the disk cannot be written.
-    pub(in crate::agent) fn store_problem(&self) -> Option<String> {
+    pub(in crate::agent) fn store_failure(&self) -> Option<String> {
         let is_silent = self.writer.silent_for().is_some_and(|silent| silent > DISK_TIMEOUT);
         let silence = || {
             let patience = DISK_TIMEOUT.as_secs();
-            format!(
-                "the disk has not answered for more than {patience} s, so pods and leases cannot change: \
-                 check it (dmesg)"
-            )
+            format!("the disk has not answered for more than {patience} s: check it (dmesg)")
         };
         self.store_failure.clone().or_else(|| is_silent.then(silence))
     }
 
-    /// Returns all problems, with their remedies.
-    pub(in crate::agent) fn problems(&self) -> Vec<String> {
+    /// Returns the problem that the disk cannot be written.
+    fn store_problem(&self) -> Option<Problem> {
+        let what = match (&self.store_failure, self.store_failure()?) {
+            (Some(failure), _) => format!("state directory: {failure}"),
+            (None, _) => format!(
+                "state directory: the disk has not answered for more than {} s, so pods and leases cannot \
+                 change",
+                DISK_TIMEOUT.as_secs()
+            ),
+        };
+        let fix = if self.store_failure.is_some() { "" } else { "check it (dmesg)" };
+        Some(Problem::new(ProblemCode::Disk, "state directory", what, fix))
+    }
+
+    /// Returns all problems.
+    pub(in crate::agent) fn problems(&self) -> Vec<Problem> {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
@@ -165,52 +179,68 @@ impl Agent {
         }
         let no_other = self.node.is_alone();
         problems.extend(self.source.iter().flat_map(|source| source.problems(no_other)));
-        problems.extend(self.store_problem().map(|why| format!("state directory: {why}")));
+        problems.extend(self.store_problem());
         problems.extend(self.archive.problems());
         let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {
-            problems.push(format!(
-                "{outside} pods have addresses outside this node's subnet {subnet}: restart them"
+            let what = format!("{outside} pods have addresses outside this node's subnet {subnet}");
+            problems.push(Problem::new(
+                ProblemCode::PodsOutside,
+                Problem::HOST,
+                what,
+                "restart them",
             ));
         }
         let states = self.path_states();
         problems.extend(states.filter_map(|(node, state, _)| self.path_problem(node, state)));
+        let down = self.down_members(&problems);
+        problems.extend(down);
         // One cause may concern several peers.
         let mut told = BTreeSet::new();
-        problems.retain(|problem| told.insert(problem.clone()));
-        // Some problems contain text received from other hosts.
-        problems.iter().map(|problem| visible(problem)).collect()
+        problems.retain(|problem| told.insert((problem.code, problem.to_string())));
+        problems.into_iter().map(Problem::visible).collect()
     }
 
-    /// Returns warnings about losses of some packets or missing tests, with remedies.
-    fn warnings(&self) -> Vec<String> {
+    /// Returns notices about losses of some packets or missing tests.
+    pub(super) fn notices(&self) -> Vec<Problem> {
         let kernel = &self.kernel;
-        let known = kernel.forwarding.warnings.iter().chain(&kernel.answers.warnings);
-        let known = known.chain(&kernel.host.warnings).chain(&self.pods.guests);
-        let known = known.cloned().chain(self.path_warnings()).chain(self.remote_pod_warnings());
-        known.map(|warning| visible(&warning)).collect()
+        let known = kernel.forwarding.notices.iter().chain(&kernel.answers.notices);
+        let known = known.chain(&kernel.host.notices).chain(&self.pods.notices);
+        let known = known.cloned().chain(self.path_notices()).chain(self.remote_pod_notices());
+        known.map(Problem::visible).collect()
     }
 
     /// Describes non-members that flood the gossip port.
-    fn flood_problem(&self) -> Option<String> {
+    fn flood_problem(&self) -> Option<Problem> {
         let Flood { packets, example } = self.transport.flood()?;
         let port = self.node.address().port();
-        Some(format!(
-            "non-members send {packets} first packets of handshakes a minute to UDP {port}, one of them \
-             from {example} (which may be forged), and prove no address: joins may take longer; let a \
-             firewall drop UDP {port} of hosts that are no members"
+        Some(Problem::new(
+            ProblemCode::HandshakeFlood,
+            format!("UDP {port}"),
+            format!(
+                "non-members send {packets} first packets of handshakes a minute to UDP {port}, one of them \
+                 from {example} (which may be forged), and prove no address: joins may take longer"
+            ),
+            format!("let a firewall drop UDP {port} of hosts that are no members"),
         ))
     }
 
     /// Describes programs that use up the capacity for handshakes.
-    fn handshake_problem(&self) -> Option<String> {
+    fn handshake_problem(&self) -> Option<Problem> {
         let Flood { packets, example } = self.transport.crowd()?;
         let port = self.node.address().port();
-        Some(format!(
-            "{packets} handshakes a minute on UDP {port}, some of them from {example}, find no place or lose \
-             it, because earlier ones are not finished, or repeat a first packet: they take CPU time here, \
-             and handshakes of hosts with the cluster's secret come first; see which program at {example} \
-             sends to UDP {port} (ss -unp), and let a firewall drop UDP {port} of hosts that are no members"
+        Some(Problem::new(
+            ProblemCode::HandshakeOverload,
+            format!("UDP {port}"),
+            format!(
+                "{packets} handshakes a minute on UDP {port}, some of them from {example}, find no place or \
+                 lose it, because earlier ones are not finished, or repeat a first packet: they take CPU \
+                 time here, and handshakes of hosts with the cluster's secret come first"
+            ),
+            format!(
+                "see which program at {example} sends to UDP {port} (ss -unp), and let a firewall drop UDP \
+                 {port} of hosts that are no members"
+            ),
         ))
     }
 

@@ -4,6 +4,7 @@ use crate::{
     agent::{Agent, workers::attach_worker::Job},
     core::View,
     dataplane::desired::device_name,
+    model::Problem,
     pods::bridge::Bridge,
 };
 
@@ -48,11 +49,11 @@ impl Agent {
     /// Returns why no pod can be connected, if a reason is known. No other function reports this.
     pub(in crate::agent) fn refuses_pods(&self) -> Option<String> {
         let not_ready = self.ready_bridge().err().map(|error| error.error);
-        not_ready.or_else(|| self.pods.refusal.clone())
+        not_ready.or_else(|| self.pods.refusal.as_ref().map(Problem::to_string))
     }
 
     /// Stores and logs whether the bridge refuses pods: the reason, or `None` once it accepts them again.
-    pub(super) fn on_refusal(&mut self, refusal: Option<String>) {
+    pub(super) fn on_refusal(&mut self, refusal: Option<Problem>) {
         match &refusal {
             Some(why) => tracing::error!("{why}"),
             None => tracing::info!("bridge accepts pods again"),

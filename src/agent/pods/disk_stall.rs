@@ -17,7 +17,7 @@ use crate::{
 impl Agent {
     /// Returns the error for requests that need the disk while it accepts no writes.
     pub(super) fn disk_error(&self) -> Option<PodError> {
-        let why = self.store_problem()?;
+        let why = self.store_failure()?;
         let why = format!("the state directory cannot be written: {why}");
         Some(PodError::new(PodErrorKind::NotReady, why))
     }

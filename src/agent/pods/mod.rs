@@ -35,7 +35,7 @@ use crate::{
     cni::Note,
     core::View,
     docker,
-    model::{Attachment, Mac, Pod, Time},
+    model::{Attachment, Mac, Pod, Problem, Time},
     pods::{
         Pods,
         bridge::{Bridge, Tenant, Tenants, mac_at},
@@ -57,13 +57,12 @@ pub(super) struct PodState {
     to_save: Vec<(Key, Vec<u8>)>,
     /// The desired state of the bridge, as last ordered.
     pub(super) bridge: Option<Bridge>,
-    /// Problems of the bridge, as sentences.
-    pub(super) problems: Vec<String>,
-    /// Interfaces whose sysctls let pods announce routes to this host, unless an nftables rule prevents it;
-    /// as sentences.
-    pub(super) open: Vec<String>,
-    /// A warning about ports of other programs on the bridge.
-    pub(super) guests: Option<String>,
+    /// Problems of the bridge.
+    pub(super) problems: Vec<Problem>,
+    /// Interfaces whose sysctls let pods announce routes to this host, unless an nftables rule prevents it.
+    pub(super) open: Vec<Problem>,
+    /// Notices about ports of other programs on the bridge.
+    pub(super) notices: Vec<Problem>,
     /// Since when addresses are reserved for containers of Docker that have not come yet.
     pub(super) reserved: BTreeMap<Attachment, Time>,
     /// Requests of Docker that wait for this node's subnet, and since when.
@@ -75,7 +74,7 @@ pub(super) struct PodState {
     /// Number of these checks that are not answered yet.
     pub(super) pending_bridge_checks: usize,
     /// Why no pod can be connected to the bridge.
-    pub(super) refusal: Option<String>,
+    pub(super) refusal: Option<Problem>,
     /// Requests that wait for a lookup of the veth pairs.
     pub(super) looking: BTreeMap<u64, PendingRequest>,
     /// The number last drawn.
@@ -365,7 +364,7 @@ impl Agent {
                 self.pods.pending_bridge_checks = self.pods.pending_bridge_checks.saturating_sub(1)
             }
             AttachResult::Refusal(refusal) => self.on_refusal(refusal),
-            AttachResult::BridgeRepaired { result, problems, open, guests } => {
+            AttachResult::BridgeRepaired { result, problems, open, notices } => {
                 match result {
                     Ok(mended) => {
                         self.record_and_log_repair("bridge", mended.bridge + mended.ports);
@@ -379,10 +378,10 @@ impl Agent {
                 new.for_each(|problem| tracing::error!("{problem}"));
                 self.pods.problems = problems;
                 self.pods.open = open;
-                if let Some(warning) = guests.as_ref().filter(|_| guests != self.pods.guests) {
-                    tracing::warn!("{warning}");
-                }
-                self.pods.guests = guests;
+                let known = &self.pods.notices;
+                let new = notices.iter().filter(|notice| !known.contains(notice));
+                new.for_each(|notice| tracing::warn!("{notice}"));
+                self.pods.notices = notices;
             }
             AttachResult::Disconnected { number, attachment, result } => {
                 if let Err(error) = &result {

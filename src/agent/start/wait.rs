@@ -18,12 +18,12 @@ use crate::{
         LoopEvent, StartFailure, listeners::ListenerProblems, operator::status::Waiter,
         service::Service, signals::Signals,
     },
-    api::{AgentStatus, CheckStatus, KernelStatus, PodError, PodErrorKind, Question},
+    api::{AgentStatus, CheckStatus, KernelStatus, PodError, PodErrorKind, Question, Verdict},
     config::Config,
     core::NodeStatus,
     dataplane::kernel::KernelError,
     docker,
-    model::{NodeId, NodeName},
+    model::{NodeId, NodeName, Problem, ProblemCode},
     netlink::Netlink,
     transport::{BindError, Handshakes},
     underlay::{self, ChosenUnderlay, UnderlayError},
@@ -51,7 +51,8 @@ pub(in crate::agent) struct StartupWait<'a> {
     waiters: Vec<Waiter>,
     /// Docker's requests with their time of arrival; they are answered after the start.
     docker: Vec<(Instant, docker::Request)>,
-    problem: String,
+    /// What the agent waits for.
+    activity: String,
 }
 
 impl<'a> StartupWait<'a> {
@@ -63,10 +64,10 @@ impl<'a> StartupWait<'a> {
         questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     ) -> Self {
         let service = Service::new(Instant::now());
-        let problem = STARTING.to_owned();
+        let activity = STARTING.to_owned();
         let (waiters, docker) = (Vec::new(), Vec::new());
         let node = NodeId::UNKNOWN;
-        Self { name, node, closed, signals, questions, service, waiters, docker, problem }
+        Self { name, node, closed, signals, questions, service, waiters, docker, activity }
     }
 
     /// Sets the node id, once the key has been read.
@@ -86,9 +87,9 @@ impl<'a> StartupWait<'a> {
 
     /// Sets the problem in the status, and logs it if it is new.
     pub(in crate::agent) fn report_problem(&mut self, problem: String) {
-        if self.problem != problem {
+        if self.activity != problem {
             tracing::error!("{problem}");
-            self.problem = problem;
+            self.activity = problem;
         }
     }
 
@@ -102,7 +103,7 @@ impl<'a> StartupWait<'a> {
 
     /// Sets the problem in the status without logging it.
     pub(in crate::agent) fn set_activity(&mut self, what: &str) {
-        what.clone_into(&mut self.problem);
+        what.clone_into(&mut self.activity);
     }
 
     /// Runs `work` and answers requests meanwhile. Returns `None` if a signal ends the agent first.
@@ -111,10 +112,10 @@ impl<'a> StartupWait<'a> {
         loop {
             let now = Instant::now();
             // A start that waits for nothing is not reported to the service manager.
-            if self.problem != STARTING && self.service.is_due(now) {
-                self.service.report(now, self.problem.clone());
+            if self.activity != STARTING && self.service.is_due(now) {
+                self.service.report(now, self.activity.clone());
             }
-            let mut status = status(&self.name, self.node, self.problem.clone());
+            let mut status = status(&self.name, self.node, self.activity.clone());
             status.node.problems.extend(self.closed.problems());
             self.waiters.retain(|waiter| !waiter.reply.is_closed());
             for waiter in self.waiters.extract_if(.., |waiter| waiter.deadline <= now) {
@@ -203,8 +204,9 @@ impl<'a> StartupWait<'a> {
     }
 }
 
-fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
-    let pods_refused = Some(problem.clone());
+fn status(name: &NodeName, node: NodeId, activity: String) -> AgentStatus {
+    let pods_refused = Some(activity.clone());
+    let problem = Problem::new(ProblemCode::Starting, Problem::HOST, activity, "");
     let kernel = KernelStatus {
         device: None,
         mtu: 0,
@@ -223,8 +225,9 @@ fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
         forwarding: CheckStatus::default(),
     };
     AgentStatus {
-        warnings: Vec::new(),
+        notices: Vec::new(),
         version: env!("CARGO_PKG_VERSION"),
+        verdict: Verdict::new(Some(problem.what.clone()), 1),
         converged: false,
         node: NodeStatus::waiting(node, name.clone(), problem),
         kernel,
@@ -240,7 +243,7 @@ fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
 
 /// Answers a request. Returns a request that waits for convergence to the caller.
 fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
-    let why = || status.node.problems.first().cloned().unwrap_or_default();
+    let why = || status.node.problems.first().map(Problem::to_string).unwrap_or_default();
     let not_ready = || PodError::new(PodErrorKind::NotReady, why());
     // A failed reply means that the client is gone.
     match question {

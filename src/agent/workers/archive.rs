@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     agent::workers::subnet_env::{self, SubnetFile},
+    model::{Problem, ProblemCode},
     store::{History, StateDir},
     wire::{Keyring, Token},
     worker::{Order, Orders, Thread, Worker},
@@ -183,13 +184,15 @@ impl Archive {
         subnets_done.load(Ordering::Acquire) == subnets.load(Ordering::Relaxed)
     }
 
-    /// Returns one sentence for each file that cannot be written at present.
-    pub(in crate::agent) fn problems(&self) -> Vec<String> {
+    /// Returns one problem for each file that cannot be written at present.
+    pub(in crate::agent) fn problems(&self) -> Vec<Problem> {
         let failures = self.shared.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        let sentence = |(name, error): (&&str, &String)| {
-            format!("{name}: not written: {error}; retrying every {} s", RETRY.as_secs())
+        let problem = |(name, error): (&&str, &String)| {
+            let what =
+                format!("{name}: not written: {error}; retrying every {} s", RETRY.as_secs());
+            Problem::new(ProblemCode::FileNotWritten, name, what, "")
         };
-        failures.iter().map(sentence).collect()
+        failures.iter().map(problem).collect()
     }
 
     /// Appends lines to the history. Drops them, with an error in the log, when too many wait.
@@ -347,14 +350,14 @@ mod tests {
         while archive.problems().is_empty() && begun.elapsed() < Duration::from_secs(4) {
             std::thread::yield_now();
         }
-        let problems = archive.problems().join("");
+        let problems = archive.problems()[0].to_string();
         assert!(problems.ends_with("not written: full; retrying every 5 s"), "{problems}");
         assert_eq!([wait(), wait()], [Ok(3), Ok(4)]);
         assert!(archive.is_subnet_file_current(), "an attempt was made");
         while !archive.problems().is_empty() && begun.elapsed() < Duration::from_secs(60) {
             std::thread::yield_now();
         }
-        assert_eq!(archive.problems(), Vec::<String>::new());
+        assert_eq!(archive.problems(), []);
     }
 
     #[test]

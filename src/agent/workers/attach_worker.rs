@@ -27,7 +27,7 @@ use crate::{
     agent::{host::repair_conflicts::RepairConflicts, workers::overruns::Overruns},
     api::{PodError, PodStatus},
     dataplane::{fight::Kind, kernel::pod_tables::PodTables},
-    model::{Attachment, Mac, Pod},
+    model::{Attachment, Mac, Pod, Problem, ProblemCode},
     netlink::monitor::Monitor,
     pods::{
         bridge::{Bridge, RepairReport, Tenant, Tenants},
@@ -116,17 +116,17 @@ pub enum AttachResult {
     /// The check of [`Job::Expect`] is complete. Its result was reported before.
     PlaceChecked,
     /// Why no pod can be connected; `None` once pods can be connected again.
-    Refusal(Option<String>),
+    Refusal(Option<Problem>),
     /// The bridge was repaired, or its problems have changed.
     BridgeRepaired {
         /// What was repaired at the bridge and its ports, or why it could not be.
         result: io::Result<RepairReport>,
         /// Lasting problems of the bridge and its ports.
-        problems: Vec<String>,
+        problems: Vec<Problem>,
         /// Interfaces whose sysctls let pods change this host's routes.
-        open: Vec<String>,
-        /// A warning about ports of other programs.
-        guests: Option<String>,
+        open: Vec<Problem>,
+        /// Notices about ports of other programs.
+        notices: Vec<Problem>,
     },
 }
 
@@ -178,7 +178,7 @@ impl AttachWorker {
                     repair_conflicts: RepairConflicts::new(),
                     problems: Vec::new(),
                     open: Vec::new(),
-                    guests: None,
+                    notices: Vec::new(),
                     fetched: Fetched::default(),
                     absent: BTreeMap::new(),
                     worked: Instant::now(),
@@ -233,14 +233,13 @@ struct PodWorker<'a, F> {
     /// Why the last repair failed.
     failing: Option<String>,
     /// The last reported refusal.
-    refusal: Option<String>,
+    refusal: Option<Problem>,
     repair_conflicts: RepairConflicts,
     /// The last reported problems.
-    problems: Vec<String>,
-    /// The last reported interfaces.
-    open: Vec<String>,
-    /// The last reported warning.
-    guests: Option<String>,
+    problems: Vec<Problem>,
+    /// The last reported interfaces and notices.
+    open: Vec<Problem>,
+    notices: Vec<Problem>,
     fetched: Fetched,
     /// Missing veth pairs, and since when.
     absent: BTreeMap<String, Instant>,
@@ -388,7 +387,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         let rewritten = self.tables.keep(bridge, &self.tenants, foreign_ports, links);
         self.checked_at = Instant::now();
         (self.touched, self.table_touched) = (false, false);
-        let (mut problems, mut open, mut guests) = (Vec::new(), Vec::new(), None);
+        let (mut problems, mut open, mut notices) = (Vec::new(), Vec::new(), Vec::new());
         let mut is_news = false;
         let as_before = self.seen.as_ref() == Some(bridge);
         if let Ok(mended) = &mut result {
@@ -410,23 +409,23 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             }
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
-            guests = foreign_ports::warning(bridge, &mended.foreign_ports);
+            notices.extend(foreign_ports::notice(bridge, &mended.foreign_ports));
         }
         for table in rewritten.iter().filter(|_| as_before) {
             self.repair_conflicts.note(Kind::Spoofing, table, None);
         }
         problems.extend(self.tables.problems().cloned());
         problems.extend(self.repair_conflicts.problems());
-        is_news |= problems != self.problems || open != self.open || guests != self.guests;
+        is_news |= problems != self.problems || open != self.open || notices != self.notices;
         self.problems.clone_from(&problems);
         self.open.clone_from(&open);
-        self.guests.clone_from(&guests);
+        self.notices.clone_from(&notices);
         let why = result.as_ref().err().map(ToString::to_string);
         let refusal = self.refusal_of(why.as_deref());
         is_news |= why.is_some() && why != self.failing && refusal.is_none();
         self.failing = why;
         if is_news {
-            (self.report)(AttachResult::BridgeRepaired { result, problems, open, guests });
+            (self.report)(AttachResult::BridgeRepaired { result, problems, open, notices });
         }
         self.report_refusal(refusal);
     }
@@ -442,15 +441,18 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
 
     /// Returns why no pod can be connected, after a repair that failed with `why`. A first failure may
     /// be temporary, unless another interface has the bridge's name.
-    fn refusal_of(&mut self, why: Option<&str>) -> Option<String> {
+    fn refusal_of(&mut self, why: Option<&str>) -> Option<Problem> {
         let (why, bridge) = (why?, self.kept.as_ref()?);
         let obstacle = self.wiring.obstacle(bridge).ok().flatten();
         let again = self.failing.as_deref() == Some(why);
-        let lasting = || format!("no pod can be connected: the bridge {}: {why}", bridge.name);
+        let lasting = || {
+            let what = format!("no pod can be connected: the bridge {}: {why}", bridge.name);
+            Problem::new(ProblemCode::PodsRefused, &bridge.name, what, "")
+        };
         obstacle.or_else(|| again.then(lasting))
     }
 
-    fn report_refusal(&mut self, refusal: Option<String>) {
+    fn report_refusal(&mut self, refusal: Option<Problem>) {
         if refusal != self.refusal {
             self.refusal.clone_from(&refusal);
             (self.report)(AttachResult::Refusal(refusal));

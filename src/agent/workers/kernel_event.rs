@@ -8,7 +8,7 @@ use std::{
 use crate::{
     agent::{diagnosis::auditor::Routing, host::checks::HostState},
     dataplane::kernel::{KernelError, Report},
-    model::Mac,
+    model::{Mac, Problem},
     underlay::{ChosenUnderlay, UnderlayError},
 };
 
@@ -21,11 +21,11 @@ pub enum KernelEvent {
     /// suitable.
     Underlay(Result<ChosenUnderlay, UnderlayError>),
     /// The carrier of that interface flaps, as a sentence; `None` once it no longer does.
-    Flapping(Option<String>),
+    Flapping(Option<Problem>),
     /// The difference between where the kernel sends packets and where it should has changed.
     Routing(Routing),
     /// Addresses of this host inside the overlay's networks, as sentences.
-    Overlaps(Vec<String>),
+    Overlaps(Vec<Problem>),
     /// Counters of the kernel's requests for missing entries, and the peers in use.
     Demand(DemandState),
     /// The host checks (firewall, sysctls) have changed.

@@ -33,7 +33,7 @@ use crate::{
         kernel::{Kernel, KernelError, Recheck, Report, next_hops::NextHops},
         plan::{Actual, Op},
     },
-    model::Pool,
+    model::{Pool, Problem},
     netlink::Netlink,
     underlay::{ChosenUnderlay, Flaps, Watch},
     worker::{Order, Orders, Thread, Worker},
@@ -193,7 +193,7 @@ struct Reconciler<F> {
     underlay: Watch,
     flaps: Flaps,
     /// The last reported problem.
-    flapping: Option<String>,
+    flapping: Option<Problem>,
     /// When the interfaces were last checked.
     underlay_checked_at: Option<Instant>,
     orders: Orders<Task>,
@@ -208,7 +208,7 @@ struct Reconciler<F> {
     recheck: Recheck,
     overruns: Overruns,
     /// The last reported overlaps.
-    overlaps: Vec<String>,
+    overlaps: Vec<Problem>,
     auditor: Auditor,
     next_hops: NextHops,
     /// When to compare next.

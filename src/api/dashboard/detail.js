@@ -80,7 +80,7 @@ function aboutMember(member) {
     block("Paths", [
       ["From this host", path && path.state],
       ["Round trip", path && milliseconds(path.round_trip_ms)],
-      ["Problem", path?.problem],
+      ["Problem", path?.problem && [path.problem.what, path.problem.fix].filter(Boolean).join(": ")],
       ["Paths from it", ownPaths(member.node)],
       ["Paths to it", pathsTo(member.node)],
     ]),

@@ -1,17 +1,15 @@
 // The summary: this node, its overall state, its problems, and key figures.
 
-import { $, attr, el, keyed, sentence, text } from "./dom.js";
+import { $, attr, el, keyed, text } from "./dom.js";
 import { model, presentMembers } from "./model.js";
-import { count, milliseconds, number } from "./words.js";
+import { keyOf, makeProblem, showProblem } from "./problems.js";
+import { milliseconds, number } from "./words.js";
 
 /** Number of problems shown; the others are folded, because one cause often has many problems. */
 const UNFOLDED = 6;
 
-const PHASES = {
-  joining: "it is looking for a member to join through",
-  leaseless: "it is in the cluster and is looking for a subnet",
-  leaving: "it is handing over its subnet",
-};
+/** Colors of the verdict's states. */
+const TONES = { healthy: "ok", degraded: "warn", "not-ready": "bad" };
 
 export function showSummary() {
   const { status } = model;
@@ -21,64 +19,45 @@ export function showSummary() {
   text($("cluster"), status.cluster ?? "none yet");
   text($("version"), status.version ? `version ${status.version}` : "");
   showVerdict(status);
-  showProblems(status.problems ?? []);
+  showProblems([...(status.problems ?? []), ...(status.notices ?? [])]);
   showFigures(status);
 }
 
-function showVerdict(status) {
-  const wrong = status.problems?.length ?? 0;
-  const problems = wrong ? count(wrong, "problem") : "";
-  const [tone, words] = !status.converged
-    ? ["bad", `Not converged: ${whyNot(status)}${wrong ? `; ${problems}` : ""}`]
-    : wrong
-      ? ["warn", problems]
-      : ["ok", "Converged"];
-  attr($("verdict"), "data-tone", tone);
-  text($("verdict"), words);
+function showVerdict({ verdict }) {
+  attr($("verdict"), "data-tone", TONES[verdict?.state] ?? "none");
+  text($("verdict"), verdict?.text ?? "unknown");
 }
 
 /** Shows that the current state is not known. */
 export function showSilence() {
   attr($("verdict"), "data-tone", "none");
-  text($("verdict"), "Unknown: no answer");
-}
-
-function whyNot(status) {
-  const phase = PHASES[status.phase];
-  if (phase) return phase;
-  if (!status.synced) return "it has not compared its state with a peer yet";
-  if (!status.settled) return "its state does not equal a peer's yet";
-  if (!status.kernel?.in_sync) return "its kernel does not equal its view yet";
-  return "the reason is not known";
+  text($("verdict"), "unknown: no answer");
 }
 
 let known = null;
 
-function showProblems(problems) {
-  const list = [...new Set(problems)];
+function showProblems(list) {
   $("no-problems").hidden = list.length > 0;
   attr($("problems"), "data-tone", list.length ? "warn" : "ok");
-  const make = () => el("li");
-  const same = (problem) => problem;
-  keyed($("problem-list"), list.slice(0, UNFOLDED), same, make, sentence);
+  keyed($("problem-list"), list.slice(0, UNFOLDED), keyOf, makeProblem, showProblem);
   const folded = list.slice(UNFOLDED);
   const more = $("more-problems");
   more.hidden = folded.length === 0;
   text(more.firstElementChild, `${number(folded.length)} more`);
-  keyed(more.lastElementChild, folded, same, make, sentence);
-  announce(list);
+  keyed(more.lastElementChild, folded, keyOf, makeProblem, showProblem);
+  announce(list.filter(({ severity }) => severity === "problem"));
 }
 
 /** Announces only new problems to screen readers. */
 function announce(list) {
-  const fresh = known && list.filter((problem) => !known.has(problem));
+  const fresh = known && list.filter((problem) => !known.has(keyOf(problem)));
   if (fresh?.length) {
     const more = fresh.length > 1 ? ` And ${number(fresh.length - 1)} more.` : "";
-    text($("problem-news"), `New problem: ${fresh[0]}${more}`);
+    text($("problem-news"), `New problem: ${fresh[0].what}${more}`);
   } else if (known?.size && list.length === 0) {
     text($("problem-news"), "All problems are resolved.");
   }
-  known = new Set(list);
+  known = new Set(list.map(keyOf));
 }
 
 function showFigures(status) {

@@ -84,6 +84,15 @@ export function milliseconds(value) {
 
 export const clock = (date) => date.toLocaleTimeString("en-GB");
 
+/** Formats the time since a moment (in seconds since 1970) by its largest unit. */
+export function ago(since) {
+  const seconds = Math.max(0, Math.round(Date.now() / 1000 - since));
+  if (seconds < 60) return `${seconds} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;
+  if (seconds < 172800) return `${Math.floor(seconds / 3600)} h`;
+  return `${Math.floor(seconds / 86400)} days`;
+}
+
 /** Formats the first items of a list and the number of the others. */
 export function some(list, most) {
   const shown = list.slice(0, most).join(", ");

@@ -66,7 +66,7 @@ fn joiner_stops_only_when_all_seeds_refuse_for_good() {
     let now = Time::ZERO + seconds(1);
     node.handle(now, Input::Answer { call: calls[0], result: other() });
     assert_eq!(count_stops(&mut node), 0);
-    let problems = node.status().problems.join("\n");
+    let problems = texts(&node.status().problems);
     assert!(problems.contains("seed 1: it refused: the node belongs to cluster"), "{problems}");
     node.handle(now, Input::Answer { call: calls[1], result: refused(Refusal::NotReady) });
     assert_eq!(count_stops(&mut node), 0, "the other seed may still admit it");
@@ -88,7 +88,7 @@ fn answer_to_a_call_from_before_a_reload_is_not_taken_for_a_new_seed() {
         node.handle(now, Input::Answer { call, result });
     }
     assert_eq!(count_stops(&mut node), 0, "the new seed has not answered yet");
-    assert!(!node.status().problems.join("\n").contains("another secret"));
+    assert!(!texts(&node.status().problems).contains("another secret"));
 }
 
 #[test]

@@ -1,13 +1,20 @@
-//! Formats causes as sentences with a remedy.
+//! Formats causes as problems with a remedy.
 
 use ipnet::IpNet;
 
 use super::{Cause, Kind, MAIN, cause::MAIN_RULE_PRIORITY, likely_program};
+use crate::model::{Problem, ProblemCode};
 
 impl Cause {
-    /// Returns a sentence with the cause and its remedy; `None` if another check reports it.
-    /// `subnets` lists the affected subnets, `network` is the overlay's network.
-    pub fn sentence(&self, kind: Kind, subnets: &str, network: IpNet) -> Option<String> {
+    /// Returns the problem of this cause; `None` if another check reports it. `subnets` lists the
+    /// affected subnets, `network` is the overlay's network.
+    pub fn problem(&self, kind: Kind, subnets: &str, network: IpNet) -> Option<Problem> {
+        let (what, fix) = self.texts(kind, subnets, network)?;
+        Some(Problem::new(ProblemCode::Diverted, subnets, what, fix))
+    }
+
+    /// Returns what is wrong, and the remedy.
+    fn texts(&self, kind: Kind, subnets: &str, network: IpNet) -> Option<(String, String)> {
         let packets = match kind {
             Kind::Out => format!("packets of pods to {subnets}"),
             Kind::In => format!("packets of pods from {subnets}"),
@@ -25,94 +32,139 @@ impl Cause {
                     None => "a route".to_owned(),
                 };
                 let packets = format!("{packets} that {by} selects ({selector})");
-                cause.sentence_of(&packets, kind, network)
+                cause.texts_of(&packets, kind, network)
             }
-            cause => cause.sentence_of(&packets, kind, network),
+            cause => cause.texts_of(&packets, kind, network),
         }
     }
 
-    /// Like [`Cause::sentence`], with the affected packets in words.
-    fn sentence_of(&self, packets: &str, kind: Kind, network: IpNet) -> Option<String> {
+    /// Like [`Cause::texts`], with the affected packets in words.
+    fn texts_of(&self, packets: &str, kind: Kind, network: IpNet) -> Option<(String, String)> {
         Some(match self {
-            Self::Table { table, priority: Some(priority), interface, ipv4 } => format!(
-                "{packets} leave by {interface}: table {table} has a route for them and comes before the \
-                 main table (ip{} rule {priority}){}; give the overlay precedence: {}",
-                ip6_option(*ipv4),
-                likely_program(*table, interface)
-                    .map(|program| format!(", probably of {program}"))
-                    .unwrap_or_default(),
-                command_for_earlier_rule(network, *priority, *ipv4)
+            Self::Table { table, priority: Some(priority), interface, ipv4 } => (
+                format!(
+                    "{packets} leave by {interface}: table {table} has a route for them and comes before \
+                     the main table (ip{} rule {priority}){}",
+                    ip6_option(*ipv4),
+                    likely_program(*table, interface)
+                        .map(|program| format!(", probably of {program}"))
+                        .unwrap_or_default(),
+                ),
+                format!(
+                    "give the overlay precedence: {}",
+                    command_for_earlier_rule(network, *priority, *ipv4)
+                ),
             ),
-            Self::Table { table, priority: None, interface, ipv4 } => format!(
-                "{packets} leave by {interface}: table {table} has a route for them (see ip{} rule)",
-                ip6_option(*ipv4)
+            Self::Table { table, priority: None, interface, ipv4 } => (
+                format!("{packets} leave by {interface}: table {table} has a route for them"),
+                format!("see ip{} rule", ip6_option(*ipv4)),
             ),
             Self::Route { destination, metric, interface, condition, .. }
                 if kind.is_to_pods_here() && destination.prefix_len() > 0 =>
             {
-                format!(
-                    "packets to pods here leave by {interface}: a route of another program in the main table \
-                     takes {destination}{condition}, a part of this node's own subnet; remove it \
-                     (ip{} route del {destination}{condition} dev {interface} metric {metric})",
-                    ip6_option(destination.addr().is_ipv4())
+                (
+                    format!(
+                        "packets to pods here leave by {interface}: a route of another program in the main \
+                         table takes {destination}{condition}, a part of this node's own subnet"
+                    ),
+                    format!(
+                        "remove it (ip{} route del {destination}{condition} dev {interface} metric \
+                         {metric})",
+                        ip6_option(destination.addr().is_ipv4())
+                    ),
                 )
             }
             Self::Route { destination, metric, interface, condition, .. }
                 if !condition.is_none() =>
             {
-                format!(
-                    "another program's route takes the packets to {destination}{condition}, by {interface}, \
-                     because its conditions are more specific: remove it (ip{} route del \
-                     {destination}{condition} dev {interface} metric {metric})",
-                    ip6_option(destination.addr().is_ipv4())
+                (
+                    format!(
+                        "another program's route takes the packets to {destination}{condition}, by \
+                         {interface}, because its conditions are more specific"
+                    ),
+                    format!(
+                        "remove it (ip{} route del {destination}{condition} dev {interface} metric \
+                         {metric})",
+                        ip6_option(destination.addr().is_ipv4())
+                    ),
                 )
             }
-            Self::Route { destination, metric, interface, ours: Some(ours), .. } => format!(
-                "another program's route takes the packets to {destination}, by {interface}: its metric is \
-                 {metric}, ours is {ours}; remove it (ip{} route del {destination} metric {metric})",
-                ip6_option(destination.addr().is_ipv4())
+            Self::Route { destination, metric, interface, ours: Some(ours), .. } => (
+                format!(
+                    "another program's route takes the packets to {destination}, by {interface}: its metric \
+                     is {metric}, ours is {ours}"
+                ),
+                format!(
+                    "remove it (ip{} route del {destination} metric {metric})",
+                    ip6_option(destination.addr().is_ipv4())
+                ),
             ),
-            Self::Route { destination, interface, .. } if destination.prefix_len() == 0 => format!(
-                "{packets} leave by {interface}, the default route: the overlay's own route is not found \
-                 (ip{} route show proto 73)",
-                ip6_option(destination.addr().is_ipv4())
+            Self::Route { destination, interface, .. } if destination.prefix_len() == 0 => (
+                format!(
+                    "{packets} leave by {interface}, the default route: the overlay's own route is not found"
+                ),
+                format!("see ip{} route show proto 73", ip6_option(destination.addr().is_ipv4())),
             ),
-            Self::Route { destination, metric, interface, ours: None, .. } => format!(
-                "another program's route takes the packets to {destination}, by {interface}, because it is \
-                 more specific than the overlay's: remove it (ip{} route del {destination} metric {metric})",
-                ip6_option(destination.addr().is_ipv4())
+            Self::Route { destination, metric, interface, ours: None, .. } => (
+                format!(
+                    "another program's route takes the packets to {destination}, by {interface}, because it \
+                     is more specific than the overlay's"
+                ),
+                format!(
+                    "remove it (ip{} route del {destination} metric {metric})",
+                    ip6_option(destination.addr().is_ipv4())
+                ),
             ),
-            Self::LocalRoute { destination } => format!(
-                "this host keeps packets to {destination} for itself, by another program's route of type \
-                 local: remove it (ip{} route del local {destination} table local)",
-                ip6_option(is_ipv4(destination))
+            Self::LocalRoute { destination } => (
+                format!(
+                    "this host keeps packets to {destination} for itself, by another program's route of \
+                     type local"
+                ),
+                format!(
+                    "remove it (ip{} route del local {destination} table local)",
+                    ip6_option(is_ipv4(destination))
+                ),
             ),
-            Self::Vrf { interface, vrf, table } => format!(
-                "{packets} are routed by table {table}, because {interface} is in VRF {vrf}, which \
-                 has no routes of the overlay: ip link set {interface} nomaster"
+            Self::Vrf { interface, vrf, table } => (
+                format!(
+                    "{packets} are routed by table {table}, because {interface} is in VRF {vrf}, which has \
+                     no routes of the overlay"
+                ),
+                format!("ip link set {interface} nomaster"),
             ),
-            Self::Filter { interface } => format!(
-                "rp_filter of {interface} drops {packets}, because their answers leave by another interface: \
-                 sysctl -w net.ipv4.conf.{}.rp_filter=2 (and a file in /etc/sysctl.d)",
-                slashed(interface)
+            Self::Filter { interface } => (
+                format!(
+                    "rp_filter of {interface} drops {packets}, because their answers leave by another \
+                     interface"
+                ),
+                format!(
+                    "sysctl -w net.ipv4.conf.{}.rp_filter=2 (and a file in /etc/sysctl.d)",
+                    slashed(interface)
+                ),
             ),
-            Self::Forwarding { interface, by_default: false } => format!(
-                "{packets} are dropped, because net.ipv4.conf.{0}.forwarding is 0: \
-                 sysctl -w net.ipv4.conf.{0}.forwarding=1",
-                slashed(interface)
+            Self::Forwarding { interface, by_default: false } => (
+                format!(
+                    "{packets} are dropped, because net.ipv4.conf.{}.forwarding is 0",
+                    slashed(interface)
+                ),
+                format!("sysctl -w net.ipv4.conf.{}.forwarding=1", slashed(interface)),
             ),
-            Self::Forwarding { interface, by_default: true } => format!(
-                "{packets} are dropped, because net.ipv4.conf.{0}.forwarding is 0, as on all new \
-                 interfaces while net.ipv4.conf.default.forwarding is 0: sysctl -w \
-                 net.ipv4.conf.default.forwarding=1 net.ipv4.conf.{0}.forwarding=1 (and the first in \
-                 a file in /etc/sysctl.d)",
-                slashed(interface)
+            Self::Forwarding { interface, by_default: true } => (
+                format!(
+                    "{packets} are dropped, because net.ipv4.conf.{}.forwarding is 0, as on all new \
+                     interfaces while net.ipv4.conf.default.forwarding is 0",
+                    slashed(interface)
+                ),
+                format!(
+                    "sysctl -w net.ipv4.conf.default.forwarding=1 net.ipv4.conf.{}.forwarding=1 (and the \
+                     first in a file in /etc/sysctl.d)",
+                    slashed(interface)
+                ),
             ),
             Self::NoForwarding | Self::Address { .. } | Self::Selected { .. } => return None,
-            Self::NoIpv6 { interface } => format!(
-                "{packets} have no route, because IPv6 is turned off on {interface}: \
-                 sysctl -w net.ipv6.conf.{}.disable_ipv6=0",
-                slashed(interface)
+            Self::NoIpv6 { interface } => (
+                format!("{packets} have no route, because IPv6 is turned off on {interface}"),
+                format!("sysctl -w net.ipv6.conf.{}.disable_ipv6=0", slashed(interface)),
             ),
             Self::Refused { destination, kind, table, priority, condition } => {
                 let of_rule = match priority {
@@ -125,36 +177,51 @@ impl Cause {
                     _ => String::new(),
                 };
                 let table = if *table == MAIN { String::new() } else { format!(" table {table}") };
-                format!(
-                    "{packets} are dropped by the {kind} route to {destination}{condition}{of_rule}: remove \
-                     it (ip{} route del {kind} {destination}{condition}{table})",
-                    ip6_option(is_ipv4(destination))
+                (
+                    format!(
+                        "{packets} are dropped by the {kind} route to {destination}{condition}{of_rule}"
+                    ),
+                    format!(
+                        "remove it (ip{} route del {kind} {destination}{condition}{table})",
+                        ip6_option(is_ipv4(destination))
+                    ),
                 )
             }
             Self::SmallerMtu { destination, metric, table, condition, mtu, carried } => {
                 let of_table =
                     if *table == MAIN { String::new() } else { format!(" table {table}") };
-                format!(
-                    "packets of pods to {destination}{condition} have to be small: another program's route \
-                     has the MTU {mtu}, the overlay {carried}; remove it (ip{} route del \
-                     {destination}{condition} metric {metric}{of_table})",
-                    ip6_option(is_ipv4(destination))
+                (
+                    format!(
+                        "packets of pods to {destination}{condition} have to be small: another program's \
+                         route has the MTU {mtu}, the overlay {carried}"
+                    ),
+                    format!(
+                        "remove it (ip{} route del {destination}{condition} metric {metric}{of_table})",
+                        ip6_option(is_ipv4(destination))
+                    ),
                 )
             }
-            Self::Rule { priority, ipv4 } => format!(
-                "{packets} are dropped by ip{} rule {priority}; give the overlay precedence: {}",
-                ip6_option(*ipv4),
-                command_for_earlier_rule(network, *priority, *ipv4)
+            Self::Rule { priority, ipv4 } => (
+                format!("{packets} are dropped by ip{} rule {priority}", ip6_option(*ipv4)),
+                format!(
+                    "give the overlay precedence: {}",
+                    command_for_earlier_rule(network, *priority, *ipv4)
+                ),
             ),
-            Self::NoMain { ipv4 } => format!(
-                "{packets} have no route here, because no ip{} rule leads to table main, where the overlay's \
-                 routes are: {}",
-                ip6_option(*ipv4),
-                command_for_earlier_rule(network, MAIN_RULE_PRIORITY + 1, *ipv4)
+            Self::NoMain { ipv4 } => (
+                format!(
+                    "{packets} have no route here, because no ip{} rule leads to table main, where the \
+                     overlay's routes are",
+                    ip6_option(*ipv4)
+                ),
+                command_for_earlier_rule(network, MAIN_RULE_PRIORITY + 1, *ipv4),
             ),
-            Self::Unknown { errno } => format!(
-                "{packets} have no route here: {} (ip route get ADDRESS from ADDRESS iif INTERFACE)",
-                std::io::Error::from_raw_os_error(*errno)
+            Self::Unknown { errno } => (
+                format!(
+                    "{packets} have no route here: {}",
+                    std::io::Error::from_raw_os_error(*errno)
+                ),
+                "see ip route get ADDRESS from ADDRESS iif INTERFACE".to_owned(),
             ),
         })
     }

@@ -6,6 +6,8 @@
 
 use std::io;
 
+use crate::model::{Problem, ProblemCode};
+
 use super::sysctl::{dotted, read, write};
 
 /// Family, setting and its required value. Sending redirects and proxying are disabled as well, but
@@ -41,9 +43,8 @@ pub enum Ipv6 {
 pub struct CloseResult {
     /// Number of settings that were wrong and have been corrected.
     pub set: u64,
-    /// Sentences about settings that are wrong and could not be changed, with the command that
-    /// corrects them.
-    pub problems: Vec<String>,
+    /// Settings that are wrong and could not be changed, with the command that corrects them.
+    pub problems: Vec<Problem>,
 }
 
 /// Applies the settings to an interface of this thread's network namespace. A setting that the
@@ -136,11 +137,13 @@ fn has_effect(interface: &str, family: &str, setting: &str) -> bool {
     }
 }
 
-/// Returns the sentence about a setting that could not be changed.
-fn problem(name: &str, is: &str, value: &str, error: &io::Error) -> String {
+/// Returns the problem of a setting that could not be changed.
+fn problem(name: &str, is: &str, value: &str, error: &io::Error) -> Problem {
     let name = dotted(name);
-    format!(
-        "{name} is {is} and cannot be set to {value} ({error}): pods can install routes on this host; set \
-         guard = true, which drops such packets, or run sysctl -w {name}={value}"
-    )
+    let what = format!(
+        "{name} is {is} and cannot be set to {value} ({error}), so pods can install routes on this host"
+    );
+    let fix =
+        format!("set guard = true, which drops such packets, or run sysctl -w {name}={value}");
+    Problem::new(ProblemCode::RoutesOfPods, name, what, fix)
 }

@@ -26,7 +26,7 @@ use crate::{
         overlap::{self, Foreign, ForeignKind, Overlay},
         plan::{Actual, Found},
     },
-    model::{Mac, Pool},
+    model::{Mac, Pool, Problem},
     netlink::{
         MessageSubject, Netlink,
         ethtool::TX_CHECKSUM,
@@ -280,7 +280,7 @@ impl Kernel {
     }
 }
 
-/// Returns a sentence with a remedy for each address of this host that diverts packets of pods.
+/// Returns a problem for each address of this host that diverts packets of pods.
 /// `networks` and `pool` are the overlay's, `own` this node's subnets; `has_all_routes` says whether each
 /// peer's subnet has a route of its own.
 ///
@@ -292,7 +292,7 @@ pub fn overlaps(
     pool: Option<&Pool>,
     own: &[IpNet],
     has_all_routes: bool,
-) -> io::Result<Vec<String>> {
+) -> io::Result<Vec<Problem>> {
     let (links, addresses) = (netlink.links()?, netlink.addresses()?);
     let in_own = |link: &Link| {
         let of_link = addresses.iter().filter(|address| address.link == link.index);

@@ -21,7 +21,7 @@ use super::{
     spoofing, unused,
 };
 use crate::{
-    model::Mac,
+    model::{Mac, Problem, ProblemCode},
     netlink::{
         attributes::Attributes,
         nftables::{
@@ -47,10 +47,10 @@ pub struct PodTables {
 struct Table {
     shape: &'static Shape,
     written: Option<Written>,
-    problem: Option<String>,
+    problem: Option<Problem>,
     /// The counter of the alarm's chain as of the last read.
     counted: u64,
-    alarm: Option<String>,
+    alarm: Option<Problem>,
     /// When the kernel last refused the table.
     refused_at: Option<Instant>,
     /// Whether the table is not wanted and has been removed, including one of an earlier run.
@@ -94,7 +94,7 @@ impl PodTables {
     }
 
     /// Returns the problems that prevent a table, and the alarms.
-    pub fn problems(&self) -> impl Iterator<Item = &String> {
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         let tables = [&self.spoofing, &self.unused];
         tables.into_iter().flat_map(|table| table.problem.iter().chain(&table.alarm))
     }
@@ -305,7 +305,7 @@ impl Table {
         let is_unchanged = found.is_some_and(|(shown, present, counted)| {
             if let Some(alarm) = &self.shape.alarm {
                 let now = counted.get(alarm.chain).copied().unwrap_or_default();
-                self.alarm = (now > self.counted).then(|| (alarm.sentence)(bridge));
+                self.alarm = (now > self.counted).then(|| (alarm.problem)(bridge));
                 self.counted = now;
             }
             let has_expected_rules = match &written.shown {
@@ -392,10 +392,12 @@ impl Table {
             Err(error) => {
                 self.refused_at = Some(Instant::now());
                 let (what, takes) = requirement;
-                self.problem = Some(format!(
-                    "{what}: nftables, family {}: {error}: use a kernel with {takes}, or set \
-                     anti_spoofing = false",
-                    family_name(*family)
+                let family = family_name(*family);
+                self.problem = Some(Problem::new(
+                    ProblemCode::AntiSpoofing,
+                    family,
+                    format!("{what}: nftables, family {family}: {error}"),
+                    format!("use a kernel with {takes}, or set anti_spoofing = false"),
                 ));
             }
         }
@@ -419,10 +421,10 @@ impl Table {
             return;
         }
         let name = self.full_name(bridge);
-        self.problem = self
-            .remove(nftables, &bridge.table)
-            .err()
-            .map(|error| format!("the table {name} of nftables was not removed: {error}"));
+        self.problem = self.remove(nftables, &bridge.table).err().map(|error| {
+            let what = format!("the table {name} of nftables was not removed: {error}");
+            Problem::new(ProblemCode::AntiSpoofing, &name, what, "")
+        });
     }
 }
 

@@ -30,7 +30,7 @@ use super::{
     sets::Elements,
 };
 use crate::{
-    model::Mac,
+    model::{Mac, Problem, ProblemCode},
     netlink::{
         attributes,
         nftables::{BRIDGE, Base, Rule, Side, name_bytes},
@@ -132,7 +132,7 @@ pub(super) static SHAPE: Shape = Shape {
         (RECEIVING_CHAIN, POSTROUTING, FIRST),
     ],
     limited: Some((BELOW_GROUP_RATE, GROUP_RATE)),
-    alarm: Some(Alarm { chain: GROUPS_CHAIN, sentence: group_rate_alarm }),
+    alarm: Some(Alarm { chain: GROUPS_CHAIN, problem: group_rate_alarm }),
     rules: |_| {
         let at_foreign_ports =
             foreign_port_rules().into_iter().map(|rule| (FOREIGN_PORTS_CHAIN, rule));
@@ -172,14 +172,17 @@ fn duplicate_address_detection() -> Rule {
     icmpv6(NEIGHBOR_SOLICITATION).holds(base, offset, &[0; 16])
 }
 
-/// Returns the sentence for the alarm of [`GROUPS_CHAIN`].
-fn group_rate_alarm(bridge: &Bridge) -> String {
+/// Returns the problem for the alarm of [`GROUPS_CHAIN`].
+fn group_rate_alarm(bridge: &Bridge) -> Problem {
     let (name, table) = (&bridge.name, &bridge.table);
-    format!(
-        "a pod sends more than {GROUP_RATE} broadcasts and multicasts a second to the pods' bridge {name}: \
-         the excess is dropped and counted by nft list chain bridge {table} {GROUPS_CHAIN}; find \
-         the pod with tcpdump -eni {name} multicast (a pod that bridges its interfaces makes a loop)"
-    )
+    let what = format!(
+        "a pod sends more than {GROUP_RATE} broadcasts and multicasts a second to the pods' bridge {name}, \
+         and the excess is dropped and counted by nft list chain bridge {table} {GROUPS_CHAIN}"
+    );
+    let fix = format!(
+        "find the pod with tcpdump -eni {name} multicast (a pod that bridges its interfaces makes a loop)"
+    );
+    Problem::new(ProblemCode::AntiSpoofing, name, what, fix)
 }
 
 /// A rule for frames to a group, or for all others.

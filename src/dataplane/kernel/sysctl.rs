@@ -7,7 +7,10 @@ use std::{collections::BTreeSet, fs, io, path::Path};
 use ipnet::IpNet;
 
 use super::advertised::{AdvertisedInterfaces, restore_accept_ra};
-use crate::dataplane::desired::Mode;
+use crate::{
+    dataplane::desired::Mode,
+    model::{Problem, ProblemCode},
+};
 
 /// Below `/proc/sys`.
 const ROOT: &str = "/proc/sys";
@@ -64,10 +67,23 @@ impl Sysctl {
         &self.name
     }
 
-    /// Returns a sentence with the remedy; `None` if the setting is right or does not exist.
-    pub fn problem(&self) -> Option<String> {
+    /// Returns the problem; `None` if the setting is right or does not exist.
+    pub fn problem(&self) -> Option<Problem> {
         let (is, consequence, command) = self.wrong()?;
-        Some(format!("{is}: {consequence}; run {command}, or set set_sysctls = true here"))
+        Some(Problem::new(
+            self.code(),
+            dotted(&self.name),
+            format!("{is}: {consequence}"),
+            format!("run {command}, or set set_sysctls = true here"),
+        ))
+    }
+
+    /// Returns the code of problems of this setting.
+    fn code(&self) -> ProblemCode {
+        match self.wrong {
+            "0" => ProblemCode::ForwardingOff,
+            _ => ProblemCode::Sysctl,
+        }
     }
 
     /// Like [`Sysctl::problem`], in three parts: state, consequence and command.
@@ -89,15 +105,16 @@ impl Sysctl {
     ///
     /// # Errors
     /// When the setting or a setting for router advertisements cannot be written.
-    pub fn set(&self) -> Result<BTreeSet<String>, String> {
+    pub fn set(&self) -> Result<BTreeSet<String>, Problem> {
         let name = dotted(&self.name);
-        let left = |why: String| format!("{name} was not changed: {why}");
+        let failed = |what: String| Problem::new(self.code(), &name, what, "");
+        let left = |why: String| failed(format!("{name} was not changed: {why}"));
         let kept = match self.advertised() {
             Ok(found) => found.keep().map_err(left)?,
             Err(error) => return Err(left(format!("router advertisements: {error}"))),
         };
         write(&self.name, self.value)
-            .map_err(|error| format!("{name} cannot be set to {}: {error}", self.value))?;
+            .map_err(|error| failed(format!("{name} cannot be set to {}: {error}", self.value)))?;
         Ok(kept)
     }
 
@@ -138,19 +155,24 @@ pub fn write(name: &str, value: &str) -> io::Result<()> {
 }
 
 /// Returns why sysctls cannot be read, with the consequence and a remedy; `None` if they can.
-pub fn unreadable() -> Option<String> {
+pub fn unreadable() -> Option<Problem> {
     unreadable_below(Path::new(ROOT))
 }
 
 /// Reads a sysctl that every kernel with IPv4 has.
-fn unreadable_below(root: &Path) -> Option<String> {
+fn unreadable_below(root: &Path) -> Option<Problem> {
     let path = root.join("net/ipv4/ip_forward");
     let error = fs::read_to_string(&path).err()?;
-    Some(format!(
-        "sysctls cannot be read ({}: {error}), so settings that drop packets are not reported: let the \
-         agent see all of /proc (in its systemd unit: ProcSubset=all)",
-        path.display()
-    ))
+    let path = path.display();
+    let notice = Problem::new(
+        ProblemCode::SysctlsUnreadable,
+        Problem::HOST,
+        format!(
+            "sysctls cannot be read ({path}: {error}), so settings that drop packets are not reported"
+        ),
+        "let the agent see all of /proc (in its systemd unit: ProcSubset=all)",
+    );
+    Some(notice.notice())
 }
 
 /// Returns the value of a numeric sysctl; `None` if it does not exist or cannot be read.

@@ -76,7 +76,8 @@ fn on_packet(watch: &mut Watch, kind: u8, protocol: u16, bytes: &[u8]) {
 
 fn cause_of(watch: &Watch, facts: Facts) -> Option<String> {
     let facts = BTreeMap::from([(suspect().node, facts)]);
-    watch.conclude(&[suspect()], &facts, &place()).into_values().next()?.cause
+    let verdict = watch.conclude(&[suspect()], &facts, &place()).into_values().next()?;
+    verdict.cause.map(|cause| cause.to_string())
 }
 
 fn assert_cause(watch: &Watch, facts: Facts, parts: &[&str]) {
@@ -131,7 +132,7 @@ fn translated_source_addresses_are_reported_at_both_ends() {
     assert_cause(&here, facts, &parts);
     let rule = ("iptables-legacy has `-A X -j SNAT`, which".to_owned(), "fix it".to_owned());
     let legacy = Facts { translating_legacy: Some(rule), ..Facts::default() };
-    assert_cause(&here, legacy, &["`-A X -j SNAT`, which changes it; exempt UDP 8472: fix it"]);
+    assert_cause(&here, legacy, &["`-A X -j SNAT`, which changes it: exempt UDP 8472: fix it"]);
     let mut there = watch();
     on_packet(&mut there, PACKET_HOST, IPV4, &tunnel(OTHER, LOCAL));
     assert_cause(
@@ -250,8 +251,10 @@ fn cause_of_several_peers_is_reported_once() {
     let facts = Facts { filtered: Some("eth1".to_owned()), ..Facts::default() };
     let facts = suspects.iter().map(|suspect| (suspect.node, facts.clone())).collect();
     let verdicts = watch.conclude(&suspects, &facts, &place());
-    let sentences: BTreeSet<&String> =
-        verdicts.values().filter_map(|verdict| verdict.cause.as_ref()).collect();
+    let sentences: BTreeSet<String> = verdicts
+        .values()
+        .filter_map(|verdict| verdict.cause.as_ref().map(ToString::to_string))
+        .collect();
     assert_eq!((verdicts.len(), sentences.len()), (2, 1));
     assert!(sentences.iter().all(|text| text.contains("n2 (192.0.2.2), n3 (192.0.2.3)")));
 }

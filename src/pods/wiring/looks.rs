@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs::File, io, net::IpAddr, path::Path};
 
 use super::{Wiring, WiringError, failed, is_peer_of, open_netns};
 use crate::{
-    model::{Attachment, Mac, Pod},
+    model::{Attachment, Mac, Pod, Problem},
     pods::{
         alias::parse_alias,
         bridge::{ALIAS, Bridge},
@@ -78,7 +78,7 @@ impl Wiring {
     ///
     /// # Errors
     /// If the kernel's interfaces or addresses cannot be read.
-    pub fn obstacle(&mut self, bridge: &Bridge) -> io::Result<Option<String>> {
+    pub fn obstacle(&mut self, bridge: &Bridge) -> io::Result<Option<Problem>> {
         let Some(link) = self.netlink.link(&bridge.name)? else { return Ok(None) };
         obstacle::to(bridge, &link, &mut self.netlink)
     }

@@ -38,7 +38,7 @@ fn pair(lab: &mut Lab) -> anyhow::Result<(ApiServer, Vec<Host>, String, [Agent; 
 }
 
 fn is_waiting_for(status: &Value, why: &str) -> bool {
-    let problem = status["problems"][0].as_str().unwrap_or_default();
+    let problem = status["problems"][0]["what"].as_str().unwrap_or_default();
     status["phase"] == "waiting"
         && problem.starts_with("waiting for Kubernetes: ")
         && problem.contains(why)

@@ -8,6 +8,7 @@ use rtnetlink::packet_route::route::RouteProtocol;
 
 use crate::{
     dataplane::audit::likely_program,
+    model::{Problem, ProblemCode},
     netlink::{
         Netlink,
         link::Link,
@@ -108,20 +109,23 @@ fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
 
 impl Detour {
     /// Describes the detour, for a host that does not answer tunnel packets to this port.
-    pub fn sentence(
+    pub fn problem(
         &self,
         name: &str,
         [here, there]: [IpAddr; 2],
         port: u16,
         underlay: &str,
-    ) -> String {
+    ) -> Problem {
+        let lost = |what: String, fix: String| Problem::new(ProblemCode::PathLost, name, what, fix);
         let get = format!("ip route get {there} from {here} ipproto udp dport {port}; ip rule");
         let (way, interface, lead) = match self {
             Self::Refused(why) => {
-                return format!(
-                    "this host has no way to {name} ({there}) on the underlay: {why}; add the route that is \
-                     missing, or take away the one that refuses ({get})"
+                let what =
+                    format!("this host has no way to {name} ({there}) on the underlay: {why}");
+                let fix = format!(
+                    "add the route that is missing, or take away the one that refuses ({get})"
                 );
+                return lost(what, fix);
             }
             Self::Redirected { gateway } => {
                 let (family, underlay) =
@@ -129,12 +133,16 @@ impl Detour {
                 let refuse = ["all", &underlay]
                     .map(|name| format!("net.ipv{family}.conf.{name}.accept_redirects=0"));
                 let flush = if there.is_ipv4() { "ip" } else { "ip -6" };
-                return format!(
+                let what = format!(
                     "an ICMP redirect leads tunnel packets to {name} ({there}) by {gateway}, and no answer \
-                     arrives: sysctl -w {} (and a file in /etc/sysctl.d), then {flush} route flush cache; \
-                     see which machine sends such redirects ({get})",
+                     arrives"
+                );
+                let fix = format!(
+                    "sysctl -w {} (and a file in /etc/sysctl.d), then {flush} route flush cache; see which \
+                     machine sends such redirects ({get})",
                     refuse.join(" ")
                 );
+                return lost(what, fix);
             }
             Self::By { interface, lead } => {
                 let way = format!("{interface}, not by {underlay}, which has its address {here}");
@@ -147,16 +155,16 @@ impl Detour {
                 (way, underlay, lead)
             }
         };
-        let cause = lead.sentence(there, interface, underlay);
-        format!(
-            "tunnel packets to {name} ({there}) leave this host by {way}, and no answer arrives: {cause} \
-             ({get})"
-        )
+        let (cause, fix) = lead.texts(there, interface, underlay);
+        let what = format!(
+            "tunnel packets to {name} ({there}) leave this host by {way}, and no answer arrives: {cause}"
+        );
+        lost(what, format!("{fix} ({get})"))
     }
 }
 
 impl Lead {
-    fn sentence(&self, there: IpAddr, interface: &str, underlay: &str) -> String {
+    fn texts(&self, there: IpAddr, interface: &str, underlay: &str) -> (String, String) {
         let Self { table, rule, route, gateway, by_address } = self;
         let family = if there.is_ipv4() { "ip" } else { "ip -6" };
         let program = likely_program(*table, interface);
@@ -166,23 +174,29 @@ impl Lead {
                 Some(rule) => (format!(" ({family} rule {rule})"), rule.saturating_sub(1)),
                 None => (String::new(), 0),
             };
-            return format!(
-                "table {table} leads them there{rule}, probably of {program}; give packets to it precedence: \
-                 {family} rule add to {there} lookup main priority {before}"
+            return (
+                format!("table {table} leads them there{rule}, probably of {program}"),
+                format!(
+                    "give packets to it precedence: {family} rule add to {there} lookup main priority \
+                     {before}"
+                ),
             );
         };
         let beside =
             format!("{family} route add {there} dev {underlay}, with via GATEWAY where it has one");
         let Some(route) = route else {
-            return format!(
-                "the default route of table {name} leads them there; add a route to it ({beside})"
+            return (
+                format!("the default route of table {name} leads them there"),
+                format!("add a route to it ({beside})"),
             );
         };
         if *by_address {
-            return format!(
-                "the network {route} of {interface} takes in {there} (table {name}); give {interface} \
-                 another network (where Docker made it: docker network rm, and create it with another \
-                 --subnet), or add a narrower route ({beside})"
+            return (
+                format!("the network {route} of {interface} takes in {there} (table {name})"),
+                format!(
+                    "give {interface} another network (where Docker made it: docker network rm, and create \
+                     it with another --subnet), or add a narrower route ({beside})"
+                ),
             );
         }
         let via = gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
@@ -193,9 +207,11 @@ impl Lead {
             true => String::new(),
             false => format!(", or, where it is needed, add a narrower one ({beside})"),
         };
-        format!(
-            "the route {route}{via} dev {interface} of table {name}{program} leads them there; remove it \
-             ({family} route del {route}{of_table}){narrower}"
+        (
+            format!(
+                "the route {route}{via} dev {interface} of table {name}{program} leads them there"
+            ),
+            format!("remove it ({family} route del {route}{of_table}){narrower}"),
         )
     }
 }
@@ -210,7 +226,7 @@ mod tests {
         let lead = Lead { table, rule: Some(5_270), route, gateway, by_address };
         let between = [[10, 99, 0, 11].into(), [10, 99, 0, 12].into()];
         let interface = interface.to_owned();
-        Detour::By { interface, lead }.sentence("n2", between, 8472, "eth0")
+        Detour::By { interface, lead }.problem("n2", between, 8472, "eth0").to_string()
     }
 
     fn said(table: u32, route: Option<&str>, by_address: bool) -> String {
@@ -220,7 +236,7 @@ mod tests {
     #[test]
     fn detour_by_main_table_names_route_and_delete_command() {
         let host = said(254, Some("10.99.0.12/32"), false);
-        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main leads them there; remove \
+        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main leads them there: remove \
                      it (ip route del 10.99.0.12/32) (";
         assert!(host.contains(words) && !host.contains("254"), "{host}");
         let half = said(254, Some("0.0.0.0/1"), false);
@@ -244,7 +260,7 @@ mod tests {
     fn detour_by_redirect_names_sysctls() {
         let between = [[10, 99, 0, 11].into(), [10, 99, 0, 12].into()];
         let said = Detour::Redirected { gateway: [10, 99, 0, 77].into() };
-        let said = said.sentence("n2", between, 8472, "eth0.5");
+        let said = said.problem("n2", between, 8472, "eth0.5").to_string();
         let words = "an ICMP redirect leads tunnel packets to n2 (10.99.0.12) by 10.99.0.77, and no answer \
                      arrives: sysctl -w net.ipv4.conf.all.accept_redirects=0 \
                      net.ipv4.conf.eth0/5.accept_redirects=0";

@@ -24,6 +24,7 @@ use crate::{
         kernel::{ClosedPort, FirewallTable, LostPackets, open_port, sysctl},
         silence::DroppingRule,
     },
+    model::{Problem, ProblemCode},
     netlink::{Netlink, link::Link},
 };
 
@@ -42,12 +43,12 @@ pub struct Reasons {
     pub takes_all: bool,
     /// Causes for packets to pods of other hosts and for answers; `None` if not read.
     pub remote: Option<Vec<String>>,
-    /// Sentences about pods that cannot resolve their gateway, by whether it is the IPv4 one.
-    pub gateway: BTreeMap<bool, String>,
+    /// Problems of pods that cannot resolve their gateway, by whether it is the IPv4 one.
+    pub gateway: BTreeMap<bool, Problem>,
     /// Why rules see packets between pods, by whether it concerns IPv4.
     bridged: BTreeMap<bool, Bridged>,
-    /// Sentences about pods that cannot resolve each other, by whether it concerns IPv4.
-    finding: BTreeMap<bool, String>,
+    /// Problems of pods that cannot resolve each other, by whether it concerns IPv4.
+    finding: BTreeMap<bool, Problem>,
     /// Rules that translate the source of pods' packets, by whether it concerns IPv4.
     translating: BTreeMap<bool, String>,
     /// What drops this host's ICMP errors for too large packets, by whether it concerns IPv4.
@@ -98,8 +99,8 @@ impl Reasons {
                 continue;
             }
             if *direction == Direction::Gateway {
-                let sentence = gateway::sentence(netlink, setting, *ipv4);
-                reasons.gateway.extend(sentence.map(|sentence| (*ipv4, sentence)));
+                let problem = gateway::problem(netlink, setting, *ipv4);
+                reasons.gateway.extend(problem.map(|problem| (*ipv4, problem)));
                 continue;
             }
             if *direction == Direction::NeighborDiscovery {
@@ -156,34 +157,35 @@ impl Reasons {
             && translated.keys().all(|ipv4| self.translating.contains_key(ipv4))
     }
 
-    /// Returns sentences about packets that leave with another source address than the pod's.
+    /// Returns problems of packets that leave with another source address than the pod's.
     pub fn translations(
         &self,
         translated: &BTreeMap<bool, IpAddr>,
-    ) -> impl Iterator<Item = String> {
+    ) -> impl Iterator<Item = Problem> {
         translated.iter().map(|(ipv4, address)| {
-            format!(
+            let what = format!(
                 "packets of pods to pods of other hosts leave under the address {address} in place of the \
-                 pod's own, so policies and logs there name the wrong source: {}",
-                self.translating.get(ipv4).map_or("", String::as_str)
-            )
+                 pod's own, so policies and logs there name the wrong source"
+            );
+            let fix = self.translating.get(ipv4).map_or("", String::as_str);
+            Problem::new(ProblemCode::SourceTranslated, family_name(*ipv4), what, fix)
         })
     }
 
-    /// Returns sentences about packets lost between pods of this host. If all are lost, address
+    /// Returns problems of packets lost between pods of this host. If all are lost, address
     /// resolution is not reported in addition.
-    pub fn between(&self) -> impl Iterator<Item = String> {
+    pub fn between(&self) -> impl Iterator<Item = Problem> {
         let finding = self.finding.iter().filter(|(ipv4, _)| !self.bridged.contains_key(*ipv4));
-        let finding = finding.map(|(_, sentence)| sentence.clone());
+        let finding = finding.map(|(_, problem)| problem.clone());
         let bridged = self.bridged.iter().map(|(ipv4, bridged)| {
             let cause = match bridged {
                 Bridged::ByRules(why) => format!("{why}: {}", self.rules.join("; ")),
                 Bridged::ByChains(chains) => chains.clone(),
             };
-            let family = if *ipv4 { 4 } else { 6 };
-            format!(
-                "this host does not forward packets between its own pods (IPv{family}): {cause}"
-            )
+            let family = family_name(*ipv4);
+            let what =
+                format!("this host does not forward packets between its own pods ({family})");
+            Problem::new(ProblemCode::PodsApart, family, what, cause)
         });
         bridged.chain(finding)
     }
@@ -212,9 +214,9 @@ fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
     network.into_iter().flat_map(|network| hooks::chains(*network, &["bridge"])).collect()
 }
 
-/// Describes pods of this host that cannot resolve each other's addresses, with possible causes.
-fn finding(setting: &Setting, ipv4: bool) -> String {
-    let (family, question) = if ipv4 { (4, "ARP") } else { (6, "neighbor discovery") };
+/// Returns the problem of pods of this host that cannot resolve each other's addresses, with possible causes.
+fn finding(setting: &Setting, ipv4: bool) -> Problem {
+    let question = if ipv4 { "ARP" } else { "neighbor discovery" };
     let mut causes = chains_between(setting, ipv4);
     if causes.is_empty() {
         causes.push(format!(
@@ -223,11 +225,11 @@ fn finding(setting: &Setting, ipv4: bool) -> String {
             bridge_name(setting)
         ));
     }
-    format!(
-        "pods of this host do not find each other (IPv{family}): {question} of one does not arrive at \
-         another: {}",
-        causes.join("; ")
-    )
+    let family = family_name(ipv4);
+    let what = format!(
+        "pods of this host do not find each other ({family}): {question} of one does not arrive at another"
+    );
+    Problem::new(ProblemCode::PodsApart, family, what, causes.join("; "))
 }
 
 /// Returns whether packets between ports of the bridge pass the rules for forwarded packets, for IPv4
@@ -266,6 +268,10 @@ fn own_filters(link: &Link) -> [bool; 2] {
 
 fn bridge_sysctl(ipv4: bool) -> String {
     format!("/proc/sys/net/bridge/bridge-nf-call-{}", iptables(ipv4))
+}
+
+const fn family_name(ipv4: bool) -> &'static str {
+    if ipv4 { "IPv4" } else { "IPv6" }
 }
 
 const fn iptables(ipv4: bool) -> &'static str {
@@ -346,13 +352,13 @@ fn suspects(
 ) -> (Vec<String>, bool) {
     // Packets that connection tracking drops are not dropped by a rule.
     if let Some(full) = conntrack::full_table_problem() {
-        return (vec![full], false);
+        return (vec![full.to_string()], false);
     }
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let mut reasons: Vec<String> = Vec::new();
     // Only trials between pods of two hosts send fragments.
     if setting.is_remote_lost {
-        reasons.extend(fragments::scarce());
+        reasons.extend(fragments::scarce().map(|scarce| scarce.to_string()));
     }
     reasons.extend(networks.iter().flat_map(|network| marks::of_pods(netlink, setting, *network)));
     let mut takes_all = false;
@@ -371,7 +377,8 @@ fn suspects(
         })),
         Err(error) => reasons.push(format!("nftables cannot be read ({error})")),
     }
-    reasons.extend(partial::shortening(netlink, setting));
+    let shortening = partial::shortening(netlink, setting);
+    reasons.extend(shortening.iter().map(Problem::to_string));
     reasons.extend(ipsec::taking(&networks));
     reasons.extend(networks.iter().flat_map(|network| iptables_legacy::around_pods(*network)));
     let is_on_the_way = |link: &&Link| {
@@ -446,18 +453,16 @@ fn redirecting(networks: &[IpNet]) -> Vec<String> {
     networks.iter().flat_map(open).collect()
 }
 
-/// Returns chains that drop incoming tunnel packets.
-pub fn input(setting: &Setting) -> Vec<String> {
+/// Returns a problem for each chain that drops incoming tunnel packets.
+pub fn input(setting: &Setting) -> Vec<Problem> {
     let port = setting.port;
     let closed = FirewallTable::open().and_then(|mut table| table.closed_ports(&[port]));
     let closed = closed.unwrap_or_default();
-    let sentence = |ClosedPort { chain, port, .. }: &ClosedPort| {
-        format!(
-            "chain {chain} drops UDP {port}, so tunnel packets do not arrive: {}",
-            open_port(chain, *port)
-        )
+    let problem = |ClosedPort { chain, port, .. }: &ClosedPort| {
+        let what = format!("chain {chain} drops UDP {port}, so tunnel packets do not arrive");
+        Problem::new(ProblemCode::TunnelInput, chain, what, open_port(chain, *port))
     };
-    closed.iter().filter(|closed| !closed.limited).map(sentence).collect()
+    closed.iter().filter(|closed| !closed.limited).map(problem).collect()
 }
 
 /// Returns whether the host is known to forward no packets of a family.

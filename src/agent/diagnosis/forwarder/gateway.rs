@@ -18,6 +18,7 @@ use crate::{
         forwarding::{Direction, TrialResult, Way},
         kernel::FirewallTable,
     },
+    model::{Problem, ProblemCode},
     netlink::{Netlink, route::Query},
     pods::{
         gateway,
@@ -118,8 +119,8 @@ impl Gateway {
     }
 }
 
-/// Describes pods that cannot resolve their gateway, with possible causes.
-pub fn sentence(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<String> {
+/// Returns the problem of pods that cannot resolve their gateway, with possible causes.
+pub fn problem(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<Problem> {
     let shape = setting.shape.as_ref()?;
     let subnet = shape.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == ipv4)?;
     let pod = shape.addresses.iter().find(|ip| ip.is_ipv4() == ipv4)?;
@@ -136,9 +137,8 @@ pub fn sentence(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<
         ));
     }
     let causes = causes.join("; ");
-    Some(format!(
-        "pods do not find their gateway {ip} on {bridge}: it answers no {question}; {causes}"
-    ))
+    let what = format!("pods do not find their gateway {ip} on {bridge}: it answers no {question}");
+    Some(Problem::new(ProblemCode::GatewayUnresolved, ip, what, causes))
 }
 
 /// Returns settings of the bridge that suppress its answers.

@@ -3,7 +3,10 @@
 use ipnet::IpNet;
 
 use super::Setting;
-use crate::netlink::xfrm::{self, Policy};
+use crate::{
+    model::{Problem, ProblemCode},
+    netlink::xfrm::{self, Policy},
+};
 
 /// Maximum number of policies named.
 const NAMED: usize = 3;
@@ -22,12 +25,12 @@ pub fn taking(networks: &[IpNet]) -> Vec<String> {
     taking.take(NAMED).collect()
 }
 
-/// Describes the policies that match some packets between pods but no trial, with remedies.
-pub fn selecting(setting: &Setting) -> Vec<String> {
-    sentences(&policies(), &setting.networks.iter().collect::<Vec<_>>())
+/// Returns a notice for each policy that matches some packets between pods but no trial.
+pub fn selecting(setting: &Setting) -> Vec<Problem> {
+    notices(&policies(), &setting.networks.iter().collect::<Vec<_>>())
 }
 
-fn sentences(policies: &[Policy], networks: &[IpNet]) -> Vec<String> {
+fn notices(policies: &[Policy], networks: &[IpNet]) -> Vec<Problem> {
     let is_forwarded = |policy: &&Policy| policy.direction != "in" && !policy.lets_pass();
     let found = policies.iter().filter(is_forwarded).filter_map(|policy| {
         let network = networks.iter().find(|network| meets(policy, **network))?;
@@ -37,21 +40,25 @@ fn sentences(policies: &[Policy], networks: &[IpNet]) -> Vec<String> {
                 && other.priority < policy.priority
                 && covers(other, policy, *network)
         });
-        (!is_exempt).then(|| sentence(policy, *network))
+        (!is_exempt).then(|| notice(policy, *network))
     });
     found.take(NAMED).collect()
 }
 
-fn sentence(policy: &Policy, network: IpNet) -> String {
+fn notice(policy: &Policy, network: IpNet) -> Problem {
     let Policy { from, to, direction, priority, what, .. } = policy;
     let does = if policy.blocks { "drops" } else { "encrypts or drops" };
     let what = if what.is_empty() { String::new() } else { format!(" {what}") };
-    format!(
+    let subject = format!("IPsec policy from {from} to {to}{what}");
+    let fix = format!(
+        "if that is not intended: ip xfrm policy delete src {from} dst {to}{what} dir {direction}, or exempt \
+         packets from {network} to {network} in the IPsec configuration"
+    );
+    let what = format!(
         "an IPsec policy {does} some packets between pods: those from {from} to {to}{what} (ip xfrm policy: \
-         dir {direction}, priority {priority}); if that is not intended: ip xfrm policy delete src {from} \
-         dst {to}{what} dir {direction}, or exempt packets from {network} to {network} in the IPsec \
-         configuration"
-    )
+         dir {direction}, priority {priority})"
+    );
+    Problem::new(ProblemCode::PartialRule, subject, what, fix).notice()
 }
 
 /// Returns the kernel's policies. A kernel without IPsec has none.
@@ -90,7 +97,7 @@ mod tests {
     #[test]
     fn policy_for_some_pod_packets_is_reported_unless_earlier_policy_exempts_them() {
         let network: IpNet = "10.42.0.0/16".parse().expect("a network");
-        let told = |policies: &[Policy]| sentences(policies, &[network]);
+        let told = |policies: &[Policy]| notices(policies, &[network]);
         let block = policy("10.42.1.3/32", "10.42.0.0/16", BLOCK, 20);
         let said = told(std::slice::from_ref(&block));
         assert!(
@@ -113,12 +120,9 @@ mod tests {
         ] {
             assert_eq!(told(&[other.clone(), block.clone()]).is_empty(), is_exempt, "{other:?}");
         }
-        assert_eq!(
-            told(&[policy("10.42.0.0/16", "192.168.0.0/16", BLOCK, 1)]),
-            Vec::<String>::new()
-        );
+        assert_eq!(told(&[policy("10.42.0.0/16", "192.168.0.0/16", BLOCK, 1)]), []);
         let own = Policy { direction: "in", ..block };
-        assert_eq!(told(&[own]), Vec::<String>::new(), "what comes to this host itself");
+        assert_eq!(told(&[own]), [], "what comes to this host itself");
         let ports = policy("10.0.0.0/8", "10.42.2.0/24", TUNNEL, 0);
         let said = told(&[Policy { what: "proto tcp dport 80".into(), ..ports }]);
         assert!(said[0].contains("encrypts or drops some packets"), "{said:?}");

@@ -4,10 +4,13 @@
 use std::net::IpAddr;
 
 use super::{Setting, explain::Reasons};
-use crate::dataplane::{
-    forwarding::{Direction, Way},
-    kernel::trace::Trace,
-    silence::open_chain,
+use crate::{
+    dataplane::{
+        forwarding::{Direction, Way},
+        kernel::trace::Trace,
+        silence::open_chain,
+    },
+    model::{Problem, ProblemCode},
 };
 
 impl Reasons {
@@ -45,27 +48,32 @@ impl Reasons {
         self.dropping = by.or_else(|| self.dropping.take());
     }
 
-    /// Describes packets of pods that do not leave inside tunnel packets.
-    pub fn carried(&self, closed: &[Way], port: u16) -> Option<String> {
+    /// Returns the problem of packets of pods that do not leave inside tunnel packets.
+    pub fn carried(&self, closed: &[Way], port: u16) -> Option<Problem> {
         let ways = closed.iter().filter(|way| way.direction == Direction::Carried);
         let families = ways.map(|way| if way.ipv4 { "IPv4" } else { "IPv6" });
         let families = families.collect::<Vec<_>>().join(", ");
         if families.is_empty() {
             return None;
         }
+        let problem = |what: String, fix: String| {
+            Problem::new(ProblemCode::TunnelOutput, &families, what, fix)
+        };
         if !self.leading.is_empty() {
-            return Some(format!(
+            let what = format!(
                 "packets of pods leave this host inside tunnel packets by another way than those of its own \
-                 programs, or not at all ({families}): {}",
-                self.leading.join("; ")
-            ));
+                 programs, or not at all ({families})"
+            );
+            return Some(problem(what, self.leading.join("; ")));
         }
         if let Some(interface) = &self.stray {
-            return Some(format!(
+            let what = format!(
                 "packets of pods leave this host inside tunnel packets by another way than those of its own \
-                 programs ({families}): by {interface}, and no policy rule was found that says so; look at \
-                 nft list ruleset, ip rule, tc filter show dev INTERFACE egress, and bpftool net"
-            ));
+                 programs ({families}): by {interface}"
+            );
+            let fix = "no policy rule was found that says so; look at nft list ruleset, ip rule, tc filter \
+                       show dev INTERFACE egress, and bpftool net";
+            return Some(problem(what, fix.to_owned()));
         }
         let why = match (&self.dropping, self.legacy.as_slice()) {
             (Some(by), _) => format!("{by} drops them: {}", open_chain(&by.chain, &[port])),
@@ -76,15 +84,16 @@ impl Reasons {
             }
             (None, legacy) => legacy.join("; "),
         };
-        Some(format!(
+        let what = format!(
             "packets of pods do not leave this host inside tunnel packets ({families}), though those of its \
              own programs do, for rules may let packets pass by their user (-m owner, meta skuid), and what \
-             is forwarded has none: {why}"
-        ))
+             is forwarded has none"
+        );
+        Some(problem(what, why))
     }
 
-    /// Returns sentences about pods that do not learn that their packets are too large.
-    pub fn too_large(&self, closed: &[Way]) -> impl Iterator<Item = String> {
+    /// Returns problems of pods that do not learn that their packets are too large.
+    pub fn too_large(&self, closed: &[Way]) -> impl Iterator<Item = Problem> {
         let ways = closed.iter().filter(|way| way.direction == Direction::TooLarge);
         ways.map(|Way { ipv4, .. }| {
             let (said, kind) = match ipv4 {
@@ -108,11 +117,12 @@ impl Reasons {
                      net"
                 ),
             };
-            format!(
-                "pods do not learn that a packet is too large for the tunnel (IPv{}), so connections of pods \
-                 with a larger MTU hang: this host's ICMP message \"{said}\" does not reach them; {why}",
-                if *ipv4 { 4 } else { 6 }
-            )
+            let family = if *ipv4 { "IPv4" } else { "IPv6" };
+            let what = format!(
+                "pods do not learn that a packet is too large for the tunnel ({family}), so connections of \
+                 pods with a larger MTU hang: this host's ICMP message \"{said}\" does not reach them"
+            );
+            Problem::new(ProblemCode::TooLargeUnreported, family, what, why)
         })
     }
 }

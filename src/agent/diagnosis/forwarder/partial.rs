@@ -1,4 +1,4 @@
-//! Warnings about rules that affect only some packets of pods, so that no trial detects them.
+//! Notices about rules that affect only some packets of pods, so that no trial detects them.
 
 use std::collections::BTreeSet;
 
@@ -8,39 +8,39 @@ use super::{Setting, explain::bridge_name, marks, setting::Peer};
 use crate::{
     agent::diagnosis::iptables_legacy,
     dataplane::kernel::{Act, FirewallTable, ForeignRules, Partial, Traffic, Way},
-    model::Transport,
+    model::{Problem, ProblemCode, Transport},
     netlink::{Netlink, link::Link, route::Query},
 };
 
 /// The way of packets that arrive from other hosts, as a bit of [`Traffic::untested`].
 const ARRIVING: u8 = 2;
 
-/// Returns a sentence for each such rule, with a remedy.
-pub fn warnings(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
-    sentences(netlink, setting, true, |_| true)
+/// Returns a notice for each such rule.
+pub fn notices(netlink: &mut Netlink, setting: &Setting) -> Vec<Problem> {
+    all_notices(netlink, setting, true, |_| true)
 }
 
 /// Returns the same if no trial can be made, and includes rules that affect all packets of pods. Rules of
-/// chains that `known` warnings name as closed are omitted.
-pub fn untested(netlink: &mut Netlink, setting: &Setting, known: &[String]) -> Vec<String> {
+/// chains that `known` notices name as closed are omitted.
+pub fn untested(netlink: &mut Netlink, setting: &Setting, known: &[Problem]) -> Vec<Problem> {
     let is_known = |partial: &Partial| {
         let chain = format!("chain {} (", partial.base);
-        partial.what.is_empty() && known.iter().any(|warning| warning.starts_with(&chain))
+        partial.what.is_empty() && known.iter().any(|notice| notice.what.starts_with(&chain))
     };
-    sentences(netlink, setting, false, |partial| !is_known(partial))
+    all_notices(netlink, setting, false, |partial| !is_known(partial))
 }
 
-/// Returns the sentences about rules that lower the TTL too far; used after packets were lost.
-pub fn shortening(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
-    sentences(netlink, setting, true, |partial| matches!(partial.act, Act::Shortens(_)))
+/// Returns the notices about rules that lower the TTL too far; used after packets were lost.
+pub fn shortening(netlink: &mut Netlink, setting: &Setting) -> Vec<Problem> {
+    all_notices(netlink, setting, true, |partial| matches!(partial.act, Act::Shortens(_)))
 }
 
-fn sentences(
+fn all_notices(
     netlink: &mut Netlink,
     setting: &Setting,
     is_tested: bool,
     is_wanted: impl Fn(&Partial) -> bool,
-) -> Vec<String> {
+) -> Vec<Problem> {
     let Ok(mut table) = FirewallTable::open() else { return Vec::new() };
     let addresses = setting.networks.iter().map(|network| network.addr());
     let families: BTreeSet<bool> =
@@ -62,7 +62,7 @@ fn sentences(
     let is_port =
         |link: &&Link| bridge.is_some_and(|bridge| link.controller() == Some(bridge.index));
     let ports: Vec<String> = links.iter().filter(is_port).map(|link| link.name.clone()).collect();
-    let mut sentences = Vec::new();
+    let mut notices = Vec::new();
     let mut known = Vec::new();
     for network in setting.networks.iter() {
         let is_ipv4 = network.addr().is_ipv4();
@@ -88,7 +88,7 @@ fn sentences(
             for partial in found.filter(&is_wanted) {
                 let rule = (network, partial.chain.clone(), partial.rule.clone());
                 if !known.contains(&rule) {
-                    sentences.extend(sentence(netlink, setting, &partial, network));
+                    notices.extend(notice(netlink, setting, &partial, network));
                     known.push(rule);
                 }
             }
@@ -100,10 +100,10 @@ fn sentences(
             (chain, rule) == (&partial.chain, &partial.rule)
         };
         if !known.iter().any(is_same) {
-            sentences.extend(sentence_of_tunnels(setting, &partial));
+            notices.extend(notice_of_tunnels(setting, &partial));
         }
     }
-    sentences
+    notices
 }
 
 /// Returns rules that affect some incoming or outgoing tunnel packets.
@@ -159,12 +159,12 @@ fn has_router(netlink: &mut Netlink, setting: &Setting, peer: IpNet) -> bool {
     netlink.route(&query).is_ok_and(|found| found.gateway.is_some())
 }
 
-fn sentence(
+fn notice(
     netlink: &mut Netlink,
     setting: &Setting,
     partial: &Partial,
     network: IpNet,
-) -> Option<String> {
+) -> Option<Problem> {
     let Partial { act, base, chain, is_early, .. } = partial;
     let packets = match partial.what.as_str() {
         "" => "packets between pods",
@@ -173,22 +173,22 @@ fn sentence(
     if let Act::Redirects(port) = act {
         let packets =
             port.map_or("some packets".to_owned(), |port| format!("packets to port {port}"));
-        return Some(format!(
+        let what = format!(
             "chain {chain} sends {packets} between pods of different hosts to another address or to this \
              host itself (redirect or DNAT, as for a transparent proxy), because no rule leaves out the \
-             overlay: {}",
-            to(base, network)
-        ));
+             overlay"
+        );
+        return Some(of_rule(partial, what, to(base, network)));
     }
     let what = taken(partial);
     let done = match act {
         Act::Shortens(ttl) => {
-            return Some(format!(
+            let what = format!(
                 "chain {chain} leaves packets between pods {} (TTL or hop limit {ttl}), so they do not \
-                 arrive: {what}: {}",
-                hops(*ttl),
-                both(base, network)
-            ));
+                 arrive: {what}",
+                hops(*ttl)
+            );
+            return Some(of_rule(partial, what, both(base, network)));
         }
         Act::Marks(mark) => {
             let elsewhere = marks::leads(netlink, setting, network, (*mark, *is_early))?;
@@ -199,10 +199,17 @@ fn sentence(
         }
         act => format!("{}: {what}", fate(*act, packets)?),
     };
-    Some(format!("chain {chain} {done}; if that is not intended: {}", both(base, network)))
+    let fix = format!("if that is not intended: {}", both(base, network));
+    Some(of_rule(partial, format!("chain {chain} {done}"), fix))
 }
 
-fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
+/// Returns the notice about a rule.
+fn of_rule(Partial { chain, rule, .. }: &Partial, what: String, fix: String) -> Problem {
+    let subject = format!("{chain} {rule}");
+    Problem::new(ProblemCode::PartialRule, subject, what, fix).notice()
+}
+
+fn notice_of_tunnels(setting: &Setting, partial: &Partial) -> Option<Problem> {
     let Partial { act, base, chain, .. } = partial;
     let port = setting.port;
     let fate = match act {
@@ -217,7 +224,8 @@ fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
         Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
         None => format!("nft insert rule {base} udp dport {port} accept"),
     };
-    Some(format!("chain {chain} {fate}: {}; if that is not intended: {fix}", taken(partial)))
+    let what = format!("chain {chain} {fate}: {}", taken(partial));
+    Some(of_rule(partial, what, format!("if that is not intended: {fix}")))
 }
 
 /// Describes what happens to the affected packets.

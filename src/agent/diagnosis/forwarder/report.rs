@@ -4,13 +4,14 @@ use super::{ForwarderEvent, Forwarding, TrialRunner, explain};
 use crate::{
     api::{CheckState, CheckStatus},
     dataplane::forwarding::{Direction, Way, list},
+    model::{Problem, ProblemCode},
 };
 
 impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     /// Reports the results if they have changed.
     pub(super) fn report(&mut self) {
         let mut closed: Vec<Way> = self.trials.closed();
-        // These are reported as warnings.
+        // These are reported as notices.
         closed.retain(|way| !way.direction.is_of_host());
         let open = self.trials.open();
         let (state, detail) = match (closed.as_slice(), open.as_slice()) {
@@ -36,10 +37,11 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         };
         let reported_ways: Vec<Way> = closed.iter().copied().filter(is_told).collect();
         if !reported_ways.is_empty() {
-            problems.push(format!(
-                "this host does not forward packets of pods ({}): {}",
-                list(&reported_ways),
-                self.reasons.rules.join("; ")
+            problems.push(Problem::new(
+                ProblemCode::NotForwarding,
+                Problem::HOST,
+                format!("this host does not forward packets of pods ({})", list(&reported_ways)),
+                self.reasons.rules.join("; "),
             ));
         }
         problems.extend(self.reasons.between());
@@ -55,12 +57,12 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
                     .any(|way| way.ipv4 == ipv4 && matches!(way.direction, Direction::In(_)))
         });
         let (input, lacks_gateway) = (self.input.clone(), !self.reasons.gateway.is_empty());
-        let warnings = self.warnings.clone();
+        let notices = self.notices.clone();
         let suspects = self.reasons.remote.clone().unwrap_or_default();
         let now = Forwarding {
             status,
             problems,
-            warnings,
+            notices,
             input,
             drops_incoming,
             lacks_gateway,

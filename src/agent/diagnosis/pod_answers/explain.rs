@@ -13,6 +13,7 @@ use super::{PodRoster, RosterPod};
 use crate::{
     agent::diagnosis::hooks::{self, Side},
     dataplane::answers::QueryLoss,
+    model::{Problem, ProblemCode},
     netlink::{Netlink, link::Link},
     pods::wiring::{Wiring, WiringError},
 };
@@ -22,20 +23,20 @@ const REREAD_INTERVAL: Duration = Duration::from_secs(10);
 /// Limit of chains named at once.
 const MAX_NAMED: usize = 3;
 
-/// Sentences about silent pods, by the name of their interface on this host: where the packets are lost, when
-/// that was read, and the sentence.
+/// Problems of silent pods, by the name of their interface on this host: where the packets are lost, when
+/// that was read, and the problem.
 #[derive(Default)]
-pub struct Explanations(BTreeMap<String, (QueryLoss, Instant, Option<String>)>);
+pub struct Explanations(BTreeMap<String, (QueryLoss, Instant, Option<Problem>)>);
 
 impl Explanations {
-    /// Returns a sentence about each silent pod, except pods whose administrator has changed their interface.
-    pub fn sentences(
+    /// Returns a problem for each silent pod, except pods whose administrator has changed their interface.
+    pub fn problems(
         &mut self,
         netlink: &mut Netlink,
         wiring: &mut Wiring,
         roster: &PodRoster,
         silent: &[(String, QueryLoss)],
-    ) -> Vec<String> {
+    ) -> Vec<Problem> {
         self.0.retain(|port, (loss, at, _)| {
             at.elapsed() < REREAD_INTERVAL
                 && silent.iter().any(|(name, of)| name == port && of == loss)
@@ -43,23 +44,23 @@ impl Explanations {
         for (port, loss) in silent {
             let Some(pod) = roster.pods.get(port) else { continue };
             let read =
-                || (*loss, Instant::now(), sentence(netlink, wiring, roster, pod, port, *loss));
+                || (*loss, Instant::now(), problem(netlink, wiring, roster, pod, port, *loss));
             self.0.entry(port.clone()).or_insert_with(read);
         }
-        self.0.values().filter_map(|(.., sentence)| sentence.clone()).collect()
+        self.0.values().filter_map(|(.., problem)| problem.clone()).collect()
     }
 }
 
 /// Returns where the packets of a pod are lost, and why; `None` if its interface is gone or changed by its
 /// administrator.
-fn sentence(
+fn problem(
     netlink: &mut Netlink,
     wiring: &mut Wiring,
     roster: &PodRoster,
     RosterPod { pod, mac }: &RosterPod,
     port: &str,
     loss: QueryLoss,
-) -> Option<String> {
+) -> Option<Problem> {
     // The pod may be about to end.
     let link = netlink.link(port).ok()??;
     let bridge = netlink.link(&roster.bridge).ok()??;
@@ -81,7 +82,8 @@ fn sentence(
         }
     };
     let name = &pod.attachment;
-    Some(format!("pod {name} ({address}, {port}) does not answer {protocol}: {place}: {causes}"))
+    let what = format!("pod {name} ({address}, {port}) does not answer {protocol}: {place}");
+    Some(Problem::new(ProblemCode::PodSilent, name, what, causes))
 }
 
 /// Returns what may drop the packets at the pod's port and at the bridge.

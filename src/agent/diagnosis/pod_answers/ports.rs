@@ -8,7 +8,11 @@ use std::{
 };
 
 use super::{PodRoster, RosterPod};
-use crate::{agent::diagnosis::hooks, netlink::Netlink};
+use crate::{
+    agent::diagnosis::hooks,
+    model::{Problem, ProblemCode},
+    netlink::Netlink,
+};
 
 /// Time between checks.
 const CHECK_INTERVAL: Duration = Duration::from_secs(10);
@@ -49,30 +53,33 @@ impl Ports {
         Ok(())
     }
 
-    /// Returns one sentence for each pod that still exists, up to a limit. Silent pods are omitted: a problem
+    /// Returns one notice for each pod that still exists, up to a limit. Silent pods are omitted: a problem
     /// reports them.
-    pub fn warnings<'a>(
+    pub fn notices<'a>(
         &self,
         roster: &PodRoster,
         silent: impl Iterator<Item = &'a str> + Clone,
-    ) -> Vec<String> {
+    ) -> Vec<Problem> {
         let is_silent = |port: &str| silent.clone().any(|silent| silent == port);
         let pods = self.found.iter().filter(|(port, _)| !is_silent(port));
         let pods = pods.filter_map(|(port, found)| Some((roster.pods.get(port)?, found)));
-        let mut warnings: Vec<String> = pods
+        let mut notices: Vec<Problem> = pods
             .map(|(RosterPod { pod, .. }, found)| {
                 let address = pod.addresses.first;
-                format!("pod {} ({address}): {}", pod.attachment, found.join("; "))
+                let name = &pod.attachment;
+                let what = format!("pod {name} ({address}): {}", found.join("; "));
+                Problem::new(ProblemCode::PodFilter, name, what, "").notice()
             })
             .collect();
-        let more = warnings.len().saturating_sub(MAX_NAMED);
-        warnings.truncate(MAX_NAMED);
+        let more = notices.len().saturating_sub(MAX_NAMED);
+        notices.truncate(MAX_NAMED);
         if more > 0 {
-            warnings.push(format!(
+            let what = format!(
                 "{more} more pods of this host have queueing disciplines or filters of other programs on \
                  their interfaces"
-            ));
+            );
+            notices.push(Problem::new(ProblemCode::PodFilter, "other pods", what, "").notice());
         }
-        warnings
+        notices
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     agent::Agent,
     api::{CheckState, CheckStatus},
     dataplane::forwarding::{FAR_PORT, FarLoss, FarWay, Half, Kind, Sort},
-    model::{NodeId, PathState},
+    model::{NodeId, PathState, Problem, ProblemCode},
 };
 
 /// Maximum number of peers named in one text.
@@ -39,26 +39,26 @@ impl Agent {
     }
 
     /// Returns the problems about packets that do not reach pods of other hosts, or whose answers do not
-    /// return. Peers with the same losses share a sentence.
-    pub(in crate::agent) fn remote_pod_problems(&self) -> Vec<String> {
+    /// return. Peers with the same losses share a problem.
+    pub(in crate::agent) fn remote_pod_problems(&self) -> Vec<Problem> {
         let mut alike: BTreeMap<Vec<(Half, Sort)>, Vec<NodeId>> = BTreeMap::new();
         for (node, lost) in self.lost_to_remote_pods() {
             alike.entry(lost).or_default().push(node);
         }
         let suspects = self.kernel.forwarding.suspects.join("; ");
-        let sentence = |(lost, nodes): (Vec<(Half, Sort)>, Vec<NodeId>)| {
+        let of_peers = |(lost, nodes): (Vec<(Half, Sort)>, Vec<NodeId>)| {
             let of = |half| {
                 let sorts = lost.iter().filter(move |(of, _)| *of == half).map(|(_, sort)| *sort);
                 sorts.collect::<Vec<Sort>>()
             };
-            sentence(&self.names(&nodes), &of(Half::There), &of(Half::Back), &suspects)
+            problem(&self.names(&nodes), &of(Half::There), &of(Half::Back), &suspects)
         };
-        alike.into_iter().map(sentence).collect()
+        alike.into_iter().map(of_peers).collect()
     }
 
-    /// Returns the warnings about packets of which a part is lost at random, with the share and the
+    /// Returns the notices about packets of which a part is lost at random, with the share and the
     /// direction.
-    pub(in crate::agent) fn remote_pod_warnings(&self) -> Vec<String> {
+    pub(in crate::agent) fn remote_pod_notices(&self) -> Vec<Problem> {
         let tried = self.kernel.remote_pods.answering.len();
         let of = |half: Half| {
             let losses = self.kernel.remote_pods.losses.iter().filter(|loss| loss.half == half);
@@ -71,7 +71,7 @@ impl Agent {
             let share = if least == most { most.to_string() } else { format!("{least} to {most}") };
             let link = &self.underlay.name;
             (!nodes.is_empty())
-                .then(|| loss_sentence(half, &self.names(&nodes), &share, link, is_all))
+                .then(|| loss_notice(half, &self.names(&nodes), &share, link, is_all))
         };
         [Half::There, Half::Back].into_iter().filter_map(of).collect()
     }
@@ -120,7 +120,7 @@ fn by_node(closed: &[FarWay]) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
     lost
 }
 
-fn sentence(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> String {
+fn problem(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> Problem {
     let seen = match (there, back) {
         (there, []) => {
             format!("packets of pods here do not arrive at pods of {names} ({})", list(there))
@@ -136,17 +136,18 @@ fn sentence(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> Strin
         ),
     };
     let others = format!("{names} (there: gossamer status) or the network between");
-    match suspects {
+    let fix = match suspects {
         "" => format!(
-            "{seen}: this host's own tests of forwarding found no loss here, and of its rules that might \
-             drop them none was found; what drops packets of established connections, or changes them (TTL, \
-             NFQUEUE), is not detected that way: check nft list ruleset here as well as on {others}"
+            "this host's own tests of forwarding found no loss here, and of its rules that might drop them \
+             none was found; what drops packets of established connections, or changes them (TTL, NFQUEUE), \
+             is not detected that way: check nft list ruleset here as well as on {others}"
         ),
-        suspects => format!("{seen}: {suspects}; if it is none of that, check {others}"),
-    }
+        suspects => format!("{suspects}; if it is none of that, check {others}"),
+    };
+    Problem::new(ProblemCode::RemotePods, names, seen, fix)
 }
 
-fn loss_sentence(half: Half, names: &str, share: &str, link: &str, is_all: bool) -> String {
+fn loss_notice(half: Half, names: &str, share: &str, link: &str, is_all: bool) -> Problem {
     let seen = match half {
         Half::There => {
             format!(
@@ -164,12 +165,13 @@ fn loss_sentence(half: Half, names: &str, share: &str, link: &str, is_all: bool)
     } else {
         format!("the loss is on this host, on {names} or on the network between")
     };
-    format!(
-        "{seen}, so their connections are slow (small packets were counted): {place}: errors and drops of \
-         interfaces (ip -s -s link show dev {link}; ethtool -S {link}), cables, radio links and switches, \
-         queues that are full (tc -s qdisc show dev {link}), and rules that drop by chance or by rate (nft \
-         list ruleset)"
-    )
+    let what = format!("{seen}, so their connections are slow (small packets were counted)");
+    let fix = format!(
+        "{place}: errors and drops of interfaces (ip -s -s link show dev {link}; ethtool -S {link}), cables, \
+         radio links and switches, queues that are full (tc -s qdisc show dev {link}), and rules that drop \
+         by chance or by rate (nft list ruleset)"
+    );
+    Problem::new(ProblemCode::RandomLoss, names, what, fix).notice()
 }
 
 /// Lists kinds of packets by family. A family that loses all kinds is named without them.
@@ -226,12 +228,12 @@ mod tests {
 
     #[test]
     fn random_loss_is_described_with_share_direction_and_peers() {
-        let there = loss_sentence(Half::There, "n2", "20", "eth0", false);
+        let there = loss_notice(Half::There, "n2", "20", "eth0", false);
         assert!(there.starts_with(
             "about 20 % of the packets of pods here to pods of n2 are lost on their way there"
         ));
         assert!(there.contains("on this host, on n2 or on the network between"), "{there}");
-        let back = loss_sentence(Half::Back, "n2 and n3", "20 to 35", "eth0", true);
+        let back = loss_notice(Half::Back, "n2 and n3", "20 to 35", "eth0", true);
         assert!(
             back.starts_with("about 20 to 35 % of the packets of pods of n2 and n3 to pods here")
         );
@@ -241,11 +243,11 @@ mod tests {
     #[test]
     fn loss_is_described_with_direction() {
         let fragments = sorts(true, &[Kind::Fragmented]);
-        let said = sentence("n2", &fragments, &[], "a rule");
+        let said = problem("n2", &fragments, &[], "a rule");
         assert!(said.starts_with(
             "packets of pods here do not arrive at pods of n2 (IPv4 fragments): a rule"
         ));
-        let said = sentence("n2", &[], &fragments, "");
+        let said = problem("n2", &[], &fragments, "");
         assert!(said.contains(
             "arrive at pods of n2, and their answers do not come back (IPv4 fragments): "
         ));

@@ -12,7 +12,7 @@ use crate::{
         desired::{Way, device_name},
         silence::{Place, Suspect, Verdict},
     },
-    model::{NodeId, PathState},
+    model::{NodeId, PathState, Problem},
 };
 
 impl SilenceDiagnosis {
@@ -26,8 +26,8 @@ impl SilenceDiagnosis {
         self.findings.verdicts.get(&node)
     }
 
-    /// Returns the sentence that another machine has this host's address.
-    pub const fn claim(&self) -> Option<&String> {
+    /// Returns the problem that another machine has this host's address.
+    pub const fn claim(&self) -> Option<&Problem> {
         self.findings.claim.as_ref()
     }
 
@@ -65,11 +65,11 @@ impl Agent {
         let ordered = self.silence_diagnosis.ordered.iter().flat_map(|case| &case.suspects);
         let silent: BTreeSet<NodeId> = ordered.map(|suspect| suspect.node).collect();
         let known = &mut self.silence_diagnosis.findings;
-        let mut new: Vec<String> = Vec::new();
+        let mut new: Vec<Problem> = Vec::new();
         new.extend(claim.clone().filter(|_| known.claim != claim));
         known.claim = claim;
         for (node, verdict) in verdicts.into_iter().filter(|(node, _)| silent.contains(node)) {
-            let is_known = |cause: &String| {
+            let is_known = |cause: &Problem| {
                 known.claim.as_ref() == Some(cause)
                     || known.verdicts.values().any(|earlier| earlier.cause.as_ref() == Some(cause))
             };

@@ -2,13 +2,16 @@
 
 use std::collections::BTreeSet;
 
-use crate::pods::bridge::Bridge;
+use crate::{
+    model::{Problem, ProblemCode},
+    pods::bridge::Bridge,
+};
 
-/// Maximum number of ports in a warning.
+/// Maximum number of ports in a notice.
 const SHOWN: usize = 4;
 
-/// Returns the warning about ports of other programs on the pods' bridge.
-pub(super) fn warning(bridge: &Bridge, foreign_ports: &BTreeSet<String>) -> Option<String> {
+/// Returns the notice about ports of other programs on the pods' bridge.
+pub(super) fn notice(bridge: &Bridge, foreign_ports: &BTreeSet<String>) -> Option<Problem> {
     let first = foreign_ports.first()?;
     let held = match bridge.anti_spoofing {
         true => {
@@ -22,10 +25,13 @@ pub(super) fn warning(bridge: &Bridge, foreign_ports: &BTreeSet<String>) -> Opti
         more => format!(" and {more} more"),
     };
     let (name, subnet) = (&bridge.name, bridge.subnets.first);
-    Some(format!(
-        "{}{more} on the pods' bridge {name} is not gossamer's: its packets can use {held}; if it is \
-         there intentionally (a virtual machine), give it addresses of {subnet} that no pod has (gossamer \
-         pods), else detach it: ip link set {first} nomaster",
+    let what = format!(
+        "{}{more} on the pods' bridge {name} is not gossamer's: its packets can use {held}",
         names.join(", ")
-    ))
+    );
+    let fix = format!(
+        "if it is there intentionally (a virtual machine), give it addresses of {subnet} that no pod has \
+         (gossamer pods), else detach it: ip link set {first} nomaster"
+    );
+    Some(Problem::new(ProblemCode::ForeignPort, name, what, fix).notice())
 }

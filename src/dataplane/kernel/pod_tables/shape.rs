@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::super::sets::Elements;
 use crate::{
+    model::Problem,
     netlink::nftables::Rule,
     pods::bridge::{Bridge, Tenant, Tenants},
 };
@@ -35,8 +36,8 @@ pub(in super::super) struct Shape {
     pub(in super::super) requirement: (&'static str, &'static str),
 }
 
-/// A chain that should count no packets, and the sentence that is reported when it does.
+/// A chain that should count no packets, and the problem that is reported when it does.
 pub(in super::super) struct Alarm {
     pub(in super::super) chain: &'static str,
-    pub(in super::super) sentence: fn(&Bridge) -> String,
+    pub(in super::super) problem: fn(&Bridge) -> Problem,
 }

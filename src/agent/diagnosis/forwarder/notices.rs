@@ -1,4 +1,4 @@
-//! Warnings about rules that may affect some packets of pods although the tested ones pass, and about
+//! Notices about rules that may affect some packets of pods although the tested ones pass, and about
 //! trials that cannot be made.
 
 use std::net::IpAddr;
@@ -18,6 +18,7 @@ use crate::{
         forwarding::{Direction, Way},
         kernel::{ClosingChain, FirewallTable, OwnHook},
     },
+    model::{Problem, ProblemCode},
     netlink::Netlink,
 };
 
@@ -26,57 +27,58 @@ const CLOSED_TO_PODS: &str = "pods do not reach their own host: it answers no ec
 const CLOSED_TO_HOST: &str = "this host does not reach its own pods: its packets to them do not \
                               arrive, including a kubelet's probes and a proxy's requests";
 
-/// Returns warnings for a trial that cannot be made, including chains whose policy or last rule drops
+/// Returns notices for a trial that cannot be made, including chains whose policy or last rule drops
 /// packets of pods.
-pub fn untried(setting: &Setting, why: &str) -> Vec<String> {
-    let mut warnings =
-        vec![format!("it is unknown whether this host forwards packets of pods: {why}")];
-    warnings.extend(conntrack::full_table_problem());
+pub fn untried(setting: &Setting, why: &str) -> Vec<Problem> {
+    let what = format!("it is unknown whether this host forwards packets of pods: {why}");
+    let mut notices = vec![Problem::new(ProblemCode::Untested, Problem::HOST, what, "").notice()];
+    notices.extend(conntrack::full_table_problem().map(Problem::notice));
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let bridge = bridge_name(setting);
-    warnings.extend(
+    notices.extend(
         networks.iter().flat_map(|network| iptables_legacy::closed_policies(*network, bridge)),
     );
     let chains = FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks));
-    let Ok(chains) = chains else { return warnings };
-    warnings.extend(chains.guess().map(|chain| {
+    let Ok(chains) = chains else { return notices };
+    notices.extend(chains.guess().map(|chain| {
         let is_ipv6 = chain.chain.starts_with("ip6 ");
         let network = networks.iter().find(|network| network.addr().is_ipv6() == is_ipv6);
         let fix = network.or(networks.first()).map(|network| chain.fix(*network));
-        format!(
-            "{chain}, and no rule in it seems to accept packets of pods: {}",
-            fix.unwrap_or_default()
-        )
+        let what = format!("{chain}, and no rule in it seems to accept packets of pods");
+        let fix = fix.unwrap_or_default();
+        Problem::new(ProblemCode::NotForwarding, &chain.chain, what, fix).notice()
     }));
-    warnings
+    notices
 }
 
 /// Describes packets of other hosts' pods that arrive at pods here with another source address.
-pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> String {
-    format!(
+pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> Problem {
+    let what = format!(
         "packets of pods of other hosts reach pods here under the address {address} in place of the sender's \
-         own, so policies and logs here name the wrong source: {}",
-        translating(setting, ipv4)
-    )
+         own, so policies and logs here name the wrong source"
+    );
+    let fix = translating(setting, ipv4);
+    Problem::new(ProblemCode::SourceTranslated, "incoming packets", what, fix).notice()
 }
 
 /// Describes eBPF programs at the overlay's interfaces, which may drop packets that no trial sends.
-pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
-    let mut sentences = Vec::new();
+pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<Problem> {
+    let mut notices = Vec::new();
     for name in [&setting.device_name, bridge_name(setting)] {
         let link = netlink.link(name).ok().flatten();
         let found = link.map(|link| hooks::programs(netlink, &link)).unwrap_or_default();
-        sentences.extend(found.into_iter().map(|program| {
-            format!("some packets of pods may be dropped where no trial shows it: {program}")
+        notices.extend(found.into_iter().map(|program| {
+            let what = "some packets of pods may be dropped where no trial shows it";
+            Problem::new(ProblemCode::ForeignProgram, name, what, program).notice()
         }));
     }
-    sentences
+    notices
 }
 
 /// Describes rules that drop packets between this host and its own pods. Returns nothing without a
 /// suspect chain.
-pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<String> {
-    let mut sentences = Vec::new();
+pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<Problem> {
+    let mut notices = Vec::new();
     for (hook, network) in [OwnHook::Input, OwnHook::Output]
         .into_iter()
         .flat_map(|hook| setting.networks.iter().map(move |network| (hook, network)))
@@ -103,7 +105,9 @@ pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<String> {
             OwnHook::Output => CLOSED_TO_HOST,
         };
         let chains = chains.join("; ");
-        sentences.push(format!("{said} (IPv{family}); if that is not intended, {chains}"));
+        let (subject, what) = (format!("IPv{family}"), format!("{said} (IPv{family})"));
+        let fix = format!("if that is not intended, {chains}");
+        notices.push(Problem::new(ProblemCode::HostAndPods, subject, what, fix).notice());
     }
-    sentences
+    notices
 }

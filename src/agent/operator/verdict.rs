@@ -1,0 +1,74 @@
+//! The verdict on this node.
+
+use crate::{
+    agent::Agent,
+    api::Verdict,
+    core::Phase,
+    dataplane::forwarding::{Direction, Transport},
+    model::{Problem, ProblemCode},
+};
+
+/// Problems that make the node not ready whatever else works.
+const BLOCKING: [ProblemCode; 2] = [ProblemCode::NoUnderlay, ProblemCode::PodsRefused];
+
+impl Agent {
+    /// Returns the verdict, given the present problems.
+    pub(in crate::agent) fn verdict(&self, problems: &[Problem]) -> Verdict {
+        Verdict::new(self.unready_reason(problems), problems.len())
+    }
+
+    /// Returns why the node is not ready: it has not finished its start, or its pods reach nothing. The
+    /// state of single peers does not count.
+    fn unready_reason(&self, problems: &[Problem]) -> Option<String> {
+        let phase = match self.node.phase() {
+            Phase::Waiting => Some("it waits to start"),
+            Phase::Joining => Some("no member has admitted it yet"),
+            Phase::Leaseless => Some("it has no subnet yet"),
+            Phase::Leaving => Some("it is leaving the cluster"),
+            Phase::Member => None,
+        };
+        if let Some(why) = phase {
+            return Some(why.to_owned());
+        }
+        let blocking = problems.iter().find(|problem| BLOCKING.contains(&problem.code));
+        let blocking = blocking.map(|problem| problem.what.clone());
+        let unfinished = || (!self.has_converged()).then(|| "it has not converged yet".to_owned());
+        blocking.or_else(|| self.cut_off_reason(problems)).or_else(unfinished)
+    }
+
+    /// Returns why packets of pods of all address families are dropped on this host.
+    fn cut_off_reason(&self, problems: &[Problem]) -> Option<String> {
+        let networks = self.kernel.wanted.as_ref()?.settings.pool.networks();
+        let reasons =
+            networks.iter().map(|network| self.family_reason(network.addr().is_ipv4(), problems));
+        let reasons: Option<Vec<String>> = reasons.collect();
+        reasons?.into_iter().next()
+    }
+
+    /// Returns why packets of pods of one address family are dropped on this host.
+    fn family_reason(&self, ipv4: bool, problems: &[Problem]) -> Option<String> {
+        let sysctl = if ipv4 { "net.ipv4.ip_forward" } else { "net.ipv6.conf.all.forwarding" };
+        let is_off = |problem: &&Problem| {
+            problem.code == ProblemCode::ForwardingOff && problem.subject == sysctl
+        };
+        if let Some(problem) = problems.iter().find(is_off) {
+            return Some(problem.what.clone());
+        }
+        let closed = &self.kernel.forwarding.closed;
+        let is_closed =
+            |direction| closed.iter().any(|way| way.ipv4 == ipv4 && way.direction == direction);
+        let all = |of: fn(Transport) -> Direction| {
+            [Transport::Udp, Transport::Tcp].into_iter().all(|transport| is_closed(of(transport)))
+        };
+        let is_cut_off = is_closed(Direction::Gateway) || all(Direction::Out) || all(Direction::In);
+        is_cut_off.then(|| {
+            let family = if ipv4 { "IPv4" } else { "IPv6" };
+            format!("this host does not forward packets of pods ({family})")
+        })
+    }
+
+    /// Whether the node has converged since the start of the agent.
+    fn has_converged(&self) -> bool {
+        self.journal.has_converged() || self.is_converged()
+    }
+}

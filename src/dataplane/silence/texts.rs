@@ -1,0 +1,266 @@
+//! Describes causes of missing packets as problems with advice.
+
+use super::{
+    Cause, Diverted, MAY_NOT_SEND, Pinned, Place, Suspect,
+    commands::{MAX_PORTS, open_chain, open_for_answers, open_for_pods},
+};
+use crate::model::{Problem, ProblemCode};
+
+/// Maximum number of peers named in one sentence.
+const MAX_NAMED_PEERS: usize = 3;
+
+impl Cause {
+    /// Returns the problem with advice. `suspects` are all peers that it concerns.
+    pub fn problem(&self, suspects: &[&Suspect], place: &Place) -> Problem {
+        let names: Vec<&str> = suspects.iter().map(|suspect| suspect.name.as_str()).collect();
+        let (what, fix) = self.texts(suspects, place);
+        let (code, subject) = match self {
+            Self::AddressTaken { .. } => (ProblemCode::AddressTaken, place.interface.clone()),
+            _ => (ProblemCode::PathLost, names.join(", ")),
+        };
+        Problem::new(code, subject, what, fix)
+    }
+
+    /// Returns what is wrong, and the advice.
+    fn texts(&self, suspects: &[&Suspect], place: &Place) -> (String, String) {
+        let Place { interface: underlay, device, local, source, port, .. } = place;
+        let peers = list_names(suspects);
+        match self {
+            Self::AddressTaken { mac } => (
+                format!(
+                    "another machine has the address {local} of this host, too: a card with MAC {mac} \
+                     claims it on {underlay}, and packets to {local} reach either machine"
+                ),
+                "change the address of one of them".to_owned(),
+            ),
+            Self::SameMac { mac } => (
+                format!(
+                    "{peers} and this host have the same MAC address {mac} on {underlay}, so the network \
+                     delivers packets to the wrong host"
+                ),
+                format!(
+                    "change one of them (ip link set {underlay} address MAC, or the settings of the virtual \
+                     machine; cloned machines have the same MAC)"
+                ),
+            ),
+            Self::Filtered { interface } => {
+                let other = match interface == underlay {
+                    true => String::new(),
+                    false => format!(
+                        ", not on {underlay}, which has its address (two cards in one network: sysctl -w \
+                         net.ipv4.conf.all.arp_ignore=1 and net.ipv4.conf.all.arp_announce=2 make each \
+                         answer only for its own address)"
+                    ),
+                };
+                (
+                    format!(
+                        "rp_filter of {interface} drops the packets of {peers}, which arrive on {interface}\
+                         {other}"
+                    ),
+                    format!(
+                        "sysctl -w net.ipv4.conf.{}.rp_filter=2 (and a file in /etc/sysctl.d)",
+                        interface.replace('.', "/")
+                    ),
+                )
+            }
+            Self::Dropped { outgoing, by } => {
+                let packets = if *outgoing { "to" } else { "from" };
+                // A rule that drops tunnel packets usually drops gossip packets as well, and a member needs
+                // both.
+                let mut ports = vec![*port];
+                match outgoing {
+                    true => ports.extend(suspects.iter().map(|suspect| suspect.gossip)),
+                    false => ports.push(place.gossip),
+                }
+                ports.sort_unstable();
+                ports.dedup();
+                ports.truncate(MAX_PORTS);
+                let action = by.action();
+                (
+                    format!("{by} {action} on this host, UDP {port} {packets} {peers}"),
+                    open_chain(&by.chain, &ports),
+                )
+            }
+            Self::Diverted(Diverted { by, came, goes }) => (
+                format!(
+                    "{by} drops packets of {peers} and of pods there on this host: they come in by {came}, \
+                     and packets to them leave by {goes}, for example because the two hosts have different \
+                     modes; reverse path rules (rpfilter, fib) drop such packets"
+                ),
+                format!(
+                    "set the same mode on all nodes, or: {}",
+                    open_for_pods(&by.chain, place.overlay)
+                ),
+            ),
+            Self::Forbidden => (
+                format!(
+                    "packets of the agent to {peers} do not leave this host, although those of pods may"
+                ),
+                MAY_NOT_SEND.to_owned(),
+            ),
+            Self::Translated { seen, chain, legacy } => {
+                let (by, fix) = match (chain, legacy) {
+                    (Some(chain), _) => (format!("chain {chain}"), open_chain(chain, &[*port])),
+                    (None, Some(legacy)) => legacy.clone(),
+                    (None, None) => (
+                        "an address translation of this host".to_owned(),
+                        format!("iptables -t nat -I POSTROUTING -p udp --dport {port} -j ACCEPT"),
+                    ),
+                };
+                (
+                    format!(
+                        "tunnel packets to {peers} leave this host under the address {seen}, not {source}, \
+                         and the guard of each member drops them: {by} changes it"
+                    ),
+                    format!("exempt UDP {port}: {fix}"),
+                )
+            }
+            Self::UnknownSender { seen } => {
+                let dropped =
+                    if place.guard { ", so the guard of this host drops them" } else { "" };
+                let address = suspects
+                    .first()
+                    .map_or_else(String::new, |suspect| suspect.address.to_string());
+                (
+                    format!(
+                        "tunnel packets of {peers} arrive under the address {seen}{dropped}: an address \
+                         translation there or on the way changes {address}"
+                    ),
+                    format!(
+                        "exempt UDP {port} from it (there: iptables -t nat -I POSTROUTING -p udp --dport \
+                         {port} -j ACCEPT), or set advertise = \"{seen}\" there"
+                    ),
+                )
+            }
+            Self::Claimed { macs } => {
+                let macs: Vec<String> = macs.iter().map(ToString::to_string).collect();
+                (
+                    format!(
+                        "several cards answer for the address of {peers} on {underlay}: {}",
+                        macs.join(", ")
+                    ),
+                    "either another machine has that address, too, or that host has two cards in this \
+                     network (there: sysctl -w net.ipv4.conf.all.arp_ignore=1)"
+                        .to_owned(),
+                )
+            }
+            Self::Pinned(Pinned { address, interface, mac, answering }) => {
+                let answering: Vec<String> = answering.iter().map(ToString::to_string).collect();
+                (
+                    format!(
+                        "this host sends packets to {peers} to the hardware address {mac}, which a \
+                         permanent entry has for {address} on {interface}, and {} answers for that address",
+                        answering.join(", ")
+                    ),
+                    format!(
+                        "ip neigh del {address} dev {interface} (and remove it where it is set: a script, \
+                         /etc/ethers, [Neighbor] of systemd-networkd)"
+                    ),
+                )
+            }
+            Self::Refused { gateway, interface, by, passthru } => {
+                let ipv4 = local.is_ipv4();
+                let asked = if ipv4 { "ARP" } else { "neighbor discovery" };
+                let (of, hops) = match gateway {
+                    Some(gateway) => (format!("the gateway {gateway}"), vec![*gateway]),
+                    None => {
+                        (peers.clone(), suspects.iter().map(|suspect| suspect.address).collect())
+                    }
+                };
+                let why = match (by, passthru) {
+                    (Some(by), _) => format!("{by} does: {}", open_for_answers(&by.chain, &hops)),
+                    (None, Some(passthru)) => passthru.clone(),
+                    (None, None) => format!(
+                        "no rule of nftables was seen to do so: look at {}, and tc filter show dev \
+                         {interface} ingress",
+                        if ipv4 {
+                            "arptables-legacy -S INPUT"
+                        } else {
+                            "ip6tables-legacy -S INPUT"
+                        }
+                    ),
+                };
+                (
+                    format!(
+                        "answers of {of} to {asked} arrive on {interface}, and this host drops them, so \
+                         packets to {peers} do not leave it"
+                    ),
+                    why,
+                )
+            }
+            Self::Congested => (
+                format!(
+                    "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and the VXLAN device \
+                     drops them, as its RX frame errors show (ip -s -s link): they are marked as having met \
+                     congestion (ECN CE), and the packets inside do not support such marks (RFC 6040)"
+                ),
+                format!(
+                    "a switch or router on the way marks them, or a rule of one of the hosts: let it mark \
+                     only packets with ECT, or drop packets instead. Until then, on this host: nft 'add \
+                     table inet unmark; add chain inet unmark in {{ type filter hook prerouting priority \
+                     -300; }}; add rule inet unmark in udp dport {port} {} ecn set not-ect'",
+                    if local.is_ipv4() { "ip" } else { "ip6" }
+                ),
+            ),
+            Self::Unresolved { address, interface, is_gateway } => {
+                let asked = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
+                let of = if *is_gateway { ", the gateway" } else { "" };
+                (
+                    format!(
+                        "no machine on {interface} answers {asked} for {address}{of}, so packets to {peers} \
+                         do not leave this host"
+                    ),
+                    format!(
+                        "is it off, or in another network segment (cable, VLAN, port security)? (ip neigh \
+                         show {address})"
+                    ),
+                )
+            }
+            Self::NotLeaving { hints } => (
+                format!(
+                    "tunnel packets (UDP {port}) to {peers} do not leave this host, though it sends them"
+                ),
+                hints.join("; "),
+            ),
+            Self::NotEncapsulated { hints } => (
+                format!(
+                    "packets to {peers} are lost on this host: they are handed to {device}, which emits no \
+                     tunnel packets for them, although tunnel packets that the agent sends itself leave by \
+                     {underlay}"
+                ),
+                hints.join("; "),
+            ),
+            Self::LostInDevice { hints } => (
+                format!(
+                    "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and the packets inside \
+                     them may be dropped by what is attached to {device}"
+                ),
+                hints.join("; "),
+            ),
+            Self::LostToXdp => (
+                format!("tunnel packets (UDP {port}) to {peers} leave this host, and none arrive"),
+                format!(
+                    "they are lost there, on the way, or to the XDP program of {underlay}, which processes \
+                     packets first (ip -d link show dev {underlay}; bpftool net)"
+                ),
+            ),
+            Self::LostBeforeGuard { hints } => (
+                format!(
+                    "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and this host drops them \
+                     before its guard"
+                ),
+                hints.join("; "),
+            ),
+        }
+    }
+}
+
+fn list_names(suspects: &[&Suspect]) -> String {
+    let some = suspects.iter().take(MAX_NAMED_PEERS);
+    let mut names: Vec<String> =
+        some.map(|suspect| format!("{} ({})", suspect.name, suspect.address)).collect();
+    if suspects.len() > MAX_NAMED_PEERS {
+        names.push(format!("{} more", suspects.len() - MAX_NAMED_PEERS));
+    }
+    names.join(", ")
+}

@@ -1,0 +1,115 @@
+//! The verdict on a node: the same in the status, the doctor, the readiness check and the metrics.
+
+use gossamer::lab::{Agent, Host};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::{
+    common::{Cluster, TIMEOUT, client, isolated, program, run, texts, tool, wait_until},
+    metrics::{PORT, get, sample},
+};
+
+/// The words and the exit code of a verdict.
+struct Expected<'a> {
+    words: &'a str,
+    state: &'a str,
+    code: i32,
+    http: &'a str,
+}
+
+/// Waits for a verdict, and checks that all views have it.
+fn assert_verdict(host: &Host, agent: &mut Agent, expected: &Expected<'_>) {
+    let Expected { words, state, code, http } = *expected;
+    wait_until(words, TIMEOUT, || {
+        let status: Value = agent.ask("/v1/status", TIMEOUT).expect("a status");
+        status["verdict"]["text"].as_str().is_some_and(|text| text.starts_with(words))
+    });
+    let status = client(agent, &["status"]);
+    let said = String::from_utf8_lossy(&status.stdout).replace('\n', " ");
+    assert!(said.contains(&format!("state     {words}")), "{said}");
+    assert_eq!(status.status.code(), Some(code), "{said}");
+    let (head, body) = get(&host.netns, "/readyz", "*/*");
+    assert!(head.contains(http) && body.contains(words), "{head} {body}");
+    let (_, metrics) = get(&host.netns, "/metrics", "*/*");
+    for of in ["healthy", "degraded", "not-ready"] {
+        let series = format!("gossamer_verdict{{state=\"{of}\"}}");
+        assert_eq!(sample(&metrics, &series), f64::from(of == state), "{series}");
+    }
+    let state_dir = host.dir.join("state");
+    let socket = agent.socket();
+    let (program, socket, state_dir) = (program().display(), socket.display(), state_dir.display());
+    let command = format!("{program} doctor --socket {socket} --state-dir {state_dir}");
+    let doctor = run(&host.netns, &command);
+    let said = String::from_utf8_lossy(&doctor.stdout);
+    let last = said.trim_end().rsplit_once('\n').expect("lines").1;
+    assert!(last.starts_with(words), "{said}");
+    assert_eq!(doctor.status.code(), Some(code), "{said}");
+}
+
+#[test]
+fn verdict_is_the_same_in_all_views() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        cluster.restart(0, &["--http", &format!("127.0.0.1:{PORT}")])?;
+        cluster.converge()?;
+        let healthy = Expected { words: "healthy", state: "healthy", code: 0, http: "200" };
+        let host = &cluster.hosts[0];
+        assert_verdict(host, &mut cluster.agents[0], &healthy);
+
+        // Pods reach nothing.
+        tool(&host.netns, "sysctl -w net.ipv4.ip_forward=0");
+        let words = "not ready: net.ipv4.ip_forward is 0";
+        let not_ready = Expected { words, state: "not-ready", code: 3, http: "503" };
+        assert_verdict(host, &mut cluster.agents[0], &not_ready);
+        tool(&host.netns, "sysctl -w net.ipv4.ip_forward=1");
+        assert_verdict(host, &mut cluster.agents[0], &healthy);
+
+        // A dead member is a problem, and does not make this node not ready.
+        cluster.agents[2].end(Signal::SIGKILL)?;
+        let words = "degraded: 1 problem";
+        let degraded = Expected { words, state: "degraded", code: 1, http: "200" };
+        assert_verdict(host, &mut cluster.agents[0], &degraded);
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
+        let problem = &status["problems"][0];
+        assert_eq!((&problem["code"], &problem["subject"]), (&"member-down".into(), &"n3".into()));
+        assert!(problem["since"].as_u64() > Some(1_700_000_000), "{problem}");
+        let said = texts(&status["problems"]);
+        assert!(said.starts_with("the agent of n3 is down; its kernel still forwards"), "{said}");
+        assert!(said.contains("if that host is gone for good: gossamer forget n3"), "{said}");
+        let (_, metrics) = get(&host.netns, "/metrics", "*/*");
+        let series = "gossamer_problems{code=\"member-down\",severity=\"problem\"}";
+        assert_eq!(sample(&metrics, series), 1.0);
+        wait_until("no event", TIMEOUT, || {
+            let events = cluster.agents[0].ask("/v1/events?follow=false", TIMEOUT);
+            events.expect("events").to_string().contains("the agent of n3 is down")
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn status_wait_tells_what_it_waits_for_and_why_it_gave_up() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let agent = &cluster.agents[0];
+        let errors = |arguments: &[&str]| {
+            let output = client(agent, arguments);
+            (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        let (code, said) = errors(&["status", "--wait", "1", "--members", "3"]);
+        assert_eq!(code, Some(3), "{said}");
+        assert!(said.contains("waiting up to 1 s for the agent at "), "{said}");
+        assert!(said.contains("to converge with 3 members alive"), "{said}");
+        assert!(said.contains("gave up after 1 s: 1 of 3 members are alive"), "{said}");
+        // `--members` implies `--wait`, and a wait that ends at once needs no words.
+        assert_eq!(errors(&["status", "--members", "1"]), (Some(0), String::new()));
+        assert_eq!(errors(&["status", "--wait=5"]), (Some(0), String::new()));
+        let command = format!("{} status --wait 1 --socket /nowhere", program().display());
+        let output = run(&cluster.hosts[0].netns, &command);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("gave up after 1 s: no agent"), "{said}");
+        assert!(said.contains("no agent at /nowhere"), "{said}");
+        Ok(())
+    });
+}
