@@ -51,7 +51,7 @@ use self::{
     },
 };
 use crate::{
-    api::Question,
+    api::{ApiError, Question},
     config::Config,
     core::{Command, Gate, Input, Node, Output, Target},
     rpc::{self, Inquiries},
@@ -109,7 +109,7 @@ struct Agent {
     /// Pings that wait for answers.
     ping_rounds: Vec<PingRound>,
     /// The operator's request to leave, until it is answered.
-    leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
+    leave_reply: Option<oneshot::Sender<Result<Option<String>, ApiError>>>,
     /// Why the disk cannot be written.
     store_failure: Option<String>,
     service: Service,
@@ -358,7 +358,7 @@ impl Agent {
             Output::SlotsChanged(changes) => self.record_owner_changes(&changes),
             Output::CannotLeave(why) => {
                 if let Some(reply) = self.leave_reply.take() {
-                    let _ = reply.send(Err(why));
+                    let _ = reply.send(Err(why.into()));
                 }
             }
             Output::Stop(stop) => self.on_stop(stop),
@@ -379,7 +379,7 @@ impl Agent {
                 let _ = reply.send(self.token(seeds).map(|token| token.to_string()));
             }
             Question::Leave { reply } if self.leave_reply.is_some() => {
-                let _ = reply.send(Err("this node is already leaving".to_owned()));
+                let _ = reply.send(Err("this node is already leaving".to_owned().into()));
             }
             Question::Leave { reply } => {
                 self.leave_reply = Some(reply);
@@ -389,7 +389,7 @@ impl Agent {
                 let forgotten = self.node.forget(self.clock.now(), &node, force);
                 let _ = reply.send(match forgotten {
                     Ok(id) => Ok(self.forget_progress(id)),
-                    Err(why) => Err(why.to_string()),
+                    Err(why) => Err(why.to_string().into()),
                 });
             }
             Question::ResetIdentity { reply } => {

@@ -97,9 +97,9 @@ impl Agent {
                 Ending::Left { successor } => {
                     Ok(successor.map(|successor| self.node.name_of(successor).to_owned()))
                 }
-                Ending::Failed(why) => Err(why.clone()),
+                Ending::Failed(why) => Err(why.clone().into()),
                 Ending::Stopped | Ending::Restart | Ending::Reassigned | Ending::Broken(_) => {
-                    Err("the agent was stopped before the node had left".to_owned())
+                    Err("the agent was stopped before the node had left".to_owned().into())
                 }
             };
             let _ = reply.send(answer);

@@ -10,16 +10,16 @@ use std::{
 
 use http_body_util::{BodyExt as _, Full};
 use hyper::{
-    Method, Request, Response, StatusCode,
+    Method, Request, Response,
     body::{Bytes, Incoming},
     client::conn::http1,
 };
 use hyper_util::rt::TokioIo;
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tokio::net::UnixStream;
 
-use super::descriptor::Carrier;
+use super::{ApiError, descriptor::Carrier};
 use crate::wire::visible;
 
 /// Longest part of a non-JSON response, in characters, that an error message quotes.
@@ -43,9 +43,9 @@ pub enum ClientError {
         /// The socket.
         path: PathBuf,
     },
-    /// The agent dropped the request.
-    #[error("the agent did not answer: it is stopping or overloaded; try again")]
-    NoAnswer,
+    /// The agent dropped the request, or is stopping.
+    #[error("{0}")]
+    NoAnswer(ApiError),
     /// The agent refused the request.
     #[error("{why}")]
     Refused {
@@ -101,6 +101,29 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
 /// Fails if the agent is not reachable or refuses.
 pub async fn get(socket: &Path, target: &str) -> Result<Value, ClientError> {
     request(socket, Method::GET, target, Bytes::new(), None).await
+}
+
+/// Sends a GET request and returns the response as a type of the API.
+///
+/// # Errors
+/// Fails if the agent is not reachable, refuses, or is of a version whose response is another.
+pub async fn get_as<T: DeserializeOwned>(socket: &Path, target: &str) -> Result<T, ClientError> {
+    typed(socket, target, get(socket, target).await?).await
+}
+
+/// Returns a response as a type of the API.
+///
+/// # Errors
+/// Fails if the agent is of a version whose response is another.
+pub async fn typed<T: DeserializeOwned>(
+    socket: &Path,
+    target: &str,
+    value: Value,
+) -> Result<T, ClientError> {
+    match serde_json::from_value(value) {
+        Ok(value) => Ok(value),
+        Err(error) => Err(other_version(socket, format!("{target}: {error}")).await),
+    }
 }
 
 /// Sends a POST request without a body.
@@ -251,9 +274,9 @@ async fn read(
     if status.is_success() {
         return Ok(value);
     }
-    if status == StatusCode::SERVICE_UNAVAILABLE && value["ask_again"] == true {
-        return Err(ClientError::NoAnswer);
+    match serde_json::from_value::<ApiError>(value.clone()) {
+        Ok(error) if error.code.is_transient() => Err(ClientError::NoAnswer(error)),
+        Ok(error) => Err(ClientError::Refused { why: error.message, answer: value }),
+        Err(_) => Err(ClientError::Refused { why: status.to_string(), answer: value }),
     }
-    let why = value["error"].as_str().map_or_else(|| status.to_string(), str::to_owned);
-    Err(ClientError::Refused { why, answer: value })
 }

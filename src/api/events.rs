@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 /// A change that an operator may want to know.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Event {
     /// Sequence number, from 1 since the start of the agent.
     pub number: u64,
@@ -21,7 +22,8 @@ pub struct Event {
 }
 
 /// What an event is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum EventKind {
     /// This node.
@@ -40,8 +42,32 @@ pub enum EventKind {
     Pod,
 }
 
+impl EventKind {
+    /// Returns the name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::Member => "member",
+            Self::Lease => "lease",
+            Self::Path => "path",
+            Self::Repair => "repair",
+            Self::Problem => "problem",
+            Self::Pod => "pod",
+        }
+    }
+}
+
+/// The stored events.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct PastEvents {
+    /// The events, oldest first.
+    pub events: Vec<Event>,
+}
+
 /// Severity of an event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum EventLevel {
     /// Normal operation.
@@ -63,7 +89,8 @@ pub struct EventFeed {
 pub const SAMPLE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The state of node and cluster at one moment.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Sample {
     /// Seconds since 1970, by this host's clock.
     pub at: u64,

@@ -1,6 +1,6 @@
 //! The path matrix: the paths of each member, as that member reports them.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     model::{NodeId, PathState},
@@ -8,7 +8,8 @@ use crate::{
 };
 
 /// The paths between all members.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Matrix {
     /// One row per member, sorted by name.
     pub rows: Vec<MatrixRow>,
@@ -17,7 +18,8 @@ pub struct Matrix {
 }
 
 /// The report of one member. The optional fields are `None` if it did not answer.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct MatrixRow {
     /// Id of the member.
     pub node: NodeId,
@@ -32,7 +34,8 @@ pub struct MatrixRow {
 }
 
 /// A path from one member to another.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct MatrixPath {
     /// The member at the other end.
     pub node: NodeId,

@@ -38,22 +38,21 @@ pub fn page(status: &AgentStatus, accept: &str) -> Page {
 }
 
 fn node(text: &mut Text, status: &AgentStatus) {
-    text.gauge("build_info", "Version of the agent.", [("version", status.version, 1.0)]);
+    text.gauge("build_info", "Version of the agent.", [("version", status.version.as_str(), 1.0)]);
     text.number(
         "converged",
         "Node has its subnet, equals a peer, and the kernel equals its view.",
         status.converged,
     );
-    let node = &status.node;
-    text.number("has_subnet", "Node leases a subnet.", node.subnet.is_some());
+    text.number("has_subnet", "Node leases a subnet.", status.subnet.is_some());
     let state = status.verdict.state;
     let by_state = VerdictState::ALL.map(|of| ("state", of.name(), f64::from(of == state)));
     text.gauge("verdict", "The verdict on the node: 1 for its state, 0 for the others.", by_state);
     problems(text, status);
     let mut members =
         BTreeMap::from(["alive", "suspect", "down", "left", "unknown"].map(|s| (s.to_owned(), 0)));
-    for member in &node.members {
-        let state = match MemberState::of(member) {
+    for member in &status.members {
+        let state = match member.state() {
             gone if gone.is_gone() => MemberState::Left,
             state => state,
         };
@@ -62,7 +61,7 @@ fn node(text: &mut Text, status: &AgentStatus) {
     let by_state =
         members.iter().map(|(state, count)| ("state", state.as_str(), f64::from(*count)));
     text.gauge("members", "Members by their state in gossip, including this one.", by_state);
-    let slots = &node.slots;
+    let slots = &status.slots;
     text.number("subnets", "Subnets of the pool.", slots.total);
     let by_state = [("leased", slots.leased), ("free", slots.free)];
     let by_state = by_state.map(|(state, count)| ("state", state, count.into()));
@@ -93,7 +92,7 @@ fn node(text: &mut Text, status: &AgentStatus) {
         "Pods with addresses outside this node's subnet.",
         status.pods_outside as f64,
     );
-    let counters = &node.counters;
+    let counters = &status.counters;
     text.total("grants", "Subnets granted to other nodes.", counters.grants);
     text.total("reclaims", "Reclaims of subnets of forgotten nodes.", counters.reclaims);
     text.total("downs", "Changes of a member's state to down.", counters.downs);
@@ -118,7 +117,7 @@ fn node(text: &mut Text, status: &AgentStatus) {
 /// Counts problems and notices by their code.
 fn problems(text: &mut Text, status: &AgentStatus) {
     let mut counts: BTreeMap<(ProblemCode, Severity), u32> = BTreeMap::new();
-    for problem in status.node.problems.iter().chain(&status.notices) {
+    for problem in status.problems.iter().chain(&status.notices) {
         *counts.entry((problem.code, problem.severity)).or_default() += 1;
     }
     text.gauge("problems", "Problems and notices that `gossamer status` shows.", []);
@@ -132,7 +131,7 @@ fn kernel(text: &mut Text, status: &AgentStatus) {
     let kernel = &status.kernel;
     text.number("kernel_in_sync", "The kernel equals this node's view.", kernel.in_sync);
     text.total("kernel_operations", "Changes made to the kernel.", kernel.operations);
-    let repairs = kernel.repairs.iter().map(|(kind, count)| ("kind", *kind, *count as f64));
+    let repairs = kernel.repairs.iter().map(|(kind, count)| ("kind", kind.as_str(), *count as f64));
     text.counter("kernel_repairs", "Repairs of changes by other programs.", repairs);
     text.counter(
         "kernel_misses",
@@ -147,14 +146,11 @@ fn kernel(text: &mut Text, status: &AgentStatus) {
         "Tunnel packets from non-members dropped by the guard.",
         kernel.non_members_dropped,
     );
-    let mut paths: BTreeMap<String, u32> = BTreeMap::new();
+    let mut paths: BTreeMap<&str, u32> = BTreeMap::new();
     for path in &status.paths {
-        // The names are those of `gossamer members`.
-        let state = serde_json::to_value(path.state).ok();
-        let state = state.as_ref().and_then(serde_json::Value::as_str).unwrap_or("unknown");
-        *paths.entry(state.to_owned()).or_default() += 1;
+        *paths.entry(path.state.name()).or_default() += 1;
     }
-    let by_state = paths.iter().map(|(state, count)| ("state", state.as_str(), (*count).into()));
+    let by_state = paths.iter().map(|(state, count)| ("state", *state, (*count).into()));
     text.gauge("paths", "Peers with a subnet, by state of the path to them.", by_state);
     let trips = status.paths.iter().filter_map(|path| path.round_trip_ms);
     let worst = trips.fold(0.0, f64::max) / 1000.0;

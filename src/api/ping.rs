@@ -2,12 +2,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::model::{NodeId, PathState, Problem};
 
 /// The results of one round.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PingReport {
     /// Id of the member.
     pub node: NodeId,
@@ -26,7 +27,8 @@ pub struct PingReport {
 }
 
 /// The address of a request and the time to the answer.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Reach<A> {
     /// `None` if there is no address, as for a member without a subnet.
     pub to: Option<A>,

@@ -105,6 +105,7 @@ pub struct AttachedAddress {
 
 /// A pod of this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PodStatus {
     /// Id of the container.
     pub container: String,
@@ -127,8 +128,10 @@ pub struct PodStatus {
 #[error("{error}")]
 pub struct PodError {
     /// What the client can do.
+    #[serde(rename = "code")]
     pub kind: PodErrorKind,
     /// What is wrong.
+    #[serde(rename = "message")]
     pub error: String,
     /// Whether to retry in a moment: the kernel is about to remove an obstacle.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -217,7 +220,7 @@ mod tests {
         let mut later = first;
         later["vlan"] = json!(7);
         assert!(read(later).expect_err("not known").to_string().contains("vlan"));
-        let later = json!({ "kind": "on-holiday", "error": "not today", "more": 1 });
+        let later = json!({ "code": "on-holiday", "message": "not today", "more": 1 });
         let later: PodError = serde_json::from_value(later).expect("an error");
         assert_eq!((later.kind, later.error.as_str()), (PodErrorKind::Other, "not today"));
     }

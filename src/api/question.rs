@@ -7,8 +7,8 @@ use serde_json::Value;
 use tokio::sync::oneshot::Sender;
 
 use super::{
-    AgentStatus, AttachRequest, Attached, AttachmentName, Event, EventFeed, KernelEntry, MatrixRow,
-    PingReport, PodError, PodStatus, Sample,
+    AgentStatus, ApiError, AttachRequest, Attached, AttachmentName, Event, EventFeed, KernelEntry,
+    MatrixRow, PingReport, PodError, PodStatus, Sample,
 };
 use crate::wire::{Secret, SecretId};
 
@@ -25,15 +25,15 @@ pub enum Question {
     /// The cluster's token; `None` while the node is joining.
     Token { reply: Sender<Option<String>> },
     /// Leaves the cluster. The answer is the successor's id, or why the node cannot leave.
-    Leave { reply: Sender<Result<Option<String>, String>> },
+    Leave { reply: Sender<Result<Option<String>, ApiError>> },
     /// Forgets a member.
-    Forget { node: String, force: bool, reply: Sender<Result<Value, String>> },
+    Forget { node: String, force: bool, reply: Sender<Result<Value, ApiError>> },
     /// Makes this host a new node of its cluster.
-    ResetIdentity { reply: Sender<Result<(), String>> },
+    ResetIdentity { reply: Sender<Result<(), ApiError>> },
     /// Pings a member once on each of its paths.
-    Ping { node: String, reply: Sender<Result<PingReport, String>> },
+    Ping { node: String, reply: Sender<Result<PingReport, ApiError>> },
     /// The history of ownership, oldest change first.
-    History { reply: Sender<Result<Vec<Value>, String>> },
+    History { reply: Sender<Result<Vec<Value>, ApiError>> },
     /// Connects a pod.
     Attach {
         request: AttachRequest,
@@ -61,7 +61,7 @@ pub enum Question {
     /// Releases the addresses of pods that are gone. The answer has those pods.
     Release { reply: Sender<Result<Vec<PodStatus>, PodError>> },
     /// Past events, and a subscription to new ones.
-    Events { reply: Sender<Result<EventFeed, String>> },
+    Events { reply: Sender<Result<EventFeed, ApiError>> },
     /// Past events.
     PastEvents { reply: Sender<Vec<Event>> },
     /// The samples of the last hour.
@@ -71,11 +71,11 @@ pub enum Question {
     /// [`Matrix`]: super::Matrix
     Matrix { reply: Sender<Bytes> },
     /// The kernel's entries, and those that this node wants.
-    Routes { reply: Sender<Result<Vec<KernelEntry>, String>> },
+    Routes { reply: Sender<Result<Vec<KernelEntry>, ApiError>> },
     /// Lists or changes the cluster's secrets. The answer has the members that use, accept and lack each.
-    Secret { step: SecretStep, force: bool, reply: Sender<Result<Value, String>> },
+    Secret { step: SecretStep, force: bool, reply: Sender<Result<Value, ApiError>> },
     /// A member's own report.
-    Peer { node: String, reply: Sender<Result<Option<MatrixRow>, String>> },
+    Peer { node: String, reply: Sender<Result<Option<MatrixRow>, ApiError>> },
 }
 
 /// A step of replacing the cluster's secret.

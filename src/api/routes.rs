@@ -1,12 +1,13 @@
 //! Kernel entries that this node wants and those that exist, for `gossamer routes`.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One key of a kernel table.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct KernelEntry {
     /// `route`, `neighbor` or `fdb`.
-    pub table: &'static str,
+    pub table: String,
     /// A subnet, an overlay address, or a MAC.
     pub key: String,
     /// Name of the member that the entry is for. `None` for an entry of no member.
@@ -16,5 +17,5 @@ pub struct KernelEntry {
     /// The existing values. Some tables allow several of one key.
     pub found: Vec<String>,
     /// `same`, `missing`, `different` or `surplus`.
-    pub verdict: &'static str,
+    pub verdict: String,
 }

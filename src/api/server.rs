@@ -26,9 +26,9 @@ use tokio::sync::oneshot::{self, Sender};
 use crate::wire::Token;
 
 use super::{
-    AgentStatus, AttachRequest, AttachmentName, ClientError, Event, EventFeed, KernelEntry,
-    MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, Question, SAMPLE_INTERVAL, Sample,
-    SecretStep, Socket, SocketError, VerdictState,
+    AgentStatus, ApiError, ApiErrorCode, AttachRequest, AttachmentName, Event, EventFeed,
+    KernelEntry, MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, Question,
+    SAMPLE_INTERVAL, Sample, SecretStep, Socket, SocketError, VerdictState,
     connections::{Excess, serve as serve_connections},
     dashboard,
     descriptor::{CarrierListener, ReceivedDescriptor},
@@ -129,8 +129,9 @@ async fn prometheus_metrics(State(submit_fn): State<SubmitFn>, headers: HeaderMa
 async fn healthz(State(submit_fn): State<SubmitFn>) -> Response {
     let question = |reply| Question::Alive { reply };
     let response = respond(&submit_fn, question, |()| "alive\n".into_response());
-    let late =
-        || error_response(StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer");
+    let late = || {
+        ApiError::new(ApiErrorCode::Unanswered, "the agent's loop does not answer").into_response()
+    };
     tokio::time::timeout(LOOP_ANSWER_TIMEOUT, response).await.unwrap_or_else(|_| late())
 }
 
@@ -138,7 +139,7 @@ async fn healthz(State(submit_fn): State<SubmitFn>) -> Response {
 async fn readyz(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |status: AgentStatus| match status.verdict.state {
         VerdictState::NotReady => {
-            error_response(StatusCode::SERVICE_UNAVAILABLE, &status.verdict.text)
+            ApiError::new(ApiErrorCode::NotReady, status.verdict.text).into_response()
         }
         _ => format!("{}\n", status.verdict).into_response(),
     };
@@ -156,9 +157,9 @@ async fn events(
         let render = |past: Vec<Event>| Json(json!({ "events": past })).into_response();
         return respond(&submit_fn, |reply| Question::PastEvents { reply }, render).await;
     }
-    let render = move |feed: Result<EventFeed, String>| match feed {
+    let render = move |feed: Result<EventFeed, ApiError>| match feed {
         Ok(feed) => dashboard::stream(feed, seen).into_response(),
-        Err(why) => error_response(StatusCode::SERVICE_UNAVAILABLE, &why),
+        Err(error) => error.into_response(),
     };
     respond(&submit_fn, |reply| Question::Events { reply }, render).await
 }
@@ -223,10 +224,10 @@ async fn token(State(submit_fn): State<SubmitFn>) -> Response {
         |reply| Question::Token { reply },
         |token| match token {
             Some(token) => Json(json!({ "token": token })).into_response(),
-            None => error_response(
-                StatusCode::CONFLICT,
-                "this node is still joining and has no token yet",
-            ),
+            None => {
+                let why = "this node is still joining and has no token yet";
+                ApiError::new(ApiErrorCode::NotReady, why).into_response()
+            }
         },
     )
     .await
@@ -234,17 +235,13 @@ async fn token(State(submit_fn): State<SubmitFn>) -> Response {
 
 async fn leave(State(submit_fn): State<SubmitFn>) -> Response {
     let left = |successor| json!({ "left": true, "successor": successor });
-    respond(
-        &submit_fn,
-        |reply| Question::Leave { reply },
-        |result| json_or_conflict(result.map(left)),
-    )
-    .await
+    respond(&submit_fn, |reply| Question::Leave { reply }, |result| json_or_error(result.map(left)))
+        .await
 }
 
 async fn forget(State(submit_fn): State<SubmitFn>, Query(query): Query<ForgetQuery>) -> Response {
     let ForgetQuery { node, force } = query;
-    respond(&submit_fn, |reply| Question::Forget { node, force, reply }, json_or_conflict).await
+    respond(&submit_fn, |reply| Question::Forget { node, force, reply }, json_or_error).await
 }
 
 async fn reset_identity(State(submit_fn): State<SubmitFn>) -> Response {
@@ -252,7 +249,7 @@ async fn reset_identity(State(submit_fn): State<SubmitFn>) -> Response {
     respond(
         &submit_fn,
         |reply| Question::ResetIdentity { reply },
-        |result| json_or_conflict(result.map(reset)),
+        |result| json_or_error(result.map(reset)),
     )
     .await
 }
@@ -301,19 +298,15 @@ async fn change_secret(
 ) -> Response {
     match step {
         Ok(step) => {
-            respond(submit_fn, |reply| Question::Secret { step, force, reply }, json_or_conflict)
-                .await
+            respond(submit_fn, |reply| Question::Secret { step, force, reply }, json_or_error).await
         }
-        Err(why) => error_response(StatusCode::BAD_REQUEST, &why),
+        Err(why) => ApiError::new(ApiErrorCode::BadRequest, why).into_response(),
     }
 }
 
 async fn ping(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>) -> Response {
     let PingQuery { node } = query;
-    let render = |result: Result<PingReport, String>| match result {
-        Ok(report) => Json(report).into_response(),
-        Err(why) => error_response(StatusCode::NOT_FOUND, &why),
-    };
+    let render = |result: Result<PingReport, ApiError>| json_or_error(result);
     respond(&submit_fn, |reply| Question::Ping { node, reply }, render).await
 }
 
@@ -322,17 +315,14 @@ async fn routes(State(submit_fn): State<SubmitFn>) -> Response {
     respond(
         &submit_fn,
         |reply| Question::Routes { reply },
-        |result| json_or_conflict(result.map(entries)),
+        |result| json_or_error(result.map(entries)),
     )
     .await
 }
 
 async fn peer(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>) -> Response {
     let PingQuery { node } = query;
-    let render = |result: Result<Option<MatrixRow>, String>| match result {
-        Ok(row) => Json(row).into_response(),
-        Err(why) => error_response(StatusCode::NOT_FOUND, &why),
-    };
+    let render = |result: Result<Option<MatrixRow>, ApiError>| json_or_error(result);
     respond(&submit_fn, |reply| Question::Peer { node, reply }, render).await
 }
 
@@ -340,7 +330,7 @@ async fn history(State(submit_fn): State<SubmitFn>) -> Response {
     respond(
         &submit_fn,
         |reply| Question::History { reply },
-        |result| json_or_conflict(result.map(Value::Array)),
+        |result| json_or_error(result.map(Value::Array)),
     )
     .await
 }
@@ -414,32 +404,29 @@ async fn respond<T>(
     render: impl FnOnce(T) -> Response,
 ) -> Response {
     match submit(&**submit_fn, question).await {
-        Some(value) => render(value),
-        None => {
-            let why = ClientError::NoAnswer.to_string();
-            let body = Json(json!({ "error": why, "ask_again": true }));
-            (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
-        }
+        Ok(value) => render(value),
+        Err(error) => error.into_response(),
     }
 }
 
-/// Passes a request to the agent's loop and waits for the answer. Returns `None` if the loop dropped it.
+/// Passes a request to the agent's loop and waits for the answer.
+///
+/// # Errors
+/// Fails if the loop has ended, or dropped the request.
 pub async fn submit<Q, T>(
     submit_fn: &(dyn Fn(Q) -> bool + Send + Sync),
     question: impl FnOnce(Sender<T>) -> Q,
-) -> Option<T> {
+) -> Result<T, ApiError> {
     let (sender, receiver) = oneshot::channel();
-    let accepted = submit_fn(question(sender));
-    receiver.await.ok().filter(|_| accepted)
+    if !submit_fn(question(sender)) {
+        return Err(ApiError::stopping());
+    }
+    receiver.await.map_err(|_| ApiError::unanswered())
 }
 
-fn json_or_conflict(result: Result<Value, String>) -> Response {
+fn json_or_error(result: Result<impl Serialize, ApiError>) -> Response {
     match result {
         Ok(value) => Json(value).into_response(),
-        Err(why) => error_response(StatusCode::CONFLICT, &why),
+        Err(error) => error.into_response(),
     }
-}
-
-fn error_response(status: StatusCode, error: &str) -> Response {
-    (status, Json(json!({ "error": error }))).into_response()
 }

@@ -1,28 +1,63 @@
 //! The status of an agent, as `gossamer status` and scripts read it.
+//!
+//! These types are apart from those of the core, so that a change there changes nothing for scripts. A test
+//! compares them with the JSON schema.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr};
 
-use serde::Serialize;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
-use super::Verdict;
+use super::{
+    Verdict,
+    members::{FreeRange, Member, MemberState, Reclaiming, SlotCounts},
+};
 use crate::{
-    core::{Liveness, MemberStatus, NodeStatus},
-    model::{NodeId, PathState, Problem},
-    transport::Handshakes,
+    core::{self, NodeStatus},
+    model::{ClusterId, ClusterSettings, NodeId, PathState, Problem},
+    transport,
 };
 
 /// The status of an agent.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct AgentStatus {
     /// Version of the agent.
-    pub version: &'static str,
+    pub version: String,
     /// The verdict on the node.
     pub verdict: Verdict,
     /// Whether the node has its subnet, its state equals a peer's, and the kernel equals its view.
     pub converged: bool,
-    /// State of the node's core.
-    #[serde(flatten)]
-    pub node: NodeStatus,
+    /// Id of this node.
+    pub node: NodeId,
+    /// Name of this node.
+    pub name: String,
+    /// The phase of its membership.
+    pub phase: Phase,
+    /// Id of its cluster.
+    pub cluster: Option<ClusterId>,
+    /// Settings of its cluster.
+    pub settings: Option<ClusterSettings>,
+    /// Its subnet.
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
+    pub subnet: Option<IpNet>,
+    /// Its IPv6 subnet in a dual-stack overlay.
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
+    pub subnet6: Option<IpNet>,
+    /// Numbers of slots.
+    pub slots: SlotCounts,
+    /// Whether the last comparison found no difference, or there is no member to compare with.
+    pub settled: bool,
+    /// Whether memory is verified, or there is no other member.
+    pub synced: bool,
+    /// All known members, also those that left or were forgotten, by name.
+    pub members: Vec<Member>,
+    /// Free subnets, as ranges.
+    pub free_slots: Vec<FreeRange>,
+    /// Forgotten nodes whose subnets are not reclaimed yet.
+    pub reclaiming: Vec<Reclaiming>,
+    /// What keeps the node or its pods from working.
+    pub problems: Vec<Problem>,
     /// Conditions that may affect some packets, or that prevent this node from checking whether packets
     /// pass.
     pub notices: Vec<Problem>,
@@ -42,10 +77,103 @@ pub struct AgentStatus {
     pub handshakes: Handshakes,
     /// Packets to the agent's port that it did not read in time, since the start.
     pub gossip_dropped: u64,
+    /// Counts since the start.
+    pub counters: Counters,
+}
+
+/// The phase of a node's membership.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Waiting to start: for a network to join over, or for Kubernetes to assign a subnet.
+    Waiting,
+    /// Searching for a member that admits it.
+    Joining,
+    /// In the cluster, searching for a subnet.
+    Leaseless,
+    /// In the cluster with a subnet.
+    Member,
+    /// Handing over its slots.
+    Leaving,
+}
+
+/// Defines a struct of counters that is copied from one with the same fields.
+macro_rules! counters {
+    ($(#[$doc:meta])* $name:ident from $source:path {
+        $($(#[doc = $text:literal])+ $field:ident),* $(,)?
+    }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[cfg_attr(test, derive(schemars::JsonSchema))]
+        pub struct $name {
+            $($(#[doc = $text])+ pub $field: u64),*
+        }
+
+        impl From<$source> for $name {
+            fn from(source: $source) -> Self {
+                Self { $($field: source.$field),* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Counts since the start of the agent.
+    Counters from core::Counters {
+        /// Slots for which two records of one epoch were received (ownership conflicts).
+        ownership_conflicts,
+        /// Records received from another process with this node's key.
+        duplicates,
+        /// Frames and responses that could not be decoded or were of the wrong kind or cluster.
+        malformed,
+        /// Facts of peers that were refused because they cannot be true.
+        refused,
+        /// Records in the name of this process that it did not write.
+        forged,
+        /// Slot grants to other nodes.
+        grants,
+        /// Forgotten nodes whose slots this node reclaimed.
+        reclaims,
+        /// Members that this node forgot by a vote.
+        voted_gone,
+        /// Own records that peers hold and this node lost: its state directory was rolled back.
+        rollbacks,
+        /// Transitions of members to down.
+        downs,
+        /// Surplus leases that this node turned into free slots.
+        surplus,
+        /// Late grants of forgotten nodes that this node passed on to their successors.
+        declined,
+        /// Comparisons that found equal states.
+        syncs_same,
+        /// Comparisons that found a difference.
+        syncs_different,
+    }
+}
+
+counters! {
+    /// First packets of handshakes since the start, by outcome.
+    Handshakes from transport::Handshakes {
+        /// Handshakes that have begun.
+        begun,
+        /// First packets whose sender had to prove its address.
+        retried,
+        /// Refused: too many handshakes of the source were in progress, or too many non-members began one in
+        /// this second.
+        refused,
+        /// Not answered: the packet had already begun a handshake.
+        repeated,
+        /// Handshakes that a newer one displaced: all places, or all of their source, were taken.
+        displaced,
+        /// Answers to unproven addresses that were not sent, because there were too many.
+        unanswered,
+    }
 }
 
 /// The path to one peer through the overlay.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PathStatus {
     /// Id of the peer.
     pub node: NodeId,
@@ -66,7 +194,8 @@ pub struct PathStatus {
 }
 
 /// State of kernel programming.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct KernelStatus {
     /// Name of the overlay device.
     pub device: Option<String>,
@@ -81,7 +210,7 @@ pub struct KernelStatus {
     /// Operations executed since the start.
     pub operations: u64,
     /// Repairs of changes by other programs, by kind.
-    pub repairs: BTreeMap<&'static str, u64>,
+    pub repairs: BTreeMap<String, u64>,
     /// Whether the network card computes checksums of tunneled packets; also false if that was found not
     /// to work. `None` if unknown.
     pub checksum_offload: Option<bool>,
@@ -102,7 +231,8 @@ pub struct KernelStatus {
 }
 
 /// The result of a periodic check.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct CheckStatus {
     /// The result.
     pub state: CheckState,
@@ -111,7 +241,8 @@ pub struct CheckStatus {
 }
 
 /// Result of a check.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum CheckState {
     /// The check passed.
@@ -123,59 +254,67 @@ pub enum CheckState {
     Skipped,
 }
 
-/// A member's state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum MemberState {
-    /// Answers probes.
-    Alive,
-    /// Did not answer, and is not yet considered down.
-    Suspect,
-    /// Does not answer.
-    Down,
-    /// Not in gossip, or no longer.
-    Unknown,
-    /// Has left the cluster.
-    Left,
-    /// Was forgotten.
-    Forgotten,
-}
-
-impl MemberState {
-    /// Returns the state of a member. `Forgotten` and `Left` precede its liveness.
-    pub fn of(member: &MemberStatus) -> Self {
-        match member.liveness {
-            _ if member.forgotten => Self::Forgotten,
-            _ if member.left => Self::Left,
-            Some(Liveness::Alive) => Self::Alive,
-            Some(Liveness::Suspect) => Self::Suspect,
-            Some(Liveness::Down) => Self::Down,
-            None => Self::Unknown,
-        }
-    }
-
-    /// Returns whether the member has left or was forgotten.
-    pub const fn is_gone(self) -> bool {
-        matches!(self, Self::Left | Self::Forgotten)
-    }
-}
-
-impl fmt::Display for MemberState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Alive => "alive",
-            Self::Suspect => "suspect",
-            Self::Down => "down",
-            Self::Unknown => "unknown",
-            Self::Left => "left",
-            Self::Forgotten => "forgotten",
-        })
-    }
-}
-
 impl AgentStatus {
     /// Returns the number of members that gossip considers alive, including this node.
     pub fn members_alive(&self) -> usize {
-        let members = self.node.members.iter();
-        members.filter(|member| MemberState::of(member) == MemberState::Alive).count()
+        self.members.iter().filter(|member| member.state() == MemberState::Alive).count()
+    }
+
+    /// Returns the status of a node's core. What the core does not know is empty.
+    pub fn of(node: NodeStatus) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            verdict: Verdict::new(None, node.problems.len()),
+            converged: false,
+            node: node.node,
+            name: node.name.to_string(),
+            phase: node.phase.into(),
+            cluster: node.cluster,
+            settings: node.settings,
+            subnet: node.subnet,
+            subnet6: node.subnet6,
+            slots: node.slots.into(),
+            settled: node.settled,
+            synced: node.synced,
+            members: node.members.into_iter().map(Into::into).collect(),
+            free_slots: node.free_slots.into_iter().map(Into::into).collect(),
+            reclaiming: node.reclaiming.into_iter().map(Into::into).collect(),
+            problems: node.problems,
+            notices: Vec::new(),
+            kernel: KernelStatus::default(),
+            paths: Vec::new(),
+            pods: 0,
+            pods_outside: 0,
+            pods_refused: None,
+            connections: 0,
+            handshakes: Handshakes::default(),
+            gossip_dropped: 0,
+            counters: node.counters.into(),
+        }
+    }
+}
+
+impl From<core::Phase> for Phase {
+    fn from(phase: core::Phase) -> Self {
+        match phase {
+            core::Phase::Waiting => Self::Waiting,
+            core::Phase::Joining => Self::Joining,
+            core::Phase::Leaseless => Self::Leaseless,
+            core::Phase::Member => Self::Member,
+            core::Phase::Leaving => Self::Leaving,
+        }
+    }
+}
+
+impl Phase {
+    /// Returns the name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Joining => "joining",
+            Self::Leaseless => "leaseless",
+            Self::Member => "member",
+            Self::Leaving => "leaving",
+        }
     }
 }

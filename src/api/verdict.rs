@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// The state of a node as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum VerdictState {
     /// There is no problem.
@@ -19,6 +20,7 @@ pub enum VerdictState {
 
 /// The verdict on a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Verdict {
     /// The state.
     pub state: VerdictState,

@@ -7,12 +7,14 @@ use serde_json::{Value, json};
 
 use super::{
     block_on, fail,
-    output::{bad, doubtful, elements, good, text, wrapped, write_stdout},
+    output::{bad, doubtful, good, wrapped, write_stdout},
+    status::painted_verdict,
 };
 use crate::{
-    api::{self, ClientError},
+    api::{self, ClientError, PastEvents},
     config::{Instance, Settings},
-    doctor::{self, Agent, Examination, examine},
+    doctor::{self, Agent, Examination, Finding, Verdict, examine},
+    model::visible_lines,
 };
 
 /// An agent that does not answer within this time counts as hanging.
@@ -48,7 +50,7 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     }
     let verdict = doctor::verdict(&examination, &findings);
     let answer = json!({ "verdict": verdict, "findings": findings });
-    args.output.print(&answer, findings_text);
+    args.output.print(&answer, |_, wide| findings_text(&findings, &verdict, wide));
     if let Some(path) = args.bundle.filter(|_| args.output.is_text()) {
         write_stdout(&format!("written: {}\n", path.display()));
     }
@@ -63,16 +65,26 @@ fn examination(args: &DoctorArgs) -> Examination {
         Err(_) => Instance::default().socket(),
     };
     let query = async {
-        let status = api::get(&socket, "/v1/status").await?;
-        let routes = match api::get(&socket, "/v1/routes").await {
-            Err(ClientError::Refused { .. } | ClientError::OtherVersion { .. }) => Value::Null,
-            routes => routes?,
+        let optional = async |target| match api::get(&socket, target).await {
+            Err(ClientError::Refused { .. } | ClientError::OtherVersion { .. }) => Ok(Value::Null),
+            reply => reply,
         };
-        let events = match api::get(&socket, "/v1/events?follow=false").await {
-            Err(ClientError::Refused { .. } | ClientError::OtherVersion { .. }) => Value::Null,
-            events => events?,
-        };
-        Ok::<_, ClientError>(Agent { status, routes, events })
+        let reply = api::get(&socket, "/v1/status").await?;
+        let routes = optional("/v1/routes").await?;
+        let events = optional("/v1/events?follow=false").await?;
+        let status = api::typed(&socket, "/v1/status", reply.clone()).await?;
+        let entries = serde_json::from_value(routes["entries"].clone()).unwrap_or_default();
+        let past = serde_json::from_value::<PastEvents>(events.clone()).unwrap_or_default();
+        Ok::<_, ClientError>(Agent {
+            status,
+            routes: entries,
+            events: past.events,
+            replies: vec![
+                ("status.json", reply),
+                ("kernel-entries.json", routes),
+                ("events.json", events),
+            ],
+        })
     };
     let response = block_on(async { tokio::time::timeout(QUERY_TIMEOUT, query).await });
     let (agent, agent_error) = match response {
@@ -88,50 +100,40 @@ fn pluralized(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
-fn findings_text(answer: &Value, wide: bool) -> String {
+fn findings_text(findings: &[Finding], verdict: &api::Verdict, wide: bool) -> String {
     let mut out = String::new();
-    let count = |verdict: &str| {
-        elements(&answer["findings"]).filter(|finding| finding["verdict"] == verdict).count()
-    };
-    let with_verdicts = |verdicts: &[&str]| {
-        let matches_verdict =
-            |finding: &&Value| verdicts.contains(&finding["verdict"].as_str().unwrap_or(""));
-        elements(&answer["findings"]).filter(matches_verdict).collect::<Vec<_>>()
-    };
+    let count = |of: Verdict| findings.iter().filter(|finding| finding.verdict == of).count();
     // Problems come last, where a terminal shows them.
-    let unremarkable = with_verdicts(&["ok", "skipped"]).into_iter();
-    let complaints = with_verdicts(&["notice"]).into_iter().chain(with_verdicts(&["problem"]));
-    for finding in unremarkable.chain(complaints) {
-        let verdict = match finding["verdict"].as_str() {
-            Some("ok") => good("ok      "),
-            Some("notice") => doubtful("notice  "),
-            Some("problem") => bad("PROBLEM "),
-            _ => "skipped ".to_owned(),
+    let mut sorted: Vec<&Finding> = findings.iter().collect();
+    sorted.sort_by_key(|finding| match finding.verdict {
+        Verdict::Ok | Verdict::Skipped => 0,
+        Verdict::Notice => 1,
+        Verdict::Problem => 2,
+    });
+    for Finding { check, verdict, seen, why, fix, .. } in sorted {
+        let verdict = match verdict {
+            Verdict::Ok => good("ok      "),
+            Verdict::Notice => doubtful("notice  "),
+            Verdict::Problem => bad("PROBLEM "),
+            Verdict::Skipped => "skipped ".to_owned(),
         };
-        let check = text(&finding["check"]);
-        let seen = wrapped(&text(&finding["seen"]), LABEL_COLUMNS);
+        let seen = wrapped(&visible_lines(seen), LABEL_COLUMNS);
         let _ = writeln!(out, "{verdict}  {check:<13}  {seen}");
-        for part in ["why", "fix"] {
-            if let Some(words) = finding[part].as_str() {
-                let _ = writeln!(out, "{:20}{part}  {}", "", wrapped(words, LABEL_COLUMNS));
+        for (part, words) in [("why", why), ("fix", fix)] {
+            if let Some(words) = words {
+                let words = wrapped(&visible_lines(words), LABEL_COLUMNS);
+                let _ = writeln!(out, "{:20}{part}  {words}", "");
             }
         }
     }
     let all = doctor::CHECKS.len();
-    let verdict = text(&answer["verdict"]["text"]);
-    let verdict = match answer["verdict"]["state"].as_str() {
-        Some("healthy") => good(verdict),
-        Some("degraded") => doubtful(verdict),
-        _ => bad(verdict),
-    };
-    let _ = match (count("problem"), count("notice")) {
+    let verdict = painted_verdict(verdict, 0);
+    let _ = match (count(Verdict::Problem), count(Verdict::Notice)) {
         (0, 0) => writeln!(out, "\n{verdict}; {all} checks found nothing"),
-        (problems, notices) => writeln!(
-            out,
-            "\n{verdict}; {} and {} in {all} checks",
-            pluralized(problems, "problem"),
-            pluralized(notices, "notice")
-        ),
+        (_, 0) => writeln!(out, "\n{verdict}; {all} checks"),
+        (_, notices) => {
+            writeln!(out, "\n{verdict}; {} in {all} checks", pluralized(notices, "notice"))
+        }
     };
     if wide {
         for (check, what) in doctor::CHECKS {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{
     Client,
     output::{
-        bad, doubtful, elements, good, list, name, problem_text, query_and_print, table, text,
+        bad, doubtful, elements, good, list, name, problem_in, query_and_print, table, text,
         wrapped,
     },
     percent_encoded,
@@ -105,8 +105,8 @@ fn peer_text(peer: &Value) -> String {
     let (member, ping, report) = (&peer["member"], &peer["ping"], &peer["report"]);
     let mut out = String::new();
     let mut row = |name: &str, value: String| _ = writeln!(out, "{name:<10} {value}");
-    if ping["problem"].is_object() {
-        row(&bad("problem   "), wrapped(&problem_text(&ping["problem"]), 11));
+    if let Some(problem) = problem_in(ping) {
+        row(&bad("problem   "), wrapped(&problem, 11));
     }
     row("member", format!("{} ({})", text(&member["name"]), text(&member["node"])));
     let compared = if member["heard"] == true { "compared with" } else { "not compared with yet" };

@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::{Client, block_on, fail};
 use crate::{
     api::ClientError,
-    model::{escaped_lines, visible_lines},
+    model::{Problem, escaped_lines, visible_lines},
 };
 
 /// Longest name, in characters, that a table shows whole.
@@ -59,7 +59,7 @@ impl Format {
 
 /// Removes control characters from all strings: names of interfaces and pods come from other programs and
 /// may hold terminal escape sequences.
-fn without_control_chars(value: &Value) -> Value {
+pub fn without_control_chars(value: &Value) -> Value {
     match value {
         Value::String(text) => visible_lines(text).into(),
         Value::Array(values) => values.iter().map(without_control_chars).collect(),
@@ -112,14 +112,17 @@ fn painted(code: u8, text: &dyn Display) -> String {
 }
 
 /// Formats a problem: what is wrong, since when, and the remedy.
-pub fn problem_text(problem: &Value) -> String {
-    let since = problem["since"].as_u64().map(|since| now().saturating_sub(since));
+pub fn problem_text(problem: &Problem) -> String {
+    let since = problem.since.map(|since| now().saturating_sub(since));
     let since = since.filter(|age| *age >= 60).map(|age| format!(" (for {})", duration_text(age)));
-    let what = format!("{}{}", text(&problem["what"]), since.unwrap_or_default());
-    match problem["fix"].as_str() {
-        None | Some("") => what,
-        Some(fix) => format!("{what}: {fix}"),
-    }
+    let what = format!("{}{}", problem.what, since.unwrap_or_default());
+    Problem { what, ..problem.clone() }.to_string()
+}
+
+/// Returns the problem in an answer, formatted; `None` if there is none.
+pub fn problem_in(answer: &Value) -> Option<String> {
+    let problem = serde_json::from_value::<Problem>(answer["problem"].clone());
+    problem.ok().map(|problem| problem_text(&problem))
 }
 
 /// Returns the seconds since 1970.

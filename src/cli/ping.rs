@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{
     Client, block_on, fail,
-    output::{problem_text, write_stdout},
+    output::{problem_in, write_stdout},
     percent_encoded,
 };
 use crate::api;
@@ -99,7 +99,7 @@ fn time(reach: &Value) -> String {
 /// Returns what the results of the last round mean together.
 fn summary(round: &Value) -> String {
     let answered = PROBES.map(|probe| round[probe]["round_trip_ms"].is_number());
-    let problem = round["problem"].is_object().then(|| problem_text(&round["problem"]));
+    let problem = problem_in(round);
     let words = match (problem.as_deref(), answered) {
         (Some(problem), _) => problem,
         (None, [_, true, false]) => {

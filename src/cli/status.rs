@@ -3,14 +3,20 @@
 use std::{collections::BTreeMap, fmt::Write as _, process::ExitCode, time::Duration};
 
 use clap::Args;
+use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{
-    Client,
-    leases::slots_text,
-    output::{bad, doubtful, elements, good, problem_text, query_and_print, strong, text, wrapped},
+    Client, block_on, fail,
+    output::{bad, doubtful, good, problem_text, strong, without_control_chars, wrapped},
 };
-use crate::api::{self, ClientError, Verdict};
+use crate::{
+    api::{
+        self, AgentStatus, ApiError, ClientError, Member, MemberState, Reclaiming, SlotCounts,
+        Verdict, VerdictState,
+    },
+    model::PathState,
+};
 
 /// Exit code if the condition of --wait does not hold.
 const NOT_CONVERGED: u8 = 3;
@@ -52,60 +58,60 @@ impl StatusArgs {
 /// Returns the exit code of the verdict; with --wait 0 if the node has converged and enough members are
 /// alive, and 3 if not.
 pub fn status(args: &StatusArgs) -> ExitCode {
-    match query_and_print(&args.client, query_status(args), status_text) {
-        Ok(answer) => match args.wait() {
-            None => exit_code(&answer),
-            Some(seconds) => match unmet(&answer, args.members()) {
-                None => ExitCode::SUCCESS,
-                Some(why) => {
-                    eprintln!("gossamer: gave up after {seconds} s: {why}");
-                    ExitCode::from(NOT_CONVERGED)
-                }
-            },
-        },
-        Err(code) => {
-            if let Some(seconds) = args.wait() {
-                eprintln!("gossamer: gave up after {seconds} s: no agent has answered");
-            }
-            code
+    let (answer, status) = match block_on(query_status(args)) {
+        Ok(Ok(answered)) => answered,
+        Ok(Err(error)) => return failed(args, &error),
+        Err(error) => return fail(error),
+    };
+    args.client.output.print(&answer, |_, wide| status_text(&status, wide));
+    let Some(seconds) = args.wait() else { return ExitCode::from(status.verdict.exit_code()) };
+    match unmet(&status, args.members()) {
+        None => ExitCode::SUCCESS,
+        Some(why) => {
+            eprintln!("gossamer: gave up after {seconds} s: {why}");
+            ExitCode::from(NOT_CONVERGED)
         }
     }
 }
 
-/// Returns the exit code of the verdict. Earlier agents have none.
-fn exit_code(status: &Value) -> ExitCode {
-    let verdict = serde_json::from_value::<Verdict>(status["verdict"].clone());
-    match verdict {
-        Ok(verdict) => ExitCode::from(verdict.exit_code()),
-        Err(_) if status["converged"] == true => ExitCode::SUCCESS,
-        Err(_) => ExitCode::from(NOT_CONVERGED),
+/// Prints why there is no answer, and returns exit code 1.
+fn failed(args: &StatusArgs, error: &ClientError) -> ExitCode {
+    match args.wait() {
+        Some(seconds) => fail(format!("gave up after {seconds} s: {error}")),
+        None => fail(error),
     }
 }
 
 /// Returns what --wait still waits for; `None` if nothing.
-fn unmet(status: &Value, members: usize) -> Option<String> {
-    let alive = alive(status);
+fn unmet(status: &AgentStatus, members: usize) -> Option<String> {
+    let alive = status.members_alive();
     if alive < members {
         return Some(format!("{alive} of {members} members are alive"));
     }
-    if status["converged"] == true {
+    if status.converged {
         return None;
     }
-    let verdict = &status["verdict"];
-    Some(if verdict["state"] == "not-ready" {
-        text(&verdict["text"])
-    } else if status["kernel"]["in_sync"] != true {
+    Some(if status.verdict.state == VerdictState::NotReady {
+        status.verdict.to_string()
+    } else if !status.kernel.in_sync {
         "not converged: the kernel does not equal this node's view".to_owned()
-    } else if status["settled"] != true {
+    } else if !status.settled {
         "not converged: the state differs from that of other members".to_owned()
     } else {
         "not converged".to_owned()
     })
 }
 
-/// Queries the status. With `--wait` it also waits for the socket: the agent may have been started just
-/// now.
-async fn query_status(args: &StatusArgs) -> Result<Value, ClientError> {
+/// Queries the status, as the agent sent it and as a type. With `--wait` it also waits for the socket: the
+/// agent may have been started just now.
+async fn query_status(args: &StatusArgs) -> Result<(Value, AgentStatus), ClientError> {
+    let answer = query_answer(args).await?;
+    let shown = without_control_chars(&answer);
+    let status = api::typed(&args.client.socket(), "/v1/status", shown).await?;
+    Ok((answer, status))
+}
+
+async fn query_answer(args: &StatusArgs) -> Result<Value, ClientError> {
     let socket = &args.client.socket();
     let Some(seconds) = args.wait() else { return api::get(socket, "/v1/status").await };
     let members = args.members();
@@ -115,7 +121,7 @@ async fn query_status(args: &StatusArgs) -> Result<Value, ClientError> {
         loop {
             match api::get(socket, &target).await {
                 // `NoAnswer`: the agent restarts its work, as after reset-identity.
-                Err(ClientError::NoAgent { .. } | ClientError::NoAnswer) => {
+                Err(ClientError::NoAgent { .. } | ClientError::NoAnswer(_)) => {
                     tokio::time::sleep(RETRY_INTERVAL).await;
                 }
                 answer => return answer,
@@ -135,7 +141,7 @@ async fn query_status(args: &StatusArgs) -> Result<Value, ClientError> {
     };
     let answered = tokio::select! {
         answered = answered => answered,
-        () = announced => return Err(ClientError::NoAnswer),
+        () = announced => return Err(ClientError::NoAnswer(ApiError::unanswered())),
     };
     match answered {
         Ok(answer) => answer,
@@ -144,86 +150,98 @@ async fn query_status(args: &StatusArgs) -> Result<Value, ClientError> {
     }
 }
 
-fn status_text(status: &Value, wide: bool) -> String {
+fn status_text(status: &AgentStatus, wide: bool) -> String {
     let mut out = String::new();
-    for problem in elements(&status["problems"]) {
+    for problem in &status.problems {
         let words = wrapped(&problem_text(problem), LABEL_COLUMNS);
         let _ = writeln!(out, "{}   {words}", bad("problem"));
     }
-    for notice in elements(&status["notices"]) {
+    for notice in &status.notices {
         let words = wrapped(&problem_text(notice), LABEL_COLUMNS);
         let _ = writeln!(out, "{}    {words}", doubtful("notice"));
     }
-    let (alive, known) = (alive(status), count(status, |_| true));
-    let verdict = &status["verdict"];
-    let state = match verdict["state"].as_str() {
-        Some("healthy") => good(text(&verdict["text"])),
-        Some("degraded") => doubtful(text(&verdict["text"])),
-        _ => bad(text(&verdict["text"])),
+    let AgentStatus { verdict, kernel, settings, .. } = status;
+    let in_sync = if kernel.in_sync { "in sync" } else { "not in sync" };
+    let networks = settings.iter().flat_map(|settings| settings.pool.networks().iter());
+    let networks: Vec<IpNet> = networks.collect();
+    let of_network = |subnet: Option<IpNet>| match subnet {
+        None => String::new(),
+        Some(subnet) => {
+            let is_around = |network: &&IpNet| network.contains(&subnet);
+            let network = networks.iter().find(is_around).map_or("-".to_owned(), IpNet::to_string);
+            format!("{subnet} of {network}")
+        }
     };
-    let kernel = &status["kernel"];
-    let in_sync = if kernel["in_sync"] == true { "in sync" } else { "not in sync" };
-    let pool = &status["settings"]["pool"];
-    let of_network = |subnet: &Value, network: &Value| match subnet {
-        Value::Null => String::new(),
-        subnet => format!("{} of {}", text(subnet), text(network)),
-    };
-    let node = strong(text(&status["name"]));
     let mut row = |name: &str, value: String| {
         if !value.is_empty() {
             let _ = writeln!(out, "{name:<9} {value}");
         }
     };
-    row("node", format!("{node} ({})", text(&status["node"])));
-    row("state", state);
-    row("cluster", text(&status["cluster"]));
-    row("subnet", of_network(&status["subnet"], &pool["network"]));
-    row("", of_network(&status["subnet6"], &pool["network6"]));
+    row("node", format!("{} ({})", strong(&status.name), status.node));
+    row("state", painted_verdict(verdict, LABEL_COLUMNS));
+    row("cluster", status.cluster.map_or("-".to_owned(), |cluster| cluster.to_string()));
+    row("subnet", of_network(status.subnet));
+    row("", of_network(status.subnet6));
+    let (alive, known) = (status.members_alive(), present(status).count());
     row("members", format!("{alive} alive of {known}{}", members_not_alive(status)));
     row("paths", paths(status));
-    row("slots", slots_text(&status["slots"]));
-    for node in elements(&status["reclaiming"]) {
-        row("reclaims", reclaims(node));
+    let SlotCounts { leased, free, total, .. } = status.slots;
+    row("slots", format!("{leased} leased, {free} free of {total}"));
+    for node in &status.reclaiming {
+        row("reclaims", reclaims(node, status));
     }
-    let interface = text(&kernel["underlay_interface"]);
+    let underlay = kernel.underlay_address.filter(|_| !kernel.underlay_interface.is_empty());
     row(
         "underlay",
-        match interface.as_str() {
-            "" => "none".to_owned(),
-            interface => format!("{} on {interface}", text(&kernel["underlay_address"])),
-        },
+        underlay.map_or("none".to_owned(), |address| {
+            format!("{address} on {}", kernel.underlay_interface)
+        }),
     );
-    row("kernel", format!("{}, mtu {}, {in_sync}", text(&kernel["device"]), kernel["mtu"]));
-    row("repairs", repairs(kernel));
-    row("pods", text(&status["pods"]));
+    let device = kernel.device.as_deref().unwrap_or("-");
+    row("kernel", format!("{device}, mtu {}, {in_sync}", kernel.mtu));
+    let repairs = kernel.repairs.iter().map(|(kind, count)| format!("{count} x {kind}"));
+    row("repairs", repairs.collect::<Vec<_>>().join(", "));
+    row("pods", status.pods.to_string());
     if wide {
-        row("version", text(&status["version"]));
-        row("converged", text(&status["converged"]));
-        row("links", format!("{} connections to members", status["connections"]));
+        row("version", status.version.clone());
+        row("phase", status.phase.name().to_owned());
+        row("converged", if status.converged { "yes" } else { "no" }.to_owned());
+        row("links", format!("{} connections to members", status.connections));
     }
     out
 }
 
+/// Formats a verdict in the color of its state. Every line but the first is indented.
+pub fn painted_verdict(verdict: &Verdict, indent: usize) -> String {
+    let words = wrapped(&verdict.text, indent);
+    match verdict.state {
+        VerdictState::Healthy => good(words),
+        VerdictState::Degraded => doubtful(words),
+        VerdictState::NotReady => bad(words),
+    }
+}
+
+fn present(status: &AgentStatus) -> impl Iterator<Item = &Member> {
+    status.members.iter().filter(|member| member.is_present())
+}
+
 /// Lists members that are not alive, grouped by state.
-fn members_not_alive(status: &Value) -> String {
+fn members_not_alive(status: &AgentStatus) -> String {
     let mut by_state: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for member in elements(&status["members"]) {
-        if is_present(member) && member["liveness"] != "alive" {
-            let state = member["liveness"].as_str().unwrap_or("unknown");
-            by_state.entry(state.to_owned()).or_default().push(text(&member["name"]));
-        }
+    for member in present(status).filter(|member| member.state() != MemberState::Alive) {
+        by_state.entry(member.state().to_string()).or_default().push(member.name.clone());
     }
     let texts = by_state.iter().map(|(state, names)| format!(", {state}: {}", first_names(names)));
     texts.map(doubtful).collect()
 }
 
-fn paths(status: &Value) -> String {
-    let mut by_state: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for path in elements(&status["paths"]) {
-        by_state.entry(text(&path["state"])).or_default().push(text(&path["name"]));
+fn paths(status: &AgentStatus) -> String {
+    let mut by_state: BTreeMap<PathState, Vec<String>> = BTreeMap::new();
+    for path in &status.paths {
+        by_state.entry(path.state).or_default().push(path.name.clone());
     }
-    let ok = by_state.remove("ok").unwrap_or_default().len();
-    let unknown = by_state.remove("unknown").unwrap_or_default().len();
+    let ok = by_state.remove(&PathState::Ok).unwrap_or_default().len();
+    let unknown = by_state.remove(&PathState::Unknown).unwrap_or_default().len();
     if ok + unknown + by_state.len() == 0 {
         return String::new();
     }
@@ -232,27 +250,25 @@ fn paths(status: &Value) -> String {
         let _ = write!(line, ", {unknown} not known yet");
     }
     for (state, names) in by_state {
+        let state = state.name();
         let _ = write!(line, ", {}", bad(format_args!("{state}: {}", first_names(&names))));
     }
     line
 }
 
-fn reclaims(node: &Value) -> String {
-    let waits = match &node["waits_for"] {
-        Value::Array(missing) if missing.is_empty() => "all have acknowledged".to_owned(),
-        Value::Array(missing) => {
-            let names: Vec<String> = missing.iter().map(text).collect();
-            format!("waits for {}", first_names(&names))
+fn reclaims(node: &Reclaiming, status: &AgentStatus) -> String {
+    let waits = match &node.waits_for {
+        Some(missing) if missing.is_empty() => "all have acknowledged".to_owned(),
+        Some(missing) => format!("waits for {}", first_names(missing)),
+        None => {
+            let successor = status.members.iter().find(|member| member.node == node.successor);
+            successor.map_or_else(
+                || format!("by {}", node.successor),
+                |successor| format!("by {}", successor.name),
+            )
         }
-        _ => format!("by {}", text(&node["successor"])),
     };
-    format!("{} subnets of {}, forgotten: {waits}", node["slots"], text(&node["name"]))
-}
-
-fn repairs(kernel: &Value) -> String {
-    let kinds = kernel["repairs"].as_object().into_iter().flatten();
-    let kinds: Vec<String> = kinds.map(|(kind, count)| format!("{count} x {kind}")).collect();
-    kinds.join(", ")
+    format!("{} subnets of {}, forgotten: {waits}", node.slots, node.name)
 }
 
 /// Formats the first names and the number of the others.
@@ -262,14 +278,6 @@ fn first_names(names: &[String]) -> String {
         0 => shown,
         more => format!("{shown} and {more} more"),
     }
-}
-
-fn alive(status: &Value) -> usize {
-    count(status, |member| member["liveness"] == "alive")
-}
-
-fn count(status: &Value, which: impl Fn(&Value) -> bool) -> usize {
-    elements(&status["members"]).filter(|member| is_present(member) && which(member)).count()
 }
 
 /// Returns whether a member has neither left nor been forgotten.

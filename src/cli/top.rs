@@ -17,14 +17,15 @@ use ratatui::{
     text::{Line, Span},
     widgets::{Block, Cell, Paragraph, Row, Table, Wrap},
 };
-use serde_json::Value;
 
-use super::{
-    Client, block_on, fail,
-    output::{elements, problem_text, text},
-    status::is_present,
+use super::{Client, block_on, fail, output::problem_text};
+use crate::{
+    api::{
+        self, AgentStatus, ClientError, EventLevel, Member, MemberState, PastEvents, PathStatus,
+        VerdictState,
+    },
+    model::NodeId,
 };
-use crate::api::{self, ClientError};
 
 /// Time between two refreshes.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
@@ -36,8 +37,9 @@ const EVENT_LINES: u16 = 8;
 /// Data of one screen.
 #[derive(Default)]
 struct Picture {
-    status: Value,
-    events: Vec<Value>,
+    /// `None` before the first answer.
+    status: Option<AgentStatus>,
+    events: Vec<api::Event>,
     /// Bytes per second received and sent by the overlay device.
     traffic: Option<[f64; 2]>,
     /// Why the last query failed.
@@ -82,11 +84,11 @@ fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> i
             block_on(async { tokio::time::timeout(QUERY_TIMEOUT, fetch(&socket)).await })?;
         match response.map_err(|_| format!("the agent does not answer within {QUERY_TIMEOUT:?}")) {
             Ok(Ok((status, events))) => {
-                let device = text(&status["kernel"]["device"]);
-                let now = device_bytes(&device).map(|bytes| (begun, bytes));
+                let device = status.kernel.device.as_deref().unwrap_or_default();
+                let now = device_bytes(device).map(|bytes| (begun, bytes));
                 picture.traffic = previous.zip(now).map(|(before, now)| rate(before, now));
                 previous = now;
-                (picture.status, picture.events, picture.error) = (status, events, None);
+                (picture.status, picture.events, picture.error) = (Some(status), events, None);
             }
             Ok(Err(error)) => picture.error = Some(error.to_string()),
             Err(late) => picture.error = Some(late),
@@ -100,7 +102,7 @@ fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> i
                 draw(&picture)?;
                 continue;
             };
-            let members = elements(&picture.status["members"]).count();
+            let members = picture.status.as_ref().map_or(0, |status| status.members.len());
             match key.code {
                 _ if key.kind != KeyEventKind::Press => continue,
                 KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
@@ -138,10 +140,9 @@ impl Order {
     }
 }
 
-async fn fetch(socket: &Path) -> Result<(Value, Vec<Value>), ClientError> {
-    let status = api::get(socket, "/v1/status").await?;
-    let mut events = api::get(socket, "/v1/events?follow=false").await?;
-    let events = events["events"].as_array_mut().map(std::mem::take).unwrap_or_default();
+async fn fetch(socket: &Path) -> Result<(AgentStatus, Vec<api::Event>), ClientError> {
+    let status = api::get_as(socket, "/v1/status").await?;
+    let PastEvents { events } = api::get_as(socket, "/v1/events?follow=false").await?;
     Ok((status, events))
 }
 
@@ -179,62 +180,57 @@ fn draw(frame: &mut Frame<'_>, picture: &Picture) {
 
 fn head_lines(picture: &Picture) -> Vec<Line<'static>> {
     let Picture { status, traffic, .. } = picture;
-    let kernel = &status["kernel"];
-    let verdict = &status["verdict"];
-    let color = match verdict["state"].as_str() {
-        Some("healthy") => Color::Green,
-        Some("degraded") => Color::Yellow,
-        _ => Color::Red,
+    let Some(status) = status else { return vec![Line::default(); 4] };
+    let AgentStatus { verdict, kernel, slots, .. } = status;
+    let color = match verdict.state {
+        VerdictState::Healthy => Color::Green,
+        VerdictState::Degraded => Color::Yellow,
+        VerdictState::NotReady => Color::Red,
     };
-    let state = Span::styled(text(&verdict["text"]), color);
-    let name = Span::styled(text(&status["name"]), Modifier::BOLD);
-    let subnet = format!(
-        "  {} of {}",
-        text(&status["subnet"]),
-        text(&status["settings"]["pool"]["network"])
-    );
-    let present = || elements(&status["members"]).filter(|member| is_present(member));
-    let alive = present().filter(|member| member["liveness"] == "alive").count();
-    let slots = &status["slots"];
+    let state = Span::styled(verdict.to_string(), color);
+    let name = Span::styled(status.name.clone(), Modifier::BOLD);
+    let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    let subnet = or_none(status.subnet.map(|subnet| subnet.to_string()));
+    let network = status.settings.as_ref().map(|settings| settings.pool.network().to_string());
+    let subnet = format!("  {subnet} of {}", or_none(network));
+    let present = status.members.iter().filter(|member| member.is_present()).count();
     let [inward, outward] =
         traffic.map_or(["-".to_owned(), "-".to_owned()], |t| t.map(format_bits));
-    let repairs: u64 =
-        kernel["repairs"].as_object().into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum();
+    let repairs: u64 = kernel.repairs.values().sum();
     vec![
         Line::from(vec![name, Span::raw("  "), state, Span::raw(subnet)]),
         Line::from(format!(
-            "members {alive} alive of {}   subnets {} leased, {} free   pods {}   repairs {repairs}",
-            present().count(),
-            slots["leased"],
-            slots["free"],
-            status["pods"]
+            "members {} alive of {present}   subnets {} leased, {} free   pods {}   repairs {repairs}",
+            status.members_alive(),
+            slots.leased,
+            slots.free,
+            status.pods
         )),
         Line::from(format!(
             "{} on {}   mtu {}   in {inward}  out {outward}",
-            text(&kernel["device"]),
-            text(&kernel["underlay_interface"]),
-            kernel["mtu"]
+            or_none(kernel.device.clone()),
+            kernel.underlay_interface,
+            kernel.mtu
         )),
         Line::default(),
     ]
 }
 
 fn problem_lines(picture: &Picture) -> Vec<Line<'static>> {
-    let problems = elements(&picture.status["problems"]).map(problem_text);
+    let problems = picture.status.iter().flat_map(|status| &status.problems).map(problem_text);
     let all = picture.error.clone().into_iter().chain(problems);
     all.map(|problem| Line::styled(format!("! {problem}"), Color::Red)).collect()
 }
 
 fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
-    let status = &picture.status;
-    let paths: BTreeMap<&str, &Value> = elements(&status["paths"])
-        .filter_map(|path| Some((path["node"].as_str()?, path)))
+    let paths = picture.status.iter().flat_map(|status| &status.paths);
+    let paths: BTreeMap<NodeId, &PathStatus> = paths.map(|path| (path.node, path)).collect();
+    let members = picture.status.iter().flat_map(|status| &status.members);
+    let mut members: Vec<(&Member, Option<&PathStatus>)> = members
+        .filter(|member| member.is_present())
+        .map(|member| (member, paths.get(&member.node).copied()))
         .collect();
-    let mut members: Vec<(&Value, Option<&Value>)> = elements(&status["members"])
-        .filter(|member| is_present(member))
-        .map(|member| (member, member["node"].as_str().and_then(|id| paths.get(id)).copied()))
-        .collect();
-    let span = |path: &Option<&Value>| path.and_then(|path| path["round_trip_ms"].as_f64());
+    let span = |path: &Option<&PathStatus>| path.and_then(|path| path.round_trip_ms);
     match picture.order {
         Order::Name => {}
         Order::State => members.sort_by_key(|(member, path)| !has_problem(member, *path)),
@@ -244,21 +240,18 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
             });
         }
     }
-    let row = |(member, path): &(&Value, Option<&Value>)| {
-        let state =
-            if member["me"] == true { "this node".to_owned() } else { text(&member["liveness"]) };
-        let way = path.map_or("-".to_owned(), |path| text(&path["state"]));
-        let milliseconds = |key: &str| {
-            let span = path.and_then(|path| path[key].as_f64());
-            span.map_or("-".to_owned(), |span| format!("{span:.2} ms"))
-        };
-        let subnet = elements(&member["subnets"]).next().map(text).unwrap_or_default();
+    let row = |(member, path): &(&Member, Option<&PathStatus>)| {
+        let state = if member.me { "this node".to_owned() } else { member.state().to_string() };
+        let way = path.map_or("-", |path| path.state.name());
+        let milliseconds =
+            |span: Option<f64>| span.map_or("-".to_owned(), |span| format!("{span:.2} ms"));
+        let subnet = member.subnets.first().map(ToString::to_string).unwrap_or_default();
         let cells = [
-            text(&member["name"]),
+            member.name.clone(),
             state,
-            way,
-            milliseconds("underlay_round_trip_ms"),
-            milliseconds("round_trip_ms"),
+            way.to_owned(),
+            milliseconds(path.and_then(|path| path.underlay_round_trip_ms)),
+            milliseconds(path.and_then(|path| path.round_trip_ms)),
             subnet,
         ];
         let style =
@@ -279,20 +272,18 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
     frame.render_widget(table.block(Block::bordered().title("members")), area);
 }
 
-fn has_problem(member: &Value, path: Option<&Value>) -> bool {
-    let way = path.and_then(|path| path["state"].as_str());
-    let is_alive = member["me"] == true || member["liveness"] == "alive";
-    !is_alive || way.is_some_and(|way| !matches!(way, "ok" | "unknown"))
+fn has_problem(member: &Member, path: Option<&PathStatus>) -> bool {
+    let is_alive = member.me || member.state() == MemberState::Alive;
+    !is_alive || path.is_some_and(|path| path.state.is_problem())
 }
 
 fn draw_events(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
-    let line = |event: &Value| {
-        let at = Duration::from_secs_f64(event["at"].as_f64().unwrap_or(0.0));
-        let at =
-            humantime::format_rfc3339_seconds(std::time::SystemTime::UNIX_EPOCH + at).to_string();
-        let style =
-            if event["level"] == "warn" { Style::new().fg(Color::Yellow) } else { Style::new() };
-        Line::styled(format!("{}  {:<8} {}", at, text(&event["kind"]), text(&event["text"])), style)
+    let line = |event: &api::Event| {
+        let at = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs_f64(event.at);
+        let at = humantime::format_rfc3339_seconds(at);
+        let is_warning = event.level == EventLevel::Warn;
+        let style = if is_warning { Style::new().fg(Color::Yellow) } else { Style::new() };
+        Line::styled(format!("{at}  {:<8} {}", event.kind.name(), event.text), style)
     };
     let newest = picture.events.iter().rev().take(usize::from(EVENT_LINES)).map(line);
     let lines: Vec<Line<'_>> = newest.collect();
@@ -318,35 +309,57 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::{
+        core::NodeStatus,
+        model::{Problem, ProblemCode},
+    };
 
     fn picture() -> Picture {
-        let member = |name: &str, me: bool, liveness: &str| {
+        let id = |number: u64| format!("{number:016x}");
+        let member = |number: u64, name: &str, liveness: &str| {
             json!({
-                "name": name, "node": name, "me": me, "liveness": liveness, "left": false,
-                "forgotten": false, "subnets": [format!("10.42.{}.0/24", name.len())],
+                "name": name, "node": id(number), "me": number == 1, "liveness": liveness,
+                "left": false, "forgotten": false, "heard": true, "address": "192.0.2.1:8473",
+                "underlay": "192.0.2.1", "vtep_mac": "02:00:00:00:00:01", "free": 0,
+                "subnets": [format!("10.42.{}.0/24", name.len())],
             })
         };
-        let path = |name: &str, state: &str| {
+        let path = |number: u64, name: &str, state: &str| {
             json!({
-                "node": name, "name": name, "state": state, "round_trip_ms": 0.51,
-                "underlay_round_trip_ms": 0.25,
+                "node": id(number), "name": name, "state": state, "round_trip_ms": 0.51,
+                "underlay_round_trip_ms": 0.25, "pods_answer": false,
             })
         };
-        let status = json!({
-            "name": "n1", "verdict": { "state": "healthy", "text": "healthy" },
+        let node = NodeStatus::waiting(
+            NodeId::UNKNOWN,
+            "n1".parse().expect("a name"),
+            Problem::new(ProblemCode::PathLost, "n300", "the tunnel to n300 is blocked", ""),
+        );
+        let mut status = serde_json::to_value(AgentStatus::of(node)).expect("JSON");
+        let more = json!({
             "subnet": "10.42.2.0/24", "pods": 2,
-            "members": [member("n1", true, "alive"), member("n20", false, "alive"),
-                        member("n300", false, "down")],
-            "paths": [path("n20", "ok"), path("n300", "unanswered")],
-            "slots": { "leased": 3, "free": 252 },
-            "problems": [{ "what": "the tunnel to n300 is blocked", "fix": "" }],
-            "settings": { "pool": { "network": "10.42.0.0/16" } },
-            "kernel": { "device": "gossamer.1", "underlay_interface": "eth0", "mtu": 1450,
-                        "repairs": { "route": 2, "neighbor": 1 } },
+            "members": [member(1, "n1", "alive"), member(2, "n20", "alive"), member(3, "n300", "down")],
+            "paths": [path(2, "n20", "ok"), path(3, "n300", "unanswered")],
+            "slots": { "leased": 3, "free": 252, "own_free": 0, "total": 255 },
+            "settings": {
+                "pool": { "network": "10.42.0.0/16", "subnet_len": 24, "first": 1, "last": 255 },
+                "vni": 1, "vxlan_port": 8472,
+            },
         });
-        let event = json!({ "at": 0.0, "kind": "path", "level": "warn", "text": "lost" });
+        for (key, value) in more.as_object().into_iter().flatten() {
+            status[key] = value.clone();
+        }
+        status["kernel"]["device"] = "gossamer.1".into();
+        status["kernel"]["repairs"] = json!({ "route": 2, "neighbor": 1 });
+        let event = api::Event {
+            number: 1,
+            at: 0.0,
+            kind: api::EventKind::Path,
+            level: EventLevel::Warn,
+            text: "lost".to_owned(),
+        };
         Picture {
-            status,
+            status: Some(serde_json::from_value(status).expect("a status")),
             events: vec![event],
             traffic: Some([125_000.0, 0.0]),
             ..Picture::default()
@@ -366,7 +379,7 @@ mod tests {
         let lines = screen(&picture());
         let all = lines.join("\n");
         for words in [
-            "n1  healthy  10.42.2.0/24 of 10.42.0.0/16",
+            "n1  degraded: 1 problem  10.42.2.0/24 of 10.42.0.0/16",
             "members 2 alive of 3",
             "repairs 3",
             "in 1.0 Mbit/s  out 0 bit/s",

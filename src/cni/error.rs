@@ -73,7 +73,7 @@ impl From<ClientError> for CniError {
                 ),
             },
             // The agent may still be at work. A retry can succeed.
-            ClientError::NoAnswer | ClientError::Broken { .. } => Self {
+            ClientError::NoAnswer(_) | ClientError::Broken { .. } => Self {
                 code: code::TRY_LATER,
                 msg: "the gossamer agent runs on this host and does not answer".to_owned(),
                 details: error.to_string(),
@@ -120,7 +120,7 @@ mod tests {
         let error = CniError::from(ClientError::NoAgent { path: "/run/x.sock".into() });
         assert!(error.details.contains("/run/x.sock") && error.details.contains("the key socket"));
         assert!(!error.details.contains("--socket"), "{}", error.details);
-        let error = CniError::from(ClientError::NoAnswer);
+        let error = CniError::from(ClientError::NoAnswer(api::ApiError::unanswered()));
         assert!(error.code == 11 && error.msg.contains("runs on this host"), "{}", error.msg);
     }
 }

@@ -25,8 +25,8 @@ use super::{
 };
 use crate::{
     api::{
-        self, AttachRequest, Attached, AttachmentName, ClientError, PodError, PodErrorKind,
-        PodStatus,
+        self, ApiError, AttachRequest, Attached, AttachmentName, ClientError, PodError,
+        PodErrorKind, PodStatus,
     },
     model::Attachment,
     pods::wiring::open_netns,
@@ -289,7 +289,7 @@ fn is_unavailable(error: &ClientError) -> bool {
     match error {
         // An agent of another version is about to be restarted.
         ClientError::NoAgent { .. }
-        | ClientError::NoAnswer
+        | ClientError::NoAnswer(_)
         | ClientError::OtherVersion { .. }
         | ClientError::Broken { .. } => true,
         ClientError::NotPermitted { .. } => false,
@@ -371,7 +371,7 @@ fn read<T: DeserializeOwned>(socket: &Path, answer: Value) -> Result<T, ClientEr
     serde_json::from_value(answer).map_err(|error| {
         let error =
             await_answer(async { Err(api::other_version(socket, error.to_string()).await) });
-        error.err().unwrap_or(ClientError::NoAnswer)
+        error.err().unwrap_or_else(|| ClientError::NoAnswer(ApiError::unanswered()))
     })
 }
 

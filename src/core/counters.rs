@@ -1,7 +1,7 @@
 //! Counters of a node, for metrics, status and tests.
 
 /// Counts since the start of this process.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Slots for which two records of one epoch were received (ownership conflicts).
     pub ownership_conflicts: u64,

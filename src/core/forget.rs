@@ -77,7 +77,7 @@ pub enum CannotForget {
 }
 
 /// The progress of reclaiming a forgotten node's slots.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reclaiming {
     /// The forgotten node.
     pub node: NodeId,

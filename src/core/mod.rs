@@ -57,7 +57,7 @@ pub use forget::{CannotForget, Reclaiming};
 pub use gate::Gate;
 pub use io::{Command, Input, Output, Stop, Target};
 pub use slots::Change;
-pub use status::{MemberStatus, NodeStatus, Phase, SlotCounts};
+pub use status::{FreeRange, MemberStatus, NodeStatus, Phase, SlotCounts};
 
 use self::{
     directory::Directory,

@@ -5,19 +5,16 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use ipnet::IpNet;
-use serde::Serialize;
-
 use crate::model::{
     ClusterId, ClusterSettings, Mac, MemberRecord, NodeId, NodeName, Problem, ProblemCode, Run,
     Slot, SlotState,
 };
+use ipnet::IpNet;
 
 use super::{Counters, Liveness, Node, Reclaiming};
 
 /// The phase of a node's membership.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Waiting to start: for a network to join over, or for Kubernetes to assign a subnet.
     Waiting,
@@ -32,7 +29,7 @@ pub enum Phase {
 }
 
 /// The status of a node.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct NodeStatus {
     /// This node's id.
     pub node: NodeId,
@@ -67,7 +64,7 @@ pub struct NodeStatus {
 }
 
 /// Numbers of slots in the cluster.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SlotCounts {
     /// Slots of the pool.
     pub total: u32,
@@ -80,7 +77,7 @@ pub struct SlotCounts {
 }
 
 /// Consecutive free subnets of one owner.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct FreeRange {
     /// The first subnet.
     pub first: IpNet,
@@ -97,7 +94,7 @@ pub struct FreeRange {
 }
 
 /// The status of a member.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct MemberStatus {
     /// The member's id.
     pub node: NodeId,

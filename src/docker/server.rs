@@ -353,10 +353,8 @@ async fn query<T>(
     request: impl FnOnce(Sender<Result<T, PodError>>) -> Request,
 ) -> Result<T, Refusal> {
     match tokio::time::timeout(TIMEOUT, api::submit(&**submit, request)).await {
-        Ok(Some(result)) => result.map_err(|error| Refusal(error.error)),
-        Ok(None) => Err(Refusal(
-            "the gossamer agent gave no answer: it is ending, or has too much to do".to_owned(),
-        )),
+        Ok(Ok(result)) => result.map_err(|error| Refusal(error.error)),
+        Ok(Err(error)) => Err(Refusal(error.message)),
         Err(_) => Err(Refusal(format!(
             "this node has had no subnet in use for {} s: see `gossamer status`",
             TIMEOUT.as_secs()

@@ -75,9 +75,9 @@ fn pack(
     add("doctor.json", &pretty(&serde_json::to_value(findings)?))?;
     add("version.txt", concat!(env!("CARGO_PKG_VERSION"), "\n"))?;
     if let Some(agent) = &examination.agent {
-        add("status.json", &pretty(&agent.status))?;
-        add("kernel-entries.json", &pretty(&agent.routes))?;
-        add("events.json", &pretty(&agent.events))?;
+        for (name, reply) in &agent.replies {
+            add(name, &pretty(reply))?;
+        }
     }
     for path in HOST_FILES {
         if let Ok(text) = files::read_text(Path::new(path), files::SMALL) {

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
-
-use super::{Agent, Examination, Finding, problems_in};
+use super::{Agent, Examination, Finding};
 use crate::{
-    api::block_on,
-    model::{CallError, Problem, ProblemCode},
+    api::{
+        AgentStatus, Event, EventKind, KernelEntry, KernelStatus, Member, MemberState, PathStatus,
+        block_on,
+    },
+    model::{CallError, PathState, Problem, ProblemCode},
     store::read_token,
     transport::{check_seeds, is_own_address, own_address_problem},
     wire::visible,
@@ -23,28 +24,19 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         findings.extend(seeds(examination));
         return;
     };
-    let Agent { status, routes, events } = agent;
+    let Agent { status, routes, events, .. } = agent;
     let paths = paths(status);
     let members = members(status, events);
     let identity = identity(status);
     let of_cluster = [&paths[..], &members, std::slice::from_ref(&identity)].concat();
-    findings
-        .push(Finding::ok("seeds", format!("{} connections to members", status["connections"])));
+    findings.push(Finding::ok("seeds", format!("{} connections to members", status.connections)));
     findings.extend(agent_problems(status, &[&of_cluster[..], findings].concat()));
     findings.extend(members);
     findings.extend(paths);
     findings.extend(addresses(status));
     findings.push(identity);
-    findings.push(offload(status));
+    findings.push(offload(&status.kernel));
     findings.push(tables(routes));
-}
-
-fn each<'a>(value: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
-    value[key].as_array().into_iter().flatten()
-}
-
-fn text<'a>(value: &'a Value, key: &str) -> &'a str {
-    value[key].as_str().unwrap_or_default()
 }
 
 fn no_agent(examination: &Examination) -> Finding {
@@ -61,52 +53,42 @@ const OF_IDENTITY: [ProblemCode; 3] =
     [ProblemCode::DuplicateIdentity, ProblemCode::RolledBack, ProblemCode::OwnershipConflict];
 
 /// Returns the agent's problems that no other check has reported.
-fn agent_problems(status: &Value, findings: &[Finding]) -> Vec<Finding> {
-    let is_told = |problem: &Problem| findings.iter().any(|finding| finding.reports(problem));
-    let mut problems = problems_in(status, "problems");
-    problems.retain(|problem| !is_told(problem));
+fn agent_problems(status: &AgentStatus, findings: &[Finding]) -> Vec<Finding> {
+    let is_told = |problem: &&Problem| findings.iter().any(|finding| finding.reports(problem));
+    let untold = status.problems.iter().filter(|problem| !is_told(problem));
     let mut agent_problems: Vec<Finding> =
-        problems.iter().map(|problem| Finding::of("agent", problem)).collect();
-    if status["converged"] != true && agent_problems.is_empty() {
+        untold.map(|problem| Finding::of("agent", problem)).collect();
+    if !status.converged && agent_problems.is_empty() {
         agent_problems.push(Finding::problem(
             "agent",
-            format!("it has not converged (it is {})", text(status, "phase")),
+            format!("it has not converged (it is {})", status.phase.name()),
             "until then some members cannot reach its pods",
             "run gossamer status --wait; then check its log",
         ));
     }
-    if text(status, "version") != env!("CARGO_PKG_VERSION") {
+    if status.version != env!("CARGO_PKG_VERSION") {
         agent_problems.push(Finding::notice(
             "agent",
-            format!(
-                "it runs version {}, this is {}",
-                text(status, "version"),
-                env!("CARGO_PKG_VERSION")
-            ),
+            format!("it runs version {}, this is {}", status.version, env!("CARGO_PKG_VERSION")),
             "the program was replaced, and the agent still runs the old one",
             "restart it, which interrupts no traffic: systemctl restart gossamer",
         ));
     }
     if agent_problems.is_empty() {
-        agent_problems
-            .push(Finding::ok("agent", format!("converged, with {}", text(status, "subnet"))));
+        let subnet = status.subnet.map(|subnet| subnet.to_string()).unwrap_or_default();
+        agent_problems.push(Finding::ok("agent", format!("converged, with {subnet}")));
     }
     agent_problems
 }
 
-fn members(status: &Value, events: &Value) -> Vec<Finding> {
-    let mut problems = problems_in(status, "problems");
-    problems
-        .retain(|problem| [ProblemCode::MemberDown, ProblemCode::Isolated].contains(&problem.code));
+fn members(status: &AgentStatus, events: &[Event]) -> Vec<Finding> {
+    let codes = [ProblemCode::MemberDown, ProblemCode::Isolated];
+    let problems = status.problems.iter().filter(|problem| codes.contains(&problem.code));
     let mut findings: Vec<Finding> =
-        problems.iter().map(|problem| Finding::of("members", problem)).collect();
-    let present = || {
-        each(status, "members")
-            .filter(|member| member["left"] == false && member["forgotten"] == false)
-    };
+        problems.map(|problem| Finding::of("members", problem)).collect();
     let mut downs: BTreeMap<&str, usize> = BTreeMap::new();
-    for event in each(events, "events").filter(|event| event["kind"] == "member") {
-        if let Some(name) = text(event, "text").strip_suffix(" is down") {
+    for event in events.iter().filter(|event| event.kind == EventKind::Member) {
+        if let Some(name) = event.text.strip_suffix(" is down") {
             *downs.entry(name).or_default() += 1;
         }
     }
@@ -119,24 +101,17 @@ fn members(status: &Value, events: &Value) -> Vec<Finding> {
         ));
     }
     if findings.is_empty() {
-        let alive = present().filter(|member| text(member, "liveness") == "alive").count();
-        findings.push(Finding::ok("members", format!("{alive} alive")));
+        findings.push(Finding::ok("members", format!("{} alive", status.members_alive())));
     }
     findings
 }
 
 /// Returns the remedy for a member that is down. Does not suggest forgetting it if the cause may be this
 /// host.
-fn remedy(status: &Value, name: &str) -> String {
-    let mut paths = each(status, "paths").filter(|path| text(path, "name") == name);
-    if paths.any(|path| path["problem"].is_object()) {
-        return "follow the finding of check `paths` first".to_owned();
-    }
-    let mut others = each(status, "members")
-        .filter(|member| member["node"] != status["node"] && member["left"] == false)
-        .filter(|member| member["forgotten"] == false);
+fn remedy(status: &AgentStatus, name: &str) -> String {
+    let mut others = present(status).filter(|member| !member.me);
     let start = "start its agent";
-    if others.any(|member| text(member, "liveness") == "alive") {
+    if others.any(|member| member.state() == MemberState::Alive) {
         return format!("{start}; if that host is gone for good: gossamer forget {name}");
     }
     format!(
@@ -146,19 +121,23 @@ fn remedy(status: &Value, name: &str) -> String {
     )
 }
 
-fn paths(status: &Value) -> Vec<Finding> {
+fn present(status: &AgentStatus) -> impl Iterator<Item = &Member> {
+    status.members.iter().filter(|member| member.is_present())
+}
+
+fn paths(status: &AgentStatus) -> Vec<Finding> {
     let mut findings: Vec<Finding> = Vec::new();
-    for path in each(status, "paths") {
-        let (name, state) = (text(path, "name"), text(path, "state"));
-        if let Ok(problem) = serde_json::from_value::<Problem>(path["problem"].clone()) {
+    for path in &status.paths {
+        let (name, state) = (&path.name, path.state);
+        if let Some(problem) = &path.problem {
             // One cause may concern several peers.
             if !findings.iter().any(|finding| finding.seen == problem.what) {
-                findings.push(Finding::of("paths", &problem));
+                findings.push(Finding::of("paths", problem));
             }
-        } else if matches!(state, "dead" | "withdrawn") {
+        } else if matches!(state, PathState::Dead | PathState::Withdrawn) {
             findings.push(Finding::problem(
                 "paths",
-                format!("{name} is {state}: neither its agent nor its kernel answers"),
+                format!("{name} is {}: neither its agent nor its kernel answers", state.name()),
                 "its pods are not reached",
                 remedy(status, name),
             ));
@@ -166,18 +145,18 @@ fn paths(status: &Value) -> Vec<Finding> {
     }
     if findings.is_empty() {
         // If packets of pods pass, only probes of that host are dropped, which affects no pod.
-        let is_ok = |path: &&Value| path["state"] == "ok" || path["pods_answer"] == true;
-        let is_bad = |path: &&Value| !is_ok(path) && path["state"] != "unknown";
-        let ok = each(status, "paths").filter(is_ok).count();
-        let count = format!("{ok} of {} ok", each(status, "paths").count());
-        findings.push(match each(status, "paths").find(is_bad) {
+        let is_ok = |path: &&PathStatus| path.state == PathState::Ok || path.pods_answer;
+        let is_bad = |path: &&PathStatus| !is_ok(path) && path.state != PathState::Unknown;
+        let ok = status.paths.iter().filter(is_ok).count();
+        let count = format!("{ok} of {} ok", status.paths.len());
+        findings.push(match status.paths.iter().find(is_bad) {
             None => Finding::ok("paths", count),
             // Another check has reported the cause.
             Some(path) => {
-                let (name, state) = (text(path, "name"), text(path, "state"));
-                let why = match state {
+                let (name, state) = (&path.name, path.state.name());
+                let why = match path.state {
                     // Mixed modes may be intentional.
-                    "asymmetric" => {
+                    PathState::Asymmetric => {
                         "its answers arrive through the tunnel, packets to it go without one, as \
                          with several modes in one cluster: rp_filter or a rule with rpfilter or \
                          fib may drop that; set the same mode on all nodes"
@@ -191,22 +170,26 @@ fn paths(status: &Value) -> Vec<Finding> {
     findings
 }
 
-fn addresses(status: &Value) -> Vec<Finding> {
+/// What members must not share: its name, and its value.
+type SharedField = (&'static str, fn(&Member) -> String);
+
+fn addresses(status: &AgentStatus) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let present: Vec<&Value> = each(status, "members")
-        .filter(|member| member["left"] == false && member["forgotten"] == false)
-        .collect();
-    for (key, what) in [("address", "address"), ("underlay", "underlay address"), ("name", "name")]
-    {
-        let mut holders: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-        for member in &present {
-            let who = format!("{} ({})", text(member, "name"), text(member, "node"));
-            holders.entry(text(member, key)).or_default().push(who);
+    let keys: [SharedField; 3] = [
+        ("address", |member| member.address.to_string()),
+        ("underlay address", |member| member.underlay.to_string()),
+        ("name", |member| member.name.clone()),
+    ];
+    for (what, key) in keys {
+        let mut holders: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for member in present(status) {
+            let who = format!("{} ({})", member.name, member.node);
+            holders.entry(key(member)).or_default().push(who);
         }
         for (value, holders) in holders.into_iter().filter(|(_, holders)| holders.len() > 1) {
             let who = holders.join(", ");
             let gone = "if one of them is the other's earlier installation: gossamer forget ID";
-            findings.push(match key {
+            findings.push(match what {
                 "name" => Finding::notice(
                     "addresses",
                     format!("{} members are called {value}: {who}", holders.len()),
@@ -221,7 +204,7 @@ fn addresses(status: &Value) -> Vec<Finding> {
                 ),
             });
         }
-        if key == "underlay" && !findings.is_empty() {
+        if what == "underlay address" && !findings.is_empty() {
             // The gossip address contains the same address, which is already reported.
             findings.dedup_by_key(|finding| finding.verdict);
         }
@@ -232,46 +215,40 @@ fn addresses(status: &Value) -> Vec<Finding> {
     findings
 }
 
-fn identity(status: &Value) -> Finding {
-    let problems = problems_in(status, "problems");
-    match problems.iter().find(|problem| OF_IDENTITY.contains(&problem.code)) {
+fn identity(status: &AgentStatus) -> Finding {
+    match status.problems.iter().find(|problem| OF_IDENTITY.contains(&problem.code)) {
         Some(problem) => Finding::of("identity", problem),
-        None => Finding::ok("identity", format!("this node alone is {}", text(status, "node"))),
+        None => Finding::ok("identity", format!("this node alone is {}", status.node)),
     }
 }
 
-fn offload(status: &Value) -> Finding {
-    let kernel = &status["kernel"];
-    if kernel["checksum_offload_fails"] == true {
+fn offload(kernel: &KernelStatus) -> Finding {
+    if kernel.checksum_offload_fails {
         return Finding::notice(
             "offload",
             "packets whose checksums were left to the network card did not arrive",
             "the kernel computes them since then, which costs some throughput",
             format!(
                 "update the driver or firmware of {}, then restart the agent",
-                text(kernel, "underlay_interface")
+                kernel.underlay_interface
             ),
         );
     }
     Finding::ok("offload", "checksums arrive correctly")
 }
 
-fn tables(routes: &Value) -> Finding {
-    let differ: Vec<&Value> =
-        each(routes, "entries").filter(|entry| entry["verdict"] != "same").collect();
+fn tables(routes: &[KernelEntry]) -> Finding {
+    let differ: Vec<&KernelEntry> = routes.iter().filter(|entry| entry.verdict != "same").collect();
     match differ.first() {
-        None => Finding::ok(
-            "tables",
-            format!("{} entries, all correct", each(routes, "entries").count()),
-        ),
+        None => Finding::ok("tables", format!("{} entries, all correct", routes.len())),
         Some(first) => Finding::problem(
             "tables",
             format!(
                 "{} entries of the kernel differ, the first: {} {} is {}",
                 differ.len(),
-                text(first, "table"),
-                text(first, "key"),
-                text(first, "verdict")
+                first.table,
+                first.key,
+                first.verdict
             ),
             "another program changes them faster than the agent repairs them, or the kernel refuses them",
             "gossamer routes --differences; see what else manages routes here (NetworkManager, FRR)",
@@ -332,15 +309,35 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::{super::Verdict, *};
+    use crate::{
+        api::EventLevel,
+        core::NodeStatus,
+        model::{Liveness, NodeId},
+    };
 
-    fn member(name: &str, address: &str) -> Value {
-        json!({
-            "name": name, "node": format!("id-{name}"), "address": address, "liveness": "alive",
-            "underlay": address.split(':').next(), "left": false, "forgotten": false,
-        })
+    fn member(name: &str, address: &str) -> Member {
+        let address: std::net::SocketAddr = address.parse().expect("an address");
+        Member {
+            node: NodeId::UNKNOWN,
+            name: name.to_owned(),
+            me: false,
+            liveness: Some(Liveness::Alive),
+            left: false,
+            forgotten: false,
+            heard: true,
+            address,
+            underlay: address.ip(),
+            vtep_mac: "02:00:00:00:00:01".parse().expect("a MAC"),
+            subnets: Vec::new(),
+            free: 0,
+        }
+    }
+
+    fn status(members: Vec<Member>) -> AgentStatus {
+        let problem = Problem::new(ProblemCode::Starting, Problem::HOST, "starting", "");
+        let node = NodeStatus::waiting(NodeId::UNKNOWN, "n1".parse().expect("a name"), problem);
+        AgentStatus { members, problems: Vec::new(), converged: true, ..AgentStatus::of(node) }
     }
 
     fn is_bad(finding: &Finding, words: &str) -> bool {
@@ -349,41 +346,47 @@ mod tests {
 
     #[test]
     fn shared_address_or_name_is_reported_once() {
-        let members = [member("a", "192.0.2.1:8473"), member("b", "192.0.2.1:8473")];
-        let found = addresses(&json!({ "members": members }));
+        let of = |first, second| addresses(&status(vec![first, second]));
+        let found = of(member("a", "192.0.2.1:8473"), member("b", "192.0.2.1:8473"));
         assert!(found.len() == 1 && is_bad(&found[0], "the address 192.0.2.1:8473"), "{found:?}");
         // Two members behind one address with two ports.
-        let members = [member("a", "192.0.2.1:1"), member("b", "192.0.2.1:2")];
-        let found = addresses(&json!({ "members": members }));
+        let found = of(member("a", "192.0.2.1:1"), member("b", "192.0.2.1:2"));
         assert!(found.len() == 1 && is_bad(&found[0], "the underlay address"), "{found:?}");
-        let members = [member("a", "192.0.2.1:8473"), member("a", "192.0.2.2:8473")];
-        let found = addresses(&json!({ "members": members }));
+        let found = of(member("a", "192.0.2.1:8473"), member("a", "192.0.2.2:8473"));
         assert!(found.len() == 1 && is_bad(&found[0], "are called a"), "{found:?}");
-        let members = [member("a", "192.0.2.1:8473"), member("b", "192.0.2.2:8473")];
-        assert_eq!(addresses(&json!({ "members": members }))[0].verdict, Verdict::Ok);
+        let found = of(member("a", "192.0.2.1:8473"), member("b", "192.0.2.2:8473"));
+        assert_eq!(found[0].verdict, Verdict::Ok);
     }
 
     #[test]
     fn flapping_member_is_reported() {
-        let status = json!({ "members": [member("a", "192.0.2.1:8473")] });
-        let down = json!({ "kind": "member", "text": "a is down" });
-        let events = |count| json!({ "events": vec![down.clone(); count] });
-        assert_eq!(members(&status, &events(DOWNS_UNTIL_FLAPPING - 1))[0].verdict, Verdict::Ok);
-        assert!(is_bad(&members(&status, &events(DOWNS_UNTIL_FLAPPING))[0], "a was down 3 times"));
+        let status = status(vec![member("a", "192.0.2.1:8473")]);
+        let down = Event {
+            number: 1,
+            at: 0.0,
+            kind: EventKind::Member,
+            level: EventLevel::Warn,
+            text: "a is down".to_owned(),
+        };
+        let found = |count| members(&status, &vec![down.clone(); count]);
+        assert_eq!(found(DOWNS_UNTIL_FLAPPING - 1)[0].verdict, Verdict::Ok);
+        assert!(is_bad(&found(DOWNS_UNTIL_FLAPPING)[0], "a was down 3 times"));
     }
 
     #[test]
     fn duplicate_identity_bad_offload_and_wrong_entries_are_reported() {
         let what = "this node's key is in use twice: its state directory was copied";
         let problem = Problem::new(ProblemCode::DuplicateIdentity, "192.0.2.7:8473", what, "");
-        let status = json!({ "problems": [problem], "converged": true });
+        let status = AgentStatus { problems: vec![problem], ..status(Vec::new()) };
         let found = identity(&status);
         assert!(is_bad(&found, what));
         let others = agent_problems(&status, &[found]);
         assert!(!others.iter().any(|other| is_bad(other, what)), "it is reported once: {others:?}");
-        let status = json!({ "kernel": { "checksum_offload_fails": true } });
-        assert!(is_bad(&offload(&status), "checksums"));
-        let entry = json!({ "table": "fdb", "key": "aa", "verdict": "missing" });
-        assert!(is_bad(&tables(&json!({ "entries": [entry] })), "fdb aa is missing"));
+        let kernel = KernelStatus { checksum_offload_fails: true, ..KernelStatus::default() };
+        assert!(is_bad(&offload(&kernel), "checksums"));
+        let [table, key, verdict] = ["fdb", "aa", "missing"].map(str::to_owned);
+        let (peer, wanted, found) = (None, None, Vec::new());
+        let entry = KernelEntry { table, key, peer, wanted, found, verdict };
+        assert!(is_bad(&tables(&[entry]), "fdb aa is missing"));
     }
 }

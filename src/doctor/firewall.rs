@@ -1,12 +1,12 @@
 //! Checks of other programs' chains: what they drop at gossamer's ports, and of packets of pods.
 
 use ipnet::IpNet;
-use serde_json::Value;
 
 use super::{Examination, Finding, Verdict};
 use crate::{
+    api::{CheckState, PathStatus},
     dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port},
-    model::ProblemCode,
+    model::{PathState, ProblemCode},
 };
 
 /// Runs the checks `firewall`, `forwarding` and `docker`.
@@ -26,12 +26,10 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     };
     // If packets are known to arrive, the reading of the rules has missed one that accepts them.
     let is_tunnel = |port: u16| port == numbers.vxlan_port;
-    let paths =
-        || examination.status().and_then(|status| status["paths"].as_array()).into_iter().flatten();
-    let is_open = |path: &Value| path["state"] == "ok" || path["pods_answer"] == true;
+    let paths = || examination.status().into_iter().flat_map(|status| &status.paths);
+    let is_open = |path: &PathStatus| path.state == PathState::Ok || path.pods_answer;
     let tunnels_work = paths().count() > 0 && paths().all(is_open);
-    let gossip_works =
-        examination.status().is_some_and(|status| status["connections"].as_u64() > Some(0));
+    let gossip_works = examination.status().is_some_and(|status| status.connections > 0);
     // Gossip sends so few packets that no rate limit affects it.
     for limited in closed.iter().filter(|closed| closed.limited && is_tunnel(closed.port)) {
         let ClosedPort { chain, port, .. } = limited;
@@ -103,12 +101,12 @@ fn forwarding(
     chains: &ForeignChains,
     networks: &[IpNet],
 ) -> Vec<Finding> {
-    let tried = examination.status().map(|status| &status["kernel"]["forwarding"]);
-    let detail = tried.and_then(|tried| tried["detail"].as_str()).unwrap_or("no agent tests it");
+    let tried = examination.status().map(|status| &status.kernel.forwarding);
+    let detail = tried.map_or("no agent tests it", |tried| &tried.detail);
     let detail = if detail.is_empty() { "not tested yet" } else { detail };
-    match tried.and_then(|tried| tried["state"].as_str()) {
-        Some("ok") => return vec![Finding::ok("forwarding", detail)],
-        Some("failing") => {
+    match tried.map(|tried| tried.state) {
+        Some(CheckState::Ok) => return vec![Finding::ok("forwarding", detail)],
+        Some(CheckState::Failing) => {
             let findings = examination.problems(&OF_FORWARDING).map(|problem| {
                 let why = match problem.code {
                     ProblemCode::SourceTranslated => {
@@ -119,7 +117,7 @@ fn forwarding(
                     }
                     _ => "pods here do not reach other pods, or other pods do not reach them",
                 };
-                Finding { why: Some(why.to_owned()), ..Finding::of("forwarding", &problem) }
+                Finding { why: Some(why.to_owned()), ..Finding::of("forwarding", problem) }
             });
             let findings: Vec<Finding> = findings.collect();
             if findings.is_empty() {

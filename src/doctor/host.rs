@@ -3,7 +3,7 @@
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv4Addr, UdpSocket},
+    net::{Ipv4Addr, UdpSocket},
 };
 
 use nix::sched::{CloneFlags, unshare};
@@ -16,7 +16,7 @@ use crate::{
         firewall::Firewall,
         kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
-    model::{Pool, ProblemCode},
+    model::ProblemCode,
     netlink::{Netlink, in_thread, link::Link},
     pods::{obstacle::obstacle, standin::OWN_ALIAS},
     underlay,
@@ -159,14 +159,15 @@ fn kernel() -> Finding {
 
 /// Checks the underlay and returns the interface's name.
 fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<String> {
-    let kernel = examination.status().map(|status| &status["kernel"]);
-    if let Some((name, address)) = kernel.and_then(|kernel| {
-        let name = kernel["underlay_interface"].as_str().filter(|name| !name.is_empty());
-        Some((name?, kernel["underlay_address"].as_str()?))
-    }) {
+    let kernel = examination.status().map(|status| &status.kernel);
+    let kernel = kernel.filter(|kernel| !kernel.underlay_interface.is_empty());
+    if let Some((address, kernel)) =
+        kernel.and_then(|kernel| Some((kernel.underlay_address?, kernel)))
+    {
         // The agent reports problems of the underlay itself.
+        let name = kernel.underlay_interface.clone();
         findings.push(Finding::ok("underlay", format!("{address} on {name}")));
-        return Some(name.to_owned());
+        return Some(name);
     }
     let config = examination.config.as_ref().ok()?;
     let chosen = Netlink::open().map_err(|error| error.to_string()).and_then(|mut netlink| {
@@ -269,14 +270,11 @@ fn bridge(examination: &Examination, links: &[Link], numbers: &Numbers) -> Optio
 /// Checks for interfaces whose networks overlap the overlay's.
 fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
     let Ok(mut netlink) = Netlink::open() else { return };
-    let own: Vec<ipnet::IpNet> = ["subnet", "subnet6"]
-        .into_iter()
-        .filter_map(|key| examination.status()?[key].as_str()?.parse().ok())
-        .collect();
-    let has_all_routes =
-        examination.status().is_none_or(|status| status["kernel"]["peers_in_use"].is_null());
-    let pool = examination.status().map(|status| status["settings"]["pool"].clone());
-    let pool = pool.and_then(|pool| serde_json::from_value::<Pool>(pool).ok());
+    let status = examination.status();
+    let own = status.into_iter().flat_map(|status| status.subnet.iter().chain(&status.subnet6));
+    let own: Vec<ipnet::IpNet> = own.copied().collect();
+    let has_all_routes = status.is_none_or(|status| status.kernel.peers_in_use.is_none());
+    let pool = status.and_then(|status| status.settings).map(|settings| settings.pool);
     let problems = overlaps(&mut netlink, &numbers.networks, pool.as_ref(), &own, has_all_routes);
     let problems = problems.unwrap_or_default();
     findings.extend(problems.iter().map(|problem| {
@@ -291,9 +289,7 @@ fn tunnel_overhead(examination: &Examination, mode: Mode) -> u32 {
     if mode == Mode::HostGw {
         return 0;
     }
-    let address = examination
-        .status()
-        .and_then(|status| status["kernel"]["underlay_address"].as_str()?.parse::<IpAddr>().ok());
+    let address = examination.status().and_then(|status| status.kernel.underlay_address);
     overhead(address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()))
 }
 
@@ -325,7 +321,7 @@ fn mtu(
         ));
     }
     let ipv6_problems = examination.problems(&[ProblemCode::Ipv6LeftOut]);
-    findings.extend(ipv6_problems.map(|problem| Finding::of("mtu", &problem)));
+    findings.extend(ipv6_problems.map(|problem| Finding::of("mtu", problem)));
     let has_ipv6 = examination.numbers().networks.iter().any(|network| network.addr().is_ipv6());
     let is_unreported = examination.agent.is_none() && has_ipv6;
     if let Some(mtu) = own.filter(|mtu| is_unreported && *mtu < IPV6_MTU_MIN) {

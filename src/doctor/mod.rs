@@ -18,7 +18,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::{
-    api::{self, VerdictState},
+    api::{self, AgentStatus, Event, KernelEntry, VerdictState},
     config::{Config, ConfigError, DEFAULT_VXLAN_PORT, Instance},
     model::{Problem, ProblemCode, Severity},
 };
@@ -158,20 +158,20 @@ pub struct Examination {
 
 /// Replies of the agent.
 pub struct Agent {
-    /// Reply of `/v1/status`.
-    pub status: Value,
-    /// Reply of `/v1/routes`.
-    pub routes: Value,
+    /// The status.
+    pub status: AgentStatus,
+    /// The kernel entries that the agent wants, and those that exist.
+    pub routes: Vec<KernelEntry>,
     /// The stored events.
-    pub events: Value,
+    pub events: Vec<Event>,
+    /// The same replies as the agent sent them, with the names of their files in the support archive.
+    pub replies: Vec<(&'static str, Value)>,
 }
 
 /// Returns the verdict: that of the agent, with the problems of all checks.
 pub fn verdict(examination: &Examination, findings: &[Finding]) -> api::Verdict {
-    let reported = examination.status().map(|status| status["verdict"].clone());
-    let reported = reported.and_then(|verdict| serde_json::from_value(verdict).ok());
-    match reported {
-        Some(verdict @ api::Verdict { state: VerdictState::NotReady, .. }) => verdict,
+    match examination.status().map(|status| &status.verdict) {
+        Some(verdict) if verdict.state == VerdictState::NotReady => verdict.clone(),
         _ => {
             let problems = findings.iter().filter(|finding| finding.verdict == Verdict::Problem);
             api::Verdict::new(None, problems.count())
@@ -201,26 +201,20 @@ struct Numbers {
     networks: Vec<ipnet::IpNet>,
 }
 
-/// Returns the problems or notices in a status.
-fn problems_in(status: &Value, key: &str) -> Vec<Problem> {
-    let all = status[key].as_array().into_iter().flatten();
-    all.filter_map(|problem| serde_json::from_value(problem.clone()).ok()).collect()
-}
-
 impl Examination {
-    fn status(&self) -> Option<&Value> {
+    fn status(&self) -> Option<&AgentStatus> {
         self.agent.as_ref().map(|agent| &agent.status)
     }
 
     /// Returns the agent's problems of these codes.
-    fn problems(&self, codes: &[ProblemCode]) -> impl Iterator<Item = Problem> {
-        let problems = self.status().map(|status| problems_in(status, "problems"));
-        problems.unwrap_or_default().into_iter().filter(|problem| codes.contains(&problem.code))
+    fn problems(&self, codes: &[ProblemCode]) -> impl Iterator<Item = &Problem> {
+        let problems = self.status().into_iter().flat_map(|status| &status.problems);
+        problems.filter(|problem| codes.contains(&problem.code))
     }
 
     /// Returns the agent's notices.
-    fn notices(&self) -> Vec<Problem> {
-        self.status().map(|status| problems_in(status, "notices")).unwrap_or_default()
+    fn notices(&self) -> &[Problem] {
+        self.status().map_or(&[], |status| &status.notices)
     }
 
     /// Returns the id of the process that owns the control socket.
@@ -232,30 +226,23 @@ impl Examination {
 
     fn numbers(&self) -> Numbers {
         let config = self.config.as_ref().ok();
-        let settings = self.status().map(|status| &status["settings"]);
-        let number = |key: &str| settings.and_then(|settings| settings[key].as_u64());
-        let networks = ["network", "network6"].map(|key| {
-            let text = settings.and_then(|settings| settings["pool"][key].as_str());
-            text.and_then(|text| text.parse().ok())
-        });
-        let mut networks: Vec<_> = networks.into_iter().flatten().collect();
+        let settings = self.status().and_then(|status| status.settings);
+        let networks = settings.map(|settings| settings.pool.networks());
+        let mut networks: Vec<_> =
+            networks.into_iter().flat_map(|networks| networks.iter()).collect();
         if networks.is_empty() {
             networks.extend(config.and_then(|config| config.wish.network));
         }
-        let me = self.status().and_then(|status| {
-            let mut members = status["members"].as_array()?.iter();
-            let me = members.find(|member| member["me"] == true)?;
-            me["address"].as_str()?.parse::<std::net::SocketAddr>().ok()
-        });
+        let members = self.status().into_iter().flat_map(|status| &status.members);
+        let me = members.filter(|member| member.me).map(|me| me.address).next();
         let configured = config.map_or(Instance::default().port(), |config| {
             config.listen.map_or(config.port, |listen| listen.port())
         });
         let wish = config.and_then(|config| config.wish.vxlan_port);
-        let vxlan_port = number("vxlan_port").and_then(|port| u16::try_from(port).ok());
+        let vni = settings.map(|settings| settings.vni);
+        let vxlan_port = settings.map(|settings| settings.vxlan_port);
         Numbers {
-            vni: number("vni")
-                .and_then(|vni| u32::try_from(vni).ok())
-                .unwrap_or_else(|| config.map_or(1, |c| c.vni)),
+            vni: vni.unwrap_or_else(|| config.map_or(1, |c| c.vni)),
             vxlan_port: vxlan_port.or(wish).unwrap_or(DEFAULT_VXLAN_PORT),
             gossip_port: me.map_or(configured, |me| me.port()),
             networks,

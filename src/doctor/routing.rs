@@ -4,6 +4,7 @@ use ipnet::IpNet;
 
 use super::{Examination, Finding};
 use crate::{
+    api::{CheckState, CheckStatus},
     dataplane::{desired::device_name, kernel::Kernel},
     model::ProblemCode,
     netlink::{Netlink, route::Query},
@@ -18,14 +19,13 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     let Some(status) = examination.status() else {
         return findings.push(without_agent(&device_name(examination.numbers().vni)));
     };
-    let check = &status["kernel"]["routing"];
-    let detail = check["detail"].as_str().unwrap_or("the agent is of another version");
-    match check["state"].as_str() {
-        Some("ok") => findings.push(Finding::ok("routing", detail)),
-        Some("failing") => {
+    let CheckStatus { state, detail } = &status.kernel.routing;
+    match state {
+        CheckState::Ok => findings.push(Finding::ok("routing", detail)),
+        CheckState::Failing => {
             let problems = examination.problems(&[ProblemCode::Diverted]);
             let problems: Vec<Finding> =
-                problems.map(|problem| Finding::of("routing", &problem)).collect();
+                problems.map(|problem| Finding::of("routing", problem)).collect();
             if problems.is_empty() {
                 let seen = format!("{detail}: see the other checks");
                 findings.push(Finding::skipped("routing", seen));

@@ -211,11 +211,10 @@ fn token(examination: &Examination, config: &Config) -> Finding {
             );
         }
     };
-    let in_cluster = examination.status().and_then(|status| status["cluster"].as_str());
+    let in_cluster = examination.status().and_then(|status| status.cluster);
     let given = config.token.as_ref().and_then(Token::known_cluster);
     let known = saved.as_ref().and_then(Token::known_cluster);
-    let ours = in_cluster.map(str::to_owned).or(known.map(|cluster| cluster.to_string()));
-    match (given.map(|cluster| cluster.to_string()), ours) {
+    match (given, in_cluster.or(known)) {
         (Some(given), Some(ours)) if given != ours => Finding::problem(
             "token",
             format!("the token is of cluster {given}, this host is in {ours}"),

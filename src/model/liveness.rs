@@ -1,9 +1,10 @@
 //! What gossip holds of a member.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The state of a member in gossip.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Liveness {
     /// It answers probes.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// State of the path to one peer. Part of messages between members: new variants are only appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum PathState {
     /// No request was answered yet, and too few were lost for a conclusion.
@@ -39,6 +40,21 @@ impl PathState {
             Self::Dead => "neither its agent nor its kernel answers",
             Self::PartlyLost => "those of some flows are lost, others arrive",
             Self::Withdrawn => "its subnet is unreachable until it answers again",
+        }
+    }
+
+    /// Returns the name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Ok => "ok",
+            Self::Unanswered => "unanswered",
+            Self::OneWay => "one-way",
+            Self::Asymmetric => "asymmetric",
+            Self::MtuTooLarge => "mtu-too-large",
+            Self::Dead => "dead",
+            Self::Withdrawn => "withdrawn",
+            Self::PartlyLost => "partly-lost",
         }
     }
 

@@ -99,7 +99,7 @@ pub(in crate::agent) struct KernelState {
     /// Number of kernel operations since the start.
     pub(in crate::agent) operations: u64,
     /// Number of repaired changes of other programs, by kind.
-    pub(in crate::agent) repairs: BTreeMap<&'static str, u64>,
+    pub(in crate::agent) repairs: BTreeMap<String, u64>,
     /// When a repair of each kind was last logged, and the number of repairs since.
     pub(in crate::agent) logged: BTreeMap<&'static str, (Option<Instant>, u64)>,
 }

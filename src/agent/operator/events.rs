@@ -12,7 +12,10 @@ use tokio::sync::broadcast;
 
 use crate::{
     agent::Agent,
-    api::{Event, EventFeed, EventKind, EventLevel, MemberState, SAMPLE_INTERVAL, Sample},
+    api::{
+        ApiError, ApiErrorCode, Event, EventFeed, EventKind, EventLevel, Member, MemberState,
+        SAMPLE_INTERVAL, Sample,
+    },
     model::{NodeId, PathState, Problem, ProblemKey, Severity},
     wire::visible,
 };
@@ -148,9 +151,10 @@ impl Journal {
     ///
     /// # Errors
     /// Fails when there are too many readers.
-    pub(in crate::agent) fn feed(&self) -> Result<EventFeed, String> {
+    pub(in crate::agent) fn feed(&self) -> Result<EventFeed, ApiError> {
         if self.live.receiver_count() >= MAX_READERS {
-            return Err(format!("{MAX_READERS} readers of events already: end one of them"));
+            let why = format!("{MAX_READERS} readers of events already: end one of them");
+            return Err(ApiError::new(ApiErrorCode::Busy, why));
         }
         Ok(EventFeed { past: self.past(), live: self.live.subscribe() })
     }
@@ -182,7 +186,7 @@ impl Agent {
 
     /// Counts repairs of changes by another program, and adds an event.
     pub(in crate::agent) fn record_repair(&mut self, kind: &'static str, count: u64) {
-        *self.kernel.repairs.entry(kind).or_default() += count;
+        *self.kernel.repairs.entry(kind.to_owned()).or_default() += count;
         let text = format!("repaired changes by another program: {count} x {kind}");
         self.journal.note(EventKind::Repair, EventLevel::Warn, text);
     }
@@ -209,9 +213,10 @@ impl Agent {
             return;
         }
         let members = self.node.status().members;
-        let members = members.iter().filter(|member| !member.me);
+        let members = members.into_iter().filter(|member| !member.me);
         let now: BTreeMap<_, _> = members
-            .map(|member| (member.node, (member.name.to_string(), MemberState::of(member))))
+            .map(Member::from)
+            .map(|member| (member.node, (member.name.clone(), member.state())))
             .collect();
         let before = std::mem::replace(&mut self.journal.snapshot.members, now);
         let (mut good, mut bad) = (Vec::new(), Vec::new());

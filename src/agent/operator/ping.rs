@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::inquiries::Purpose;
 use crate::{
     agent::Agent,
-    api::{PingReport, Reach},
+    api::{ApiError, ApiErrorCode, PingReport, Reach},
     icmp,
     model::NodeId,
     pods::gateway,
@@ -34,7 +34,7 @@ pub(in crate::agent) struct PingRound {
     sequences: [Option<u16>; 2],
     /// Whether the agent has answered, or cannot be reached.
     agent_done: bool,
-    reply: oneshot::Sender<Result<PingReport, String>>,
+    reply: oneshot::Sender<Result<PingReport, ApiError>>,
 }
 
 impl PingRound {
@@ -56,10 +56,11 @@ impl Agent {
     pub(in crate::agent) fn begin_ping(
         &mut self,
         member: &str,
-        reply: oneshot::Sender<Result<PingReport, String>>,
+        reply: oneshot::Sender<Result<PingReport, ApiError>>,
     ) {
         if self.ping_rounds.len() >= MAX_ROUNDS {
-            let _ = reply.send(Err("too many pings in progress".to_owned()));
+            let busy = ApiError::new(ApiErrorCode::Busy, "too many pings in progress");
+            let _ = reply.send(Err(busy));
             return;
         }
         let begun = Instant::now();
@@ -86,14 +87,15 @@ impl Agent {
     }
 
     /// Sends an inquiry to the agent of a member, given by name or id. Returns the member.
-    fn ping_target(&mut self, member: &str) -> Result<NodeId, String> {
-        let node = self.node.find(member)?;
+    fn ping_target(&mut self, member: &str) -> Result<NodeId, ApiError> {
+        let not_found = |why| ApiError::new(ApiErrorCode::NotFound, why);
+        let node = self.node.find(member).map_err(not_found)?;
         if node == self.node.id() {
-            return Err("the member is this node itself".to_owned());
+            return Err(not_found("the member is this node itself".to_owned()));
         }
         match self.inquire(node, Purpose::Ping, &Inquiry::Ping) {
             true => Ok(node),
-            false => Err(format!("the address of {member} is not known")),
+            false => Err(not_found(format!("the address of {member} is not known"))),
         }
     }
 

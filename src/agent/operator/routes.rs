@@ -6,13 +6,13 @@ use tokio::sync::oneshot::Sender;
 
 use crate::{
     agent::{Agent, workers::programmer::Tables},
-    api::KernelEntry,
+    api::{ApiError, KernelEntry},
     dataplane::compare::{Entry, Key, Verdict, compare},
 };
 
 impl Agent {
     /// Sends the comparison to `reply`. The kernel thread reads the tables between two of its tasks.
-    pub(in crate::agent) fn show_routes(&self, reply: Sender<Result<Vec<KernelEntry>, String>>) {
+    pub(in crate::agent) fn show_routes(&self, reply: Sender<Result<Vec<KernelEntry>, ApiError>>) {
         let mut names: BTreeMap<Key, String> = BTreeMap::new();
         for (node, peer) in self.kernel.wanted.iter().flat_map(|view| &view.peers) {
             let name = self.node.name_of(*node);
@@ -23,7 +23,7 @@ impl Agent {
             }
         }
         self.programmer.read_tables(move |tables: Result<Tables, String>| {
-            let _ = reply.send(tables.map(|(wanted, actual)| {
+            let _ = reply.send(tables.map_err(ApiError::from).map(|(wanted, actual)| {
                 let entries = compare(&wanted, &actual);
                 entries.into_iter().map(|(key, entry)| row(key, entry, &names)).collect()
             }));
@@ -44,5 +44,6 @@ fn row(key: Key, entry: Entry, names: &BTreeMap<Key, String>) -> KernelEntry {
         Verdict::Surplus => "surplus",
     };
     let (peer, Entry { wanted, found }) = (names.get(&key).cloned(), entry);
+    let (table, verdict) = (table.to_owned(), verdict.to_owned());
     KernelEntry { table, key: text, peer, wanted, found, verdict }
 }

@@ -11,14 +11,14 @@ use tokio::sync::oneshot::Sender;
 
 use crate::{
     agent::{Agent, operator::survey::Findings, workers::archive::SavedFile},
-    api::{EventKind, EventLevel, SecretStep},
+    api::{ApiError, EventKind, EventLevel, SecretStep},
     core::ReplyId,
     model::{NodeId, Text},
     transport::{Credentials, NodeKey},
     wire::{Inquiry, InquiryAnswer, Keyring, Report, SecretId, SecretOrder, Token},
 };
 
-type Reply = Sender<Result<Value, String>>;
+type Reply = Sender<Result<Value, ApiError>>;
 
 /// Refusal of secret changes with subnets assigned from outside.
 const REFUSED_WITH_POD_CIDR: &str = "with lease_source = \"podcidr\" the cluster's id follows \
@@ -69,7 +69,7 @@ impl Agent {
     /// Carries out an operator's step on all members.
     pub(in crate::agent) fn change_secret(&mut self, step: SecretStep, force: bool, reply: Reply) {
         if self.config.pod_cidr.is_some() {
-            return drop(reply.send(Err(REFUSED_WITH_POD_CIDR.to_owned())));
+            return drop(reply.send(Err(REFUSED_WITH_POD_CIDR.to_owned().into())));
         }
         let members: Vec<NodeId> = self.node.peers().collect();
         match step {
@@ -85,7 +85,7 @@ impl Agent {
                 if !self.keyring.accepts(id) {
                     let why =
                         format!("secret {id} is unknown on this node: see `gossamer secret list`");
-                    return drop(reply.send(Err(why)));
+                    return drop(reply.send(Err(why.into())));
                 }
                 let ready = move |report: &Report| report.secrets.contains(&id);
                 let lack = format!("do not have secret {id} (run `gossamer secret add` again)");
@@ -94,7 +94,7 @@ impl Agent {
             SecretStep::Drop(id) => {
                 if self.keyring.in_use().id() == id {
                     let why = format!("secret {id} is in use: switch to another one first");
-                    return drop(reply.send(Err(why)));
+                    return drop(reply.send(Err(why.into())));
                 }
                 let ready = move |report: &Report| report.secrets.first() != Some(&id);
                 let lack = format!("still use secret {id} (run `gossamer secret use` again)");
@@ -156,9 +156,8 @@ impl Agent {
                 ));
             }
             if !why.is_empty() && !force {
-                return drop(
-                    reply.send(Err(format!("not all members are ready: {}", why.join("; ")))),
-                );
+                let why = format!("not all members are ready: {}", why.join("; "));
+                return drop(reply.send(Err(why.into())));
             }
             agent.send_orders(all, vec![order], Vec::new(), reply);
         };
@@ -180,7 +179,7 @@ impl Agent {
         }
         self.apply_order(order.clone(), move |agent, done| match done {
             Ok(()) => agent.send_order(members, order, orders, refused, reply),
-            Err(why) => drop(reply.send(Err(why))),
+            Err(why) => drop(reply.send(Err(why.into()))),
         });
     }
 
@@ -203,7 +202,7 @@ impl Agent {
             // nodes still understand each other.
             agent.apply_order(order, move |agent, done| match done {
                 Ok(()) => agent.send_orders(all, orders, refused, reply),
-                Err(why) => drop(reply.send(Err(why))),
+                Err(why) => drop(reply.send(Err(why.into()))),
             });
         });
     }

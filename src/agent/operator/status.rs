@@ -70,10 +70,10 @@ impl Agent {
             return;
         }
         let status = self.status();
-        let subnet = status.node.subnet.map_or("no subnet".to_owned(), |subnet| subnet.to_string());
-        let (alive, all) = (status.members_alive(), status.node.members.len());
+        let subnet = status.subnet.map_or("no subnet".to_owned(), |subnet| subnet.to_string());
+        let (alive, all) = (status.members_alive(), status.members.len());
         let verdict = &status.verdict;
-        let problem = status.node.problems.first().map_or_else(String::new, |p| format!("; {p}"));
+        let problem = status.problems.first().map_or_else(String::new, |p| format!("; {p}"));
         let text = format!("{verdict}; {subnet}, {alive} of {all} members alive{problem}");
         self.service.report(now, text);
     }
@@ -86,7 +86,6 @@ impl Agent {
         let device = kernel.wanted.as_ref();
         let device = device.map(|v| device_name(v.settings.vni));
         AgentStatus {
-            version: env!("CARGO_PKG_VERSION"),
             verdict: self.verdict(&node.problems),
             converged: self.is_converged(),
             notices: self.journal.dated(self.notices()),
@@ -113,9 +112,9 @@ impl Agent {
             pods_outside: self.pods_outside(),
             pods_refused: self.refuses_pods(),
             connections: self.transport.connections(),
-            handshakes: self.transport.handshakes(),
+            handshakes: self.transport.handshakes().into(),
             gossip_dropped: self.receive_drops.dropped(),
-            node,
+            ..AgentStatus::of(node)
         }
     }
 

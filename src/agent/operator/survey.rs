@@ -16,7 +16,7 @@ use tokio::sync::oneshot::Sender;
 use super::inquiries::Purpose;
 use crate::{
     agent::Agent,
-    api::{Matrix, MatrixPath, MatrixRow},
+    api::{ApiError, ApiErrorCode, Matrix, MatrixPath, MatrixRow},
     model::NodeId,
     wire::{Inquiry, PathReport, Report},
 };
@@ -212,7 +212,7 @@ impl Agent {
     pub(in crate::agent) fn show_peer(
         &mut self,
         whom: &str,
-        reply: Sender<Result<Option<MatrixRow>, String>>,
+        reply: Sender<Result<Option<MatrixRow>, ApiError>>,
     ) {
         let node = match self.node.find(whom) {
             Ok(node) if node == self.node.id() => {
@@ -220,7 +220,9 @@ impl Agent {
                 return drop(reply.send(Ok(Some(row))));
             }
             Ok(node) => node,
-            Err(why) => return drop(reply.send(Err(why))),
+            Err(why) => {
+                return drop(reply.send(Err(ApiError::new(ApiErrorCode::NotFound, why))));
+            }
         };
         self.survey(vec![node], Inquiry::Report, move |agent, mut found| {
             let report = found.remove(&node).flatten();

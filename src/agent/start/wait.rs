@@ -18,14 +18,14 @@ use crate::{
         LoopEvent, StartFailure, listeners::ListenerProblems, operator::status::Waiter,
         service::Service, signals::Signals,
     },
-    api::{AgentStatus, CheckStatus, KernelStatus, PodError, PodErrorKind, Question, Verdict},
+    api::{AgentStatus, ApiError, ApiErrorCode, PodError, PodErrorKind, Question, Verdict},
     config::Config,
     core::NodeStatus,
     dataplane::kernel::KernelError,
     docker,
     model::{NodeId, NodeName, Problem, ProblemCode},
     netlink::Netlink,
-    transport::{BindError, Handshakes},
+    transport::BindError,
     underlay::{self, ChosenUnderlay, UnderlayError},
 };
 
@@ -116,7 +116,7 @@ impl<'a> StartupWait<'a> {
                 self.service.report(now, self.activity.clone());
             }
             let mut status = status(&self.name, self.node, self.activity.clone());
-            status.node.problems.extend(self.closed.problems());
+            status.problems.extend(self.closed.problems());
             self.waiters.retain(|waiter| !waiter.reply.is_closed());
             for waiter in self.waiters.extract_if(.., |waiter| waiter.deadline <= now) {
                 let _ = waiter.reply.send(status.clone());
@@ -207,44 +207,20 @@ impl<'a> StartupWait<'a> {
 fn status(name: &NodeName, node: NodeId, activity: String) -> AgentStatus {
     let pods_refused = Some(activity.clone());
     let problem = Problem::new(ProblemCode::Starting, Problem::HOST, activity, "");
-    let kernel = KernelStatus {
-        device: None,
-        mtu: 0,
-        underlay_interface: String::new(),
-        underlay_address: None,
-        in_sync: false,
-        operations: 0,
-        repairs: Default::default(),
-        checksum_offload: None,
-        checksum_offload_fails: false,
-        non_members_dropped: 0,
-        peers_in_use: None,
-        misses_answered: 0,
-        misses_unknown: 0,
-        routing: CheckStatus::default(),
-        forwarding: CheckStatus::default(),
-    };
     AgentStatus {
-        notices: Vec::new(),
-        version: env!("CARGO_PKG_VERSION"),
         verdict: Verdict::new(Some(problem.what.clone()), 1),
-        converged: false,
-        node: NodeStatus::waiting(node, name.clone(), problem),
-        kernel,
-        paths: Vec::new(),
-        pods: 0,
-        pods_outside: 0,
         pods_refused,
-        connections: 0,
-        handshakes: Handshakes::default(),
-        gossip_dropped: 0,
+        ..AgentStatus::of(NodeStatus::waiting(node, name.clone(), problem))
     }
 }
 
 /// Answers a request. Returns a request that waits for convergence to the caller.
 fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
-    let why = || status.node.problems.first().map(Problem::to_string).unwrap_or_default();
-    let not_ready = || PodError::new(PodErrorKind::NotReady, why());
+    let why = || {
+        let why = status.problems.first().map(Problem::to_string).unwrap_or_default();
+        ApiError::new(ApiErrorCode::NotReady, why)
+    };
+    let not_ready = || PodError::new(PodErrorKind::NotReady, why().message);
     // A failed reply means that the client is gone.
     match question {
         Question::Wait { seconds, members, reply } => {

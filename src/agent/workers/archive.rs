@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     agent::workers::subnet_env::{self, SubnetFile},
+    api::ApiError,
     model::{Problem, ProblemCode},
     store::{History, StateDir},
     wire::{Keyring, Token},
@@ -43,7 +44,7 @@ pub(in crate::agent) enum Job {
     /// Writes the secrets.
     Secrets(Keyring),
     /// Reads the history.
-    Read(oneshot::Sender<Result<Vec<Value>, String>>),
+    Read(oneshot::Sender<Result<Vec<Value>, ApiError>>),
 }
 
 /// The new content of a file. A later one replaces an earlier one of the same file.
@@ -215,7 +216,7 @@ impl Archive {
     }
 
     /// Replies with the lines of the history.
-    pub(in crate::agent) fn read(&self, reply: oneshot::Sender<Result<Vec<Value>, String>>) {
+    pub(in crate::agent) fn read(&self, reply: oneshot::Sender<Result<Vec<Value>, ApiError>>) {
         self.worker.order(Job::Read(reply));
     }
 
@@ -264,7 +265,7 @@ fn run(
             }
             Ok(Job::Secrets(keyring)) => report(ArchiveEvent::Secrets(keep_secrets(&keyring))),
             Ok(Job::Read(reply)) => {
-                let lines = history.read().map_err(|error| format!("history: {error}"));
+                let lines = history.read().map_err(|error| format!("history: {error}").into());
                 let _ = reply.send(lines);
             }
             Err(TryRecvError::Empty) => {
