@@ -1,7 +1,7 @@
 //! Starts a node: from saved records, as the creator of a cluster, or as a non-member.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
 };
 
@@ -17,8 +17,7 @@ use crate::{
 };
 
 use super::{
-    Calls, ClusterState, Counters, Directory, Dirty, FIRST_WRITE, KernelRequest, KernelSubnet,
-    Membership, Node, Output, SlotTable,
+    ClusterState, Counters, Directory, KernelSubnet, Membership, Node, SlotTable,
     forget::Forgetting,
     horizon::{Horizons, is_sound_epoch, is_sound_member},
     introduce::Introductions,
@@ -26,6 +25,7 @@ use super::{
     lease::LeaseSearch,
     leave::Leaving,
     malformed::Notes,
+    outbox::Outbox,
     push::PushQueue,
     sync::{NeededWitnesses, SyncRound},
     vote::Voting,
@@ -169,9 +169,7 @@ impl Node {
             push: PushQueue::default(),
             directory: memory.directory,
             counters: Counters::default(),
-            calls: Calls::default(),
-            dirty: Dirty::default(),
-            outputs: VecDeque::new(),
+            outbox: Outbox::new(starts),
             leaving,
             forgetting: Forgetting::default(),
             clock: now,
@@ -181,16 +179,10 @@ impl Node {
             outbid_at: None,
             voting: Voting::new(now),
             kernel_subnet: KernelSubnet::Unknown,
-            kernel_request: KernelRequest::Nothing,
             duplicate: None,
             may_write_before: false,
             outranked_boots: BTreeSet::new(),
-            view_stale: true,
             reassigned: BTreeSet::new(),
-            identity_write: FIRST_WRITE,
-            lease_write: 0,
-            writes: 0,
-            last_urgent_write: 0,
             cluster_state,
             me,
             config,
@@ -200,17 +192,12 @@ impl Node {
         Ok(node)
     }
 
-    /// Queues the first outputs. The number of the start is written before anything is sent.
+    /// Queues the first outputs.
     fn begin(&mut self, now: Time, created: bool) {
-        let starts = Record::Starts(self.me.version.starts).encode();
-        self.writes = FIRST_WRITE;
-        self.last_urgent_write = self.writes;
-        let records = vec![(Key::Starts, starts)];
-        self.outputs.push_back(Output::Write { records, seq: self.writes });
         if created && let Some(cluster_state) = &self.cluster_state {
             let everything = cluster_state.slots.runs().to_vec();
             let changed: Vec<_> = everything.into_iter().map(|run| (run, None)).collect();
-            self.dirty.mark(Key::Cluster, true);
+            self.outbox.mark_urgent(Key::Cluster);
             self.note_slots(&changed);
         }
         if self.cluster_state.is_some() {

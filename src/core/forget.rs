@@ -19,7 +19,7 @@ use crate::{
     wire::{Facts, Key, Request, Response},
 };
 
-use super::{Answer, Liveness, Node, Output, Purpose, Stop, rank::peer_score};
+use super::{Answer, Liveness, Node, Purpose, Stop, rank::peer_score};
 
 /// Pause before missing acknowledgements are requested again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -182,7 +182,7 @@ impl Node {
         let round = earlier.map_or(0, |earlier| earlier.round) + 1;
         let forget = Forget { node, round, forced, successor: self.me.node };
         tracing::info!(%node, name = self.name_of(node), round, forced, "forgetting");
-        self.dirty.mark(Key::Forget(node), true);
+        self.outbox.mark_urgent(Key::Forget(node));
         self.learn(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
     }
 
@@ -190,15 +190,14 @@ impl Node {
     pub(super) fn merge_forget(&mut self, now: Time, forget: &Forget) -> bool {
         if forget.node == self.me.node {
             if self.leaving.is_none() {
-                self.outputs
-                    .push_back(Output::Stop(Stop::Expelled { successor: Some(forget.successor) }));
+                self.outbox.stop(Stop::Expelled { successor: Some(forget.successor) });
             }
             return false;
         }
         let new = self.directory.merge_forget(forget);
         if new {
-            self.dirty.mark(Key::Forget(forget.node), false);
-            self.view_stale = true;
+            self.outbox.mark(Key::Forget(forget.node));
+            self.outbox.invalidate_view();
             self.forgetting.retry_at = Some(now);
             self.note_departure(forget.node);
         }

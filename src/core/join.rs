@@ -11,8 +11,7 @@ use crate::{
 };
 
 use super::{
-    Answer, CallError, ClusterState, Node, Output, Purpose, SlotTable, Stop, Target,
-    lease::LeaseSearch,
+    Answer, CallError, ClusterState, Node, Purpose, SlotTable, Stop, Target, lease::LeaseSearch,
 };
 
 /// The next seed is tried if the previous one has not answered within this time.
@@ -116,7 +115,7 @@ impl Node {
             }
             _ => false,
         };
-        self.calls.open.retain(|_, purpose| !to_a_seed(purpose));
+        self.outbox.ignore_answers(to_a_seed);
         self.joining.open = 0;
         self.joining.last_failures = vec![None; seeds];
         self.joining.next_seed = 0;
@@ -190,9 +189,9 @@ impl Node {
                 let search = LeaseSearch::new(now, &cluster, &self.config);
                 let slots = SlotTable::empty(cluster.settings.pool);
                 self.cluster_state = Some(ClusterState { cluster, slots, search });
-                self.dirty.mark(Key::Cluster, true);
+                self.outbox.mark_urgent(Key::Cluster);
                 self.directory.merge(&self.me);
-                self.dirty.mark(Key::Member(self.me.node), false);
+                self.outbox.mark(Key::Member(self.me.node));
                 // The facts are not pushed: only this node's join is new to the others, and the seed pushes
                 // it.
                 facts.members.iter().for_each(|record| self.horizons.include_member(record));
@@ -240,7 +239,7 @@ impl Node {
             Refusal::Left => None,
             _ => return,
         };
-        self.outputs.push_back(Output::Stop(Stop::Expelled { successor }));
+        self.outbox.stop(Stop::Expelled { successor });
     }
 
     fn handle_hello_failure(&mut self, now: Time, seed: usize, error: CallError) {
@@ -272,6 +271,6 @@ impl Node {
             Some(SeedFailure::NoAnswer(error)) => Stop::Rejected { seed, why: error.to_string() },
             None => return,
         };
-        self.outputs.push_back(Output::Stop(stop));
+        self.outbox.stop(stop);
     }
 }

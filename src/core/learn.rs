@@ -166,9 +166,9 @@ impl Node {
         }
         let new = self.directory.merge(record);
         if new {
-            self.dirty.mark(Key::Member(record.node), false);
+            self.outbox.mark(Key::Member(record.node));
             self.sync.partners.end_pause(record.node);
-            self.view_stale = true;
+            self.outbox.invalidate_view();
             if record.has_left() {
                 self.note_departure(record.node);
             }
@@ -260,8 +260,7 @@ impl Node {
             starts = self.me.version.starts,
             "peers know a later start of this node than its state directory, publishing a higher one"
         );
-        self.dirty.mark(Key::Starts, true);
-        self.identity_write = self.after();
+        self.outbox.mark_identity();
         let mut identity = self.membership.identity();
         identity.incarnation = Incarnation { starts: self.me.version.starts, renewals: 0 };
         self.membership.adopt(now, identity);
@@ -331,7 +330,7 @@ impl Node {
     /// Publishes this node's own record.
     pub(super) fn publish_self(&mut self, now: Time) {
         self.directory.merge(&self.me);
-        self.dirty.mark(Key::Member(self.me.node), false);
+        self.outbox.mark(Key::Member(self.me.node));
         let facts = Facts { members: vec![self.me.clone()], ..Facts::default() };
         self.push.add(now, &facts, None);
         self.sync.unsettle(now);

@@ -134,7 +134,7 @@ impl Node {
             if cluster_state.search.used_lease.replace(own) != Some(own) {
                 let subnet = cluster_state.cluster.settings.pool.subnet(own);
                 tracing::info!(%subnet, "subnet leased");
-                self.view_stale = true;
+                self.outbox.invalidate_view();
             }
             // Only after the kernel has switched: a slot given back may be leased to another node at once.
             let subnet = cluster_state.cluster.settings.pool.subnet(own);
@@ -184,7 +184,7 @@ impl Node {
             return;
         }
         if search.rival.is_some() && search.used_lease.take().is_some() {
-            self.view_stale = true;
+            self.outbox.invalidate_view();
         }
         search.next_try = Some(now + CLAIM_RETRY_INTERVAL);
     }

@@ -11,7 +11,7 @@ use crate::{
     wire::{Facts, Key, Request, Response},
 };
 
-use super::{Answer, KernelSubnet, Node, Output, Purpose, Stop, rank::peer_score};
+use super::{Answer, KernelSubnet, Node, Purpose, Stop, rank::peer_score};
 
 /// Pause after no member has accepted the handover.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -50,7 +50,7 @@ impl Node {
             return;
         }
         if self.cluster_state.is_none() || self.is_alone() {
-            self.outputs.push_back(Output::Stop(Stop::Left { successor: None }));
+            self.outbox.stop(Stop::Left { successor: None });
             return;
         }
         if self.duplicate.is_some() {
@@ -78,7 +78,7 @@ impl Node {
             return;
         }
         if self.is_alone() {
-            self.outputs.push_back(Output::Stop(Stop::Left { successor: None }));
+            self.outbox.stop(Stop::Left { successor: None });
         }
         if let Some(leaving) = &mut self.leaving {
             leaving.retry_at = None;
@@ -121,7 +121,7 @@ impl Node {
     }
 
     fn cannot_leave(&mut self, why: &str) {
-        self.outputs.push_back(Output::CannotLeave(why.to_owned()));
+        self.outbox.report_cannot_leave(why);
     }
 
     pub(super) fn handle_successor_answer(&mut self, successor: NodeId, answer: Answer) {
@@ -131,7 +131,7 @@ impl Node {
             Ok((_, Response::Accepted)) => {
                 leaving.tried.clear();
                 leaving.successor = Some(successor);
-                self.view_stale = true;
+                self.outbox.invalidate_view();
                 if self.kernel_subnet == KernelSubnet::Nothing {
                     self.continue_leave_after_withdrawal();
                 }
@@ -167,7 +167,7 @@ impl Node {
             self.me.left_to = Some(keeper);
             self.me.version.change += 1;
             self.directory.merge(&self.me);
-            self.dirty.mark(Key::Member(self.me.node), true);
+            self.outbox.mark_urgent(Key::Member(self.me.node));
         }
         let Some(cluster_state) = &self.cluster_state else { return };
         // All facts, not only the handover: this node may be the only one that knows some of them.
@@ -216,6 +216,6 @@ impl Node {
         self.flush_push(now);
         self.membership.leave(now);
         self.drain_membership(now);
-        self.outputs.push_back(Output::Stop(Stop::Left { successor }));
+        self.outbox.stop(Stop::Left { successor });
     }
 }

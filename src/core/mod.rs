@@ -28,9 +28,11 @@ mod lease;
 mod leave;
 mod malformed;
 mod membership;
+mod outbox;
 mod partners;
 mod push;
 mod rank;
+mod records;
 mod serve;
 mod slots;
 mod status;
@@ -40,10 +42,9 @@ mod tests;
 mod vet;
 mod view;
 mod vote;
-mod writes;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -69,20 +70,17 @@ use self::{
     leave::Leaving,
     malformed::{Notes, read_response},
     membership::{Membership, Notice},
+    outbox::Outbox,
     push::PushQueue,
     slots::SlotTable,
     sync::SyncRound,
     vote::Voting,
-    writes::Dirty,
 };
 pub use crate::model::{CallError, CallId, Liveness, Own, Peer, ReplyId, View, WriteSeq};
 use crate::{
     model::{BootId, ClusterId, ClusterRecord, Forget, MemberRecord, NodeId, Run, Slot, Time},
     wire::{Frame, Push, Request, Response, Roots},
 };
-
-/// The first write of each process: it saves the number of this start.
-const FIRST_WRITE: WriteSeq = 1;
 
 /// A node. Pass events to [`Node::handle`], then drain [`Node::poll_output`].
 pub struct Node {
@@ -108,31 +106,18 @@ pub struct Node {
     voting: Voting,
     push: PushQueue,
     sync: SyncRound,
-    calls: Calls,
-    dirty: Dirty,
-    /// Number of the last write, and of the last one that messages to peers have to wait for.
-    writes: WriteSeq,
-    last_urgent_write: WriteSeq,
+    outbox: Outbox,
     /// Another running process with this node's key, if one was detected lately.
     duplicate: Option<DuplicateIdentity>,
     /// Value of [`Node::may_write`] after the previous input.
     may_write_before: bool,
     /// Processes with this node's key whose version this node has exceeded; at most `MAX_OUTRANKED`.
     outranked_boots: BTreeSet<BootId>,
-    /// The write that saves the present start. No packet leaves before it is durable, so no incarnation that
-    /// a peer has seen is used twice.
-    identity_write: WriteSeq,
-    /// The write that saves the last change of this node's own slots.
-    lease_write: WriteSeq,
     /// The subnet that the kernel uses, as last reported.
     kernel_subnet: KernelSubnet,
-    kernel_request: KernelRequest,
-    /// Whether something that the view depends on has changed since it was computed.
-    view_stale: bool,
     /// Slots that were leased and then changed owner or state since the start.
     reassigned: BTreeSet<Slot>,
     counters: Counters,
-    outputs: VecDeque<Output>,
 }
 
 /// The subnet that the kernel uses. Pods have addresses in it, whatever the slot table says.
@@ -150,14 +135,6 @@ struct DuplicateIdentity {
     at: Time,
 }
 
-/// The last output for the kernel.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum KernelRequest {
-    Nothing,
-    Overlay(View),
-    Withdraw,
-}
-
 /// The cluster this node belongs to.
 struct ClusterState {
     cluster: ClusterRecord,
@@ -165,13 +142,7 @@ struct ClusterState {
     search: LeaseSearch,
 }
 
-/// Calls without an answer, with the purpose that decides how the answer is handled.
-#[derive(Default)]
-struct Calls {
-    next: u64,
-    open: BTreeMap<CallId, Purpose>,
-}
-
+/// Why a call is made, which decides how its answer is handled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Purpose {
     Hello {
@@ -226,7 +197,7 @@ impl Node {
             Input::Timeout => self.membership.handle_timeout(now),
             Input::Command(Command::Leave) => self.start_leaving(),
             Input::Command(Command::Sync) => self.sync.hasten(now),
-            Input::Command(Command::Save) => self.dirty.hasten(now),
+            Input::Command(Command::Save) => self.outbox.hasten_writes(now),
             Input::Command(Command::SaveAll) => self.write_everything(),
         }
         self.advance(now);
@@ -234,7 +205,7 @@ impl Node {
 
     /// Returns the next output, oldest first.
     pub fn poll_output(&mut self) -> Option<Output> {
-        self.outputs.pop_front()
+        self.outbox.poll()
     }
 
     /// Returns when [`Input::Timeout`] is due.
@@ -249,7 +220,7 @@ impl Node {
             self.next_introduction(),
             self.push.due(),
             self.cluster_state.as_ref().map(|_| self.sync.due()),
-            self.dirty.lazy_at,
+            self.outbox.write_due(),
         ];
         deadlines.into_iter().flatten().min()
     }
@@ -299,7 +270,7 @@ impl Node {
         call: CallId,
         result: Result<(NodeId, Vec<u8>), CallError>,
     ) {
-        let Some(purpose) = self.calls.open.remove(&call) else { return };
+        let Some(purpose) = self.outbox.end_call(call) else { return };
         let answer = result.and_then(|(from, bytes)| match read_response(&bytes) {
             Ok(_) if self.directory.forgotten(from).is_some() => {
                 Err(CallError::Unreachable("the node was forgotten meanwhile".to_owned()))
@@ -353,7 +324,7 @@ impl Node {
         self.me.version.change += 1;
         self.me.address.set_ip(underlay);
         self.me.vtep.underlay = underlay;
-        self.view_stale = true;
+        self.outbox.invalidate_view();
         if self.cluster_state.is_some() {
             self.publish_self(now);
             self.sync.hasten(now);
@@ -364,7 +335,9 @@ impl Node {
         while let Some(notice) = self.membership.poll_notice() {
             match notice {
                 Notice::Send { to, packet } => {
-                    self.send(to, Frame::Swim(&packet), self.identity_write)
+                    if let Some((address, bytes)) = self.frame_to(to, Frame::Swim(&packet)) {
+                        self.outbox.send_packet(to, address, bytes);
+                    }
                 }
                 Notice::Up(node) => {
                     tracing::info!(%node, name = self.name_of(node), "member up");
@@ -391,21 +364,14 @@ impl Node {
         }
     }
 
-    fn send(&mut self, to: NodeId, frame: Frame<'_>, after: WriteSeq) {
-        let (Some(cluster), Some(record)) = (self.cluster_id(), self.directory.get(to)) else {
-            return;
-        };
-        let address = record.address;
-        self.outputs.push_back(Output::Send { to, address, bytes: frame.encode(cluster), after });
+    /// Returns the address of a member and an encoded frame; `None` if the member has no record.
+    fn frame_to(&self, to: NodeId, frame: Frame<'_>) -> Option<(SocketAddr, Vec<u8>)> {
+        Some((self.address_of(to)?, frame.encode(self.cluster_id()?)))
     }
 
     fn call(&mut self, to: Target, purpose: Purpose, request: &Request) {
         let cluster = self.cluster_id().or(self.config.cluster).unwrap_or(ClusterId::UNKNOWN);
-        let bytes = Frame::Request(&request.encode()).encode(cluster);
-        self.calls.next += 1;
-        let call = CallId(self.calls.next);
-        self.calls.open.insert(call, purpose);
-        self.outputs.push_back(Output::Call { call, to, bytes, after: self.after() });
+        self.outbox.call(to, purpose, Frame::Request(&request.encode()).encode(cluster));
     }
 
     /// Calls a member. Returns false if the node has no record and so no known address.

@@ -77,9 +77,10 @@ impl Node {
         };
         let ring: Vec<NodeId> = active.into_keys().collect();
         let payload = Push { facts }.encode();
-        let after = self.after();
         for to in fingers(&ring, self.me.node).filter(|to| Some(*to) != only_source) {
-            self.send(to, Frame::Push(&payload), after);
+            if let Some((address, bytes)) = self.frame_to(to, Frame::Push(&payload)) {
+                self.outbox.send_facts(to, address, bytes);
+            }
         }
     }
 }

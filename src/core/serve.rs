@@ -11,7 +11,7 @@ use crate::{
 };
 
 use super::{
-    ClusterState, Node, Output, ReplyId,
+    ClusterState, Node, ReplyId,
     malformed::Kind,
     slots::{Change, Grant},
 };
@@ -35,7 +35,7 @@ impl Node {
     pub(super) fn reply(&mut self, reply: ReplyId, response: &Response) {
         let cluster = self.cluster_id().unwrap_or(ClusterId::UNKNOWN);
         let bytes = Frame::Response(&response.encode()).encode(cluster);
-        self.outputs.push_back(Output::Reply { reply, bytes, after: self.after() });
+        self.outbox.reply(reply, bytes);
     }
 
     /// Returns the refusal that a node gets whatever it requests, if any.
@@ -98,7 +98,7 @@ impl Node {
                 let lacks = self.facts_in(buckets.differing(&self.buckets()));
                 self.learn(now, &Facts { forgets, ..Facts::default() }, Some(from));
                 // The sender's record may be known already but not flushed yet.
-                self.dirty.mark(Key::Member(from), true);
+                self.outbox.mark_urgent(Key::Member(from));
                 Response::Acknowledged(lacks)
             }
             Request::HaveYouMissed { node, quorum } => Response::Vote(self.vote(node, &quorum)),
@@ -108,7 +108,7 @@ impl Node {
                 self.learn(now, &facts, Some(from));
                 // The sender deletes its own copy next, so these facts must be durable, including those that
                 // were known before but not flushed yet.
-                self.dirty.mark(Key::Member(from), true);
+                self.outbox.mark_urgent(Key::Member(from));
                 Response::Accepted
             }
         }

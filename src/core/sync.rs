@@ -270,7 +270,9 @@ impl Node {
         self.sync.rounds += u64::from(partner.is_some());
         let is_turn =
             !self.sync.has_unconfirmed || self.sync.rounds.is_multiple_of(VIEW_REFRESH_ROUNDS);
-        self.view_stale |= is_turn && std::mem::take(&mut self.sync.newly_confirmed) > 0;
+        if is_turn && std::mem::take(&mut self.sync.newly_confirmed) > 0 {
+            self.outbox.invalidate_view();
+        }
         let Some(partner) = partner else { return };
         *self.sync.open.with(partner) = true;
         let request = Request::Compare(self.buckets().roots());
@@ -333,8 +335,10 @@ impl Node {
     fn confirm(&mut self, peer: NodeId) {
         let SyncRound { confirmed, newly_confirmed, .. } = &mut self.sync;
         *newly_confirmed += usize::from(confirmed.insert(peer));
-        if *newly_confirmed * VIEW_REFRESH_SHARE >= confirmed.len() {
-            self.view_stale |= std::mem::take(newly_confirmed) > 0;
+        if *newly_confirmed * VIEW_REFRESH_SHARE >= confirmed.len()
+            && std::mem::take(newly_confirmed) > 0
+        {
+            self.outbox.invalidate_view();
         }
     }
 

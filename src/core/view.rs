@@ -4,29 +4,20 @@ use std::{collections::BTreeMap, ops::Range};
 
 use crate::model::{MemberRecord, NodeId, Own, Peer, Slot, SlotState, Subnets, View};
 
-use super::{ClusterState, KernelRequest, Node, Output, leave::Leaving};
+use super::{ClusterState, Node, leave::Leaving};
 
 impl Node {
-    /// Queues an output for the kernel if the view has changed. It waits for the write of this node's own
-    /// slots, so that the kernel uses them only once they are on disk.
+    /// Queues an output for the kernel if the view has changed.
     pub(super) fn program_kernel(&mut self) {
-        if !std::mem::take(&mut self.view_stale) {
+        if !self.outbox.take_view_stale() {
             return;
         }
-        let Some(view) = self.view() else {
-            let withdraws = self.leaving.as_ref().is_some_and(Leaving::withdraws);
-            if withdraws && self.kernel_request == KernelRequest::Nothing
-                || matches!(self.kernel_request, KernelRequest::Overlay(_))
-            {
-                self.kernel_request = KernelRequest::Withdraw;
-                self.outputs.push_back(Output::Withdraw);
+        match self.view() {
+            Some(view) => self.outbox.program(view),
+            None => {
+                let withdraws = self.leaving.as_ref().is_some_and(Leaving::withdraws);
+                self.outbox.withdraw(withdraws);
             }
-            return;
-        };
-        let request = KernelRequest::Overlay(view.clone());
-        if self.kernel_request != request {
-            self.kernel_request = request;
-            self.outputs.push_back(Output::Program { view, after: self.lease_write });
         }
     }
 
