@@ -17,7 +17,8 @@ use crate::{
 };
 
 use super::{
-    ClusterState, Counters, Directory, KernelSubnet, Membership, Node, SlotTable,
+    ClusterState, Counters, KernelSubnet, Membership, Node, SlotTable,
+    directory::Directory,
     forget::Forgetting,
     horizon::{Horizons, is_sound_epoch, is_sound_member},
     introduce::Introductions,
@@ -27,6 +28,7 @@ use super::{
     malformed::Notes,
     outbox::Outbox,
     push::PushQueue,
+    replica::Replica,
     sync::{NeededWitnesses, SyncRound},
     vote::Voting,
 };
@@ -165,15 +167,20 @@ impl Node {
         let mut node = Self {
             membership: Membership::new(identity, StdRng::from_rng(&mut rng)),
             joining: Joining::new(now, config.seeds),
-            sync: SyncRound::new(now, config.seeds, memory.needed_witnesses(me.node)),
-            push: PushQueue::default(),
-            directory: memory.directory,
+            replica: Replica {
+                sync: SyncRound::new(now, config.seeds, memory.needed_witnesses(me.node)),
+                push: PushQueue::default(),
+                directory: memory.directory,
+                forgetting: Forgetting::default(),
+                horizons: memory.horizons,
+                reassigned: BTreeSet::new(),
+                cluster_state,
+                me,
+            },
             counters: Counters::default(),
             outbox: Outbox::new(starts),
             leaving,
-            forgetting: Forgetting::default(),
             clock: now,
-            horizons: memory.horizons,
             notes: Notes::default(),
             introductions: Introductions::default(),
             outbid_at: None,
@@ -182,9 +189,6 @@ impl Node {
             duplicate: None,
             may_write_before: false,
             outranked_boots: BTreeSet::new(),
-            reassigned: BTreeSet::new(),
-            cluster_state,
-            me,
             config,
             rng,
         };
@@ -194,14 +198,14 @@ impl Node {
 
     /// Queues the first outputs.
     fn begin(&mut self, now: Time, created: bool) {
-        if created && let Some(cluster_state) = &self.cluster_state {
+        if created && let Some(cluster_state) = &self.replica.cluster_state {
             let everything = cluster_state.slots.runs().to_vec();
             let changed: Vec<_> = everything.into_iter().map(|run| (run, None)).collect();
             self.outbox.mark_urgent(Key::Cluster);
-            self.note_slots(&changed);
+            self.replica.note_slots(&mut self.outbox, &changed);
         }
-        if self.cluster_state.is_some() {
-            self.publish_self(now);
+        if self.replica.cluster_state.is_some() {
+            self.replica.publish_self(&mut self.outbox, now);
         }
         self.advance(now);
     }

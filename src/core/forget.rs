@@ -19,7 +19,9 @@ use crate::{
     wire::{Facts, Key, Request, Response},
 };
 
-use super::{Answer, Liveness, Node, Purpose, Stop, rank::peer_score};
+use super::{
+    Answer, Liveness, Node, Purpose, Stop, outbox::Outbox, rank::peer_score, replica::Replica,
+};
 
 /// Pause before missing acknowledgements are requested again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -91,36 +93,12 @@ pub struct Reclaiming {
     pub waits_for: Option<Vec<String>>,
 }
 
-impl Node {
-    /// Forgets a member that an operator declares gone for good; `whom` is its name or id. This node becomes
-    /// its successor. `force` also forgets a member that appears alive, and reclaims without
-    /// acknowledgements.
-    ///
-    /// # Errors
-    /// Fails if no or several members match, if the member appears alive and `force` is false, or if this
-    /// node is leaving or in no cluster.
-    pub fn forget(&mut self, now: Time, whom: &str, force: bool) -> Result<NodeId, CannotForget> {
-        if self.cluster_state.is_none() {
-            return Err(CannotForget::NoCluster);
-        }
-        if self.leaving.is_some() {
-            return Err(CannotForget::Leaving);
-        }
-        let node = self.member_named(whom)?;
-        let gone = match self.membership.opinions().get(&node) {
-            Some(liveness) => *liveness == Liveness::Down,
-            // After a start liveness is unknown until a member has sent the identities that it holds as
-            // alive.
-            None => self.sync.has_confirmed(),
-        };
-        if !gone && !force {
-            return Err(CannotForget::Alive(self.name_of(node).to_owned()));
-        }
-        self.declare_gone(now, node, force);
-        self.advance(now);
-        Ok(node)
+impl Replica {
+    /// Returns whether a node left or was forgotten, so that it writes no more records.
+    pub(super) fn is_gone(&self, node: NodeId) -> bool {
+        self.directory.forgotten(node).is_some()
+            || self.directory.get(node).is_some_and(MemberRecord::has_left)
     }
-
     /// Returns the one member with this name or id. Prefers members that are not forgotten.
     pub(super) fn member_named(&self, whom: &str) -> Result<NodeId, CannotForget> {
         let matches = |record: &&MemberRecord| {
@@ -142,26 +120,9 @@ impl Node {
             _ => Err(CannotForget::Ambiguous(found.len(), whom.to_owned())),
         }
     }
-
-    /// Returns the member with this name or id; it may be this node.
-    ///
-    /// # Errors
-    /// Fails if no member or several members match.
-    pub fn find(&self, whom: &str) -> Result<NodeId, String> {
-        match self.member_named(whom) {
-            Err(CannotForget::Myself) => Ok(self.me.node),
-            found => found.map_err(|error| error.to_string()),
-        }
-    }
-
-    /// Returns whether a node was forgotten.
-    pub fn is_forgotten(&self, node: NodeId) -> bool {
-        self.directory.forgotten(node).is_some()
-    }
-
     /// Returns whether a node without a member record is still referenced: it owns slots, is the successor
     /// of a forgotten node, or received the records of a node that left.
-    fn is_referenced(&self, node: NodeId) -> bool {
+    pub(super) fn is_referenced(&self, node: NodeId) -> bool {
         let owns = |cluster_state: &super::ClusterState| {
             cluster_state.slots.runs_of(node).next().is_some()
         };
@@ -169,121 +130,10 @@ impl Node {
         let is_keeper = self.directory.iter().any(|record| record.left_to == Some(node));
         is_successor || is_keeper || self.cluster_state.as_ref().is_some_and(owns)
     }
-
-    /// Writes a forget record with this node as successor. It replaces an earlier one only if its successor
-    /// is gone as well, or if this one is forced and that one is not.
-    pub(super) fn declare_gone(&mut self, now: Time, node: NodeId, forced: bool) {
-        let earlier = self.directory.forgotten(node);
-        if earlier
-            .is_some_and(|earlier| !self.is_gone(earlier.successor) && (earlier.forced || !forced))
-        {
-            return;
-        }
-        let round = earlier.map_or(0, |earlier| earlier.round) + 1;
-        let forget = Forget { node, round, forced, successor: self.me.node };
-        tracing::info!(%node, name = self.name_of(node), round, forced, "forgetting");
-        self.outbox.mark_urgent(Key::Forget(node));
-        self.learn(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
-    }
-
-    /// Merges a forget record. Returns whether it was new.
-    pub(super) fn merge_forget(&mut self, now: Time, forget: &Forget) -> bool {
-        if forget.node == self.me.node {
-            if self.leaving.is_none() {
-                self.outbox.stop(Stop::Expelled { successor: Some(forget.successor) });
-            }
-            return false;
-        }
-        let new = self.directory.merge_forget(forget);
-        if new {
-            self.outbox.mark(Key::Forget(forget.node));
-            self.outbox.invalidate_view();
-            self.forgetting.retry_at = Some(now);
-            self.note_departure(forget.node);
-        }
-        new
-    }
-
-    /// Returns whether a node left or was forgotten, so that it writes no more records.
-    pub(super) fn is_gone(&self, node: NodeId) -> bool {
-        self.directory.forgotten(node).is_some()
-            || self.directory.get(node).is_some_and(MemberRecord::has_left)
-    }
-
-    pub(super) fn next_forget_step(&self) -> Option<Time> {
-        self.forgetting.retry_at.filter(|_| self.cluster_state.is_some())
-    }
-
-    pub(super) fn step_forget(&mut self, now: Time) {
-        if self.cluster_state.is_none() || self.forgetting.retry_at.is_none_or(|at| now < at) {
-            return;
-        }
-        self.forgetting.retry_at = None;
-        if self.leaving.is_some() {
-            return;
-        }
-        self.adopt_orphans(now);
-        let mine: Vec<Forget> = self.pending_reclaims().collect();
-        if mine.is_empty() {
-            return;
-        }
-        self.forgetting.retry_at = Some(now + RETRY_INTERVAL);
-        for forget in &mine {
-            if self.missing_acknowledgements(forget).is_empty() || forget.forced {
-                self.reclaim(now, forget);
-            }
-        }
-        self.request_acknowledgements(&mine);
-    }
-
-    /// Makes the next step check pending reclaims, because something that they wait for may have changed.
-    pub(super) fn recheck_forgets(&mut self, now: Time) {
-        self.forgetting.retry_at = Some(now);
-    }
-
-    /// Declares nodes gone whose slots have no active owner or successor: nodes that left and received slots
-    /// later, and forgotten nodes whose successor is gone as well. Of all active members the best suited
-    /// does it.
-    fn adopt_orphans(&mut self, now: Time) {
-        let Some(cluster_state) = self.cluster_state.as_ref().filter(|_| self.sync.settled())
-        else {
-            return;
-        };
-        let orphaned = |node: &NodeId| match self.directory.forgotten(*node) {
-            Some(forget) => self.is_gone(forget.successor),
-            None => self.is_gone(*node),
-        };
-        let owners = cluster_state.slots.runs().iter().map(|run| run.record.owner);
-        let orphans: BTreeSet<NodeId> = owners.filter(orphaned).collect();
-        if orphans.is_empty() {
-            return;
-        }
-        let active = self.active();
-        for node in orphans {
-            let best = active.keys().max_by_key(|successor| peer_score(node, **successor));
-            if best == Some(&self.me.node) {
-                self.declare_gone(now, node, false);
-            }
-        }
-    }
-
-    /// Returns the forget records with this node as successor whose nodes still own slots.
-    fn pending_reclaims(&self) -> impl Iterator<Item = Forget> + '_ {
-        let owns = |node| {
-            self.cluster_state
-                .as_ref()
-                .is_some_and(|cluster_state| cluster_state.slots.runs_of(node).next().is_some())
-        };
-        self.directory
-            .forgets()
-            .filter(move |forget| forget.successor == self.me.node && owns(forget.node))
-            .copied()
-    }
-
     /// Returns the nodes that have not acknowledged: members, and nodes that are known only as owners of
     /// slots or as receivers of the records of a node that left. They may know grants that no other node
     /// knows.
-    fn missing_acknowledgements(&self, forget: &Forget) -> BTreeSet<NodeId> {
+    pub(super) fn missing_acknowledgements(&self, forget: &Forget) -> BTreeSet<NodeId> {
         let acknowledged_by = self.forgetting.acknowledged.get(forget);
         let members = self.directory.peers(self.me.node).map(|record| record.node);
         let keepers = self.directory.iter().filter_map(|record| record.left_to);
@@ -298,21 +148,180 @@ impl Node {
             })
             .collect()
     }
+    /// Returns the forget records with this node as successor whose nodes still own slots.
+    pub(super) fn pending_reclaims(&self) -> impl Iterator<Item = Forget> + '_ {
+        let owns = |node| {
+            self.cluster_state
+                .as_ref()
+                .is_some_and(|cluster_state| cluster_state.slots.runs_of(node).next().is_some())
+        };
+        self.directory
+            .forgets()
+            .filter(move |forget| forget.successor == self.me.node && owns(forget.node))
+            .copied()
+    }
+    /// Merges the forget record of another node. Returns whether it was new.
+    fn merge_forget(&mut self, outbox: &mut Outbox, now: Time, forget: &Forget) -> bool {
+        let new = self.directory.merge_forget(forget);
+        if new {
+            outbox.mark(Key::Forget(forget.node));
+            outbox.invalidate_view();
+            self.forgetting.retry_at = Some(now);
+            self.note_departure(forget.node);
+        }
+        new
+    }
+}
+
+impl Node {
+    /// Forgets a member that an operator declares gone for good; `whom` is its name or id. This node becomes
+    /// its successor. `force` also forgets a member that appears alive, and reclaims without
+    /// acknowledgements.
+    ///
+    /// # Errors
+    /// Fails if no or several members match, if the member appears alive and `force` is false, or if this
+    /// node is leaving or in no cluster.
+    pub fn forget(&mut self, now: Time, whom: &str, force: bool) -> Result<NodeId, CannotForget> {
+        if self.replica.cluster_state.is_none() {
+            return Err(CannotForget::NoCluster);
+        }
+        if self.leaving.is_some() {
+            return Err(CannotForget::Leaving);
+        }
+        let node = self.replica.member_named(whom)?;
+        let gone = match self.membership.opinions().get(&node) {
+            Some(liveness) => *liveness == Liveness::Down,
+            // After a start liveness is unknown until a member has sent the identities that it holds as
+            // alive.
+            None => self.replica.sync.has_confirmed(),
+        };
+        if !gone && !force {
+            return Err(CannotForget::Alive(self.name_of(node).to_owned()));
+        }
+        self.declare_gone(now, node, force);
+        self.advance(now);
+        Ok(node)
+    }
+
+    /// Returns the member with this name or id; it may be this node.
+    ///
+    /// # Errors
+    /// Fails if no member or several members match.
+    pub fn find(&self, whom: &str) -> Result<NodeId, String> {
+        match self.replica.member_named(whom) {
+            Err(CannotForget::Myself) => Ok(self.replica.me.node),
+            found => found.map_err(|error| error.to_string()),
+        }
+    }
+
+    /// Returns whether a node was forgotten.
+    pub fn is_forgotten(&self, node: NodeId) -> bool {
+        self.replica.directory.forgotten(node).is_some()
+    }
+
+    /// Writes a forget record with this node as successor. It replaces an earlier one only if its successor
+    /// is gone as well, or if this one is forced and that one is not.
+    pub(super) fn declare_gone(&mut self, now: Time, node: NodeId, forced: bool) {
+        let earlier = self.replica.directory.forgotten(node);
+        if earlier.is_some_and(|earlier| {
+            !self.replica.is_gone(earlier.successor) && (earlier.forced || !forced)
+        }) {
+            return;
+        }
+        let round = earlier.map_or(0, |earlier| earlier.round) + 1;
+        let forget = Forget { node, round, forced, successor: self.replica.me.node };
+        tracing::info!(%node, name = self.name_of(node), round, forced, "forgetting");
+        self.outbox.mark_urgent(Key::Forget(node));
+        self.learn(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
+    }
+
+    /// Merges a forget record. Returns whether it was new.
+    pub(super) fn merge_forget(&mut self, now: Time, forget: &Forget) -> bool {
+        if forget.node == self.replica.me.node {
+            if self.leaving.is_none() {
+                self.outbox.stop(Stop::Expelled { successor: Some(forget.successor) });
+            }
+            return false;
+        }
+        self.replica.merge_forget(&mut self.outbox, now, forget)
+    }
+
+    pub(super) fn next_forget_step(&self) -> Option<Time> {
+        self.replica.forgetting.retry_at.filter(|_| self.replica.cluster_state.is_some())
+    }
+
+    pub(super) fn step_forget(&mut self, now: Time) {
+        if self.replica.cluster_state.is_none()
+            || self.replica.forgetting.retry_at.is_none_or(|at| now < at)
+        {
+            return;
+        }
+        self.replica.forgetting.retry_at = None;
+        if self.leaving.is_some() {
+            return;
+        }
+        self.adopt_orphans(now);
+        let mine: Vec<Forget> = self.replica.pending_reclaims().collect();
+        if mine.is_empty() {
+            return;
+        }
+        self.replica.forgetting.retry_at = Some(now + RETRY_INTERVAL);
+        for forget in &mine {
+            if self.replica.missing_acknowledgements(forget).is_empty() || forget.forced {
+                self.reclaim(now, forget);
+            }
+        }
+        self.request_acknowledgements(&mine);
+    }
+
+    /// Makes the next step check pending reclaims, because something that they wait for may have changed.
+    pub(super) fn recheck_forgets(&mut self, now: Time) {
+        self.replica.forgetting.retry_at = Some(now);
+    }
+
+    /// Declares nodes gone whose slots have no active owner or successor: nodes that left and received slots
+    /// later, and forgotten nodes whose successor is gone as well. Of all active members the best suited
+    /// does it.
+    fn adopt_orphans(&mut self, now: Time) {
+        let Some(cluster_state) =
+            self.replica.cluster_state.as_ref().filter(|_| self.replica.sync.settled())
+        else {
+            return;
+        };
+        let orphaned = |node: &NodeId| match self.replica.directory.forgotten(*node) {
+            Some(forget) => self.replica.is_gone(forget.successor),
+            None => self.replica.is_gone(*node),
+        };
+        let owners = cluster_state.slots.runs().iter().map(|run| run.record.owner);
+        let orphans: BTreeSet<NodeId> = owners.filter(orphaned).collect();
+        if orphans.is_empty() {
+            return;
+        }
+        let active = self.active();
+        for node in orphans {
+            let best = active.keys().max_by_key(|successor| peer_score(node, **successor));
+            if best == Some(&self.replica.me.node) {
+                self.declare_gone(now, node, false);
+            }
+        }
+    }
 
     fn request_acknowledgements(&mut self, mine: &[Forget]) {
         let missing: BTreeSet<NodeId> =
-            mine.iter().flat_map(|forget| self.missing_acknowledgements(forget)).collect();
+            mine.iter().flat_map(|forget| self.replica.missing_acknowledgements(forget)).collect();
         for node in missing {
-            if self.forgetting.pending.len() >= MAX_PENDING
-                || self.forgetting.pending.contains(&node)
+            if self.replica.forgetting.pending.len() >= MAX_PENDING
+                || self.replica.forgetting.pending.contains(&node)
             {
                 continue;
             }
-            let request =
-                Request::Acknowledge { forgets: mine.to_vec(), buckets: Box::new(self.buckets()) };
-            let (forgets, era) = (mine.to_vec(), self.forgetting.era);
+            let request = Request::Acknowledge {
+                forgets: mine.to_vec(),
+                buckets: Box::new(self.replica.buckets(&self.membership)),
+            };
+            let (forgets, era) = (mine.to_vec(), self.replica.forgetting.era);
             if self.call_member(node, Purpose::Acknowledge { node, forgets, era }, &request) {
-                self.forgetting.pending.insert(node);
+                self.replica.forgetting.pending.insert(node);
             }
         }
     }
@@ -325,12 +334,12 @@ impl Node {
         era: u64,
         answer: Answer,
     ) {
-        self.forgetting.pending.remove(&node);
+        self.replica.forgetting.pending.remove(&node);
         match answer {
             Ok((from, Response::Acknowledged(facts))) if from == node => {
                 self.learn(now, &facts, Some(from));
-                for forget in forgets.iter().filter(|_| era == self.forgetting.era) {
-                    self.forgetting.acknowledged.entry(*forget).or_default().insert(node);
+                for forget in forgets.iter().filter(|_| era == self.replica.forgetting.era) {
+                    self.replica.forgetting.acknowledged.entry(*forget).or_default().insert(node);
                 }
                 self.recheck_forgets(now);
             }
@@ -347,13 +356,19 @@ impl Node {
 
     /// Reclaims the slots of the forgotten node.
     fn reclaim(&mut self, now: Time, forget: &Forget) {
-        let me = self.me.node;
+        let me = self.replica.me.node;
         // A node with an assigned subnet needs no other.
         let replaces = self.config.replace_by_name
             && self.config.assigned.is_none()
-            && self.directory.get(forget.node).is_some_and(|record| record.name == self.me.name);
+            && self
+                .replica
+                .directory
+                .get(forget.node)
+                .is_some_and(|record| record.name == self.replica.me.name);
         let may_write = self.may_write();
-        let Some(cluster_state) = self.cluster_state.as_mut().filter(|_| may_write) else { return };
+        let Some(cluster_state) = self.replica.cluster_state.as_mut().filter(|_| may_write) else {
+            return;
+        };
         let leased: Option<Slot> = cluster_state.slots.leased_by(forget.node).next();
         let mut changes = cluster_state.slots.reclaim(me, forget.node, forget.round);
         if let Some(slot) = leased.filter(|_| replaces) {
@@ -365,37 +380,41 @@ impl Node {
         let slots: u32 = changes.iter().map(|(run, _)| run.len).sum();
         tracing::info!(node = %forget.node, slots, "reclaimed the slots of a forgotten node");
         self.counters.reclaims += 1;
-        self.forgetting.acknowledged.remove(forget);
-        self.note_own_change(now, changes);
+        self.replica.forgetting.acknowledged.remove(forget);
+        self.note_own_change(now, &changes);
     }
 
     /// Passes slots that a forgotten node granted to this one on to the successor. This node had acknowledged
     /// before it learned of the grant, so the successor may have reclaimed them already. This node never
     /// uses them.
     pub(super) fn decline_late_grants(&mut self, now: Time, news: &[Run]) {
-        let me = self.me.node;
+        let me = self.replica.me.node;
         for run in news.iter().filter(|run| run.record.owner == me) {
-            let Some(forget) = self.directory.forgotten(run.record.granter) else { continue };
-            let (Some(cluster_state), false) = (&mut self.cluster_state, forget.successor == me)
+            let Some(forget) = self.replica.directory.forgotten(run.record.granter) else {
+                continue;
+            };
+            let (Some(cluster_state), false) =
+                (&mut self.replica.cluster_state, forget.successor == me)
             else {
                 continue;
             };
             self.counters.declined += 1;
             let change = cluster_state.slots.pass_on(*run, me, forget.successor);
-            self.note_own_change(now, change.into_iter().collect());
+            self.note_own_change(now, change.as_slice());
         }
     }
 
     /// Declares the predecessor gone, if this node was re-created under its name.
     pub(super) fn replace_predecessor(&mut self, now: Time) {
         // `agreed`: a peer holds the same members as alive, so liveness is reliable.
-        if !self.config.replace_by_name || self.leaving.is_some() || !self.sync.agreed() {
+        if !self.config.replace_by_name || self.leaving.is_some() || !self.replica.sync.agreed() {
             return;
         }
         let predecessors: Vec<NodeId> = self
+            .replica
             .directory
-            .peers(self.me.node)
-            .filter(|record| record.name == self.me.name)
+            .peers(self.replica.me.node)
+            .filter(|record| record.name == self.replica.me.name)
             .map(|record| record.node)
             .filter(|node| !self.membership.is_active(*node))
             .collect();
@@ -406,15 +425,16 @@ impl Node {
 
     /// Returns the forgotten nodes whose slots are not reclaimed yet.
     pub fn reclaiming(&self) -> Vec<Reclaiming> {
-        let Some(cluster_state) = &self.cluster_state else { return Vec::new() };
+        let Some(cluster_state) = &self.replica.cluster_state else { return Vec::new() };
         let name = |node: NodeId| match self.name_of(node) {
             "?" => node.to_string(),
             name => name.to_owned(),
         };
         let reclaiming = |forget: &Forget| {
             let slots = cluster_state.slots.runs_of(forget.node).map(|run| run.len).sum();
-            let waits_for = (forget.successor == self.me.node)
-                .then(|| self.missing_acknowledgements(forget).into_iter().map(name).collect());
+            let waits_for = (forget.successor == self.replica.me.node).then(|| {
+                self.replica.missing_acknowledgements(forget).into_iter().map(name).collect()
+            });
             Reclaiming {
                 node: forget.node,
                 name: name(forget.node),
@@ -423,6 +443,11 @@ impl Node {
                 waits_for,
             }
         };
-        self.directory.forgets().map(reclaiming).filter(|reclaiming| reclaiming.slots > 0).collect()
+        self.replica
+            .directory
+            .forgets()
+            .map(reclaiming)
+            .filter(|reclaiming| reclaiming.slots > 0)
+            .collect()
     }
 }

@@ -100,7 +100,7 @@ impl Joining {
 impl Node {
     /// Returns the seeds whose address is this node's own; none once the node is in a cluster.
     pub fn own_seeds(&self) -> impl Iterator<Item = usize> + '_ {
-        let failures = self.joining.failures().filter(|_| self.cluster_state.is_none());
+        let failures = self.joining.failures().filter(|_| self.replica.cluster_state.is_none());
         failures.filter(|(_, failure)| failure.is_own_address()).map(|(seed, _)| seed)
     }
 
@@ -120,11 +120,12 @@ impl Node {
         self.joining.last_failures = vec![None; seeds];
         self.joining.next_seed = 0;
         self.joining.next_try = now;
-        self.sync.set_seeds(seeds);
+        self.replica.sync.set_seeds(seeds);
     }
 
     pub(super) fn next_join_step(&self) -> Option<Time> {
-        let may_request = self.cluster_state.is_none() && self.joining.open < MAX_OPEN_HELLOS;
+        let may_request =
+            self.replica.cluster_state.is_none() && self.joining.open < MAX_OPEN_HELLOS;
         may_request.then_some(self.joining.next_try)
     }
 
@@ -132,7 +133,7 @@ impl Node {
     pub(super) fn step_join(&mut self, now: Time) {
         let seeds = self.config.seeds;
         let joining = &mut self.joining;
-        if self.cluster_state.is_some()
+        if self.replica.cluster_state.is_some()
             || seeds == 0
             || now < joining.next_try
             || joining.open >= MAX_OPEN_HELLOS
@@ -150,7 +151,7 @@ impl Node {
             joining.next_try = now + NEXT_SEED_AFTER;
         }
         let hello = Hello {
-            member: self.me.clone(),
+            member: self.replica.me.clone(),
             identity: self.membership.identity(),
             settings: self.config.wish,
             grant: GrantWish { prefer: self.config.prefer_subnet },
@@ -162,7 +163,7 @@ impl Node {
         self.joining.open = self.joining.open.saturating_sub(1);
         match answer {
             Ok((from, Response::Welcome(welcome))) => {
-                self.sync.note_seed(seed, from);
+                self.replica.sync.note_seed(seed, from);
                 self.joining.note(seed, None);
                 self.enter_cluster(now, from, *welcome);
             }
@@ -176,7 +177,7 @@ impl Node {
 
     fn enter_cluster(&mut self, now: Time, from: NodeId, welcome: Welcome) {
         let Welcome { cluster, facts, returning, no_slot } = welcome;
-        match &self.cluster_state {
+        match &self.replica.cluster_state {
             // A second seed answered as well. If it granted another slot, `lease` gives that one back.
             Some(cluster_state) if cluster_state.cluster.id == cluster.id => {
                 self.learn(now, &facts, Some(from));
@@ -188,21 +189,27 @@ impl Node {
                 tracing::info!(cluster = %cluster.id, members = facts.members.len(), "joined");
                 let search = LeaseSearch::new(now, &cluster, &self.config);
                 let slots = SlotTable::empty(cluster.settings.pool);
-                self.cluster_state = Some(ClusterState { cluster, slots, search });
+                self.replica.cluster_state = Some(ClusterState { cluster, slots, search });
                 self.outbox.mark_urgent(Key::Cluster);
-                self.directory.merge(&self.me);
-                self.outbox.mark(Key::Member(self.me.node));
+                self.replica.directory.merge(&self.replica.me);
+                self.outbox.mark(Key::Member(self.replica.me.node));
                 // The facts are not pushed: only this node's join is new to the others, and the seed pushes
                 // it.
-                facts.members.iter().for_each(|record| self.horizons.include_member(record));
-                facts.slots.iter().for_each(|run| self.horizons.include_run(run));
-                facts.forgets.iter().for_each(|forget| self.horizons.include_forget(forget));
+                facts
+                    .members
+                    .iter()
+                    .for_each(|record| self.replica.horizons.include_member(record));
+                facts.slots.iter().for_each(|run| self.replica.horizons.include_run(run));
+                facts
+                    .forgets
+                    .iter()
+                    .for_each(|forget| self.replica.horizons.include_forget(forget));
                 self.absorb(now, &facts, Some(from));
                 if returning {
                     self.require_full_verification();
                 }
-                self.note_comparison(now, from, false);
-                if let Some(cluster_state) = &mut self.cluster_state {
+                self.replica.note_comparison(&mut self.outbox, now, from, false);
+                if let Some(cluster_state) = &mut self.replica.cluster_state {
                     cluster_state.search.refusal = no_slot;
                 }
             }
@@ -217,7 +224,7 @@ impl Node {
         }
         joining.note(seed, Some(SeedFailure::Refused(refusal.clone())));
         match refusal {
-            _ if self.cluster_state.is_some() => {}
+            _ if self.replica.cluster_state.is_some() => {}
             Refusal::OtherCluster { .. } | Refusal::Settings(_) => {
                 self.stop_if_all_seeds_refuse(seed)
             }
@@ -245,7 +252,7 @@ impl Node {
     fn handle_hello_failure(&mut self, now: Time, seed: usize, error: CallError) {
         tracing::debug!(seed, %error, "seed did not answer");
         if matches!(error, CallError::Myself) {
-            self.sync.note_seed(seed, self.me.node);
+            self.replica.sync.note_seed(seed, self.replica.me.node);
         }
         self.joining.note(seed, Some(SeedFailure::NoAnswer(error)));
         self.stop_if_all_seeds_refuse(seed);
@@ -260,7 +267,7 @@ impl Node {
         let last_failures = &self.joining.last_failures;
         let is_final =
             |failure: &Option<SeedFailure>| failure.as_ref().is_some_and(SeedFailure::is_final);
-        if self.cluster_state.is_some()
+        if self.replica.cluster_state.is_some()
             || last_failures.is_empty()
             || !last_failures.iter().all(is_final)
         {

@@ -15,8 +15,8 @@ use crate::{
 };
 
 use super::{
-    DuplicateIdentity, Node, malformed::Kind, slots::Contested, sync::NeededWitnesses,
-    vet::Refusals,
+    DuplicateIdentity, Node, malformed::Kind, outbox::Outbox, replica::Replica, slots::Contested,
+    sync::NeededWitnesses, vet::Refusals,
 };
 
 /// While a duplicate identity exists, how often this node publishes its own record above the other one.
@@ -37,6 +37,58 @@ pub(super) struct MergeResult {
     pub(super) refused: bool,
 }
 
+impl Replica {
+    /// Returns all other members that are not gone.
+    pub(super) fn other_members(&self) -> BTreeSet<NodeId> {
+        self.directory.peers(self.me.node).map(|record| record.node).collect()
+    }
+    /// Notes that a possible witness of this node's memory is gone. If it was the last one, all other members
+    /// have to confirm.
+    pub(super) fn drop_witness(&mut self, node: NodeId) {
+        let others = self.other_members();
+        self.sync.drop_witness(node, others);
+    }
+    /// Notes that a member left or was forgotten, so that other members have to provide what it knew.
+    pub(super) fn note_departure(&mut self, node: NodeId) {
+        self.drop_witness(node);
+        self.forgetting.note_departure(node);
+    }
+    /// Merges another node's record. Returns whether it was new.
+    fn merge_member(&mut self, outbox: &mut Outbox, record: &MemberRecord) -> bool {
+        let new = self.directory.merge(record);
+        if new {
+            outbox.mark(Key::Member(record.node));
+            outbox.invalidate_view();
+            self.sync.partners.end_pause(record.node);
+            if record.has_left() {
+                self.note_departure(record.node);
+            }
+        }
+        new
+    }
+
+    /// Publishes this node's own record.
+    pub(super) fn publish_self(&mut self, outbox: &mut Outbox, now: Time) {
+        self.directory.merge(&self.me);
+        outbox.mark(Key::Member(self.me.node));
+        let facts = Facts { members: vec![self.me.clone()], ..Facts::default() };
+        self.push.add(now, &facts, None);
+        self.sync.unsettle(now);
+    }
+    /// Leaves out late grants of forgotten nodes to this one while it may not write: it would have to pass
+    /// them on to the successor. Comparisons bring them again.
+    fn without_late_grants<'a>(&self, may_write: bool, runs: &'a [Run]) -> Cow<'a, [Run]> {
+        if may_write {
+            return Cow::Borrowed(runs);
+        }
+        let late = |run: &&Run| {
+            run.record.owner == self.me.node
+                && self.directory.forgotten(run.record.granter).is_some()
+        };
+        runs.iter().filter(|run| !late(run)).copied().collect()
+    }
+}
+
 impl Node {
     /// Merges facts and pushes the new ones to other members, but not back to a single sender. `from` is
     /// `None` for this node's own decisions.
@@ -44,8 +96,8 @@ impl Node {
         let (news, refused) = self.absorb(now, facts, from);
         let new = !news.is_empty();
         if new {
-            self.sync.unsettle(now);
-            self.push.add(now, &news, from);
+            self.replica.sync.unsettle(now);
+            self.replica.push.add(now, &news, from);
         }
         MergeResult { new, refused }
     }
@@ -62,7 +114,7 @@ impl Node {
         let mut refused = Refusals::default();
         for record in &facts.members {
             let is_own = from.is_none();
-            if (is_own || self.is_possible_member(now, record, &mut refused))
+            if (is_own || self.replica.is_possible_member(now, record, &mut refused))
                 && self.merge_member(now, record)
             {
                 news.members.push(record.clone());
@@ -71,7 +123,7 @@ impl Node {
         self.merge_slots(now, facts, from, &mut news, &mut refused);
         for forget in &facts.forgets {
             let is_own = from.is_none();
-            if (is_own || self.is_possible_forget(now, forget, &mut refused))
+            if (is_own || self.replica.is_possible_forget(now, forget, &mut refused))
                 && self.merge_forget(now, forget)
             {
                 news.forgets.push(*forget);
@@ -91,21 +143,21 @@ impl Node {
         refused: &mut Refusals,
     ) {
         let possible_runs = match from {
-            Some(_) => Cow::Owned(self.possible_runs(now, &facts.slots, refused)),
+            Some(_) => Cow::Owned(self.replica.possible_runs(now, &facts.slots, refused)),
             None => Cow::Borrowed(&facts.slots[..]),
         };
-        let theirs = self.without_late_grants(&possible_runs);
-        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let theirs = self.replica.without_late_grants(self.may_write(), &possible_runs);
+        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
         let merged = cluster_state.slots.merge(&theirs);
         self.note_contested(&merged.contested, from);
-        let me = self.me.node;
+        let me = self.replica.me.node;
         // Only slots that had a record before: a node that lost its whole database is not rolled back.
         let rolled_back = merged
             .changed
             .iter()
             .filter(|(run, before)| run.record.granter == me && before.is_some());
         let lost_records: u64 = rolled_back.map(|(run, _)| u64::from(run.len)).sum();
-        self.note_slots(&merged.changed);
+        self.replica.note_slots(&mut self.outbox, &merged.changed);
         news.slots = merged.changed.into_iter().map(|(run, _)| run).collect();
         if lost_records > 0 {
             self.handle_rollback(lost_records);
@@ -126,7 +178,7 @@ impl Node {
         else {
             return;
         };
-        let peer = from.unwrap_or(self.me.node);
+        let peer = from.unwrap_or(self.replica.me.node);
         if let Some(slots) = self.note(peer, Kind::TwoOwners, slots, "") {
             tracing::error!(
                 slots, first = ?theirs.start, ?ours, theirs = ?theirs.record, %peer,
@@ -135,51 +187,23 @@ impl Node {
         }
     }
 
-    /// While this node may not write, leaves out late grants of forgotten nodes to it: it would have to pass
-    /// them on to the successor. Comparisons bring them again.
-    fn without_late_grants<'a>(&self, runs: &'a [Run]) -> Cow<'a, [Run]> {
-        if self.may_write() {
-            return Cow::Borrowed(runs);
-        }
-        let late = |run: &&Run| {
-            run.record.owner == self.me.node
-                && self.directory.forgotten(run.record.granter).is_some()
-        };
-        runs.iter().filter(|run| !late(run)).copied().collect()
-    }
-
-    /// Notes that a member left or was forgotten, so that other members have to provide what it knew.
-    pub(super) fn note_departure(&mut self, node: NodeId) {
-        self.drop_witness(node);
-        self.forgetting.note_departure(node);
-    }
-
     /// Merges a member record. Returns whether it was new.
     fn merge_member(&mut self, now: Time, record: &MemberRecord) -> bool {
-        if record.node == self.me.node {
-            if record.boot == self.me.boot {
+        if record.node == self.replica.me.node {
+            if record.boot == self.replica.me.boot {
                 self.handle_forged_record(now, record);
-            } else if record.version.starts >= self.me.version.starts {
+            } else if record.version.starts >= self.replica.me.version.starts {
                 self.handle_competing_record(now, record);
             }
             return false;
         }
-        let new = self.directory.merge(record);
-        if new {
-            self.outbox.mark(Key::Member(record.node));
-            self.sync.partners.end_pause(record.node);
-            self.outbox.invalidate_view();
-            if record.has_left() {
-                self.note_departure(record.node);
-            }
-        }
-        new
+        self.replica.merge_member(&mut self.outbox, record)
     }
 
     /// Handles a record that names this very process but was not written by it: a member is faulty or lies.
     /// This node publishes its own record with a higher version.
     fn handle_forged_record(&mut self, now: Time, record: &MemberRecord) {
-        let is_old = record.version < self.me.version || *record == self.me;
+        let is_old = record.version < self.replica.me.version || *record == self.replica.me;
         if is_old || !self.may_outbid(now) {
             return;
         }
@@ -188,11 +212,11 @@ impl Node {
             version = ?record.version, address = %record.address,
             "received a forged record of this node, publishing a higher version"
         );
-        if record.version.starts > self.me.version.starts {
+        if record.version.starts > self.replica.me.version.starts {
             return self.publish_later_start(now, record.version.starts);
         }
-        self.me.version.change = record.version.change.saturating_add(1);
-        self.publish_self(now);
+        self.replica.me.version.change = record.version.change.saturating_add(1);
+        self.replica.publish_self(&mut self.outbox, now);
     }
 
     /// Returns whether this node may exceed a peer's version now. The rate is bounded; a suppressed attempt
@@ -226,7 +250,7 @@ impl Node {
                 }
                 Some(_) => {}
                 None => tracing::error!(
-                    here = %self.me.address, there = %record.address,
+                    here = %self.replica.me.address, there = %record.address,
                     "duplicate identity: another process runs with this node's key, granting nothing"
                 ),
             }
@@ -243,7 +267,8 @@ impl Node {
     /// Makes this node's incarnation exceed the one under which a peer holds it as down. A renewal suffices
     /// unless gossip knows a later start of another process with this node's key.
     pub(super) fn exceed_incarnation(&mut self, now: Time, theirs: Incarnation) {
-        let is_possible = self.horizons.allows_incarnation(now, theirs, Some(&self.me));
+        let is_possible =
+            self.replica.horizons.allows_incarnation(now, theirs, Some(&self.replica.me));
         if theirs > self.membership.identity().incarnation {
             if is_possible && self.may_outbid(now) {
                 self.publish_later_start(now, theirs.starts);
@@ -255,16 +280,16 @@ impl Node {
 
     /// Publishes this node under a later start than `starts`.
     fn publish_later_start(&mut self, now: Time, starts: u32) {
-        self.me.version.starts = starts.saturating_add(1);
+        self.replica.me.version.starts = starts.saturating_add(1);
         tracing::warn!(
-            starts = self.me.version.starts,
+            starts = self.replica.me.version.starts,
             "peers know a later start of this node than its state directory, publishing a higher one"
         );
         self.outbox.mark_identity();
         let mut identity = self.membership.identity();
-        identity.incarnation = Incarnation { starts: self.me.version.starts, renewals: 0 };
+        identity.incarnation = Incarnation { starts: self.replica.me.version.starts, renewals: 0 };
         self.membership.adopt(now, identity);
-        self.publish_self(now);
+        self.replica.publish_self(&mut self.outbox, now);
     }
 
     /// Handles records that this node wrote and no longer has. Each one was flushed before any peer received
@@ -277,46 +302,34 @@ impl Node {
             );
         }
         self.counters.rollbacks += records;
-        let peers = self.other_members();
+        let peers = self.replica.other_members();
         if !peers.is_empty() {
-            self.sync.require_witnesses(NeededWitnesses::AllOf(peers));
+            self.replica.sync.require_witnesses(NeededWitnesses::AllOf(peers));
         }
     }
 
     /// Marks memory as unverified because this node lost it. It may have granted slots that few members know,
     /// so all active members have to confirm before it writes another ownership record.
     pub(super) fn require_full_verification(&mut self) {
-        let me = self.me.node;
+        let me = self.replica.me.node;
         let peers = self.active().into_keys();
         let peers: BTreeSet<_> = peers.filter(|node| *node != me).collect();
         if !peers.is_empty() {
-            self.sync.require_witnesses(NeededWitnesses::AllOf(peers));
+            self.replica.sync.require_witnesses(NeededWitnesses::AllOf(peers));
         }
-    }
-
-    /// Notes that a possible witness of this node's memory is gone. If it was the last one, all other members
-    /// have to confirm.
-    fn drop_witness(&mut self, node: NodeId) {
-        let others = self.other_members();
-        self.sync.drop_witness(node, others);
     }
 
     /// Returns the active members that are not gone, with this node. Gossip may list a member for a while
     /// after it has left or was forgotten.
     pub(super) fn active(&self) -> BTreeMap<NodeId, Identity> {
         let mut active = self.membership.active();
-        active.retain(|node, _| *node == self.me.node || !self.is_gone(*node));
+        active.retain(|node, _| *node == self.replica.me.node || !self.replica.is_gone(*node));
         active
-    }
-
-    /// Returns all other members that are not gone.
-    fn other_members(&self) -> BTreeSet<NodeId> {
-        self.directory.peers(self.me.node).map(|record| record.node).collect()
     }
 
     /// Returns whether this node may write ownership records: memory is verified, and the identity is unique.
     pub(super) fn may_write(&self) -> bool {
-        (self.sync.synced() || self.is_alone()) && self.duplicate.is_none()
+        (self.replica.sync.synced() || self.is_alone()) && self.duplicate.is_none()
     }
 
     /// Ends a duplicate identity after a time without records of the other process.
@@ -325,14 +338,5 @@ impl Node {
             self.duplicate = None;
             self.require_full_verification();
         }
-    }
-
-    /// Publishes this node's own record.
-    pub(super) fn publish_self(&mut self, now: Time) {
-        self.directory.merge(&self.me);
-        self.outbox.mark(Key::Member(self.me.node));
-        let facts = Facts { members: vec![self.me.clone()], ..Facts::default() };
-        self.push.add(now, &facts, None);
-        self.sync.unsettle(now);
     }
 }

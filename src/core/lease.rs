@@ -115,14 +115,14 @@ impl LeaseSearch {
 
 impl Node {
     pub(super) fn next_lease_step(&self) -> Option<Time> {
-        self.cluster_state.as_ref()?.search.next_try.filter(|_| self.leaving.is_none())
+        self.replica.cluster_state.as_ref()?.search.next_try.filter(|_| self.leaving.is_none())
     }
 
     /// Takes the next step towards exactly one lease, if it is due.
     pub(super) fn step_lease(&mut self, now: Time) {
-        let me = self.me.node;
+        let me = self.replica.me.node;
         let may_write = self.may_write();
-        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
         if self.leaving.is_some() || cluster_state.search.next_try.is_none_or(|at| now < at) {
             return;
         }
@@ -151,7 +151,7 @@ impl Node {
         if may_write
             && let Some(change) = cluster_state.search.lease_own(&mut cluster_state.slots, me)
         {
-            self.note_own_change(now, vec![change]);
+            self.note_own_change(now, &[change]);
             return;
         }
         let search = &mut cluster_state.search;
@@ -165,11 +165,11 @@ impl Node {
     /// Claims the slot assigned to this node, unless a living member leases it: then it was assigned to two
     /// nodes.
     fn claim(&mut self, now: Time) {
-        let me = self.me.node;
+        let me = self.replica.me.node;
         let may_write = self.may_write();
-        let has_confirmed = self.sync.has_confirmed();
+        let has_confirmed = self.replica.sync.has_confirmed();
         let active = self.active();
-        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
         let search = &mut cluster_state.search;
         let Some(slot) = search.prefer else { return };
         let user =
@@ -180,7 +180,7 @@ impl Node {
             has_confirmed || self.config.seeds == 0 || now >= search.since + ASSIGNED_CLAIM_DELAY;
         if search.rival.is_none() && may_write && knows_enough {
             let change = cluster_state.slots.claim(me, slot);
-            self.note_own_change(now, vec![change]);
+            self.note_own_change(now, &[change]);
             return;
         }
         if search.rival.is_some() && search.used_lease.take().is_some() {
@@ -190,29 +190,29 @@ impl Node {
     }
 
     fn release_all_but(&mut self, now: Time, own: Slot) {
-        let me = self.me.node;
-        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let me = self.replica.me.node;
+        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
         let surplus: Vec<Slot> =
             cluster_state.slots.leased_by(me).filter(|slot| *slot != own).collect();
         self.counters.surplus += surplus.len() as u64;
-        let released = surplus
+        let released: Vec<Change> = surplus
             .into_iter()
             .filter_map(|slot| cluster_state.slots.release_own(me, slot))
             .collect();
-        self.note_own_change(now, released);
+        self.note_own_change(now, &released);
     }
 
     /// Makes the lease search run at the next step, because the slot table changed.
     pub(super) fn recheck_lease(&mut self, now: Time) {
-        if let Some(cluster_state) = &mut self.cluster_state {
+        if let Some(cluster_state) = &mut self.replica.cluster_state {
             cluster_state.search.next_try = Some(now);
         }
     }
 
     fn request_grant(&mut self, now: Time) {
-        let me = self.me.node;
+        let me = self.replica.me.node;
         let active = self.active();
-        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
         let free_slots = cluster_state.slots.census().free;
         let untried = |node: &NodeId| *node != me && !cluster_state.search.tried.contains(node);
         let wanted = cluster_state
@@ -235,10 +235,10 @@ impl Node {
             cluster_state.search.tried.clear();
             cluster_state.search.prefer = None;
             let pause = self.jittered(DONOR_PAUSE);
-            if let Some(cluster_state) = &mut self.cluster_state {
+            if let Some(cluster_state) = &mut self.replica.cluster_state {
                 cluster_state.search.next_try = Some(now + pause);
             }
-            self.sync.hasten(now);
+            self.replica.sync.hasten(now);
             return;
         };
         let pool = cluster_state.cluster.settings.pool;
@@ -246,7 +246,7 @@ impl Node {
         let request = Request::Grant(GrantWish { prefer });
         cluster_state.search.tried.insert(donor);
         let called = self.call_member(donor, Purpose::Grant { donor }, &request);
-        let Some(ClusterState { search, .. }) = &mut self.cluster_state else { return };
+        let Some(ClusterState { search, .. }) = &mut self.replica.cluster_state else { return };
         if called {
             search.open += 1;
             // A known free slot can be granted only by its owner, so no other donor gets a request in
@@ -261,7 +261,7 @@ impl Node {
     }
 
     pub(super) fn handle_grant_answer(&mut self, now: Time, donor: NodeId, answer: Answer) {
-        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
         cluster_state.search.open = cluster_state.search.open.saturating_sub(1);
         cluster_state.search.next_request = now;
         cluster_state.search.next_try = Some(now);

@@ -49,7 +49,7 @@ impl Node {
         if self.leaving.is_some() {
             return;
         }
-        if self.cluster_state.is_none() || self.is_alone() {
+        if self.replica.cluster_state.is_none() || self.is_alone() {
             self.outbox.stop(Stop::Left { successor: None });
             return;
         }
@@ -59,7 +59,7 @@ impl Node {
                  `gossamer reset-identity` on one of the two hosts first",
             );
         }
-        if !self.sync.synced() {
+        if !self.replica.sync.synced() {
             return self.cannot_leave(
                 "since its start this node has not compared its state with a member that knows its \
                  earlier grants: try again when it has",
@@ -89,11 +89,11 @@ impl Node {
 
     /// Returns the peers that have not failed yet, active ones first, then by rendezvous score.
     fn candidates(&self) -> Vec<NodeId> {
-        let me = self.me.node;
+        let me = self.replica.me.node;
         let tried = self.leaving.as_ref().map(|leaving| &leaving.tried);
         let untried = |node: &NodeId| tried.is_none_or(|tried| !tried.contains(node));
         let mut candidates: Vec<_> =
-            self.directory.peers(me).map(|record| record.node).filter(untried).collect();
+            self.replica.directory.peers(me).map(|record| record.node).filter(untried).collect();
         candidates.sort_by_key(|node| {
             std::cmp::Reverse((self.membership.is_active(*node), peer_score(me, *node)))
         });
@@ -151,27 +151,27 @@ impl Node {
 
     /// Writes records that make the successor owner of all slots of this node.
     fn hand_over(&mut self, successor: NodeId) {
-        let (Some(leaving), Some(cluster_state)) = (&mut self.leaving, &mut self.cluster_state)
+        let (Some(leaving), Some(cluster_state)) =
+            (&mut self.leaving, &mut self.replica.cluster_state)
         else {
             return;
         };
-        let me = self.me.node;
+        let me = self.replica.me.node;
         let changes = cluster_state.slots.hand_over(me, successor);
         leaving.handed = true;
-        self.note_slots(&changes);
+        self.replica.note_slots(&mut self.outbox, &changes);
     }
 
     /// Sends all facts to a member, including this node's record with `left_to` set to it.
     fn hand_to(&mut self, keeper: NodeId) {
-        if self.me.left_to != Some(keeper) {
-            self.me.left_to = Some(keeper);
-            self.me.version.change += 1;
-            self.directory.merge(&self.me);
-            self.outbox.mark_urgent(Key::Member(self.me.node));
+        if self.replica.me.left_to != Some(keeper) {
+            self.replica.me.left_to = Some(keeper);
+            self.replica.me.version.change += 1;
+            self.replica.directory.merge(&self.replica.me);
+            self.outbox.mark_urgent(Key::Member(self.replica.me.node));
         }
-        let Some(cluster_state) = &self.cluster_state else { return };
         // All facts, not only the handover: this node may be the only one that knows some of them.
-        let facts = self.everything(cluster_state);
+        let facts = self.replica.everything(self.active());
         self.call_member(keeper, Purpose::Handover { keeper }, &Request::Handover(facts));
     }
 
@@ -192,8 +192,9 @@ impl Node {
             tracing::warn!(%keeper, "handover not accepted, trying another member");
             return self.hand_to_next(now);
         }
-        let me = self.me.node;
+        let me = self.replica.me.node;
         let still_owns = self
+            .replica
             .cluster_state
             .as_ref()
             .is_some_and(|cluster_state| cluster_state.slots.runs_of(me).next().is_some());
@@ -205,14 +206,18 @@ impl Node {
         }
         let mine = |run: &&Run| run.record.granter == me;
         let slots = self
+            .replica
             .cluster_state
             .iter()
             .flat_map(|cluster_state| cluster_state.slots.runs())
             .filter(mine)
             .copied();
-        let facts =
-            Facts { members: vec![self.me.clone()], slots: slots.collect(), ..Facts::default() };
-        self.push.add(now, &facts, None);
+        let facts = Facts {
+            members: vec![self.replica.me.clone()],
+            slots: slots.collect(),
+            ..Facts::default()
+        };
+        self.replica.push.add(now, &facts, None);
         self.flush_push(now);
         self.membership.leave(now);
         self.drain_membership(now);

@@ -123,7 +123,7 @@ impl Node {
     pub(super) fn note_foreign(&mut self, from: NodeId, theirs: ClusterId) {
         self.counters.malformed += 1;
         if let Some(count) = self.note(from, Kind::OtherCluster, 1, "") {
-            let ours = self.cluster_id();
+            let ours = self.replica.cluster_id();
             tracing::warn!(peer = %from, count, ?ours, %theirs, "message of another cluster ignored");
         }
     }

@@ -33,6 +33,7 @@ mod partners;
 mod push;
 mod rank;
 mod records;
+mod replica;
 mod serve;
 mod slots;
 mod status;
@@ -61,9 +62,6 @@ pub use slots::Change;
 pub use status::{FreeRange, MemberStatus, NodeStatus, Phase, SlotCounts};
 
 use self::{
-    directory::Directory,
-    forget::Forgetting,
-    horizon::Horizons,
     introduce::Introductions,
     join::Joining,
     lease::LeaseSearch,
@@ -71,14 +69,13 @@ use self::{
     malformed::{Notes, read_response},
     membership::{Membership, Notice},
     outbox::Outbox,
-    push::PushQueue,
+    replica::Replica,
     slots::SlotTable,
-    sync::SyncRound,
     vote::Voting,
 };
 pub use crate::model::{CallError, CallId, Liveness, Own, Peer, ReplyId, View, WriteSeq};
 use crate::{
-    model::{BootId, ClusterId, ClusterRecord, Forget, MemberRecord, NodeId, Run, Slot, Time},
+    model::{BootId, ClusterId, ClusterRecord, Forget, NodeId, Run, Time},
     wire::{Frame, Push, Request, Response, Roots},
 };
 
@@ -86,26 +83,18 @@ use crate::{
 pub struct Node {
     /// Time of the input that is being handled.
     clock: Time,
-    /// This node's own record; the directory holds a copy of the newest version.
-    me: MemberRecord,
     /// Settings from outside; nothing in them is saved.
     config: NodeConfig,
     rng: StdRng,
     membership: Membership,
-    directory: Directory,
-    /// `None` until this node is in a cluster.
-    cluster_state: Option<ClusterState>,
+    replica: Replica,
     joining: Joining,
     leaving: Option<Leaving>,
-    forgetting: Forgetting,
-    horizons: Horizons,
     notes: Notes,
     introductions: Introductions,
     /// Earliest time at which this node may again publish a version above one that a peer sent.
     outbid_at: Option<Time>,
     voting: Voting,
-    push: PushQueue,
-    sync: SyncRound,
     outbox: Outbox,
     /// Another running process with this node's key, if one was detected lately.
     duplicate: Option<DuplicateIdentity>,
@@ -115,8 +104,6 @@ pub struct Node {
     outranked_boots: BTreeSet<BootId>,
     /// The subnet that the kernel uses, as last reported.
     kernel_subnet: KernelSubnet,
-    /// Slots that were leased and then changed owner or state since the start.
-    reassigned: BTreeSet<Slot>,
     counters: Counters,
 }
 
@@ -196,9 +183,9 @@ impl Node {
             Input::UnderlayChanged { underlay } => self.change_underlay(now, underlay),
             Input::Timeout => self.membership.handle_timeout(now),
             Input::Command(Command::Leave) => self.start_leaving(),
-            Input::Command(Command::Sync) => self.sync.hasten(now),
+            Input::Command(Command::Sync) => self.replica.sync.hasten(now),
             Input::Command(Command::Save) => self.outbox.hasten_writes(now),
-            Input::Command(Command::SaveAll) => self.write_everything(),
+            Input::Command(Command::SaveAll) => self.replica.mark_everything(&mut self.outbox),
         }
         self.advance(now);
     }
@@ -218,8 +205,8 @@ impl Node {
             self.next_forget_step(),
             self.next_vote_step(),
             self.next_introduction(),
-            self.push.due(),
-            self.cluster_state.as_ref().map(|_| self.sync.due()),
+            self.replica.push.due(),
+            self.replica.cluster_state.as_ref().map(|_| self.replica.sync.due()),
             self.outbox.write_due(),
         ];
         deadlines.into_iter().flatten().min()
@@ -240,14 +227,15 @@ impl Node {
         self.step_sync(now);
         self.step_introductions(now);
         self.drain_membership(now);
-        self.write_changes(now);
+        let encoded = |key| self.replica.record(key).map(|record| record.encode());
+        self.outbox.write_changes(now, encoded);
         self.flush_push(now);
         self.program_kernel();
     }
 
     fn handle_message(&mut self, now: Time, from: NodeId, bytes: &[u8]) {
-        let Some(cluster) = self.cluster_id() else { return };
-        if self.directory.forgotten(from).is_some() {
+        let Some(cluster) = self.replica.cluster_id() else { return };
+        if self.replica.directory.forgotten(from).is_some() {
             return;
         }
         match Frame::decode(bytes) {
@@ -272,7 +260,7 @@ impl Node {
     ) {
         let Some(purpose) = self.outbox.end_call(call) else { return };
         let answer = result.and_then(|(from, bytes)| match read_response(&bytes) {
-            Ok(_) if self.directory.forgotten(from).is_some() => {
+            Ok(_) if self.replica.directory.forgotten(from).is_some() => {
                 Err(CallError::Unreachable("the node was forgotten meanwhile".to_owned()))
             }
             Ok(response) => Ok((from, response)),
@@ -321,13 +309,13 @@ impl Node {
 
     /// Takes a new underlay address and publishes it; node and subnet stay the same.
     fn change_underlay(&mut self, now: Time, underlay: IpAddr) {
-        self.me.version.change += 1;
-        self.me.address.set_ip(underlay);
-        self.me.vtep.underlay = underlay;
+        self.replica.me.version.change += 1;
+        self.replica.me.address.set_ip(underlay);
+        self.replica.me.vtep.underlay = underlay;
         self.outbox.invalidate_view();
-        if self.cluster_state.is_some() {
-            self.publish_self(now);
-            self.sync.hasten(now);
+        if self.replica.cluster_state.is_some() {
+            self.replica.publish_self(&mut self.outbox, now);
+            self.replica.sync.hasten(now);
         }
     }
 
@@ -335,15 +323,16 @@ impl Node {
         while let Some(notice) = self.membership.poll_notice() {
             match notice {
                 Notice::Send { to, packet } => {
-                    if let Some((address, bytes)) = self.frame_to(to, Frame::Swim(&packet)) {
+                    if let Some((address, bytes)) = self.replica.frame_to(to, Frame::Swim(&packet))
+                    {
                         self.outbox.send_packet(to, address, bytes);
                     }
                 }
                 Notice::Up(node) => {
                     tracing::info!(%node, name = self.name_of(node), "member up");
-                    self.sync.partners.end_pause(node);
-                    if self.directory.get(node).is_none() {
-                        self.sync.hasten(now);
+                    self.replica.sync.partners.end_pause(node);
+                    if self.replica.directory.get(node).is_none() {
+                        self.replica.sync.hasten(now);
                     }
                 }
                 Notice::Suspect(suspicion) => {
@@ -358,25 +347,21 @@ impl Node {
                 }
                 Notice::Renewed(identity) => {
                     tracing::debug!(?identity.incarnation, "identity renewed");
-                    self.sync.unsettle(now);
+                    self.replica.sync.unsettle(now);
                 }
             }
         }
     }
 
-    /// Returns the address of a member and an encoded frame; `None` if the member has no record.
-    fn frame_to(&self, to: NodeId, frame: Frame<'_>) -> Option<(SocketAddr, Vec<u8>)> {
-        Some((self.address_of(to)?, frame.encode(self.cluster_id()?)))
-    }
-
     fn call(&mut self, to: Target, purpose: Purpose, request: &Request) {
-        let cluster = self.cluster_id().or(self.config.cluster).unwrap_or(ClusterId::UNKNOWN);
+        let cluster =
+            self.replica.cluster_id().or(self.config.cluster).unwrap_or(ClusterId::UNKNOWN);
         self.outbox.call(to, purpose, Frame::Request(&request.encode()).encode(cluster));
     }
 
     /// Calls a member. Returns false if the node has no record and so no known address.
     fn call_member(&mut self, node: NodeId, purpose: Purpose, request: &Request) -> bool {
-        let target = self.target(node);
+        let target = self.replica.target(node);
         if let Some(target) = target {
             self.call(target, purpose, request);
         }
@@ -385,32 +370,27 @@ impl Node {
 
     /// Returns this node's id.
     pub const fn id(&self) -> NodeId {
-        self.me.node
+        self.replica.me.node
     }
 
     /// Returns all members except this one, without those that left or were forgotten.
     pub fn peers(&self) -> impl Iterator<Item = NodeId> + '_ {
-        self.directory.peers(self.me.node).map(|record| record.node)
+        self.replica.directory.peers(self.replica.me.node).map(|record| record.node)
     }
 
     /// Returns the address of a member's QUIC endpoint.
     pub fn address_of(&self, node: NodeId) -> Option<SocketAddr> {
-        self.directory.get(node).map(|record| record.address)
-    }
-
-    fn target(&self, node: NodeId) -> Option<Target> {
-        let address = self.address_of(node)?;
-        Some(Target::Member { node, address })
+        self.replica.address_of(node)
     }
 
     /// Returns the cluster that this node is in.
     pub fn cluster(&self) -> Option<&ClusterRecord> {
-        self.cluster_state.as_ref().map(|cluster_state| &cluster_state.cluster)
+        self.replica.cluster_state.as_ref().map(|cluster_state| &cluster_state.cluster)
     }
 
     /// Returns the addresses of the other members. A host saves them to rejoin without its database.
     pub fn member_addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
-        self.directory.peers(self.me.node).map(|record| record.address)
+        self.replica.directory.peers(self.replica.me.node).map(|record| record.address)
     }
 
     /// Counts the members that gossip holds as alive or suspect, this node included.
@@ -420,31 +400,27 @@ impl Node {
 
     /// Returns the address at which peers reach this node.
     pub fn address(&self) -> SocketAddr {
-        self.me.address
+        self.replica.me.address
     }
 
     /// Returns the slot records that this node knows, or `None` outside a cluster.
     pub fn slots(&self) -> Option<&[Run]> {
-        self.cluster_state.as_ref().map(|cluster_state| cluster_state.slots.runs())
+        self.replica.cluster_state.as_ref().map(|cluster_state| cluster_state.slots.runs())
     }
 
     /// Returns the hashes of all state that members agree on.
     pub fn roots(&self) -> Roots {
-        self.buckets().roots()
-    }
-
-    fn cluster_id(&self) -> Option<ClusterId> {
-        self.cluster_state.as_ref().map(|cluster_state| cluster_state.cluster.id)
+        self.replica.buckets(&self.membership).roots()
     }
 
     /// Returns whether the cluster has no other member: none ever joined, or all left or were forgotten.
     pub fn is_alone(&self) -> bool {
-        self.directory.peers(self.me.node).next().is_none()
+        self.replica.is_alone()
     }
 
     /// Returns the node's name, or "?" if its record is not known.
     pub fn name_of(&self, node: NodeId) -> &str {
-        self.directory.get(node).map_or("?", |record| record.name.as_str())
+        self.replica.name_of(node)
     }
 
     /// Returns a span between `base` and 1.25 * `base`, so that nodes do not act in step.

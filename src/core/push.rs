@@ -55,16 +55,21 @@ impl PushQueue {
 impl Node {
     /// Sends the queued facts, if due.
     pub(super) fn flush_push(&mut self, now: Time) {
-        if self.push.due.is_none_or(|due| now < due) {
+        if self.replica.push.due.is_none_or(|due| now < due) {
             return;
         }
         let last = Some(now);
-        let queue = std::mem::replace(&mut self.push, PushQueue { last, ..PushQueue::default() });
+        let queue =
+            std::mem::replace(&mut self.replica.push, PushQueue { last, ..PushQueue::default() });
         let active = self.active();
-        let members: Vec<_> =
-            queue.members.iter().filter_map(|node| self.directory.get(*node).cloned()).collect();
+        let members: Vec<_> = queue
+            .members
+            .iter()
+            .filter_map(|node| self.replica.directory.get(*node).cloned())
+            .collect();
         let known = members.iter().filter_map(|record| active.get(&record.node).copied());
-        let forgets = queue.forgets.iter().filter_map(|node| self.directory.forgotten(*node));
+        let forgets =
+            queue.forgets.iter().filter_map(|node| self.replica.directory.forgotten(*node));
         let facts = Facts {
             active: known.collect(),
             forgets: forgets.copied().collect(),
@@ -77,8 +82,8 @@ impl Node {
         };
         let ring: Vec<NodeId> = active.into_keys().collect();
         let payload = Push { facts }.encode();
-        for to in fingers(&ring, self.me.node).filter(|to| Some(*to) != only_source) {
-            if let Some((address, bytes)) = self.frame_to(to, Frame::Push(&payload)) {
+        for to in fingers(&ring, self.replica.me.node).filter(|to| Some(*to) != only_source) {
+            if let Some((address, bytes)) = self.replica.frame_to(to, Frame::Push(&payload)) {
                 self.outbox.send_facts(to, address, bytes);
             }
         }

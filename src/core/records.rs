@@ -1,15 +1,15 @@
-//! The records of this node's state: which ones a change affects, and their present contents.
+//! The records of the replica: which ones a change affects, and their present contents.
 
 use crate::{
-    model::{MemberRecord, Slot, SlotState, Time},
+    model::{Slot, SlotState},
     wire::{Buckets, Key, Record},
 };
 
-use super::{ClusterState, Directory, Node, slots::Change};
+use super::{outbox::Outbox, replica::Replica, slots::Change};
 
-impl Node {
+impl Replica {
     /// Marks changed slots to be written; at once if this node is the old or the new owner of one.
-    pub(super) fn note_slots(&mut self, changes: &[Change]) {
+    pub(super) fn note_slots(&mut self, outbox: &mut Outbox, changes: &[Change]) {
         let me = self.me.node;
         let Some(cluster_state) = &self.cluster_state else { return };
         for (run, before) in changes {
@@ -18,33 +18,24 @@ impl Node {
             for bucket in cluster_state.slots.bucket_of(first)..=cluster_state.slots.bucket_of(last)
             {
                 let key = Key::Slots(bucket as u8);
-                if mine { self.outbox.mark_urgent(key) } else { self.outbox.mark(key) }
+                if mine { outbox.mark_urgent(key) } else { outbox.mark(key) }
             }
             if before.is_some_and(|record| record.state == SlotState::Leased) {
                 self.reassigned.extend(run.slots());
             }
             if mine {
-                self.outbox.mark_lease();
+                outbox.mark_lease();
             }
-            self.outbox.invalidate_view();
+            outbox.invalidate_view();
         }
         let has_moved = |(run, before): &&Change| {
             before.is_some_and(|old| (old.owner, old.state) != (run.record.owner, run.record.state))
         };
         let moved: Vec<Change> = changes.iter().filter(has_moved).copied().collect();
-        self.outbox.report_changes(moved);
+        outbox.report_changes(moved);
     }
-
-    /// Writes changed records, if due.
-    pub(super) fn write_changes(&mut self, now: Time) {
-        let Self { outbox, me, directory, cluster_state, .. } = self;
-        outbox.write_changes(now, |key| {
-            record(key, me, directory, cluster_state.as_ref()).map(|record| record.encode())
-        });
-    }
-
     /// Marks all records to be written at once, because the disk has lost them.
-    pub(super) fn write_everything(&mut self) {
+    pub(super) fn mark_everything(&self, outbox: &mut Outbox) {
         let members: Vec<_> =
             self.directory.iter().map(|record| Key::Member(record.node)).collect();
         let forgets: Vec<_> =
@@ -53,25 +44,22 @@ impl Node {
         let all =
             [Key::Starts, Key::Cluster].into_iter().chain(slots).chain(members).chain(forgets);
         for key in all {
-            self.outbox.mark_urgent(key);
+            outbox.mark_urgent(key);
         }
     }
-}
 
-/// Returns the present contents of a record.
-fn record(
-    key: Key,
-    me: &MemberRecord,
-    directory: &Directory,
-    cluster_state: Option<&ClusterState>,
-) -> Option<Record> {
-    match key {
-        Key::Starts => Some(Record::Starts(me.version.starts)),
-        Key::Cluster => Some(Record::Cluster(cluster_state?.cluster)),
-        Key::Slots(bucket) => Some(Record::Slots(cluster_state?.slots.bucket(usize::from(bucket)))),
-        Key::Member(node) => directory.get(node).cloned().map(Record::Member),
-        Key::Forget(node) => directory.forgotten(node).copied().map(Record::Forget),
-        // Pod records belong to the agent.
-        Key::Pod(_) => None,
+    /// Returns the present contents of a record.
+    pub(super) fn record(&self, key: Key) -> Option<Record> {
+        match key {
+            Key::Starts => Some(Record::Starts(self.me.version.starts)),
+            Key::Cluster => Some(Record::Cluster(self.cluster_state.as_ref()?.cluster)),
+            Key::Slots(bucket) => {
+                Some(Record::Slots(self.cluster_state.as_ref()?.slots.bucket(usize::from(bucket))))
+            }
+            Key::Member(node) => self.directory.get(node).cloned().map(Record::Member),
+            Key::Forget(node) => self.directory.forgotten(node).copied().map(Record::Forget),
+            // Pod records belong to the agent.
+            Key::Pod(_) => None,
+        }
     }
 }

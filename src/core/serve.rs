@@ -1,6 +1,6 @@
 //! Responses to peers. Each request gets exactly one response, which may be a refusal with its reason.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     model::{
@@ -11,10 +11,47 @@ use crate::{
 };
 
 use super::{
-    ClusterState, Node, ReplyId,
+    Node, ReplyId,
     malformed::Kind,
+    outbox::Outbox,
+    replica::Replica,
     slots::{Change, Grant},
 };
+
+impl Replica {
+    /// Returns the refusal of a frame with this cluster id, if any.
+    pub(super) fn cluster_refusal(&self, cluster: ClusterId) -> Option<Refusal> {
+        match self.cluster_id() {
+            None => Some(Refusal::NotReady),
+            Some(ours) if cluster != ours && cluster != ClusterId::UNKNOWN => {
+                Some(Refusal::OtherCluster { ours: cluster, theirs: ours })
+            }
+            Some(_) => None,
+        }
+    }
+    /// Returns all facts of this node, with these active members.
+    pub(super) fn everything(&self, active: BTreeMap<NodeId, Identity>) -> Facts {
+        let slots = self.cluster_state.iter().flat_map(|cluster_state| cluster_state.slots.runs());
+        Facts {
+            members: self.directory.iter().cloned().collect(),
+            slots: slots.copied().collect(),
+            active: active.into_values().collect(),
+            forgets: self.directory.forgets().copied().collect(),
+        }
+    }
+
+    /// Writes and pushes slot records that this node has changed itself.
+    pub(super) fn note_own_change(&mut self, outbox: &mut Outbox, now: Time, changes: &[Change]) {
+        self.note_slots(outbox, changes);
+        // The present records, because of two changes of one slot only the last is written.
+        let Some(cluster_state) = &self.cluster_state else { return };
+        let slots =
+            changes.iter().flat_map(|(run, _)| cluster_state.slots.range(run.start.0, run.end()));
+        let slots = slots.collect();
+        self.push.add(now, &Facts { slots, ..Facts::default() }, None);
+        self.sync.unsettle(now);
+    }
+}
 
 impl Node {
     pub(super) fn serve(&mut self, now: Time, from: NodeId, reply: ReplyId, bytes: &[u8]) {
@@ -33,31 +70,20 @@ impl Node {
     }
 
     pub(super) fn reply(&mut self, reply: ReplyId, response: &Response) {
-        let cluster = self.cluster_id().unwrap_or(ClusterId::UNKNOWN);
+        let cluster = self.replica.cluster_id().unwrap_or(ClusterId::UNKNOWN);
         let bytes = Frame::Response(&response.encode()).encode(cluster);
         self.outbox.reply(reply, bytes);
     }
 
     /// Returns the refusal that a node gets whatever it requests, if any.
     pub fn refusal(&self, from: NodeId, cluster: ClusterId) -> Option<Refusal> {
-        self.cluster_refusal(cluster).or_else(|| {
-            if self.directory.get(from).is_some_and(MemberRecord::has_left) {
+        self.replica.cluster_refusal(cluster).or_else(|| {
+            if self.replica.directory.get(from).is_some_and(MemberRecord::has_left) {
                 return Some(Refusal::Left);
             }
-            let forget = self.directory.forgotten(from);
+            let forget = self.replica.directory.forgotten(from);
             forget.map(|forget| Refusal::Forgotten { successor: forget.successor })
         })
-    }
-
-    /// Returns the refusal of a frame with this cluster id, if any.
-    fn cluster_refusal(&self, cluster: ClusterId) -> Option<Refusal> {
-        match self.cluster_id() {
-            None => Some(Refusal::NotReady),
-            Some(ours) if cluster != ours && cluster != ClusterId::UNKNOWN => {
-                Some(Refusal::OtherCluster { ours: cluster, theirs: ours })
-            }
-            Some(_) => None,
-        }
     }
 
     fn request_refusal(
@@ -68,7 +94,7 @@ impl Node {
     ) -> Option<Refusal> {
         match request {
             // A member that left may still have to hand over its records.
-            Request::Handover(_) => self.cluster_refusal(cluster),
+            Request::Handover(_) => self.replica.cluster_refusal(cluster),
             _ => self.refusal(from, cluster),
         }
     }
@@ -80,7 +106,7 @@ impl Node {
                 Response::Here(self.membership.refute(now, &suspicion))
             }
             Request::Compare(roots) => {
-                let ours = self.buckets();
+                let ours = self.replica.buckets(&self.membership);
                 if ours.roots() == roots {
                     Response::Same
                 } else {
@@ -95,7 +121,8 @@ impl Node {
                 Err(refusal) => Response::Refused(refusal),
             },
             Request::Acknowledge { forgets, buckets } => {
-                let lacks = self.facts_in(buckets.differing(&self.buckets()));
+                let differing = buckets.differing(&self.replica.buckets(&self.membership));
+                let lacks = self.replica.facts_in(differing, self.active());
                 self.learn(now, &Facts { forgets, ..Facts::default() }, Some(from));
                 // The sender's record may be known already but not flushed yet.
                 self.outbox.mark_urgent(Key::Member(from));
@@ -115,7 +142,7 @@ impl Node {
     }
 
     fn respond_to_hello(&mut self, now: Time, from: NodeId, hello: Hello) -> Response {
-        let Some(cluster_state) = &self.cluster_state else {
+        let Some(cluster_state) = &self.replica.cluster_state else {
             return Response::Refused(Refusal::NotReady);
         };
         if let Some(difference) = hello.settings.difference(&cluster_state.cluster.settings) {
@@ -133,14 +160,14 @@ impl Node {
             self.note_refused(from, 1, &why);
             return Response::Refused(Refusal::UnusableRecord(why.into()));
         }
-        if !self.directory.has_room_for(from) {
+        if !self.replica.directory.has_room_for(from) {
             return Response::Refused(Refusal::Full { limit: MAX_MEMBERS as u32 });
         }
         let MemberRecord { name, address, .. } = &hello.member;
         if let Some(count) = self.note(from, Kind::SendsHello, 1, "") {
             tracing::info!(node = %from, %name, %address, count, "joining");
         }
-        let known = self.directory.get(from);
+        let known = self.replica.directory.get(from);
         let returning = known.is_some_and(|record| record.boot != hello.member.boot);
         let facts =
             Facts { members: vec![hello.member], active: vec![hello.identity], ..Facts::default() };
@@ -149,9 +176,9 @@ impl Node {
             return Response::Refused(Refusal::UnusableRecord(why.into()));
         }
         let no_slot = self.grant(now, from, hello.grant).err();
-        match &self.cluster_state {
+        match &self.replica.cluster_state {
             Some(cluster_state) => {
-                let facts = self.everything(cluster_state);
+                let facts = self.replica.everything(self.active());
                 let cluster = cluster_state.cluster;
                 Response::Welcome(Box::new(Welcome { cluster, facts, returning, no_slot }))
             }
@@ -162,8 +189,8 @@ impl Node {
     /// Returns the reason for which a joiner's record cannot be used, if any. Besides the general rules, its
     /// underlay address must differ from this node's and be of the same family.
     fn unusable(&self, record: &MemberRecord) -> Option<String> {
-        let pool = &self.cluster_state.as_ref()?.cluster.settings.pool;
-        let (theirs, ours) = (record.vtep.underlay, self.me.vtep.underlay);
+        let pool = &self.replica.cluster_state.as_ref()?.cluster.settings.pool;
+        let (theirs, ours) = (record.vtep.underlay, self.replica.me.vtep.underlay);
         match record.why_unusable(pool) {
             Some(unfit) => Some(unfit.to_string()),
             None if theirs == ours => Some(format!("its underlay address {theirs} is this node's")),
@@ -176,14 +203,15 @@ impl Node {
 
     /// Grants a slot of this node to `to`. The response waits for the write.
     fn grant(&mut self, now: Time, to: NodeId, wish: GrantWish) -> Result<Facts, Refusal> {
-        let me = self.me.node;
-        if !self.sync.synced() {
+        let me = self.replica.me.node;
+        if !self.replica.sync.synced() {
             return Err(Refusal::NotSynced);
         }
         if self.duplicate.is_some() {
             return Err(Refusal::DuplicateIdentity);
         }
-        let Some(cluster_state) = self.cluster_state.as_mut().filter(|_| self.leaving.is_none())
+        let Some(cluster_state) =
+            self.replica.cluster_state.as_mut().filter(|_| self.leaving.is_none())
         else {
             return Err(Refusal::NotReady);
         };
@@ -197,7 +225,7 @@ impl Node {
         let count: u32 = slots.iter().map(|run| run.len).sum();
         tracing::info!(%to, name = self.name_of(to), slots = count, "granted");
         self.counters.grants += 1;
-        self.note_own_change(now, changes);
+        self.note_own_change(now, &changes);
         Ok(Facts { slots, ..Facts::default() })
     }
 
@@ -214,10 +242,10 @@ impl Node {
             return Response::Refused(Refusal::Malformed(why.into()));
         }
         self.learn(now, theirs, Some(from));
-        self.sync.verify_memory(from);
+        self.replica.sync.verify_memory(from);
         let sender = self.credible_identities(now, &[identity]);
         self.introduce(now, sender);
-        let mut facts = self.facts_in(buckets);
+        let mut facts = self.replica.facts_in(buckets, self.active());
         // Version and boot are compared: two processes with one key may publish the same version.
         let known: BTreeSet<_> =
             theirs.members.iter().map(|r| (r.node, r.version, r.boot)).collect();
@@ -233,34 +261,16 @@ impl Node {
         Response::Facts { facts, down, down_as }
     }
 
-    /// Writes and pushes slot records that this node has changed itself.
-    pub(super) fn note_own_change(&mut self, now: Time, changes: Vec<Change>) {
-        if changes.is_empty() {
-            return;
+    /// Writes and pushes slot records that this node has changed itself, and looks at its lease again.
+    pub(super) fn note_own_change(&mut self, now: Time, changes: &[Change]) {
+        if !changes.is_empty() {
+            self.replica.note_own_change(&mut self.outbox, now, changes);
+            self.recheck_lease(now);
         }
-        self.note_slots(&changes);
-        // The present records, because of two changes of one slot only the last is written.
-        let Some(cluster_state) = &self.cluster_state else { return };
-        let slots =
-            changes.iter().flat_map(|(run, _)| cluster_state.slots.range(run.start.0, run.end()));
-        let slots = slots.collect();
-        self.push.add(now, &Facts { slots, ..Facts::default() }, None);
-        self.sync.unsettle(now);
-        self.recheck_lease(now);
     }
 
     fn unreadable(&mut self, from: NodeId, error: &dyn std::fmt::Display) -> Response {
         self.note_malformed(from, error);
         Response::Refused(Refusal::Malformed(error.to_string().into()))
-    }
-
-    /// Returns all facts that this node has.
-    pub(super) fn everything(&self, cluster_state: &ClusterState) -> Facts {
-        Facts {
-            members: self.directory.iter().cloned().collect(),
-            slots: cluster_state.slots.runs().to_vec(),
-            active: self.active().into_values().collect(),
-            forgets: self.directory.forgets().copied().collect(),
-        }
     }
 }

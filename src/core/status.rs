@@ -169,21 +169,26 @@ impl Node {
 
     /// Returns the node's status.
     pub fn status(&self) -> NodeStatus {
-        let me = self.me.node;
-        let pool =
-            self.cluster_state.as_ref().map(|cluster_state| cluster_state.cluster.settings.pool);
+        let me = self.replica.me.node;
+        let pool = self
+            .replica
+            .cluster_state
+            .as_ref()
+            .map(|cluster_state| cluster_state.cluster.settings.pool);
         let subnets = self.own_subnets();
         let census = self
+            .replica
             .cluster_state
             .as_ref()
             .map(|cluster_state| cluster_state.slots.census())
             .unwrap_or_default();
         NodeStatus {
             node: me,
-            name: self.me.name.clone(),
+            name: self.replica.me.name.clone(),
             phase: self.phase(),
-            cluster: self.cluster_id(),
+            cluster: self.replica.cluster_id(),
             settings: self
+                .replica
                 .cluster_state
                 .as_ref()
                 .map(|cluster_state| cluster_state.cluster.settings),
@@ -196,7 +201,7 @@ impl Node {
                 own_free: census.free.get(&me).copied().unwrap_or(0),
             },
             settled: self.is_settled(),
-            synced: self.is_alone() || self.sync.synced(),
+            synced: self.is_alone() || self.replica.sync.synced(),
             members: self.member_statuses(),
             free_slots: self.free_slots(),
             reclaiming: self.reclaiming(),
@@ -207,7 +212,7 @@ impl Node {
 
     /// Returns the phase of the node's membership.
     pub fn phase(&self) -> Phase {
-        match (&self.cluster_state, &self.leaving, self.own_subnets()) {
+        match (&self.replica.cluster_state, &self.leaving, self.own_subnets()) {
             (_, Some(_), _) => Phase::Leaving,
             (None, _, _) => Phase::Joining,
             (_, _, None) => Phase::Leaseless,
@@ -218,18 +223,19 @@ impl Node {
     /// Returns whether the last comparison found no difference or there is no member to compare with: the
     /// cluster has no other member, or all of them went down after this node was settled once.
     pub fn is_settled(&self) -> bool {
-        let has_lost_all = self.sync.settled_once() && !self.has_active_peer();
-        self.is_alone() || self.sync.settled() || has_lost_all
+        let has_lost_all = self.replica.sync.settled_once() && !self.has_active_peer();
+        self.is_alone() || self.replica.sync.settled() || has_lost_all
     }
 
     fn member_statuses(&self) -> Vec<MemberStatus> {
         let opinions = self.membership.opinions();
         let slots = self
+            .replica
             .cluster_state
             .as_ref()
             .map(|cluster_state| (cluster_state, cluster_state.cluster.settings.pool));
         let member = |record: &MemberRecord| {
-            let is_me = record.node == self.me.node;
+            let is_me = record.node == self.replica.me.node;
             let runs = slots
                 .iter()
                 .flat_map(|(cluster_state, _)| cluster_state.slots.runs_of(record.node));
@@ -246,8 +252,8 @@ impl Node {
                     opinions.get(&record.node).copied()
                 },
                 left: record.has_left(),
-                forgotten: self.directory.forgotten(record.node).is_some(),
-                heard: is_me || self.sync.is_confirmed(record.node),
+                forgotten: self.replica.directory.forgotten(record.node).is_some(),
+                heard: is_me || self.replica.sync.is_confirmed(record.node),
                 address: record.address,
                 underlay: record.vtep.underlay,
                 vtep_mac: record.vtep.mac,
@@ -257,16 +263,16 @@ impl Node {
                 free: free.iter().map(|run| run.len).sum(),
             }
         };
-        let mut members: Vec<_> = self.directory.iter().map(member).collect();
+        let mut members: Vec<_> = self.replica.directory.iter().map(member).collect();
         members.sort_by(|a, b| (&a.name, a.node).cmp(&(&b.name, b.node)));
         members
     }
 
     fn free_slots(&self) -> Vec<FreeRange> {
-        let Some(cluster_state) = &self.cluster_state else { return Vec::new() };
+        let Some(cluster_state) = &self.replica.cluster_state else { return Vec::new() };
         let pool = cluster_state.cluster.settings.pool;
         let opinions = self.membership.opinions();
-        let liveness = |node: NodeId| match node == self.me.node {
+        let liveness = |node: NodeId| match node == self.replica.me.node {
             true => Some(Liveness::Alive),
             false => opinions.get(&node).copied(),
         };
@@ -324,7 +330,7 @@ impl Node {
                 Problem::new(ProblemCode::SeedUnreachable, seed, what, "")
             }));
         }
-        if let (Phase::Leaseless, Some(cluster_state)) = (phase, &self.cluster_state) {
+        if let (Phase::Leaseless, Some(cluster_state)) = (phase, &self.replica.cluster_state) {
             problems.extend(cluster_state.search.refusal.iter().map(|refusal| {
                 let what = format!("no subnet yet: {refusal}");
                 Problem::new(ProblemCode::NoSubnet, "refusal", what, "")
@@ -334,7 +340,7 @@ impl Node {
             }
         }
         if let Some((cluster_state, rival)) =
-            self.cluster_state.as_ref().and_then(|h| Some((h, h.search.rival?)))
+            self.replica.cluster_state.as_ref().and_then(|h| Some((h, h.search.rival?)))
         {
             let subnet = self.config.assigned.and_then(|address| {
                 let pool = cluster_state.cluster.settings.pool;
@@ -356,7 +362,7 @@ impl Node {
                 duplicate.address,
                 format!(
                     "this node's key is in use twice, at {} and at {}: its state directory was copied",
-                    self.me.address, duplicate.address
+                    self.replica.me.address, duplicate.address
                 ),
                 "run `gossamer reset-identity` on one of the two; until then, neither grants subnets",
             ));
@@ -402,8 +408,8 @@ impl Node {
             ));
         }
         problems.extend(self.refused_problems());
-        let irreconcilable = self.sync.partners.irreconcilable();
-        let irreconcilable = irreconcilable.filter(|node| !self.is_gone(*node));
+        let irreconcilable = self.replica.sync.partners.irreconcilable();
+        let irreconcilable = irreconcilable.filter(|node| !self.replica.is_gone(*node));
         problems.extend(irreconcilable.map(|node| {
             let name = self.name_of(node);
             let what = format!(

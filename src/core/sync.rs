@@ -4,18 +4,21 @@
 //! member. So a partition that has healed is always noticed. Only the differing buckets are exchanged;
 //! without a difference a round costs three hashes.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use rand::prelude::IndexedRandom as _;
 
 use crate::{
-    model::{MemberRecord, NodeId, Time},
+    model::{Identity, MemberRecord, NodeId, Time},
     wire::{Buckets, Facts, Request, Response, Roots},
 };
 
 use super::{
     Answer, CallError, Node, Purpose, Target, learn::MergeResult, malformed::Kind,
-    partners::Partners, rank::state_hash,
+    membership::Membership, outbox::Outbox, partners::Partners, rank::state_hash, replica::Replica,
 };
 
 /// Interval of rounds while settled.
@@ -245,37 +248,96 @@ impl SyncRound {
     }
 }
 
+impl Replica {
+    /// Confirms a peer: the known records of its slots are its own statement. Kernel entries for them can be
+    /// checked from then on. In a large cluster the view is computed again only after several confirmations,
+    /// because each time all entries are checked.
+    pub(super) fn confirm(&mut self, outbox: &mut Outbox, peer: NodeId) {
+        let SyncRound { confirmed, newly_confirmed, .. } = &mut self.sync;
+        *newly_confirmed += usize::from(confirmed.insert(peer));
+        if *newly_confirmed * VIEW_REFRESH_SHARE >= confirmed.len()
+            && std::mem::take(newly_confirmed) > 0
+        {
+            outbox.invalidate_view();
+        }
+    }
+    /// Notes a successful comparison with `peer`; `same` if it found no difference.
+    pub(super) fn note_comparison(
+        &mut self,
+        outbox: &mut Outbox,
+        now: Time,
+        peer: NodeId,
+        same: bool,
+    ) {
+        self.confirm(outbox, peer);
+        self.sync.partners.note_answer(peer);
+        self.sync.complete(now, peer, same);
+    }
+    /// Returns the hashes of this node's state, by bucket.
+    pub(super) fn buckets(&self, membership: &Membership) -> Buckets {
+        Buckets {
+            members: self.directory.hashes(),
+            slots: self
+                .cluster_state
+                .as_ref()
+                .map_or([0; Buckets::COUNT], |cluster_state| cluster_state.slots.hashes()),
+            active: membership.hashes(self.directory.gone()),
+        }
+    }
+    /// Returns this node's facts in the buckets of a bit mask, with the members of `active` in them.
+    pub(super) fn facts_in(&self, mask: u32, active: BTreeMap<NodeId, Identity>) -> Facts {
+        let wanted = |bucket: &usize| mask & (1 << bucket) != 0;
+        let buckets: Vec<usize> = (0..Buckets::COUNT).filter(wanted).collect();
+        let members = buckets.iter().flat_map(|b| self.directory.bucket(*b).cloned()).collect();
+        let forgets = buckets.iter().flat_map(|b| self.directory.forgets_in(*b).copied()).collect();
+        let slots = self
+            .cluster_state
+            .iter()
+            .flat_map(|cluster_state| {
+                buckets.iter().flat_map(|bucket| cluster_state.slots.bucket(*bucket))
+            })
+            .collect();
+        let active = active
+            .into_values()
+            .filter(|identity| wanted(&Buckets::of_node(identity.node)))
+            .collect();
+        Facts { members, slots, active, forgets }
+    }
+}
+
 impl Node {
     pub(super) fn step_sync(&mut self, now: Time) {
         self.clear_duplicate(now);
-        if self.cluster_state.is_none() || now < self.sync.due {
+        if self.replica.cluster_state.is_none() || now < self.replica.sync.due {
             return;
         }
-        let base = self.sync.interval();
-        self.sync.unsettled_interval =
-            (self.sync.unsettled_interval * 2).min(MAX_UNSETTLED_INTERVAL);
-        self.sync.due = now + self.jittered(base);
-        let unconfirmed = |node: NodeId| !self.sync.is_confirmed(node) && !self.is_gone(node);
+        let base = self.replica.sync.interval();
+        self.replica.sync.unsettled_interval =
+            (self.replica.sync.unsettled_interval * 2).min(MAX_UNSETTLED_INTERVAL);
+        self.replica.sync.due = now + self.jittered(base);
+        let unconfirmed =
+            |node: NodeId| !self.replica.sync.is_confirmed(node) && !self.replica.is_gone(node);
         // Without a creator each node starts alone and finds the others through its seeds.
         let is_lonely = self.config.assigned.is_some() && self.is_alone();
-        self.sync.has_unconfirmed = is_lonely || self.membership.others().any(unconfirmed);
-        self.sync.active_peers = self.membership.others().count() as u32;
-        let directory = &self.directory;
-        self.sync.partners.retain(|node| directory.get(node).is_some());
+        self.replica.sync.has_unconfirmed = is_lonely || self.membership.others().any(unconfirmed);
+        self.replica.sync.active_peers = self.membership.others().count() as u32;
+        let directory = &self.replica.directory;
+        self.replica.sync.partners.retain(|node| directory.get(node).is_some());
         if self.is_alone() {
-            (self.sync.settled, self.sync.settled_once, self.sync.agreed) = (true, true, true);
+            (self.replica.sync.settled, self.replica.sync.settled_once, self.replica.sync.agreed) =
+                (true, true, true);
         }
-        let partner = self.choose_partner(now, self.sync.rounds + 1);
+        let partner = self.choose_partner(now, self.replica.sync.rounds + 1);
         // Rounds without a partner do not count.
-        self.sync.rounds += u64::from(partner.is_some());
-        let is_turn =
-            !self.sync.has_unconfirmed || self.sync.rounds.is_multiple_of(VIEW_REFRESH_ROUNDS);
-        if is_turn && std::mem::take(&mut self.sync.newly_confirmed) > 0 {
+        self.replica.sync.rounds += u64::from(partner.is_some());
+        let is_turn = !self.replica.sync.has_unconfirmed
+            || self.replica.sync.rounds.is_multiple_of(VIEW_REFRESH_ROUNDS);
+        if is_turn && std::mem::take(&mut self.replica.sync.newly_confirmed) > 0 {
             self.outbox.invalidate_view();
         }
         let Some(partner) = partner else { return };
-        *self.sync.open.with(partner) = true;
-        let request = Request::Compare(self.buckets().roots());
+        *self.replica.sync.open.with(partner) = true;
+        let request = Request::Compare(self.replica.buckets(&self.membership).roots());
         self.call(partner, Purpose::Compare { partner }, &request);
     }
 
@@ -284,22 +346,22 @@ impl Node {
     /// Three of four rounds take active members, the fourth also ones held as down. Every second round takes
     /// a seed, if one is not an active member.
     fn choose_partner(&mut self, now: Time, rounds: u64) -> Option<Target> {
-        let me = self.me.node;
-        let absent_seeds: Vec<usize> = (0..self.sync.seeds.len())
+        let me = self.replica.me.node;
+        let absent_seeds: Vec<usize> = (0..self.replica.sync.seeds.len())
             .filter(|&seed| {
-                self.sync.seeds[seed]
+                self.replica.sync.seeds[seed]
                     .is_none_or(|node| node != me && !self.membership.is_active(node))
             })
             .collect();
-        let is_useful = |node: &NodeId| match self.sync.witnesses() {
+        let is_useful = |node: &NodeId| match self.replica.sync.witnesses() {
             Some(witnesses) => witnesses.contains(node),
-            None => !self.sync.confirmed.contains(node),
+            None => !self.replica.sync.confirmed.contains(node),
         };
         let takes_down = rounds.is_multiple_of(4);
         let prefers_useful = rounds % 4 < 2;
-        let peers: Vec<&MemberRecord> = self.directory.peers(me).collect();
+        let peers: Vec<&MemberRecord> = self.replica.directory.peers(me).collect();
         let may_compare = |record: &&&MemberRecord| {
-            self.sync.partners.may_compare(now, record.node, peers.len() == 1)
+            self.replica.sync.partners.may_compare(now, record.node, peers.len() == 1)
         };
         let all: Vec<&MemberRecord> = peers.iter().filter(may_compare).copied().collect();
         let wanted = |record: &&&MemberRecord| {
@@ -310,11 +372,11 @@ impl Node {
         let from = if preferred.is_empty() { &all } else { &preferred };
         let peer = from
             .choose(&mut self.rng)
-            .filter(|_| !self.sync.open.member)
+            .filter(|_| !self.replica.sync.open.member)
             .map(|record| Target::Member { node: record.node, address: record.address });
         let turn = (rounds / 2) as usize;
         if !absent_seeds.is_empty()
-            && !self.sync.open.seed
+            && !self.replica.sync.open.seed
             && (!rounds.is_multiple_of(2) || peer.is_none())
         {
             return Some(Target::Seed(absent_seeds[turn % absent_seeds.len()]));
@@ -322,68 +384,48 @@ impl Node {
         peer
     }
 
-    /// Notes a successful comparison with `peer`; `same` if it found no difference.
-    pub(super) fn note_comparison(&mut self, now: Time, peer: NodeId, same: bool) {
-        self.confirm(peer);
-        self.sync.partners.note_answer(peer);
-        self.sync.complete(now, peer, same);
-    }
-
-    /// Confirms a peer: the known records of its slots are its own statement. Kernel entries for them can be
-    /// checked from then on. In a large cluster the view is computed again only after several confirmations,
-    /// because each time all entries are checked.
-    fn confirm(&mut self, peer: NodeId) {
-        let SyncRound { confirmed, newly_confirmed, .. } = &mut self.sync;
-        *newly_confirmed += usize::from(confirmed.insert(peer));
-        if *newly_confirmed * VIEW_REFRESH_SHARE >= confirmed.len()
-            && std::mem::take(newly_confirmed) > 0
-        {
-            self.outbox.invalidate_view();
-        }
-    }
-
     pub(super) fn handle_compare_answer(&mut self, now: Time, partner: Target, answer: Answer) {
-        *self.sync.open.with(partner) = false;
+        *self.replica.sync.open.with(partner) = false;
         if let (Target::Seed(seed), Ok((from, _))) = (partner, &answer) {
-            self.sync.note_seed(seed, *from);
+            self.replica.sync.note_seed(seed, *from);
         }
         match answer {
             Ok((from, Response::Same)) => {
                 self.counters.syncs_same += 1;
-                self.sync.partners.note_agreement(from);
+                self.replica.sync.partners.note_agreement(from);
                 self.notes.clear_refused(from);
-                self.note_comparison(now, from, true);
-                self.sync.agreed = true;
+                self.replica.note_comparison(&mut self.outbox, now, from, true);
+                self.replica.sync.agreed = true;
                 self.recheck_forgets(now);
                 self.replace_predecessor(now);
             }
             Ok((from, Response::Differ(theirs))) => {
                 self.counters.syncs_different += 1;
-                let buckets = self.buckets().differing(&theirs);
-                let facts = self.facts_in(buckets);
+                let buckets = self.replica.buckets(&self.membership).differing(&theirs);
+                let facts = self.replica.facts_in(buckets, self.active());
                 let identity = self.membership.identity();
                 let request = Request::Exchange { buckets, identity, facts };
                 // To the same target: the known address of a member that has moved may be outdated.
-                *self.sync.open.with(partner) = true;
+                *self.replica.sync.open.with(partner) = true;
                 self.call(partner, Purpose::Exchange { partner, with: from }, &request);
             }
             Ok((from, Response::Refused(refusal))) => {
-                self.sync.partners.note_silence(now, from);
+                self.replica.sync.partners.note_silence(now, from);
                 if let Some(count) = self.note(from, Kind::RefusesComparison, 1, "") {
                     tracing::warn!(peer = %from, count, %refusal, "comparison refused");
                 }
                 self.stop_if_expelled(&refusal);
             }
             Ok((from, _)) => {
-                self.sync.partners.note_silence(now, from);
+                self.replica.sync.partners.note_silence(now, from);
                 self.note_malformed(from, &"unexpected response to a comparison");
             }
             Err(error) => {
                 if let (Target::Seed(seed), CallError::Myself) = (partner, &error) {
-                    self.sync.note_seed(seed, self.me.node);
+                    self.replica.sync.note_seed(seed, self.replica.me.node);
                 }
                 if let Target::Member { node, .. } = partner {
-                    self.sync.partners.note_silence(now, node);
+                    self.replica.sync.partners.note_silence(now, node);
                 }
                 tracing::debug!(?partner, %error, "comparison failed");
             }
@@ -397,7 +439,7 @@ impl Node {
         with: NodeId,
         answer: Answer,
     ) {
-        *self.sync.open.with(partner) = false;
+        *self.replica.sync.open.with(partner) = false;
         match answer {
             Ok((from, Response::Facts { facts, down, down_as })) => {
                 let MergeResult { new, refused } = self.learn(now, &facts, Some(from));
@@ -410,18 +452,19 @@ impl Node {
                     // Facts that cannot be exchanged do not count as a difference: the member has all facts
                     // of this node now, and this node has all of the member's that can be true.
                     let is_irreconcilable =
-                        self.sync.partners.count_fruitless(from, has_news) || refused && !has_news;
+                        self.replica.sync.partners.count_fruitless(from, has_news)
+                            || refused && !has_news;
                     if !refused {
                         self.notes.clear_refused(from);
                     }
-                    self.note_comparison(now, from, is_irreconcilable);
+                    self.replica.note_comparison(&mut self.outbox, now, from, is_irreconcilable);
                     if is_irreconcilable {
                         self.recheck_forgets(now);
                     }
                 }
                 if let Some(incarnation) = down_as {
                     self.exceed_incarnation(now, incarnation);
-                    self.sync.hasten(now);
+                    self.replica.sync.hasten(now);
                 }
             }
             Ok((from, other)) => {
@@ -429,44 +472,11 @@ impl Node {
             }
             Err(error) => {
                 if let Target::Member { node, .. } = partner {
-                    self.sync.partners.note_silence(now, node);
+                    self.replica.sync.partners.note_silence(now, node);
                 }
                 tracing::debug!(%error, "exchange failed");
             }
         }
-    }
-
-    /// Returns the hashes of this node's state, by bucket.
-    pub(super) fn buckets(&self) -> Buckets {
-        Buckets {
-            members: self.directory.hashes(),
-            slots: self
-                .cluster_state
-                .as_ref()
-                .map_or([0; Buckets::COUNT], |cluster_state| cluster_state.slots.hashes()),
-            active: self.membership.hashes(self.directory.gone()),
-        }
-    }
-
-    /// Returns this node's facts in the buckets of a bit mask.
-    pub(super) fn facts_in(&self, mask: u32) -> Facts {
-        let wanted = |bucket: &usize| mask & (1 << bucket) != 0;
-        let buckets: Vec<usize> = (0..Buckets::COUNT).filter(wanted).collect();
-        let members = buckets.iter().flat_map(|b| self.directory.bucket(*b).cloned()).collect();
-        let forgets = buckets.iter().flat_map(|b| self.directory.forgets_in(*b).copied()).collect();
-        let slots = self
-            .cluster_state
-            .iter()
-            .flat_map(|cluster_state| {
-                buckets.iter().flat_map(|bucket| cluster_state.slots.bucket(*bucket))
-            })
-            .collect();
-        let active = self
-            .active()
-            .into_values()
-            .filter(|identity| wanted(&Buckets::of_node(identity.node)))
-            .collect();
-        Facts { members, slots, active, forgets }
     }
 }
 

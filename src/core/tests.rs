@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::*;
 use crate::{
-    model::{ClusterSettings, Pool, PoolSpec, Problem, SlotRecord, SlotState},
+    model::{ClusterSettings, MemberRecord, Pool, PoolSpec, Problem, Slot, SlotRecord, SlotState},
     sim::{rest, world::World},
     wire::Facts,
 };
@@ -106,7 +106,7 @@ impl World {
     }
 
     fn push(&mut self, from: usize, to: usize, facts: Facts) {
-        let cluster = self.node(to).cluster_id().expect("in a cluster");
+        let cluster = self.node(to).replica.cluster_id().expect("in a cluster");
         let bytes = Frame::Push(&Push { facts }.encode()).encode(cluster);
         let from = self.hosts[from].key;
         self.input(to, Input::Message { from, bytes });

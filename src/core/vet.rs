@@ -9,7 +9,7 @@ use crate::{
     wire::SwimPacket,
 };
 
-use super::{Node, membership::UNSENT_REFUTATIONS};
+use super::{Node, membership::UNSENT_REFUTATIONS, replica::Replica};
 
 /// The entries of one message that were refused: their number, and the reason of the first.
 #[derive(Default)]
@@ -27,7 +27,7 @@ impl Refusals {
     }
 }
 
-impl Node {
+impl Replica {
     /// Returns whether a member record can be true. Of a record of this node only the version is checked.
     pub(super) fn is_possible_member(
         &mut self,
@@ -57,7 +57,6 @@ impl Node {
         }
         reaches
     }
-
     /// Returns the runs whose epochs are possible.
     pub(super) fn possible_runs(
         &mut self,
@@ -78,7 +77,6 @@ impl Node {
         }
         possible_runs
     }
-
     /// Returns whether a forget record can be true.
     pub(super) fn is_possible_forget(
         &mut self,
@@ -94,14 +92,15 @@ impl Node {
         }
         reaches
     }
-
     /// Returns whether gossip may use this identity: the node has a record, and the incarnation is possible.
-    fn is_credible(&mut self, now: Time, identity: Identity) -> bool {
+    pub(super) fn is_credible(&mut self, now: Time, identity: Identity) -> bool {
         let Identity { node, incarnation } = identity;
         let record = if node == self.me.node { Some(&self.me) } else { self.directory.get(node) };
         record.is_some() && self.horizons.allows_incarnation(now, incarnation, record)
     }
+}
 
+impl Node {
     /// Returns which members that a peer holds as alive are to be added to gossip: those that are not active
     /// here, not gone, and credible.
     pub(super) fn credible_identities(
@@ -109,11 +108,11 @@ impl Node {
         now: Time,
         identities: &[Identity],
     ) -> Vec<Identity> {
-        let news = identities
-            .iter()
-            .filter(|identity| self.membership.is_new(identity) && !self.is_gone(identity.node));
+        let news = identities.iter().filter(|identity| {
+            self.membership.is_new(identity) && !self.replica.is_gone(identity.node)
+        });
         let news: Vec<Identity> = news.copied().collect();
-        news.into_iter().filter(|identity| self.is_credible(now, *identity)).collect()
+        news.into_iter().filter(|identity| self.replica.is_credible(now, *identity)).collect()
     }
 
     /// Returns which members that a peer holds as down are to be suspected: those that are active here in
@@ -124,7 +123,7 @@ impl Node {
         let credible_suspicions: Vec<Suspicion> = credible_suspicions.copied().collect();
         credible_suspicions
             .into_iter()
-            .filter(|suspicion| self.is_credible(now, suspicion.identity))
+            .filter(|suspicion| self.replica.is_credible(now, suspicion.identity))
             .collect()
     }
 
@@ -138,9 +137,9 @@ impl Node {
         if sender.node != from {
             return self.note_malformed(from, &"a gossip packet with the identity of another node");
         }
-        if !self.is_credible(now, sender) {
+        if !self.replica.is_credible(now, sender) {
             // Its record has not arrived yet, or its incarnation is impossible. No answer is possible.
-            return self.sync.suggest(now);
+            return self.replica.sync.suggest(now);
         }
         let (me, sent) = (self.membership.identity(), self.membership.refutation());
         let before = packet.members.len();
@@ -149,12 +148,12 @@ impl Node {
             let is_own = *member.id() == me;
             let impossible =
                 is_own && member.incarnation() > sent.saturating_add(UNSENT_REFUTATIONS);
-            let credible = !impossible && self.is_credible(now, *member.id());
-            unknown |= !credible && self.directory.get(member.id().node).is_none();
+            let credible = !impossible && self.replica.is_credible(now, *member.id());
+            unknown |= !credible && self.replica.directory.get(member.id().node).is_none();
             credible
         });
         if unknown {
-            self.sync.suggest(now);
+            self.replica.sync.suggest(now);
         }
         match packet.members.len() == before {
             true => self.membership.handle_packet(now, bytes),

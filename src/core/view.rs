@@ -4,65 +4,19 @@ use std::{collections::BTreeMap, ops::Range};
 
 use crate::model::{MemberRecord, NodeId, Own, Peer, Slot, SlotState, Subnets, View};
 
-use super::{ClusterState, Node, leave::Leaving};
+use super::{ClusterState, Node, leave::Leaving, replica::Replica};
 
-impl Node {
-    /// Queues an output for the kernel if the view has changed.
-    pub(super) fn program_kernel(&mut self) {
-        if !self.outbox.take_view_stale() {
-            return;
-        }
-        match self.view() {
-            Some(view) => self.outbox.program(view),
-            None => {
-                let withdraws = self.leaving.as_ref().is_some_and(Leaving::withdraws);
-                self.outbox.withdraw(withdraws);
-            }
-        }
-    }
-
-    /// Returns the subnets to use, or `None` without a lease or when the leases are to be handed over.
-    pub(super) fn own_subnets(&self) -> Option<Subnets> {
-        if self.leaving.as_ref().is_some_and(Leaving::withdraws) {
-            return None;
-        }
-        let ClusterState { cluster, slots, search } = self.cluster_state.as_ref()?;
-        Some(cluster.settings.pool.subnets(search.own_slot(slots, self.me.node)?))
-    }
-
-    /// Returns the view, or `None` if this node has no subnets to use.
-    pub(super) fn view(&self) -> Option<View> {
-        let me = self.me.node;
-        let subnets = self.own_subnets()?;
-        let ClusterState { cluster, slots, .. } = self.cluster_state.as_ref()?;
-        let pool = cluster.settings.pool;
-        let mut leases: BTreeMap<NodeId, Vec<(Slot, Subnets)>> = BTreeMap::new();
-        for run in slots.runs().iter().filter(|run| run.record.state == SlotState::Leased) {
-            let subnets = run.slots().map(|slot| (slot, pool.subnets(slot)));
-            leases.entry(run.record.owner).or_default().extend(subnets);
-        }
-        let peer = |record: &MemberRecord| {
-            let leases = leases.get(&record.node)?.clone();
-            Some((record.node, Peer { vtep: record.vtep, leases }))
-        };
-        Some(View {
-            settings: cluster.settings,
-            own: Own { subnets, vtep: self.me.vtep },
-            peers: self.directory.peers(me).filter_map(peer).collect(),
-            unconfirmed: self.unconfirmed(),
-        })
-    }
-
+impl Replica {
     /// Returns the slot ranges of unconfirmed owners. Only its owner can have leased a slot to another node.
     /// So a known record is current if its owner is confirmed, or if this node has received the change since
     /// its start.
-    fn unconfirmed(&self) -> Vec<Range<u32>> {
+    fn unconfirmed(&self, is_assigned: bool) -> Vec<Range<u32>> {
         let Some(cluster_state) = &self.cluster_state else { return Vec::new() };
         let pool = cluster_state.cluster.settings.pool;
         let mut unconfirmed: Vec<Range<u32>> = Vec::new();
         let mut next = *pool.slots().start();
         // With assigned subnets, slots without a record have no owner that could confirm them.
-        let has_no_owners = self.config.assigned.is_some() && self.sync.synced();
+        let has_no_owners = is_assigned && self.sync.synced();
         let mut add = |range: Range<u32>| match unconfirmed.last_mut() {
             _ if range.is_empty() => {}
             Some(last) if last.end == range.start => last.end = range.end,
@@ -89,5 +43,53 @@ impl Node {
             add(next..pool.slots().end() + 1);
         }
         unconfirmed
+    }
+}
+
+impl Node {
+    /// Queues an output for the kernel if the view has changed.
+    pub(super) fn program_kernel(&mut self) {
+        if !self.outbox.take_view_stale() {
+            return;
+        }
+        match self.view() {
+            Some(view) => self.outbox.program(view),
+            None => {
+                let withdraws = self.leaving.as_ref().is_some_and(Leaving::withdraws);
+                self.outbox.withdraw(withdraws);
+            }
+        }
+    }
+
+    /// Returns the subnets to use, or `None` without a lease or when the leases are to be handed over.
+    pub(super) fn own_subnets(&self) -> Option<Subnets> {
+        if self.leaving.as_ref().is_some_and(Leaving::withdraws) {
+            return None;
+        }
+        let ClusterState { cluster, slots, search } = self.replica.cluster_state.as_ref()?;
+        Some(cluster.settings.pool.subnets(search.own_slot(slots, self.replica.me.node)?))
+    }
+
+    /// Returns the view, or `None` if this node has no subnets to use.
+    pub(super) fn view(&self) -> Option<View> {
+        let me = self.replica.me.node;
+        let subnets = self.own_subnets()?;
+        let ClusterState { cluster, slots, .. } = self.replica.cluster_state.as_ref()?;
+        let pool = cluster.settings.pool;
+        let mut leases: BTreeMap<NodeId, Vec<(Slot, Subnets)>> = BTreeMap::new();
+        for run in slots.runs().iter().filter(|run| run.record.state == SlotState::Leased) {
+            let subnets = run.slots().map(|slot| (slot, pool.subnets(slot)));
+            leases.entry(run.record.owner).or_default().extend(subnets);
+        }
+        let peer = |record: &MemberRecord| {
+            let leases = leases.get(&record.node)?.clone();
+            Some((record.node, Peer { vtep: record.vtep, leases }))
+        };
+        Some(View {
+            settings: cluster.settings,
+            own: Own { subnets, vtep: self.replica.me.vtep },
+            peers: self.replica.directory.peers(me).filter_map(peer).collect(),
+            unconfirmed: self.replica.unconfirmed(self.config.assigned.is_some()),
+        })
     }
 }

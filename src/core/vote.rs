@@ -73,7 +73,7 @@ impl Node {
         (self.voting.last_check, self.voting.next_check) = (now, now + CHECK_INTERVAL);
 
         let alive = self.voters(&quorum).filter(|voter| self.is_alive(*voter)).count();
-        let peers = self.directory.peers(self.me.node).map(|record| record.node);
+        let peers = self.replica.directory.peers(self.replica.me.node).map(|record| record.node);
         let missing: BTreeSet<NodeId> = peers
             .filter(|node| alive >= quorum.majority() && !self.membership.is_active(*node))
             .collect();
@@ -82,7 +82,7 @@ impl Node {
             let absence = self.voting.missing.entry(node).or_default();
             absence.duration += elapsed;
             if absence.duration >= due {
-                absence.votes.insert(self.me.node);
+                absence.votes.insert(self.replica.me.node);
                 self.query_voters(&quorum, node);
                 self.count_votes(now, node);
             }
@@ -145,8 +145,9 @@ impl Node {
 
     /// Returns the rule and this node's index among the voters, or `None` if it is no voter.
     fn voting_rule(&self) -> Option<(&Quorum, u32)> {
-        let quorum = self.config.quorum.as_ref().filter(|_| self.cluster_state.is_some())?;
-        let index = quorum.voters().iter().position(|name| *name == self.me.name)?;
+        let quorum =
+            self.config.quorum.as_ref().filter(|_| self.replica.cluster_state.is_some())?;
+        let index = quorum.voters().iter().position(|name| *name == self.replica.me.name)?;
         Some((quorum, index as u32))
     }
 
@@ -155,15 +156,19 @@ impl Node {
     }
 
     fn is_alive(&self, node: NodeId) -> bool {
-        node == self.me.node || self.membership.is_active(node)
+        node == self.replica.me.node || self.membership.is_active(node)
     }
 
     /// Returns the one current member with a voter's name.
     fn voter(&self, name: &NodeName) -> Result<NodeId, &'static str> {
-        if *name == self.me.name {
-            return Ok(self.me.node);
+        if *name == self.replica.me.name {
+            return Ok(self.replica.me.node);
         }
-        let mut found = self.directory.peers(self.me.node).filter(|record| record.name == *name);
+        let mut found = self
+            .replica
+            .directory
+            .peers(self.replica.me.node)
+            .filter(|record| record.name == *name);
         match (found.next(), found.next()) {
             (Some(record), None) => Ok(record.node),
             (None, _) => Err("no member has that name"),

@@ -46,7 +46,7 @@ pub const MUTATIONS: [Mutation; 24] = [
     Mutation {
         name: "GrantBeforeSync",
         defect: "a restarted node grants slots with unverified memory",
-        changes: &[change("core/serve.rs", "!self.sync.synced()", "false")],
+        changes: &[change("core/serve.rs", "!self.replica.sync.synced()", "false")],
     },
     Mutation {
         name: "MergeByLowerEpoch",
@@ -80,7 +80,7 @@ pub const MUTATIONS: [Mutation; 24] = [
         defect: "a successor reclaims without waiting for acknowledgements",
         changes: &[change(
             "core/forget.rs",
-            "self.missing_acknowledgements(forget).is_empty()",
+            "self.replica.missing_acknowledgements(forget).is_empty()",
             "true",
         )],
     },
@@ -116,7 +116,7 @@ pub const MUTATIONS: [Mutation; 24] = [
     Mutation {
         name: "RemoveUnconfirmedEntries",
         defect: "unknown kernel entries are removed before the first comparison",
-        changes: &[change("core/view.rs", "self.unconfirmed()", "Vec::new()")],
+        changes: &[change("core/view.rs", "self.replica.unconfirmed(self.config.assigned.is_some())", "Vec::new()")],
     },
     Mutation {
         name: "LeaveWithoutWithdrawal",
@@ -201,8 +201,8 @@ pub const MUTATIONS: [Mutation; 24] = [
         defect: "a member whose differences never resolve keeps this node unsettled",
         changes: &[change(
             "core/sync.rs",
-            "self.sync.partners.count_fruitless(from, has_news) || refused && !has_news",
-            "{ self.sync.partners.count_fruitless(from, has_news); false }",
+            "self.replica.sync.partners.count_fruitless(from, has_news) || refused && !has_news",
+            "{ self.replica.sync.partners.count_fruitless(from, has_news); false }",
         )],
     },
     Mutation {
@@ -210,7 +210,7 @@ pub const MUTATIONS: [Mutation; 24] = [
         defect: "the next comparison may be with the member that just did not answer",
         changes: &[change(
             "core/sync.rs",
-            "self.sync.partners.may_compare(now, record.node, peers.len() == 1)",
+            "self.replica.sync.partners.may_compare(now, record.node, peers.len() == 1)",
             "true",
         )],
     },
@@ -219,7 +219,7 @@ pub const MUTATIONS: [Mutation; 24] = [
         defect: "a forged record of this node is not exceeded",
         changes: &[change(
             "core/learn.rs",
-            "record.version < self.me.version || *record == self.me",
+            "record.version < self.replica.me.version || *record == self.replica.me",
             "true",
         )],
     },

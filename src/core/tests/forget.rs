@@ -36,7 +36,7 @@ fn member_left_to_unknown_successor() -> (World, usize, Vec<MemberRecord>) {
     world.command(2, Command::Leave);
     world.run_for(seconds(3));
     assert!(matches!(world.hosts[2].stopped, Some(Stop::Left { .. })));
-    let record = world.node(joiner).directory.iter().find(|record| record.has_left());
+    let record = world.node(joiner).replica.directory.iter().find(|record| record.has_left());
     let members = vec![record.expect("the record of the member that left").clone()];
     (world, joiner, members)
 }
@@ -191,7 +191,7 @@ fn successor_that_is_gone_is_replaced() {
 #[test]
 fn late_grant_of_a_forgotten_node_goes_to_its_successor_unused() {
     let late_grant = |world: &World, lost: NodeId| {
-        let cluster_state = world.node(0).cluster_state.as_ref().expect("in a cluster");
+        let cluster_state = world.node(0).replica.cluster_state.as_ref().expect("in a cluster");
         let mut free_slots =
             cluster_state.slots.runs_of(lost).filter(|run| run.record.state == SlotState::Free);
         let free = *free_slots.next().expect("a free slot");
@@ -222,7 +222,7 @@ fn late_grant_of_a_forgotten_node_goes_to_its_successor_unused() {
     node.absorb(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
     node.absorb(now, &Facts { slots: vec![run], ..Facts::default() }, None);
     assert_eq!(node.counters.declined, 1);
-    let cluster_state = node.cluster_state.as_ref().expect("in a cluster");
+    let cluster_state = node.replica.cluster_state.as_ref().expect("in a cluster");
     assert_eq!(cluster_state.slots.record(run.start).expect("known").owner, successor);
 }
 

@@ -121,7 +121,7 @@ fn dead_member_takes_only_its_share_of_the_comparisons() {
     for _ in 0..120 {
         // As if facts changed all the time.
         let now = world.now;
-        world.node_mut(0).sync.unsettle(now);
+        world.node_mut(0).replica.sync.unsettle(now);
         world.run_for(seconds(1));
     }
     assert!(same(&world) - before >= 60, "{} comparisons", same(&world) - before);
@@ -132,7 +132,7 @@ fn many_members_reach_gossip_in_batches() {
     let mut world = World::with_members(2);
     let records: Vec<_> = (0..2_000).map(absent).collect();
     let active: Vec<_> = records.iter().map(first_identity_of).collect();
-    let cluster = world.node(0).cluster_id().expect("in a cluster");
+    let cluster = world.node(0).replica.cluster_id().expect("in a cluster");
     let facts = Facts { members: records, active, ..Facts::default() };
     let bytes = Frame::Push(&Push { facts }.encode()).encode(cluster);
     let (from, now) = (world.hosts[1].key, world.now + seconds(1));
@@ -196,9 +196,9 @@ fn invalid_saved_records_are_ignored_at_the_start() {
     }
     let config = world.hosts[0].config();
     let node = Node::start(world.now, config, saved).expect("starts");
-    assert!(node.directory.get(victim).is_none());
+    assert!(node.replica.directory.get(victim).is_none());
     assert_eq!(node.slots().map(<[Run]>::len), Some(0));
-    let theirs = world.node(2).directory.get(victim).cloned().expect("known");
+    let theirs = world.node(2).replica.directory.get(victim).cloned().expect("known");
     let mut node = node;
     let facts = Facts { members: vec![theirs], ..Facts::default() };
     let now = world.now;
@@ -209,7 +209,7 @@ fn invalid_saved_records_are_ignored_at_the_start() {
 fn refused_entry_is_a_problem_of_its_sender_and_not_passed_on() {
     let mut world = World::with_members(3);
     world.run_for(seconds(20));
-    let mut record = world.node(2).me.clone();
+    let mut record = world.node(2).replica.me.clone();
     record.version.change += 1;
     record.vtep.underlay = "fe80::1".parse().expect("an address");
     let before = world.node(0).roots();
@@ -241,7 +241,7 @@ fn exchange_of_large_tables_is_one_pass_over_them() {
         .collect();
     let facts = Facts { slots: runs, members: vec![from.clone()], ..Facts::default() };
     let identity = first_identity_of(&from);
-    let cluster = node.cluster_id().expect("created");
+    let cluster = node.replica.cluster_id().expect("created");
     for _ in 0..3 {
         let facts = facts.clone();
         let request = Request::Exchange { buckets: u32::MAX, identity, facts };

@@ -111,7 +111,7 @@ fn recently_dead_donors_do_not_delay_joiners() {
 #[test]
 fn joiner_takes_another_subnet_when_the_owner_of_the_preferred_one_does_not_answer() {
     join_after_the_death_of(1..2, |world| {
-        let cluster_state = world.node(0).cluster_state.as_ref().expect("in a cluster");
+        let cluster_state = world.node(0).replica.cluster_state.as_ref().expect("in a cluster");
         let owner = world.hosts[1].key;
         let mut of_owner = cluster_state.slots.runs_of(owner);
         let free = of_owner.find(|run| run.record.state == SlotState::Free).expect("free_slots");
@@ -172,7 +172,7 @@ fn present_subnet_is_kept_when_a_second_one_is_granted() {
     let (id, creator) = (world.hosts[2].key, world.hosts[0].key);
     let subnet = world.subnet(2).expect("a subnet");
     // An old grant of a lower slot, by a seed whose response never arrived.
-    let cluster_state = world.node(0).cluster_state.as_ref().expect("in a cluster");
+    let cluster_state = world.node(0).replica.cluster_state.as_ref().expect("in a cluster");
     let free = cluster_state.slots.runs_of(creator).find(|run| {
         run.record.state == SlotState::Free
             && cluster_state.cluster.settings.pool.subnet(run.start) < subnet
@@ -270,7 +270,7 @@ fn foreign_and_malformed_messages_change_nothing() {
     for bytes in [
         vec![],
         vec![9, 9, 9],
-        Frame::Push(b"junk").encode(world.node(0).cluster_id().expect("cluster")),
+        Frame::Push(b"junk").encode(world.node(0).replica.cluster_id().expect("cluster")),
         Frame::Push(&Push { facts: Facts::default() }.encode())
             .encode(ClusterId::from_bytes([7; 8])),
     ] {
@@ -287,8 +287,8 @@ fn separately_created_clusters_never_merge() {
     let mut host = Host::new(7, [7; 24]);
     host.creates = Some(other.settings);
     let non_member = Node::start(Time::ZERO, host.config(), Vec::new()).expect("starts");
-    let mine = world.node(0).cluster_id().expect("a cluster");
-    let theirs = non_member.cluster_id().expect("a cluster");
+    let mine = world.node(0).replica.cluster_id().expect("a cluster");
+    let theirs = non_member.replica.cluster_id().expect("a cluster");
     assert_ne!(mine, theirs);
 
     let compare = Request::Compare(non_member.roots());
@@ -296,7 +296,7 @@ fn separately_created_clusters_never_merge() {
     let before = world.node(0).roots();
     let now = world.now;
     let node = world.node_mut(0);
-    node.handle(now, Input::Request { from: non_member.me.node, reply: ReplyId(9), bytes });
+    node.handle(now, Input::Request { from: non_member.replica.me.node, reply: ReplyId(9), bytes });
     let answer = outputs(node).find_map(|output| match output {
         Output::Reply { bytes, .. } => read_response(&bytes).ok(),
         _ => None,
@@ -329,7 +329,7 @@ fn copied_state_directory_is_a_problem_and_starts_no_race() {
     world.run_for(seconds(5));
     // A second process with the same key and disk publishes its record again and again.
     for round in 0..20 {
-        let me = world.node(2).me.clone();
+        let me = world.node(2).replica.me.clone();
         let starts = me.version.starts + 1;
         let version = crate::model::Version { starts, change: 0 };
         let clone = MemberRecord { version, boot: BootId::from_bytes([99; 8]), ..me };
@@ -337,7 +337,7 @@ fn copied_state_directory_is_a_problem_and_starts_no_race() {
         assert_eq!(world.node(2).status().counters.duplicates, round + 1);
     }
     assert!(
-        world.node(2).me.version.starts < 10,
+        world.node(2).replica.me.version.starts < 10,
         "it exceeded the other version once, not twenty times"
     );
     assert!(world.problems(2).contains("was copied"));

@@ -19,7 +19,7 @@ fn leave_interrupted_by_a_crash_continues_after_the_restart() {
     world.run_for(seconds(2));
     // The successor agrees and the records are written; then no message of this node arrives any more.
     world.command(2, Command::Leave);
-    while !world.node(2).me.has_left() {
+    while !world.node(2).replica.me.has_left() {
         world.run_for(Duration::from_micros(100));
     }
     world.isolate(2..3);
