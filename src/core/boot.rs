@@ -23,8 +23,10 @@ use super::{
     horizon::{Horizons, is_sound_epoch, is_sound_member},
     introduce::Introductions,
     join::Joining,
+    key_use::KeyUse,
     lease::LeaseSearch,
     leave::Leaving,
+    lifecycle::Lifecycle,
     malformed::Notes,
     outbox::Outbox,
     push::PushQueue,
@@ -156,17 +158,24 @@ impl Node {
             (None, Bootstrap::Join) if config.seeds == 0 => return Err(StartError::NoCluster),
             (None, Bootstrap::Join) => None,
         };
-        if let (Some(address), Some(cluster_state)) = (config.assigned, &cluster_state) {
+        if let (Some(address), Some((cluster_state, _))) = (config.assigned, &cluster_state) {
             let pool = cluster_state.cluster.settings.pool;
             pool.slot_at(address)
                 .ok_or(StartError::Assigned { address, network: pool.network() })?;
         }
+        let (cluster_state, search) = cluster_state.unzip();
         let created = cluster_state.is_some() && memory.cluster.is_none();
         let leaving = (cluster_state.is_some() && left_to.is_some()).then(|| Leaving::resumed(now));
         let identity = Identity { node: me.node, incarnation: Incarnation { starts, renewals: 0 } };
         let mut node = Self {
             membership: Membership::new(identity, StdRng::from_rng(&mut rng)),
-            joining: Joining::new(now, config.seeds),
+            lifecycle: Lifecycle {
+                joining: Joining::new(now, config.seeds),
+                search,
+                leaving,
+                kernel_subnet: KernelSubnet::Unknown,
+            },
+            key_use: KeyUse::default(),
             replica: Replica {
                 sync: SyncRound::new(now, config.seeds, memory.needed_witnesses(me.node)),
                 push: PushQueue::default(),
@@ -179,16 +188,11 @@ impl Node {
             },
             counters: Counters::default(),
             outbox: Outbox::new(starts),
-            leaving,
             clock: now,
             notes: Notes::default(),
             introductions: Introductions::default(),
-            outbid_at: None,
             voting: Voting::new(now),
-            kernel_subnet: KernelSubnet::Unknown,
-            duplicate: None,
             may_write_before: false,
-            outranked_boots: BTreeSet::new(),
             config,
             rng,
         };
@@ -280,7 +284,7 @@ fn resume(
     cluster: ClusterRecord,
     runs: &[Run],
     config: &NodeConfig,
-) -> Result<ClusterState, StartError> {
+) -> Result<(ClusterState, LeaseSearch), StartError> {
     if let Some(token) = config.cluster.filter(|token| *token != cluster.id) {
         return Err(StartError::OtherCluster { token, state: cluster.id });
     }
@@ -290,7 +294,7 @@ fn resume(
     let mut slots = SlotTable::empty(cluster.settings.pool);
     slots.merge(runs);
     let search = LeaseSearch::new(now, &cluster, config);
-    Ok(ClusterState { cluster, slots, search })
+    Ok((ClusterState { cluster, slots }, search))
 }
 
 fn found(
@@ -299,18 +303,18 @@ fn found(
     creator: NodeId,
     config: &NodeConfig,
     rng: &mut StdRng,
-) -> ClusterState {
+) -> (ClusterState, LeaseSearch) {
     let id = ClusterId::from_bytes(rng.random());
     if config.assigned.is_some() {
         let cluster = ClusterRecord { id: config.cluster.unwrap_or(id), settings };
         let search = LeaseSearch::new(now, &cluster, config);
-        return ClusterState { cluster, slots: SlotTable::empty(settings.pool), search };
+        return (ClusterState { cluster, slots: SlotTable::empty(settings.pool) }, search);
     }
     let cluster = ClusterRecord { id, settings };
     let mut slots = SlotTable::created_by(settings.pool, creator);
     let search = LeaseSearch::new(now, &cluster, config);
     search.lease_own(&mut slots, creator);
-    ClusterState { cluster, slots, search }
+    (ClusterState { cluster, slots }, search)
 }
 
 pub(super) fn preferred(cluster: &ClusterRecord, config: &NodeConfig) -> Option<Slot> {

@@ -99,6 +99,7 @@ impl Replica {
         self.directory.forgotten(node).is_some()
             || self.directory.get(node).is_some_and(MemberRecord::has_left)
     }
+
     /// Returns the one member with this name or id. Prefers members that are not forgotten.
     pub(super) fn member_named(&self, whom: &str) -> Result<NodeId, CannotForget> {
         let matches = |record: &&MemberRecord| {
@@ -120,6 +121,7 @@ impl Replica {
             _ => Err(CannotForget::Ambiguous(found.len(), whom.to_owned())),
         }
     }
+
     /// Returns whether a node without a member record is still referenced: it owns slots, is the successor
     /// of a forgotten node, or received the records of a node that left.
     pub(super) fn is_referenced(&self, node: NodeId) -> bool {
@@ -130,6 +132,7 @@ impl Replica {
         let is_keeper = self.directory.iter().any(|record| record.left_to == Some(node));
         is_successor || is_keeper || self.cluster_state.as_ref().is_some_and(owns)
     }
+
     /// Returns the nodes that have not acknowledged: members, and nodes that are known only as owners of
     /// slots or as receivers of the records of a node that left. They may know grants that no other node
     /// knows.
@@ -148,6 +151,7 @@ impl Replica {
             })
             .collect()
     }
+
     /// Returns the forget records with this node as successor whose nodes still own slots.
     pub(super) fn pending_reclaims(&self) -> impl Iterator<Item = Forget> + '_ {
         let owns = |node| {
@@ -160,6 +164,7 @@ impl Replica {
             .filter(move |forget| forget.successor == self.me.node && owns(forget.node))
             .copied()
     }
+
     /// Merges the forget record of another node. Returns whether it was new.
     fn merge_forget(&mut self, outbox: &mut Outbox, now: Time, forget: &Forget) -> bool {
         let new = self.directory.merge_forget(forget);
@@ -185,7 +190,7 @@ impl Node {
         if self.replica.cluster_state.is_none() {
             return Err(CannotForget::NoCluster);
         }
-        if self.leaving.is_some() {
+        if self.lifecycle.is_leaving() {
             return Err(CannotForget::Leaving);
         }
         let node = self.replica.member_named(whom)?;
@@ -238,7 +243,7 @@ impl Node {
     /// Merges a forget record. Returns whether it was new.
     pub(super) fn merge_forget(&mut self, now: Time, forget: &Forget) -> bool {
         if forget.node == self.replica.me.node {
-            if self.leaving.is_none() {
+            if !self.lifecycle.is_leaving() {
                 self.outbox.stop(Stop::Expelled { successor: Some(forget.successor) });
             }
             return false;
@@ -257,7 +262,7 @@ impl Node {
             return;
         }
         self.replica.forgetting.retry_at = None;
-        if self.leaving.is_some() {
+        if self.lifecycle.is_leaving() {
             return;
         }
         self.adopt_orphans(now);
@@ -375,7 +380,9 @@ impl Node {
             // Takes over the predecessor's subnet. The present one is given back once the kernel has
             // switched.
             changes.extend(cluster_state.slots.lease_own(me, Some(slot)));
-            cluster_state.search.prefer_from_now(slot);
+            if let Some(search) = &mut self.lifecycle.search {
+                search.prefer_from_now(slot);
+            }
         }
         let slots: u32 = changes.iter().map(|(run, _)| run.len).sum();
         tracing::info!(node = %forget.node, slots, "reclaimed the slots of a forgotten node");
@@ -407,7 +414,10 @@ impl Node {
     /// Declares the predecessor gone, if this node was re-created under its name.
     pub(super) fn replace_predecessor(&mut self, now: Time) {
         // `agreed`: a peer holds the same members as alive, so liveness is reliable.
-        if !self.config.replace_by_name || self.leaving.is_some() || !self.replica.sync.agreed() {
+        if !self.config.replace_by_name
+            || self.lifecycle.is_leaving()
+            || !self.replica.sync.agreed()
+        {
             return;
         }
         let predecessors: Vec<NodeId> = self

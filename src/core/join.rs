@@ -100,7 +100,8 @@ impl Joining {
 impl Node {
     /// Returns the seeds whose address is this node's own; none once the node is in a cluster.
     pub fn own_seeds(&self) -> impl Iterator<Item = usize> + '_ {
-        let failures = self.joining.failures().filter(|_| self.replica.cluster_state.is_none());
+        let failures =
+            self.lifecycle.joining.failures().filter(|_| self.replica.cluster_state.is_none());
         failures.filter(|(_, failure)| failure.is_own_address()).map(|(seed, _)| seed)
     }
 
@@ -116,23 +117,23 @@ impl Node {
             _ => false,
         };
         self.outbox.ignore_answers(to_a_seed);
-        self.joining.open = 0;
-        self.joining.last_failures = vec![None; seeds];
-        self.joining.next_seed = 0;
-        self.joining.next_try = now;
+        self.lifecycle.joining.open = 0;
+        self.lifecycle.joining.last_failures = vec![None; seeds];
+        self.lifecycle.joining.next_seed = 0;
+        self.lifecycle.joining.next_try = now;
         self.replica.sync.set_seeds(seeds);
     }
 
     pub(super) fn next_join_step(&self) -> Option<Time> {
         let may_request =
-            self.replica.cluster_state.is_none() && self.joining.open < MAX_OPEN_HELLOS;
-        may_request.then_some(self.joining.next_try)
+            self.replica.cluster_state.is_none() && self.lifecycle.joining.open < MAX_OPEN_HELLOS;
+        may_request.then_some(self.lifecycle.joining.next_try)
     }
 
     /// Sends `Hello` to the next seed if it is due.
     pub(super) fn step_join(&mut self, now: Time) {
         let seeds = self.config.seeds;
-        let joining = &mut self.joining;
+        let joining = &mut self.lifecycle.joining;
         if self.replica.cluster_state.is_some()
             || seeds == 0
             || now < joining.next_try
@@ -146,7 +147,7 @@ impl Node {
         if joining.next_seed == 0 {
             let pause = joining.pause;
             joining.pause = (pause * 2).min(LONGEST_PAUSE);
-            self.joining.next_try = now + self.jittered(pause);
+            self.lifecycle.joining.next_try = now + self.jittered(pause);
         } else {
             joining.next_try = now + NEXT_SEED_AFTER;
         }
@@ -160,11 +161,11 @@ impl Node {
     }
 
     pub(super) fn handle_hello_answer(&mut self, now: Time, seed: usize, answer: Answer) {
-        self.joining.open = self.joining.open.saturating_sub(1);
+        self.lifecycle.joining.open = self.lifecycle.joining.open.saturating_sub(1);
         match answer {
             Ok((from, Response::Welcome(welcome))) => {
                 self.replica.sync.note_seed(seed, from);
-                self.joining.note(seed, None);
+                self.lifecycle.joining.note(seed, None);
                 self.enter_cluster(now, from, *welcome);
             }
             Ok((from, Response::Refused(refusal))) => {
@@ -189,7 +190,8 @@ impl Node {
                 tracing::info!(cluster = %cluster.id, members = facts.members.len(), "joined");
                 let search = LeaseSearch::new(now, &cluster, &self.config);
                 let slots = SlotTable::empty(cluster.settings.pool);
-                self.replica.cluster_state = Some(ClusterState { cluster, slots, search });
+                self.replica.cluster_state = Some(ClusterState { cluster, slots });
+                self.lifecycle.search = Some(search);
                 self.outbox.mark_urgent(Key::Cluster);
                 self.replica.directory.merge(&self.replica.me);
                 self.outbox.mark(Key::Member(self.replica.me.node));
@@ -209,15 +211,15 @@ impl Node {
                     self.require_full_verification();
                 }
                 self.replica.note_comparison(&mut self.outbox, now, from, false);
-                if let Some(cluster_state) = &mut self.replica.cluster_state {
-                    cluster_state.search.refusal = no_slot;
+                if let Some(search) = &mut self.lifecycle.search {
+                    search.refusal = no_slot;
                 }
             }
         }
     }
 
     fn handle_hello_refusal(&mut self, now: Time, seed: usize, from: NodeId, refusal: Refusal) {
-        let joining = &mut self.joining;
+        let joining = &mut self.lifecycle.joining;
         if joining.refusal.as_ref() != Some(&refusal) {
             tracing::warn!(peer = %from, %refusal, "seed refused this node");
             joining.refusal = Some(refusal.clone());
@@ -241,7 +243,7 @@ impl Node {
     /// Stops the node: the cluster holds it as left or forgotten.
     pub(super) fn stop_if_expelled(&mut self, refusal: &Refusal) {
         let successor = match refusal {
-            _ if self.leaving.is_some() => return,
+            _ if self.lifecycle.is_leaving() => return,
             Refusal::Forgotten { successor } => Some(*successor),
             Refusal::Left => None,
             _ => return,
@@ -254,17 +256,17 @@ impl Node {
         if matches!(error, CallError::Myself) {
             self.replica.sync.note_seed(seed, self.replica.me.node);
         }
-        self.joining.note(seed, Some(SeedFailure::NoAnswer(error)));
+        self.lifecycle.joining.note(seed, Some(SeedFailure::NoAnswer(error)));
         self.stop_if_all_seeds_refuse(seed);
-        if self.joining.next_seed != 0 {
-            self.joining.next_try = now;
+        if self.lifecycle.joining.next_seed != 0 {
+            self.lifecycle.joining.next_try = now;
         }
     }
 
     /// Stops the node once every seed has refused it for good. A single seed may be misconfigured while the
     /// others are right.
     fn stop_if_all_seeds_refuse(&mut self, seed: usize) {
-        let last_failures = &self.joining.last_failures;
+        let last_failures = &self.lifecycle.joining.last_failures;
         let is_final =
             |failure: &Option<SeedFailure>| failure.as_ref().is_some_and(SeedFailure::is_final);
         if self.replica.cluster_state.is_some()

@@ -6,7 +6,6 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    time::Duration,
 };
 
 use crate::{
@@ -15,18 +14,9 @@ use crate::{
 };
 
 use super::{
-    DuplicateIdentity, Node, malformed::Kind, outbox::Outbox, replica::Replica, slots::Contested,
+    Node, key_use::Sighting, malformed::Kind, outbox::Outbox, replica::Replica, slots::Contested,
     sync::NeededWitnesses, vet::Refusals,
 };
-
-/// While a duplicate identity exists, how often this node publishes its own record above the other one.
-const DUPLICATE_PUBLISH_INTERVAL: Duration = Duration::from_secs(10);
-/// Minimum time between two versions that exceed one that a peer sent.
-const OUTBID_INTERVAL: Duration = Duration::from_secs(1);
-/// Limit of remembered processes with this node's key.
-const MAX_OUTRANKED: usize = 1024;
-/// A duplicate identity ends when no record of the other process has arrived for this long.
-const DUPLICATE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The result of merging a peer's facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,17 +32,20 @@ impl Replica {
     pub(super) fn other_members(&self) -> BTreeSet<NodeId> {
         self.directory.peers(self.me.node).map(|record| record.node).collect()
     }
+
     /// Notes that a possible witness of this node's memory is gone. If it was the last one, all other members
     /// have to confirm.
     pub(super) fn drop_witness(&mut self, node: NodeId) {
         let others = self.other_members();
         self.sync.drop_witness(node, others);
     }
+
     /// Notes that a member left or was forgotten, so that other members have to provide what it knew.
     pub(super) fn note_departure(&mut self, node: NodeId) {
         self.drop_witness(node);
         self.forgetting.note_departure(node);
     }
+
     /// Merges another node's record. Returns whether it was new.
     fn merge_member(&mut self, outbox: &mut Outbox, record: &MemberRecord) -> bool {
         let new = self.directory.merge(record);
@@ -75,6 +68,7 @@ impl Replica {
         self.push.add(now, &facts, None);
         self.sync.unsettle(now);
     }
+
     /// Leaves out late grants of forgotten nodes to this one while it may not write: it would have to pass
     /// them on to the successor. Comparisons bring them again.
     fn without_late_grants<'a>(&self, may_write: bool, runs: &'a [Run]) -> Cow<'a, [Run]> {
@@ -163,7 +157,7 @@ impl Node {
             self.handle_rollback(lost_records);
         }
         if !news.slots.is_empty() {
-            self.recheck_lease(now);
+            self.lifecycle.recheck_lease(now);
             self.recheck_forgets(now);
             self.decline_late_grants(now, &news.slots);
         }
@@ -204,7 +198,7 @@ impl Node {
     /// This node publishes its own record with a higher version.
     fn handle_forged_record(&mut self, now: Time, record: &MemberRecord) {
         let is_old = record.version < self.replica.me.version || *record == self.replica.me;
-        if is_old || !self.may_outbid(now) {
+        if is_old || !self.key_use.may_outbid(now) {
             return;
         }
         self.counters.forged += 1;
@@ -219,16 +213,6 @@ impl Node {
         self.replica.publish_self(&mut self.outbox, now);
     }
 
-    /// Returns whether this node may exceed a peer's version now. The rate is bounded; a suppressed attempt
-    /// is repeated when the record arrives again.
-    fn may_outbid(&mut self, now: Time) -> bool {
-        let may = self.outbid_at.is_none_or(|at| now >= at);
-        if may {
-            self.outbid_at = Some(now + OUTBID_INTERVAL);
-        }
-        may
-    }
-
     /// Handles a record of this node from another process whose version is not lower. If it is from an
     /// earlier run whose database was lost, this run publishes a higher version. If it is from a process
     /// that runs now, because the state directory was copied, that process does the same, and neither can
@@ -237,29 +221,21 @@ impl Node {
         // Once a peer's state equaled this node's, no record of an earlier run with a higher version can
         // appear.
         let has_matched_peer = self.counters.syncs_same > 0;
-        if has_matched_peer || self.outranked_boots.contains(&record.boot) {
+        if has_matched_peer || self.key_use.has_outranked(record.boot) {
             self.counters.duplicates += 1;
-            let before =
-                self.duplicate.replace(DuplicateIdentity { address: record.address, at: now });
-            match before {
-                // The other process has to receive this node's record, too. Two processes that outbid each
-                // other would never stop, so each publishes rarely.
-                Some(seen) if now.since(seen.at) < DUPLICATE_PUBLISH_INTERVAL => {
-                    self.duplicate = Some(DuplicateIdentity { at: seen.at, ..seen });
-                    return;
-                }
-                Some(_) => {}
-                None => tracing::error!(
+            match self.key_use.note_duplicate(now, record.address) {
+                // The other process has to receive this node's record, too.
+                Sighting::Again => {}
+                Sighting::TooSoon => return,
+                Sighting::First => tracing::error!(
                     here = %self.replica.me.address, there = %record.address,
                     "duplicate identity: another process runs with this node's key, granting nothing"
                 ),
             }
-        } else if !self.may_outbid(now) {
+        } else if !self.key_use.may_outbid(now) {
             return;
         }
-        if self.outranked_boots.len() < MAX_OUTRANKED {
-            self.outranked_boots.insert(record.boot);
-        }
+        self.key_use.note_outranked(record.boot);
         self.require_full_verification();
         self.publish_later_start(now, record.version.starts);
     }
@@ -270,7 +246,7 @@ impl Node {
         let is_possible =
             self.replica.horizons.allows_incarnation(now, theirs, Some(&self.replica.me));
         if theirs > self.membership.identity().incarnation {
-            if is_possible && self.may_outbid(now) {
+            if is_possible && self.key_use.may_outbid(now) {
                 self.publish_later_start(now, theirs.starts);
             }
         } else {
@@ -329,13 +305,12 @@ impl Node {
 
     /// Returns whether this node may write ownership records: memory is verified, and the identity is unique.
     pub(super) fn may_write(&self) -> bool {
-        (self.replica.sync.synced() || self.is_alone()) && self.duplicate.is_none()
+        (self.replica.sync.synced() || self.is_alone()) && self.key_use.is_unique()
     }
 
     /// Ends a duplicate identity after a time without records of the other process.
     pub(super) fn clear_duplicate(&mut self, now: Time) {
-        if self.duplicate.as_ref().is_some_and(|seen| now.since(seen.at) > DUPLICATE_TIMEOUT) {
-            self.duplicate = None;
+        if self.key_use.end_duplicate(now) {
             self.require_full_verification();
         }
     }

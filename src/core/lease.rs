@@ -13,8 +13,8 @@ use crate::{
 };
 
 use super::{
-    Answer, Change, ClusterState, KernelSubnet, Node, NodeConfig, Purpose, SlotTable,
-    boot::preferred, rank::peer_score,
+    Answer, Change, KernelSubnet, Node, NodeConfig, Purpose, SlotTable, boot::preferred,
+    rank::peer_score,
 };
 
 /// A node with an assigned subnet that has compared its state with no member yet waits this long before it
@@ -50,7 +50,7 @@ pub(super) struct LeaseSearch {
     open: usize,
     /// When a request to another donor may start in parallel.
     next_request: Time,
-    next_try: Option<Time>,
+    pub(super) next_try: Option<Time>,
     /// The lease that this node uses.
     used_lease: Option<Slot>,
     pub(super) refusal: Option<Refusal>,
@@ -114,47 +114,44 @@ impl LeaseSearch {
 }
 
 impl Node {
-    pub(super) fn next_lease_step(&self) -> Option<Time> {
-        self.replica.cluster_state.as_ref()?.search.next_try.filter(|_| self.leaving.is_none())
-    }
-
     /// Takes the next step towards exactly one lease, if it is due.
     pub(super) fn step_lease(&mut self, now: Time) {
-        let me = self.replica.me.node;
-        let may_write = self.may_write();
-        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
-        if self.leaving.is_some() || cluster_state.search.next_try.is_none_or(|at| now < at) {
+        if self.lifecycle.next_lease_step().is_none_or(|at| now < at) {
             return;
         }
-        cluster_state.search.next_try = None;
-        if let Some(own) = cluster_state.search.own_slot(&cluster_state.slots, me) {
-            cluster_state.search.tried.clear();
-            cluster_state.search.refusal = None;
-            cluster_state.search.rival = None;
-            if cluster_state.search.used_lease.replace(own) != Some(own) {
+        let me = self.replica.me.node;
+        let may_write = self.may_write();
+        let (Some(search), Some(cluster_state)) =
+            (&mut self.lifecycle.search, &mut self.replica.cluster_state)
+        else {
+            return;
+        };
+        search.next_try = None;
+        if let Some(own) = search.own_slot(&cluster_state.slots, me) {
+            search.tried.clear();
+            search.refusal = None;
+            search.rival = None;
+            if search.used_lease.replace(own) != Some(own) {
                 let subnet = cluster_state.cluster.settings.pool.subnet(own);
                 tracing::info!(%subnet, "subnet leased");
                 self.outbox.invalidate_view();
             }
             // Only after the kernel has switched: a slot given back may be leased to another node at once.
             let subnet = cluster_state.cluster.settings.pool.subnet(own);
-            let has_switched = self.kernel_subnet == KernelSubnet::Subnet(subnet);
+            let has_switched = self.lifecycle.kernel_subnet == KernelSubnet::Subnet(subnet);
             if may_write && has_switched {
                 self.release_all_but(now, own);
             }
             return;
         }
-        if cluster_state.search.assigned {
+        if search.assigned {
             self.claim(now);
             return;
         }
-        if may_write
-            && let Some(change) = cluster_state.search.lease_own(&mut cluster_state.slots, me)
-        {
+        if may_write && let Some(change) = search.lease_own(&mut cluster_state.slots, me) {
             self.note_own_change(now, &[change]);
             return;
         }
-        let search = &mut cluster_state.search;
         if search.open == 0 || search.open < MAX_OPEN_GRANTS && search.next_request <= now {
             self.request_grant(now);
         } else if search.open < MAX_OPEN_GRANTS {
@@ -169,8 +166,11 @@ impl Node {
         let may_write = self.may_write();
         let has_confirmed = self.replica.sync.has_confirmed();
         let active = self.active();
-        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
-        let search = &mut cluster_state.search;
+        let (Some(search), Some(cluster_state)) =
+            (&mut self.lifecycle.search, &mut self.replica.cluster_state)
+        else {
+            return;
+        };
         let Some(slot) = search.prefer else { return };
         let user =
             cluster_state.slots.record(slot).filter(|record| record.state == SlotState::Leased);
@@ -202,21 +202,17 @@ impl Node {
         self.note_own_change(now, &released);
     }
 
-    /// Makes the lease search run at the next step, because the slot table changed.
-    pub(super) fn recheck_lease(&mut self, now: Time) {
-        if let Some(cluster_state) = &mut self.replica.cluster_state {
-            cluster_state.search.next_try = Some(now);
-        }
-    }
-
     fn request_grant(&mut self, now: Time) {
         let me = self.replica.me.node;
         let active = self.active();
-        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
+        let (Some(search), Some(cluster_state)) =
+            (&mut self.lifecycle.search, &mut self.replica.cluster_state)
+        else {
+            return;
+        };
         let free_slots = cluster_state.slots.census().free;
-        let untried = |node: &NodeId| *node != me && !cluster_state.search.tried.contains(node);
-        let wanted = cluster_state
-            .search
+        let untried = |node: &NodeId| *node != me && !search.tried.contains(node);
+        let wanted = search
             .prefer
             .and_then(|slot| cluster_state.slots.record(slot))
             .filter(|record| record.state == SlotState::Free && untried(&record.owner));
@@ -229,24 +225,24 @@ impl Node {
                 .or_else(|| best_donor(me, candidates()))
         });
         let Some(donor) = donor else {
-            if cluster_state.search.open > 0 {
+            if search.open > 0 {
                 return;
             }
-            cluster_state.search.tried.clear();
-            cluster_state.search.prefer = None;
+            search.tried.clear();
+            search.prefer = None;
             let pause = self.jittered(DONOR_PAUSE);
-            if let Some(cluster_state) = &mut self.replica.cluster_state {
-                cluster_state.search.next_try = Some(now + pause);
+            if let Some(search) = &mut self.lifecycle.search {
+                search.next_try = Some(now + pause);
             }
             self.replica.sync.hasten(now);
             return;
         };
         let pool = cluster_state.cluster.settings.pool;
-        let prefer = cluster_state.search.prefer.map(|slot| pool.subnet(slot).network());
+        let prefer = search.prefer.map(|slot| pool.subnet(slot).network());
         let request = Request::Grant(GrantWish { prefer });
-        cluster_state.search.tried.insert(donor);
+        search.tried.insert(donor);
         let called = self.call_member(donor, Purpose::Grant { donor }, &request);
-        let Some(ClusterState { search, .. }) = &mut self.replica.cluster_state else { return };
+        let Some(search) = &mut self.lifecycle.search else { return };
         if called {
             search.open += 1;
             // A known free slot can be granted only by its owner, so no other donor gets a request in
@@ -261,22 +257,25 @@ impl Node {
     }
 
     pub(super) fn handle_grant_answer(&mut self, now: Time, donor: NodeId, answer: Answer) {
-        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
-        cluster_state.search.open = cluster_state.search.open.saturating_sub(1);
-        cluster_state.search.next_request = now;
-        cluster_state.search.next_try = Some(now);
+        let (Some(search), Some(cluster_state)) =
+            (&mut self.lifecycle.search, &mut self.replica.cluster_state)
+        else {
+            return;
+        };
+        search.open = search.open.saturating_sub(1);
+        search.next_request = now;
+        search.next_try = Some(now);
         match answer {
             Ok((_, Response::Granted(facts))) => _ = self.learn(now, &facts, Some(donor)),
-            Ok((_, Response::Refused(refusal))) => cluster_state.search.refusal = Some(refusal),
+            Ok((_, Response::Refused(refusal))) => search.refusal = Some(refusal),
             Ok((from, _)) => self.note_malformed(from, &"unexpected response to a grant request"),
             Err(error) => {
                 tracing::debug!(%donor, %error, "donor did not answer");
-                let wanted =
-                    cluster_state.search.prefer.and_then(|slot| cluster_state.slots.record(slot));
+                let wanted = search.prefer.and_then(|slot| cluster_state.slots.record(slot));
                 if wanted.is_some_and(|record| record.owner == donor) {
                     // Donors that refused because of the preferred slot may grant any other one.
-                    cluster_state.search.prefer = None;
-                    cluster_state.search.tried = BTreeSet::from([donor]);
+                    search.prefer = None;
+                    search.tried = BTreeSet::from([donor]);
                 }
             }
         }

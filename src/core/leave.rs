@@ -25,7 +25,7 @@ pub(super) struct Leaving {
     /// Whether the handover records are written, so that a member has to accept them.
     handed: bool,
     /// When to offer the records again after all members failed.
-    retry_at: Option<Time>,
+    pub(super) retry_at: Option<Time>,
 }
 
 impl Leaving {
@@ -46,14 +46,14 @@ impl Leaving {
 
 impl Node {
     pub(super) fn start_leaving(&mut self) {
-        if self.leaving.is_some() {
+        if self.lifecycle.is_leaving() {
             return;
         }
         if self.replica.cluster_state.is_none() || self.is_alone() {
             self.outbox.stop(Stop::Left { successor: None });
             return;
         }
-        if self.duplicate.is_some() {
+        if !self.key_use.is_unique() {
             return self.cannot_leave(
                 "another process runs with this node's key and may use its subnet: run \
                  `gossamer reset-identity` on one of the two hosts first",
@@ -65,22 +65,18 @@ impl Node {
                  earlier grants: try again when it has",
             );
         }
-        self.leaving = Some(Leaving::new());
+        self.lifecycle.leaving = Some(Leaving::new());
         self.query_next_successor();
     }
 
-    pub(super) fn next_leave_step(&self) -> Option<Time> {
-        self.leaving.as_ref()?.retry_at
-    }
-
     pub(super) fn step_leave(&mut self, now: Time) {
-        if self.next_leave_step().is_none_or(|at| now < at) {
+        if self.lifecycle.next_leave_step().is_none_or(|at| now < at) {
             return;
         }
         if self.is_alone() {
             self.outbox.stop(Stop::Left { successor: None });
         }
-        if let Some(leaving) = &mut self.leaving {
+        if let Some(leaving) = &mut self.lifecycle.leaving {
             leaving.retry_at = None;
             leaving.tried.clear();
         }
@@ -90,7 +86,7 @@ impl Node {
     /// Returns the peers that have not failed yet, active ones first, then by rendezvous score.
     fn candidates(&self) -> Vec<NodeId> {
         let me = self.replica.me.node;
-        let tried = self.leaving.as_ref().map(|leaving| &leaving.tried);
+        let tried = self.lifecycle.leaving.as_ref().map(|leaving| &leaving.tried);
         let untried = |node: &NodeId| tried.is_none_or(|tried| !tried.contains(node));
         let mut candidates: Vec<_> =
             self.replica.directory.peers(me).map(|record| record.node).filter(untried).collect();
@@ -111,7 +107,7 @@ impl Node {
                 );
             }
             None => {
-                self.leaving = None;
+                self.lifecycle.leaving = None;
                 self.cannot_leave(
                     "no other member answers, and one has to take over the subnets of this node: \
                      try again when one does",
@@ -125,14 +121,14 @@ impl Node {
     }
 
     pub(super) fn handle_successor_answer(&mut self, successor: NodeId, answer: Answer) {
-        let Some(leaving) = &mut self.leaving else { return };
+        let Some(leaving) = &mut self.lifecycle.leaving else { return };
         leaving.tried.insert(successor);
         match answer {
             Ok((_, Response::Accepted)) => {
                 leaving.tried.clear();
                 leaving.successor = Some(successor);
                 self.outbox.invalidate_view();
-                if self.kernel_subnet == KernelSubnet::Nothing {
+                if self.lifecycle.kernel_subnet == KernelSubnet::Nothing {
                     self.continue_leave_after_withdrawal();
                 }
             }
@@ -142,7 +138,7 @@ impl Node {
 
     /// Continues the leave after the kernel has stopped using this node's subnet.
     pub(super) fn continue_leave_after_withdrawal(&mut self) {
-        let unwritten = self.leaving.as_ref().filter(|leaving| !leaving.handed);
+        let unwritten = self.lifecycle.leaving.as_ref().filter(|leaving| !leaving.handed);
         if let Some(successor) = unwritten.and_then(|leaving| leaving.successor) {
             self.hand_over(successor);
             self.hand_to(successor);
@@ -152,7 +148,7 @@ impl Node {
     /// Writes records that make the successor owner of all slots of this node.
     fn hand_over(&mut self, successor: NodeId) {
         let (Some(leaving), Some(cluster_state)) =
-            (&mut self.leaving, &mut self.replica.cluster_state)
+            (&mut self.lifecycle.leaving, &mut self.replica.cluster_state)
         else {
             return;
         };
@@ -176,7 +172,7 @@ impl Node {
     }
 
     fn hand_to_next(&mut self, now: Time) {
-        match (self.candidates().first(), &mut self.leaving) {
+        match (self.candidates().first(), &mut self.lifecycle.leaving) {
             (Some(keeper), _) => self.hand_to(*keeper),
             (None, Some(leaving)) => leaving.retry_at = Some(now + RETRY_INTERVAL),
             (None, None) => {}
@@ -184,7 +180,7 @@ impl Node {
     }
 
     pub(super) fn handle_handover_answer(&mut self, now: Time, keeper: NodeId, answer: Answer) {
-        let Some(leaving) = &mut self.leaving else { return };
+        let Some(leaving) = &mut self.lifecycle.leaving else { return };
         leaving.tried.insert(keeper);
         let successor = leaving.successor;
         let accepted = matches!(answer, Ok((_, Response::Accepted)));

@@ -4,15 +4,21 @@
 //! files or tasks. The agent and the simulator run the same code. The core decides neither how bytes travel
 //! nor how the kernel is made equal to the view.
 //!
+//! A node consists of
+//!
 //! - [`membership`]: which members are alive (SWIM); has no effect on ownership or on the kernel
-//! - [`slots`]: the table of slot owners and its rules
-//! - [`directory`]: each node's record about itself
-//! - `learn`: merges facts from peers
-//! - `join`: turns a non-member into a member; `lease`: keeps exactly one subnet leased
-//! - `push`, `sync`: spread a change: `push` sends it at once, `sync` compares states and closes all gaps
-//! - `serve`: answers peers; `vet`, `horizon`: refuse facts that cannot be true; `malformed`: reports them
-//! - `leave`: hands over all slots; `forget`: reclaims the slots of a lost node; `vote`: starts that by
-//!   timeout
+//! - [`replica`]: its copy of the cluster's state. [`slots`]: the table of slot owners and its rules;
+//!   [`directory`]: each node's record about itself; `push`, `sync`: spread a change (`push` sends it at
+//!   once, `sync` compares states and closes all gaps); `records`: what is written; `vet`, `horizon`: refuse
+//!   facts that cannot be true
+//! - [`lifecycle`]: `join` turns a non-member into a member, `lease` keeps exactly one subnet leased, `leave`
+//!   hands over all slots
+//! - [`key_use`]: other processes with its key
+//! - [`outbox`]: what leaves it, and which write each output waits for
+//!
+//! and of the rules that connect these parts: `learn` merges facts from peers, `serve` answers peers,
+//! `forget` reclaims the slots of a lost node, `vote` starts that by timeout, `view` computes what the kernel
+//! needs, and `malformed` reports unusable input.
 
 mod boot;
 mod counters;
@@ -23,9 +29,11 @@ mod horizon;
 mod introduce;
 mod io;
 mod join;
+mod key_use;
 mod learn;
 mod lease;
 mod leave;
+mod lifecycle;
 mod malformed;
 mod membership;
 mod outbox;
@@ -45,7 +53,6 @@ mod view;
 mod vote;
 
 use std::{
-    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -63,9 +70,8 @@ pub use status::{FreeRange, MemberStatus, NodeStatus, Phase, SlotCounts};
 
 use self::{
     introduce::Introductions,
-    join::Joining,
-    lease::LeaseSearch,
-    leave::Leaving,
+    key_use::KeyUse,
+    lifecycle::{KernelSubnet, Lifecycle},
     malformed::{Notes, read_response},
     membership::{Membership, Notice},
     outbox::Outbox,
@@ -75,7 +81,7 @@ use self::{
 };
 pub use crate::model::{CallError, CallId, Liveness, Own, Peer, ReplyId, View, WriteSeq};
 use crate::{
-    model::{BootId, ClusterId, ClusterRecord, Forget, NodeId, Run, Time},
+    model::{ClusterId, ClusterRecord, Forget, NodeId, Run, Time},
     wire::{Frame, Push, Request, Response, Roots},
 };
 
@@ -86,47 +92,24 @@ pub struct Node {
     /// Settings from outside; nothing in them is saved.
     config: NodeConfig,
     rng: StdRng,
+    /// Which members are alive, and those that gossip has yet to receive.
     membership: Membership,
-    replica: Replica,
-    joining: Joining,
-    leaving: Option<Leaving>,
-    notes: Notes,
     introductions: Introductions,
-    /// Earliest time at which this node may again publish a version above one that a peer sent.
-    outbid_at: Option<Time>,
+    replica: Replica,
+    lifecycle: Lifecycle,
+    key_use: KeyUse,
+    notes: Notes,
     voting: Voting,
     outbox: Outbox,
-    /// Another running process with this node's key, if one was detected lately.
-    duplicate: Option<DuplicateIdentity>,
     /// Value of [`Node::may_write`] after the previous input.
     may_write_before: bool,
-    /// Processes with this node's key whose version this node has exceeded; at most `MAX_OUTRANKED`.
-    outranked_boots: BTreeSet<BootId>,
-    /// The subnet that the kernel uses, as last reported.
-    kernel_subnet: KernelSubnet,
     counters: Counters,
-}
-
-/// The subnet that the kernel uses. Pods have addresses in it, whatever the slot table says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum KernelSubnet {
-    /// The kernel's state was not reported since the start.
-    Unknown,
-    Nothing,
-    Subnet(IpNet),
-}
-
-/// Another process with this node's key.
-struct DuplicateIdentity {
-    address: SocketAddr,
-    at: Time,
 }
 
 /// The cluster this node belongs to.
 struct ClusterState {
     cluster: ClusterRecord,
     slots: SlotTable,
-    search: LeaseSearch,
 }
 
 /// Why a call is made, which decides how its answer is handled.
@@ -200,8 +183,8 @@ impl Node {
         let deadlines = [
             self.membership.next_timeout(),
             self.next_join_step(),
-            self.next_lease_step(),
-            self.next_leave_step(),
+            self.lifecycle.next_lease_step(),
+            self.lifecycle.next_leave_step(),
             self.next_forget_step(),
             self.next_vote_step(),
             self.next_introduction(),
@@ -216,7 +199,7 @@ impl Node {
     fn advance(&mut self, now: Time) {
         let may_write = self.may_write();
         if std::mem::replace(&mut self.may_write_before, may_write) != may_write {
-            self.recheck_lease(now);
+            self.lifecycle.recheck_lease(now);
             self.recheck_forgets(now);
         }
         self.step_join(now);
@@ -300,9 +283,9 @@ impl Node {
 
     /// Handles the kernel's report of the subnet that it uses.
     fn record_kernel_subnet(&mut self, now: Time, subnet: Option<IpNet>) {
-        self.kernel_subnet = subnet.map_or(KernelSubnet::Nothing, KernelSubnet::Subnet);
+        self.lifecycle.kernel_subnet = subnet.map_or(KernelSubnet::Nothing, KernelSubnet::Subnet);
         match subnet {
-            Some(_) => self.recheck_lease(now),
+            Some(_) => self.lifecycle.recheck_lease(now),
             None => self.continue_leave_after_withdrawal(),
         }
     }

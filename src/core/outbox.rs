@@ -204,8 +204,8 @@ impl Outbox {
         std::mem::take(&mut self.view_stale)
     }
 
-    /// Queues a view for the kernel if it differs from the last one. It waits for the write of this node's own
-    /// slots, so that the kernel uses them only once they are on disk.
+    /// Queues a view for the kernel if it differs from the last one. It waits for the write of this node's
+    /// own slots, so that the kernel uses them only once they are on disk.
     pub(super) fn program(&mut self, view: View) {
         let request = KernelRequest::Overlay(view.clone());
         if self.kernel_request != request {

@@ -34,6 +34,7 @@ impl Replica {
         let moved: Vec<Change> = changes.iter().filter(has_moved).copied().collect();
         outbox.report_changes(moved);
     }
+
     /// Marks all records to be written at once, because the disk has lost them.
     pub(super) fn mark_everything(&self, outbox: &mut Outbox) {
         let members: Vec<_> =

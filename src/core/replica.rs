@@ -51,10 +51,12 @@ impl Replica {
         let address = self.address_of(node)?;
         Some(Target::Member { node, address })
     }
+
     /// Returns the address of a member and an encoded frame; `None` if the member has no record.
     pub(super) fn frame_to(&self, to: NodeId, frame: Frame<'_>) -> Option<(SocketAddr, Vec<u8>)> {
         Some((self.address_of(to)?, frame.encode(self.cluster_id()?)))
     }
+
     pub(super) fn cluster_id(&self) -> Option<ClusterId> {
         self.cluster_state.as_ref().map(|cluster_state| cluster_state.cluster.id)
     }

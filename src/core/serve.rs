@@ -29,6 +29,7 @@ impl Replica {
             Some(_) => None,
         }
     }
+
     /// Returns all facts of this node, with these active members.
     pub(super) fn everything(&self, active: BTreeMap<NodeId, Identity>) -> Facts {
         let slots = self.cluster_state.iter().flat_map(|cluster_state| cluster_state.slots.runs());
@@ -129,7 +130,7 @@ impl Node {
                 Response::Acknowledged(lacks)
             }
             Request::HaveYouMissed { node, quorum } => Response::Vote(self.vote(node, &quorum)),
-            _ if self.leaving.is_some() => Response::Refused(Refusal::Leaving),
+            _ if self.lifecycle.is_leaving() => Response::Refused(Refusal::Leaving),
             Request::BeMySuccessor => Response::Accepted,
             Request::Handover(facts) => {
                 self.learn(now, &facts, Some(from));
@@ -207,11 +208,11 @@ impl Node {
         if !self.replica.sync.synced() {
             return Err(Refusal::NotSynced);
         }
-        if self.duplicate.is_some() {
+        if !self.key_use.is_unique() {
             return Err(Refusal::DuplicateIdentity);
         }
         let Some(cluster_state) =
-            self.replica.cluster_state.as_mut().filter(|_| self.leaving.is_none())
+            self.replica.cluster_state.as_mut().filter(|_| !self.lifecycle.is_leaving())
         else {
             return Err(Refusal::NotReady);
         };
@@ -265,7 +266,7 @@ impl Node {
     pub(super) fn note_own_change(&mut self, now: Time, changes: &[Change]) {
         if !changes.is_empty() {
             self.replica.note_own_change(&mut self.outbox, now, changes);
-            self.recheck_lease(now);
+            self.lifecycle.recheck_lease(now);
         }
     }
 

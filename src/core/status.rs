@@ -175,7 +175,7 @@ impl Node {
             .cluster_state
             .as_ref()
             .map(|cluster_state| cluster_state.cluster.settings.pool);
-        let subnets = self.own_subnets();
+        let subnets = self.lifecycle.own_subnets(&self.replica);
         let census = self
             .replica
             .cluster_state
@@ -212,12 +212,7 @@ impl Node {
 
     /// Returns the phase of the node's membership.
     pub fn phase(&self) -> Phase {
-        match (&self.replica.cluster_state, &self.leaving, self.own_subnets()) {
-            (_, Some(_), _) => Phase::Leaving,
-            (None, _, _) => Phase::Joining,
-            (_, _, None) => Phase::Leaseless,
-            _ => Phase::Member,
-        }
+        self.lifecycle.phase(&self.replica)
     }
 
     /// Returns whether the last comparison found no difference or there is no member to compare with: the
@@ -323,24 +318,28 @@ impl Node {
         let mut problems = Vec::new();
         if phase == Phase::Joining {
             // The agent reports seeds that are this node's own address.
-            let failures = self.joining.failures().filter(|(_, failure)| !failure.is_own_address());
+            let failures =
+                self.lifecycle.joining.failures().filter(|(_, failure)| !failure.is_own_address());
             problems.extend(failures.map(|(seed, failure)| {
                 let seed = format!("seed {}", seed + 1);
                 let what = format!("{seed}: {failure}");
                 Problem::new(ProblemCode::SeedUnreachable, seed, what, "")
             }));
         }
-        if let (Phase::Leaseless, Some(cluster_state)) = (phase, &self.replica.cluster_state) {
-            problems.extend(cluster_state.search.refusal.iter().map(|refusal| {
+        if let (Phase::Leaseless, Some(search)) = (phase, &self.lifecycle.search) {
+            problems.extend(search.refusal.iter().map(|refusal| {
                 let what = format!("no subnet yet: {refusal}");
                 Problem::new(ProblemCode::NoSubnet, "refusal", what, "")
             }));
-            if cluster_state.search.rival.is_none() {
+            if search.rival.is_none() {
                 problems.extend(self.stranded());
             }
         }
-        if let Some((cluster_state, rival)) =
-            self.replica.cluster_state.as_ref().and_then(|h| Some((h, h.search.rival?)))
+        if let Some((cluster_state, rival)) = self
+            .replica
+            .cluster_state
+            .as_ref()
+            .zip(self.lifecycle.search.as_ref().and_then(|search| search.rival))
         {
             let subnet = self.config.assigned.and_then(|address| {
                 let pool = cluster_state.cluster.settings.pool;
@@ -356,13 +355,13 @@ impl Node {
                  restart its kubelet)",
             ));
         }
-        if let Some(duplicate) = &self.duplicate {
+        if let Some(duplicate) = self.key_use.duplicate() {
             problems.push(Problem::new(
                 ProblemCode::DuplicateIdentity,
-                duplicate.address,
+                duplicate,
                 format!(
                     "this node's key is in use twice, at {} and at {}: its state directory was copied",
-                    self.replica.me.address, duplicate.address
+                    self.replica.me.address, duplicate
                 ),
                 "run `gossamer reset-identity` on one of the two; until then, neither grants subnets",
             ));

@@ -261,6 +261,7 @@ impl Replica {
             outbox.invalidate_view();
         }
     }
+
     /// Notes a successful comparison with `peer`; `same` if it found no difference.
     pub(super) fn note_comparison(
         &mut self,
@@ -273,6 +274,7 @@ impl Replica {
         self.sync.partners.note_answer(peer);
         self.sync.complete(now, peer, same);
     }
+
     /// Returns the hashes of this node's state, by bucket.
     pub(super) fn buckets(&self, membership: &Membership) -> Buckets {
         Buckets {
@@ -284,6 +286,7 @@ impl Replica {
             active: membership.hashes(self.directory.gone()),
         }
     }
+
     /// Returns this node's facts in the buckets of a bit mask, with the members of `active` in them.
     pub(super) fn facts_in(&self, mask: u32, active: BTreeMap<NodeId, Identity>) -> Facts {
         let wanted = |bucket: &usize| mask & (1 << bucket) != 0;

@@ -6,7 +6,9 @@ use ipnet::IpNet;
 
 use super::*;
 use crate::{
-    model::{ClusterSettings, MemberRecord, Pool, PoolSpec, Problem, Slot, SlotRecord, SlotState},
+    model::{
+        BootId, ClusterSettings, MemberRecord, Pool, PoolSpec, Problem, Slot, SlotRecord, SlotState,
+    },
     sim::{rest, world::World},
     wire::Facts,
 };

@@ -57,6 +57,7 @@ impl Replica {
         }
         reaches
     }
+
     /// Returns the runs whose epochs are possible.
     pub(super) fn possible_runs(
         &mut self,
@@ -77,6 +78,7 @@ impl Replica {
         }
         possible_runs
     }
+
     /// Returns whether a forget record can be true.
     pub(super) fn is_possible_forget(
         &mut self,
@@ -92,6 +94,7 @@ impl Replica {
         }
         reaches
     }
+
     /// Returns whether gossip may use this identity: the node has a record, and the incarnation is possible.
     pub(super) fn is_credible(&mut self, now: Time, identity: Identity) -> bool {
         let Identity { node, incarnation } = identity;

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use crate::model::{MemberRecord, NodeId, Own, Peer, Slot, SlotState, Subnets, View};
 
-use super::{ClusterState, Node, leave::Leaving, replica::Replica};
+use super::{ClusterState, Node, replica::Replica};
 
 impl Replica {
     /// Returns the slot ranges of unconfirmed owners. Only its owner can have leased a slot to another node.
@@ -54,26 +54,14 @@ impl Node {
         }
         match self.view() {
             Some(view) => self.outbox.program(view),
-            None => {
-                let withdraws = self.leaving.as_ref().is_some_and(Leaving::withdraws);
-                self.outbox.withdraw(withdraws);
-            }
+            None => self.outbox.withdraw(self.lifecycle.withdraws()),
         }
-    }
-
-    /// Returns the subnets to use, or `None` without a lease or when the leases are to be handed over.
-    pub(super) fn own_subnets(&self) -> Option<Subnets> {
-        if self.leaving.as_ref().is_some_and(Leaving::withdraws) {
-            return None;
-        }
-        let ClusterState { cluster, slots, search } = self.replica.cluster_state.as_ref()?;
-        Some(cluster.settings.pool.subnets(search.own_slot(slots, self.replica.me.node)?))
     }
 
     /// Returns the view, or `None` if this node has no subnets to use.
     pub(super) fn view(&self) -> Option<View> {
         let me = self.replica.me.node;
-        let subnets = self.own_subnets()?;
+        let subnets = self.lifecycle.own_subnets(&self.replica)?;
         let ClusterState { cluster, slots, .. } = self.replica.cluster_state.as_ref()?;
         let pool = cluster.settings.pool;
         let mut leases: BTreeMap<NodeId, Vec<(Slot, Subnets)>> = BTreeMap::new();

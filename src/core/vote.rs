@@ -133,7 +133,9 @@ impl Node {
     fn count_votes(&mut self, now: Time, node: NodeId) {
         let Some((quorum, _)) = self.voting_rule() else { return };
         let votes = self.voting.missing.get(&node).map_or(0, |absence| absence.votes.len());
-        if votes >= quorum.majority() && self.leaving.is_none() && !self.membership.is_active(node)
+        if votes >= quorum.majority()
+            && !self.lifecycle.is_leaving()
+            && !self.membership.is_active(node)
         {
             let name = self.name_of(node);
             tracing::warn!(%node, name, votes, ?quorum, "majority of voters missed a member for too long");

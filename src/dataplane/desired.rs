@@ -148,6 +148,8 @@ pub struct Underlay {
     pub tunnel_mtu: u32,
     /// MTU in bytes of packets to each peer whose path carries less than the device's MTU.
     pub narrow: BTreeMap<NodeId, u32>,
+    /// Whether hardware computes checksums of sent packets; `None` leaves it as it is.
+    pub checksum_offload: Option<bool>,
     /// How packets reach peers.
     pub mode: Mode,
 }
@@ -163,6 +165,7 @@ impl Underlay {
             routed: BTreeSet::new(),
             tunnel_mtu,
             narrow: BTreeMap::new(),
+            checksum_offload: None,
             mode: Mode::Vxlan,
         }
     }
@@ -255,7 +258,7 @@ impl Desired {
             local: underlay.local,
             link: if underlay.pinned { underlay.link } else { 0 },
             addresses: own().map(|subnet| subnet.network()).collect(),
-            checksum_offload: None,
+            checksum_offload: underlay.checksum_offload,
         };
         Self {
             device,

@@ -116,12 +116,20 @@ pub const MUTATIONS: [Mutation; 24] = [
     Mutation {
         name: "RemoveUnconfirmedEntries",
         defect: "unknown kernel entries are removed before the first comparison",
-        changes: &[change("core/view.rs", "self.replica.unconfirmed(self.config.assigned.is_some())", "Vec::new()")],
+        changes: &[change(
+            "core/view.rs",
+            "self.replica.unconfirmed(self.config.assigned.is_some())",
+            "Vec::new()",
+        )],
     },
     Mutation {
         name: "LeaveWithoutWithdrawal",
         defect: "a leaving node hands its subnet over while its kernel still uses it",
-        changes: &[change("core/leave.rs", "self.kernel_subnet == KernelSubnet::Nothing", "true")],
+        changes: &[change(
+            "core/leave.rs",
+            "self.lifecycle.kernel_subnet == KernelSubnet::Nothing",
+            "true",
+        )],
     },
     Mutation {
         name: "LeaveWithoutAcceptance",
@@ -137,7 +145,7 @@ pub const MUTATIONS: [Mutation; 24] = [
         defect: "a surplus lease is released while the kernel still uses it",
         changes: &[change(
             "core/lease.rs",
-            "self.kernel_subnet == KernelSubnet::Subnet(subnet)",
+            "self.lifecycle.kernel_subnet == KernelSubnet::Subnet(subnet)",
             "true",
         )],
     },

@@ -117,8 +117,8 @@ impl Agent {
             (Some(view), _) => {
                 let mut underlay = self.current_underlay();
                 underlay.narrow.clone_from(&self.kernel.narrow);
-                let mut desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
-                desired.device.checksum_offload = self.prober.wanted_offload();
+                underlay.checksum_offload = self.prober.wanted_offload();
+                let desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
                 let mut usable = Cow::Borrowed(view);
                 if view
                     .peers

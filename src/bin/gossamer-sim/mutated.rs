@@ -58,9 +58,14 @@ fn copy_project(project: &Path, copy: &Path) -> anyhow::Result<()> {
         if ["Cargo.toml", "src", "target", ".git"].iter().any(|other| name == *other) {
             continue;
         }
-        match symlink(entry.path(), copy.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
-            _ => {}
+        let link = copy.join(name);
+        if fs::read_link(&link).ok() == Some(entry.path()) {
+            continue;
+        }
+        // An earlier copy may have been one of other sources.
+        match fs::remove_file(&link) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => symlink(entry.path(), link)?,
         }
     }
     let manifest = fs::read_to_string(project.join("Cargo.toml"))?;

@@ -1,7 +1,7 @@
 //! Tests of joining, and of the comparisons that follow.
 
 use super::*;
-use crate::{model::MemberRecord, sim::host::Host};
+use crate::sim::host::Host;
 
 #[test]
 fn joiner_is_known_everywhere_within_a_few_round_trips() {
