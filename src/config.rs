@@ -20,7 +20,7 @@ use regex_lite::Regex;
 
 use crate::{
     dataplane::{demand::Program, desired::Mode, firewall::Policy},
-    docker, files,
+    files,
     model::{
         ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish,
         check_interface_name,
@@ -282,7 +282,7 @@ impl Settings {
             mtu: self.mtu,
             bridge: self.bridge,
             http: self.http,
-            docker_plugin: self.docker_plugin.map(|dir| docker::socket_in(&dir, &instance)),
+            docker_plugin: self.docker_plugin.map(|dir| instance.docker_socket(&dir)),
         })
     }
 

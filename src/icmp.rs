@@ -17,7 +17,9 @@ use nix::{
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
-use crate::{checksum::checksum, datagram, dataplane::paths::FLOWS, netlink::attributes::address};
+use crate::{
+    checksum::checksum, dataplane::paths::FLOWS, netlink::attributes::address, probe_packet,
+};
 
 /// Payload of an ordinary echo request, in bytes.
 pub const SMALL: usize = 56;
@@ -238,7 +240,7 @@ impl Family {
         };
         let matches_sender = address(quoted.get(destination)?) == Some(to);
         let port = u16::from_be_bytes(*quoted.get(length..)?.first_chunk()?);
-        let number = datagram::probe_number(identity.identifier, quoted.get(length + 8..)?)?;
+        let number = probe_packet::probe_number(identity.identifier, quoted.get(length + 8..)?)?;
         let is_own =
             matches_sender && *quoted.get(protocol)? == UDP && identity.ports.contains(&port);
         is_own.then_some(number)
@@ -330,7 +332,7 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
     let mut quoted = ip.clone();
     quoted[9] = UDP;
     let datagram = [0, 1, 0, 2, 0, 32, 0, 0];
-    let probe = datagram::probe_packet(7, 9, 64);
+    let probe = probe_packet::probe_packet(7, 9, 64);
     let error = [&ip[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted, &datagram, &probe].concat();
     vec![reply, error, [&[129, 0, 0, 0, 0, 7, 0, 9][..], &[0; 8]].concat()]
 }
@@ -412,7 +414,7 @@ mod tests {
         let mut quoted =
             [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 42, 9, 0, 10, 42, 7, 0].to_vec();
         quoted.extend([0x12, 0x34, 0x82, 0x9a, 0, 8, 0, 0]);
-        quoted.extend(&datagram::probe_packet(7, 9, datagram::SIZE)[..10]);
+        quoted.extend(&probe_packet::probe_packet(7, 9, probe_packet::SIZE)[..10]);
         let packet = [&ip_header[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted].concat();
         let parse = |port, from: [u8; 4], packet: &[u8]| {
             let identity = ProbeIdentity { identifier: 7, ports: [port; FLOWS] };
@@ -427,7 +429,7 @@ mod tests {
         let mut quoted = [0; 48];
         (quoted[6], quoted[40], quoted[41]) = (17, 0x12, 0x34);
         quoted[24..40].copy_from_slice(&crate::netlink::attributes::octets(from));
-        let probe = &datagram::probe_packet(7, 9, datagram::SIZE)[..10];
+        let probe = &probe_packet::probe_packet(7, 9, probe_packet::SIZE)[..10];
         let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..], probe].concat();
         let event = Family::Inet6.parse(
             ProbeIdentity { identifier: 7, ports: [0x1234; FLOWS] },

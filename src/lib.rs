@@ -7,24 +7,28 @@
 //!
 //! ```text
 //!  main -> cli -> agent -> core -> wire -> model                              the pure ring
-//!                   |        dataplane -> model, pods -> model
-//!                   +-> dataplane::kernel, pods::wiring, netlink, store, transport, api     the adapters
+//!           |      |        dataplane -> model, pods -> model
+//!           |      +-> dataplane::kernel, pods::wiring, netlink, store, transport, api     the adapters
+//!           +-> doctor, lab                                                     no agent imports these
 //! ```
 //!
 //! - **The pure ring** makes the decisions. It reads no clock, draws no randomness of its own, opens no file
 //!   and no socket. It is exactly what the build without default features contains: [`model`], [`wire`],
-//!   [`core`], [`rpc`], [`dataplane`] without `kernel`, [`pods`] without its submodules, and `checksum`.
+//!   [`core`], [`rpc`], [`dataplane`] without `kernel`, [`pods`] without its submodules, `checksum`, and
+//!   the numbers of `frames`.
 //!   [`model`] holds the data types, [`wire`] parses messages of peers and database records, [`core`] is one
 //!   node as a state machine, [`rpc`] carries inquiries between agents beside it, [`dataplane`] computes what
 //!   the kernel must hold and judges what it does, and [`pods`] records which pod has which of the node's
 //!   addresses.
 //! - **Adapters** each serve one external interface: [`dataplane::kernel`] and [`netlink`] the kernel,
-//!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket, and [`pods::wiring`] connects pods.
-//!   Container runtimes call [`cni`] and [`netavark`], Docker calls [`docker`].
+//!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket over [`http`], `underlay` the
+//!   interfaces of the host, `sysctl` its settings, `kubernetes` the API server, and [`pods::wiring`]
+//!   connects pods. Container runtimes call [`cni`] and [`netavark`], Docker calls [`docker`].
 //! - **The shell**, [`agent`], is one loop that feeds inputs to the core and executes its outputs. `sim`
 //!   (feature `sim`) runs many cores in a simulated world. [`config`] and [`cli`] read settings and commands,
 //!   [`doctor`] checks a host for problems, and [`lab`] builds clusters in network namespaces for the demo,
-//!   the tests and the benchmarks.
+//!   the tests and the benchmarks. No module imports [`agent`] or [`lab`] but [`cli`], and no modules import
+//!   each other in a cycle; a test checks both.
 //!
 //! # Where to start reading
 //!
@@ -57,14 +61,17 @@ pub mod docker;
 pub mod doctor;
 #[cfg(feature = "agent")]
 mod files;
-#[cfg(feature = "agent")]
 mod frames;
 #[cfg(all(feature = "agent", any(test, feature = "sim")))]
 pub mod fuzz;
 #[cfg(feature = "agent")]
+pub mod http;
+#[cfg(feature = "agent")]
 pub mod icmp;
 #[cfg(feature = "agent")]
 mod json;
+#[cfg(feature = "agent")]
+mod kubernetes;
 #[cfg(feature = "agent")]
 pub mod lab;
 #[warn(clippy::disallowed_methods)]
@@ -76,14 +83,20 @@ pub mod netlink;
 #[warn(clippy::disallowed_methods)]
 pub mod pods;
 #[cfg(feature = "agent")]
+pub mod probe_packet;
+#[cfg(feature = "agent")]
 mod random;
 #[warn(clippy::disallowed_methods)]
 pub mod rpc;
+#[cfg(feature = "agent")]
+pub mod runtime;
 #[cfg(any(test, feature = "sim"))]
 #[warn(clippy::disallowed_methods)]
 pub mod sim;
 #[cfg(feature = "agent")]
 pub mod store;
+#[cfg(feature = "agent")]
+mod sysctl;
 #[cfg(feature = "agent")]
 pub mod transport;
 #[cfg(feature = "agent")]

@@ -8,12 +8,12 @@ use crate::{
             forwarder::ForwarderEvent, pod_answers::PodAnswers, remote_pods::RemotePodsEvent,
             silence::SilenceFindings,
         },
-        kubernetes::NodeReport,
         workers::{archive::ArchiveEvent, attach_worker::AttachResult, kernel_event::KernelEvent},
     },
-    api::Question,
+    api::AgentRequest,
     docker as docker_plugin,
     icmp::IcmpEvent,
+    kubernetes::NodeReport,
     store::WriteEvent,
     transport::Event,
 };
@@ -49,7 +49,7 @@ pub(super) enum LoopEvent {
     /// The attach worker has made, removed or looked up veth pairs.
     Pods(AttachResult),
     /// A request at the control socket or the `http` listener.
-    Api(Question),
+    Api(AgentRequest),
     /// A request of Docker.
     Docker(docker_plugin::Request),
     /// What Kubernetes says about this node and others.

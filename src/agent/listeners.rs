@@ -22,9 +22,10 @@ use tokio::{
 
 use crate::{
     agent::{LoopEvent, StartFailure},
-    api::{self, SocketError},
+    api,
     config::Config,
     docker,
+    http::{Socket, SocketError},
     model::{Problem, ProblemCode},
 };
 
@@ -38,10 +39,10 @@ const SOCKET_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// The open listeners. They are opened before the agent waits for its disk or for other hosts, so that an
 /// agent that cannot start can report why. Dropping them removes the socket files.
 pub(super) struct Listeners {
-    _control: Arc<Mutex<api::Socket>>,
-    _plugin: Option<api::Socket>,
+    _control: Arc<Mutex<Socket>>,
+    _plugin: Option<Socket>,
     /// The socket of the plugin, once a later attempt has opened it.
-    _pending_plugin: Option<oneshot::Receiver<api::Socket>>,
+    _pending_plugin: Option<oneshot::Receiver<Socket>>,
     /// Why listeners are not open.
     problems: watch::Receiver<Problems>,
     /// Set to stop accepting requests of Docker.
@@ -77,7 +78,7 @@ impl Listeners {
         plugin: Option<net::UnixListener>,
         events: &mpsc::UnboundedSender<LoopEvent>,
     ) -> Result<Self, StartFailure> {
-        let control = api::serve(&config.socket, question_sender(events))?;
+        let control = api::serve(&config.socket, request_sender(events))?;
         let control = Arc::new(Mutex::new(control));
         let (problems, reader) = watch::channel(Problems::new());
         tokio::spawn(keep_control(
@@ -91,12 +92,12 @@ impl Listeners {
         let plugin = match (plugin, &config.docker_plugin) {
             (Some(listener), _) => {
                 let listener = UnixListener::from_std(listener)?;
-                docker::handle(listener, closing_plugin.subscribe(), request_sender(events));
+                docker::handle(listener, closing_plugin.subscribe(), docker_sender(events));
                 None
             }
-            (None, Some(path)) => match api::Socket::listen(path) {
+            (None, Some(path)) => match Socket::listen(path) {
                 Ok((socket, listener)) => {
-                    docker::handle(listener, closing_plugin.subscribe(), request_sender(events));
+                    docker::handle(listener, closing_plugin.subscribe(), docker_sender(events));
                     Some(socket)
                 }
                 Err(error @ SocketError::NotASocket(_)) => return Err(error.into()),
@@ -147,15 +148,15 @@ impl Listeners {
 }
 
 /// Returns a function that sends a request of the API to the event loop; false once the loop has ended.
-fn question_sender(
+fn request_sender(
     events: &mpsc::UnboundedSender<LoopEvent>,
-) -> impl Fn(api::Question) -> bool + Send + Sync + 'static {
+) -> impl Fn(api::AgentRequest) -> bool + Send + Sync + 'static {
     let report = events.clone();
-    move |question| report.send(LoopEvent::Api(question)).is_ok()
+    move |request| report.send(LoopEvent::Api(request)).is_ok()
 }
 
 /// Returns a function that sends a request of Docker to the event loop; false once the loop has ended.
-fn request_sender(
+fn docker_sender(
     events: &mpsc::UnboundedSender<LoopEvent>,
 ) -> impl Fn(docker::Request) -> bool + Send + Sync + 'static {
     let report = events.clone();
@@ -164,7 +165,7 @@ fn request_sender(
 
 fn listen(address: SocketAddr, events: &mpsc::UnboundedSender<LoopEvent>) -> std::io::Result<()> {
     TcpListener::bind(address)
-        .and_then(|listener| api::serve_http(listener, question_sender(events)))
+        .and_then(|listener| api::serve_http(listener, request_sender(events)))
 }
 
 /// Whether a later attempt may succeed: the port is in use, or the address is not on this host yet.
@@ -192,7 +193,7 @@ fn plugin_problem(path: &Path, error: &SocketError) -> Problem {
 /// Creates the control socket again when its file is gone, until the socket is dropped.
 async fn keep_control(
     path: PathBuf,
-    control: Weak<Mutex<api::Socket>>,
+    control: Weak<Mutex<Socket>>,
     problems: watch::Sender<Problems>,
     events: mpsc::UnboundedSender<LoopEvent>,
 ) {
@@ -203,7 +204,7 @@ async fn keep_control(
         if socket.still_exists() {
             continue;
         }
-        match api::serve(&path, question_sender(&events)) {
+        match api::serve(&path, request_sender(&events)) {
             Ok(new) => {
                 tracing::warn!(path = %path.display(), "control socket created again: its file was gone");
                 *socket = new;
@@ -241,10 +242,10 @@ async fn open_plugin(
     problems: &watch::Sender<Problems>,
     closing: &watch::Sender<bool>,
     events: &mpsc::UnboundedSender<LoopEvent>,
-) -> api::Socket {
-    let open = || api::Socket::listen(path).map_err(|error| plugin_problem(path, &error));
+) -> Socket {
+    let open = || Socket::listen(path).map_err(|error| plugin_problem(path, &error));
     let (socket, listener) = retry_until_open("docker_plugin", first, problems, open).await;
-    docker::handle(listener, closing.subscribe(), request_sender(events));
+    docker::handle(listener, closing.subscribe(), docker_sender(events));
     socket
 }
 

@@ -9,7 +9,6 @@ mod clock;
 mod diagnosis;
 mod handlers;
 mod host;
-mod kubernetes;
 mod listeners;
 mod operator;
 mod pods;
@@ -22,28 +21,22 @@ mod threads;
 mod workers;
 
 use std::{
-    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use tokio::sync::oneshot;
-
 use self::{
     arrivals::{Arrival, Arrivals, LoopEvent},
     clock::Clock,
-    diagnosis::{
-        forwarder::Forwarder, isolation::Isolation, pod_answers::PodAnswerCheck,
-        remote_pods::RemotePods, silence::SilenceDiagnosis,
-    },
+    diagnosis::isolation::Isolation,
     handlers::{kernel::KernelState, probe::Prober},
     host::receive_buffer::ReceiveDrops,
-    kubernetes::PodCidrSource,
     listeners::{ListenerProblems, Listeners},
-    operator::{events::Journal, ping::PingRound, secrets::Steps, status::Waiter, survey::Surveys},
+    operator::{events::Journal, pending::PendingRequests, secrets::Steps, survey::Surveys},
     pods::PodState,
     service::Service,
     signals::Signals,
+    threads::Monitors,
     workers::{
         archive::{Archive, ArchiveEvent},
         attach_worker::AttachWorker,
@@ -51,12 +44,12 @@ use self::{
     },
 };
 use crate::{
-    api::{ApiError, Question},
     config::Config,
-    core::{Command, Gate, Input, Node, Output, Target},
-    rpc::{self, Inquiries},
-    store::{StateDir, WriteEvent, Writer},
-    transport::{Call, Event, Received, Transport},
+    core::{Gate, Input, Node},
+    kubernetes::PodCidrSource,
+    rpc::Inquiries,
+    store::{StateDir, Writer},
+    transport::Transport,
     underlay::ChosenUnderlay,
     wire::{Keyring, Token},
 };
@@ -68,8 +61,6 @@ pub use start::{StartFailure, run};
 
 /// A longer turn of the loop is logged, because everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);
-/// Time that the end waits for answers to Docker.
-const DOCKER_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 /// Maximum number of rounds of events in one turn, before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
 
@@ -81,10 +72,8 @@ struct Agent {
     writer: Writer,
     gate: Gate,
     programmer: Programmer,
-    forwarder: Forwarder,
-    remote_pods: RemotePods,
-    answer_check: PodAnswerCheck,
-    silence_diagnosis: SilenceDiagnosis,
+    /// Threads that only observe.
+    monitors: Monitors,
     kernel: KernelState,
     prober: Prober,
     isolation: Isolation,
@@ -104,12 +93,8 @@ struct Agent {
     steps: Steps,
     /// Whether this process created the state, so that a refusal may remove it.
     fresh: bool,
-    /// Requests that wait for convergence with a number of members.
-    waiters: Vec<Waiter>,
-    /// Pings that wait for answers.
-    ping_rounds: Vec<PingRound>,
-    /// The operator's request to leave, until it is answered.
-    leave_reply: Option<oneshot::Sender<Result<Option<String>, ApiError>>>,
+    /// Requests of operators that wait for an answer.
+    pending: PendingRequests,
     /// Why the disk cannot be written.
     store_failure: Option<String>,
     service: Service,
@@ -122,10 +107,6 @@ struct Agent {
     source: Option<PodCidrSource>,
     /// Set when the kernel refuses the device of a new node: the reason, and when the agent ends.
     giving_up: Option<(String, Instant)>,
-    /// Sends events of threads that are started later.
-    news: threads::Sender,
-    /// Monitoring threads that have ended.
-    ended: threads::Ended,
     /// How the agent ends; set once it is to end.
     ending: Option<Ending>,
 }
@@ -180,28 +161,6 @@ impl Agent {
         self.finish().await
     }
 
-    /// Answers Docker's requests before the end: Docker repeats a lost request without its body.
-    async fn answer_docker_to_the_end(
-        &mut self,
-        arrivals: &mut Arrivals,
-        read_settings: &SettingsReader,
-        listeners: &Listeners,
-    ) {
-        let mut answered = pin!(listeners.close_plugin());
-        let mut deadline = pin!(tokio::time::sleep(DOCKER_DRAIN_TIMEOUT));
-        loop {
-            let arrival = tokio::select! {
-                biased;
-                () = &mut answered => return,
-                () = &mut deadline => return,
-                arrival = arrivals.next() => arrival,
-            };
-            self.on_arrival(arrival, Instant::now(), read_settings);
-            self.carry_out();
-            self.answer_early_docker_requests();
-        }
-    }
-
     /// Passes an event to its handler.
     fn on_arrival(&mut self, arrival: Arrival, now: Instant, read_settings: &SettingsReader) {
         match arrival {
@@ -217,16 +176,13 @@ impl Agent {
     fn next_deadline(&self) -> Instant {
         let latest = Instant::now() + Duration::from_secs(3600);
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
-        let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
-        let ping_rounds = self.ping_rounds.iter().map(PingRound::deadline);
         let giving_up = self.giving_up.as_ref().map(|(_, until)| *until);
         core.into_iter()
             .chain(self.next_probe())
             .chain(self.service.next())
             .chain([self.journal.next()])
             .chain(self.surveys.deadline())
-            .chain(waiters)
-            .chain(ping_rounds)
+            .chain(self.pending.deadlines())
             .chain(giving_up)
             .chain(self.pods.next_notes_check)
             .chain(self.disk_stall_deadline())
@@ -255,161 +211,21 @@ impl Agent {
         }
     }
 
-    fn on_network(&mut self, event: Event) {
-        match self.transport.handle(event) {
-            Some(Received::Message { from, bytes }) => self.input(Input::Message { from, bytes }),
-            Some(Received::Request { from, reply, bytes }) if rpc::is_inquiry(&bytes) => {
-                self.on_inquiry_frame(from, reply, &bytes);
-            }
-            Some(Received::Request { from, reply, bytes }) => {
-                self.input(Input::Request { from, reply, bytes });
-            }
-            Some(Received::Answer { call: Call::Node(call), result }) => {
-                self.input(Input::Answer { call, result });
-            }
-            Some(Received::Answer { call: Call::Inquiry(id), result }) => {
-                self.on_inquiry_end(id, result);
-            }
-            None => {}
-        }
-    }
-
     fn on_loop_event(&mut self, news: LoopEvent) {
         match news {
-            LoopEvent::Disk(WriteEvent::Durable(seq)) => {
-                // Not earlier: a token that names a cluster implies that the database contains it.
-                self.save_token();
-                for output in self.gate.open(seq) {
-                    self.execute(output);
-                }
-            }
-            LoopEvent::Disk(WriteEvent::Failing(why)) => {
-                tracing::error!(%why, "state directory not writable, nothing new is granted");
-                self.store_failure = Some(why);
-            }
-            LoopEvent::Disk(WriteEvent::Recovered) => {
-                tracing::info!("state directory writable again");
-                self.store_failure = None;
-            }
-            LoopEvent::Disk(WriteEvent::Emptied) => {
-                tracing::error!("database lost, rewriting it");
-                self.input(Input::Command(Command::SaveAll));
-                self.save_pods();
-            }
-            LoopEvent::Disk(WriteEvent::Saved(number)) => self.on_saved(number),
+            LoopEvent::Disk(event) => self.on_write_event(event),
             LoopEvent::Kernel(told) => self.on_kernel_event(told),
             LoopEvent::Forwarding(news) => self.on_forwarding(news),
             LoopEvent::RemotePods(told) => self.on_remote_pods(told),
             LoopEvent::PodAnswers(state) => self.on_answers(state),
             LoopEvent::SilenceFindings(findings) => self.on_silence_findings(findings),
             LoopEvent::Pods(wired) => self.on_attach_result(wired),
-            LoopEvent::Api(request) => self.on_api(request),
+            LoopEvent::Api(request) => self.on_request(request),
             LoopEvent::Docker(request) => self.on_docker(request),
             // Requests that wait for convergence are answered at the end of the turn.
             LoopEvent::Archive(ArchiveEvent::SubnetFile) => {}
             LoopEvent::Archive(ArchiveEvent::Secrets(result)) => self.on_secrets_saved(result),
             LoopEvent::Node(heard) => self.on_node_report(heard),
-        }
-    }
-
-    fn input(&mut self, input: Input) {
-        self.node.handle(self.clock.now(), input);
-    }
-
-    /// Carries out the core's outputs. The gate holds those that depend on an unfinished write.
-    fn carry_out(&mut self) {
-        while let Some(output) = self.node.poll_output() {
-            if let Some(output) = self.gate.pass(output) {
-                self.execute(output);
-            }
-        }
-        self.gate.take_shed().into_iter().for_each(|reply| self.transport.give_up(reply));
-    }
-
-    fn execute(&mut self, output: Output) {
-        match output {
-            Output::Send { to, address, bytes, .. } => self.transport.send(to, address, bytes),
-            Output::Call { call, to: Target::Member { node, address }, bytes, .. } => {
-                self.transport.call(Call::Node(call), node, address, bytes);
-            }
-            Output::Call { call, to: Target::Seed(seed), bytes, .. } => {
-                let name = self.config.seeds.get(seed).cloned().unwrap_or_default();
-                self.transport.call_name(Call::Node(call), name, bytes);
-            }
-            Output::Reply { reply, bytes, .. } => self.transport.reply(reply, bytes),
-            Output::Write { records, seq } => {
-                self.writer.write(records, seq);
-            }
-            Output::Program { view, .. } => {
-                self.transport.learn_overlay(view.settings.pool.networks().iter().collect());
-                self.kernel.wanted = Some(view);
-                self.kernel.withdrawn = false;
-                self.program();
-            }
-            Output::Withdraw => {
-                self.kernel.wanted = None;
-                self.kernel.withdrawn = true;
-                if self.may_have_kernel_state() {
-                    self.program();
-                } else {
-                    self.input(Input::KernelSubnet(None));
-                }
-            }
-            Output::SlotsChanged(changes) => self.record_owner_changes(&changes),
-            Output::CannotLeave(why) => {
-                if let Some(reply) = self.leave_reply.take() {
-                    let _ = reply.send(Err(why.into()));
-                }
-            }
-            Output::Stop(stop) => self.on_stop(stop),
-        }
-    }
-
-    fn on_api(&mut self, question: Question) {
-        match question {
-            Question::Status { reply } => _ = reply.send(self.status()),
-            Question::Alive { reply } => _ = reply.send(()),
-            Question::Wait { seconds, members, reply } => {
-                let deadline = Instant::now() + Duration::from_secs(seconds);
-                self.input(Input::Command(Command::Sync));
-                self.add_waiter(Waiter { members, deadline, reply });
-            }
-            Question::Token { reply } => {
-                let seeds = vec![self.node.address().to_string()];
-                let _ = reply.send(self.token(seeds).map(|token| token.to_string()));
-            }
-            Question::Leave { reply } if self.leave_reply.is_some() => {
-                let _ = reply.send(Err("this node is already leaving".to_owned().into()));
-            }
-            Question::Leave { reply } => {
-                self.leave_reply = Some(reply);
-                self.input(Input::Command(Command::Leave));
-            }
-            Question::Forget { node, force, reply } => {
-                let forgotten = self.node.forget(self.clock.now(), &node, force);
-                let _ = reply.send(match forgotten {
-                    Ok(id) => Ok(self.forget_progress(id)),
-                    Err(why) => Err(why.to_string().into()),
-                });
-            }
-            Question::ResetIdentity { reply } => {
-                let _ = reply.send(Ok(()));
-                self.ending = Some(Ending::Restart);
-            }
-            Question::Ping { node, reply } => self.begin_ping(&node, reply),
-            Question::Attach { request, netns, reply } => self.attach(request, netns, reply),
-            Question::Detach { request, netns, reply } => self.detach(&request, netns, reply),
-            Question::Check { request, netns, reply } => self.check_pod(&request, netns, reply),
-            Question::Pods { reply } => self.list_pods(reply),
-            Question::Release { reply } => self.release_vanished(reply),
-            Question::PastEvents { reply } => _ = reply.send(self.journal.past()),
-            Question::Events { reply } => _ = reply.send(self.journal.feed()),
-            Question::Samples { reply } => _ = reply.send(self.journal.samples()),
-            Question::Matrix { reply } => self.show_matrix(reply),
-            Question::Routes { reply } => self.show_routes(reply),
-            Question::Secret { step, force, reply } => self.change_secret(step, force, reply),
-            Question::Peer { node, reply } => self.show_peer(&node, reply),
-            Question::History { reply } => self.archive.read(reply),
         }
     }
 }

@@ -1,15 +1,23 @@
 //! The end of an agent: why it ends, and what it removes.
 
-use std::time::{Duration, Instant};
+use std::{
+    pin::pin,
+    time::{Duration, Instant},
+};
 
 use crate::{
-    agent::{Agent, handlers::kernel::remove_traces},
+    agent::{
+        Agent, SettingsReader, arrivals::Arrivals, handlers::kernel::remove_traces,
+        listeners::Listeners,
+    },
     core::{Command, Input, Stop},
     model::NodeId,
     wire::visible,
     worker::Thread,
 };
 
+/// Time that the end waits for answers to Docker.
+const DOCKER_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long to wait for threads at the end, so that the whole end takes less than
 /// [`crate::agent::signals::TIMEOUT`].
 const THREAD_JOIN_TIMEOUT: Duration = Duration::from_millis(3500);
@@ -35,6 +43,28 @@ pub enum Ending {
 }
 
 impl Agent {
+    /// Answers Docker's requests before the end: Docker repeats a lost request without its body.
+    pub(super) async fn answer_docker_to_the_end(
+        &mut self,
+        arrivals: &mut Arrivals,
+        read_settings: &SettingsReader,
+        listeners: &Listeners,
+    ) {
+        let mut answered = pin!(listeners.close_plugin());
+        let mut deadline = pin!(tokio::time::sleep(DOCKER_DRAIN_TIMEOUT));
+        loop {
+            let arrival = tokio::select! {
+                biased;
+                () = &mut answered => return,
+                () = &mut deadline => return,
+                arrival = arrivals.next() => arrival,
+            };
+            self.on_arrival(arrival, Instant::now(), read_settings);
+            self.carry_out();
+            self.answer_early_docker_requests();
+        }
+    }
+
     /// Ends the agent for the reason that the core gives.
     pub(super) fn on_stop(&mut self, stop: Stop) {
         self.ending = Some(match stop {
@@ -73,15 +103,11 @@ impl Agent {
         self.transport.close().await;
         let threads = [
             self.programmer.end(),
-            self.forwarder.end(),
-            self.remote_pods.end(),
-            self.answer_check.end(),
-            self.silence_diagnosis.end(),
             self.attach_worker.end(),
             self.writer.end(),
             self.archive.end(),
         ];
-        await_threads(threads).await;
+        await_threads(threads.into_iter().chain(self.monitors.end())).await;
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         let ends = matches!(ending, Ending::Left { .. } | Ending::Restart) || refused;
         if ends && has_kernel_state {
@@ -92,7 +118,7 @@ impl Agent {
         {
             tracing::error!(%error, "state not removed");
         }
-        if let Some(reply) = self.leave_reply.take() {
+        if let Some(reply) = self.pending.leave_reply.take() {
             let answer = match &ending {
                 Ending::Left { successor } => {
                     Ok(successor.map(|successor| self.node.name_of(successor).to_owned()))
@@ -111,7 +137,7 @@ impl Agent {
 }
 
 /// Waits for threads until the deadline; a thread that hangs in a disk or kernel operation is abandoned.
-async fn await_threads<const N: usize>(threads: [Thread; N]) {
+async fn await_threads(threads: impl Iterator<Item = Thread>) {
     let deadline = Instant::now() + THREAD_JOIN_TIMEOUT;
     for thread in threads {
         if let Err(name) = thread.join(deadline).await {

@@ -5,7 +5,7 @@ use std::{io, process, thread, time::Duration};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::api::block_on;
+use crate::runtime::block_on;
 
 /// The agent ends this long after the first signal, even if something hangs.
 pub const TIMEOUT: Duration = Duration::from_secs(5);

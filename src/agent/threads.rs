@@ -15,15 +15,17 @@ use tokio::sync::mpsc;
 
 use crate::{
     agent::{
-        Agent, Ending, Forwarder, LoopEvent, PodAnswerCheck, RemotePods, SilenceDiagnosis,
+        Agent, Ending, LoopEvent,
         diagnosis::{
-            forwarder::{ForwarderEvent, Forwarding},
-            pod_answers::PodAnswers,
-            remote_pods::{RemotePodsEvent, RemotePodsState},
+            forwarder::{Forwarder, ForwarderEvent, Forwarding},
+            pod_answers::{PodAnswerCheck, PodAnswers},
+            remote_pods::{RemotePods, RemotePodsEvent, RemotePodsState},
+            silence::SilenceDiagnosis,
         },
     },
     api::{CheckState, CheckStatus},
     model::{Problem, ProblemCode},
+    worker::Thread,
 };
 
 /// Time between the end of a thread and its restart, so that a repeated panic uses little CPU.
@@ -31,7 +33,7 @@ const RESTART_DELAY: Duration = Duration::from_secs(20);
 
 /// Monitoring threads, on which nothing else depends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum MonitorThread {
+enum MonitorThread {
     Forwarding,
     RemotePods,
     PodAnswers,
@@ -40,7 +42,7 @@ pub(super) enum MonitorThread {
 
 /// Threads that do not run, with the time of their end or of the last attempt to restart them.
 #[derive(Debug, Default)]
-pub(super) struct Ended(BTreeMap<MonitorThread, Instant>);
+struct Ended(BTreeMap<MonitorThread, Instant>);
 
 /// What to do about a thread that does not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +79,7 @@ impl Ended {
     }
 
     /// Returns the problems, with their remedies.
-    pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
+    fn problems(&self) -> impl Iterator<Item = Problem> {
         let pause = RESTART_DELAY.as_secs();
         self.0.keys().map(move |thread| {
             let task = thread.task();
@@ -111,23 +113,100 @@ impl MonitorThread {
 /// Sends events of the threads to the event loop.
 pub(super) type Sender = mpsc::UnboundedSender<LoopEvent>;
 
-/// Starts the forwarder thread.
-pub(super) fn start_forwarder(news: Sender) -> io::Result<Forwarder> {
+/// The monitoring threads.
+pub(super) struct Monitors {
+    /// Tests whether this host forwards packets of pods.
+    pub(super) forwarder: Forwarder,
+    /// Tests whether pods of other hosts are reachable.
+    pub(super) remote_pods: RemotePods,
+    /// Checks whether the pods of this host answer.
+    pub(super) answer_check: PodAnswerCheck,
+    /// Determines why peers are silent.
+    pub(super) silence_diagnosis: SilenceDiagnosis,
+    ended: Ended,
+    news: Sender,
+}
+
+impl Monitors {
+    /// Starts all threads, which send their events to `news`.
+    ///
+    /// # Errors
+    /// Fails if the system cannot create a thread.
+    pub(super) fn start(news: Sender) -> io::Result<Self> {
+        Ok(Self {
+            forwarder: start_forwarder(news.clone())?,
+            remote_pods: start_remote_pods(news.clone())?,
+            answer_check: start_answer_check(news.clone())?,
+            silence_diagnosis: start_silence_diagnosis(news.clone())?,
+            ended: Ended::default(),
+            news,
+        })
+    }
+
+    /// Returns the problems about threads that do not run.
+    pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
+        self.ended.problems()
+    }
+
+    /// Ends all threads, and returns them to be awaited.
+    pub(super) fn end(self) -> [Thread; 4] {
+        [
+            self.forwarder.end(),
+            self.remote_pods.end(),
+            self.answer_check.end(),
+            self.silence_diagnosis.end(),
+        ]
+    }
+
+    /// Returns the threads that need a response.
+    fn check(&mut self, now: Instant) -> Vec<(MonitorThread, Response)> {
+        let all = MonitorThread::ALL.into_iter();
+        all.filter_map(|thread| {
+            let has_ended = self.has_ended(thread);
+            Some((thread, self.ended.on_check(now, thread, has_ended)?))
+        })
+        .collect()
+    }
+
+    fn has_ended(&self, thread: MonitorThread) -> bool {
+        match thread {
+            MonitorThread::Forwarding => self.forwarder.worker.has_ended(),
+            MonitorThread::RemotePods => self.remote_pods.worker.has_ended(),
+            MonitorThread::PodAnswers => self.answer_check.worker.has_ended(),
+            MonitorThread::Silence => self.silence_diagnosis.worker.has_ended(),
+        }
+    }
+
+    /// Starts a thread in place of one that has ended.
+    fn restart(&mut self, thread: MonitorThread) -> io::Result<()> {
+        let news = self.news.clone();
+        match thread {
+            MonitorThread::Forwarding => self.forwarder = start_forwarder(news)?,
+            MonitorThread::RemotePods => {
+                let mut started = start_remote_pods(news)?;
+                started.set_room(self.remote_pods.room());
+                self.remote_pods = started;
+            }
+            MonitorThread::PodAnswers => self.answer_check = start_answer_check(news)?,
+            MonitorThread::Silence => self.silence_diagnosis = start_silence_diagnosis(news)?,
+        }
+        Ok(())
+    }
+}
+
+fn start_forwarder(news: Sender) -> io::Result<Forwarder> {
     Forwarder::start(move |told| _ = news.send(LoopEvent::Forwarding(told)))
 }
 
-/// Starts the thread that tests paths to pods of other hosts.
-pub(super) fn start_remote_pods(news: Sender) -> io::Result<RemotePods> {
+fn start_remote_pods(news: Sender) -> io::Result<RemotePods> {
     RemotePods::start(move |told| _ = news.send(LoopEvent::RemotePods(told)))
 }
 
-/// Starts the thread that checks whether pods answer.
-pub(super) fn start_answer_check(news: Sender) -> io::Result<PodAnswerCheck> {
+fn start_answer_check(news: Sender) -> io::Result<PodAnswerCheck> {
     PodAnswerCheck::start(move |state| _ = news.send(LoopEvent::PodAnswers(state)))
 }
 
-/// Starts the thread that investigates silent peers.
-pub(super) fn start_silence_diagnosis(news: Sender) -> io::Result<SilenceDiagnosis> {
+fn start_silence_diagnosis(news: Sender) -> io::Result<SilenceDiagnosis> {
     SilenceDiagnosis::start(move |findings| _ = news.send(LoopEvent::SilenceFindings(findings)))
 }
 
@@ -146,25 +225,14 @@ impl Agent {
                  cannot work: start it again (packets of pods pass meanwhile), and report what the log says"
             )));
         }
-        for thread in MonitorThread::ALL {
-            let has_ended = self.has_ended(thread);
-            match self.ended.on_check(now, thread, has_ended) {
-                Some(Response::Discard) => {
+        for (thread, response) in self.monitors.check(now) {
+            match response {
+                Response::Discard => {
                     tracing::error!(thread = ?thread, "thread ended");
                     self.discard_findings(thread);
                 }
-                Some(Response::Restart) => self.restart(thread),
-                None => {}
+                Response::Restart => self.restart_monitor(thread),
             }
-        }
-    }
-
-    fn has_ended(&self, thread: MonitorThread) -> bool {
-        match thread {
-            MonitorThread::Forwarding => self.forwarder.worker.has_ended(),
-            MonitorThread::RemotePods => self.remote_pods.worker.has_ended(),
-            MonitorThread::PodAnswers => self.answer_check.worker.has_ended(),
-            MonitorThread::Silence => self.silence_diagnosis.worker.has_ended(),
         }
     }
 
@@ -182,28 +250,12 @@ impl Agent {
                 self.on_remote_pods(RemotePodsEvent::State(RemotePodsState::default()))
             }
             MonitorThread::PodAnswers => self.on_answers(PodAnswers::default()),
-            MonitorThread::Silence => self.silence_diagnosis.forget(),
+            MonitorThread::Silence => self.monitors.silence_diagnosis.forget(),
         }
     }
 
-    fn restart(&mut self, thread: MonitorThread) {
-        let news = self.news.clone();
-        let restarted = match thread {
-            MonitorThread::Forwarding => {
-                start_forwarder(news).map(|started| self.forwarder = started)
-            }
-            MonitorThread::RemotePods => start_remote_pods(news).map(|mut started| {
-                started.set_room(self.remote_pods.room());
-                self.remote_pods = started;
-            }),
-            MonitorThread::PodAnswers => {
-                start_answer_check(news).map(|started| self.answer_check = started)
-            }
-            MonitorThread::Silence => {
-                start_silence_diagnosis(news).map(|started| self.silence_diagnosis = started)
-            }
-        };
-        match restarted {
+    fn restart_monitor(&mut self, thread: MonitorThread) {
+        match self.monitors.restart(thread) {
             Ok(()) => {
                 tracing::info!(thread = ?thread, "thread started again");
                 self.update_forwarder();

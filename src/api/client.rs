@@ -5,7 +5,6 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use http_body_util::{BodyExt as _, Full};
@@ -19,8 +18,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tokio::net::UnixStream;
 
-use super::{ApiError, descriptor::Carrier};
-use crate::wire::visible;
+use super::ApiError;
+use crate::{http::Carrier, wire::visible};
 
 /// Longest part of a non-JSON response, in characters, that an error message quotes.
 const MAX_QUOTED_CHARS: usize = 200;
@@ -80,19 +79,6 @@ impl ClientError {
     fn broken(socket: &Path, error: &dyn Display) -> Self {
         Self::Broken { path: socket.to_owned(), why: error.to_string() }
     }
-}
-
-/// Runs a future on a single-threaded runtime, which suffices for clients and for the agent.
-///
-/// # Errors
-/// Fails if the runtime cannot be created.
-pub fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let result = runtime.block_on(future);
-    // Blocking work may hang, so it is not awaited for long. Tasks and their sockets are dropped in any
-    // case.
-    runtime.shutdown_timeout(Duration::from_millis(100));
-    Ok(result)
 }
 
 /// Sends a GET request and returns the JSON of the response.

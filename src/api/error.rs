@@ -7,6 +7,8 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::http::Dropped;
+
 /// Why a request was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -78,6 +80,15 @@ impl ApiErrorCode {
     /// Returns whether the same request may succeed in a moment.
     pub const fn is_transient(self) -> bool {
         matches!(self, Self::Unanswered | Self::Stopping)
+    }
+}
+
+impl From<Dropped> for ApiError {
+    fn from(dropped: Dropped) -> Self {
+        match dropped {
+            Dropped::Ended => Self::stopping(),
+            Dropped::Unanswered => Self::unanswered(),
+        }
     }
 }
 

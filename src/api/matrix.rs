@@ -1,5 +1,6 @@
 //! The path matrix: the paths of each member, as that member reports them.
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -16,6 +17,17 @@ pub struct Matrix {
     /// Number of members that were not queried because there are too many.
     pub omitted: usize,
 }
+
+impl Matrix {
+    /// Returns the matrix as JSON, encoded once for all clients.
+    pub fn encode(&self) -> EncodedMatrix {
+        EncodedMatrix(serde_json::to_vec(self).unwrap_or_default().into())
+    }
+}
+
+/// A [`Matrix`] as JSON.
+#[derive(Clone, Debug)]
+pub struct EncodedMatrix(pub(super) Bytes);
 
 /// The report of one member. The optional fields are `None` if it did not answer.
 #[derive(Clone, Debug, Serialize, Deserialize)]

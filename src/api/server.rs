@@ -10,7 +10,6 @@ use std::{
 
 use axum::{
     Json, Router,
-    body::Bytes,
     extract::{ConnectInfo, Query, State},
     http::{
         HeaderMap, StatusCode,
@@ -21,17 +20,17 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::oneshot::{self, Sender};
+use tokio::sync::oneshot::Sender;
 
-use crate::wire::Token;
+use crate::{
+    http::{self, CarrierListener, Excess, ReceivedDescriptor, Socket, SocketError},
+    wire::Token,
+};
 
 use super::{
-    AgentStatus, ApiError, ApiErrorCode, AttachRequest, AttachmentName, Event, EventFeed,
-    KernelEntry, MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, Question,
-    SAMPLE_INTERVAL, Sample, SecretStep, Socket, SocketError, VerdictState,
-    connections::{Excess, serve as serve_connections},
-    dashboard,
-    descriptor::{CarrierListener, ReceivedDescriptor},
+    AgentRequest, AgentStatus, ApiError, ApiErrorCode, AttachRequest, AttachmentName,
+    EncodedMatrix, Event, EventFeed, KernelEntry, MatrixRow, PingReport, PodError, PodErrorKind,
+    PodStatus, SAMPLE_INTERVAL, Sample, SecretStep, VerdictState, dashboard,
     metrics::{self, Page},
 };
 
@@ -41,7 +40,7 @@ const MAX_WAIT_SECONDS: u64 = 3600;
 const LOOP_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Passes a request to the agent's loop. Returns false if the loop has ended.
-type SubmitFn = Arc<dyn Fn(Question) -> bool + Send + Sync>;
+type SubmitFn = Arc<dyn Fn(AgentRequest) -> bool + Send + Sync>;
 
 /// Listens on the control socket and serves requests in background tasks. `submit_fn` passes a request to the
 /// agent's loop; it returns false if the loop has ended.
@@ -50,7 +49,7 @@ type SubmitFn = Arc<dyn Fn(Question) -> bool + Send + Sync>;
 /// Fails if the socket cannot be created.
 pub fn serve(
     path: &Path,
-    submit_fn: impl Fn(Question) -> bool + Send + Sync + 'static,
+    submit_fn: impl Fn(AgentRequest) -> bool + Send + Sync + 'static,
 ) -> Result<Socket, SocketError> {
     let (socket, listener) = Socket::listen(path)?;
     let submit_fn: SubmitFn = Arc::new(submit_fn);
@@ -75,7 +74,7 @@ pub fn serve(
         .route("/v1/pods/check", post(check))
         .route("/v1/pods/release", post(release))
         .with_state(submit_fn);
-    tokio::spawn(serve_connections(CarrierListener(listener), Excess::Waits, router, |carrier| {
+    tokio::spawn(http::serve(CarrierListener(listener), Excess::Waits, router, |carrier| {
         let received = carrier.received();
         move |request| _ = request.extensions_mut().insert(ConnectInfo(received.clone()))
     }));
@@ -88,7 +87,7 @@ pub fn serve(
 /// Fails if the listener cannot be made asynchronous.
 pub fn serve_http(
     listener: TcpListener,
-    submit_fn: impl Fn(Question) -> bool + Send + Sync + 'static,
+    submit_fn: impl Fn(AgentRequest) -> bool + Send + Sync + 'static,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
@@ -102,7 +101,7 @@ pub fn serve_http(
             .route("/problems", get(dashboard::problem_codes))
             .with_state(submit_fn),
     );
-    tokio::spawn(serve_connections(listener, Excess::Refused, router, |_| |_: &mut _| {}));
+    tokio::spawn(http::serve(listener, Excess::Refused, router, |_| |_: &mut _| {}));
     Ok(())
 }
 
@@ -122,13 +121,13 @@ async fn prometheus_metrics(State(submit_fn): State<SubmitFn>, headers: HeaderMa
         let Page { content_type, text } = metrics::page(&status, accept);
         ([(CONTENT_TYPE, content_type)], text).into_response()
     };
-    respond(&submit_fn, |reply| Question::Status { reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Status { reply }, render).await
 }
 
 /// Reports whether the loop answers.
 async fn healthz(State(submit_fn): State<SubmitFn>) -> Response {
-    let question = |reply| Question::Alive { reply };
-    let response = respond(&submit_fn, question, |()| "alive\n".into_response());
+    let request = |reply| AgentRequest::Alive { reply };
+    let response = respond(&submit_fn, request, |()| "alive\n".into_response());
     let late = || {
         ApiError::new(ApiErrorCode::Unanswered, "the agent's loop does not answer").into_response()
     };
@@ -143,7 +142,7 @@ async fn readyz(State(submit_fn): State<SubmitFn>) -> Response {
         }
         _ => format!("{}\n", status.verdict).into_response(),
     };
-    respond(&submit_fn, |reply| Question::Status { reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Status { reply }, render).await
 }
 
 /// Sends past events and then new ones as server-sent events (WHATWG HTML standard).
@@ -155,13 +154,13 @@ async fn events(
     let seen = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
     if query.follow == Some(false) {
         let render = |past: Vec<Event>| Json(json!({ "events": past })).into_response();
-        return respond(&submit_fn, |reply| Question::PastEvents { reply }, render).await;
+        return respond(&submit_fn, |reply| AgentRequest::PastEvents { reply }, render).await;
     }
     let render = move |feed: Result<EventFeed, ApiError>| match feed {
         Ok(feed) => dashboard::stream(feed, seen).into_response(),
         Err(error) => error.into_response(),
     };
-    respond(&submit_fn, |reply| Question::Events { reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Events { reply }, render).await
 }
 
 async fn samples(State(submit_fn): State<SubmitFn>) -> Response {
@@ -169,12 +168,12 @@ async fn samples(State(submit_fn): State<SubmitFn>) -> Response {
         let interval = SAMPLE_INTERVAL.as_secs();
         Json(json!({ "interval_seconds": interval, "samples": samples })).into_response()
     };
-    respond(&submit_fn, |reply| Question::Samples { reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Samples { reply }, render).await
 }
 
 async fn matrix(State(submit_fn): State<SubmitFn>) -> Response {
-    let render = |json: Bytes| ([(CONTENT_TYPE, "application/json")], json).into_response();
-    respond(&submit_fn, |reply| Question::Matrix { reply }, render).await
+    let render = |EncodedMatrix(json)| ([(CONTENT_TYPE, "application/json")], json).into_response();
+    respond(&submit_fn, |reply| AgentRequest::Matrix { reply }, render).await
 }
 
 #[derive(Deserialize)]
@@ -201,27 +200,31 @@ struct ForgetQuery {
 }
 
 async fn status(State(submit_fn): State<SubmitFn>, Query(query): Query<WaitQuery>) -> Response {
-    let question = |reply| match query.wait {
-        Some(seconds) => Question::Wait {
+    let request = |reply| match query.wait {
+        Some(seconds) => AgentRequest::Wait {
             seconds: seconds.min(MAX_WAIT_SECONDS),
             members: query.members.unwrap_or(1),
             reply,
         },
-        None => Question::Status { reply },
+        None => AgentRequest::Status { reply },
     };
-    respond(&submit_fn, question, |status| Json(status).into_response()).await
+    respond(&submit_fn, request, |status| Json(status).into_response()).await
 }
 
 /// Returns the status without waiting, for clients over TCP.
 async fn status_now(State(submit_fn): State<SubmitFn>) -> Response {
-    respond(&submit_fn, |reply| Question::Status { reply }, |status| Json(status).into_response())
-        .await
+    respond(
+        &submit_fn,
+        |reply| AgentRequest::Status { reply },
+        |status| Json(status).into_response(),
+    )
+    .await
 }
 
 async fn token(State(submit_fn): State<SubmitFn>) -> Response {
     respond(
         &submit_fn,
-        |reply| Question::Token { reply },
+        |reply| AgentRequest::Token { reply },
         |token| match token {
             Some(token) => Json(json!({ "token": token })).into_response(),
             None => {
@@ -235,20 +238,24 @@ async fn token(State(submit_fn): State<SubmitFn>) -> Response {
 
 async fn leave(State(submit_fn): State<SubmitFn>) -> Response {
     let left = |successor| json!({ "left": true, "successor": successor });
-    respond(&submit_fn, |reply| Question::Leave { reply }, |result| json_or_error(result.map(left)))
-        .await
+    respond(
+        &submit_fn,
+        |reply| AgentRequest::Leave { reply },
+        |result| json_or_error(result.map(left)),
+    )
+    .await
 }
 
 async fn forget(State(submit_fn): State<SubmitFn>, Query(query): Query<ForgetQuery>) -> Response {
     let ForgetQuery { node, force } = query;
-    respond(&submit_fn, |reply| Question::Forget { node, force, reply }, json_or_error).await
+    respond(&submit_fn, |reply| AgentRequest::Forget { node, force, reply }, json_or_error).await
 }
 
 async fn reset_identity(State(submit_fn): State<SubmitFn>) -> Response {
     let reset = |()| json!({ "reset": true });
     respond(
         &submit_fn,
-        |reply| Question::ResetIdentity { reply },
+        |reply| AgentRequest::ResetIdentity { reply },
         |result| json_or_error(result.map(reset)),
     )
     .await
@@ -298,7 +305,8 @@ async fn change_secret(
 ) -> Response {
     match step {
         Ok(step) => {
-            respond(submit_fn, |reply| Question::Secret { step, force, reply }, json_or_error).await
+            respond(submit_fn, |reply| AgentRequest::Secret { step, force, reply }, json_or_error)
+                .await
         }
         Err(why) => ApiError::new(ApiErrorCode::BadRequest, why).into_response(),
     }
@@ -307,14 +315,14 @@ async fn change_secret(
 async fn ping(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>) -> Response {
     let PingQuery { node } = query;
     let render = |result: Result<PingReport, ApiError>| json_or_error(result);
-    respond(&submit_fn, |reply| Question::Ping { node, reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Ping { node, reply }, render).await
 }
 
 async fn routes(State(submit_fn): State<SubmitFn>) -> Response {
     let entries = |entries: Vec<KernelEntry>| json!({ "entries": entries });
     respond(
         &submit_fn,
-        |reply| Question::Routes { reply },
+        |reply| AgentRequest::Routes { reply },
         |result| json_or_error(result.map(entries)),
     )
     .await
@@ -323,13 +331,13 @@ async fn routes(State(submit_fn): State<SubmitFn>) -> Response {
 async fn peer(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>) -> Response {
     let PingQuery { node } = query;
     let render = |result: Result<Option<MatrixRow>, ApiError>| json_or_error(result);
-    respond(&submit_fn, |reply| Question::Peer { node, reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Peer { node, reply }, render).await
 }
 
 async fn history(State(submit_fn): State<SubmitFn>) -> Response {
     respond(
         &submit_fn,
-        |reply| Question::History { reply },
+        |reply| AgentRequest::History { reply },
         |result| json_or_error(result.map(Value::Array)),
     )
     .await
@@ -337,7 +345,7 @@ async fn history(State(submit_fn): State<SubmitFn>) -> Response {
 
 async fn pods(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |pods: Vec<PodStatus>| Json(json!({ "pods": pods })).into_response();
-    respond(&submit_fn, |reply| Question::Pods { reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Pods { reply }, render).await
 }
 
 async fn attach(
@@ -347,7 +355,7 @@ async fn attach(
 ) -> Response {
     respond(
         &submit_fn,
-        |reply| Question::Attach { request, netns: received.take(), reply },
+        |reply| AgentRequest::Attach { request, netns: received.take(), reply },
         json_or_pod_error,
     )
     .await
@@ -361,8 +369,12 @@ async fn detach(
     let render = |result: Result<bool, PodError>| {
         json_or_pod_error(result.map(|was_there| json!({ "was_there": was_there })))
     };
-    respond(&submit_fn, |reply| Question::Detach { request, netns: received.take(), reply }, render)
-        .await
+    respond(
+        &submit_fn,
+        |reply| AgentRequest::Detach { request, netns: received.take(), reply },
+        render,
+    )
+    .await
 }
 
 async fn check(
@@ -373,15 +385,19 @@ async fn check(
     let render = |result: Result<Vec<IpAddr>, PodError>| {
         json_or_pod_error(result.map(|addresses| json!({ "addresses": addresses })))
     };
-    respond(&submit_fn, |reply| Question::Check { request, netns: received.take(), reply }, render)
-        .await
+    respond(
+        &submit_fn,
+        |reply| AgentRequest::Check { request, netns: received.take(), reply },
+        render,
+    )
+    .await
 }
 
 async fn release(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |result: Result<Vec<PodStatus>, PodError>| {
         json_or_pod_error(result.map(|released| json!({ "released": released })))
     };
-    respond(&submit_fn, |reply| Question::Release { reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Release { reply }, render).await
 }
 
 fn json_or_pod_error(result: Result<impl Serialize, PodError>) -> Response {
@@ -400,28 +416,13 @@ fn json_or_pod_error(result: Result<impl Serialize, PodError>) -> Response {
 
 async fn respond<T>(
     submit_fn: &SubmitFn,
-    question: impl FnOnce(Sender<T>) -> Question,
+    request: impl FnOnce(Sender<T>) -> AgentRequest,
     render: impl FnOnce(T) -> Response,
 ) -> Response {
-    match submit(&**submit_fn, question).await {
+    match http::submit(&**submit_fn, request).await {
         Ok(value) => render(value),
-        Err(error) => error.into_response(),
+        Err(dropped) => ApiError::from(dropped).into_response(),
     }
-}
-
-/// Passes a request to the agent's loop and waits for the answer.
-///
-/// # Errors
-/// Fails if the loop has ended, or dropped the request.
-pub async fn submit<Q, T>(
-    submit_fn: &(dyn Fn(Q) -> bool + Send + Sync),
-    question: impl FnOnce(Sender<T>) -> Q,
-) -> Result<T, ApiError> {
-    let (sender, receiver) = oneshot::channel();
-    if !submit_fn(question(sender)) {
-        return Err(ApiError::stopping());
-    }
-    receiver.await.map_err(|_| ApiError::unanswered())
 }
 
 fn json_or_error(result: Result<impl Serialize, ApiError>) -> Response {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Client,
-    output::{elements, list, name, query_and_print, table, text},
+    output::{elements, list, name, query_and_print, slots_text, table, text},
     status::is_present,
 };
 use crate::api;
@@ -68,9 +68,4 @@ fn free_text(free_slots: &Value, wide: bool) -> String {
     };
     let rows: Vec<_> = elements(free_slots).map(row).collect();
     table(["SUBNETS", "COUNT", "NODE", "STATE"], &rows)
-}
-
-/// Formats the numbers of slots.
-pub fn slots_text(slots: &Value) -> String {
-    format!("{} leased, {} free of {}", slots["leased"], slots["free"], slots["total"])
 }

@@ -37,7 +37,7 @@ use std::{fmt::Display, path::PathBuf, process::ExitCode};
 use clap::{Args, Parser, Subcommand};
 
 use self::output::{Format, query_and_print};
-use crate::{api::block_on, config::Instance};
+use crate::{config::Instance, runtime::block_on};
 
 /// A VXLAN overlay for containers without etcd: hosts agree on subnets by gossip
 #[derive(Debug, Parser)]

@@ -214,6 +214,11 @@ pub fn elements(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
+/// Formats the numbers of slots.
+pub fn slots_text(slots: &Value) -> String {
+    format!("{} leased, {} free of {}", slots["leased"], slots["free"], slots["total"])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{
-    Client, block_on, fail,
+    Client, fail,
     output::{bad, doubtful, good, problem_text, strong, without_control_chars, wrapped},
 };
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
         Verdict, VerdictState,
     },
     model::PathState,
+    runtime::block_on,
 };
 
 /// Exit code if the condition of --wait does not hold.

@@ -30,6 +30,7 @@ use crate::{
     },
     model::Attachment,
     pods::wiring::open_netns,
+    runtime,
 };
 
 /// Environment variable that every runtime sets. Its presence distinguishes a plugin call from a command
@@ -357,7 +358,7 @@ fn await_answer_for(
     answer: impl Future<Output = Result<Value, ClientError>>,
 ) -> Result<Value, ClientError> {
     let late = || Err(broken(format!("no answer within {} seconds", timeout.as_secs())));
-    let answer = api::block_on(async {
+    let answer = runtime::block_on(async {
         tokio::time::timeout(timeout, answer).await.unwrap_or_else(|_| late())
     });
     answer.unwrap_or_else(|error| Err(broken(error.to_string())))

@@ -4,12 +4,18 @@
 //! A name gives the same numbers on every host, so hosts need no further agreement. The VXLAN port is
 //! shared: kernel and guard distinguish the networks by VNI.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use sha2::{Digest as _, Sha256};
 
 /// UDP gossip port of the unnamed instance.
 const PORT: u16 = 8473;
+/// Directory in which Docker looks for the sockets of plugins.
+pub const DOCKER_PLUGINS: &str = "/run/docker/plugins";
 /// Common prefix of all directories.
 pub const NAME: &str = "gossamer";
 /// Longest name, in bytes.
@@ -28,6 +34,12 @@ impl Instance {
     /// Returns the path of the control socket.
     pub fn socket(&self) -> PathBuf {
         format!("/run/{}/gossamer.sock", self.directory()).into()
+    }
+
+    /// Returns the path of the socket of Docker's plugin. Docker derives the driver's name from the
+    /// file name.
+    pub fn docker_socket(&self, directory: &Path) -> PathBuf {
+        directory.join(format!("{}.sock", self.directory()))
     }
 
     /// Returns the path of flannel's `subnet.env`.

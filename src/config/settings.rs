@@ -8,10 +8,10 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use serde::Deserialize;
 
-use super::{ConfigError, bad, choices, net_conf};
+use super::{ConfigError, bad, choices, instance::DOCKER_PLUGINS, net_conf};
 use crate::{
     dataplane::{demand::Program, desired::Mode},
-    docker, files,
+    files,
 };
 
 /// All settings as the operator wrote them, unchecked.
@@ -145,7 +145,7 @@ pub struct Settings {
     /// Serve Docker's network plugin on a socket in this directory [default without a value:
     /// /run/docker/plugins]
     #[arg(long, env = "GOSSAMER_DOCKER_PLUGIN", num_args = 0..=1,
-          default_missing_value = docker::DIRECTORY, value_name = "DIR")]
+          default_missing_value = DOCKER_PLUGINS, value_name = "DIR")]
     pub docker_plugin: Option<PathBuf>,
     /// Name of this node [default: the host name]
     #[arg(long, env = "GOSSAMER_NODE_NAME", value_name = "NAME")]

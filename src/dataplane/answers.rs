@@ -18,7 +18,8 @@ use std::{
     time::Duration,
 };
 
-use super::silence::{ADVERTISEMENT, ARP, Packet, SOLICITATION};
+use super::silence::Packet;
+use crate::frames::{ADVERTISEMENT, ARP, SOLICITATION};
 
 /// Maximum number of pods taken in turn per round; one query and one answer each. Suspect pods come on top.
 pub const MAX_PODS_PER_ROUND: usize = 20;

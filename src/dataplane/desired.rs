@@ -25,8 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Mac, NodeId, Pool, Slot, View, Vtep};
 
-/// `rtm_protocol` of all routes that gossamer creates; it identifies them without any stored state.
-pub const ROUTE_PROTOCOL: u8 = 73;
+pub use crate::model::ROUTE_PROTOCOL;
 
 /// Returns the bytes that VXLAN adds to a packet: outer Ethernet (counted as 14), IP, UDP and VXLAN headers.
 pub const fn overhead(underlay: IpAddr) -> u32 {

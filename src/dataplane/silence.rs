@@ -9,7 +9,10 @@ use std::{
     net::IpAddr,
 };
 
-use crate::model::{Mac, NodeId, Problem};
+use crate::{
+    frames::{ADVERTISEMENT, ARP, ICMPV6, IPV6},
+    model::{Mac, NodeId, Problem},
+};
 
 pub use self::{
     cause::{Cause, Diverted, DroppingRule, MAY_NOT_SEND, Pinned, Place},
@@ -22,16 +25,8 @@ mod commands;
 mod tests;
 mod texts;
 
-/// `EtherTypes` (IANA, IEEE 802).
-pub const ARP: u16 = 0x0806;
+/// EtherType of IPv4 (IANA).
 const IPV4: u16 = 0x0800;
-const IPV6: u16 = 0x86dd;
-/// IP protocol number of `ICMPv6` (IANA).
-const ICMPV6: u8 = 58;
-/// `ICMPv6` type of a neighbor solicitation (RFC 4861).
-pub const SOLICITATION: u8 = 135;
-/// `ICMPv6` type of a neighbor advertisement (RFC 4861).
-pub const ADVERTISEMENT: u8 = 136;
 /// Values of `sll_pkttype` (`linux/if_packet.h`).
 const PACKET_HOST: u8 = 0;
 const PACKET_OUTGOING: u8 = 4;

@@ -10,7 +10,7 @@
 mod message;
 mod server;
 
-pub use server::{DIRECTORY, Endpoint, EndpointInterface, Request, TIMEOUT, handle, socket_in};
+pub use server::{Endpoint, EndpointInterface, Request, TIMEOUT, handle};
 
 /// Owner under which the agent stores Docker's addresses.
 pub const OWNER: &str = "docker";

@@ -3,7 +3,6 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -26,14 +25,12 @@ use tokio::{
 
 use super::message::{AddressRequest, CreateNetwork, EndpointRequest, MTU, RequestPool};
 use crate::{
-    api::{self, PodError},
-    config::Instance,
+    api::{ApiError, PodError},
+    http,
     json::{self, Object},
     model::Mac,
 };
 
-/// Directory in which Docker looks for the sockets of plugins.
-pub const DIRECTORY: &str = "/run/docker/plugins";
 /// Time that a request waits for this node's subnet. After a boot, Docker tries to start a container only
 /// once.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
@@ -149,11 +146,6 @@ type SubmitFn = Arc<dyn Fn(Request) -> bool + Send + Sync>;
 /// Why a request is refused, in one sentence for Docker's user.
 struct Refusal(String);
 
-/// Returns the path of the plugin's socket. Docker derives the driver's name from the file name.
-pub fn socket_in(directory: &Path, instance: &Instance) -> PathBuf {
-    directory.join(format!("{}.sock", instance.directory()))
-}
-
 /// Serves Docker's requests in a separate task. Once `closing` becomes true, it answers pending requests
 /// and accepts no more. `submit` passes a request to the agent's loop and returns whether the loop took it.
 pub fn handle(
@@ -166,11 +158,9 @@ pub fn handle(
         .fallback(post(respond))
         .layer(DefaultBodyLimit::max(REQUEST_MAX))
         .with_state(submit);
-    let closing = api::Closing::when(closing);
+    let closing = http::Closing::when(closing);
     let serving =
-        api::serve_connections_until(closing, listener, api::Excess::Waits, router, |_| {
-            |_: &mut _| {}
-        });
+        http::serve_until(closing, listener, http::Excess::Waits, router, |_| |_: &mut _| {});
     tokio::spawn(serving);
 }
 
@@ -352,9 +342,9 @@ async fn query<T>(
     submit: &SubmitFn,
     request: impl FnOnce(Sender<Result<T, PodError>>) -> Request,
 ) -> Result<T, Refusal> {
-    match tokio::time::timeout(TIMEOUT, api::submit(&**submit, request)).await {
+    match tokio::time::timeout(TIMEOUT, http::submit(&**submit, request)).await {
         Ok(Ok(result)) => result.map_err(|error| Refusal(error.error)),
-        Ok(Err(error)) => Err(Refusal(error.message)),
+        Ok(Err(dropped)) => Err(Refusal(ApiError::from(dropped).message)),
         Err(_) => Err(Refusal(format!(
             "this node has had no subnet in use for {} s: see `gossamer status`",
             TIMEOUT.as_secs()

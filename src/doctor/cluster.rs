@@ -6,9 +6,9 @@ use super::{Agent, Examination, Finding};
 use crate::{
     api::{
         AgentStatus, Event, EventKind, KernelEntry, KernelStatus, Member, MemberState, PathStatus,
-        block_on,
     },
     model::{CallError, PathState, Problem, ProblemCode},
+    runtime::block_on,
     store::read_token,
     transport::{check_seeds, is_own_address, own_address_problem},
     wire::visible,

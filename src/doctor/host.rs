@@ -14,12 +14,12 @@ use crate::{
     dataplane::{
         desired::{IPV6_MTU_MIN, Mode, device_name, overhead},
         firewall::Firewall,
-        kernel::{FirewallTable, Kernel, overlaps, sysctl},
+        kernel::{FirewallTable, Kernel, overlaps, required_sysctls},
     },
     model::ProblemCode,
     netlink::{Netlink, in_thread, link::Link},
     pods::{obstacle::obstacle, standin::OWN_ALIAS},
-    underlay,
+    sysctl, underlay,
 };
 
 /// Prefixes of device names of other overlays, with the program.
@@ -194,7 +194,8 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
 
 fn sysctls(numbers: &Numbers, mode: Mode, underlay: Option<&str>, findings: &mut Vec<Finding>) {
     let device = device_name(numbers.vni);
-    let wanted = sysctl::wanted(&numbers.networks, &device, mode, underlay.unwrap_or("all"));
+    let wanted =
+        required_sysctls::wanted(&numbers.networks, &device, mode, underlay.unwrap_or("all"));
     let wrong: Vec<_> = wanted.iter().filter_map(|setting| setting.wrong()).collect();
     if let Some(unreadable) = sysctl::unreadable() {
         findings.push(Finding::of("sysctls", &unreadable));

@@ -16,7 +16,7 @@ use nix::{
 use serde_json::Value;
 
 use super::Host;
-use crate::api;
+use crate::{api, runtime};
 
 /// A running `gossamer agent`. The process is killed on drop.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl Agent {
     /// # Errors
     /// Fails if the agent ends, refuses the request, or does not answer within `patience`.
     pub fn ask(&mut self, target: &str, patience: Duration) -> anyhow::Result<Value> {
-        api::block_on(async {
+        runtime::block_on(async {
             tokio::time::timeout(patience, async {
                 loop {
                     match api::get(&self.socket, target).await {
@@ -149,7 +149,7 @@ impl Agent {
     /// # Errors
     /// Fails if the agent refuses.
     pub fn leave(&mut self) -> anyhow::Result<Value> {
-        let answer = api::block_on(api::post(&self.socket, "/v1/leave"))??;
+        let answer = runtime::block_on(api::post(&self.socket, "/v1/leave"))??;
         self.child.wait()?;
         Ok(answer)
     }

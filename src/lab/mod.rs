@@ -1,6 +1,6 @@
 //! A cluster on one machine: hosts as network namespaces on a bridge, each with a real agent and a pod.
 //!
-//! The demo, the tests and the benchmarks use it; the product must not. Everything exists in private
+//! Only the commands `demo` and `lab`, the tests and the benchmarks import it. Everything exists in private
 //! namespaces, entered by [`enter()`], so it needs no root, disturbs nothing, and leaves nothing behind.
 
 mod agent;

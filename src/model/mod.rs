@@ -43,4 +43,4 @@ pub use text::{Text, escaped_lines, visible, visible_lines};
 pub use time::Time;
 pub use unfit::UnusableRecord;
 pub use view::{Own, Peer, View};
-pub use vtep::{Mac, Vtep};
+pub use vtep::{Mac, ROUTE_PROTOCOL, Vtep};

@@ -9,6 +9,9 @@ use sha2::{Digest, Sha256};
 
 use super::NodeId;
 
+/// `rtm_protocol` of all routes that gossamer creates; it identifies them without any stored state.
+pub const ROUTE_PROTOCOL: u8 = 73;
+
 /// A 48-bit Ethernet address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mac([u8; 6]);

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::libc::{ENODEV, ENXIO};
 use rtnetlink::{
     AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
@@ -28,11 +29,6 @@ use rtnetlink::{
 
 use super::Netlink;
 use crate::model::Mac;
-
-/// Error of the kernel for an address of an interface without its family.
-const ENXIO: i32 = 6;
-/// Error of the kernel for an interface that does not exist.
-pub(crate) const ENODEV: i32 = 19;
 
 /// Interval between two checks of an interface that is waited for.
 const LINK_POLL_INTERVAL: Duration = Duration::from_millis(1);

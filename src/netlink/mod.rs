@@ -22,7 +22,10 @@ pub mod xfrm;
 
 use std::{fmt, io, os::fd::AsFd, thread, time::Duration};
 
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    libc::ENOBUFS,
+    sched::{CloneFlags, setns},
+};
 
 use rtnetlink::{
     packet_core::{
@@ -43,8 +46,6 @@ const BATCH_MESSAGES: usize = 128;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Number of attempts at a dump that concurrent changes interrupt.
 const MAX_DUMP_ATTEMPTS: usize = 8;
-/// Error of a socket whose receive buffer was full.
-const ENOBUFS: i32 = 105;
 /// Receive buffer in bytes. The kernel sends no larger datagram to a reader with a buffer of this size.
 const RECEIVE_BUFFER_BYTES: usize = 1 << 16;
 /// Maximum number of datagrams per call of [`drain`], so that a reader with other work returns after about 20

@@ -2,6 +2,7 @@
 
 use std::{io, net::IpAddr};
 
+use nix::libc::ENOENT;
 use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
     packet_route::{
@@ -16,8 +17,6 @@ use rtnetlink::{
 
 use super::{Netlink, Request};
 use crate::model::Mac;
-
-const ENOENT: i32 = 2;
 
 /// The kernel's neighbor table of a family, which all interfaces and namespaces share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,10 +6,12 @@
 
 mod dump;
 mod events;
+pub mod nfta;
 mod rule;
 
 use std::io;
 
+use nix::libc::{EINVAL, EOPNOTSUPP, EPROTONOSUPPORT};
 use rtnetlink::{
     packet_core::{NLM_F_ACK, NLM_F_REQUEST},
     sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER},
@@ -47,12 +49,6 @@ const BATCH_END: u16 = 0x11;
 const SEND_BUFFER_BYTES: usize = 1 << 20;
 /// Bytes of an interface's name, including the terminating zero.
 pub const IFNAMSIZ: usize = 16;
-/// `NFTA_SET_EXPR`: an expression that runs for each element of a set that matches. Kernels before 5.7 ignore
-/// it.
-pub const SET_EXPRESSION: u16 = 17;
-const EINVAL: i32 = 22;
-const EPROTONOSUPPORT: i32 = 93;
-const EOPNOTSUPP: i32 = 95;
 
 /// The type of a message (`NFT_MSG_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,16 +217,20 @@ pub fn name_bytes(name: &str) -> [u8; IFNAMSIZ] {
 /// Returns an expression that counts packets and bytes.
 pub fn counter() -> Attributes {
     let zero = 0_u64.to_be_bytes();
-    Attributes::new().text(1, "counter").nest(2, &Attributes::new().put(1, &zero).put(2, &zero))
+    let counts =
+        Attributes::new().put(nfta::COUNTER_BYTES, &zero).put(nfta::COUNTER_PACKETS, &zero);
+    Attributes::new().text(nfta::EXPR_NAME, "counter").nest(nfta::EXPR_DATA, &counts)
 }
 
 /// Returns a base chain with the policy `accept`.
 pub fn base_chain(table: &str, name: &str, kind: &str, hook: u32, priority: i32) -> Attributes {
-    let hook = Attributes::new().be32(1, hook).be32(2, priority.cast_unsigned());
+    let hook = Attributes::new()
+        .be32(nfta::HOOK_HOOKNUM, hook)
+        .be32(nfta::HOOK_PRIORITY, priority.cast_unsigned());
     Attributes::new()
-        .text(1, table)
-        .text(3, name)
-        .nest(4, &hook)
-        .be32(5, rule::ACCEPT)
-        .text(7, kind)
+        .text(nfta::CHAIN_TABLE, table)
+        .text(nfta::CHAIN_NAME, name)
+        .nest(nfta::CHAIN_HOOK, &hook)
+        .be32(nfta::CHAIN_POLICY, rule::ACCEPT)
+        .text(nfta::CHAIN_TYPE, kind)
 }

@@ -29,12 +29,12 @@ use super::{
     standin,
 };
 use crate::{
-    dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Mac, Pod, Problem, Subnets},
     netlink::{
         Netlink, Request,
         link::{Address, Link, address_message, no_ipv6_address},
     },
+    sysctl::interface::{self, Ipv6},
 };
 
 /// Alias that marks a bridge as gossamer's.

@@ -6,7 +6,10 @@
 use std::{fs::File, io, net::IpAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    libc::EEXIST,
+    sched::{CloneFlags, setns},
+};
 use rtnetlink::{
     LinkUnspec, RouteMessageBuilder,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
@@ -19,21 +22,15 @@ use super::{
     wiring::PORT_OPEN_TIMEOUT,
 };
 use crate::{
-    dataplane::{
-        desired::ROUTE_PROTOCOL,
-        kernel::interface::{Ipv6Availability, answer_for_own_addresses, switch_on_ipv6},
-    },
-    model::{Mac, Pod},
+    model::{Mac, Pod, ROUTE_PROTOCOL},
     netlink::{
         Netlink, Request,
         link::{Address, Link},
         neighbour::protected_entry,
         route::MAIN,
     },
+    sysctl::interface::{Ipv6Availability, answer_for_own_addresses, switch_on_ipv6},
 };
-
-/// Error of the kernel for a route that already exists.
-const EEXIST: i32 = 17;
 
 /// Metric of a default route to which others are preferred. netavark's default routes have 100.
 const LATE_METRIC: u32 = 200;

@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use nix::fcntl::OFlag;
+use nix::{fcntl::OFlag, libc::ENODEV};
 use rtnetlink::{
     LinkMessageBuilder, LinkUnspec, LinkVeth,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
@@ -39,13 +39,9 @@ use super::{
     port,
 };
 use crate::{
-    dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Attachment, Mac, Pod},
-    netlink::{
-        Netlink, RefusedChange, Request,
-        link::{ENODEV, Link},
-        neighbour,
-    },
+    netlink::{Netlink, RefusedChange, Request, link::Link, neighbour},
+    sysctl::interface::{self, Ipv6},
 };
 
 /// Maximum time to wait until a new port of the bridge forwards packets.

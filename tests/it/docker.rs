@@ -5,6 +5,7 @@ use std::path::Path;
 use gossamer::{
     api::{self, ClientError},
     lab::{Agent, NetNs},
+    runtime,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -186,7 +187,8 @@ fn unsupported_docker_requests_are_rejected_without_changes() {
             // An invalid name is reported first.
             assert!(why.contains(word) || why.contains("endpoint id"), "{method}: {why}");
         }
-        let unknown = api::block_on(api::post_json(&plugin.0, "/NetworkDriver.Fly", &Value::Null))?;
+        let unknown =
+            runtime::block_on(api::post_json(&plugin.0, "/NetworkDriver.Fly", &Value::Null))?;
         assert!(matches!(unknown, Err(ClientError::Refused { .. })), "{unknown:?}");
         let pods = pods(&mut cluster.agents[0]);
         assert_eq!(pods.len(), 1, "{pods:?}");

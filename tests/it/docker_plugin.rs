@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
 };
 
-use gossamer::{api, lab::Host};
+use gossamer::{api, lab::Host, runtime};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -28,7 +28,8 @@ impl Plugin {
 
     pub fn ask(&self, method: &str, request: &Value) -> Value {
         let target = format!("/{method}");
-        let answer = api::block_on(api::post_json(&self.0, &target, request)).expect("a runtime");
+        let answer =
+            runtime::block_on(api::post_json(&self.0, &target, request)).expect("a runtime");
         answer.unwrap_or_else(|error| panic!("{method}: {error}"))
     }
 

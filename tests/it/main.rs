@@ -74,6 +74,7 @@ mod secret_rotation;
 mod service;
 mod silence_causes;
 mod strict_hosts;
+mod structure;
 mod thread_shortage;
 mod tidy;
 mod underlay;

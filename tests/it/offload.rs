@@ -60,7 +60,7 @@ fn card_that_sends_unfinished_checksums_is_detected_and_offload_is_turned_off() 
         let there = &cluster.hosts[1].netns;
         tool(there, "nft add table ip card");
         tool(there, "nft add chain ip card in { type filter hook prerouting priority -300 ; }");
-        tool(there, &rule_against_unfinished_checksums(from, to, gossamer::datagram::SIZE));
+        tool(there, &rule_against_unfinished_checksums(from, to, gossamer::probe_packet::SIZE));
         tool(there, &rule_against_unfinished_checksums(pods[0].ip, pods[1].ip, HELLO.len()));
         assert!(!arrives(&pods)?, "nothing is wrong yet");
         // What the agent knows was learned before the fault.

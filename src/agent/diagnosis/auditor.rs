@@ -13,6 +13,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH};
 use rtnetlink::packet_route::route::RouteType;
 
 mod detour;
@@ -52,11 +53,6 @@ const TIME_SHARE: u32 = 50;
 const MAX_PATHS: usize = 256;
 /// Longest pause between two passes.
 const MAX_PAUSE: Duration = Duration::from_secs(3);
-
-const EACCES: i32 = 13;
-const EINVAL: i32 = 22;
-const ENETUNREACH: i32 = 101;
-const EHOSTUNREACH: i32 = 113;
 
 /// The result of the audit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

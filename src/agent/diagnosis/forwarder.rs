@@ -35,7 +35,7 @@ use std::{
 
 use self::{
     explain::Reasons,
-    no_trial::{NoTrial, no_bridge, no_trial_reason},
+    no_trial::{NoTrial, no_trial_reason},
     setting::{Peer, Setting},
     stage::Stage,
     trial::{Outcome, Trial},
@@ -337,22 +337,8 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         }
         let between = explain::are_bridged_filtered(&mut self.netlink, setting);
         let with_mate = between.contains(&true);
-        let is_right = match &self.stage {
-            Some(stage) => stage.is(&mut self.netlink, shape, with_mate)?,
-            None => false,
-        };
-        if !is_right {
-            self.remove_stage();
-            let set = Stage::set(&mut self.netlink, shape, with_mate)?;
-            if let Some(stage) = &set {
-                (self.tell)(ForwarderEvent::Room(Some(stage.room())));
-            }
-            self.stage = set;
-        }
-        let stage = self.stage.take();
-        let mut stage = stage.ok_or_else(|| no_bridge(foreign))?;
+        let mut stage = self.take_stage(shape, with_mate, foreign)?;
         self.turn = self.turn.wrapping_add(1);
-        let turn = self.turn;
         let found = stage.gateway.find(|pause| self.wait(&[], pause));
         // Without a gateway, nothing else can be tested.
         let has_gateway =
@@ -377,28 +363,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         }
         let mut tried = Ok(());
         if has_gateway && !self.is_new {
-            let mut trace = self.reasons.trace(setting, &self.trials.closed());
-            let spread = self.spread(setting);
-            let trial = Trial { setting, sockets: &stage.sockets, between, turn, spread };
-            match trial.run(|fds, pause| self.wait(fds, pause)) {
-                Ok(Some(Outcome { seen, translated, arriving, stray })) => {
-                    seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
-                    self.translated = translated;
-                    if self.arriving != arriving {
-                        (self.arriving, self.next_notices) = (arriving, None);
-                    }
-                    if let Some(index) = stray {
-                        let links = self.netlink.links().unwrap_or_default();
-                        let link = links.into_iter().find(|link| link.index == index);
-                        self.reasons.stray = link.map(|link| link.name);
-                    }
-                }
-                Ok(None) => {}
-                Err(error) => tried = Err(error),
-            }
-            if let Some(trace) = &mut trace {
-                self.reasons.note_traced(setting, trace);
-            }
+            tried = self.try_peers(setting, &stage, between);
         }
         let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
         let is_wanted = shape.is_some();
@@ -409,6 +374,39 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         tried?;
         self.skipped.clear();
         Ok(())
+    }
+
+    /// Tests packets between pods, and between a pod and peers.
+    fn try_peers(
+        &mut self,
+        setting: &Setting,
+        stage: &Stage,
+        between: [bool; 2],
+    ) -> io::Result<()> {
+        let mut trace = self.reasons.trace(setting, &self.trials.closed());
+        let (turn, spread) = (self.turn, self.spread(setting));
+        let trial = Trial { setting, sockets: &stage.sockets, between, turn, spread };
+        let mut tried = Ok(());
+        match trial.run(|fds, pause| self.wait(fds, pause)) {
+            Ok(Some(Outcome { seen, translated, arriving, stray })) => {
+                seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
+                self.translated = translated;
+                if self.arriving != arriving {
+                    (self.arriving, self.next_notices) = (arriving, None);
+                }
+                if let Some(index) = stray {
+                    let links = self.netlink.links().unwrap_or_default();
+                    let link = links.into_iter().find(|link| link.index == index);
+                    self.reasons.stray = link.map(|link| link.name);
+                }
+            }
+            Ok(None) => {}
+            Err(error) => tried = Err(error),
+        }
+        if let Some(trace) = &mut trace {
+            self.reasons.note_traced(setting, trace);
+        }
+        tried
     }
 
     /// Returns peers to whose underlay addresses several next hops lead, so that packets leave by any of

@@ -8,6 +8,7 @@ use std::{error::Error, io};
 
 use aya::programs::{SchedClassifier, tc::TcAttachType};
 use ipnet::IpNet;
+use nix::libc::EINVAL;
 use rtnetlink::packet_route::link::LinkAttribute;
 
 use crate::{
@@ -34,7 +35,6 @@ const PLUGIN_SHAPERS: [&str; 2] = ["tbf", "htb"];
 const PLUGIN_SHAPER_HANDLE: u16 = 1;
 /// Limit of filters and programs named at once.
 const MAX_NAMED: usize = 3;
-const EINVAL: i32 = 22;
 
 impl Side {
     const fn name(self) -> &'static str {

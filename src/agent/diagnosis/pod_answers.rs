@@ -394,16 +394,16 @@ fn can_be_queried(port: &Link, bridge: &Link) -> bool {
 impl Agent {
     /// Updates the roster if [`CHECK_INTERVAL`] has passed.
     pub(in crate::agent) fn refresh_roster(&mut self) {
-        if self.answer_check.refreshed_at.is_none_or(|at| at.elapsed() >= CHECK_INTERVAL) {
+        if self.monitors.answer_check.refreshed_at.is_none_or(|at| at.elapsed() >= CHECK_INTERVAL) {
             self.update_roster();
         }
     }
 
     /// Computes the pods to query, and orders them if they have changed.
     pub(in crate::agent) fn update_roster(&mut self) {
-        self.answer_check.refreshed_at = Some(Instant::now());
+        self.monitors.answer_check.refreshed_at = Some(Instant::now());
         let roster = self.roster();
-        self.answer_check.set(roster);
+        self.monitors.answer_check.set(roster);
     }
 
     /// Returns the connected pods with an address of the present subnet; `None` if there is none.

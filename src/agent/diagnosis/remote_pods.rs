@@ -356,11 +356,12 @@ impl Agent {
                     let reported =
                         |(node, report): (NodeId, Option<Report>)| Some((node, report?.arrivals?));
                     agent
+                        .monitors
                         .remote_pods
                         .pass_arrivals(round, found.into_iter().filter_map(reported).collect());
                 });
                 if !asked {
-                    self.remote_pods.pass_arrivals(round, BTreeMap::new());
+                    self.monitors.remote_pods.pass_arrivals(round, BTreeMap::new());
                 }
             }
             RemotePodsEvent::Testimony(reply, arrivals) => {
@@ -372,7 +373,7 @@ impl Agent {
     /// Passes the peers to test to the thread if they have changed.
     pub(in crate::agent) fn update_remote_pods(&mut self) {
         let setting = self.remote_pods_setting().unwrap_or_default();
-        self.remote_pods.set(setting);
+        self.monitors.remote_pods.set(setting);
     }
 
     fn remote_pods_setting(&self) -> Option<Setting> {

@@ -5,6 +5,7 @@
 //! draws the conclusions, which are sentences for operators and nothing else.
 
 mod case;
+mod doubtful;
 mod kernel_queries;
 mod neighbor_queries;
 
@@ -20,12 +21,11 @@ use std::{
 use self::{
     kernel_queries::{
         PeerRoutes, SendOutcome, SentPackets, TestSender, at_device, congested, counted_packets,
-        nothing_found,
     },
     neighbor_queries::NeighborQueries,
 };
 use crate::{
-    agent::diagnosis::{iptables_legacy, tap::Tap},
+    agent::diagnosis::tap::Tap,
     dataplane::{
         kernel::trace::Trace,
         silence::{Cause, Facts, IN, OUT, Place, Suspect, Verdict, Watch},
@@ -316,56 +316,12 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         {
             return Ok(None);
         }
-        // Rules are read only for packets that are, or may be, lost on this host.
-        let is_doubtful = |suspect: &&Suspect| {
-            let (traces, facts) = (&watch.traces[&suspect.node], &facts[&suspect.node]);
-            let is_translated = traces.left.values().any(|from| *from != place.source);
-            let is_known = facts.unresolved.is_some() || facts.filtered.is_some();
-            let is_known = is_known || facts.pinned.is_some();
-            let is_lost_here = facts.sent && traces.left.is_empty() || is_translated;
-            let is_lost_here = is_lost_here || sent.forbidden.contains(&suspect.node);
-            // Packets of a live peer may arrive another way, without a tunnel.
-            !is_known && (is_lost_here || !traces.came.is_empty() || suspect.lives)
-        };
-        let doubtful: Vec<Suspect> = diagnosed.iter().filter(is_doubtful).cloned().collect();
-        if !doubtful.is_empty() && watch.claim().is_none() {
-            let addresses: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.address).collect();
-            let overlay: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.vtep).collect();
-            let (device, interface) = (&place.device, &place.interface);
-            let started = Trace::begin(device, interface, place.port, &addresses, &overlay);
-            let trace = started.inspect_err(|error| tracing::debug!(%error, "packets not traced"));
-            let mut trace = trace.ok();
-            if trace.is_some()
-                && self.capture(case, &doubtful, None, trace.as_mut(), &mut watch)?.is_none()
-            {
-                return Ok(None);
-            }
-            for suspect in &doubtful {
-                let Some(facts) = facts.get_mut(&suspect.node) else { continue };
-                if let Some(trace) = &trace {
-                    facts.dropped = trace.report().dropped(place.local, suspect.address);
-                    facts.translating = trace.report().translating(suspect.address);
-                    let diverted = trace.report().dropped_at(suspect.vtep);
-                    facts.diverted = diverted.and_then(|(by, at)| {
-                        routes.diverted(&mut self.netlink, suspect.vtep, by, at)
-                    });
-                }
-                let left = &watch.traces[&suspect.node].left;
-                if facts.translating.is_none() && left.values().any(|from| *from != place.source) {
-                    facts.translating_legacy =
-                        iptables_legacy::translating(place.local.is_ipv4(), place.port);
-                }
-                for way in [OUT, IN] {
-                    facts.hints[way] = routes.hints(&mut self.netlink, place, way);
-                }
-                let is_unexplained = trace.is_some() && facts.hints[OUT].is_empty();
-                facts.forbidden = is_unexplained && sent.forbidden.contains(&suspect.node);
-                for way in [OUT, IN] {
-                    if facts.hints[way].is_empty() {
-                        facts.hints[way].push(nothing_found(&place.interface, way));
-                    }
-                }
-            }
+        let doubtful = doubtful::suspects(place, diagnosed, &watch, &facts, &sent);
+        if !doubtful.is_empty()
+            && watch.claim().is_none()
+            && self.trace(case, &doubtful, &routes, &sent, (&mut watch, &mut facts))?.is_none()
+        {
+            return Ok(None);
         }
         Ok(Some(watch.conclude(diagnosed, &facts, place)))
     }

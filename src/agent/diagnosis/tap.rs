@@ -24,11 +24,10 @@ use socket2::{SockFilter, Socket, Type};
 
 use crate::{
     agent::diagnosis::packet_filter::{step, when},
-    dataplane::{
-        answers::PACKET_OUTGOING,
-        silence::{self, Packet},
+    dataplane::{answers::PACKET_OUTGOING, silence::Packet},
+    frames::{
+        ADVERTISEMENT, ARP, ICMPV6, IPV6, SOLICITATION, arp, packet_socket, sender_at, solicitation,
     },
-    frames::{ICMPV6, IPV6, arp, packet_socket, sender_at, solicitation},
     model::Mac,
 };
 
@@ -77,7 +76,7 @@ impl Tap {
     /// # Errors
     /// Fails if the socket cannot be opened.
     pub fn of_arp() -> io::Result<Self> {
-        packet_socket(Type::DGRAM, silence::ARP).map(Self::of)
+        packet_socket(Type::DGRAM, ARP).map(Self::of)
     }
 
     /// Opens a socket for incoming neighbor discovery packets only.
@@ -233,7 +232,7 @@ fn program(port: u16) -> [SockFilter; 23] {
     let port = u32::from(port);
     [
         step(BPF_LD | BPF_W | BPF_ABS, PROTOCOL),
-        when(BPF_JEQ, u32::from(silence::ARP), 19, 0),
+        when(BPF_JEQ, u32::from(ARP), 19, 0),
         when(BPF_JEQ, IPV6.into(), 8, 0),
         when(BPF_JEQ, 0x0800, 0, 18),
         step(BPF_LD | BPF_B | BPF_ABS, 9),
@@ -247,8 +246,8 @@ fn program(port: u16) -> [SockFilter; 23] {
         when(BPF_JEQ, 17, 4, 0),
         when(BPF_JEQ, ICMPV6.into(), 0, 8),
         step(BPF_LD | BPF_B | BPF_ABS, 40),
-        when(BPF_JEQ, silence::ADVERTISEMENT.into(), 5, 0),
-        when(BPF_JEQ, silence::SOLICITATION.into(), 4, 5),
+        when(BPF_JEQ, ADVERTISEMENT.into(), 5, 0),
+        when(BPF_JEQ, SOLICITATION.into(), 4, 5),
         step(BPF_LD | BPF_H | BPF_ABS, 42),
         when(BPF_JEQ, port, 0, 3),
         step(BPF_LD | BPF_W | BPF_LEN, 0),

@@ -16,11 +16,15 @@ use tokio::sync::oneshot::Sender;
 use crate::{
     agent::{
         Agent,
-        pods::{address::AddressError, record, vanished::PendingRequest},
+        pods::{
+            address::{AddressError, NETWORK_PREFIX},
+            record,
+            vanished::{Join, PendingRequest, Reservation},
+        },
     },
     api::{PodError, PodErrorKind},
-    docker::{self, Endpoint, EndpointInterface, OWNER, Request},
-    model::{Attachment, Mac, Pod},
+    docker::{self, EndpointInterface, OWNER, Request},
+    model::{Attachment, Pod},
     pods::{
         PodRequest,
         bridge::Bridge,
@@ -34,8 +38,6 @@ use crate::{
 const INTERFACE: &str = "docker";
 /// Prefix of the names of reservations for a container; its MAC follows.
 const MAC_PREFIX: &str = "mac-";
-/// Prefix of the names of reservations for a network; the address follows.
-const NETWORK_PREFIX: &str = "address-";
 /// How long a reservation for a container lasts. Docker creates its endpoint a moment after it requests the
 /// address.
 const RESERVATION_TIMEOUT: Duration = Duration::from_secs(600);
@@ -372,26 +374,11 @@ impl Agent {
     }
 }
 
-/// A request for any or a certain address of a pool, for the container that will have this MAC.
-pub(in crate::agent) struct Reservation {
-    pool: IpNet,
-    address: Option<IpAddr>,
-    mac: Option<Mac>,
-    reply: Sender<Result<IpNet, PodError>>,
-}
-
 impl Reservation {
     /// Replies with an error.
     pub(in crate::agent) fn refuse(self, error: PodError) {
         let _ = self.reply.send(Err(error));
     }
-}
-
-/// A request for an interface of an endpoint, for the container in this sandbox.
-pub(in crate::agent) struct Join {
-    endpoint: Endpoint,
-    sandbox: String,
-    reply: Sender<Result<EndpointInterface, PodError>>,
 }
 
 impl Join {
@@ -412,9 +399,4 @@ fn attachment(name: &str) -> Result<Attachment, PodError> {
 /// Whether the record is a reservation, without an endpoint.
 fn is_reservation(attachment: &Attachment) -> bool {
     [MAC_PREFIX, NETWORK_PREFIX].iter().any(|prefix| attachment.container().starts_with(prefix))
-}
-
-/// Whether the address is reserved for as long as a network of Docker exists.
-pub(in crate::agent) fn is_network_reservation(pod: &Pod) -> bool {
-    pod.owner == OWNER && pod.attachment.container().starts_with(NETWORK_PREFIX)
 }

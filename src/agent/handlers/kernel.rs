@@ -214,7 +214,7 @@ impl Agent {
     pub(in crate::agent) fn on_forwarding(&mut self, news: ForwarderEvent) {
         let state = match news {
             ForwarderEvent::State(state) => state,
-            ForwarderEvent::Room(room) => return self.remote_pods.set_room(room),
+            ForwarderEvent::Room(room) => return self.monitors.remote_pods.set_room(room),
         };
         let before = &self.kernel.forwarding;
         let of = |state: &Forwarding| {

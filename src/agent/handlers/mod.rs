@@ -1,5 +1,9 @@
 //! The event loop's handlers, one module for each source of events.
 
+mod api;
+mod core;
+mod disk;
 pub(super) mod docker;
 pub(super) mod kernel;
+mod kubernetes;
 pub(super) mod probe;

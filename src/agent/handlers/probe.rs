@@ -25,6 +25,7 @@ use crate::{
     },
     icmp::{self, Family, IcmpEvent, IcmpKind, ProbeIdentity},
     model::NodeId,
+    probe_packet,
 };
 
 /// Limit of received packets that wait for the event loop; further ones are dropped.
@@ -151,7 +152,7 @@ impl Prober {
         size: usize,
     ) -> io::Result<usize> {
         let Sockets { datagrams, identity, .. } = self.sockets(to.ip())?;
-        let packet = datagram::probe_packet(identity.identifier, sequence, size);
+        let packet = probe_packet::probe_packet(identity.identifier, sequence, size);
         send(&datagrams[flow % FLOWS], &packet, to, from)
     }
 
@@ -274,7 +275,7 @@ impl Agent {
                 Kind::Datagram { flow } | Kind::Flow { flow } => {
                     let port = self.node.address_of(probe.node).map_or(0, |address| address.port());
                     let to = SocketAddr::new(probe.to, port);
-                    self.prober.send_datagram(to, from, (probe.sequence, flow), datagram::SIZE)
+                    self.prober.send_datagram(to, from, (probe.sequence, flow), probe_packet::SIZE)
                 }
             };
             if matches!(probe.kind, Kind::Full { less: 0 }) {

@@ -20,17 +20,15 @@ use crate::{
         desired::{Desired, Mode},
         fight::Kind,
         firewall::Firewall,
-        kernel::{
-            FirewallTable,
-            interface::{self, Ipv6},
-            sysctl,
-            tunnels::into_tunnels,
-            users::UserRules,
-        },
+        kernel::{FirewallTable, required_sysctls, tunnels::into_tunnels, users::UserRules},
         toggled::{ForwardingChanges, Setting},
     },
     model::{Problem, ProblemCode, Time},
     netlink::{Netlink, netconf::ForwardingMonitor, nftables::Changes},
+    sysctl::{
+        self,
+        interface::{self, Ipv6},
+    },
 };
 
 /// Other programs' chains may have very many rules: reading them takes at most this fraction (1/n) of
@@ -239,7 +237,9 @@ impl HostChecks {
                 Err(error) => tracing::debug!(%error, "neighbor tables not read"),
             }
         }
-        for setting in sysctl::wanted(&networks, &desired.device.name, self.mode, underlay) {
+        for setting in
+            required_sysctls::wanted(&networks, &desired.device.name, self.mode, underlay)
+        {
             let Some(problem) = setting.problem() else {
                 self.correct_sysctls.insert(setting.name().to_owned());
                 continue;
@@ -259,7 +259,7 @@ impl HostChecks {
             }
         }
         self.check_forwarding_switches([&desired.device.name, bridge]);
-        let kept = sysctl::keep_advertisements(&self.kept);
+        let kept = required_sysctls::keep_advertisements(&self.kept);
         let closed = interface::close(&desired.device.name, Ipv6::Unchanged);
         // A device that an earlier version left has other settings, so only a change since the last
         // check is a repair.

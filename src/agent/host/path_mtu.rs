@@ -5,9 +5,10 @@ use std::net::IpAddr;
 use crate::{
     agent::Agent,
     api::{EventKind, EventLevel},
-    dataplane::{kernel::sysctl, path_mtu_reports::Action},
+    dataplane::path_mtu_reports::Action,
     model::NodeId,
     netlink::Netlink,
+    sysctl,
 };
 
 impl Agent {

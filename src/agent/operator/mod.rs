@@ -5,6 +5,7 @@ pub(super) mod events;
 pub(super) mod inquiries;
 mod lease_audit;
 mod path_status;
+pub(super) mod pending;
 pub(super) mod ping;
 mod routes;
 pub(super) mod secrets;

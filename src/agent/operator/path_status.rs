@@ -179,7 +179,8 @@ impl Agent {
         if (lost || is_partly) && self.kernel.host.is_table_full {
             return None;
         }
-        let found = self.silence_diagnosis.verdict(node).filter(|_| is_silent || is_partly);
+        let found =
+            self.monitors.silence_diagnosis.verdict(node).filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
             return Some(cause);
         }

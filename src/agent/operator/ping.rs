@@ -58,7 +58,7 @@ impl Agent {
         member: &str,
         reply: oneshot::Sender<Result<PingReport, ApiError>>,
     ) {
-        if self.ping_rounds.len() >= MAX_ROUNDS {
+        if self.pending.ping_rounds.len() >= MAX_ROUNDS {
             let busy = ApiError::new(ApiErrorCode::Busy, "too many pings in progress");
             let _ = reply.send(Err(busy));
             return;
@@ -83,7 +83,13 @@ impl Agent {
             path: None,
             problem: None,
         };
-        self.ping_rounds.push(PingRound { report, begun, sequences, agent_done: false, reply });
+        self.pending.ping_rounds.push(PingRound {
+            report,
+            begun,
+            sequences,
+            agent_done: false,
+            reply,
+        });
     }
 
     /// Sends an inquiry to the agent of a member, given by name or id. Returns the member.
@@ -109,7 +115,7 @@ impl Agent {
 
     /// Records that the agent of a member answered over the underlay, or cannot be reached.
     pub(in crate::agent) fn on_answered(&mut self, node: NodeId, answered: bool) {
-        for round in self.ping_rounds.iter_mut().filter(|round| round.report.node == node) {
+        for round in self.pending.ping_rounds.iter_mut().filter(|round| round.report.node == node) {
             if answered && !round.agent_done {
                 round.report.underlay.round_trip_ms = Some(milliseconds(round.begun.elapsed()));
             }
@@ -119,7 +125,7 @@ impl Agent {
 
     /// Records an echo reply, and returns whether it belonged to a round.
     pub(in crate::agent) fn on_ping_answer(&mut self, from: IpAddr, number: u16) -> bool {
-        for PingRound { report, begun, sequences, .. } in &mut self.ping_rounds {
+        for PingRound { report, begun, sequences, .. } in &mut self.pending.ping_rounds {
             for (reach, sequence) in
                 [&mut report.overlay, &mut report.pods].into_iter().zip(sequences)
             {
@@ -136,7 +142,7 @@ impl Agent {
     pub(in crate::agent) fn finish_pings(&mut self) {
         let now = Instant::now();
         for mut round in
-            self.ping_rounds.extract_if(.., |round| round.is_over(now)).collect::<Vec<_>>()
+            self.pending.ping_rounds.extract_if(.., |round| round.is_over(now)).collect::<Vec<_>>()
         {
             let node = round.report.node;
             let path = self.path_statuses().into_iter().find(|path| path.node == node);

@@ -108,7 +108,9 @@ impl Agent {
         let refused = match inquiry {
             Inquiry::Report => None,
             Inquiry::Ping => return self.answer_inquiry(reply, &InquiryAnswer::Pong),
-            Inquiry::Arrivals(round) => return self.remote_pods.testify(reply, from, round),
+            Inquiry::Arrivals(round) => {
+                return self.monitors.remote_pods.testify(reply, from, round);
+            }
             Inquiry::Secret(_) if self.config.pod_cidr.is_some() => {
                 Some(REFUSED_WITH_POD_CIDR.to_owned())
             }

@@ -35,8 +35,8 @@ pub(in crate::agent) struct Waiter {
 impl Agent {
     /// Stores a request that waits for convergence.
     pub(in crate::agent) fn add_waiter(&mut self, waiter: Waiter) {
-        if self.waiters.len() < MAX_WAITERS {
-            self.waiters.push(waiter);
+        if self.pending.waiters.len() < MAX_WAITERS {
+            self.pending.waiters.push(waiter);
         } else {
             let _ = waiter.reply.send(self.status());
         }
@@ -44,22 +44,22 @@ impl Agent {
 
     /// Answers requests whose condition is met or whose deadline has passed.
     pub(in crate::agent) fn serve_waiters(&mut self) {
-        self.waiters.retain(|waiter| !waiter.reply.is_closed());
+        self.pending.waiters.retain(|waiter| !waiter.reply.is_closed());
         let now = Instant::now();
         // The status of a large cluster is long, so it is built only if it may be an answer.
         let (is_converged, active) = (self.is_converged(), self.node.active_count());
         let may_be_served =
             |waiter: &Waiter| is_converged && active >= waiter.members || waiter.deadline <= now;
-        if !self.waiters.iter().any(may_be_served) {
+        if !self.pending.waiters.iter().any(may_be_served) {
             return;
         }
         let status = self.status();
-        for waiter in std::mem::take(&mut self.waiters) {
+        for waiter in std::mem::take(&mut self.pending.waiters) {
             let enough = status.members_alive() >= waiter.members;
             if (status.converged && enough) || waiter.deadline <= now {
                 let _ = waiter.reply.send(status.clone());
             } else {
-                self.waiters.push(waiter);
+                self.pending.waiters.push(waiter);
             }
         }
     }
@@ -149,8 +149,8 @@ impl Agent {
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
         problems.extend(self.listener_problems.problems());
         problems.extend(self.isolation_problem());
-        problems.extend(self.ended.problems());
-        problems.extend(self.silence_diagnosis.claim().cloned());
+        problems.extend(self.monitors.problems());
+        problems.extend(self.monitors.silence_diagnosis.claim().cloned());
         problems.extend(self.flood_problem().into_iter().chain(self.handshake_problem()));
         let capped = self.transport.receive_buffer().capped;
         problems.extend(self.receive_drops.problem(self.node.address().port(), capped));

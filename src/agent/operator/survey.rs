@@ -10,13 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::body::Bytes;
 use tokio::sync::oneshot::Sender;
 
 use super::inquiries::Purpose;
 use crate::{
     agent::Agent,
-    api::{ApiError, ApiErrorCode, Matrix, MatrixPath, MatrixRow},
+    api::{ApiError, ApiErrorCode, EncodedMatrix, Matrix, MatrixPath, MatrixRow},
     model::NodeId,
     wire::{Inquiry, PathReport, Report},
 };
@@ -43,9 +42,9 @@ pub(in crate::agent) struct Surveys {
     queues: [VecDeque<Survey>; 2],
     number: u64,
     /// Requests that wait for the matrix of all paths.
-    matrix_replies: Vec<Sender<Bytes>>,
-    /// The last matrix, serialized.
-    matrix: Option<(Instant, Bytes)>,
+    matrix_replies: Vec<Sender<EncodedMatrix>>,
+    /// The last matrix.
+    matrix: Option<(Instant, EncodedMatrix)>,
 }
 
 struct Survey {
@@ -111,7 +110,7 @@ impl Agent {
     }
 
     /// Sends the matrix of all paths: from each member to each other member.
-    pub(in crate::agent) fn show_matrix(&mut self, reply: Sender<Bytes>) {
+    pub(in crate::agent) fn show_matrix(&mut self, reply: Sender<EncodedMatrix>) {
         if let Some((at, matrix)) = &self.surveys.matrix
             && at.elapsed() < MATRIX_MAX_AGE
         {
@@ -246,8 +245,7 @@ impl Agent {
         let mut rows: Vec<MatrixRow> =
             findings.into_iter().map(|(node, report)| self.row(node, report)).collect();
         rows.sort_by(|a, b| (&a.name, a.node).cmp(&(&b.name, b.node)));
-        let matrix = serde_json::to_vec(&Matrix { rows, omitted }).unwrap_or_default();
-        let matrix = Bytes::from(matrix);
+        let matrix = Matrix { rows, omitted }.encode();
         self.surveys.matrix = Some((Instant::now(), matrix.clone()));
         for viewer in self.surveys.matrix_replies.drain(..) {
             let _ = viewer.send(matrix.clone());

@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use crate::{
     agent::{Agent, pods::mac_of},
     api::{AttachRequest, PodError, PodErrorKind},
+    docker,
     model::{Attachment, Mac, Pod},
     pods::{
         NoAddress, PodRequest,
@@ -16,6 +17,9 @@ use crate::{
         wiring::WiringError,
     },
 };
+
+/// Prefix of the names of reservations for a network; the address follows.
+pub(in crate::agent) const NETWORK_PREFIX: &str = "address-";
 
 impl Agent {
     /// Assigns addresses to the pod of a request, and returns its bridge and record.
@@ -161,4 +165,9 @@ impl From<WiringError> for PodError {
         };
         Self::new(kind, error)
     }
+}
+
+/// Whether the address is reserved for as long as a network of Docker exists.
+pub(super) fn is_network_reservation(pod: &Pod) -> bool {
+    pod.owner == docker::OWNER && pod.attachment.container().starts_with(NETWORK_PREFIX)
 }

@@ -18,11 +18,13 @@ use std::{
 
 use tokio::sync::oneshot::Sender;
 
-use self::{address::AddressError, vanished::PendingRequest};
+use self::{
+    address::{AddressError, is_network_reservation},
+    vanished::PendingRequest,
+};
 use crate::{
     agent::{
         Agent,
-        handlers::docker::is_network_reservation,
         workers::{
             archive::SavedFile,
             attach_worker::{AttachResult, Job},

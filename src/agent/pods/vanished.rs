@@ -7,28 +7,45 @@
 use std::{
     collections::BTreeSet,
     io,
+    net::IpAddr,
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use tokio::sync::oneshot::Sender;
 
 use crate::{
     agent::{
         Agent,
-        handlers::docker::{Join, Reservation},
         pods::{address::AddressError, status_of},
         workers::attach_worker::{GonePods, Job, Suspect},
     },
     api::{AttachRequest, Attached, AttachmentName, PodError, PodErrorKind, PodStatus},
     cni::{Note, Spool},
-    model::{Attachment, Pod},
+    docker::{Endpoint, EndpointInterface},
+    model::{Attachment, Mac, Pod},
     pods::{NoAddress, wiring::link_name},
 };
 
 /// Time between two checks for notes of the CNI plugin. It leaves notes if a running agent does not
 /// answer.
 const NOTES_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A request for an interface of an endpoint, for the container in this sandbox.
+pub(in crate::agent) struct Join {
+    pub(in crate::agent) endpoint: Endpoint,
+    pub(in crate::agent) sandbox: String,
+    pub(in crate::agent) reply: Sender<Result<EndpointInterface, PodError>>,
+}
+
+/// A request for any or a certain address of a pool, for the container that will have this MAC.
+pub(in crate::agent) struct Reservation {
+    pub(in crate::agent) pool: IpNet,
+    pub(in crate::agent) address: Option<IpAddr>,
+    pub(in crate::agent) mac: Option<Mac>,
+    pub(in crate::agent) reply: Sender<Result<IpNet, PodError>>,
+}
 
 /// A request that waits for a check of the veth pairs.
 pub(in crate::agent) enum PendingRequest {

@@ -18,7 +18,7 @@ use crate::{
         LoopEvent, StartFailure, listeners::ListenerProblems, operator::status::Waiter,
         service::Service, signals::Signals,
     },
-    api::{AgentStatus, ApiError, ApiErrorCode, PodError, PodErrorKind, Question, Verdict},
+    api::{AgentRequest, AgentStatus, ApiError, ApiErrorCode, PodError, PodErrorKind, Verdict},
     config::Config,
     core::NodeStatus,
     dataplane::kernel::KernelError,
@@ -45,7 +45,7 @@ pub(in crate::agent) struct StartupWait<'a> {
     node: NodeId,
     closed: ListenerProblems,
     signals: &'a mut Signals,
-    questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
+    events: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     service: Service,
     /// Requests that wait for convergence; they are answered after the start.
     waiters: Vec<Waiter>,
@@ -56,18 +56,18 @@ pub(in crate::agent) struct StartupWait<'a> {
 }
 
 impl<'a> StartupWait<'a> {
-    /// Starts to answer requests from `questions`.
+    /// Starts to answer requests from `events`.
     pub(in crate::agent) fn new(
         name: NodeName,
         closed: ListenerProblems,
         signals: &'a mut Signals,
-        questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
+        events: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     ) -> Self {
         let service = Service::new(Instant::now());
         let activity = STARTING.to_owned();
         let (waiters, docker) = (Vec::new(), Vec::new());
         let node = NodeId::UNKNOWN;
-        Self { name, node, closed, signals, questions, service, waiters, docker, activity }
+        Self { name, node, closed, signals, events, service, waiters, docker, activity }
     }
 
     /// Sets the node id, once the key has been read.
@@ -81,7 +81,7 @@ impl<'a> StartupWait<'a> {
     }
 
     /// Returns the unanswered requests: those that wait for convergence, and Docker's.
-    pub(super) fn into_questions(self) -> (Vec<Waiter>, Vec<(Instant, docker::Request)>) {
+    pub(super) fn into_requests(self) -> (Vec<Waiter>, Vec<(Instant, docker::Request)>) {
         (self.waiters, self.docker)
     }
 
@@ -125,8 +125,8 @@ impl<'a> StartupWait<'a> {
                 biased;
                 () = self.signals.end() => return None,
                 done = &mut work => return Some(done),
-                Some(news) = self.questions.recv() => match news {
-                    LoopEvent::Api(question) => self.waiters.extend(answer(question, &status)),
+                Some(news) = self.events.recv() => match news {
+                    LoopEvent::Api(request) => self.waiters.extend(answer(request, &status)),
                     LoopEvent::Docker(request) => self.docker.push((Instant::now(), request)),
                     _ => {}
                 },
@@ -215,41 +215,41 @@ fn status(name: &NodeName, node: NodeId, activity: String) -> AgentStatus {
 }
 
 /// Answers a request. Returns a request that waits for convergence to the caller.
-fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
+fn answer(request: AgentRequest, status: &AgentStatus) -> Option<Waiter> {
     let why = || {
         let why = status.problems.first().map(Problem::to_string).unwrap_or_default();
         ApiError::new(ApiErrorCode::NotReady, why)
     };
     let not_ready = || PodError::new(PodErrorKind::NotReady, why().message);
     // A failed reply means that the client is gone.
-    match question {
-        Question::Wait { seconds, members, reply } => {
+    match request {
+        AgentRequest::Wait { seconds, members, reply } => {
             let deadline = Instant::now() + Duration::from_secs(seconds);
             return Some(Waiter { members, deadline, reply });
         }
-        Question::Status { reply } => _ = reply.send(status.clone()),
-        Question::Alive { reply } => _ = reply.send(()),
-        Question::Token { reply } => _ = reply.send(None),
-        Question::Leave { reply } => _ = reply.send(Err(why())),
-        Question::Forget { reply, .. } | Question::Secret { reply, .. } => {
+        AgentRequest::Status { reply } => _ = reply.send(status.clone()),
+        AgentRequest::Alive { reply } => _ = reply.send(()),
+        AgentRequest::Token { reply } => _ = reply.send(None),
+        AgentRequest::Leave { reply } => _ = reply.send(Err(why())),
+        AgentRequest::Forget { reply, .. } | AgentRequest::Secret { reply, .. } => {
             let _ = reply.send(Err(why()));
         }
-        Question::ResetIdentity { reply } => _ = reply.send(Err(why())),
-        Question::Ping { reply, .. } => _ = reply.send(Err(why())),
-        Question::History { reply } => _ = reply.send(Ok(Vec::new())),
-        Question::Attach { reply, .. } => _ = reply.send(Err(not_ready())),
+        AgentRequest::ResetIdentity { reply } => _ = reply.send(Err(why())),
+        AgentRequest::Ping { reply, .. } => _ = reply.send(Err(why())),
+        AgentRequest::History { reply } => _ = reply.send(Ok(Vec::new())),
+        AgentRequest::Attach { reply, .. } => _ = reply.send(Err(not_ready())),
         // The plugin stores a note and repeats the request later.
-        Question::Detach { reply, .. } => _ = reply.send(Err(not_ready())),
-        Question::Check { reply, .. } => _ = reply.send(Err(not_ready())),
-        Question::Pods { reply } => _ = reply.send(Vec::new()),
-        Question::Release { reply } => _ = reply.send(Ok(Vec::new())),
-        Question::Events { reply } => _ = reply.send(Err(why())),
-        Question::PastEvents { reply } => _ = reply.send(Vec::new()),
-        Question::Samples { reply } => _ = reply.send(Vec::new()),
+        AgentRequest::Detach { reply, .. } => _ = reply.send(Err(not_ready())),
+        AgentRequest::Check { reply, .. } => _ = reply.send(Err(not_ready())),
+        AgentRequest::Pods { reply } => _ = reply.send(Vec::new()),
+        AgentRequest::Release { reply } => _ = reply.send(Ok(Vec::new())),
+        AgentRequest::Events { reply } => _ = reply.send(Err(why())),
+        AgentRequest::PastEvents { reply } => _ = reply.send(Vec::new()),
+        AgentRequest::Samples { reply } => _ = reply.send(Vec::new()),
         // Dropping the reply tells the client that the agent does not answer.
-        Question::Matrix { reply } => drop(reply),
-        Question::Routes { reply } => _ = reply.send(Err(why())),
-        Question::Peer { reply, .. } => _ = reply.send(Err(why())),
+        AgentRequest::Matrix { reply } => drop(reply),
+        AgentRequest::Routes { reply } => _ = reply.send(Err(why())),
+        AgentRequest::Peer { reply, .. } => _ = reply.send(Err(why())),
     }
     None
 }

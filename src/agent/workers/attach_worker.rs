@@ -5,6 +5,7 @@
 
 mod absent;
 mod foreign_ports;
+mod jobs;
 mod notifications;
 mod successors;
 
@@ -30,8 +31,8 @@ use crate::{
     model::{Attachment, Mac, Pod, Problem, ProblemCode},
     netlink::monitor::Monitor,
     pods::{
-        bridge::{Bridge, RepairReport, Tenant, Tenants},
-        wiring::{ConnectedPod, End, Wiring, WiringError, link_name},
+        bridge::{Bridge, RepairReport, Tenants},
+        wiring::{ConnectedPod, End, Wiring, WiringError},
     },
     worker::{Order, Orders, Thread, Worker},
 };
@@ -278,55 +279,16 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     fn work(&mut self, job: Job) {
         match job {
             Job::Connect { number, bridge, pod, mac, end } => {
-                let veth = link_name(&pod.attachment);
-                let tenant = Tenant::new(&pod, mac);
-                self.tables.admit(&bridge, &veth, &tenant, &self.tenants);
-                let result = self.wiring.connect(&bridge, &pod, mac, &end);
-                if result.is_ok() {
-                    self.seen = Some(bridge.clone());
-                }
-                // A bridge that has not been checked may have ports of other programs.
-                self.touched |= self.kept.as_ref() != Some(&bridge);
-                self.kept = Some(bridge);
-                self.fetched.0.remove(&veth);
-                if result.is_ok() {
-                    self.tenants.insert(veth, tenant);
-                } else {
-                    self.tables.revoke(&veth, &tenant);
-                }
-                let attachment = result.is_ok().then(|| pod.attachment.clone());
+                let attachment = pod.attachment.clone();
+                let result = self.connect(bridge, &pod, mac, &end);
+                let is_connected = result.is_ok();
                 (self.report)(AttachResult::Connected { number, result });
-                if let Some(attachment) = attachment {
+                if is_connected {
                     Wiring::close(&attachment, &end);
                 }
             }
             Job::Disconnect { number, attachment, netns } => {
-                let veth = link_name(&attachment);
-                let tenant = self.tenants.remove(&veth);
-                if let Some(tenant) = &tenant {
-                    self.tables.revoke(&veth, tenant);
-                    self.wiring.forget_neighbors(tenant.addresses);
-                }
-                // The container's other veth pairs share its addresses.
-                let is_same_container = |other: &Tenant| other.container == attachment.container();
-                self.touched |= self.tenants.values().any(is_same_container);
-                let gone = |result| {
-                    (self.report)(AttachResult::Disconnected {
-                        number,
-                        attachment: attachment.clone(),
-                        result,
-                    })
-                };
-                match self.wiring.index(&attachment) {
-                    Ok(Some(index)) => {
-                        self.hand_over(&attachment, tenant.as_ref(), netns.as_ref(), index);
-                        // The other thread lives as long as this one, so sending cannot fail.
-                        let _ =
-                            self.pending_deletes.send(PendingDelete { number, attachment, index });
-                    }
-                    Ok(None) => gone(Ok(false)),
-                    Err(error) => gone(Err(error)),
-                }
+                self.disconnect(number, attachment, netns.as_ref());
             }
             Job::Keep { bridge, tenants } => {
                 // An agent that has just started did not see whether Docker fetched the ends.

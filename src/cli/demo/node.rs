@@ -30,6 +30,7 @@ use crate::{
     config::Instance,
     lab::{NetNs, Pinger},
     netlink::Netlink,
+    runtime::block_on,
     store::{PRIVATE, replace},
 };
 
@@ -147,7 +148,7 @@ fn start_agent(args: &NodeArgs, signals: &SigSet) -> anyhow::Result<Child> {
 fn run_pods(count: u32, token_file: Option<&Path>, routes: &[Route]) -> anyhow::Result<()> {
     let socket = Instance::default().socket();
     let query_agent =
-        |target: &str| -> anyhow::Result<Value> { Ok(api::block_on(api::get(&socket, target))??) };
+        |target: &str| -> anyhow::Result<Value> { Ok(block_on(api::get(&socket, target))??) };
     let mut subnet = None;
     wait_until("the agent has no subnet", || {
         let status = query_agent("/v1/status").ok().filter(|status| status["converged"] == true);
@@ -188,7 +189,7 @@ fn attach_pod(socket: &Path, pod_netns: &NetNs, ip: Ipv4Addr) -> anyhow::Result<
     let name = || (pod_netns.name().to_owned(), "eth0".to_owned());
     let (container, interface) = name();
     let old = AttachmentName { container, interface };
-    api::block_on(api::post_json(socket, "/v1/pods/detach", &old))??;
+    block_on(api::post_json(socket, "/v1/pods/detach", &old))??;
     let (container, interface) = name();
     let netns = format!("/proc/{}/fd/{}", std::process::id(), pod_netns.file().as_raw_fd());
     let (owner, addresses) = ("demo".to_owned(), vec![IpAddr::V4(ip)]);
@@ -202,7 +203,7 @@ fn attach_pod(socket: &Path, pod_netns: &NetNs, ip: Ipv4Addr) -> anyhow::Result<
         default_route: true,
         others_first: false,
     };
-    api::block_on(api::post_json(socket, "/v1/pods/attach", &request))??;
+    block_on(api::post_json(socket, "/v1/pods/attach", &request))??;
     Ok(())
 }
 

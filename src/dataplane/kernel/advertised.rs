@@ -12,13 +12,11 @@ use rtnetlink::packet_route::{
     route::{RouteAttribute, RouteMessage, RouteProtocol},
 };
 
-use super::{
-    is_overlay_device,
-    sysctl::{dotted, read, write},
-};
+use super::is_overlay_device;
 use crate::{
     netlink::{Netlink, link::Link},
     pods::bridge::ALIAS,
+    sysctl::{dotted, read, write},
 };
 
 /// Kinds of interfaces that may lead to routers; physical interfaces have the empty kind.

@@ -14,7 +14,6 @@ use std::{
 };
 
 use ipnet::IpNet;
-use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
 pub use self::chains::TRIAL_MARK;
 use self::chains::{
@@ -27,21 +26,25 @@ use super::{
     },
     partial::{ForeignRules, LegacyTable, Partial, Traffic},
     ports::{ClosedPort, closed_ports, redirected_port},
+    rules::name_of,
     sets::{self, Elements},
+    steps::{create_table, delete_table},
 };
 use crate::{
     dataplane::firewall::{Firewall, Guard, Leases},
     netlink::{
         attributes::{self, Attributes},
-        nftables::{INET, Kind, Nftables, Object, Rule, Step, is_missing},
+        nftables::{INET, Kind, Nftables, Object, Step, is_missing, nfta},
     },
 };
 
-/// `NFTA_SET_ELEM_EXPR`: the expression that is executed when an element is found.
-const ELEMENT_EXPRESSION: u16 = 7;
+/// The attributes of a chain that are compared.
+const CHAIN_CONTENT: [u16; 4] =
+    [nfta::CHAIN_NAME, nfta::CHAIN_HOOK, nfta::CHAIN_POLICY, nfta::CHAIN_TYPE];
 /// Upper limit of one transaction in bytes: what a socket's send buffer takes with the default
 /// `net.core.wmem_max`.
 const MAX_TRANSACTION_BYTES: usize = 300_000;
+
 /// The table in the kernel.
 pub struct FirewallTable {
     nftables: Nftables,
@@ -223,7 +226,7 @@ impl FirewallTable {
     /// When the tables cannot be listed.
     pub fn tables(&mut self, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<String>> {
         let tables = self.nftables.dump(Kind::GetTable, INET, &Attributes::new())?;
-        let names = tables.iter().map(|table| name_of(table, 1));
+        let names = tables.iter().map(|table| name_of(table, nfta::TABLE_NAME));
         Ok(names.filter(|name| wanted(name)).map(str::to_owned).collect())
     }
 
@@ -417,26 +420,29 @@ pub fn read_table(
     table: &str,
 ) -> io::Result<(TableContent, BTreeMap<String, u64>)> {
     let (mut shown, mut counted) = (TableContent::default(), BTreeMap::new());
-    let ours = |object: &Object| object.family == family && name_of(object, 1) == table;
+    let ours =
+        |object: &Object| object.family == family && name_of(object, nfta::TABLE_NAME) == table;
     for object in nftables.dump(Kind::GetTable, family, &Attributes::new())? {
         if ours(&object) {
-            shown.table.push(parts(&object, &[2]));
+            shown.table.push(parts(&object, &[nfta::TABLE_FLAGS]));
         }
     }
     for object in nftables.dump(Kind::GetChain, family, &Attributes::new())? {
         if ours(&object) {
-            shown.chains.push(parts(&object, &[3, 4, 5, 7]));
+            shown.chains.push(parts(&object, &CHAIN_CONTENT));
         }
     }
-    let filter = Attributes::new().text(1, table);
+    let filter = Attributes::new().text(nfta::RULE_TABLE, table);
     for object in nftables.dump(Kind::GetRule, family, &filter)?.iter().filter(|o| ours(o)) {
-        let (mut content, chain) = (Vec::new(), name_of(object, 2).to_owned());
-        let expressions = attributes::find(&object.attributes, 4).unwrap_or_default();
+        let (mut content, chain) = (Vec::new(), name_of(object, nfta::RULE_CHAIN).to_owned());
+        let expressions =
+            attributes::find(&object.attributes, nfta::RULE_EXPRESSIONS).unwrap_or_default();
         for (_, expression) in attributes::read(expressions) {
-            let name = attributes::find(expression, 1).map(attributes::text);
+            let name = attributes::find(expression, nfta::EXPR_NAME).map(attributes::text);
             if name == Some("counter") {
-                let packets =
-                    attributes::find(expression, 2).and_then(counter_packets).unwrap_or(0);
+                let packets = attributes::find(expression, nfta::EXPR_DATA)
+                    .and_then(counter_packets)
+                    .unwrap_or(0);
                 *counted.entry(chain.clone()).or_default() += packets;
             } else {
                 content.extend(expression);
@@ -458,39 +464,13 @@ fn read_members(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpA
 
 /// Returns how many packets the element has matched; `None` if the kernel does not count.
 fn matched_packets(element: &[u8]) -> Option<u64> {
-    counter_packets(attributes::find(attributes::find(element, ELEMENT_EXPRESSION)?, 2)?)
+    let expression = attributes::find(element, nfta::SET_ELEM_EXPR)?;
+    counter_packets(attributes::find(expression, nfta::EXPR_DATA)?)
 }
 
 /// Returns the packets of a counter expression.
 fn counter_packets(counter: &[u8]) -> Option<u64> {
-    Some(u64::from_be_bytes(*attributes::find(counter, 2)?.first_chunk()?))
-}
-
-/// Creates a table; no error if it exists.
-pub fn create_table(table: &str) -> Step {
-    let attributes = Attributes::new().text(1, table).be32(2, 0);
-    Step { kind: Kind::NewTable, flags: NLM_F_CREATE, attributes }
-}
-
-/// Deletes a table with everything in it.
-pub fn delete_table(table: &str) -> Step {
-    Step { kind: Kind::DelTable, flags: 0, attributes: Attributes::new().text(1, table) }
-}
-
-/// Creates an object that must not exist.
-pub const fn create(kind: Kind, attributes: Attributes) -> Step {
-    Step { kind, flags: NLM_F_CREATE | NLM_F_EXCL, attributes }
-}
-
-/// Appends a rule to a chain.
-pub fn append(table: &str, chain: &str, rule: &Rule) -> Step {
-    let attributes = Attributes::new().text(1, table).text(2, chain).nest(4, rule.expressions());
-    Step { kind: Kind::NewRule, flags: NLM_F_CREATE | NLM_F_APPEND, attributes }
-}
-
-/// Returns an attribute of an object as text.
-pub(super) fn name_of(object: &Object, kind: u16) -> &str {
-    attributes::find(&object.attributes, kind).map(attributes::text).unwrap_or_default()
+    Some(u64::from_be_bytes(*attributes::find(counter, nfta::COUNTER_PACKETS)?.first_chunk()?))
 }
 
 /// Returns the named attributes of an object, concatenated.

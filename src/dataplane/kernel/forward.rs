@@ -12,18 +12,15 @@ pub use lost::LostPackets;
 
 use ipnet::IpNet;
 
-use super::{
-    firewall::name_of,
-    rules::{
-        Base, Effect, base_of, effect, family_name, hands_over, hook_name, is_conditional,
-        target_of, translates_destination, translates_source,
-    },
+use super::rules::{
+    Base, Effect, base_of, compared_value, effect, family_name, hands_over, hook_name,
+    is_conditional, name_of, target_of, translates_destination, translates_source,
 };
 use crate::{
     dataplane::desired::is_own_table,
     netlink::{
         attributes::{self, Attributes},
-        nftables::{ANY, Kind, Nftables, Object},
+        nftables::{ANY, Kind, Nftables, Object, nfta},
     },
 };
 
@@ -261,7 +258,7 @@ fn closing_chains(
         let Some(base) = base_of(chain).filter(|base| is_concerned(chain.family, base)) else {
             continue;
         };
-        let (table, name) = (name_of(chain, 1), name_of(chain, 3));
+        let (table, name) = (name_of(chain, nfta::CHAIN_TABLE), name_of(chain, nfta::CHAIN_NAME));
         let concerned = |net: &&IpNet| match chain.family {
             IP => net.addr().is_ipv4(),
             IP6 => net.addr().is_ipv6(),
@@ -271,16 +268,20 @@ fn closing_chains(
         if is_own_table(table) || concerned_networks.is_empty() {
             continue;
         }
-        let rules =
-            nftables.dump(Kind::GetRule, chain.family, &Attributes::new().text(1, table))?;
-        let own: Vec<&Object> = rules.iter().filter(|rule| name_of(rule, 2) == name).collect();
+        let rules = nftables.dump(
+            Kind::GetRule,
+            chain.family,
+            &Attributes::new().text(nfta::RULE_TABLE, table),
+        )?;
+        let own: Vec<&Object> =
+            rules.iter().filter(|rule| name_of(rule, nfta::RULE_CHAIN) == name).collect();
         let is_nat = is_nat(chain);
         let may_take = |rule: &Object| !lost.is_some_and(|lost| lost.misses(chain.family, rule));
         let reached = reached(&rules, name, !is_nat, may_take);
         let has = |what: fn(&Object) -> bool| {
-            rules
-                .iter()
-                .any(|rule| what(rule) && may_take(rule) && reached.contains(name_of(rule, 2)))
+            rules.iter().any(|rule| {
+                what(rule) && may_take(rule) && reached.contains(name_of(rule, nfta::RULE_CHAIN))
+            })
         };
         let hands_over = has(hands_over);
         let drops = || has(|rule| effect(rule) == Effect::Drops);
@@ -315,13 +316,17 @@ fn reached<'a>(
     let mut open = vec![from];
     while let Some(chain) = open.pop() {
         let leads = |rule: &&Object| {
-            name_of(rule, 2) == chain && effect(rule) == Effect::Leads && may_take(rule)
+            name_of(rule, nfta::RULE_CHAIN) == chain
+                && effect(rule) == Effect::Leads
+                && may_take(rule)
         };
         let leading = rules.iter().filter(leads);
         for rule in leading {
             match target_of(rule) {
                 Some(target) if reached.insert(target) => open.push(target),
-                None if follows_maps => return rules.iter().map(|rule| name_of(rule, 2)).collect(),
+                None if follows_maps => {
+                    return rules.iter().map(|rule| name_of(rule, nfta::RULE_CHAIN)).collect();
+                }
                 _ => {}
             }
         }
@@ -331,7 +336,7 @@ fn reached<'a>(
 
 /// Whether a base chain translates addresses. Only the first packet of a connection passes it.
 fn is_nat(chain: &Object) -> bool {
-    attributes::find(&chain.attributes, 7).map(attributes::text) == Some("nat")
+    name_of(chain, nfta::CHAIN_TYPE) == "nat"
 }
 
 /// Returns foreign chains that translate the source of packets that leave this host. If
@@ -363,14 +368,18 @@ fn chains_with(
     let mut found = BTreeSet::new();
     for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
         let is_base = base_of(&chain).is_some_and(|base| base.hook == hook);
-        let table = name_of(&chain, 1);
+        let table = name_of(&chain, nfta::CHAIN_TABLE);
         if !is_base || !families.contains(&chain.family) || is_own_table(table) {
             continue;
         }
-        let filter = Attributes::new().text(1, table);
+        let filter = Attributes::new().text(nfta::RULE_TABLE, table);
         for rule in nftables.dump(Kind::GetRule, chain.family, &filter)? {
             if matches(&rule) {
-                let name = format!("{} {table} {}", family_name(chain.family), name_of(&rule, 2));
+                let name = format!(
+                    "{} {table} {}",
+                    family_name(chain.family),
+                    name_of(&rule, nfta::RULE_CHAIN)
+                );
                 found.insert((is_conditional(&rule), name));
             }
         }
@@ -415,8 +424,8 @@ fn direct_access_drops(
         if base_of(chain).is_none_or(|base| base.hook != PREROUTING) {
             continue;
         }
-        let (table, name) = (name_of(chain, 1), name_of(chain, 3));
-        let filter = Attributes::new().text(1, table).text(2, name);
+        let (table, name) = (name_of(chain, nfta::CHAIN_TABLE), name_of(chain, nfta::CHAIN_NAME));
+        let filter = Attributes::new().text(nfta::RULE_TABLE, table).text(nfta::RULE_CHAIN, name);
         let rules = nftables.dump(Kind::GetRule, chain.family, &filter)?;
         if rules.iter().any(|rule| drops_one_of(rule, networks)) {
             dropping.push(format!("{} {table} {name}", family_name(chain.family)));
@@ -427,7 +436,7 @@ fn direct_access_drops(
 
 /// Whether a rule drops packets to or from a single address in one of the networks.
 fn drops_one_of(rule: &Object, networks: &[IpNet]) -> bool {
-    let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
+    let list = attributes::find(&rule.attributes, nfta::RULE_EXPRESSIONS).unwrap_or_default();
     let named = attributes::read(list).any(|(_, expression)| {
         let address = compared(expression).and_then(attributes::address);
         address.is_some_and(|ip: IpAddr| networks.iter().any(|net| net.contains(&ip)))
@@ -440,9 +449,10 @@ fn drops_one_of(rule: &Object, networks: &[IpNet]) -> bool {
 fn may_accept(rule: &Object, network: IpNet) -> bool {
     let octets = attributes::octets(network.network());
     let whole = &octets[..usize::from(network.prefix_len() / 8)];
-    let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
+    let list = attributes::find(&rule.attributes, nfta::RULE_EXPRESSIONS).unwrap_or_default();
     let named = attributes::read(list).any(|(_, expression)| {
-        let is_set = attributes::find(expression, 1).map(attributes::text) == Some("lookup");
+        let is_set =
+            attributes::find(expression, nfta::EXPR_NAME).map(attributes::text) == Some("lookup");
         is_set || compared(expression).is_some_and(|bytes| bytes.starts_with(whole))
     });
     named && effect(rule) == Effect::Accepts
@@ -450,9 +460,10 @@ fn may_accept(rule: &Object, network: IpNet) -> bool {
 
 /// Returns the value that a comparison compares with.
 fn compared(expression: &[u8]) -> Option<&[u8]> {
-    let is_comparison = attributes::find(expression, 1).map(attributes::text) == Some("cmp");
-    let data = attributes::find(expression, 2).filter(|_| is_comparison)?;
-    attributes::find(attributes::find(data, 3)?, 1)
+    let is_comparison =
+        attributes::find(expression, nfta::EXPR_NAME).map(attributes::text) == Some("cmp");
+    let data = attributes::find(expression, nfta::EXPR_DATA).filter(|_| is_comparison)?;
+    compared_value(data)
 }
 
 #[cfg(test)]

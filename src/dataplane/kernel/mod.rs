@@ -9,7 +9,6 @@ mod advertised;
 mod error;
 mod firewall;
 mod forward;
-pub mod interface;
 mod leftovers;
 mod messages;
 pub mod next_hops;
@@ -17,10 +16,11 @@ mod observe;
 mod partial;
 pub mod pod_tables;
 mod ports;
+pub mod required_sysctls;
 mod rules;
 mod sets;
 mod spoofing;
-pub mod sysctl;
+mod steps;
 pub mod trace;
 pub mod tunnels;
 mod unused;
@@ -35,6 +35,9 @@ use std::{
 };
 
 use ipnet::IpNet;
+use nix::libc::{
+    EADDRINUSE, EEXIST, ENETDOWN, ENOBUFS, ENODEV, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH,
+};
 use rtnetlink::{
     LinkMessageBuilder, LinkUnspec, packet_core::NLM_F_REPLACE, packet_route::link::LinkAttribute,
 };
@@ -50,7 +53,6 @@ pub use self::{
     watch::{ForeignRoutes, Recheck},
 };
 use self::{
-    interface::Ipv6,
     messages::{device_message, fixed_attributes, request, user_space_solicitations},
     watch::miss,
 };
@@ -67,18 +69,14 @@ use crate::{
         link::{Link, no_ipv6_address},
         monitor::Monitor,
     },
+    sysctl::{
+        self,
+        interface::{self, Ipv6},
+    },
 };
 
-/// `ENOENT`, `ESRCH` and `ENODEV`: the object to remove is already gone.
-const GONE: [i32; 3] = [2, 3, 19];
-const EPERM: i32 = 1;
-const ENOMEM: i32 = 12;
-const EEXIST: i32 = 17;
-const ENODEV: i32 = 19;
-const EOPNOTSUPP: i32 = 95;
-const EADDRINUSE: i32 = 98;
-const ENETDOWN: i32 = 100;
-const ENOBUFS: i32 = 105;
+/// The object to remove is already gone.
+const GONE: [i32; 3] = [ENOENT, ESRCH, ENODEV];
 
 /// Upper limit of the misses that one read returns; the kernel repeats the rest.
 const MAX_MISSES: usize = 4_096;

@@ -11,6 +11,7 @@ mod lines;
 mod matches;
 mod reader;
 mod reading;
+mod registers;
 mod selection;
 mod sets;
 mod walk;
@@ -27,15 +28,12 @@ use self::{
     sets::Library,
     walk::{MAX_DEPTH, Rules, Walk},
 };
-use super::{
-    firewall::name_of,
-    rules::{base_of, family_name, number},
-};
+use super::rules::{base_of, family_name, name_of, number};
 use crate::{
     dataplane::desired::is_own_table,
     netlink::{
         attributes::{self, Attributes},
-        nftables::{ANY, BRIDGE, INET, Kind, NETDEV, Nftables, Object},
+        nftables::{ANY, BRIDGE, INET, Kind, NETDEV, Nftables, Object, nfta},
     },
 };
 
@@ -180,13 +178,13 @@ impl ForeignRules {
         let mut known: BTreeMap<(u8, String), usize> = BTreeMap::new();
         let mut bases = Vec::new();
         for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
-            let (family, table) = (chain.family, name_of(&chain, 1));
+            let (family, table) = (chain.family, name_of(&chain, nfta::CHAIN_TABLE));
             let Some(place) = place_of(&chain).filter(|_| !is_own_table(table)) else { continue };
             let key = (family, table.to_owned());
             let index = match known.get(&key) {
                 Some(index) => *index,
                 None => {
-                    let filter = Attributes::new().text(1, table);
+                    let filter = Attributes::new().text(nfta::RULE_TABLE, table);
                     let rules = nftables.dump(Kind::GetRule, family, &filter)?;
                     tables.push(Table::Nft(family, table.to_owned(), rules));
                     known.insert(key, tables.len() - 1);
@@ -199,7 +197,7 @@ impl ForeignRules {
                 table: index,
                 family,
                 prefix: format!("{} {table}", family_name(family)),
-                name: name_of(&chain, 3).to_owned(),
+                name: name_of(&chain, nfta::CHAIN_NAME).to_owned(),
                 program: None,
             });
         }
@@ -317,9 +315,10 @@ fn stage(place: &Place) -> u32 {
 /// Returns where a base chain sees packets; `None` for other chains.
 fn place_of(chain: &Object) -> Option<Place> {
     let hook = base_of(chain)?.hook;
-    let attributes = attributes::find(&chain.attributes, 4)?;
-    let one = attributes::find(attributes, 3).into_iter();
-    let several = attributes::find(attributes, 4).map(attributes::read).into_iter().flatten();
+    let attributes = attributes::find(&chain.attributes, nfta::CHAIN_HOOK)?;
+    let one = attributes::find(attributes, nfta::HOOK_DEV).into_iter();
+    let several =
+        attributes::find(attributes, nfta::HOOK_DEVS).map(attributes::read).into_iter().flatten();
     let names = one.chain(several.map(|(_, name)| name)).map(attributes::text);
     let names: Vec<String> = names.map(str::to_owned).collect();
     Some(match (chain.family, hook) {
@@ -333,8 +332,8 @@ fn place_of(chain: &Object) -> Option<Place> {
 
 /// Returns the priority of a base chain.
 fn priority(chain: &Object) -> i32 {
-    let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
-    number(attributes::find(hook, 2)).unwrap_or_default().cast_signed()
+    let hook = attributes::find(&chain.attributes, nfta::CHAIN_HOOK).unwrap_or_default();
+    number(attributes::find(hook, nfta::HOOK_PRIORITY)).unwrap_or_default().cast_signed()
 }
 
 /// Returns up to [`MAX_FINDINGS_PER_KIND`] findings of each kind.
@@ -353,7 +352,7 @@ fn limit_per_kind(found: BTreeMap<Key, Partial>) -> Vec<Partial> {
 fn by_chain(rules: &[Object]) -> Rules<'_> {
     let mut chains: BTreeMap<&str, Vec<&Object>> = BTreeMap::new();
     for rule in rules {
-        chains.entry(name_of(rule, 2)).or_default().push(rule);
+        chains.entry(name_of(rule, nfta::RULE_CHAIN)).or_default().push(rule);
     }
     Rules::Nft(chains)
 }

@@ -15,18 +15,19 @@ use std::{
 
 pub(super) use self::shape::{Alarm, Shape};
 use super::{
-    firewall::{TableContent, append, create, create_table, delete_table, name_of, read_table},
+    firewall::{TableContent, read_table},
     rules::family_name,
+    rules::name_of,
     sets::{self, Elements},
-    spoofing, unused,
+    spoofing,
+    steps::{append, create, create_table, delete_table},
+    unused,
 };
 use crate::{
     model::{Mac, Problem, ProblemCode},
     netlink::{
         attributes::Attributes,
-        nftables::{
-            Changes, IFNAMSIZ, Kind, Nftables, SET_EXPRESSION, Step, base_chain, limit, name_bytes,
-        },
+        nftables::{Changes, IFNAMSIZ, Kind, Nftables, Step, base_chain, limit, name_bytes, nfta},
     },
     pods::bridge::{Bridge, Tenant, Tenants},
 };
@@ -364,10 +365,9 @@ impl Table {
         let table = &self.name(bridge);
         let mut steps = vec![create_table(table), delete_table(table), create_table(table)];
         for (id, (set, length, kind)) in (1..).zip(*sets) {
-            let named = Attributes::new().text(1, table).text(2, set);
-            let of_keys = named.be32(3, 0).be32(4, *kind).be32(5, *length).be32(10, id);
+            let of_keys = sets::definition(table, set, (*kind, *length), id);
             let attributes = match limited.filter(|(limited, _)| limited == set) {
-                Some((_, rate)) => of_keys.nest(SET_EXPRESSION, &limit(rate, rate as u32)),
+                Some((_, rate)) => of_keys.nest(nfta::SET_EXPR, &limit(rate, rate as u32)),
                 None => of_keys,
             };
             steps.push(create(Kind::NewSet, attributes));

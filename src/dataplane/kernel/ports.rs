@@ -5,15 +5,14 @@
 
 use std::{collections::BTreeSet, io};
 
-use super::{
-    firewall::name_of,
-    rules::{self, base_of, expressions, family_name, number, text_of},
+use super::rules::{
+    self, base_of, compared_value, expressions, family_name, name_of, number, text_of,
 };
 use crate::{
     dataplane::desired::is_own_table,
     netlink::{
         attributes::{self, Attributes},
-        nftables::{ANY, Kind, Nftables, Object},
+        nftables::{ANY, Kind, Nftables, Object, nfta},
     },
 };
 
@@ -85,17 +84,17 @@ pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeS
     let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
     let mut closed = BTreeSet::new();
     for chain in chains.iter().filter(|chain| [1, 2, 10].contains(&chain.family)) {
-        let (table, name) = (name_of(chain, 1), name_of(chain, 3));
+        let (table, name) = (name_of(chain, nfta::CHAIN_TABLE), name_of(chain, nfta::CHAIN_NAME));
         let Some(base) = base_of(chain).filter(|base| [INPUT, OUTPUT].contains(&base.hook)) else {
             continue;
         };
         if is_own_table(table) {
             continue;
         }
-        let filter = Attributes::new().text(1, table);
+        let filter = Attributes::new().text(nfta::RULE_TABLE, table);
         let rules = nftables.dump(Kind::GetRule, chain.family, &filter)?;
         let (own, others): (Vec<_>, Vec<_>) =
-            rules.iter().partition(|rule| name_of(rule, 2) == name);
+            rules.iter().partition(|rule| name_of(rule, nfta::RULE_CHAIN) == name);
         for port in ports {
             let closed_by = how_closed(&own, &others, *port, base.drops);
             if let Some(by_port) = closed_by.filter(|_| base.hook == INPUT) {
@@ -123,17 +122,17 @@ pub fn redirected_port(
     let mut found = BTreeSet::new();
     for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
         let is_base = base_of(&chain).is_some_and(|base| base.hook == PREROUTING);
-        let table = name_of(&chain, 1);
+        let table = name_of(&chain, nfta::CHAIN_TABLE);
         if !is_base || !families.contains(&chain.family) || is_own_table(table) {
             continue;
         }
-        let filter = Attributes::new().text(1, table);
+        let filter = Attributes::new().text(nfta::RULE_TABLE, table);
         for rule in nftables.dump(Kind::GetRule, chain.family, &filter)? {
             if rules::translates_destination(&rule) && may_concern(&rule, port) {
                 found.insert(format!(
                     "{} {table} {}",
                     family_name(chain.family),
-                    name_of(&rule, 2)
+                    name_of(&rule, nfta::RULE_CHAIN)
                 ));
             }
         }
@@ -147,11 +146,15 @@ fn may_concern(rule: &Object, port: u16) -> bool {
     for (name, data) in expressions(rule) {
         let is = |attribute, value| number(attributes::find(data, attribute)) == Some(value);
         match name {
-            "meta" => (is_protocol, is_port) = (is(2, META_L4PROTO), false),
-            "payload" => (is_protocol, is_port) = (false, is(2, TRANSPORT) && is(3, DESTINATION)),
+            "meta" => (is_protocol, is_port) = (is(nfta::META_KEY, META_L4PROTO), false),
+            "payload" => {
+                (is_protocol, is_port) = (
+                    false,
+                    is(nfta::PAYLOAD_BASE, TRANSPORT) && is(nfta::PAYLOAD_OFFSET, DESTINATION),
+                )
+            }
             "cmp" => {
-                let value = attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
-                let value = value.unwrap_or_default();
+                let value = compared_value(data).unwrap_or_default();
                 let is_other_port = is_port && value.len() == 2 && value != port.to_be_bytes();
                 if is_protocol && value != [UDP] || is_other_port {
                     return false;
@@ -233,7 +236,7 @@ fn limits(
             Effect::Returns => break,
             Effect::Leads { all: true } if depth > 0 => {
                 let target = rules::target_of(rule);
-                let is_in_target = |rule: &&Object| Some(name_of(rule, 2)) == target;
+                let is_in_target = |rule: &&Object| Some(name_of(rule, nfta::RULE_CHAIN)) == target;
                 let target: Vec<&Object> = others.iter().copied().filter(is_in_target).collect();
                 let decided = limits(&target, others, port, false, depth - 1);
                 if decided.is_some() {
@@ -254,15 +257,14 @@ fn effect(rule: &Object, port: u16) -> Effect {
         let compares_interface = std::mem::take(&mut is_interface);
         match name {
             "meta" => {
-                let key = number(attributes::find(data, 2));
+                let key = number(attributes::find(data, nfta::META_KEY));
                 is_interface = key.is_some_and(|key| META_INTERFACE.contains(&key));
             }
             "immediate" => returns |= rules::verdict_of(data) == Some(rules::RETURN),
             // Tunnel packets do not use the loopback interface.
             "cmp" if compares_interface => narrowed |= !excludes_loopback(data),
             "cmp" => {
-                let value = attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
-                match value.unwrap_or_default() {
+                match compared_value(data).unwrap_or_default() {
                     bytes if bytes == port.to_be_bytes() => names_port = true,
                     // UDP, IPv4 or IPv6.
                     [17 | 2 | 10] => {}
@@ -301,11 +303,10 @@ fn effect(rule: &Object, port: u16) -> Effect {
 
 /// Whether a comparison of an interface's index or name matches every interface but `lo`.
 fn excludes_loopback(cmp: &[u8]) -> bool {
-    let value = attributes::find(cmp, 3).and_then(|data| attributes::find(data, 1));
-    let value = value.unwrap_or_default();
+    let value = compared_value(cmp).unwrap_or_default();
     let is_loopback = value.split(|byte| *byte == 0).next() == Some(b"lo")
         || value == LOOPBACK_INDEX.to_ne_bytes();
-    is_loopback && number(attributes::find(cmp, 2)) == Some(NOT_EQUAL)
+    is_loopback && number(attributes::find(cmp, nfta::CMP_OP)) == Some(NOT_EQUAL)
 }
 
 /// Returns whether `struct xt_multiport_v1` (`linux/netfilter/xt_multiport.h`) matches all packets to
@@ -313,7 +314,8 @@ fn excludes_loopback(cmp: &[u8]) -> bool {
 fn multiport(data: &[u8], port: u16) -> Option<bool> {
     const MAX_PORTS: usize = 15;
     const SOURCE_PORTS: u8 = 0;
-    let info = attributes::find(data, 3).filter(|_| text_of(data) == Some("multiport"))?;
+    let info =
+        attributes::find(data, nfta::MATCH_INFO).filter(|_| text_of(data) == Some("multiport"))?;
     let [kind, count] = *info.first_chunk()?;
     let ports = info.get(2..)?.chunks_exact(2).map(|port| u16::from_ne_bytes([port[0], port[1]]));
     let ports: Vec<u16> = ports.take(usize::from(count).min(MAX_PORTS)).collect();
@@ -329,7 +331,7 @@ fn multiport(data: &[u8], port: u16) -> Option<bool> {
 
 /// Returns the destination ports of `struct xt_udp` (`linux/netfilter/xt_tcpudp.h`), in host order.
 fn udp_match(data: &[u8]) -> Option<std::ops::RangeInclusive<u16>> {
-    let info = attributes::find(data, 3)?;
+    let info = attributes::find(data, nfta::MATCH_INFO)?;
     let port = |at: usize| Some(u16::from_ne_bytes(*info.get(at..)?.first_chunk()?));
     (text_of(data) == Some("udp")).then_some(port(4)?..=port(6)?)
 }

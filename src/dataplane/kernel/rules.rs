@@ -1,7 +1,10 @@
 //! Interprets rules of nftables, as far as their form allows. This includes rules that iptables
 //! makes, whose targets and matches have no expressions of their own.
 
-use crate::netlink::{attributes, nftables::Object};
+use crate::netlink::{
+    attributes,
+    nftables::{Object, nfta},
+};
 
 /// Verdict codes (linux/netfilter.h, `linux/netfilter/nf_tables.h`). Negative codes lead to another
 /// chain, except `RETURN`.
@@ -44,8 +47,11 @@ pub enum Effect {
 
 /// Returns hook and policy of a base chain; `None` for other chains.
 pub fn base_of(chain: &Object) -> Option<Base> {
-    let hook = number(attributes::find(attributes::find(&chain.attributes, 4)?, 1))?;
-    let drops = number(attributes::find(&chain.attributes, 5)) == Some(0);
+    let hook = number(attributes::find(
+        attributes::find(&chain.attributes, nfta::CHAIN_HOOK)?,
+        nfta::HOOK_HOOKNUM,
+    ))?;
+    let drops = number(attributes::find(&chain.attributes, nfta::CHAIN_POLICY)) == Some(0);
     Some(Base { hook, drops })
 }
 
@@ -79,10 +85,10 @@ pub const fn hook_name(family: u8, hook: u32) -> &'static str {
 
 /// Returns names and data of a rule's expressions.
 pub fn expressions(rule: &Object) -> impl Iterator<Item = (&str, &[u8])> {
-    let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
+    let list = attributes::find(&rule.attributes, nfta::RULE_EXPRESSIONS).unwrap_or_default();
     attributes::read(list).filter_map(|(_, expression)| {
-        let name = attributes::text(attributes::find(expression, 1)?);
-        Some((name, attributes::find(expression, 2).unwrap_or_default()))
+        let name = attributes::text(attributes::find(expression, nfta::EXPR_NAME)?);
+        Some((name, attributes::find(expression, nfta::EXPR_DATA).unwrap_or_default()))
     })
 }
 
@@ -103,7 +109,9 @@ pub fn effect(rule: &Object) -> Effect {
             "reject" => effect = Effect::Drops,
             "target" if matches!(text_of(data), Some("REJECT" | "DROP")) => effect = Effect::Drops,
             // A verdict map.
-            "lookup" if number(attributes::find(data, 3)) == Some(0) => effect = Effect::Leads,
+            "lookup" if number(attributes::find(data, nfta::LOOKUP_DREG)) == Some(0) => {
+                effect = Effect::Leads
+            }
             _ => {}
         }
     }
@@ -113,8 +121,7 @@ pub fn effect(rule: &Object) -> Effect {
 /// Returns the chain that a rule leads to; `None` for a verdict map.
 pub fn target_of(rule: &Object) -> Option<&str> {
     expressions(rule).filter(|(name, _)| *name == "immediate").find_map(|(_, data)| {
-        let verdict = attributes::find(attributes::find(data, 2)?, 2)?;
-        attributes::find(verdict, 2).map(attributes::text)
+        attributes::find(verdict_in(data)?, nfta::VERDICT_CHAIN).map(attributes::text)
     })
 }
 
@@ -130,7 +137,7 @@ pub fn translates_source(rule: &Object) -> bool {
     const SOURCE: u32 = 0;
     expressions(rule).any(|(name, data)| match name {
         "masq" => true,
-        "nat" => number(attributes::find(data, 1)) == Some(SOURCE),
+        "nat" => number(attributes::find(data, nfta::NAT_TYPE)) == Some(SOURCE),
         "target" => matches!(text_of(data), Some("MASQUERADE" | "SNAT" | "NETMAP")),
         _ => false,
     })
@@ -142,7 +149,7 @@ pub fn translates_destination(rule: &Object) -> bool {
     const DESTINATION: u32 = 1;
     expressions(rule).any(|(name, data)| match name {
         "redir" | "tproxy" => true,
-        "nat" => number(attributes::find(data, 1)) == Some(DESTINATION),
+        "nat" => number(attributes::find(data, nfta::NAT_TYPE)) == Some(DESTINATION),
         "target" => matches!(text_of(data), Some("REDIRECT" | "DNAT" | "TPROXY")),
         _ => false,
     })
@@ -156,13 +163,32 @@ pub fn is_conditional(rule: &Object) -> bool {
 
 /// Returns the name of a target or match of iptables.
 pub fn text_of(data: &[u8]) -> Option<&str> {
-    attributes::find(data, 1).map(attributes::text)
+    attributes::find(data, nfta::TARGET_NAME).map(attributes::text)
+}
+
+/// Returns the verdict of an `immediate` expression.
+pub fn verdict_in(immediate: &[u8]) -> Option<&[u8]> {
+    attributes::find(attributes::find(immediate, nfta::IMMEDIATE_DATA)?, nfta::DATA_VERDICT)
+}
+
+/// Returns the value in the data of an expression.
+pub fn value(data: Option<&[u8]>) -> Option<&[u8]> {
+    attributes::find(data?, nfta::DATA_VALUE)
+}
+
+/// Returns the value that a `cmp` expression compares with.
+pub fn compared_value(cmp: &[u8]) -> Option<&[u8]> {
+    value(attributes::find(cmp, nfta::CMP_DATA))
+}
+
+/// Returns an attribute of an object as text.
+pub fn name_of(object: &Object, kind: u16) -> &str {
+    attributes::find(&object.attributes, kind).map(attributes::text).unwrap_or_default()
 }
 
 /// Returns the verdict code of an `immediate` expression.
 pub fn verdict_of(immediate: &[u8]) -> Option<i32> {
-    let verdict = attributes::find(attributes::find(immediate, 2)?, 2)?;
-    let code = attributes::find(verdict, 1)?;
+    let code = attributes::find(verdict_in(immediate)?, nfta::VERDICT_CODE)?;
     code.first_chunk().copied().map(i32::from_be_bytes)
 }
 

@@ -9,7 +9,7 @@ use rtnetlink::packet_core::NLM_F_CREATE;
 
 use crate::netlink::{
     attributes::{self, Attributes},
-    nftables::{Kind, Nftables, Step},
+    nftables::{Kind, Nftables, Step, nfta},
 };
 
 /// Elements per message: the payload of an attribute is limited to 65,531 bytes.
@@ -26,14 +26,37 @@ pub(super) fn steps(table: &str, kind: Kind, elements: &Elements) -> Vec<Step> {
         let keys: Vec<&Vec<u8>> = keys.iter().collect();
         for some in keys.chunks(MAX_ELEMENTS_PER_MESSAGE) {
             let list = some.iter().fold(Attributes::new(), |list, key| {
-                let value = Attributes::new().put(1, key);
-                list.nest(1, &Attributes::new().nest(1, &value))
+                let value = Attributes::new().put(nfta::DATA_VALUE, key);
+                list.nest(nfta::LIST_ELEM, &Attributes::new().nest(nfta::SET_ELEM_KEY, &value))
             });
-            let attributes = Attributes::new().text(1, table).text(2, set).nest(3, &list);
+            let attributes = elements_in(table, set).nest(nfta::SET_ELEM_LIST_ELEMENTS, &list);
             steps.push(Step { kind, flags, attributes });
         }
     }
     steps
+}
+
+/// Returns the attributes of a new set, whose elements have this type, as the `nft` program encodes
+/// it, and this length in bytes. `id` identifies the set within the transaction.
+pub(super) fn definition(
+    table: &str,
+    set: &str,
+    (kind, length): (u32, u32),
+    id: u32,
+) -> Attributes {
+    Attributes::new()
+        .text(nfta::SET_TABLE, table)
+        .text(nfta::SET_NAME, set)
+        .be32(nfta::SET_FLAGS, 0)
+        .be32(nfta::SET_KEY_TYPE, kind)
+        .be32(nfta::SET_KEY_LEN, length)
+        .be32(nfta::SET_ID, id)
+}
+
+/// Returns the attributes that name a set.
+pub(super) fn elements_in(table: &str, set: &str) -> Attributes {
+    let named = Attributes::new().text(nfta::SET_ELEM_LIST_TABLE, table);
+    named.text(nfta::SET_ELEM_LIST_SET, set)
 }
 
 /// Returns what `what` makes of each element of a set, given the element's key and its attributes.
@@ -43,11 +66,13 @@ pub(super) fn read<T: FromIterator<E>, E>(
     (table, set): (&str, &str),
     what: impl Fn(&[u8], &[u8]) -> Option<E>,
 ) -> io::Result<T> {
-    let filter = Attributes::new().text(1, table).text(2, set);
-    let objects = nftables.dump(Kind::GetElements, family, &filter)?;
-    let lists = objects.iter().filter_map(|object| attributes::find(&object.attributes, 3));
+    let objects = nftables.dump(Kind::GetElements, family, &elements_in(table, set))?;
+    let lists = objects
+        .iter()
+        .filter_map(|object| attributes::find(&object.attributes, nfta::SET_ELEM_LIST_ELEMENTS));
     let elements = lists.flat_map(attributes::read).filter_map(|(_, element)| {
-        what(attributes::find(attributes::find(element, 1)?, 1)?, element)
+        let key = attributes::find(element, nfta::SET_ELEM_KEY)?;
+        what(attributes::find(key, nfta::DATA_VALUE)?, element)
     });
     Ok(elements.collect())
 }

@@ -15,18 +15,19 @@ use ipnet::IpNet;
 use rtnetlink::packet_core::NLM_F_CREATE;
 
 use super::{
-    firewall::{append, create, create_table, delete_table, name_of},
-    rules::{base_of, family_name, number},
+    rules::{base_of, family_name, name_of, number},
+    steps::{append, create, create_table, delete_table},
 };
 use crate::{
     dataplane::{
         forwarding::MAGIC,
-        silence::{self, DroppingRule, IN, OUT},
+        silence::{DroppingRule, IN, OUT},
     },
+    frames,
     netlink::{
         attributes::{self, Attributes},
         nftables::{
-            ANY, Base, Field, INET, Kind, NETDEV, Nftables, Rule, Step, Traces, base_chain,
+            ANY, Base, Field, INET, Kind, NETDEV, Nftables, Rule, Step, Traces, base_chain, nfta,
         },
     },
 };
@@ -200,11 +201,11 @@ impl Trace {
                     rule.holds(Base::Network, 6, &[0, 2]).holds(Base::Network, 14, &octets)
                 };
                 arp.push(add(answer(Rule::new())));
-                ingress.push(add(answer(Rule::new().ether_type(silence::ARP))));
+                ingress.push(add(answer(Rule::new().ether_type(frames::ARP))));
             } else {
                 let answer = |rule: Rule| {
                     let rule = rule.transport(ICMPV6);
-                    let rule = rule.holds(Base::Transport, 0, &[silence::ADVERTISEMENT]);
+                    let rule = rule.holds(Base::Transport, 0, &[frames::ADVERTISEMENT]);
                     rule.holds(Base::Transport, 8, &octets)
                 };
                 inet.push(add(answer(Rule::new().family_of(*hop))));
@@ -304,7 +305,10 @@ impl TraceReport {
         let (verdict, handle) = match number(attributes::find(report, TYPE))? {
             BY_POLICY => (number(attributes::find(report, POLICY))?, None),
             BY_RULE => {
-                let verdict = number(attributes::find(attributes::find(report, VERDICT)?, 1))?;
+                let verdict = number(attributes::find(
+                    attributes::find(report, VERDICT)?,
+                    nfta::VERDICT_CODE,
+                ))?;
                 let handle = attributes::find(report, HANDLE)?.first_chunk()?;
                 (verdict, Some(u64::from_be_bytes(*handle)))
             }
@@ -328,7 +332,7 @@ impl TraceReport {
 
 /// Replaces a table; one that belongs to this socket, if the kernel supports that.
 fn set_up(nftables: &mut Nftables, family: u8, table: &str, content: Vec<Step>) -> io::Result<()> {
-    let owned = Attributes::new().text(1, table).be32(2, OWNED);
+    let owned = Attributes::new().text(nfta::TABLE_NAME, table).be32(nfta::TABLE_FLAGS, OWNED);
     let owned = Step { kind: Kind::NewTable, flags: NLM_F_CREATE, attributes: owned };
     let mut made = Ok(());
     for first in [owned, create_table(table)] {
@@ -345,19 +349,32 @@ fn set_up(nftables: &mut Nftables, family: u8, table: &str, content: Vec<Step>) 
 
 /// A chain for packets that arrive at one interface.
 fn at_device(table: &str, name: &str, device: &str) -> Attributes {
-    let hook =
-        Attributes::new().be32(1, INGRESS).be32(2, FIRST_PRIORITY.cast_unsigned()).text(3, device);
-    Attributes::new().text(1, table).text(3, name).nest(4, &hook).be32(5, ACCEPT).text(7, "filter")
+    let hook = Attributes::new()
+        .be32(nfta::HOOK_HOOKNUM, INGRESS)
+        .be32(nfta::HOOK_PRIORITY, FIRST_PRIORITY.cast_unsigned())
+        .text(nfta::HOOK_DEV, device);
+    Attributes::new()
+        .text(nfta::CHAIN_TABLE, table)
+        .text(nfta::CHAIN_NAME, name)
+        .nest(nfta::CHAIN_HOOK, &hook)
+        .be32(nfta::CHAIN_POLICY, ACCEPT)
+        .text(nfta::CHAIN_TYPE, "filter")
 }
 
 /// Returns the base chains that translate source addresses.
 fn translating(nftables: &mut Nftables) -> io::Result<BTreeSet<String>> {
     let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
     let translating = chains.iter().filter(|chain| {
-        name_of(chain, 7) == "nat" && base_of(chain).is_some_and(|base| base.hook == POSTROUTING)
+        name_of(chain, nfta::CHAIN_TYPE) == "nat"
+            && base_of(chain).is_some_and(|base| base.hook == POSTROUTING)
     });
     let names = translating.map(|chain| {
-        format!("{} {} {}", family_name(chain.family), name_of(chain, 1), name_of(chain, 3))
+        format!(
+            "{} {} {}",
+            family_name(chain.family),
+            name_of(chain, nfta::CHAIN_TABLE),
+            name_of(chain, nfta::CHAIN_NAME)
+        )
     });
     Ok(names.collect())
 }

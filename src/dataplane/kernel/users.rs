@@ -27,6 +27,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
+use nix::libc::{EEXIST, ENETDOWN, ENODEV, ENOENT, ESRCH};
 use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
     packet_route::{
@@ -49,11 +50,8 @@ const RETURN_PRIORITY: u32 = REFUSAL_PRIORITY - 1;
 const RETURN_TABLE: u32 = 847_273;
 /// Earlier kernels ignore protocol and port: the rules would refuse all packets of all users.
 const MIN_RELEASE: (u32, u32) = (4, 17);
-const EEXIST: i32 = 17;
-/// Errors for a table that never had a route, and for a route or an interface that is gone.
-const ENOENT: i32 = 2;
-/// `ESRCH`, `ENODEV` and `ENETDOWN`.
-const GONE: [i32; 3] = [3, 19, 100];
+/// The route or its interface is gone.
+const GONE: [i32; 3] = [ESRCH, ENODEV, ENETDOWN];
 
 /// The rules of one overlay.
 #[derive(Debug)]

@@ -1,6 +1,7 @@
 //! Captured packets and the causes that follow from them.
 
 use super::*;
+use crate::frames::SOLICITATION;
 
 const LOCAL: [u8; 4] = [192, 0, 2, 1];
 const PEER: [u8; 4] = [192, 0, 2, 2];

@@ -2,12 +2,12 @@
 
 use std::io;
 
+use nix::libc::ENOENT;
 use rtnetlink::packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 
 use super::{Kind, Nftables, Object, SUBSYSTEM, nfgenmsg};
 use crate::netlink::{MAX_DUMP_ATTEMPTS, attributes::Attributes, send_all};
 
-const ENOENT: i32 = 2;
 /// Maximum size of a dump that is kept, in bytes.
 const MAX_DUMP_BYTES: usize = 8 << 20;
 

@@ -7,7 +7,7 @@ use std::{
 
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
-use super::{INET, RECEIVE_BUFFER_BYTES};
+use super::{INET, RECEIVE_BUFFER_BYTES, nfta};
 use crate::netlink::{
     attributes, drain,
     raw::{Answer, answers},
@@ -75,7 +75,7 @@ impl Changes {
         let mut touched = false;
         // In every kind of object the first attribute is the name of the table.
         let of_table = |answer: Answer| {
-            let name = attributes::find(&answer.attributes, 1).map(attributes::text);
+            let name = attributes::find(&answer.attributes, nfta::TABLE_NAME).map(attributes::text);
             let is_it = |(family, table): &(u8, String)| {
                 answer.own[0] == *family && name == Some(table.as_str())
             };

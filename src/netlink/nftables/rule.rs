@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{IFNAMSIZ, counter, name_bytes};
+use super::{IFNAMSIZ, counter, name_bytes, nfta};
 use crate::netlink::attributes::{self, Attributes};
 
 /// The expressions of a rule, in order. Matching methods limit the rule to some packets; all must match.
@@ -62,6 +62,8 @@ const META_IIF: u32 = 4;
 const META_SKUID: u32 = 10;
 /// `NFT_META_NFTRACE`.
 const META_NFTRACE: u32 = 12;
+/// `NFT_REG_VERDICT`.
+const VERDICT_REGISTER: u32 = 0;
 /// Burst of [`Rule::limit`], in packets.
 const LIMIT_BURST: u32 = 5;
 /// Index of `lo` in every network namespace.
@@ -124,14 +126,14 @@ impl Rule {
 
     /// Matches packets whose source address is in a set of addresses of the family of `like`.
     pub fn source_inside(self, set: &str, like: IpAddr) -> Self {
-        let lookup = Attributes::new().text(1, set).be32(2, REGISTER);
+        let lookup = lookup(set);
         self.load_address(Field::Source, like).expression("lookup", &lookup)
     }
 
     /// Matches packets whose bytes at this place are in the set. A place has base, offset and length in
     /// bytes.
     pub fn inside(self, set: &str, (base, offset, length): (Base, u32, u32)) -> Self {
-        let lookup = Attributes::new().text(1, set).be32(2, REGISTER);
+        let lookup = lookup(set);
         self.load(base, offset, length).expression("lookup", &lookup)
     }
 
@@ -167,29 +169,30 @@ impl Rule {
     ) -> Self {
         let mut word = 0;
         for side in sides {
-            let name = Attributes::new().be32(1, WORDS + word).be32(2, *side as u32);
+            let name = Attributes::new()
+                .be32(nfta::META_DREG, WORDS + word)
+                .be32(nfta::META_KEY, *side as u32);
             self = self.expression("meta", &name);
             word += IFNAMSIZ as u32 / 4;
         }
         for &(base, offset, length) in places {
-            let place = Attributes::new().be32(1, WORDS + word).be32(2, base as u32);
-            self = self.expression("payload", &place.be32(3, offset).be32(4, length));
+            self = self.expression("payload", &payload(WORDS + word, base, offset, length));
             word += length.div_ceil(4);
         }
-        let lookup = Attributes::new().text(1, set).be32(2, REGISTER);
-        let lookup = if found { lookup } else { lookup.be32(5, NOT_FOUND) };
+        let lookup = lookup(set);
+        let lookup = if found { lookup } else { lookup.be32(nfta::LOOKUP_FLAGS, NOT_FOUND) };
         self.expression("lookup", &lookup)
     }
 
     /// Matches packets whose destination is not in a set of addresses of the family of `like`.
     pub fn destination_outside(self, set: &str, like: IpAddr) -> Self {
-        let lookup = Attributes::new().text(1, set).be32(2, REGISTER).be32(5, NOT_FOUND);
+        let lookup = lookup(set).be32(nfta::LOOKUP_FLAGS, NOT_FOUND);
         self.load_address(Field::Destination, like).expression("lookup", &lookup)
     }
 
     /// Matches packets for which the destination's network, of this prefix length, is not in the set.
     pub fn destination_network_outside(self, set: &str, length: u8, like: IpAddr) -> Self {
-        let lookup = Attributes::new().text(1, set).be32(2, REGISTER).be32(5, NOT_FOUND);
+        let lookup = lookup(set).be32(nfta::LOOKUP_FLAGS, NOT_FOUND);
         let mask = ipnet::IpNet::new_assert(like, length).netmask();
         let network = self.load_address(Field::Destination, like).mask(&attributes::octets(mask));
         network.expression("lookup", &lookup)
@@ -231,7 +234,7 @@ impl Rule {
 
     /// Matches this many packets per second.
     pub fn limit(self, packets: u64) -> Self {
-        Self(self.0.nest(1, &limit(packets, LIMIT_BURST)))
+        Self(self.0.nest(nfta::LIST_ELEM, &limit(packets, LIMIT_BURST)))
     }
 
     /// Matches packets of this network namespace's sockets that a user other than root has opened.
@@ -249,28 +252,23 @@ impl Rule {
     pub fn prioritize(self, bits: u32, on: bool) -> Self {
         let set = if on { bits } else { 0 };
         let changed = self.meta(META_PRIORITY).bitwise(&(!bits).to_ne_bytes(), &set.to_ne_bytes());
-        changed.expression("meta", &Attributes::new().be32(2, META_PRIORITY).be32(3, REGISTER))
+        changed.expression("meta", &set_meta(META_PRIORITY))
     }
 
     /// Turns on tracing for the packet: the kernel reports what all following rules do with it.
     pub fn trace(self) -> Self {
-        let one = Attributes::new().put(1, &[1]);
-        let loaded = Attributes::new().be32(1, REGISTER).nest(2, &one);
-        let set = Attributes::new().be32(2, META_NFTRACE).be32(3, REGISTER);
-        self.expression("immediate", &loaded).expression("meta", &set)
+        self.expression("immediate", &immediate(&[1])).expression("meta", &set_meta(META_NFTRACE))
     }
 
     /// Clears the packet's mark.
     pub fn unmark(self) -> Self {
-        let zero = Attributes::new().put(1, &0_u32.to_ne_bytes());
-        let loaded = Attributes::new().be32(1, REGISTER).nest(2, &zero);
-        let set = Attributes::new().be32(2, META_MARK).be32(3, REGISTER);
-        self.expression("immediate", &loaded).expression("meta", &set)
+        let zero = immediate(&0_u32.to_ne_bytes());
+        self.expression("immediate", &zero).expression("meta", &set_meta(META_MARK))
     }
 
     /// Counts packets and bytes.
     pub fn count(self) -> Self {
-        Self(self.0.nest(1, &counter()))
+        Self(self.0.nest(nfta::LIST_ELEM, &counter()))
     }
 
     /// Drops the packet.
@@ -280,7 +278,9 @@ impl Rule {
 
     /// Drops the packet and sends an ICMP "host unreachable" to its source.
     pub fn refuse(self) -> Self {
-        let how = Attributes::new().be32(1, BY_ICMP).put(2, &[HOST_UNREACHABLE]);
+        let how = Attributes::new()
+            .be32(nfta::REJECT_TYPE, BY_ICMP)
+            .put(nfta::REJECT_ICMP_CODE, &[HOST_UNREACHABLE]);
         self.expression("reject", &how)
     }
 
@@ -296,7 +296,7 @@ impl Rule {
 
     /// Replaces the source address by that of the output interface, with a random port.
     pub fn masquerade(self) -> Self {
-        self.expression("masq", &Attributes::new().be32(1, RANDOM_FULLY))
+        self.expression("masq", &Attributes::new().be32(nfta::MASQ_FLAGS, RANDOM_FULLY))
     }
 
     /// Returns the encoded expressions.
@@ -306,13 +306,15 @@ impl Rule {
 
     /// Loads a property of the packet into [`REGISTER`].
     fn meta(self, key: u32) -> Self {
-        self.expression("meta", &Attributes::new().be32(1, REGISTER).be32(2, key))
+        self.expression(
+            "meta",
+            &Attributes::new().be32(nfta::META_DREG, REGISTER).be32(nfta::META_KEY, key),
+        )
     }
 
     /// Loads bytes of the packet into [`REGISTER`].
     fn load(self, base: Base, offset: u32, length: u32) -> Self {
-        let place = Attributes::new().be32(1, REGISTER).be32(2, base as u32);
-        self.expression("payload", &place.be32(3, offset).be32(4, length))
+        self.expression("payload", &payload(REGISTER, base, offset, length))
     }
 
     /// Loads an address of the packet, of the family of `like`, into [`REGISTER`].
@@ -333,36 +335,71 @@ impl Rule {
 
     /// Clears the bits that are not in the mask, then flips the bits in `flip`.
     fn bitwise(self, mask: &[u8], flip: &[u8]) -> Self {
-        let value = |bytes: &[u8]| Attributes::new().put(1, bytes);
-        let registers = Attributes::new().be32(1, REGISTER).be32(2, REGISTER);
-        let length = registers.be32(3, mask.len() as u32);
-        self.expression("bitwise", &length.nest(4, &value(mask)).nest(5, &value(flip)))
+        let registers = Attributes::new()
+            .be32(nfta::BITWISE_SREG, REGISTER)
+            .be32(nfta::BITWISE_DREG, REGISTER)
+            .be32(nfta::BITWISE_LEN, mask.len() as u32);
+        let masks =
+            registers.nest(nfta::BITWISE_MASK, &data(mask)).nest(nfta::BITWISE_XOR, &data(flip));
+        self.expression("bitwise", &masks)
     }
 
     /// Compares [`REGISTER`] with a value.
     fn compare(self, operator: u32, value: &[u8]) -> Self {
-        let value = Attributes::new().put(1, value);
-        self.expression(
-            "cmp",
-            &Attributes::new().be32(1, REGISTER).be32(2, operator).nest(3, &value),
-        )
+        let operands =
+            Attributes::new().be32(nfta::CMP_SREG, REGISTER).be32(nfta::CMP_OP, operator);
+        self.expression("cmp", &operands.nest(nfta::CMP_DATA, &data(value)))
     }
 
     /// Ends the rule with a verdict.
     fn verdict(self, code: u32) -> Self {
-        let verdict = Attributes::new().nest(2, &Attributes::new().be32(1, code));
-        self.expression("immediate", &Attributes::new().be32(1, 0).nest(2, &verdict))
+        let code = Attributes::new().be32(nfta::VERDICT_CODE, code);
+        let verdict = Attributes::new().nest(nfta::DATA_VERDICT, &code);
+        let loaded = Attributes::new().be32(nfta::IMMEDIATE_DREG, VERDICT_REGISTER);
+        self.expression("immediate", &loaded.nest(nfta::IMMEDIATE_DATA, &verdict))
     }
 
     /// Appends an expression.
     fn expression(self, name: &str, data: &Attributes) -> Self {
-        Self(self.0.nest(1, &Attributes::new().text(1, name).nest(2, data)))
+        let expression = Attributes::new().text(nfta::EXPR_NAME, name).nest(nfta::EXPR_DATA, data);
+        Self(self.0.nest(nfta::LIST_ELEM, &expression))
     }
 }
 
 /// Returns an expression that matches at most this many packets per second, and this many at once.
 pub fn limit(packets: u64, burst: u32) -> Attributes {
     let (rate, second) = (packets.to_be_bytes(), 1_u64.to_be_bytes());
-    let data = Attributes::new().put(1, &rate).put(2, &second).be32(3, burst);
-    Attributes::new().text(1, "limit").nest(2, &data)
+    let rates = Attributes::new().put(nfta::LIMIT_RATE, &rate).put(nfta::LIMIT_UNIT, &second);
+    let limit = rates.be32(nfta::LIMIT_BURST, burst);
+    Attributes::new().text(nfta::EXPR_NAME, "limit").nest(nfta::EXPR_DATA, &limit)
+}
+
+/// Returns bytes as the value of an expression.
+fn data(bytes: &[u8]) -> Attributes {
+    Attributes::new().put(nfta::DATA_VALUE, bytes)
+}
+
+/// Returns the data of an expression that loads these bytes into [`REGISTER`].
+fn immediate(bytes: &[u8]) -> Attributes {
+    let loaded = Attributes::new().be32(nfta::IMMEDIATE_DREG, REGISTER);
+    loaded.nest(nfta::IMMEDIATE_DATA, &data(bytes))
+}
+
+/// Returns the data of an expression that looks up [`REGISTER`] in a set.
+fn lookup(set: &str) -> Attributes {
+    Attributes::new().text(nfta::LOOKUP_SET, set).be32(nfta::LOOKUP_SREG, REGISTER)
+}
+
+/// Returns the data of an expression that loads bytes of the packet into a register.
+fn payload(register: u32, base: Base, offset: u32, length: u32) -> Attributes {
+    Attributes::new()
+        .be32(nfta::PAYLOAD_DREG, register)
+        .be32(nfta::PAYLOAD_BASE, base as u32)
+        .be32(nfta::PAYLOAD_OFFSET, offset)
+        .be32(nfta::PAYLOAD_LEN, length)
+}
+
+/// Returns the data of an expression that sets a property of the packet to [`REGISTER`].
+fn set_meta(key: u32) -> Attributes {
+    Attributes::new().be32(nfta::META_KEY, key).be32(nfta::META_SREG, REGISTER)
 }

@@ -10,7 +10,6 @@ use crate::{
     dataplane::{
         audit::{Cause, Evidence, Expected, InterfaceState, Kind, Lookup, LookupResult},
         desired::{Desired, ROUTE_PROTOCOL},
-        kernel::sysctl,
     },
     model::Condition,
     netlink::{
@@ -18,6 +17,7 @@ use crate::{
         link::Link,
         route::{Entry, MAIN, Query, Refusal, RouteLookup, Rule, THROW},
     },
+    sysctl,
 };
 
 /// `rp_filter` in strict mode (RFC 3704, strict).

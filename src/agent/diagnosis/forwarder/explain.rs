@@ -21,11 +21,12 @@ use crate::{
     },
     dataplane::{
         forwarding::{Direction, Transport, Way},
-        kernel::{ClosedPort, FirewallTable, LostPackets, open_port, sysctl},
+        kernel::{ClosedPort, FirewallTable, LostPackets, open_port},
         silence::DroppingRule,
     },
     model::{Problem, ProblemCode},
     netlink::{Netlink, link::Link},
+    sysctl,
 };
 
 /// Files that list the tables of iptables-legacy, with the command.
@@ -202,7 +203,7 @@ enum Bridged {
 
 /// Returns whether rules may drop packets between ports of the bridge, for IPv4 and IPv6.
 pub fn are_bridged_filtered(netlink: &mut Netlink, setting: &Setting) -> [bool; 2] {
-    let by_rules = go_through_rules(netlink, bridge_name(setting));
+    let by_rules = go_through_rules(netlink, &setting.bridge);
     [true, false]
         .map(|ipv4| by_rules[usize::from(!ipv4)] || !chains_between(setting, ipv4).is_empty())
 }
@@ -222,7 +223,7 @@ fn finding(setting: &Setting, ipv4: bool) -> Problem {
         causes.push(format!(
             "no rule was found that says so; look at nft list ruleset (families bridge and netdev), \
              ebtables-legacy -L, arptables-legacy -L, bridge -d link show and bpftool net show dev {}",
-            bridge_name(setting)
+            &setting.bridge
         ));
     }
     let family = family_name(ipv4);
@@ -286,7 +287,7 @@ fn bridged(setting: &Setting, ipv4: bool) -> String {
         let sysctl = format!("net.bridge.bridge-nf-call-{name}");
         (format!("{sysctl} is 1"), format!("sysctl -w {sysctl}=0"))
     } else {
-        let bridge = bridge_name(setting);
+        let bridge = &setting.bridge;
         let key = name.replace("ip", "nf_call_ip");
         (format!("{key} of {bridge} is 1"), format!("ip link set {bridge} type bridge {key} 0"))
     };
@@ -383,7 +384,7 @@ fn suspects(
     reasons.extend(networks.iter().flat_map(|network| iptables_legacy::around_pods(*network)));
     let is_on_the_way = |link: &&Link| {
         link.index == setting.device
-            || link.name == bridge_name(setting)
+            || link.name == setting.bridge
             || Some(link.index) == port
             || setting.is_remote_lost && link.index == setting.underlay
     };
@@ -415,7 +416,7 @@ fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) ->
     }
     let is_on_the_way = |link: &&Link| {
         [setting.device, setting.underlay].contains(&link.index)
-            || link.name == bridge_name(setting)
+            || link.name == setting.bridge
             || Some(link.index) == port
     };
     let on_the_way: Vec<&Link> = links.iter().filter(is_on_the_way).collect();
@@ -468,14 +469,4 @@ pub fn input(setting: &Setting) -> Vec<Problem> {
 /// Returns whether the host is known to forward no packets of a family.
 pub fn is_forwarding_off(ipv4: bool) -> bool {
     sysctl::is_off(if ipv4 { "net/ipv4/ip_forward" } else { "net/ipv6/conf/all/forwarding" })
-}
-
-/// Returns the name of the pods' bridge.
-pub fn bridge_name(setting: &Setting) -> &str {
-    &setting.bridge
-}
-
-/// Returns the interface index of the pods' bridge.
-pub fn index_of_bridge(netlink: &mut Netlink, setting: &Setting) -> Option<u32> {
-    netlink.link(bridge_name(setting)).ok()?.map(|link| link.index)
 }

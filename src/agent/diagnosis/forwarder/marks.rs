@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Setting, explain::index_of_bridge};
+use super::Setting;
 use crate::{
     dataplane::audit::likely_program,
     model::Transport,
@@ -78,7 +78,7 @@ fn ways_of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Opt
     let vteps = setting.peers.iter().filter(|peer| peer.tunnelled).flat_map(|peer| &peer.vteps);
     let peer = vteps.copied().find(of_family)?;
     let pod = setting.shape.iter().flat_map(|shape| shape.addresses.iter()).find(of_family)?;
-    let bridge = index_of_bridge(netlink, setting)?;
+    let bridge = netlink.link(&setting.bridge).ok()??.index;
     Some([
         (Query::forwarded(pod, peer, bridge), setting.device),
         (Query::forwarded(peer, pod, setting.device), bridge),

@@ -5,10 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{
-    Setting,
-    explain::{bridge_name, translating},
-};
+use super::{Setting, explain::translating};
 use crate::{
     agent::{
         diagnosis::{hooks, iptables_legacy},
@@ -34,7 +31,7 @@ pub fn untried(setting: &Setting, why: &str) -> Vec<Problem> {
     let mut notices = vec![Problem::new(ProblemCode::Untested, Problem::HOST, what, "").notice()];
     notices.extend(conntrack::full_table_problem().map(Problem::notice));
     let networks: Vec<IpNet> = setting.networks.iter().collect();
-    let bridge = bridge_name(setting);
+    let bridge = &setting.bridge;
     notices.extend(
         networks.iter().flat_map(|network| iptables_legacy::closed_policies(*network, bridge)),
     );
@@ -64,7 +61,7 @@ pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> Problem {
 /// Describes eBPF programs at the overlay's interfaces, which may drop packets that no trial sends.
 pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<Problem> {
     let mut notices = Vec::new();
-    for name in [&setting.device_name, bridge_name(setting)] {
+    for name in [&setting.device_name, &setting.bridge] {
         let link = netlink.link(name).ok().flatten();
         let found = link.map(|link| hooks::programs(netlink, &link)).unwrap_or_default();
         notices.extend(found.into_iter().map(|program| {

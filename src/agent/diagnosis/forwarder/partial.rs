@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::{Setting, explain::bridge_name, marks, setting::Peer};
+use super::{Setting, marks, setting::Peer};
 use crate::{
     agent::diagnosis::iptables_legacy,
     dataplane::kernel::{Act, FirewallTable, ForeignRules, Partial, Traffic, Way},
@@ -48,7 +48,7 @@ fn all_notices(
     let legacy = families.into_iter().flat_map(iptables_legacy::all_tables).collect();
     let Ok(mut rules) = table.foreign_rules(legacy) else { return Vec::new() };
     let links = netlink.links().unwrap_or_default();
-    let bridge = links.iter().find(|link| link.name == bridge_name(setting));
+    let bridge = links.iter().find(|link| link.name == setting.bridge);
     let named = |link: &Link| (link.index, link.name.clone());
     let inside = bridge.map(named);
     let ways_by = |outside: (u32, String)| {

@@ -7,7 +7,10 @@ use std::{
     os::fd::AsRawFd as _,
 };
 
-use nix::sys::socket::{SockaddrStorage, recvfrom};
+use nix::{
+    libc::{EMSGSIZE, EPERM},
+    sys::socket::{SockaddrStorage, recvfrom},
+};
 use socket2::Socket;
 
 use crate::{
@@ -25,8 +28,6 @@ use crate::{
 
 /// Bytes read of a packet of a trial.
 const MAX_READ: usize = 128;
-const EPERM: i32 = 1;
-const EMSGSIZE: i32 = 90;
 
 /// The sockets of one pod and address family.
 pub struct PodSockets {

@@ -11,8 +11,7 @@ use socket2::{SockFilter, Socket, Type};
 use super::pod::drain;
 use crate::{
     agent::diagnosis::packet_filter::{step, when},
-    dataplane::silence::ARP,
-    frames::{self, IPV6, packet_socket, sender_at},
+    frames::{self, ARP, IPV6, packet_socket, sender_at},
     model::Mac,
     pods::standin::{INNER, StandIn, mate_mac},
 };

@@ -92,7 +92,7 @@ impl Agent {
     /// Passes the current setting to the thread.
     pub(in crate::agent) fn update_forwarder(&mut self) {
         let setting = self.forwarder_setting();
-        self.forwarder.set(setting);
+        self.monitors.forwarder.set(setting);
     }
 
     fn forwarder_setting(&self) -> Option<Setting> {

@@ -3,7 +3,13 @@
 
 use std::io;
 
-use super::{gateway::Gateway, own_host::HostTrial, trial::Sockets};
+use super::{
+    ForwarderEvent, TrialRunner,
+    gateway::Gateway,
+    no_trial::{NoTrial, no_bridge},
+    own_host::HostTrial,
+    trial::Sockets,
+};
 use crate::{
     netlink::Netlink,
     pods::standin::{Room, Shape, StandIn},
@@ -87,4 +93,28 @@ fn open(
     shape: &Shape,
 ) -> io::Result<(Sockets, Gateway)> {
     Ok((Sockets::open(standin, mate, shape)?, Gateway::open(standin, shape)?))
+}
+
+impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
+    /// Takes the stage, and sets it up again if the kernel no longer has it.
+    pub(super) fn take_stage(
+        &mut self,
+        shape: &Shape,
+        with_mate: bool,
+        foreign: Option<&str>,
+    ) -> Result<Stage, NoTrial> {
+        let is_right = match &self.stage {
+            Some(stage) => stage.is(&mut self.netlink, shape, with_mate)?,
+            None => false,
+        };
+        if !is_right {
+            self.remove_stage();
+            let set = Stage::set(&mut self.netlink, shape, with_mate)?;
+            if let Some(stage) = &set {
+                (self.tell)(ForwarderEvent::Room(Some(stage.room())));
+            }
+            self.stage = set;
+        }
+        self.stage.take().ok_or_else(|| no_bridge(foreign))
+    }
 }

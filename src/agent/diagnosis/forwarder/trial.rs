@@ -191,31 +191,32 @@ impl Trial<'_> {
         }
     }
 
+    /// Returns the peers whose turn it is, with their overlay addresses of this family.
+    fn chosen_peers(&self, is_ipv4: bool, is_tunnelled: bool) -> Vec<(&Peer, IpAddr)> {
+        let of_family =
+            |peer: &Peer| peer.vteps.iter().find(|vtep| vtep.is_ipv4() == is_ipv4).copied();
+        // Packets of a family leave by one device.
+        let peers = self.setting.peers.iter().filter(|peer| peer.tunnelled == is_tunnelled);
+        let peers: Vec<(&Peer, IpAddr)> =
+            peers.filter_map(|peer| Some((peer, of_family(peer)?))).collect();
+        let start = self.turn.wrapping_mul(MAX_PEERS_PER_TRIAL) % peers.len().max(1);
+        let count = MAX_PEERS_PER_TRIAL.min(peers.len());
+        peers.iter().cycle().skip(start).take(count).copied().collect()
+    }
+
     fn checks(&self, is_tunnelled: bool) -> io::Result<Vec<Check<'_>>> {
         let random = || random::<NONCE_LEN>().map_err(io::Error::other);
         let mut checks = Vec::new();
         for sockets in &self.sockets.0 {
             let FamilySockets { family, pod, home, mate } = sockets;
             let is_ipv4 = pod.address.is_ipv4();
-            let of_family =
-                |peer: &Peer| peer.vteps.iter().find(|vtep| vtep.is_ipv4() == is_ipv4).copied();
-            // Packets of a family leave by one device.
-            let peers = self.setting.peers.iter().filter(|peer| peer.tunnelled == is_tunnelled);
-            let peers: Vec<(&Peer, IpAddr)> =
-                peers.filter_map(|peer| Some((peer, of_family(peer)?))).collect();
             let [between4, between6] = self.between;
             let tries_between = if is_ipv4 { between4 } else { between6 };
             let mate = mate.as_ref().filter(|_| tries_between);
-            if peers.is_empty() && mate.is_none() {
+            let chosen = self.chosen_peers(is_ipv4, is_tunnelled);
+            if chosen.is_empty() && mate.is_none() {
                 continue;
             }
-            let start = self.turn.wrapping_mul(MAX_PEERS_PER_TRIAL) % peers.len().max(1);
-            let chosen: Vec<_> = peers
-                .iter()
-                .cycle()
-                .skip(start)
-                .take(MAX_PEERS_PER_TRIAL.min(peers.len()))
-                .collect();
             let [a, b, ..] = random()?;
             let asker = ProbeIdentity { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
             family.filter(home, asker, false)?;
@@ -227,29 +228,29 @@ impl Trial<'_> {
             let fresh = u16::from_ne_bytes([a, b]) | 0x8000;
             let probe =
                 |transport, from, to, ports, nonce| Probe { transport, from, to, ports, nonce };
+            let of_each = |from, to, ports: [[u16; 2]; 2], nonce| {
+                let transports = Transport::ALL.into_iter().zip(ports);
+                transports.map(move |(transport, ports)| probe(transport, from, to, ports, nonce))
+            };
             // Size of a packet from the pod that does not fit.
             let carried = self.setting.carried + MTU_EXCESS / 2;
             let through = chosen.iter().find(|(peer, _)| peer.tunnelled);
             let incoming = through.into_iter().flat_map(|(peer, vtep)| {
                 let ports = [[UNUSED, pod.port], [fresh, UNUSED]];
-                Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| TunneledProbe {
-                    vni: self.setting.vni,
-                    macs: [peer.mac, self.setting.mac],
-                    probe: probe(transport, *vtep, pod.address, ports, inwards),
+                let (vni, macs) = (self.setting.vni, [peer.mac, self.setting.mac]);
+                of_each(*vtep, pod.address, ports, inwards).map(move |probe| TunneledProbe {
+                    vni,
+                    macs,
+                    probe,
                 })
             });
             let outgoing = chosen.iter().flat_map(|(_, vtep)| {
                 let ports = [[pod.port, UNUSED_OUT], [fresh, UNUSED_OUT]];
-                Transport::ALL
-                    .into_iter()
-                    .zip(ports)
-                    .map(|(transport, ports)| probe(transport, pod.address, *vtep, ports, outwards))
+                of_each(pod.address, *vtep, ports, outwards)
             });
             let to_mate = mate.into_iter().flat_map(|(mate, _)| {
                 let ports = [[pod.port, mate.port], [fresh, UNUSED]];
-                Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| {
-                    probe(transport, pod.address, mate.address, ports, sideways)
-                })
+                of_each(pod.address, mate.address, ports, sideways)
             });
             checks.push(Check {
                 sockets,

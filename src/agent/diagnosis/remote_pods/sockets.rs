@@ -205,91 +205,111 @@ impl RoomSockets {
     /// Passes everything received to `give`, and answers a probe if `give` returns `true`.
     pub fn receive_all(&mut self, mut give: impl FnMut(SocketEvent) -> bool) {
         for sockets in &mut self.families {
-            let FamilySockets { address, echoes, asking, segments, listener, .. } = sockets;
-            let (echoes_taken, segments_taken) =
-                (&mut sockets.echoes_taken, &mut sockets.segments_taken);
-            let ipv4 = address.is_ipv4();
-            for _ in 0..MAX_PER_PASS {
-                let received = receive(echoes, &mut self.buffer);
-                if echoes_taken.note(&received) {
-                    give(SocketEvent::Overflow);
-                }
-                let Ok(Received { length, from, segment }) = received else { break };
-                let Some(from) = from else { continue };
-                let Some(mut rest) = self.buffer.get_mut(..length) else { continue };
-                loop {
-                    let datagram = rest.len().min(segment.unwrap_or(length));
-                    let Some((MessageType::Question, kind, round)) = read(&rest[..datagram]) else {
-                        break;
-                    };
-                    let size = if kind.segments() > 1 { rest.len() } else { datagram };
-                    let (payload, others) = std::mem::take(&mut rest).split_at_mut(size);
-                    rest = others;
-                    let sort = Sort { ipv4, kind };
-                    if give(SocketEvent::Question { from: from.ip(), round, sort }) {
-                        answer(payload);
-                        let sent = send_segmented(echoes, payload, from, datagram).or_else(|_| {
-                            send_segmented(echoes, &payload[..datagram], from, datagram)
-                        });
-                        if let Err(error) = sent {
-                            tracing::trace!(%error, %from, "not answered");
-                        }
-                    }
-                }
-            }
-            for _ in 0..MAX_PER_PASS {
-                let Ok((length, from)) = asking.recv_from(&mut self.buffer) else { break };
-                if let Some((MessageType::Answer, kind, round)) = read(&self.buffer[..length])
-                    && from.port() == FAR_PORT
-                {
-                    give(SocketEvent::Answer { from: from.ip(), round, kind });
-                }
-            }
-            for _ in 0..MAX_PER_PASS {
-                let Ok((connection, _)) = listener.accept() else { break };
-                // Closed with a reset, so that the kernel keeps no state of it.
-                let _ = connection.set_linger(Some(Duration::ZERO));
-            }
-            for _ in 0..MAX_PER_PASS {
-                let mut packet = [0; HEADERS_LEN];
-                let received = receive(segments, &mut packet);
-                if segments_taken.note(&received) {
-                    give(SocketEvent::Overflow);
-                }
-                let Ok(Received { length, from, .. }) = received else { break };
-                let Some(from) = from.map(|from| from.ip()) else { continue };
-                let packet = &packet[..length.min(HEADERS_LEN)];
-                let kind = Kind::Segment;
-                match raw_tcp::segment(*address, packet).and_then(far_segment) {
-                    // The kernel itself answers the segment.
-                    Some(Segment::Question(round)) => {
-                        give(SocketEvent::Question { from, round, sort: Sort { ipv4, kind } });
-                    }
-                    Some(Segment::Answer(round)) => {
-                        _ = give(SocketEvent::Answer { from, round, kind })
-                    }
-                    None => {}
-                }
-            }
-            let kind = Kind::Data;
-            let sort = Sort { ipv4, kind };
-            let is_full = sockets
-                .incoming
-                .advance(|from, round| give(SocketEvent::Question { from, round, sort }));
-            if is_full {
-                give(SocketEvent::Overflow);
-            }
-            sockets.outgoing.advance(|event| {
-                give(match event {
-                    Event::Connected(to, round) => SocketEvent::Connected { to, round },
-                    Event::Answered(from, round) => SocketEvent::Answer { from, round, kind },
-                });
-            });
+            sockets.receive_questions(&mut self.buffer, &mut give);
+            sockets.receive_answers(&mut self.buffer, &mut give);
+            sockets.refuse_connections();
+            sockets.receive_segments(&mut give);
+            sockets.advance_streams(&mut give);
         }
     }
 }
 
 impl FamilySockets {
+    /// Receives probes in datagrams, and answers those that `give` accepts.
+    fn receive_questions(&mut self, buffer: &mut [u8], give: &mut impl FnMut(SocketEvent) -> bool) {
+        let ipv4 = self.address.is_ipv4();
+        for _ in 0..MAX_PER_PASS {
+            let received = receive(&self.echoes, buffer);
+            if self.echoes_taken.note(&received) {
+                give(SocketEvent::Overflow);
+            }
+            let Ok(Received { length, from, segment }) = received else { break };
+            let Some(from) = from else { continue };
+            let Some(mut rest) = buffer.get_mut(..length) else { continue };
+            loop {
+                let datagram = rest.len().min(segment.unwrap_or(length));
+                let Some((MessageType::Question, kind, round)) = read(&rest[..datagram]) else {
+                    break;
+                };
+                let size = if kind.segments() > 1 { rest.len() } else { datagram };
+                let (payload, others) = std::mem::take(&mut rest).split_at_mut(size);
+                rest = others;
+                let sort = Sort { ipv4, kind };
+                if give(SocketEvent::Question { from: from.ip(), round, sort }) {
+                    answer(payload);
+                    let sent =
+                        send_segmented(&self.echoes, payload, from, datagram).or_else(|_| {
+                            send_segmented(&self.echoes, &payload[..datagram], from, datagram)
+                        });
+                    if let Err(error) = sent {
+                        tracing::trace!(%error, %from, "not answered");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Receives answers to this host's datagrams.
+    fn receive_answers(&mut self, buffer: &mut [u8], give: &mut impl FnMut(SocketEvent) -> bool) {
+        for _ in 0..MAX_PER_PASS {
+            let Ok((length, from)) = self.asking.recv_from(buffer) else { break };
+            if let Some((MessageType::Answer, kind, round)) = read(&buffer[..length])
+                && from.port() == FAR_PORT
+            {
+                give(SocketEvent::Answer { from: from.ip(), round, kind });
+            }
+        }
+    }
+
+    /// Closes connections with a reset, so that the kernel keeps no state of them.
+    fn refuse_connections(&self) {
+        for _ in 0..MAX_PER_PASS {
+            let Ok((connection, _)) = self.listener.accept() else { break };
+            let _ = connection.set_linger(Some(Duration::ZERO));
+        }
+    }
+
+    /// Receives probes and answers in TCP segments.
+    fn receive_segments(&mut self, give: &mut impl FnMut(SocketEvent) -> bool) {
+        let ipv4 = self.address.is_ipv4();
+        for _ in 0..MAX_PER_PASS {
+            let mut packet = [0; HEADERS_LEN];
+            let received = receive(&self.segments, &mut packet);
+            if self.segments_taken.note(&received) {
+                give(SocketEvent::Overflow);
+            }
+            let Ok(Received { length, from, .. }) = received else { break };
+            let Some(from) = from.map(|from| from.ip()) else { continue };
+            let packet = &packet[..length.min(HEADERS_LEN)];
+            let kind = Kind::Segment;
+            match raw_tcp::segment(self.address, packet).and_then(far_segment) {
+                // The kernel itself answers the segment.
+                Some(Segment::Question(round)) => {
+                    give(SocketEvent::Question { from, round, sort: Sort { ipv4, kind } });
+                }
+                Some(Segment::Answer(round)) => _ = give(SocketEvent::Answer { from, round, kind }),
+                None => {}
+            }
+        }
+    }
+
+    /// Advances the connections that carry data.
+    fn advance_streams(&mut self, give: &mut impl FnMut(SocketEvent) -> bool) {
+        let (ipv4, kind) = (self.address.is_ipv4(), Kind::Data);
+        let sort = Sort { ipv4, kind };
+        let is_full =
+            self.incoming.advance(|from, round| give(SocketEvent::Question { from, round, sort }));
+        if is_full {
+            give(SocketEvent::Overflow);
+        }
+        self.outgoing.advance(|event| {
+            give(match event {
+                Event::Connected(to, round) => SocketEvent::Connected { to, round },
+                Event::Answered(from, round) => SocketEvent::Answer { from, round, kind },
+            });
+        });
+    }
+
     /// Attaches filters so that unrelated packets fill neither the buffers nor the connection queue.
     fn admit(&self, sources: &[Sources], round: Option<u32>) -> io::Result<()> {
         let is_of_family = |sources: &&Sources| sources.is_ipv4() == self.address.is_ipv4();

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::libc::EINPROGRESS;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::dataplane::forwarding::{
@@ -296,7 +297,6 @@ fn nonblocking(result: io::Result<usize>) -> io::Result<Option<usize>> {
 
 /// Returns whether the operation is incomplete rather than failed.
 fn is_under_way(error: &io::Error) -> bool {
-    const EINPROGRESS: i32 = 115;
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
         || error.raw_os_error() == Some(EINPROGRESS)
 }

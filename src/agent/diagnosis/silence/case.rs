@@ -54,7 +54,7 @@ impl Agent {
     /// Orders a diagnosis if the set of silent peers has changed.
     pub(in crate::agent) fn update_silence_diagnosis(&mut self) {
         let case = self.diagnosis_case();
-        self.silence_diagnosis.set(case);
+        self.monitors.silence_diagnosis.set(case);
     }
 
     /// Stores the findings about peers that are still silent, and logs new causes.
@@ -62,9 +62,10 @@ impl Agent {
         &mut self,
         SilenceFindings { claim, verdicts }: SilenceFindings,
     ) {
-        let ordered = self.silence_diagnosis.ordered.iter().flat_map(|case| &case.suspects);
+        let ordered =
+            self.monitors.silence_diagnosis.ordered.iter().flat_map(|case| &case.suspects);
         let silent: BTreeSet<NodeId> = ordered.map(|suspect| suspect.node).collect();
-        let known = &mut self.silence_diagnosis.findings;
+        let known = &mut self.monitors.silence_diagnosis.findings;
         let mut new: Vec<Problem> = Vec::new();
         new.extend(claim.clone().filter(|_| known.claim != claim));
         known.claim = claim;

@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
 };
 
+use nix::libc::{EINVAL, EPERM};
 use rtnetlink::packet_route::{link::LinkAttribute, neighbour::NeighbourState};
 use socket2::SockRef;
 
@@ -29,10 +30,6 @@ use crate::{
     },
 };
 
-/// `EPERM`: a rule or a program refused the packet.
-const EPERM: i32 = 1;
-/// `EINVAL`: see [`PeerRoutes::filtered`].
-const EINVAL: i32 = 22;
 /// A VXLAN header without the I flag: every device drops the packet (RFC 7348, section 5).
 const INVALID_VXLAN_HEADER: [u8; 8] = [0; 8];
 /// Value of `rp_filter` for strict mode (RFC 3704).

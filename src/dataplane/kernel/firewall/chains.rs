@@ -6,17 +6,18 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::{append, create};
 use crate::{
     dataplane::{
         firewall::{Firewall, Guard, Leases},
-        kernel::sets::Elements,
+        kernel::{
+            sets::{self, Elements},
+            steps::{append, create},
+        },
     },
     netlink::{
-        attributes::{self, Attributes},
+        attributes,
         nftables::{
-            Base, Field, IFNAMSIZ, Kind, Rule, SET_EXPRESSION, Side, Step, base_chain, counter,
-            name_bytes,
+            Base, Field, IFNAMSIZ, Kind, Rule, Side, Step, base_chain, counter, name_bytes, nfta,
         },
     },
     pods::{bridge::PREFIX, wiring::LINK_NAME_LEN},
@@ -118,11 +119,10 @@ pub(super) fn add_sets(table: &str, elements: &Elements, steps: &mut Vec<Step>) 
             set if set.ends_with('4') => (7, 4),
             _ => (8, 16),
         };
-        let named = Attributes::new().text(1, table).text(2, set);
-        let of_keys = named.be32(3, 0).be32(4, kind).be32(5, length).be32(10, id);
+        let of_keys = sets::definition(table, set, (kind, length), id);
         let set = match MEMBERS.contains(set) {
             // Each element counts the packets that match it; kernels before 5.7 ignore the counter.
-            true => of_keys.nest(SET_EXPRESSION, &counter()),
+            true => of_keys.nest(nfta::SET_EXPR, &counter()),
             false => of_keys,
         };
         steps.push(create(Kind::NewSet, set));

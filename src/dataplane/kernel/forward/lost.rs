@@ -9,11 +9,11 @@ use super::{INET, IP, IP6};
 use crate::{
     dataplane::{
         forwarding::{FAR_DATA_PORT, FAR_PORT, Transport, UNUSED, UNUSED_OUT},
-        kernel::rules::{expressions, number},
+        kernel::rules::{compared_value, expressions, number},
     },
     netlink::{
         attributes::{self, octets},
-        nftables::Object,
+        nftables::{Object, nfta},
     },
 };
 
@@ -72,16 +72,20 @@ impl LostPackets {
         for (name, data) in expressions(rule) {
             let get = |attribute| number(attributes::find(data, attribute));
             match name {
-                "meta" if get(3).is_none() => last = get(1).zip(of_meta(family, get(2))),
-                "payload" if get(5).is_none() => {
-                    let place = [get(2), get(3), get(4)].map(Option::unwrap_or_default);
-                    last = get(1).zip(of_payload(is_ipv4, place));
+                "meta" if get(nfta::META_SREG).is_none() => {
+                    last = get(nfta::META_DREG).zip(of_meta(family, get(nfta::META_KEY)));
                 }
-                "cmp" if get(2) == Some(EQUAL) => {
-                    let compared = last.filter(|(register, _)| get(1) == Some(*register));
-                    let value =
-                        attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
-                    let (Some((_, loaded)), Some(value)) = (compared, value) else { continue };
+                "payload" if get(nfta::PAYLOAD_SREG).is_none() => {
+                    let place = [nfta::PAYLOAD_BASE, nfta::PAYLOAD_OFFSET, nfta::PAYLOAD_LEN];
+                    let place = place.map(|attribute| get(attribute).unwrap_or_default());
+                    last = get(nfta::PAYLOAD_DREG).zip(of_payload(is_ipv4, place));
+                }
+                "cmp" if get(nfta::CMP_OP) == Some(EQUAL) => {
+                    let compared =
+                        last.filter(|(register, _)| get(nfta::CMP_SREG) == Some(*register));
+                    let (Some((_, loaded)), Some(value)) = (compared, compared_value(data)) else {
+                        continue;
+                    };
                     if loaded == Loaded::Family {
                         is_ipv4 = is_ipv4.or(of_family(value));
                     } else if self.differs(loaded, value) {

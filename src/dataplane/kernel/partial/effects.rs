@@ -5,15 +5,18 @@ use std::fs;
 
 use super::{
     super::rules::{
-        self, expressions, number, text_of, translates_destination, translates_source, verdict_of,
+        self, expressions, number, text_of, translates_destination, translates_source, value,
+        verdict_in, verdict_of,
     },
     matches::{byte, half, word},
-    reader::value,
     reading::{Change, Context, Verdict},
     selection::MarkedPackets,
     sets::{Data, SetName},
 };
-use crate::netlink::{attributes, nftables::Object};
+use crate::netlink::{
+    attributes,
+    nftables::{Object, nfta},
+};
 
 /// `NFT_META_MARK` and `NFT_CT_MARK`.
 const META_MARK: u32 = 3;
@@ -22,6 +25,8 @@ const CT_MARK: u32 = 3;
 const NETWORK: u32 = 1;
 const TTL_AT: u32 = 8;
 const HOP_LIMIT_AT: u32 = 7;
+/// `NFT_QUEUE_FLAG_BYPASS`.
+const QUEUE_BYPASS: u16 = 1;
 /// Table of the queues that have a listener; the first column is the queue's number.
 const QUEUES: &str = "/proc/thread-self/net/netfilter/nfnetlink_queue";
 
@@ -44,8 +49,8 @@ pub fn of_rule(rule: &Object) -> Verdict {
     for (name, data) in expressions(rule) {
         let of = match name {
             "immediate" => verdict_of(data).and_then(|code| {
-                let inner = attributes::find(attributes::find(data, 2)?, 2)?;
-                verdict(code, attributes::find(inner, 2).map(attributes::text))
+                let chain = attributes::find(verdict_in(data)?, nfta::VERDICT_CHAIN);
+                verdict(code, chain.map(attributes::text))
             }),
             "reject" => Some(Verdict::Reject),
             // No further rule of the hook sees a translated packet.
@@ -57,11 +62,14 @@ pub fn of_rule(rule: &Object) -> Verdict {
                         .copied()
                         .map(u16::from_be_bytes)
                 };
-                number(1).and_then(|first| {
-                    queued(first, number(2).unwrap_or(1), number(3).unwrap_or(0) & 1 != 0)
+                number(nfta::QUEUE_NUM).and_then(|first| {
+                    let total = number(nfta::QUEUE_TOTAL).unwrap_or(1);
+                    queued(first, total, number(nfta::QUEUE_FLAGS).unwrap_or(0) & QUEUE_BYPASS != 0)
                 })
             }
-            "target" => target(text_of(data), attributes::find(data, 3).unwrap_or_default()),
+            "target" => {
+                target(text_of(data), attributes::find(data, nfta::TARGET_INFO).unwrap_or_default())
+            }
             _ => None,
         };
         found = of.unwrap_or(found);
@@ -104,7 +112,7 @@ pub fn changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
         changes.push(Change::Source);
     }
     for (name, data) in expressions(rule) {
-        let info = attributes::find(data, 3).unwrap_or_default();
+        let info = attributes::find(data, nfta::TARGET_INFO).unwrap_or_default();
         let word = |at| word(info, at).unwrap_or_default();
         match text_of(data).filter(|_| name == "target") {
             Some("MARK") => {
@@ -114,7 +122,7 @@ pub fn changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
             }
             Some("CONNMARK") => {
                 // The second revision of the struct has a shift before the mode.
-                let is_second = number(attributes::find(data, 2)) == Some(2);
+                let is_second = number(attributes::find(data, nfta::TARGET_REV)) == Some(2);
                 let mode = byte(info, if is_second { 14 } else { 12 }).unwrap_or_default();
                 changes.extend(connection_mark(context, mode, [word(0), word(4), word(8)]));
             }
@@ -160,42 +168,48 @@ fn register_changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
         };
         match name {
             "immediate" => {
-                bytes = value(attributes::find(data, 2)).map(<[u8]>::to_vec);
-                held = word(2).map(|mark| vec![MarkedPackets { mark, what: Vec::new() }]);
+                bytes = value(attributes::find(data, nfta::IMMEDIATE_DATA)).map(<[u8]>::to_vec);
+                held = word(nfta::IMMEDIATE_DATA)
+                    .map(|mark| vec![MarkedPackets { mark, what: Vec::new() }]);
             }
-            "meta" if get(3).is_some() => {
-                if get(2) == Some(META_MARK) {
+            "meta" if get(nfta::META_SREG).is_some() => {
+                if get(nfta::META_KEY) == Some(META_MARK) {
                     changes.extend(sets(&held, false));
                 }
             }
-            "ct" if get(4).is_some() => {
-                if get(2) == Some(CT_MARK) {
+            "ct" if get(nfta::CT_SREG).is_some() => {
+                if get(nfta::CT_KEY) == Some(CT_MARK) {
                     changes.extend(sets(&held, true));
                 }
             }
-            "payload" if get(5).is_some() => {
-                changes.extend(written_ttl((get(2), get(3), get(4)), bytes.as_deref()));
+            "payload" if get(nfta::PAYLOAD_SREG).is_some() => {
+                let place =
+                    (get(nfta::PAYLOAD_BASE), get(nfta::PAYLOAD_OFFSET), get(nfta::PAYLOAD_LEN));
+                changes.extend(written_ttl(place, bytes.as_deref()));
             }
             "meta" => {
                 let known = || [unmarked(), context.marks.packets.clone()].concat();
-                held = (get(2) == Some(META_MARK)).then(known);
+                held = (get(nfta::META_KEY) == Some(META_MARK)).then(known);
             }
             "ct" => {
                 let known = || [unmarked(), context.marks.restored()].concat();
-                held = (get(2) == Some(CT_MARK)).then(known);
+                held = (get(nfta::CT_KEY) == Some(CT_MARK)).then(known);
             }
             "payload" => (bytes, held) = (None, None),
             "bitwise" => {
                 // A mask on a header keeps the bits beside the new value.
-                bytes = value(attributes::find(data, 5)).map(<[u8]>::to_vec);
+                bytes = value(attributes::find(data, nfta::BITWISE_XOR)).map(<[u8]>::to_vec);
                 let change = |mut marked: MarkedPackets| {
-                    marked.mark = marked.mark & word(4)? ^ word(5)?;
+                    marked.mark =
+                        marked.mark & word(nfta::BITWISE_MASK)? ^ word(nfta::BITWISE_XOR)?;
                     Some(marked)
                 };
                 held = held.and_then(|held| held.into_iter().map(change).collect());
             }
-            "lookup" if get(3).is_some_and(|register| register != 0) => {
-                let name = attributes::find(data, 1).map(attributes::text).unwrap_or_default();
+            "lookup" if get(nfta::LOOKUP_DREG).is_some_and(|register| register != 0) => {
+                let name = attributes::find(data, nfta::LOOKUP_SET)
+                    .map(attributes::text)
+                    .unwrap_or_default();
                 let set = (context.sets)(&SetName::OfTable(name.to_owned()));
                 let mark = |data: &Option<Data>| match data {
                     Some(Data::Value(bytes)) => native(bytes),

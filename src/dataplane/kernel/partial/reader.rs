@@ -1,15 +1,17 @@
 //! Reads which packets a rule of nftables matches, as far as its form shows.
 
-use std::collections::BTreeMap;
-
 use super::{
-    super::rules::{expressions, number, text_of},
+    super::rules::{compared_value, expressions, number, text_of, value},
     effects, matches,
     reading::{Context, Reading, Verdict},
+    registers::{Loaded, Registers, Value},
     selection::{Range, Selection, Side, Traffic},
     sets::{Data, Element, SetName, limit_to_any, port_range},
 };
-use crate::netlink::{attributes, nftables::Object};
+use crate::netlink::{
+    attributes,
+    nftables::{Object, nfta},
+};
 
 /// `NFT_META_*`.
 const META_LEN: u32 = 0;
@@ -53,78 +55,6 @@ const COUNTER: u32 = 1;
 /// `NFT_LIMIT_F_INV` and `NFT_LOOKUP_F_INV`.
 const INVERTED: u32 = 1;
 
-/// The meaning of a value in a register.
-#[derive(Clone)]
-enum Loaded {
-    Unknown,
-    Interface {
-        side: Side,
-        by_name: bool,
-    },
-    Source,
-    Destination,
-    Addresses,
-    SourcePort,
-    DestinationPort,
-    DestinationType,
-    Family,
-    EtherType,
-    Protocol,
-    State,
-    Mark {
-        of_connection: bool,
-    },
-    Flags,
-    Length,
-    Content,
-    Share,
-    Amount,
-    Time,
-    /// The DSCP, with the bits beside it.
-    Class,
-}
-
-/// A value in registers: its length in bytes, and the mask that was applied.
-#[derive(Clone)]
-struct Value<'a> {
-    loaded: Loaded,
-    bytes: usize,
-    mask: Option<&'a [u8]>,
-}
-
-/// The loaded values, by the number of their first word.
-#[derive(Default)]
-struct Registers<'a>(BTreeMap<usize, Value<'a>>);
-
-impl<'a> Registers<'a> {
-    fn load(&mut self, register: u32, value: Value<'a>) {
-        let first = word_of(register);
-        let words = first..first + value.bytes.div_ceil(4).max(1);
-        self.0.retain(|at, _| !words.contains(at));
-        self.0.insert(first, value);
-    }
-
-    fn value(&mut self, register: u32) -> Option<&mut Value<'a>> {
-        self.0.get_mut(&word_of(register))
-    }
-
-    /// Returns the values that make up a key of this length, with their offsets in it.
-    fn of_key(&self, register: u32, bytes: usize) -> Vec<(usize, &Value<'a>)> {
-        let first = word_of(register);
-        let words = first..first + bytes.div_ceil(4).max(1);
-        self.0.range(words).map(|(at, value)| ((at - first) * 4, value)).collect()
-    }
-}
-
-/// Returns the number of a register's first word: `NFT_REG_1` to `NFT_REG_4` have four words each,
-/// from 8 on each has one.
-const fn word_of(register: u32) -> usize {
-    (match register {
-        8.. => register - 8,
-        number => number.saturating_sub(1) * 4,
-    }) as usize
-}
-
 /// Returns what a rule does with the packets; `None` if it matches none of them or cannot be read.
 pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
     let traffic = context.traffic;
@@ -136,37 +66,41 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
         let get = |attribute| number(attributes::find(data, attribute));
         match name {
             // With a source register, these expressions set something.
-            "meta" if get(3).is_some() => {}
-            "ct" if get(4).is_some() => {}
-            "payload" if get(5).is_some() => {}
+            "meta" if get(nfta::META_SREG).is_some() => {}
+            "ct" if get(nfta::CT_SREG).is_some() => {}
+            "payload" if get(nfta::PAYLOAD_SREG).is_some() => {}
             "meta" | "payload" | "ct" | "fib" | "numgen" => {
-                registers.load(get(1)?, load(traffic, name, &get));
+                // The attribute has the same number in all of them.
+                registers.load(get(nfta::META_DREG)?, load(traffic, name, &get));
             }
             // A hash of the connection selects an apparently random share.
             "hash" => {
-                registers.load(get(2)?, Value { loaded: Loaded::Share, bytes: 4, mask: None });
+                registers.load(
+                    get(nfta::HASH_DREG)?,
+                    Value { loaded: Loaded::Share, bytes: 4, mask: None },
+                );
             }
             "bitwise" => {
-                let mask = value(attributes::find(data, 4));
-                let mut loaded = registers.value(get(1)?)?.clone();
+                let mask = value(attributes::find(data, nfta::BITWISE_MASK));
+                let mut loaded = registers.value(get(nfta::BITWISE_SREG)?)?.clone();
                 loaded.mask = mask;
-                registers.load(get(2)?, loaded);
+                registers.load(get(nfta::BITWISE_DREG)?, loaded);
             }
             "byteorder" => {
-                let loaded = registers.value(get(1)?)?.clone();
-                registers.load(get(2)?, loaded);
+                let loaded = registers.value(get(nfta::BYTEORDER_SREG)?)?.clone();
+                registers.load(get(nfta::BYTEORDER_DREG)?, loaded);
             }
             "cmp" => {
-                let found = value(attributes::find(data, 3))?;
-                let (range, is_inverted) = match get(2)? {
+                let found = compared_value(data)?;
+                let (range, is_inverted) = match get(nfta::CMP_OP)? {
                     operator @ (EQUAL | NOT_EQUAL) => {
                         ((found.to_vec(), found.to_vec()), operator == NOT_EQUAL)
                     }
                     AT_LEAST => match list.peek() {
                         Some(("cmp", data))
-                            if number(attributes::find(data, 2)) == Some(AT_MOST) =>
+                            if number(attributes::find(data, nfta::CMP_OP)) == Some(AT_MOST) =>
                         {
-                            let last = value(attributes::find(data, 3))?.to_vec();
+                            let last = compared_value(data)?.to_vec();
                             list.next();
                             ((found.to_vec(), last), false)
                         }
@@ -177,23 +111,25 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
                     MORE => ((adjacent_number(found, true)?, vec![u8::MAX; found.len()]), false),
                     _ => return None,
                 };
-                let value = registers.value(get(1)?)?.clone();
+                let value = registers.value(get(nfta::CMP_SREG)?)?.clone();
                 compare(context, &mut taken, &value, &[range], is_inverted)?;
             }
             "range" => {
-                let [from, to] = [3, 4].map(|kind| value(attributes::find(data, kind)));
+                let [from, to] = [nfta::RANGE_FROM_DATA, nfta::RANGE_TO_DATA]
+                    .map(|kind| value(attributes::find(data, kind)));
                 let range = (from?.to_vec(), to?.to_vec());
-                let value = registers.value(get(1)?)?.clone();
-                compare(context, &mut taken, &value, &[range], get(2)? == NOT_EQUAL)?;
+                let value = registers.value(get(nfta::RANGE_SREG)?)?.clone();
+                let is_inverted = get(nfta::RANGE_OP)? == NOT_EQUAL;
+                compare(context, &mut taken, &value, &[range], is_inverted)?;
             }
             "lookup" => {
-                let name = attributes::text(attributes::find(data, 1)?);
+                let name = attributes::text(attributes::find(data, nfta::LOOKUP_SET)?);
                 let set = (context.sets)(&SetName::OfTable(name.to_owned()));
                 let of = |context: &Context<'_>, element: &Element| {
-                    key(context, &registers, get(2)?, element)
+                    key(context, &registers, get(nfta::LOOKUP_SREG)?, element)
                 };
                 // A verdict map has a branch for each element.
-                if get(3) == Some(0) {
+                if get(nfta::LOOKUP_DREG) == Some(0) {
                     let branches = set.elements.iter().filter_map(|element| {
                         let Some(Data::Verdict(code, chain)) = &element.data else { return None };
                         let verdict = effects::verdict(*code, chain.as_deref())?;
@@ -202,10 +138,10 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
                     map = Some(branches.collect());
                     continue;
                 }
-                let is_inverted = get(5).unwrap_or(0) & INVERTED != 0;
+                let is_inverted = get(nfta::LOOKUP_FLAGS).unwrap_or(0) & INVERTED != 0;
                 let bytes =
                     set.elements.iter().find_map(|element| Some(element.parts.first()?.0.len()));
-                let values = registers.of_key(get(2)?, bytes.unwrap_or(1));
+                let values = registers.of_key(get(nfta::LOOKUP_SREG)?, bytes.unwrap_or(1));
                 match values[..] {
                     [(_, value)] => {
                         let ranges = set.elements.iter().flat_map(|element| element.parts.clone());
@@ -220,22 +156,23 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
                 }
             }
             "match" => {
-                let info = attributes::find(data, 3).unwrap_or_default();
+                let info = attributes::find(data, nfta::MATCH_INFO).unwrap_or_default();
                 matches::read(context, &mut taken, text_of(data)?, info)?;
             }
             "connlimit" => taken.limit_connections(),
             "dynset" => {
-                let inner = attributes::find(data, 7).or_else(|| {
-                    attributes::read(attributes::find(data, 10)?).next().map(|(_, inner)| inner)
+                let inner = attributes::find(data, nfta::DYNSET_EXPR).or_else(|| {
+                    let list = attributes::find(data, nfta::DYNSET_EXPRESSIONS)?;
+                    attributes::read(list).next().map(|(_, inner)| inner)
                 });
                 let of_inner = |kind| inner.and_then(|inner| attributes::find(inner, kind));
-                match of_inner(1).map(attributes::text) {
+                match of_inner(nfta::EXPR_NAME).map(attributes::text) {
                     Some("connlimit") => taken.limit_connections(),
                     None | Some("counter") => {}
-                    Some(_) => taken.limit_rate(of_inner(2).is_some_and(is_above)),
+                    Some(_) => taken.limit_rate(of_inner(nfta::EXPR_DATA).is_some_and(is_above)),
                 }
             }
-            "objref" if get(1) == Some(COUNTER) => {}
+            "objref" if get(nfta::OBJREF_IMM_TYPE) == Some(COUNTER) => {}
             "limit" => taken.limit_rate(is_above(data)),
             "quota" | "objref" => taken.limit_rate(false),
             "immediate" | "counter" | "log" | "redir" | "nat" | "masq" | "tproxy" | "target"
@@ -270,7 +207,7 @@ pub fn adjacent_number(number: &[u8], is_higher: bool) -> Option<Vec<u8>> {
 
 /// Whether a limit matches packets above the rate.
 fn is_above(limit: &[u8]) -> bool {
-    number(attributes::find(limit, 5)).unwrap_or(0) & INVERTED != 0
+    number(attributes::find(limit, nfta::LIMIT_FLAGS)).unwrap_or(0) & INVERTED != 0
 }
 
 /// Returns the packets that an element of a set or map stands for.
@@ -315,18 +252,28 @@ fn load<'a>(traffic: &Traffic<'_>, name: &str, get: &impl Fn(u16) -> Option<u32>
         key if META_TIMES.contains(&key) => (Loaded::Time, 8),
         _ => (Loaded::Unknown, 4),
     };
-    let (loaded, bytes) = match (name, get(2)) {
-        ("meta", Some(key)) => of_meta(key),
-        ("ct", Some(CT_STATE)) => (Loaded::State, 4),
-        ("ct", Some(CT_MARK)) => (Loaded::Mark { of_connection: true }, 4),
-        ("ct", Some(CT_PACKETS | CT_BYTES | CT_AVERAGE)) => (Loaded::Amount, 8),
-        ("fib", Some(FIB_TYPE)) if get(3) == Some(FIB_DESTINATION) => (Loaded::DestinationType, 4),
-        ("numgen", _) => (Loaded::Share, 4),
-        ("payload", Some(base)) => {
-            (payload(traffic, (base, get(3), get(4))), get(4).unwrap_or(0) as usize)
-        }
+    let of_ct = |key| match key {
+        CT_STATE => (Loaded::State, 4),
+        CT_MARK => (Loaded::Mark { of_connection: true }, 4),
+        CT_PACKETS | CT_BYTES | CT_AVERAGE => (Loaded::Amount, 8),
         _ => (Loaded::Unknown, 4),
     };
+    let of_payload = |base| {
+        let length = get(nfta::PAYLOAD_LEN);
+        let place = (base, get(nfta::PAYLOAD_OFFSET), length);
+        (payload(traffic, place), length.unwrap_or(0) as usize)
+    };
+    let is_destination_type =
+        || get(nfta::FIB_RESULT) == Some(FIB_TYPE) && get(nfta::FIB_FLAGS) == Some(FIB_DESTINATION);
+    let known = match name {
+        "meta" => get(nfta::META_KEY).map(of_meta),
+        "ct" => get(nfta::CT_KEY).map(of_ct),
+        "payload" => get(nfta::PAYLOAD_BASE).map(of_payload),
+        "fib" => is_destination_type().then_some((Loaded::DestinationType, 4)),
+        "numgen" => Some((Loaded::Share, 4)),
+        _ => None,
+    };
+    let (loaded, bytes) = known.unwrap_or((Loaded::Unknown, 4));
     Value { loaded, bytes, mask: None }
 }
 
@@ -491,9 +438,4 @@ fn full_range((first, last): &Range, mask: Option<&[u8]>, traffic: &Traffic<'_>)
     first.resize(length.max(first.len()), 0);
     last.resize(length.max(last.len()), u8::MAX);
     (first, last)
-}
-
-/// Returns the value in a comparison or mask.
-pub fn value(data: Option<&[u8]>) -> Option<&[u8]> {
-    attributes::find(data?, 1)
 }

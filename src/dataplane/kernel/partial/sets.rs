@@ -3,16 +3,18 @@
 use std::{collections::BTreeMap, io, net::IpAddr, rc::Rc};
 
 use super::{
-    super::rules::number,
-    reader::value,
+    super::{
+        rules::{number, value},
+        sets::elements_in,
+    },
     selection::{Range, Selection, Traffic},
 };
 use crate::{
     files,
     netlink::{
-        attributes::{self, Attributes},
+        attributes,
         ipset::{self, Dimension, Entry},
-        nftables::{Kind, Nftables},
+        nftables::{Kind, Nftables, nfta},
     },
 };
 
@@ -193,9 +195,11 @@ fn recent(list: &str) -> io::Result<Set> {
 /// Reads a set or map of nftables. The end of an interval is an element of its own, or part of the
 /// first element.
 fn of_table(nftables: &mut Nftables, family: u8, table: &str, set: &str) -> io::Result<Set> {
-    let filter = Attributes::new().text(1, table).text(2, set);
+    let filter = elements_in(table, set);
     let dumped = nftables.dump(Kind::GetElements, family, &filter)?;
-    let lists = dumped.iter().filter_map(|object| attributes::find(&object.attributes, 3));
+    let lists = dumped
+        .iter()
+        .filter_map(|object| attributes::find(&object.attributes, nfta::SET_ELEM_LIST_ELEMENTS));
     let parsed = lists.flat_map(attributes::read).map(|(_, element)| parse(element));
     Ok(Set { dimensions: Vec::new(), elements: elements_of(parsed.take(MAX_ELEMENTS).collect()) })
 }
@@ -216,17 +220,21 @@ pub struct KernelElement {
 /// Parses an element.
 fn parse(element: &[u8]) -> KernelElement {
     const IS_END: u32 = 1;
-    let data = attributes::find(element, 2).map(|data| {
-        let verdict = attributes::find(data, 2);
-        let code = verdict.and_then(|verdict| attributes::find(verdict, 1)?.first_chunk().copied());
-        let chain = verdict.and_then(|verdict| attributes::find(verdict, 2)).map(attributes::text);
-        let value = attributes::find(data, 1).unwrap_or_default().to_vec();
+    let data = attributes::find(element, nfta::SET_ELEM_DATA).map(|data| {
+        let verdict = attributes::find(data, nfta::DATA_VERDICT);
+        let code = verdict.and_then(|verdict| {
+            attributes::find(verdict, nfta::VERDICT_CODE)?.first_chunk().copied()
+        });
+        let chain = verdict
+            .and_then(|verdict| attributes::find(verdict, nfta::VERDICT_CHAIN))
+            .map(attributes::text);
+        let value = attributes::find(data, nfta::DATA_VALUE).unwrap_or_default().to_vec();
         (code.map_or(i32::MIN, i32::from_be_bytes), chain.map(str::to_owned), value)
     });
     KernelElement {
-        key: value(attributes::find(element, 1)).unwrap_or_default().to_vec(),
-        begins: number(attributes::find(element, 3)).unwrap_or(0) & IS_END == 0,
-        end: value(attributes::find(element, 10)).map(<[u8]>::to_vec),
+        key: value(attributes::find(element, nfta::SET_ELEM_KEY)).unwrap_or_default().to_vec(),
+        begins: number(attributes::find(element, nfta::SET_ELEM_FLAGS)).unwrap_or(0) & IS_END == 0,
+        end: value(attributes::find(element, nfta::SET_ELEM_KEY_END)).map(<[u8]>::to_vec),
         data,
     }
 }

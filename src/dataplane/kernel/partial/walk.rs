@@ -8,7 +8,10 @@ use super::{
     selection::{ESTABLISHED, MarkedPackets, NEW, Selection, Traffic},
     sets::Sets,
 };
-use crate::netlink::nftables::Object;
+use crate::netlink::{
+    attributes,
+    nftables::{Object, nfta},
+};
 
 /// Upper limit of nested chains.
 pub const MAX_DEPTH: usize = 8;
@@ -236,7 +239,7 @@ impl Rules<'_> {
             Self::Nft(chains) => {
                 let rule = chains.get(chain).and_then(|rules| rules.get(at));
                 let handle = rule.and_then(|rule| {
-                    crate::netlink::attributes::find(&rule.attributes, 3)?.first_chunk().copied()
+                    attributes::find(&rule.attributes, nfta::RULE_HANDLE)?.first_chunk().copied()
                 });
                 format!("with handle {}", handle.map_or(0, u64::from_be_bytes))
             }

@@ -13,16 +13,9 @@ use nix::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{
-    checksum::checksum,
-    dataplane::silence::{ADVERTISEMENT, ARP, SOLICITATION},
-    model::Mac,
-};
+use super::{ADVERTISEMENT, ARP, ICMPV6, IPV6, SOLICITATION};
+use crate::{checksum::checksum, model::Mac};
 
-/// EtherType of IPv6 (IANA).
-pub const IPV6: u16 = 0x86dd;
-/// Protocol number of `ICMPv6` (IANA).
-pub const ICMPV6: u8 = 58;
 /// `ARPHRD_ETHER`.
 const ETHERNET: u16 = 1;
 /// The broadcast MAC.

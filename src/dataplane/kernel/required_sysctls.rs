@@ -2,7 +2,7 @@
 //!
 //! Only settings that are named here are written.
 
-use std::{collections::BTreeSet, fs, io, path::Path};
+use std::{collections::BTreeSet, io};
 
 use ipnet::IpNet;
 
@@ -10,10 +10,8 @@ use super::advertised::{AdvertisedInterfaces, restore_accept_ra};
 use crate::{
     dataplane::desired::Mode,
     model::{Problem, ProblemCode},
+    sysctl::{dotted, read, write},
 };
-
-/// Below `/proc/sys`.
-const ROOT: &str = "/proc/sys";
 
 /// A setting with its required value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,65 +129,6 @@ pub fn keep_advertisements(interfaces: &BTreeSet<String>) -> bool {
     interfaces.iter().filter(|interface| restore_accept_ra(interface)).count() > 0
 }
 
-/// Converts a path to the form of the `sysctl` program, which exchanges dots and slashes.
-pub(super) fn dotted(name: &str) -> String {
-    name.chars()
-        .map(|c| {
-            if c == '/' {
-                '.'
-            } else if c == '.' {
-                '/'
-            } else {
-                c
-            }
-        })
-        .collect()
-}
-
-/// Writes a sysctl; `name` is its path below `/proc/sys`.
-///
-/// # Errors
-/// When the file cannot be written.
-pub fn write(name: &str, value: &str) -> io::Result<()> {
-    fs::write(Path::new(ROOT).join(name), value)
-}
-
-/// Returns why sysctls cannot be read, with the consequence and a remedy; `None` if they can.
-pub fn unreadable() -> Option<Problem> {
-    unreadable_below(Path::new(ROOT))
-}
-
-/// Reads a sysctl that every kernel with IPv4 has.
-fn unreadable_below(root: &Path) -> Option<Problem> {
-    let path = root.join("net/ipv4/ip_forward");
-    let error = fs::read_to_string(&path).err()?;
-    let path = path.display();
-    let notice = Problem::new(
-        ProblemCode::SysctlsUnreadable,
-        Problem::HOST,
-        format!(
-            "sysctls cannot be read ({path}: {error}), so settings that drop packets are not reported"
-        ),
-        "let the agent see all of /proc (in its systemd unit: ProcSubset=all)",
-    );
-    Some(notice.notice())
-}
-
-/// Returns the value of a numeric sysctl; `None` if it does not exist or cannot be read.
-pub fn number(name: &str) -> Option<u8> {
-    read(name)?.parse().ok()
-}
-
-/// Returns whether a sysctl is known to be 0. One that cannot be read is not.
-pub fn is_off(name: &str) -> bool {
-    number(name) == Some(0)
-}
-
-/// Reads a sysctl; `None` if it does not exist or cannot be read.
-pub(super) fn read(name: &str) -> Option<String> {
-    Some(fs::read_to_string(Path::new(ROOT).join(name)).ok()?.trim().to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,13 +165,5 @@ mod tests {
             consequences[1].contains("IPv6") && !consequences[1].contains("IPv4"),
             "{consequences:?}"
         );
-    }
-    #[test]
-    fn unreadable_sysctl_is_unknown_and_reported() {
-        assert!(!is_off("net/ipv4/no_such_setting"), "unknown is not off");
-        assert_eq!(number("net/ipv4/no_such_setting"), None);
-        let missing = unreadable_below(Path::new("/nonexistent")).expect("it does not exist");
-        assert!(missing.contains("ProcSubset=all"), "{missing}");
-        assert_eq!(unreadable(), None);
     }
 }

@@ -70,7 +70,7 @@ pub(super) fn shortened(text: &str) -> String {
 ///
 /// # Errors
 /// Fails with a remedy when they are not the subnets of one slot of the pool.
-pub(super) fn fit(cidrs: &[IpNet], pool: &Pool) -> Result<IpAddr, String> {
+pub(crate) fn fit(cidrs: &[IpNet], pool: &Pool) -> Result<IpAddr, String> {
     let mut found = Vec::new();
     for (network, len) in divisions(pool) {
         let cidr = cidrs.iter().find(|cidr| is_ipv4(cidr) == is_ipv4(&network)).ok_or_else(|| {
@@ -106,7 +106,7 @@ pub(super) fn fit(cidrs: &[IpNet], pool: &Pool) -> Result<IpAddr, String> {
 }
 
 /// Logs the subnets of this node that are not used.
-pub(super) fn warn_of_unused(cidrs: &[IpNet], pool: &Pool) {
+pub(crate) fn warn_of_unused(cidrs: &[IpNet], pool: &Pool) {
     let is_used = |cidr: &&IpNet| divisions(pool).any(|(network, _)| network.contains(*cidr));
     for cidr in cidrs.iter().filter(|cidr| !is_used(cidr)) {
         tracing::warn!(

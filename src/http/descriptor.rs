@@ -24,10 +24,10 @@ use tokio::{
 
 /// The descriptor that a connection has received, until it is taken.
 #[derive(Clone, Debug, Default)]
-pub(super) struct ReceivedDescriptor(Arc<Mutex<Option<OwnedFd>>>);
+pub(crate) struct ReceivedDescriptor(Arc<Mutex<Option<OwnedFd>>>);
 
 impl ReceivedDescriptor {
-    pub(super) fn take(&self) -> Option<OwnedFd> {
+    pub(crate) fn take(&self) -> Option<OwnedFd> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
@@ -38,19 +38,19 @@ impl ReceivedDescriptor {
 
 /// A connection that receives descriptors, and may send one with its first bytes.
 #[derive(Debug)]
-pub(super) struct Carrier {
+pub(crate) struct Carrier {
     stream: UnixStream,
     sending: Option<OwnedFd>,
     received: ReceivedDescriptor,
 }
 
 impl Carrier {
-    pub(super) fn new(stream: UnixStream, sending: Option<OwnedFd>) -> Self {
+    pub(crate) fn new(stream: UnixStream, sending: Option<OwnedFd>) -> Self {
         Self { stream, sending, received: ReceivedDescriptor::default() }
     }
 
     /// Returns where received descriptors are put.
-    pub(super) fn received(&self) -> ReceivedDescriptor {
+    pub(crate) fn received(&self) -> ReceivedDescriptor {
         self.received.clone()
     }
 
@@ -129,7 +129,7 @@ impl AsyncWrite for Carrier {
 }
 
 /// A listener whose connections receive descriptors.
-pub(super) struct CarrierListener(pub(super) UnixListener);
+pub(crate) struct CarrierListener(pub(crate) UnixListener);
 
 impl Listener for CarrierListener {
     type Io = Carrier;
@@ -152,7 +152,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
-    use crate::api::block_on;
+    use crate::runtime::block_on;
 
     #[test]
     fn descriptor_sent_with_first_bytes_refers_to_same_file() {

@@ -1,21 +1,20 @@
-//! Requests of the control socket to the agent's loop.
+//! Requests to the agent's loop: what its operators and container runtimes can ask for.
 
 use std::{net::IpAddr, os::fd::OwnedFd};
 
-use axum::body::Bytes;
 use serde_json::Value;
 use tokio::sync::oneshot::Sender;
 
 use super::{
-    AgentStatus, ApiError, AttachRequest, Attached, AttachmentName, Event, EventFeed, KernelEntry,
-    MatrixRow, PingReport, PodError, PodStatus, Sample,
+    AgentStatus, ApiError, AttachRequest, Attached, AttachmentName, EncodedMatrix, Event,
+    EventFeed, KernelEntry, MatrixRow, PingReport, PodError, PodStatus, Sample,
 };
 use crate::wire::{Secret, SecretId};
 
 /// A request to the agent's loop. Each variant has a channel `reply` for the answer; `node` is a name or id.
 #[derive(Debug)]
 #[allow(missing_docs)]
-pub enum Question {
+pub enum AgentRequest {
     /// The status now.
     Status { reply: Sender<AgentStatus> },
     /// Checks whether the loop answers.
@@ -66,10 +65,8 @@ pub enum Question {
     PastEvents { reply: Sender<Vec<Event>> },
     /// The samples of the last hour.
     Samples { reply: Sender<Vec<Sample>> },
-    /// The path matrix: a [`Matrix`] as JSON, encoded once for all clients.
-    ///
-    /// [`Matrix`]: super::Matrix
-    Matrix { reply: Sender<Bytes> },
+    /// The path matrix.
+    Matrix { reply: Sender<EncodedMatrix> },
     /// The kernel's entries, and those that this node wants.
     Routes { reply: Sender<Result<Vec<KernelEntry>, ApiError>> },
     /// Lists or changes the cluster's secrets. The answer has the members that use, accept and lack each.

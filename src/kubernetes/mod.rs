@@ -21,32 +21,29 @@ use std::{
 
 use ipnet::IpNet;
 
-pub(super) use self::poll::{NodeReport, PodCidrSource};
-use crate::{
-    agent::{StartFailure, start::wait::StartupWait},
-    config::PodCidr,
-    files,
-    model::Pool,
-    store::StateDir,
+pub(crate) use self::{
+    answer::{fit, warn_of_unused},
+    poll::{Change, NodeReport, PodCidrSource},
 };
+use crate::{config::PodCidr, files, model::Pool};
 
 /// Pause after a failure whose answer names no other pause.
-const RETRY: Duration = Duration::from_secs(2);
+pub(crate) const RETRY: Duration = Duration::from_secs(2);
 
 /// The subnets assigned to this node.
 #[derive(Debug)]
-pub(super) struct Assignment {
+pub(crate) struct Assignment {
     /// The subnets, as Kubernetes or the settings list them.
-    pub(super) cidrs: Vec<IpNet>,
+    pub(crate) cidrs: Vec<IpNet>,
     /// First address of the subnet in the first network of the pool.
-    pub(super) address: IpAddr,
+    pub(crate) address: IpAddr,
     /// Addresses of other nodes, or why they are unknown.
-    pub(super) others: Result<Vec<IpAddr>, String>,
+    pub(crate) others: Result<Vec<IpAddr>, String>,
 }
 
 /// Why the subnet of this node is unknown.
 #[derive(Debug, PartialEq, Eq)]
-enum LookupError {
+pub(crate) enum LookupError {
     /// The source has an answer about this node, which contains no usable subnet.
     NotAssigned(String),
     /// The source has no answer about this node. The next query waits for `pause`.
@@ -62,65 +59,15 @@ impl LookupError {
 
 /// Whether an answer may come from the API server's cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Freshness {
+pub(crate) enum Freshness {
     /// It may.
     Cached,
     /// It must be the newest state.
     Newest,
 }
 
-/// Finds the subnets of this node, and waits until it has some; `None` if a signal ends the agent first.
-///
-/// # Errors
-/// Fails when the state directory fails, or a subnet of the settings does not fit the network.
-pub(super) async fn find(
-    source: &PodCidr,
-    name: &str,
-    pool: &Pool,
-    state: &StateDir,
-    waiting: &mut StartupWait<'_>,
-) -> Result<Option<Assignment>, StartFailure> {
-    waiting.set_activity("waiting for Kubernetes: requesting this node's subnet");
-    loop {
-        let Some(result) = waiting.run(query(source, name, pool, Freshness::Newest)).await else {
-            return Ok(None);
-        };
-        let (why, pause) = match result {
-            Ok((cidrs, address)) => {
-                state.save_pod_cidrs(&cidrs)?;
-                answer::warn_of_unused(&cidrs, pool);
-                let Some(others) = waiting.run(others(source, name)).await else {
-                    return Ok(None);
-                };
-                return Ok(Some(Assignment { cidrs, address, others }));
-            }
-            Err(LookupError::NotAssigned(why)) if matches!(source, PodCidr::Values(_)) => {
-                return Err(StartFailure::PodCidr(why));
-            }
-            // Another node may have the earlier subnet by now.
-            Err(LookupError::NotAssigned(why)) => (why, RETRY),
-            Err(LookupError::NoAnswer { why, pause }) => {
-                let cidrs = state.pod_cidrs()?;
-                if let Ok(address) = answer::fit(&cidrs, pool) {
-                    tracing::warn!(
-                        %why,
-                        ?cidrs,
-                        "no answer from Kubernetes; the subnet of the last run is used"
-                    );
-                    return Ok(Some(Assignment { cidrs, address, others: Err(why) }));
-                }
-                (why, pause)
-            }
-        };
-        waiting.report_problem(format!("waiting for Kubernetes: {why}"));
-        if waiting.run(tokio::time::sleep(pause)).await.is_none() {
-            return Ok(None);
-        }
-    }
-}
-
 /// Returns the subnets of this node, and the first address of the subnet in the first network of the pool.
-async fn query(
+pub(crate) async fn query(
     source: &PodCidr,
     name: &str,
     pool: &Pool,
@@ -131,12 +78,12 @@ async fn query(
         PodCidr::File(path) => read_file(path).map_err(LookupError::NotAssigned)?,
         PodCidr::Api => api::cidrs_of(name, age).await?,
     };
-    let address = answer::fit(&cidrs, pool).map_err(LookupError::NotAssigned)?;
+    let address = fit(&cidrs, pool).map_err(LookupError::NotAssigned)?;
     Ok((cidrs, address))
 }
 
 /// Returns the addresses of other nodes, which only the API server lists.
-async fn others(source: &PodCidr, name: &str) -> Result<Vec<IpAddr>, String> {
+pub(crate) async fn others(source: &PodCidr, name: &str) -> Result<Vec<IpAddr>, String> {
     match source {
         PodCidr::Values(_) | PodCidr::File(_) => Ok(Vec::new()),
         PodCidr::Api => api::addresses_of_others(name).await.inspect_err(|why| {
@@ -160,6 +107,6 @@ fn read_file(path: &Path) -> Result<Vec<IpNet>, String> {
 }
 
 /// Returns the addresses of other nodes as seeds.
-pub(super) fn seeds(others: &[IpAddr], port: u16) -> Vec<String> {
+pub(crate) fn seeds(others: &[IpAddr], port: u16) -> Vec<String> {
     others.iter().map(|ip| SocketAddr::new(*ip, port).to_string()).collect()
 }

@@ -279,7 +279,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::api::block_on;
+    use crate::runtime::block_on;
 
     /// More bytes than the buffers of two sockets hold.
     const LARGE: usize = 32 << 20;

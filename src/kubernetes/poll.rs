@@ -3,21 +3,17 @@
 
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use ipnet::IpNet;
-use tokio::sync::mpsc::UnboundedSender;
-
-use super::{
-    super::{Agent, Ending, LoopEvent},
-    Assignment, Freshness, LookupError, RETRY, api, query,
-};
+use super::{Assignment, Freshness, LookupError, RETRY, api, query};
 use crate::{
-    api::{EventKind, EventLevel},
     config::PodCidr,
     model::{Pool, Problem, ProblemCode},
 };
+use ipnet::IpNet;
 
 /// Time between queries while nothing is missing.
 const POLL_INTERVAL: Duration = Duration::from_secs(20);
@@ -26,8 +22,25 @@ const POLL_INTERVAL: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub(crate) struct NodeReport {
     cidrs: Result<Vec<IpNet>, LookupError>,
-    others: Option<Result<Vec<std::net::IpAddr>, String>>,
+    others: Option<Result<Vec<IpAddr>, String>>,
 }
+
+/// What an answer changes for this node.
+#[derive(Debug)]
+pub(crate) enum Change {
+    /// This node has other subnets.
+    Subnets {
+        /// The subnets until now.
+        old: Vec<IpNet>,
+        /// The new ones.
+        new: Vec<IpNet>,
+    },
+    /// The addresses of the other nodes are known.
+    Others(Vec<IpAddr>),
+}
+
+/// Receives the reports of queries.
+type Tell = Arc<dyn Fn(NodeReport) + Send + Sync>;
 
 /// The source of this node's subnets, and what is known from it.
 pub(crate) struct PodCidrSource {
@@ -37,13 +50,13 @@ pub(crate) struct PodCidrSource {
     pool: Pool,
     /// The subnets that this node uses.
     cidrs: Vec<IpNet>,
-    report: UnboundedSender<LoopEvent>,
+    report: Tell,
     /// When to query next; `None` while an answer is pending.
     due: Option<Instant>,
     /// Why the other nodes are unknown, until a first list has come.
     unlisted: Option<String>,
     /// Seeds of the last list.
-    seeds: Vec<String>,
+    pub(crate) seeds: Vec<String>,
     /// The problem of this node's subnet.
     problem: Option<Problem>,
     /// The last logged failure of each kind.
@@ -60,7 +73,7 @@ impl PodCidrSource {
         pool: Pool,
         given: &Assignment,
         seeds: Vec<String>,
-        report: UnboundedSender<LoopEvent>,
+        report: impl Fn(NodeReport) + Send + Sync + 'static,
     ) -> Option<Self> {
         if matches!(from, PodCidr::Values(_)) {
             return None;
@@ -72,7 +85,7 @@ impl PodCidrSource {
             name: name.to_owned(),
             pool,
             cidrs: given.cidrs.clone(),
-            report,
+            report: Arc::new(report),
             due: Some(Instant::now() + pause),
             unlisted,
             seeds,
@@ -102,9 +115,12 @@ impl PodCidrSource {
         self.unlisted.is_some()
     }
 
-    /// Queries the source in a task, which reports to the event loop. Requests a list of nodes too if none
-    /// has come or no other member is known.
-    fn query(&mut self, is_alone: bool) {
+    /// Queries the source in a task, if that is due; the task reports the answer. Requests a list of
+    /// nodes too if none has come or no other member is known.
+    pub(crate) fn query_if_due(&mut self, now: Instant, is_alone: bool) {
+        if self.due.is_none_or(|due| due > now) {
+            return;
+        }
         self.due = None;
         let with_list = matches!(self.from, PodCidr::Api) && (self.unlisted.is_some() || is_alone);
         let (from, name, pool) = (self.from.clone(), self.name.clone(), self.pool);
@@ -122,8 +138,54 @@ impl PodCidrSource {
                 true => Some(api::addresses_of_others(&name).await),
                 false => None,
             };
-            let _ = report.send(LoopEvent::Node(NodeReport { cidrs, others }));
+            report(NodeReport { cidrs, others });
         });
+    }
+
+    /// Stores an answer of the source, and returns what it changes.
+    pub(crate) fn on_report(
+        &mut self,
+        now: Instant,
+        NodeReport { cidrs, others }: NodeReport,
+    ) -> Option<Change> {
+        let mut pause = Duration::ZERO;
+        let mut failed = false;
+        match cidrs {
+            Ok(cidrs) if cidrs == self.cidrs => self.problem = None,
+            Ok(new) => return Some(Change::Subnets { old: self.cidrs.clone(), new }),
+            Err(LookupError::NotAssigned(why)) => {
+                failed = true;
+                let known = self.cidrs.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");
+                let what = format!("{why}; this node continues with {known}");
+                self.problem = Some(Problem::new(ProblemCode::Kubernetes, "subnet", what, ""));
+                self.log(why, "Kubernetes no longer assigns this node a usable subnet");
+            }
+            Err(LookupError::NoAnswer { why, pause: requested }) => {
+                (failed, pause) = (true, requested);
+                self.log(why, "no answer from Kubernetes about this node");
+            }
+        }
+        let listed = match others {
+            None => None,
+            Some(Err(why)) => {
+                failed = true;
+                if self.unlisted.is_some() {
+                    self.unlisted = Some(why.clone());
+                }
+                self.log(why, "Kubernetes does not list the other nodes");
+                None
+            }
+            Some(Ok(others)) => {
+                self.unlisted = None;
+                Some(Change::Others(others))
+            }
+        };
+        if !failed && !self.logged.is_empty() {
+            self.logged.clear();
+            tracing::info!("Kubernetes answers again");
+        }
+        self.plan(now, failed, pause);
+        listed
     }
 
     /// Logs a failure, if it differs from the last of its kind.
@@ -149,96 +211,6 @@ impl PodCidrSource {
     }
 }
 
-impl Agent {
-    /// Queries the source, if that is due.
-    pub(in crate::agent) fn poll_pod_cidrs(&mut self, now: Instant) {
-        let is_alone = !self.node.has_active_peer();
-        if let Some(source) = self.source.as_mut().filter(|s| s.due.is_some_and(|due| due <= now)) {
-            source.query(is_alone);
-        }
-    }
-
-    /// Applies an answer of the source.
-    pub(in crate::agent) fn on_node_report(&mut self, NodeReport { cidrs, others }: NodeReport) {
-        let now = Instant::now();
-        let Some(source) = &mut self.source else { return };
-        let mut pause = Duration::ZERO;
-        let mut failed = false;
-        match cidrs {
-            Ok(cidrs) if cidrs == source.cidrs => source.problem = None,
-            Ok(cidrs) => return self.move_to(&cidrs),
-            Err(LookupError::NotAssigned(why)) => {
-                failed = true;
-                let known =
-                    source.cidrs.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");
-                let what = format!("{why}; this node continues with {known}");
-                source.problem = Some(Problem::new(ProblemCode::Kubernetes, "subnet", what, ""));
-                source.log(why, "Kubernetes no longer assigns this node a usable subnet");
-            }
-            Err(LookupError::NoAnswer { why, pause: requested }) => {
-                (failed, pause) = (true, requested);
-                source.log(why, "no answer from Kubernetes about this node");
-            }
-        }
-        let listed = match others {
-            None => None,
-            Some(Err(why)) => {
-                failed = true;
-                if source.unlisted.is_some() {
-                    source.unlisted = Some(why.clone());
-                }
-                source.log(why, "Kubernetes does not list the other nodes");
-                None
-            }
-            Some(Ok(others)) => {
-                source.unlisted = None;
-                let port = self.config.port;
-                Some(super::seeds(&others, port))
-            }
-        };
-        if !failed && !source.logged.is_empty() {
-            source.logged.clear();
-            tracing::info!("Kubernetes answers again");
-        }
-        source.plan(now, failed, pause);
-        if let Some(seeds) = listed {
-            self.replace_listed(seeds);
-        }
-    }
-
-    /// Replaces the seeds of the last list by those of a new one.
-    fn replace_listed(&mut self, seeds: Vec<String>) {
-        let Some(source) = &mut self.source else { return };
-        let before = std::mem::replace(&mut source.seeds, seeds);
-        let is_other =
-            |seed: &String| !before.contains(seed) || self.configured_seeds.contains(seed);
-        let mut all: Vec<String> =
-            self.config.seeds.iter().filter(|seed| is_other(seed)).cloned().collect();
-        for seed in &source.seeds {
-            if !all.contains(seed) {
-                all.push(seed.clone());
-            }
-        }
-        if all != self.config.seeds {
-            self.config.seeds = all;
-            self.node.set_seeds(self.clock.now(), self.config.seeds.len());
-        }
-    }
-
-    /// Ends this run for a restart with other subnets, which the start saves. Pods keep their addresses until
-    /// they are restarted.
-    fn move_to(&mut self, cidrs: &[IpNet]) {
-        let listed =
-            |cidrs: &[IpNet]| cidrs.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");
-        let old = self.source.as_ref().map_or_else(String::new, |source| listed(&source.cidrs));
-        let new = listed(cidrs);
-        tracing::warn!(%old, %new, "Kubernetes assigned this node another subnet; restarting with it");
-        let text = format!("Kubernetes assigned this node {new} in place of {old}");
-        self.journal.note(EventKind::Agent, EventLevel::Warn, text);
-        self.ending = Some(Ending::Reassigned);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,8 +222,7 @@ mod tests {
         let pool = Pool::new(&PoolSpec::of(network)).expect("a pool");
         let given =
             Assignment { cidrs: Vec::new(), address: network.network(), others: Ok(Vec::new()) };
-        let (report, _news) = tokio::sync::mpsc::unbounded_channel();
-        let source = PodCidrSource::new(&PodCidr::Api, "n1", pool, &given, Vec::new(), report);
+        let source = PodCidrSource::new(&PodCidr::Api, "n1", pool, &given, Vec::new(), |_| ());
         let mut source = source.expect("a source that may change");
         for is_first in [true, false, false] {
             assert_eq!(source.is_new_failure("no answer", "nothing about this node"), is_first);
