@@ -155,7 +155,7 @@ fn banned_peer_is_reported_on_both_hosts_and_the_advice_admits_it() {
         );
         let advice = "nft insert rule ip ban in udp dport { 8472, 8473 } accept";
         wait_for_problem(&mut cluster.agents[1], &["a rule of chain ip ban in (handle ", advice]);
-        let alone = "no other member answers this host: n2 (10.99.0.11:8473) down; its tunnel packets arrive";
+        let alone = "no other member answers this host: n2 (10.99.0.11:8473) down: its tunnel packets arrive";
         wait_until("the isolated host does not report it", REPORT_TIMEOUT, || {
             has_problem(&mut cluster.agents[0], alone)
         });

@@ -192,7 +192,7 @@ fn bridged_underlay_interface_is_reported_with_the_bridge_to_select() {
              ip link set eth0 master br0 && ip addr add 10.99.0.10/16 dev br0",
         );
         let words =
-            "address 10.99.0.10 is on interface br0 now, and iface = \\\"eth0\\\" forbids that one";
+            "address 10.99.0.10 is on interface br0 now, and iface = \"eth0\" forbids that one";
         wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[0], words));
         assert!(!has_problem(&mut cluster.agents[0], "ip addr add"));
         assert!(!has_problem(&mut cluster.agents[0], "once the network is back"));
