@@ -18,6 +18,7 @@ mod cni_vanished_pods;
 mod cni_versions;
 mod common;
 mod compose;
+mod compose_recipe;
 mod dashboard;
 mod docker;
 mod docker_life;
