@@ -6,7 +6,7 @@
 //! - [`answers`]: whether pods of this host answer ARP or neighbor discovery
 //! - [`audit`]: where the kernel sends packets, and why not where they should go
 //! - [`demand`]: the kernel's reports of missing entries, and the entries that answer them
-//! - [`fight`]: whether another program keeps undoing gossamer's repairs
+//! - [`repair_conflict`]: whether another program keeps undoing gossamer's repairs
 //! - [`firewall`]: view -> gossamer's nftables table
 //! - [`forwarding`]: whether this host forwards the packets of pods
 //! - [`offload`]: whether the network card computes checksums of tunnel packets correctly
@@ -30,7 +30,6 @@ pub mod demand;
 pub mod desired;
 #[cfg(any(test, feature = "sim"))]
 pub mod fake;
-pub mod fight;
 pub mod firewall;
 pub mod forwarding;
 #[allow(clippy::disallowed_methods)]
@@ -41,5 +40,6 @@ pub mod overlap;
 pub mod path_mtu_reports;
 pub mod paths;
 pub mod plan;
+pub mod repair_conflict;
 pub mod silence;
 pub mod toggled;

@@ -149,7 +149,11 @@ fn rejected_second_overlay_does_not_affect_the_first() {
         let tables = tool(&host.netns, "nft list tables");
         assert_eq!(tables, "table inet gossamer.1\ntable inet gossamer.2\n");
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
-        assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "they fight");
+        assert_eq!(
+            status["kernel"]["repairs"],
+            serde_json::json!({}),
+            "they undo each other's changes"
+        );
         Ok(())
     });
 }

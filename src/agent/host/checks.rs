@@ -18,9 +18,9 @@ use crate::{
     },
     dataplane::{
         desired::{Desired, Mode},
-        fight::Kind,
         firewall::Firewall,
         kernel::{FirewallTable, required_sysctls, tunnels::into_tunnels, users::UserRules},
+        repair_conflict::Kind,
         toggled::{ForwardingChanges, Setting},
     },
     model::{Problem, ProblemCode, Time},

@@ -1,7 +1,8 @@
 //! Conflicts with other programs that keep undoing repairs: how often, which program it may be, and the
 //! sentence for operators.
 //!
-//! Each thread that repairs has its own instance. `dataplane::fight` decides what counts as a conflict.
+//! Each thread that repairs has its own instance. `dataplane::repair_conflict` decides what counts as a
+//! conflict.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,7 +12,7 @@ use std::{
 };
 
 use crate::{
-    dataplane::fight::{FightStart, Fights, Kind},
+    dataplane::repair_conflict::{ConflictStart, Conflicts, Kind},
     files,
     model::{Problem, ProblemCode, Time},
 };
@@ -74,7 +75,7 @@ const MAX_NAMED: usize = 3;
 /// The conflicts of one thread.
 pub struct RepairConflicts {
     begun: Instant,
-    fights: Fights,
+    conflicts: Conflicts,
     /// One problem for each present conflict.
     problems: BTreeMap<Kind, Problem>,
 }
@@ -82,13 +83,13 @@ pub struct RepairConflicts {
 impl RepairConflicts {
     /// Returns an instance without conflicts.
     pub fn new() -> Self {
-        Self { begun: Instant::now(), fights: Fights::default(), problems: BTreeMap::new() }
+        Self { begun: Instant::now(), conflicts: Conflicts::default(), problems: BTreeMap::new() }
     }
 
     /// Counts a repair of `object`, which concerns the interface with index `link`, if any.
     pub fn note(&mut self, kind: Kind, object: &str, link: Option<u32>) {
         let now = self.now();
-        if let Some(begun) = self.fights.note(now, kind) {
+        if let Some(begun) = self.conflicts.note(now, kind) {
             let suspects = find_suspects(Path::new("/"), kind, link);
             self.problems.insert(kind, problem(kind, object, begun, &suspects));
         }
@@ -96,19 +97,19 @@ impl RepairConflicts {
 
     /// Returns how long the next repair of this kind has to wait after the last one.
     pub fn pause(&self, kind: Kind) -> Duration {
-        self.fights.delay(kind)
+        self.conflicts.delay(kind)
     }
 
     /// Whether there is a conflict of this kind now.
     pub fn is_under_way(&mut self, kind: Kind) -> bool {
         let now = self.now();
-        self.fights.is_under_way(now, kind)
+        self.conflicts.is_under_way(now, kind)
     }
 
     /// Returns the problems of the present conflicts.
     pub fn problems(&mut self) -> Vec<Problem> {
         let now = self.now();
-        self.problems.retain(|kind, _| self.fights.is_under_way(now, *kind));
+        self.problems.retain(|kind, _| self.conflicts.is_under_way(now, *kind));
         self.problems.values().cloned().collect()
     }
 
@@ -117,7 +118,7 @@ impl RepairConflicts {
     }
 }
 
-fn problem(kind: Kind, object: &str, begun: FightStart, suspects: &Suspects) -> Problem {
+fn problem(kind: Kind, object: &str, begun: ConflictStart, suspects: &Suspects) -> Problem {
     let (what, see) = match kind {
         Kind::Entries => ("gossamer's entries in the kernel", "ip monitor all"),
         Kind::Bridge => ("the pods' bridge and its ports", "ip monitor link address"),
@@ -127,7 +128,7 @@ fn problem(kind: Kind, object: &str, begun: FightStart, suspects: &Suspects) -> 
         Kind::Spoofing => ("a table of nftables about pods' addresses", "nft monitor"),
         Kind::Sysctls => ("sysctls that gossamer sets", "grep -r net /etc/sysctl.d"),
     };
-    let FightStart { repairs, within } = begun;
+    let ConflictStart { repairs, within } = begun;
     let seconds = within.as_secs().max(1);
     let cause = match suspects {
         Suspects { managed: true, .. } => "systemd-networkd manages that interface: let it leave \
@@ -228,7 +229,7 @@ mod tests {
 
     #[test]
     fn problem_of_a_conflict_names_object_rate_and_program() {
-        let begun = FightStart { repairs: 10, within: Duration::from_secs(12) };
+        let begun = ConflictStart { repairs: 10, within: Duration::from_secs(12) };
         let text_for = |managed, running: &[&'static str]| {
             let suspects = Suspects { managed, running: running.to_vec() };
             problem(Kind::Bridge, "port gsm1", begun, &suspects)

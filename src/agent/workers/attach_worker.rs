@@ -27,7 +27,7 @@ use self::absent::{Fetched, look, report_absent};
 use crate::{
     agent::{host::repair_conflicts::RepairConflicts, workers::overruns::Overruns},
     api::{PodError, PodStatus},
-    dataplane::{fight::Kind, kernel::pod_tables::PodTables},
+    dataplane::{kernel::pod_tables::PodTables, repair_conflict::Kind},
     model::{Attachment, Mac, Pod, Problem, ProblemCode},
     netlink::monitor::Monitor,
     pods::{

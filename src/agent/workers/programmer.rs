@@ -28,10 +28,10 @@ use crate::{
     dataplane::{
         demand::Demand,
         desired::{self, Desired},
-        fight::Kind,
         firewall::Firewall,
         kernel::{Kernel, KernelError, Recheck, Report, next_hops::NextHops},
         plan::{Actual, Op},
+        repair_conflict::Kind,
     },
     model::{Pool, Problem},
     netlink::Netlink,
