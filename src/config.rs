@@ -177,6 +177,7 @@ impl Settings {
     ///
     /// # Errors
     /// Fails with the first setting that is invalid or contradicts another one.
+    #[expect(clippy::too_many_lines, reason = "one check for each setting")]
     pub fn check(self) -> Result<Config, ConfigError> {
         let instance: Instance = self
             .instance

@@ -313,6 +313,7 @@ impl Node {
     }
 
     /// Returns the present problems and what to do about them.
+    #[expect(clippy::too_many_lines, reason = "one block for each problem")]
     pub fn problems(&self) -> Vec<Problem> {
         let phase = self.phase();
         let mut problems = Vec::new();

@@ -165,6 +165,7 @@ impl Audit {
 
     /// Returns the lookups of the next pass: for subnets with deviations or suspected addresses,
     /// and for the others in turn.
+    #[expect(clippy::too_many_lines, reason = "one block for each kind of lookup")]
     pub fn lookups(&mut self, desired: &Desired, host: &HostState) -> Vec<Lookup> {
         self.pass = self.pass.wrapping_add(1);
         let own = |subnet: &IpNet| host.own.iter().any(|own| own.subnet.contains(subnet));

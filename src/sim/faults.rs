@@ -185,6 +185,7 @@ impl Faults {
     }
 
     /// Injects one random fault, or ends one.
+    #[expect(clippy::too_many_lines, reason = "one arm for each fault")]
     pub fn inject_one(&self, world: &mut World, rng: &mut StdRng) {
         let Some(fault) = self.kinds.iter().copied().choose(rng) else { return };
         let hosts = world.hosts.len();

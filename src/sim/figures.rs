@@ -39,6 +39,7 @@ pub fn print_all(sizes: &[usize]) -> bool {
 }
 
 /// Measures a start, quiet traffic, a join and the end of a partition in a cluster of `nodes`.
+#[expect(clippy::too_many_lines, reason = "one block for each figure")]
 fn at_size(nodes: usize) -> Vec<Figure> {
     let ceiling = |small: f64, middle: f64, large: f64| match nodes {
         0..=100 => small,

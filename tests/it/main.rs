@@ -1,5 +1,6 @@
 //! Integration tests: the real program on real kernels, in isolated namespaces.
 
+#![allow(clippy::too_many_lines, reason = "a test is one scenario")]
 // A test that cannot continue should fail at once.
 #![allow(clippy::expect_used, clippy::panic)]
 

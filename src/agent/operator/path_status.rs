@@ -151,6 +151,7 @@ impl Agent {
     }
 
     /// Returns what is wrong with a path.
+    #[expect(clippy::too_many_lines, reason = "one text for each state of a path")]
     fn path_finding(&self, node: NodeId, state: PathState) -> Option<Problem> {
         if self.is_passed_by_pods(node, state) {
             return None;

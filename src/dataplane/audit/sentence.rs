@@ -39,6 +39,7 @@ impl Cause {
     }
 
     /// Like [`Cause::texts`], with the affected packets in words.
+    #[expect(clippy::too_many_lines, reason = "one text for each cause")]
     fn texts_of(&self, packets: &str, kind: Kind, network: IpNet) -> Option<(String, String)> {
         Some(match self {
             Self::Table { table, priority: Some(priority), interface, ipv4 } => (

@@ -278,6 +278,7 @@ fn diverted_or_suspected_address_is_looked_up_again() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one line for each cause")]
 fn cause_is_reported_with_the_command_that_removes_it() {
     let lookup = Lookup {
         kind: Kind::Out,

@@ -22,6 +22,7 @@ impl Cause {
     }
 
     /// Returns what is wrong, and the advice.
+    #[expect(clippy::too_many_lines, reason = "one text for each cause")]
     fn texts(&self, suspects: &[&Suspect], place: &Place) -> (String, String) {
         let Place { interface: underlay, device, local, source, port, .. } = place;
         let peers = list_names(suspects);

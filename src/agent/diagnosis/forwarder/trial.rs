@@ -193,25 +193,24 @@ impl Trial<'_> {
 
     /// Returns the peers whose turn it is, with their overlay addresses of this family.
     fn chosen_peers(&self, is_ipv4: bool, is_tunnelled: bool) -> Vec<(&Peer, IpAddr)> {
-        let of_family =
-            |peer: &Peer| peer.vteps.iter().find(|vtep| vtep.is_ipv4() == is_ipv4).copied();
+        let is_of_family = |vtep: &&IpAddr| vtep.is_ipv4() == is_ipv4;
         // Packets of a family leave by one device.
         let peers = self.setting.peers.iter().filter(|peer| peer.tunnelled == is_tunnelled);
-        let peers: Vec<(&Peer, IpAddr)> =
-            peers.filter_map(|peer| Some((peer, of_family(peer)?))).collect();
+        let peers = peers.filter_map(|peer| Some((peer, *peer.vteps.iter().find(is_of_family)?)));
+        let peers: Vec<(&Peer, IpAddr)> = peers.collect();
         let start = self.turn.wrapping_mul(MAX_PEERS_PER_TRIAL) % peers.len().max(1);
         let count = MAX_PEERS_PER_TRIAL.min(peers.len());
         peers.iter().cycle().skip(start).take(count).copied().collect()
     }
 
+    #[expect(clippy::too_many_lines, reason = "one field for each packet and its result")]
     fn checks(&self, is_tunnelled: bool) -> io::Result<Vec<Check<'_>>> {
         let random = || random::<NONCE_LEN>().map_err(io::Error::other);
         let mut checks = Vec::new();
         for sockets in &self.sockets.0 {
             let FamilySockets { family, pod, home, mate } = sockets;
             let is_ipv4 = pod.address.is_ipv4();
-            let [between4, between6] = self.between;
-            let tries_between = if is_ipv4 { between4 } else { between6 };
+            let tries_between = self.between[usize::from(!is_ipv4)];
             let mate = mate.as_ref().filter(|_| tries_between);
             let chosen = self.chosen_peers(is_ipv4, is_tunnelled);
             if chosen.is_empty() && mate.is_none() {

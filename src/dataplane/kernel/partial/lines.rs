@@ -148,6 +148,7 @@ fn limit_by_option(context: &Context<'_>, taken: &mut Selection, word: &Word<'_>
 }
 
 /// Narrows the selection by a match with its options.
+#[expect(clippy::too_many_lines, reason = "one arm for each match of iptables")]
 fn limit_by_match(
     context: &mut Context<'_>,
     taken: &mut Selection,

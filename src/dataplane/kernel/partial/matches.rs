@@ -15,6 +15,7 @@ const INVERTED_OPTION: u8 = 8;
 
 /// Narrows the selection by a match. Returns `None` if it matches none of the packets or cannot be
 /// read.
+#[expect(clippy::too_many_lines, reason = "one arm for each match of iptables")]
 pub fn read(
     context: &mut Context<'_>,
     taken: &mut Selection,

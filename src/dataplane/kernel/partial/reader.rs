@@ -56,6 +56,7 @@ const COUNTER: u32 = 1;
 const INVERTED: u32 = 1;
 
 /// Returns what a rule does with the packets; `None` if it matches none of them or cannot be read.
+#[expect(clippy::too_many_lines, reason = "one arm for each expression of nftables")]
 pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
     let traffic = context.traffic;
     let mut registers = Registers::default();
@@ -298,6 +299,7 @@ fn payload(traffic: &Traffic<'_>, (base, at, length): (u32, Option<u32>, Option<
 }
 
 /// Narrows the selection by a comparison; returns `None` if it matches none of the packets.
+#[expect(clippy::too_many_lines, reason = "one arm for each property of a packet")]
 fn compare(
     context: &Context<'_>,
     taken: &mut Selection,
