@@ -74,6 +74,8 @@ mod json;
 mod kubernetes;
 #[cfg(feature = "agent")]
 pub mod lab;
+#[cfg(feature = "agent")]
+mod log;
 #[warn(clippy::disallowed_methods)]
 pub mod model;
 #[cfg(feature = "agent")]

@@ -56,7 +56,7 @@ use crate::{
 
 pub use reload::SettingsReader;
 pub use shutdown::Ending;
-pub use signals::guard;
+pub use signals::{guard, survive_file_size_limit};
 pub use start::{StartFailure, run};
 
 /// A longer turn of the loop is logged, because everything else waits for it.

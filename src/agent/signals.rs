@@ -1,14 +1,22 @@
 //! The signals that the agent handles. Handlers are installed first: for the first process of a
 //! container, the kernel ignores signals without a handler.
 
-use std::{io, process, thread, time::Duration};
+use std::{
+    io,
+    sync::{Arc, atomic::AtomicBool},
+    thread,
+    time::Duration,
+};
 
+use signal_hook::{consts::SIGXFSZ, flag, low_level::exit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::runtime::block_on;
+use crate::{log, runtime::block_on};
 
 /// The agent ends this long after the first signal, even if something hangs.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long this end waits for the log's reader.
+const LOG_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Streams of the handled signals.
 pub(super) struct Signals {
@@ -42,6 +50,15 @@ impl Signals {
     }
 }
 
+/// Makes a write beyond the limit of file sizes (`ulimit -f`) fail like one to a full disk. Without a
+/// handler, the kernel's signal would end this process.
+///
+/// # Errors
+/// Fails if the handler cannot be installed.
+pub fn survive_file_size_limit() -> io::Result<()> {
+    flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))).map(drop)
+}
+
 /// Ends this process if the agent does not end itself: [`TIMEOUT`] after the first SIGTERM or SIGINT,
 /// and immediately at the second. Runs in its own thread, so it depends on nothing that may hang.
 ///
@@ -66,7 +83,9 @@ pub fn guard() -> io::Result<()> {
                 return;
             }
         }
-        process::exit(1);
+        log::flush(LOG_TIMEOUT);
+        // Without exit handlers, which the main thread may be running.
+        exit(1);
     };
     thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop)
 }

@@ -87,6 +87,7 @@ fn node(text: &mut Text, status: &AgentStatus) {
         "Packets to the agent's port that it did not read in time.",
         status.gossip_dropped,
     );
+    text.total("log_lines_lost", "Log lines that were lost.", status.log_lines_lost);
     text.number("pods", "Pods of this node.", status.pods as f64);
     text.number(
         "pods_outside",

@@ -77,6 +77,8 @@ pub struct AgentStatus {
     pub handshakes: Handshakes,
     /// Packets to the agent's port that it did not read in time, since the start.
     pub gossip_dropped: u64,
+    /// Log lines that were lost, since the start.
+    pub log_lines_lost: u64,
     /// Counts since the start.
     pub counters: Counters,
 }
@@ -289,6 +291,7 @@ impl AgentStatus {
             connections: 0,
             handshakes: Handshakes::default(),
             gossip_dropped: 0,
+            log_lines_lost: 0,
             counters: node.counters.into(),
         }
     }

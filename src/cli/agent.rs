@@ -1,31 +1,28 @@
-//! `gossamer agent`: reads the settings, sets up logging, and runs the agent.
+//! `gossamer agent`: reads the settings, starts the log, and runs the agent.
 
 use std::{
-    io::{self, IsTerminal as _},
-    os::unix::net::UnixListener,
-    path::PathBuf,
-    process::ExitCode,
-    sync::Arc,
+    fmt::Display, io, os::unix::net::UnixListener, path::PathBuf, process::ExitCode, sync::Arc,
+    time::Duration,
 };
 
 use clap::Args;
 use listenfd::ListenFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tracing_journald::{Priority, PriorityMappings};
-use tracing_subscriber::{
-    filter::Targets, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
-};
+use tracing_subscriber::filter::Targets;
 
-use super::{block_on, fail};
+use super::block_on;
 use crate::{
     agent::{self, Ending, SettingsReader},
-    config::{LogFormat, Settings},
+    config::Settings,
+    log,
 };
 
 /// Upper bound of the soft limit of open files. An agent never needs more.
 const MAX_OPEN_FILES: u64 = 65_536;
 /// Lowest usable hard limit of open files: threads, database, a few peers and API requests at once.
 const MIN_OPEN_FILES: u64 = 256;
+/// How long the end waits for the log's reader.
+const LOG_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub struct AgentArgs {
@@ -37,6 +34,21 @@ pub struct AgentArgs {
 }
 
 pub fn run(args: AgentArgs) -> ExitCode {
+    if let Err(error) = agent::survive_file_size_limit().and_then(|()| log::start()) {
+        return super::fail(error);
+    }
+    let code = run_logged(args);
+    log::flush(LOG_TIMEOUT);
+    code
+}
+
+/// Reports an error through the log's thread.
+fn fail(error: impl Display) -> ExitCode {
+    log::print(format_args!("gossamer: {error:#}"));
+    ExitCode::FAILURE
+}
+
+fn run_logged(args: AgentArgs) -> ExitCode {
     let plugin = match docker_socket_from_systemd() {
         Ok(plugin) => plugin,
         Err(error) => {
@@ -65,7 +77,7 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
         Err(error) => return fail(error),
     };
     let started = filter(settings.log.as_deref())
-        .and_then(|f| start_log(f, settings.log_format.unwrap_or_default()));
+        .and_then(|f| log::subscribe(f, settings.log_format.unwrap_or_default()));
     let set_filter = match started {
         Ok(set_filter) => set_filter,
         Err(error) => return fail(error),
@@ -146,32 +158,4 @@ fn filter(text: Option<&str>) -> Result<Targets, String> {
         false => format!("warn,gossamer={text}"),
     };
     filter.parse().map_err(|error| format!("log: {filter:?} is not a valid filter: {error}"))
-}
-
-/// Installs the log subscriber and returns a function that replaces its filter later.
-fn start_log(
-    filter: Targets,
-    format: LogFormat,
-) -> Result<impl Fn(Targets) -> Result<(), String>, String> {
-    let (filter, handle) = reload::Layer::new(filter);
-    let log = fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
-    let registry = tracing_subscriber::registry().with(filter);
-    match format {
-        LogFormat::Text => registry.with(log.with_target(false)).init(),
-        LogFormat::Json => registry.with(log.json()).init(),
-        LogFormat::Journal => {
-            let journal = tracing_journald::layer().map_err(|error| {
-                format!("log_format: cannot reach systemd's journal: {error}; use \"text\"")
-            })?;
-            let levels = PriorityMappings {
-                error: Priority::Error,
-                warn: Priority::Warning,
-                info: Priority::Informational,
-                debug: Priority::Debug,
-                trace: Priority::Debug,
-            };
-            registry.with(journal.with_priority_mappings(levels)).init();
-        }
-    }
-    Ok(move |filter| handle.reload(filter).map_err(|error| error.to_string()))
 }

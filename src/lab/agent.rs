@@ -77,9 +77,10 @@ impl Agent {
         &self.socket
     }
 
-    /// Returns the log, including that of earlier runs on this host.
+    /// Returns the log, including that of earlier runs on this host. Empty if the log is a pipe.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
+        let is_file = self.log.metadata().is_ok_and(|log| log.is_file());
+        is_file.then(|| std::fs::read_to_string(&self.log).ok()).flatten().unwrap_or_default()
     }
 
     /// Queries the agent over the control socket. Waits until the socket exists.

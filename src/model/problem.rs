@@ -181,6 +181,8 @@ codes! {
     Disk = "disk",
     /// A file cannot be written.
     FileNotWritten = "file-not-written",
+    /// Lines of the agent's log wait for its reader, or were lost.
+    LogLost = "log-lost",
     /// A socket or address of the agent is not open.
     Listener = "listener",
     /// A monitoring thread of the agent has ended.

@@ -4,6 +4,7 @@
 //! within its deadline, and it recovers without a restart once the fault is over.
 
 mod disks;
+mod logs;
 mod others;
 
 use std::{

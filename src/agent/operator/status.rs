@@ -12,6 +12,7 @@ use crate::{
     api::{AgentStatus, KernelStatus},
     core::Phase,
     dataplane::desired::device_name,
+    log,
     model::{Problem, ProblemCode},
     transport::Flood,
     underlay,
@@ -114,6 +115,7 @@ impl Agent {
             connections: self.transport.connections(),
             handshakes: self.transport.handshakes().into(),
             gossip_dropped: self.receive_drops.dropped(),
+            log_lines_lost: log::lost(),
             ..AgentStatus::of(node)
         }
     }
@@ -206,6 +208,7 @@ impl Agent {
         let known = kernel.forwarding.notices.iter().chain(&kernel.answers.notices);
         let known = known.chain(&kernel.host.notices).chain(&self.pods.notices);
         let known = known.cloned().chain(self.path_notices()).chain(self.remote_pod_notices());
+        let known = known.chain(log::notice(Instant::now()));
         known.map(Problem::visible).collect()
     }
 

@@ -22,7 +22,7 @@ use crate::{
     config::Config,
     core::NodeStatus,
     dataplane::kernel::KernelError,
-    docker,
+    docker, log,
     model::{NodeId, NodeName, Problem, ProblemCode},
     netlink::Netlink,
     transport::BindError,
@@ -208,8 +208,10 @@ fn status(name: &NodeName, node: NodeId, activity: String) -> AgentStatus {
     let pods_refused = Some(activity.clone());
     let problem = Problem::new(ProblemCode::Starting, Problem::HOST, activity, "");
     AgentStatus {
+        notices: log::notice(Instant::now()).into_iter().collect(),
         verdict: Verdict::new(Some(problem.what.clone()), 1),
         pods_refused,
+        log_lines_lost: log::lost(),
         ..AgentStatus::of(NodeStatus::waiting(node, name.clone(), problem))
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Write as _,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{
@@ -13,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gossamer::lab::{Host, Lab};
+use gossamer::lab::{Agent, Host, Lab};
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
@@ -350,6 +351,43 @@ fn hanging_disk_delays_a_secret_step_but_not_the_agent() {
         let added = adding.join().expect("no panic");
         assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
         assert_eq!(accepted(&added), Some(2));
+        scene.recovers()
+    });
+}
+
+/// Sets the soft limit of the size of files that an agent writes (`ulimit -f`).
+fn limit_file_size(pid: u32, size: &str) {
+    let mut command = Command::new("prlimit");
+    command.args(["--pid", &pid.to_string(), &format!("--fsize={size}:")]);
+    assert!(command.status().expect("prlimit runs").success());
+}
+
+#[test]
+fn file_size_limit_in_each_phase_delays_only_changes() {
+    isolated(|lab| {
+        let mut scene = Scene::new(lab, |_| Ok(()))?;
+        // While it runs, and while it stops.
+        limit_file_size(scene.cluster.agents[0].pid(), "4096");
+        let changes = Changes::begin(&scene);
+        scene.wait_reported("state directory");
+        scene.assert_pods_connected("while the agent runs")?;
+        changes.end();
+        limit_file_size(scene.cluster.agents[0].pid(), "unlimited");
+        scene.recovers()?;
+        limit_file_size(scene.cluster.agents[0].pid(), "4096");
+        let changes = Changes::begin(&scene);
+        scene.wait_reported("state directory");
+        scene.ends()?;
+        changes.end();
+        // When it starts.
+        let limited = scene.cluster.hosts[0].dir.join("limited");
+        let run = format!("#!/bin/sh\nexec prlimit --fsize=4096: {} \"$@\"\n", program().display());
+        fs::write(&limited, run)?;
+        fs::set_permissions(&limited, fs::Permissions::from_mode(0o755))?;
+        scene.cluster.agents[0] = Agent::start(&limited, &scene.cluster.hosts[0], &["--init"])?;
+        scene.wait_reported("state directory");
+        scene.assert_pods_connected("while the agent starts")?;
+        limit_file_size(scene.cluster.agents[0].pid(), "unlimited");
         scene.recovers()
     });
 }
