@@ -3,10 +3,24 @@
 //! "Ready" means that the agent answers requests, not that it has a subnet: units ordered after it must
 //! not wait for an unreachable cluster. Without a service manager nothing is sent.
 
-use std::time::{Duration, Instant};
+use std::{
+    env,
+    fmt::Write as _,
+    io,
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{
+            ffi::OsStrExt as _,
+            net::{SocketAddr, UnixDatagram},
+        },
+    },
+    time::{Duration, Instant},
+};
 
 use sd_notify::NotifyState;
 
+/// The variable with the address of the service manager's socket.
+const SOCKET: &str = "NOTIFY_SOCKET";
 /// Time between two reports if no watchdog requires more.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -22,7 +36,7 @@ pub(super) struct Service {
 impl Service {
     /// Reads the environment variables of `sd_notify(3)`.
     pub(super) fn new(now: Instant) -> Self {
-        let has_manager = std::env::var_os("NOTIFY_SOCKET").is_some();
+        let has_manager = env::var_os(SOCKET).is_some();
         // Half of the watchdog timeout, as sd_watchdog_enabled(3) recommends.
         let watched = sd_notify::watchdog_enabled().map_or(REPORT_INTERVAL, |limit| limit / 2);
         let pause = watched.min(REPORT_INTERVAL);
@@ -50,7 +64,7 @@ impl Service {
         if status != self.last_status {
             states.push(NotifyState::Status(&status));
         }
-        match sd_notify::notify(&states) {
+        match notify(&states) {
             Ok(()) => (self.ready, self.last_status) = (true, status),
             Err(error) => tracing::debug!(%error, "notification of the service manager failed"),
         }
@@ -59,7 +73,24 @@ impl Service {
     /// Reports that the agent is ending.
     pub(super) fn stopping(&self) {
         if self.next.is_some() {
-            let _ = sd_notify::notify(&[NotifyState::Stopping]);
+            let _ = notify(&[NotifyState::Stopping]);
         }
     }
+}
+
+/// Sends a notification. Never waits for the service manager to read.
+fn notify(states: &[NotifyState]) -> io::Result<()> {
+    let Some(address) = env::var_os(SOCKET) else { return Ok(()) };
+    let address = match address.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(&address)?,
+    };
+    let mut message = String::new();
+    for state in states {
+        // Writing to a string cannot fail.
+        let _ = writeln!(message, "{state}");
+    }
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    socket.send_to_addr(message.as_bytes(), &address).map(drop)
 }
