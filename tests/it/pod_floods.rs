@@ -120,3 +120,26 @@ fn fragment_memory_filled_by_a_pod_is_reported() {
         Ok(())
     });
 }
+
+/// The agent's own pod must have room for the fragments of other hosts.
+#[test]
+fn fragments_of_a_pod_do_not_reach_the_agents_own_pod() {
+    isolated(|lab| {
+        let cluster = Cluster::start_with(lab, 1, &["--network6", "fd42::/48"])?;
+        let spaces = namespaces(&["a"])?;
+        let given = Runtime::new(&cluster.agents[0]).add("a");
+        for (number, separator, places) in [(0, '.', ["1", "254"]), (1, ':', ["1", "fe"])] {
+            let given = given["ips"][number]["address"].as_str().expect("an address");
+            let (subnet, _) = given.rsplit_once(separator).expect("an address");
+            let [gateway, own] = places.map(|place| format!("{subnet}{separator}{place}"));
+            let ping = |size: u32, to: &str, said: &str| {
+                let command = format!("ping -c 2 -i 0.2 -W 1 -s {size} {to}");
+                eventually(&spaces[0], &command, |shown| shown.contains(said));
+            };
+            ping(56, &own, " 0% packet loss");
+            ping(3_000, &own, "100% packet loss");
+            ping(3_000, &gateway, " 0% packet loss");
+        }
+        Ok(())
+    });
+}

@@ -5,7 +5,7 @@
 //! their source. A veth pair is therefore added to the sets before ADD is answered, and its name
 //! stays in the set until the kernel has removed the interface. The source addresses behind a port
 //! of another program are unknown. Packets from there are dropped if they use an address of a pod,
-//! of the gateway or of the agent's own pod.
+//! of the gateway or of the agent's own pod, or if they would give pods routes.
 //!
 //! A pod may bridge its own interfaces, or send back what it receives. Frames would then circulate:
 //! a broadcast returns by its own port (hairpin mode, which services need) or by another port of
@@ -25,6 +25,8 @@ use std::{
     net::{IpAddr, Ipv6Addr},
 };
 
+use ipnet::IpNet;
+
 use super::{
     pod_tables::{Alarm, Shape},
     sets::Elements,
@@ -33,7 +35,7 @@ use crate::{
     model::{Mac, Problem, ProblemCode},
     netlink::{
         attributes,
-        nftables::{BRIDGE, Base, Rule, Side, name_bytes},
+        nftables::{BRIDGE, Base, Field, Rule, Side, name_bytes},
     },
     pods::{
         bridge::{Bridge, Tenant, Tenants, mac_at},
@@ -113,6 +115,8 @@ const IPV6: u16 = 0x86dd;
 /// Tags of IEEE 802.1Q and 802.1ad.
 const VLAN: u16 = 0x8100;
 const SERVICE_VLAN: u16 = 0x88a8;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOR_SOLICITATION: u8 = 135;
@@ -133,7 +137,7 @@ pub(super) static SHAPE: Shape = Shape {
     ],
     limited: Some((BELOW_GROUP_RATE, GROUP_RATE)),
     alarm: Some(Alarm { chain: GROUPS_CHAIN, problem: group_rate_alarm }),
-    rules: |_| {
+    rules: |bridge| {
         let at_foreign_ports =
             foreign_port_rules().into_iter().map(|rule| (FOREIGN_PORTS_CHAIN, rule));
         let of_pods = rules().into_iter().map(|rule| (CHAIN, rule));
@@ -142,7 +146,7 @@ pub(super) static SHAPE: Shape = Shape {
             .named_with(SIBLINGS, &[Side::Input, Side::Output], &[], true)
             .named_with(SIBLING_MACS, &[Side::Output], &[ETHER_DESTINATION], false);
         let returning = std::iter::once((RETURNING_CHAIN, to_itself.count().drop()));
-        let to_pods = receiving_rules().into_iter().map(|rule| (RECEIVING_CHAIN, rule));
+        let to_pods = receiving_rules(bridge).into_iter().map(|rule| (RECEIVING_CHAIN, rule));
         at_foreign_ports.chain(of_pods).chain(to_groups).chain(returning).chain(to_pods).collect()
     },
     elements: elements_of,
@@ -192,16 +196,48 @@ fn to_group(is_one: bool) -> Rule {
 }
 
 /// Rules from top to bottom; most frames need only the first.
-fn receiving_rules() -> Vec<Rule> {
+fn receiving_rules(bridge: &Bridge) -> Vec<Rule> {
     let leaving = |set, places: &[_], found| {
         Rule::new().named_with(set, &[Side::Output], places, found).accept()
     };
-    vec![
-        leaving(MACS, &[ETHER_DESTINATION], true),
-        to_group(true).accept(),
-        leaving(VETHS, &[], false),
-        Rule::new().count().drop(),
-    ]
+    let mut rules = vec![leaving(MACS, &[ETHER_DESTINATION], true), to_group(true).accept()];
+    let own = last_addresses(bridge.subnets);
+    let of_family = bridge.subnets.iter().zip(own.iter());
+    rules.extend(of_family.filter_map(|(subnet, own)| fragments_to_own_pod(bridge, subnet, own)));
+    rules.extend([leaving(VETHS, &[], false), Rule::new().count().drop()]);
+    rules
+}
+
+/// Drops fragments of pods to the agent's own pod, which would fill the memory for fragments of its
+/// namespace. Trials between hosts would then fail. Own pods of agents do send it fragments, and hosts may.
+/// Their addresses have the same place in each subnet. An IPv6 fragment may have other headers first.
+fn fragments_to_own_pod(bridge: &Bridge, subnet: IpNet, own: IpAddr) -> Option<Rule> {
+    let of_family = |network: &IpNet| network.addr().is_ipv4() == subnet.addr().is_ipv4();
+    let network = bridge.networks.iter().find(of_family)?;
+    let to_own = |kind, destination| {
+        let to_own = Rule::new().ether_type(kind);
+        to_own.holds(Base::Network, destination, &attributes::octets(own))
+    };
+    let (source, fragments) = match subnet.addr() {
+        IpAddr::V4(_) => {
+            let fragment = to_own(IPV4, 16).masked(Base::Network, 6, &[0x3f, 0xff], &[0; 2], false);
+            (SOURCE4, fragment)
+        }
+        IpAddr::V6(_) => {
+            let others = |rule: Rule, header| rule.lacks(Base::Network, 6, &[header]);
+            (SOURCE6, [TCP, UDP, ICMPV6].into_iter().fold(to_own(IPV6, 24), others))
+        }
+    };
+    let mask = attributes::octets(subnet.hostmask());
+    let hosts = [subnet.network(), gateway(subnet), own].map(|host| {
+        let octets = attributes::octets(host).into_iter();
+        octets.zip(&mask).map(|(octet, mask)| octet & mask).collect::<Vec<u8>>()
+    });
+    let of_pods = fragments.address(Field::Source, network, true);
+    let of_pods = hosts
+        .iter()
+        .fold(of_pods, |rule, host| rule.masked(source.0, source.1, &mask, host, false));
+    Some(of_pods.count().drop())
 }
 
 /// Before Linux 5.7, which introduced the limit, the set contains all veth pairs without one.
@@ -216,20 +252,23 @@ fn group_rules() -> Vec<Rule> {
 
 /// Rules from top to bottom; a frame that none of them drops is accepted.
 fn foreign_port_rules() -> Vec<Rule> {
-    let used = [
+    let dropped = [
         Rule::new().inside(USED_MACS, ETHER_SOURCE),
-        arp().inside(USED4, ARP_ADDRESS),
+        // Kernels accept several hardware types on Ethernet, and only addresses of these lengths.
+        Rule::new().ether_type(ARP).inside(USED4, ARP_ADDRESS),
         Rule::new().ether_type(IPV4).inside(USED4, SOURCE4),
         Rule::new().ether_type(IPV6).inside(USED6, SOURCE6),
         icmpv6(NEIGHBOR_ADVERTISEMENT).inside(USED6, TARGET),
         duplicate_address_detection().inside(USED6, TARGET),
+        icmpv6(ROUTER_ADVERTISEMENT),
+        icmpv6(REDIRECT),
         // The kernel has removed the outer tag, and would remove this one, too, before a pod checks
         // the content.
         Rule::new().ether_type(VLAN),
         Rule::new().ether_type(SERVICE_VLAN),
     ];
     let of_others = Rule::new().input_with(FOREIGN_PORTS, &[], false).accept();
-    std::iter::once(of_others).chain(used.map(|rule| rule.count().drop())).collect()
+    std::iter::once(of_others).chain(dropped.map(|rule| rule.count().drop())).collect()
 }
 
 /// Rules from top to bottom; the first match decides.
