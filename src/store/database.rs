@@ -129,6 +129,19 @@ pub enum StoreError {
         /// The directory.
         path: PathBuf,
     },
+    /// The database is another node's.
+    #[error(
+        "state_dir: {} was written by node {writer}, but the key is that of node {node}: restore the key and \
+         the database of one node, or move the database away to continue as node {node}", path.display()
+    )]
+    OtherNode {
+        /// The database.
+        path: PathBuf,
+        /// The node that wrote it.
+        writer: NodeId,
+        /// The node of the key.
+        node: NodeId,
+    },
     /// The host's clock is before 1970.
     #[error("the clock of this host is before 1970: set it (timedatectl set-time, or NTP)")]
     Clock,
@@ -147,11 +160,11 @@ fn holder_text(holder: Option<u32>) -> String {
 
 impl Database {
     /// Opens the database of a node and reads all records. Moves it aside and creates an empty one if it
-    /// cannot be read or belongs to another node.
+    /// cannot be read.
     ///
     /// # Errors
-    /// If the clock is before 1970, the database is in use or was written by a newer version, or the file
-    /// system fails.
+    /// If the clock is before 1970, the database is in use, was written by another node or by a newer
+    /// version, or the file system fails.
     pub fn open(path: &Path, node: NodeId) -> Result<LoadedDatabase, StoreError> {
         check_clock(SystemTime::now())?;
         match try_open(path, node) {
@@ -160,16 +173,25 @@ impl Database {
                 path: path.to_owned(),
                 holder: holder::of(&path.join("db")),
             }),
+            Err(Failure::OtherNode(writer)) => {
+                Err(StoreError::OtherNode { path: path.to_owned(), writer, node })
+            }
             Err(Failure::Newer(why)) => Err(StoreError::Newer(why)),
             Err(Failure::Io(error)) => Err(StoreError::Directory { path: path.to_owned(), error }),
-            Err(Failure::Damaged(why)) => {
-                let aside = quarantine(path)
-                    .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
-                let (database, records) =
-                    try_open(path, node).map_err(|_| StoreError::Database(why.clone()))?;
-                Ok(LoadedDatabase { database, records, quarantined: Some((aside, why)) })
-            }
+            Err(Failure::Damaged(why)) => Self::replace(path, node, why),
         }
+    }
+
+    /// Moves an unusable database aside and opens an empty one in its place. `why` is the reason.
+    ///
+    /// # Errors
+    /// If the directory cannot be renamed, or if no database can be created.
+    pub fn replace(path: &Path, node: NodeId, why: String) -> Result<LoadedDatabase, StoreError> {
+        let aside = quarantine(path)
+            .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
+        let (database, records) =
+            try_open(path, node).map_err(|_| StoreError::Database(why.clone()))?;
+        Ok(LoadedDatabase { database, records, quarantined: Some((aside, why)) })
     }
 
     /// Moves an open database aside, for a post-mortem, and opens an empty one in its place. For a database
@@ -245,6 +267,7 @@ enum Failure {
     InUse,
     Io(io::Error),
     Newer(String),
+    OtherNode(NodeId),
     Damaged(String),
 }
 
@@ -346,9 +369,7 @@ fn try_open(path: &Path, node: NodeId) -> Result<(Database, Vec<(Key, Record)>),
         let writer = counts.get(NODE).map_err(damaged)?;
         let writer = writer.and_then(|bytes| Some(NodeId::from_bytes((*bytes).try_into().ok()?)));
         if let Some(other) = writer.filter(|writer| *writer != node) {
-            return Err(Failure::Damaged(format!(
-                "written by node {other}, but this is node {node}"
-            )));
+            return Err(Failure::OtherNode(other));
         }
         let batches = counts.get(BATCHES).map_err(damaged)?;
         let batches = batches.and_then(|bytes| Some(u64::from_be_bytes((*bytes).try_into().ok()?)));

@@ -151,6 +151,27 @@ fn swapped_databases_of_two_hosts_are_moved_aside_and_no_pod_is_lost() {
 }
 
 #[test]
+fn key_of_another_node_is_refused_and_the_database_kept() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let before = cluster.agents[1].wait_converged(2, TIMEOUT)?;
+        cluster.agents[1].end(Signal::SIGTERM)?;
+        let [other, key] = [0, 1].map(|n| cluster.hosts[n].dir.join("state/node.key"));
+        let own = fs::read(&key)?;
+        fs::copy(other, &key)?;
+        cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
+        assert_eq!(cluster.agents[1].wait()?.code(), Some(1));
+        let log = cluster.agents[1].log();
+        assert!(log.contains("restore the key and the database of one node"), "{log}");
+        fs::write(&key, own)?;
+        cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
+        let after = cluster.agents[1].wait_converged(2, TIMEOUT)?;
+        assert_eq!([&after["node"], &after["subnet"]], [&before["node"], &before["subnet"]]);
+        Ok(())
+    });
+}
+
+#[test]
 fn single_creator_with_both_copies_lost_reports_a_remedy() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -110,6 +111,7 @@ fn is_temporary(config: &Config, error: &StoreError) -> bool {
         Some(
             Errno::ENOSPC
                 | Errno::EDQUOT
+                | Errno::EFBIG
                 | Errno::EROFS
                 | Errno::EIO
                 | Errno::ESTALE
@@ -164,9 +166,10 @@ pub(in crate::agent) struct StoredRecords {
     pub(in crate::agent) is_new: bool,
 }
 
-/// Opens the database. A database that is damaged or belongs to another node is moved aside: the other
-/// members have most of its records. A node that knows no other member uses the second copy of its
-/// essential records instead. If the database lost its last changes, the second copy completes it.
+/// Opens the database. A damaged one is moved aside: the other members have most of its records. One of
+/// another node is moved aside if the second copy is this node's. A node that knows no other member uses the
+/// second copy of its essential records instead. If the database lost its last changes, the second copy
+/// completes it.
 fn open_database(
     state: &StateDir,
     me: NodeId,
@@ -174,7 +177,15 @@ fn open_database(
     saved: Option<&Token>,
 ) -> Result<StoredRecords, StoreError> {
     let path = state.database();
-    let LoadedDatabase { mut database, mut records, quarantined } = Database::open(&path, me)?;
+    let copied = state.essentials().read();
+    let opened = match Database::open(&path, me) {
+        // Otherwise the key may be the one that belongs to another node.
+        Err(error @ StoreError::OtherNode { .. }) if is_copy_of(me, &copied) => {
+            Database::replace(&path, me, error.to_string())
+        }
+        opened => opened,
+    };
+    let LoadedDatabase { mut database, mut records, quarantined } = opened?;
     let counted = database.batches();
     let mut is_new = quarantined.is_some();
     if let Some((aside, why)) = quarantined {
@@ -183,7 +194,6 @@ fn open_database(
     let has_cluster = |records: &[(Key, Record)]| {
         records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)))
     };
-    let copied = state.essentials().read();
     let batches = copied.as_ref().map_or(0, |copied| copied.batches.min(MAX_BATCHES));
     let Some(cluster) = saved.and_then(Token::known_cluster).filter(|_| !has_cluster(&records))
     else {
@@ -224,6 +234,12 @@ fn open_database(
         }
     }
     Ok(StoredRecords { database, records, is_new })
+}
+
+/// Returns whether a second copy has this node's own record.
+fn is_copy_of(me: NodeId, copied: &io::Result<EssentialsContent>) -> bool {
+    let is_own = |record: &Record| matches!(record, Record::Member(member) if member.node == me);
+    copied.as_ref().is_ok_and(|copied| copied.records.iter().any(|(_, record)| is_own(record)))
 }
 
 /// Adds to the database and to `records` the lost changes that the copy contains.

@@ -118,20 +118,25 @@ fn batch_count_survives_restarts_and_can_be_raised() {
 }
 
 #[test]
-fn database_of_another_node_is_moved_aside_and_one_without_node_is_accepted() {
+fn database_of_another_node_is_refused_unchanged_and_one_without_node_is_accepted() {
     let dir = tempfile::tempdir().expect("tempdir");
     let path = dir.path().join("db");
-    write(&Database::open(&path, NodeId::from_bytes([2; 8])).expect("opens").database, 7);
-    let opened = Database::open(&path, ME).expect("opens an empty one");
-    let (_, why) = opened.quarantined.as_ref().expect("moved aside");
-    assert!(why.contains("0202020202020202") && why.contains("0101010101010101"), "{why}");
-    assert!(opened.records.is_empty());
-    write(&opened.database, 8);
+    let other = NodeId::from_bytes([2; 8]);
+    write(&Database::open(&path, other).expect("opens").database, 7);
+    let error = Database::open(&path, ME).err().expect("refused").to_string();
+    assert!(error.contains("0202020202020202") && error.contains("0101010101010101"), "{error}");
+    let opened = Database::open(&path, other).expect("opens again");
+    assert_eq!(starts(&opened), Some(&Record::Starts(7)));
+    drop(opened);
+    let replaced = Database::replace(&path, ME, error).expect("an empty one");
+    let (aside, _) = replaced.quarantined.as_ref().expect("moved aside");
+    assert!(replaced.records.is_empty());
+    let opened = Database::open(aside, other).expect("opens again");
     let counts = opened.database.sled.as_ref().expect("open").open_tree(COUNTS).expect("a tree");
     counts.remove(NODE).expect("removed");
     drop((opened, counts));
-    let opened = Database::open(&path, ME).expect("opens again");
-    assert_eq!(starts(&opened), Some(&Record::Starts(8)));
+    let opened = Database::open(aside, ME).expect("opens again");
+    assert_eq!(starts(&opened), Some(&Record::Starts(7)));
 }
 
 #[test]
