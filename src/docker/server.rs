@@ -34,8 +34,6 @@ use crate::{
 /// Time that a request waits for this node's subnet. After a boot, Docker tries to start a container only
 /// once.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
-/// Maximum length of a request, in bytes.
-const REQUEST_MAX: usize = 1 << 20;
 
 /// A request to the agent's loop. Each carries the channel for its reply.
 #[derive(Debug)]
@@ -156,7 +154,8 @@ pub fn handle(
     let submit: SubmitFn = Arc::new(submit);
     let router = Router::new()
         .fallback(post(respond))
-        .layer(DefaultBodyLimit::max(REQUEST_MAX))
+        // Connections limit the bodies.
+        .layer(DefaultBodyLimit::disable())
         .with_state(submit);
     let closing = http::Closing::when(closing);
     let serving =

@@ -112,3 +112,16 @@ fn docker_retry_with_an_empty_body_is_rejected_with_the_reason() {
         Ok(())
     });
 }
+
+#[test]
+fn docker_request_of_almost_two_mebibytes_is_answered() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        serve(&mut cluster, 0, Signal::SIGTERM)?;
+        let body = json!({ "NetworkID": "n", "Options": "x".repeat(2_000_000) }).to_string();
+        let plugin = Plugin::on(&cluster.hosts[0]);
+        let answer = read(plugin.send("NetworkDriver.DeleteNetwork", &body)?)?;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        Ok(())
+    });
+}
