@@ -294,6 +294,13 @@ fn tunnel_overhead(examination: &Examination, mode: Mode) -> u32 {
     overhead(address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()))
 }
 
+/// Returns the MTU of pods in bytes. Without tunnels it is larger than that of the overlay device.
+fn mtu_of_pods(examination: &Examination, device: u32, carrier: Option<&Link>, mode: Mode) -> u32 {
+    let told = examination.status().map(|status| status.kernel.mtu);
+    let without_tunnels = carrier.map(|carrier| carrier.mtu).filter(|_| mode == Mode::HostGw);
+    told.or(without_tunnels).unwrap_or(device)
+}
+
 /// Checks the chain of MTUs from the underlay to the pods.
 fn mtu(
     examination: &Examination,
@@ -343,17 +350,18 @@ fn mtu(
         // The MTU of the agent's own pod is larger, to test the handling of large packets.
         ports.filter(move |link| !is_own_pod(link)).chain([bridge])
     });
-    for link in pods.filter(|link| own.is_some_and(|mtu| link.mtu > mtu)) {
-        findings.push(Finding::problem(
-            "mtu",
-            format!("{} has MTU {}, the overlay {}", link.name, link.mtu, own.unwrap_or_default()),
-            "large packets of that pod are lost on their way to other hosts",
-            format!(
-                "ip link set {} mtu {} (in the pod too), or restart the pod",
-                link.name,
-                own.unwrap_or_default()
-            ),
-        ));
+    if let Some(largest) = own.map(|own| mtu_of_pods(examination, own, carrier, mode)) {
+        findings.extend(pods.filter(|link| link.mtu > largest).map(|link| {
+            Finding::problem(
+                "mtu",
+                format!("{} has MTU {}, the overlay {largest}", link.name, link.mtu),
+                "large packets of that pod are lost on their way to other hosts",
+                format!(
+                    "ip link set {} mtu {largest} (in the pod too), or restart the pod",
+                    link.name
+                ),
+            )
+        }));
     }
     if findings.is_empty() {
         let seen = match (own, carrier) {

@@ -4,9 +4,12 @@ use std::{process::Command, time::Duration};
 
 use gossamer::lab::{Agent, Host, Lab, Pinger};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::{
     common::{Cluster, TIMEOUT, client, has_problem, isolated, run, skipped, tool, wait_until},
+    doctor::complaints,
+    forwarding_far::with_pods,
     silence_causes::{REPORT_TIMEOUT, run_all, wait_for_path, wait_for_problem},
 };
 
@@ -80,6 +83,21 @@ fn mode_change_loses_no_packet_and_removes_the_old_entries() {
         }
         let (_, answered) = pinging.join().expect("the pinger ends")?;
         assert_eq!(answered, 600);
+        Ok(())
+    });
+}
+
+#[test]
+fn doctor_finds_nothing_on_a_healthy_host_without_tunnels() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        restart_all(&mut cluster, &["--mode", "host-gw"])?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        for host in &cluster.hosts {
+            for more in ["", "--mode host-gw"] {
+                assert_eq!(complaints(host, more), [Value::Null; 0], "{more}");
+            }
+        }
         Ok(())
     });
 }
