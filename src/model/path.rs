@@ -58,6 +58,16 @@ impl PathState {
         }
     }
 
+    /// Whether packets of the peer's host arrive.
+    pub const fn shows_life(self) -> bool {
+        match self {
+            Self::Ok | Self::OneWay | Self::Asymmetric | Self::MtuTooLarge | Self::PartlyLost => {
+                true
+            }
+            Self::Unknown | Self::Unanswered | Self::Dead | Self::Withdrawn => false,
+        }
+    }
+
     /// Whether the state is a problem.
     pub const fn is_problem(self) -> bool {
         !matches!(self, Self::Unknown | Self::Ok)

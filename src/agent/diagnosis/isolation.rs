@@ -225,7 +225,12 @@ impl Agent {
             Some(_) => (format!("{name} {state}: its pods are unreachable"), "start it"),
             None => (format!("{name} {state}"), "start it"),
         };
+        let gossip = self.node.address_of(node).map_or(0, |address| address.port());
         let fix = match self.node.has_active_peer() {
+            // Packets of its host arrive.
+            true if path.is_some_and(|state| state.shows_life()) => format!(
+                "{start}; if it runs, open UDP {gossip} between the two hosts in both directions"
+            ),
             true => format!("{start}, or if that host is gone for good: gossamer forget {named}"),
             // The cause may be this host.
             false => format!(

@@ -190,9 +190,14 @@ impl Agent {
         if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_unanswered) {
             return Some(silent_machine_problem(name, there, sign, [port, gossip]));
         }
-        // Gossip has already reported that the peer is down.
         if lost && !self.prober.paths.is_alive(node) {
-            return None;
+            // If no other member answers, one problem concerns all of them.
+            let is_closed = state == PathState::OneWay
+                && !self.node.is_active(node)
+                && self.node.has_active_peer();
+            let leaves = found.is_some_and(|found| found.leaves);
+            let text = || closed_way_problem(name, [here, there], [port, gossip], leaves);
+            return is_closed.then(text);
         }
         // The probe left by another interface, or its answer was lost on this host; that is reported by
         // its cause.
@@ -351,6 +356,33 @@ fn silent_machine_problem(
          status names (there: gossamer status)"
     );
     Problem::new(ProblemCode::PathLost, name, what, fix)
+}
+
+/// Describes a member that gossip reports as down although its packets arrive. `leaves` says that tunnel
+/// packets to it leave this host.
+fn closed_way_problem(
+    name: &str,
+    [here, there]: [IpAddr; 2],
+    [port, gossip]: [u16; 2],
+    leaves: bool,
+) -> Problem {
+    let this_host = match leaves {
+        true => "",
+        false => ", and on this host (nft list ruleset, iptables-legacy -S OUTPUT, ip xfrm policy)",
+    };
+    Problem::new(
+        ProblemCode::PathLost,
+        name,
+        format!(
+            "{name} is down for gossip, but its packets arrive: the way to it, from {here} to {there}, is \
+             closed for UDP {port} and {gossip}"
+        ),
+        format!(
+            "open these ports on {name} (there: gossamer status names its own rules) and in the network\
+             {this_host}; or only UDP {port} is closed, and its agent is stopped (there: systemctl status \
+             gossamer)"
+        ),
+    )
 }
 
 /// Describes a peer with a subnet that this host cannot reach in mode host-gw; `first` is the way to its
