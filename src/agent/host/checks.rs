@@ -365,7 +365,10 @@ impl HostChecks {
             Ok(table) => table,
             Err(_) if firewall.is_empty() => return None,
             Err(error) => {
-                self.table_problem = Some(no_table(error));
+                let left = firewall.guard.as_ref().map(|_| left_table(&firewall.table, None));
+                let mut problem = no_table(error);
+                problem.fix.push_str(&left.unwrap_or_default());
+                self.table_problem = Some(problem);
                 return None;
             }
         };
@@ -377,12 +380,30 @@ impl HostChecks {
                 }
                 Err(error) => self.table_problem = Some(no_table(&error)),
             }
-            if firewall.guard.is_none() || firewall.masquerade.is_empty() {
+            firewall.guard.as_ref()?;
+            if firewall.masquerade.is_empty() {
+                self.note_left_table(&firewall.table);
                 return None;
             }
             self.refused_at = Some(Instant::now());
         }
-        act(table, &Firewall { masquerade: Vec::new(), ..firewall.clone() }).ok()
+        let done = act(table, &Firewall { masquerade: Vec::new(), ..firewall.clone() }).ok();
+        if done.is_none() {
+            self.note_left_table(&firewall.table);
+        }
+        done
+    }
+
+    /// Adds what a table with a guard does that the kernel has and refuses to change.
+    fn note_left_table(&mut self, name: &str) {
+        let Ok(table) = &mut self.table else { return };
+        let is_left = table.tables(|other| other == name).ok().map(|found| !found.is_empty());
+        let said = left_table(name, is_left);
+        if let Some(problem) = &mut self.table_problem
+            && !problem.fix.ends_with(&said)
+        {
+            problem.fix.push_str(&said);
+        }
     }
 }
 
@@ -393,6 +414,19 @@ fn no_table(error: &io::Error) -> Problem {
         format!("nftables: {error}"),
         "load the modules nf_tables, nf_nat and nft_masq, or set guard = false and ip_masq = false",
     )
+}
+
+/// Describes the effect of a table of an earlier agent, as the end of a remedy. `is_left` is `None` if the
+/// tables cannot be listed.
+fn left_table(name: &str, is_left: Option<bool>) -> String {
+    let effect = format!(
+        "drops tunnel packets of members that join or change their address: nft delete table inet {name}"
+    );
+    match is_left {
+        Some(true) => format!("; the table inet {name} that is in the kernel {effect}"),
+        None => format!("; the table inet {name} of an earlier agent, if there is one, {effect}"),
+        Some(false) => String::new(),
+    }
 }
 
 fn direct_access(chain: &str, desired: &Desired) -> Problem {

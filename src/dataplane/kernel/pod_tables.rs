@@ -4,6 +4,7 @@
 //! sets before ADD is answered. A table is written in one transaction; a later difference from the
 //! form that the kernel then showed is a change by another program.
 
+mod refusal;
 mod shape;
 
 use std::{
@@ -361,7 +362,7 @@ impl Table {
         if self.refused_at.is_some_and(|at| at.elapsed() < RETRY_INTERVAL) {
             return;
         }
-        let Shape { family, sets, limited, chains, rules, requirement, .. } = self.shape;
+        let Shape { family, sets, limited, chains, rules, .. } = self.shape;
         let table = &self.name(bridge);
         let mut steps = vec![create_table(table), delete_table(table), create_table(table)];
         for (id, (set, length, kind)) in (1..).zip(*sets) {
@@ -391,14 +392,7 @@ impl Table {
             }
             Err(error) => {
                 self.refused_at = Some(Instant::now());
-                let (what, takes) = requirement;
-                let family = family_name(*family);
-                self.problem = Some(Problem::new(
-                    ProblemCode::AntiSpoofing,
-                    family,
-                    format!("{what}: nftables, family {family}: {error}"),
-                    format!("use a kernel with {takes}, or set anti_spoofing = false"),
-                ));
+                self.problem = Some(refusal::problem(nftables, self.shape, table, &error));
             }
         }
     }

@@ -152,6 +152,7 @@ pub(super) static SHAPE: Shape = Shape {
     elements: elements_of,
     leaving: leaving_elements,
     veths: Some(VETHS),
+    stale: None,
     requirement: (
         "pods can use addresses that they were not given",
         "nf_tables for bridges (CONFIG_NF_TABLES_BRIDGE)",

@@ -47,6 +47,7 @@ pub(super) static SHAPE: Shape = Shape {
     elements,
     leaving,
     veths: None,
+    stale: Some("pods that start now are not reached"),
     requirement: (
         "packets to unused addresses of this host's subnet can fill the kernel's neighbor table",
         "reject of nf_tables (CONFIG_NFT_REJECT_INET)",

@@ -32,6 +32,8 @@ pub(in super::super) struct Shape {
     pub(in super::super) leaving: fn(&Bridge, &str, &Tenant, &Elements) -> Elements,
     /// A set of veth pairs whose elements stay until the kernel has removed the interface.
     pub(in super::super) veths: Option<&'static str>,
+    /// The consequence for new pods of a table that stays as it was; `None` if they pass it.
+    pub(in super::super) stale: Option<&'static str>,
     /// The consequence of a missing table, and what the kernel needs for it.
     pub(in super::super) requirement: (&'static str, &'static str),
 }
