@@ -24,9 +24,9 @@ pub use self::{
 };
 use self::{
     reading::Marks,
-    selection::{Selection, Side},
+    selection::Side,
     sets::Library,
-    walk::{MAX_DEPTH, Rules, Walk},
+    walk::{Rules, Walk},
 };
 use super::rules::{base_of, family_name, name_of, number};
 use crate::{
@@ -96,8 +96,8 @@ pub struct Partial {
     pub base: String,
     /// The chain with the rules, in the words of a message.
     pub chain: String,
-    /// Identifies the first rule.
-    pub rule: String,
+    /// Identifies the first rule; `None` for the chain's policy.
+    pub rule: Option<String>,
     /// What the first rule matches.
     pub what: String,
     /// Number of further rules.
@@ -136,6 +136,8 @@ struct Base {
     /// Family and table, or program and table.
     prefix: String,
     name: String,
+    /// Whether its policy drops packets.
+    drops: bool,
     program: Option<&'static str>,
 }
 
@@ -198,6 +200,7 @@ impl ForeignRules {
                 family,
                 prefix: format!("{} {table}", family_name(family)),
                 name: name_of(&chain, nfta::CHAIN_NAME).to_owned(),
+                drops: base_of(&chain).is_some_and(|base| base.drops),
                 program: None,
             });
         }
@@ -214,6 +217,7 @@ impl ForeignRules {
                     family: if program.starts_with("ip6") { IPV6 } else { IPV4 },
                     prefix: format!("{program} {}", table.name),
                     name: (*chain).to_owned(),
+                    drops: table.dropping.contains(*chain),
                     program: Some(program),
                 })
             };
@@ -259,9 +263,10 @@ impl ForeignRules {
                     base,
                     left: &mut left,
                     passes_established: 0,
+                    accepts_new: 0,
                     found: &mut found,
                 };
-                walk.chain(&base.name, MAX_DEPTH, &Selection::of_ways(ways));
+                walk.base_chain(ways);
             }
             if marks.connections == known {
                 break;
@@ -284,7 +289,8 @@ impl Place {
     /// Returns the ways of packets that this place sees, as bits.
     fn ways(&self, traffic: &Traffic<'_>) -> u8 {
         let sees_traffic = match (traffic.tunnel, traffic.is_own()) {
-            (None, _) => [PREROUTING, FORWARD, POSTROUTING].contains(&self.hook),
+            _ if traffic.is_forwarded() => [PREROUTING, FORWARD, POSTROUTING].contains(&self.hook),
+            (None, _) => false,
             (Some(_), false) => [PREROUTING, INPUT].contains(&self.hook),
             (Some(_), true) => [OUTPUT, POSTROUTING].contains(&self.hook),
         };

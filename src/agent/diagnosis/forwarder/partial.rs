@@ -96,7 +96,7 @@ fn all_notices(
     }
     let found = of_tunnels(netlink, setting, (&mut table, &mut rules), &links);
     for partial in found.into_iter().filter(is_wanted) {
-        let is_same = |(_, chain, rule): &(IpNet, String, String)| {
+        let is_same = |(_, chain, rule): &(IpNet, String, Option<String>)| {
             (chain, rule) == (&partial.chain, &partial.rule)
         };
         if !known.iter().any(is_same) {
@@ -205,7 +205,7 @@ fn notice(
 
 /// Returns the notice about a rule.
 fn of_rule(Partial { chain, rule, .. }: &Partial, what: String, fix: String) -> Problem {
-    let subject = format!("{chain} {rule}");
+    let subject = format!("{chain} {}", rule.as_deref().unwrap_or("policy"));
     Problem::new(ProblemCode::PartialRule, subject, what, fix).notice()
 }
 
@@ -220,12 +220,17 @@ fn notice_of_tunnels(setting: &Setting, partial: &Partial) -> Option<Problem> {
         ),
         act => fate(*act, "some tunnel packets")?,
     };
-    let fix = match iptables(base) {
-        Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
-        None => format!("nft insert rule {base} udp dport {port} accept"),
-    };
+    let fix = open_tunnels(base, port);
     let what = format!("chain {chain} {fate}: {}", taken(partial));
     Some(of_rule(partial, what, format!("if that is not intended: {fix}")))
+}
+
+/// Returns the command that exempts tunnel packets from a base chain.
+pub fn open_tunnels(base: &str, port: u16) -> String {
+    match iptables(base) {
+        Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
+        None => format!("nft insert rule {base} udp dport {port} accept"),
+    }
 }
 
 /// Describes what happens to the affected packets.
@@ -245,14 +250,17 @@ fn hops(ttl: u8) -> String {
 }
 
 /// Describes which packets the rule affects, and identifies the rule.
-fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
+pub fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
     let more = match more {
         0 => String::new(),
         1 => ", and 1 more rule does the same".to_owned(),
         more => format!(", and {more} more rules do the same"),
     };
     let what = if what.is_empty() { "all".to_owned() } else { format!("those {what}") };
-    format!("{what} (rule {rule}{more})")
+    match rule {
+        Some(rule) => format!("{what} (rule {rule}{more})"),
+        None => format!("{what} (by its policy{more})"),
+    }
 }
 
 /// Returns the command that exempts packets within the overlay from a base chain.

@@ -1,6 +1,9 @@
 //! Reads rules of iptables-legacy in the format of `iptables-legacy-save`.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 
@@ -40,27 +43,31 @@ pub struct LegacyTable {
     pub name: String,
     /// The rules of each chain, one line each.
     pub chains: BTreeMap<String, Vec<String>>,
+    /// The chains whose policy drops packets.
+    pub dropping: BTreeSet<String>,
 }
 
 impl LegacyTable {
     /// Parses the output of `iptables-legacy-save` for one table.
     pub fn new(program: &'static str, name: &str, text: &str) -> Self {
         let mut chains: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        let mut dropping = BTreeSet::new();
         for line in text.lines() {
             let mut words = line.split(' ');
             match (words.next(), words.next()) {
                 (Some("-A"), Some(chain)) => {
                     chains.entry(chain.to_owned()).or_default().push(line.to_owned());
                 }
-                (Some(chain), _) => {
+                (Some(chain), policy) => {
                     if let Some(chain) = chain.strip_prefix(':') {
                         chains.entry(chain.to_owned()).or_default();
+                        dropping.extend((policy == Some("DROP")).then(|| chain.to_owned()));
                     }
                 }
                 _ => {}
             }
         }
-        Self { program, name: name.to_owned(), chains }
+        Self { program, name: name.to_owned(), chains, dropping }
     }
 }
 

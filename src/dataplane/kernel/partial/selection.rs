@@ -38,7 +38,7 @@ pub struct Traffic<'a> {
     pub untested: u8,
     /// Names of the ports of single pods.
     pub ports: &'a [String],
-    /// The UDP port, if they are tunnel packets to or from this host.
+    /// The UDP port, if they are tunnel packets.
     pub tunnel: Option<u16>,
 }
 
@@ -62,9 +62,15 @@ impl Traffic<'_> {
         self.ways.iter().all(|way| way.input.is_none())
     }
 
+    /// Whether this host forwards the packets.
+    pub(super) fn is_forwarded(&self) -> bool {
+        let is_through = |way: &Way| way.input.is_some() && way.output.is_some();
+        self.tunnel.is_none() || self.ways.iter().all(is_through)
+    }
+
     /// Returns the type of the destination's address (`RTN_*`).
     pub(super) fn destination_type(&self) -> u32 {
-        if self.tunnel.is_some() && !self.is_own() { LOCAL } else { UNICAST }
+        if self.is_forwarded() || self.is_own() { UNICAST } else { LOCAL }
     }
 
     /// Returns the ways, as bits, that use one of these interfaces on the given side.

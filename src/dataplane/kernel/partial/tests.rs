@@ -1,5 +1,6 @@
 //! Tests with rules in the kernel's form, and what the reader finds in them.
 
+mod policies;
 mod programs;
 
 use std::rc::Rc;
@@ -81,19 +82,20 @@ fn base_at(hook: u32) -> Base {
         family: IPV4,
         prefix: "ip t".to_owned(),
         name: "base".to_owned(),
+        drops: false,
         program: None,
     }
 }
 
 /// Returns the findings in the rules of a chain `base`, in words.
 fn found_in(rules: &Rules<'_>, hook: u32, marks: &mut Marks) -> Vec<String> {
-    found_by(rules, hook, marks, ("gossamer.1", 0))
+    found_by(rules, base_at(hook), marks, ("gossamer.1", 0))
 }
 
 /// The same for packets that reach other hosts by an interface. No trial covers the ways of the bits.
 fn found_by(
     rules: &Rules<'_>,
-    hook: u32,
+    base: Base,
     marks: &mut Marks,
     (outside, untested): (&str, u8),
 ) -> Vec<String> {
@@ -138,18 +140,30 @@ fn found_by(
         };
         Rc::new(Set { dimensions: Vec::new(), elements })
     };
-    let (base, mut left, mut found) = (base_at(hook), MAX_RULES, BTreeMap::new());
+    found_of(rules, &base, marks, &traffic, &mut sets)
+}
+
+/// The same for any packets.
+fn found_of(
+    rules: &Rules<'_>,
+    base: &Base,
+    marks: &mut Marks,
+    traffic: &Traffic<'_>,
+    sets: sets::Sets<'_>,
+) -> Vec<String> {
+    let (mut left, mut found) = (MAX_RULES, BTreeMap::new());
     let mut walk = Walk {
         rules,
-        traffic: &traffic,
-        sets: &mut sets,
+        traffic,
+        sets,
         marks,
-        base: &base,
+        base,
         left: &mut left,
         passes_established: 0,
+        accepts_new: 0,
         found: &mut found,
     };
-    walk.chain("base", MAX_DEPTH, &Selection::of_ways(3));
+    walk.base_chain(base.place.ways(traffic));
     let shown = |partial: &Partial| format!("{:?} {} +{}", partial.act, partial.what, partial.more);
     limit_per_kind(found).iter().map(shown).collect()
 }
@@ -470,7 +484,7 @@ fn rule_that_takes_all_arriving_packets_counts_if_no_trial_covers_them() {
         let text = format!(":base ACCEPT [0:0]\n{}\n", lines.join("\n"));
         let table = LegacyTable::new("iptables-legacy", "filter", &text);
         let mut marks = Marks::default();
-        found_by(&Rules::Legacy(&table.chains), FORWARD, &mut marks, ("eth0", untested))
+        found_by(&Rules::Legacy(&table.chains), base_at(FORWARD), &mut marks, ("eth0", untested))
     };
     let established = "-A base -m conntrack --ctstate RELATED,ESTABLISHED -j RETURN";
     let drop = "-A base -i eth0 ! -s 192.0.2.0/24 -j DROP";

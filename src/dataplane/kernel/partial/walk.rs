@@ -14,7 +14,7 @@ use crate::netlink::{
 };
 
 /// Upper limit of nested chains.
-pub const MAX_DEPTH: usize = 8;
+const MAX_DEPTH: usize = 8;
 
 /// The rules of one table, by chain.
 pub enum Rules<'a> {
@@ -40,14 +40,31 @@ pub struct Walk<'a> {
     pub left: &'a mut usize,
     /// Ways, as bits, whose established connections a rule has accepted.
     pub passes_established: u8,
+    /// Ways, as bits, of which a rule has accepted some first packets of connections.
+    pub accepts_new: u8,
     /// The findings.
     pub found: &'a mut BTreeMap<Key, Partial>,
 }
 
 impl Walk<'_> {
+    /// Follows the packets of these ways through the base chain, up to its policy.
+    pub fn base_chain(&mut self, ways: u8) {
+        let base = self.base;
+        let ways = self.chain(&base.name, MAX_DEPTH, &Selection::of_ways(ways));
+        // If rules accept some connections, only trials show whether the policy takes all others. Chains
+        // that close a host without trials are reported as a whole.
+        let ways = ways & !self.accepts_new;
+        let is_unknown = self.traffic.tunnel.is_none() && !self.traffic.is_tested();
+        if base.drops && ways != 0 && !is_unknown {
+            for act in self.acts(&Verdict::Drop, &[], &Selection::of_ways(ways)) {
+                self.add_finding(act, (&base.name, None));
+            }
+        }
+    }
+
     /// Follows the packets `into` through a chain. Returns the ways, as bits, of which some packets
     /// may reach what follows the chain.
-    pub fn chain(&mut self, name: &str, depth: usize, into: &Selection) -> u8 {
+    fn chain(&mut self, name: &str, depth: usize, into: &Selection) -> u8 {
         let rules = self.rules;
         let count = rules.count(name);
         let mut into = into.clone();
@@ -73,7 +90,7 @@ impl Walk<'_> {
                 let has_passed = all.is_late && all.ways & !settled == 0;
                 if !has_passed && !ended.contains(&own.what) {
                     for act in self.acts(&verdict, &changes, &all) {
-                        self.add_finding(act, (name, at));
+                        self.add_finding(act, (name, Some(at)));
                     }
                     self.store_marks(&changes, &all);
                 }
@@ -98,6 +115,7 @@ impl Walk<'_> {
                     }
                     Verdict::Accept => {
                         settled_here |= own.settled();
+                        self.accepts_new |= if all.takes(NEW) { all.ways } else { 0 };
                         if !all.is_partial && own.takes(ESTABLISHED) {
                             self.passes_established |= all.ways;
                         } else {
@@ -115,15 +133,15 @@ impl Walk<'_> {
         back | into.ways
     }
 
-    /// Adds a finding.
-    fn add_finding(&mut self, (act, what): (Act, Vec<String>), (name, at): (&str, usize)) {
+    /// Adds a finding about a rule, or about the policy of the chain.
+    fn add_finding(&mut self, (act, what): (Act, Vec<String>), (name, at): (&str, Option<usize>)) {
         let base = self.base;
         let (label, chain) = (base.label(&base.name), base.shown(name));
         let new = || Partial {
             act,
             base: label.clone(),
             chain: chain.clone(),
-            rule: self.rules.identify(name, at),
+            rule: at.map(|at| self.rules.identify(name, at)),
             what: what.join(" "),
             more: 0,
             is_early: base.place.is_early(),
