@@ -25,7 +25,9 @@ use crate::{
     core::{Peer, ReplyId},
     dataplane::{
         desired::Way as Path,
-        forwarding::{ArrivalLog, FarLoss, FarOutput, FarPeer, FarPods, FarWay},
+        forwarding::{
+            ArrivalLog, FarLoss, FarOutput, FarPeer, FarPods, FarWay, InwardLosses, InwardWay,
+        },
     },
     model::{NodeId, PathState, Subnets},
     pods::{gateway, last_addresses, standin::Room},
@@ -52,6 +54,8 @@ pub struct RemotePodsState {
     pub is_in_doubt: bool,
     /// Peers to which only large packets were lost in the last trial.
     pub losing_large: BTreeSet<NodeId>,
+    /// Ways on which members report that all their packets to pods here are lost.
+    pub inward: Vec<InwardWay>,
 }
 
 /// An event of the thread.
@@ -108,6 +112,7 @@ impl RemotePods {
                 clock: Clock(Instant::now()),
                 setting: Setting::default(),
                 remote_pods: FarPods::default(),
+                inward: InwardLosses::default(),
                 place: None,
                 reported: RemotePodsState::default(),
             };
@@ -163,6 +168,7 @@ struct Runner<F> {
     clock: Clock,
     setting: Setting,
     remote_pods: FarPods,
+    inward: InwardLosses,
     place: Option<Place>,
     reported: RemotePodsState,
 }
@@ -204,6 +210,10 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
                     let is_its = |from| self.setting.may_be_of(from, node);
                     let place = self.place.as_ref();
                     let reported = place.map(|place| place.witness.arrivals(now, round, is_its));
+                    if let Some(report) = &reported {
+                        let is_tried = |ipv4| self.remote_pods.tries(node, ipv4);
+                        self.inward.on_request(now, node, report, is_tried);
+                    }
                     (self.tell)(RemotePodsEvent::Testimony(reply, reported));
                 }
                 Ok(Command::Arrivals(round, reported)) => {
@@ -219,7 +229,7 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
     /// Moves to another pod. Results of the previous one are discarded.
     fn set_pod(&mut self, room: Option<Room>) {
         self.place = None;
-        self.remote_pods = FarPods::default();
+        (self.remote_pods, self.inward) = (FarPods::default(), InwardLosses::default());
         self.update();
         let Some(room) = room else { return };
         match RoomSockets::open(room, &self.setting.sources) {
@@ -238,7 +248,8 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
     /// Reads everything received.
     fn receive(&mut self) {
         let Some(Place { sockets, witness }) = &mut self.place else { return };
-        let (remote_pods, setting, clock) = (&mut self.remote_pods, &self.setting, &self.clock);
+        let (remote_pods, inward) = (&mut self.remote_pods, &mut self.inward);
+        let (setting, clock) = (&self.setting, &self.clock);
         sockets.receive_all(|heard| {
             let now = clock.now();
             match heard {
@@ -247,6 +258,9 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
                         setting.may_probe(from) && witness.on_question(now, from, round, sort);
                     if is_answered {
                         remote_pods.on_question(now, from);
+                        if let Some(node) = setting.probers.get(&from) {
+                            inward.on_question(*node, from.is_ipv4());
+                        }
                     }
                     is_answered
                 }
@@ -296,6 +310,8 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
 
     /// Reports the results if they have changed.
     fn report(&mut self) {
+        let is_tried = |node, ipv4| self.remote_pods.tries(node, ipv4);
+        self.inward.retain(self.clock.now(), is_tried);
         let now = RemotePodsState {
             closed: self.remote_pods.closed(),
             answering: self.remote_pods.answering(),
@@ -303,6 +319,7 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
             losses: self.remote_pods.losses(),
             is_in_doubt: self.remote_pods.has_recent_loss(),
             losing_large: self.remote_pods.losing_large(),
+            inward: self.inward.closed(),
         };
         if now != self.reported {
             self.reported.clone_from(&now);

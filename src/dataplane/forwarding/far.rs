@@ -270,6 +270,14 @@ impl FarPods {
         }
     }
 
+    /// Returns whether packets of a family are sent to a peer's pod.
+    pub fn tries(&self, node: NodeId, ipv4: bool) -> bool {
+        let peer = self.peers.get(&node);
+        peer.is_some_and(|peer| {
+            sorts(&peer.info, &self.ways_lost_here).any(|sort| sort.ipv4 == ipv4)
+        })
+    }
+
     /// Returns the ways that packets do not pass.
     pub fn closed(&self) -> Vec<FarWay> {
         self.trials.closed()

@@ -64,8 +64,8 @@ pub struct Setting {
     pub peers: Vec<Peer>,
     /// Whether a peer answers no probe through its tunnel.
     pub unanswered: bool,
-    /// Whether packets to pods of other hosts or their answers are lost, or all packets to a host
-    /// without a tunnel.
+    /// Whether packets to pods of other hosts or their answers are lost, all packets to a host without a
+    /// tunnel, or all packets of a member's pods to pods here.
     pub is_remote_lost: bool,
     /// Transports of the lost packets, as far as known.
     pub lost_transports: BTreeSet<Transport>,
@@ -74,6 +74,8 @@ pub struct Setting {
 /// A peer, as trials need it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
+    /// Its name.
+    pub name: String,
     /// MAC of its VTEP.
     pub mac: Mac,
     /// The overlay addresses of its VTEP, one of each family.
@@ -119,10 +121,13 @@ impl Agent {
         let withdrawn = &self.kernel.withdrawn_peers;
         let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
         let largest = self.underlay.tunnel_mtu;
+        let are_all_lost =
+            self.is_lost_without_tunnel() || !self.kernel.remote_pods.inward.is_empty();
         let peers = peers.filter_map(|(node, peer)| {
             let (_, subnets) = peer.leases.first()?;
             let way = underlay.way(peer.vtep.underlay, subnets.first);
             Some(Peer {
+                name: self.node.name_of(*node).to_owned(),
                 mac: peer.vtep.mac,
                 vteps: subnets.iter().map(|subnet| subnet.network()).collect(),
                 underlay: peer.vtep.underlay,
@@ -151,8 +156,8 @@ impl Agent {
             carried: self.underlay.tunnel_mtu,
             peers: peers.take(MAX_PEERS).collect(),
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
-            is_remote_lost: self.kernel.remote_pods.is_in_doubt || self.is_lost_without_tunnel(),
-            lost_transports: match self.is_lost_without_tunnel() {
+            is_remote_lost: self.kernel.remote_pods.is_in_doubt || are_all_lost,
+            lost_transports: match are_all_lost {
                 true => Transport::ALL.into(),
                 false => self
                     .kernel

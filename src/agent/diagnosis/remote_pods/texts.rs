@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     agent::Agent,
     api::{CheckState, CheckStatus},
-    dataplane::forwarding::{FAR_PORT, FarLoss, FarWay, Half, Kind, Sort},
+    dataplane::forwarding::{FAR_PORT, FarLoss, FarWay, Half, InwardWay, Kind, Sort},
     model::{NodeId, PathState, Problem, ProblemCode},
 };
 
@@ -23,7 +23,8 @@ impl Agent {
                  own pod there than it answers"
             );
         }
-        let nodes: Vec<NodeId> = self.lost_to_remote_pods().into_keys().collect();
+        let unheard = self.members_without_arrivals().into_values().flatten();
+        let nodes: Vec<NodeId> = self.lost_to_remote_pods().into_keys().chain(unheard).collect();
         match (nodes.as_slice(), self.kernel.remote_pods.answering.len()) {
             ([], 0) => CheckStatus { state, detail },
             ([], count) => {
@@ -53,7 +54,30 @@ impl Agent {
             };
             problem(&self.names(&nodes), &of(Half::There), &of(Half::Back), &suspects)
         };
-        alike.into_iter().map(of_peers).collect()
+        let of_trials = alike.into_iter().map(of_peers);
+        let of_members = self
+            .members_without_arrivals()
+            .into_iter()
+            .map(|(families, nodes)| inward_problem(&self.names(&nodes), &families, &suspects));
+        of_trials.chain(of_members).collect()
+    }
+
+    /// Returns the members whose packets do not arrive at pods here, by family. Excludes members to which
+    /// this host's own trials find losses: the cause is the same.
+    fn members_without_arrivals(&self) -> BTreeMap<Vec<&'static str>, Vec<NodeId>> {
+        let known = self.lost_to_remote_pods();
+        let mut families: BTreeMap<NodeId, Vec<&str>> = BTreeMap::new();
+        for InwardWay { node, ipv4 } in self.kernel.remote_pods.inward.iter().rev() {
+            if !known.contains_key(node) {
+                let family = if *ipv4 { "IPv4" } else { "IPv6" };
+                families.entry(*node).or_default().push(family);
+            }
+        }
+        let mut alike: BTreeMap<Vec<&str>, Vec<NodeId>> = BTreeMap::new();
+        for (node, families) in families {
+            alike.entry(families).or_default().push(node);
+        }
+        alike
     }
 
     /// Returns the notices about packets of which a part is lost at random, with the share and the
@@ -145,6 +169,22 @@ fn problem(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> Proble
         suspects => format!("{suspects}; if it is none of that, check {others}"),
     };
     Problem::new(ProblemCode::RemotePods, names, seen, fix)
+}
+
+fn inward_problem(names: &str, families: &[&str], suspects: &str) -> Problem {
+    let seen = format!(
+        "packets of pods of {names} do not arrive at pods here ({}), as tests from there show",
+        families.join("; ")
+    );
+    let others = format!("{names} (there: gossamer status) or the network between");
+    let fix = match suspects {
+        "" => format!(
+            "of the rules of this host that might drop them none was found: check nft list ruleset here as \
+             well as on {others}"
+        ),
+        suspects => format!("{suspects}; if it is none of that, check {others}"),
+    };
+    Problem::new(ProblemCode::RemotePods, format!("from {names}"), seen, fix)
 }
 
 fn loss_notice(half: Half, names: &str, share: &str, link: &str, is_all: bool) -> Problem {
