@@ -396,7 +396,7 @@ impl std::fmt::Display for Sign {
 }
 
 /// Parses a UDP datagram: source, destination, and UDP header with payload. Fragments are not recognized.
-fn datagram(protocol: u16, bytes: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
+pub fn datagram(protocol: u16, bytes: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     const UDP: u8 = 17;
     if protocol == IPV4 {
         let header = usize::from(bytes.first()? & 0xf) * 4;

@@ -219,6 +219,8 @@ codes! {
     SysctlsUnreadable = "sysctls-unreadable",
     /// This host does not forward packets of pods.
     NotForwarding = "not-forwarding",
+    /// This host drops tunnel packets that it passes on between other members.
+    Transit = "transit",
     /// Pods cannot resolve the address of their gateway.
     GatewayUnresolved = "gateway-unresolved",
     /// Pods of this host do not reach each other.

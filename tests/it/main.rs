@@ -81,5 +81,6 @@ mod thread_shortage;
 mod tidy;
 mod underlay;
 mod unprivileged_users;
+mod unseen_drops;
 mod uplinks;
 mod verdict;

@@ -22,6 +22,7 @@ mod report;
 mod resolution;
 mod setting;
 mod stage;
+mod transit;
 mod trial;
 
 use std::{
@@ -38,6 +39,7 @@ use self::{
     no_trial::{NoTrial, no_trial_reason},
     setting::{Peer, Setting},
     stage::Stage,
+    transit::Transit,
     trial::{Outcome, Trial},
 };
 use crate::{
@@ -137,6 +139,7 @@ impl Forwarder {
             next_reading: None,
             reasons: Reasons::default(),
             input: Vec::new(),
+            transit: Transit::default(),
             reported: Forwarding::default(),
         };
         let worker = Worker::start("forwarding", move |orders| begin(orders).run())?;
@@ -190,6 +193,7 @@ struct TrialRunner<F> {
     /// Possible causes of losses, from the last reading of the rules.
     reasons: Reasons,
     input: Vec<Problem>,
+    transit: Transit,
     /// The last reported results.
     reported: Forwarding,
 }
@@ -202,6 +206,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
                 let earliest = self.last_trial.map_or(now, |tried| tried + MIN_TRIAL_INTERVAL);
                 self.due = self.due.min(earliest.max(now + SETTLE_TIME));
                 (self.next_reading, self.next_notices) = (None, None);
+                self.transit.on_changed_rules();
             }
             if self.due <= now {
                 self.run_due(now);
@@ -248,6 +253,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         self.is_new = false;
         let Some(mut setting) = self.setting.clone() else {
             self.remove_stage();
+            self.transit = Transit::default();
             self.discard_results("this node has no subnet in use".to_owned());
             self.due = now + RETRY_INTERVAL;
             return;
@@ -287,6 +293,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         self.last_trial = Some(now);
         self.read_rules(&setting);
         self.read_notices(&setting);
+        self.watch_transit(&setting);
     }
 
     /// Reads rules for notices about what a trial cannot detect.

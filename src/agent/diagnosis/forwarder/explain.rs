@@ -235,7 +235,7 @@ fn finding(setting: &Setting, ipv4: bool) -> Problem {
 
 /// Returns whether packets between ports of the bridge pass the rules for forwarded packets, for IPv4
 /// and IPv6.
-fn go_through_rules(netlink: &mut Netlink, bridge: &str) -> [bool; 2] {
+pub fn go_through_rules(netlink: &mut Netlink, bridge: &str) -> [bool; 2] {
     let by_all = [true, false].map(|ipv4| fs::read_to_string(bridge_sysctl(ipv4)));
     // Without br_netfilter these sysctls do not exist, and a bridge's own setting has no effect.
     if by_all.iter().all(Result::is_err) {

@@ -49,6 +49,8 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         problems.extend(self.reasons.carried(&closed, port));
         problems.extend(self.reasons.too_large(&closed));
         problems.extend(self.reasons.translations(&self.translated));
+        let transit = self.setting.as_ref().map(|setting| self.transit.problems(setting));
+        problems.extend(transit.unwrap_or_default());
         let status = CheckStatus { state, detail };
         let drops_incoming = [true, false].map(|ipv4| {
             self.reasons.takes_all
