@@ -10,15 +10,16 @@ pub(super) struct SizeSearch {
 }
 
 impl SizeSearch {
-    /// The largest reduction tried, in bytes: no known link needs a larger one.
-    const MAX_REDUCTION: u32 = 512;
+    /// Reductions, in bytes, that are tried until one is answered: headers of tunnels on the way, a switch
+    /// that carries no jumbo frames, and the largest MTU.
+    const FIRST_REDUCTIONS: [u32; 3] = [512, 8_192, 65_536];
     /// The search ends at this difference in bytes between a size that passes and one that does not.
     const PRECISION: u32 = 8;
 
     /// Returns the next reduction to try; `None` if the result is known, or no size passes.
     pub(super) fn next(self) -> Option<u32> {
         match self.answered {
-            None => (self.lost < Self::MAX_REDUCTION).then_some(Self::MAX_REDUCTION),
+            None => Self::FIRST_REDUCTIONS.into_iter().find(|reduction| self.lost < *reduction),
             Some(answered) if answered - self.lost <= Self::PRECISION => None,
             Some(answered) => Some(self.lost.midpoint(answered)),
         }

@@ -173,7 +173,7 @@ fn alive_peer_behind_closed_tunnel_is_unanswered_and_never_withdrawn() {
 #[test]
 fn lost_full_size_echoes_with_answered_small_ones_mean_mtu_too_large() {
     let mut scenario = Scenario::new();
-    scenario.run(20, |probe| !matches!(probe.kind, Kind::Full { .. }));
+    scenario.run(30, |probe| !matches!(probe.kind, Kind::Full { .. }));
     assert_eq!(scenario.state(), PathState::MtuTooLarge);
     assert_eq!(scenario.paths.mtu_reduction(scenario.node), None, "no size passes");
     scenario.run(30, |_| true);
@@ -189,6 +189,15 @@ fn lost_full_size_echoes_with_answered_small_ones_mean_mtu_too_large() {
         (scenario.state(), scenario.paths.mtu_reduction(scenario.node)),
         (PathState::Ok, None)
     );
+}
+
+#[test]
+fn size_of_path_through_switch_without_jumbo_frames_is_found() {
+    let mut scenario = Scenario::new();
+    scenario.run(60, |probe| !matches!(probe.kind, Kind::Full { less: ..7_500 }));
+    assert_eq!(scenario.state(), PathState::MtuTooLarge);
+    let found = scenario.paths.mtu_reduction(scenario.node).expect("it is known");
+    assert!((7_500..7_508).contains(&found), "{found}");
 }
 
 #[test]
