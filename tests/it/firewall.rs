@@ -366,8 +366,9 @@ fn chains_and_sysctls_that_block_pods_are_reported_with_a_remedy() {
         assert_eq!(tool(host, forwarding), "0\n", "named, and not changed");
         tool(host, "sysctl -w net.ipv4.ip_forward=1");
         tool(host, "nft flush chain ip raw PREROUTING");
-        // A rule about addresses outside the overlay is not reported.
+        // Rules about addresses outside the overlay, and about sources, are not Docker's.
         tool(host, "nft add rule ip raw PREROUTING ip daddr 172.17.0.2 drop");
+        tool(host, "nft add rule ip raw PREROUTING iifname eth0 ip saddr 10.42.0.0/15 drop");
         wait_until("still reported", RULE_CHECK_TIMEOUT, || {
             ["ip_forward", "PREROUTING"].iter().all(|word| !has_problem(agent, word))
         });

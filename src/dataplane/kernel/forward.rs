@@ -14,7 +14,8 @@ use ipnet::IpNet;
 
 use super::rules::{
     Base, Effect, base_of, compared_value, effect, family_name, hands_over, hook_name,
-    is_conditional, name_of, target_of, translates_destination, translates_source,
+    is_conditional, loads_destination, name_of, target_of, translates_destination,
+    translates_source,
 };
 use crate::{
     dataplane::desired::is_own_table,
@@ -434,11 +435,14 @@ fn direct_access_drops(
     Ok(dropping)
 }
 
-/// Whether a rule drops packets to or from a single address in one of the networks.
+/// Whether a rule drops packets to a single address in one of the networks.
 fn drops_one_of(rule: &Object, networks: &[IpNet]) -> bool {
     let list = attributes::find(&rule.attributes, nfta::RULE_EXPRESSIONS).unwrap_or_default();
+    let mut is_destination = false;
     let named = attributes::read(list).any(|(_, expression)| {
-        let address = compared(expression).and_then(attributes::address);
+        let address = compared(expression).and_then(attributes::address).filter(|_| is_destination);
+        // A network is compared after a bitwise operation, or as fewer bytes.
+        is_destination = loads_destination(expression);
         address.is_some_and(|ip: IpAddr| networks.iter().any(|net| net.contains(&ip)))
     });
     named && effect(rule) == Effect::Drops

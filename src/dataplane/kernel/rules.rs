@@ -181,6 +181,19 @@ pub fn compared_value(cmp: &[u8]) -> Option<&[u8]> {
     value(attributes::find(cmp, nfta::CMP_DATA))
 }
 
+/// Whether an expression loads the whole destination address of an IPv4 or IPv6 header.
+pub fn loads_destination(expression: &[u8]) -> bool {
+    const NETWORK_HEADER: u32 = 1;
+    let name = attributes::find(expression, nfta::EXPR_NAME).map(attributes::text);
+    let data = attributes::find(expression, nfta::EXPR_DATA).filter(|_| name == Some("payload"));
+    let number = |kind: u16| {
+        let bytes = attributes::find(data?, kind)?.first_chunk()?;
+        Some(u32::from_be_bytes(*bytes))
+    };
+    let part = [nfta::PAYLOAD_BASE, nfta::PAYLOAD_OFFSET, nfta::PAYLOAD_LEN].map(number);
+    [[NETWORK_HEADER, 16, 4], [NETWORK_HEADER, 24, 16]].iter().any(|place| part == place.map(Some))
+}
+
 /// Returns an attribute of an object as text.
 pub fn name_of(object: &Object, kind: u16) -> &str {
     attributes::find(&object.attributes, kind).map(attributes::text).unwrap_or_default()
