@@ -29,6 +29,7 @@ pub use self::{
     cause::{Cause, Evidence, InterfaceState, MAIN},
     lookup::{EXDEV, Expected, Kind, Lookup, LookupResult},
     programs::likely_program,
+    sentence::{LocalPriorities, earlier_rule},
 };
 
 mod cause;
@@ -362,8 +363,8 @@ impl Audit {
     }
 
     /// Returns one problem per cause of diverted or dropped packets.
-    pub fn problems(&self, networks: Subnets) -> Vec<Problem> {
-        self.findings.iter().filter_map(|finding| finding.problem(networks)).collect()
+    pub fn problems(&self, networks: Subnets, local: LocalPriorities) -> Vec<Problem> {
+        self.findings.iter().filter_map(|finding| finding.problem(networks, local)).collect()
     }
 
     /// Returns the peer subnets to or from which packets are diverted.
@@ -380,7 +381,7 @@ impl Audit {
 }
 
 impl Finding {
-    fn problem(&self, networks: Subnets) -> Option<Problem> {
+    fn problem(&self, networks: Subnets, local: LocalPriorities) -> Option<Problem> {
         let of_ipv4 = is_ipv4(*self.subjects.first()?);
         let network = networks.iter().find(|network| is_ipv4(*network) == of_ipv4)?;
         let mut names: Vec<String> = self
@@ -392,7 +393,7 @@ impl Finding {
         if self.subjects.len() > MAX_SUBNETS_NAMED {
             names.push(format!("{} more", self.subjects.len() - MAX_SUBNETS_NAMED));
         }
-        self.cause.problem(self.kind, &names.join(", "), network)
+        self.cause.problem(self.kind, &names.join(", "), network, local)
     }
 }
 

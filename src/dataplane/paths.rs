@@ -288,6 +288,12 @@ impl Paths {
         self.by_address.get(&address).copied().flatten()
     }
 
+    /// Returns when the probe was sent to which a peer answered last.
+    pub fn answered_probe(&self, node: NodeId) -> Option<Time> {
+        let sent = self.peers.get(&node)?.answered_probe?;
+        Some(sent + self.clock.stopped)
+    }
+
     /// Returns whether packets that the peer sends unprompted arrive by another way than packets to it take.
     pub fn is_diverted_inbound(&self, node: NodeId) -> bool {
         self.peers.get(&node).is_some_and(|path| path.is_diverted_inbound)

@@ -122,6 +122,13 @@ pub struct Rule {
     pub protocol: Option<RouteProtocol>,
 }
 
+/// Returns the priority of the rule that leads all packets to the table of this host's addresses; the largest
+/// one if there is none. `rules` are in the kernel's order.
+pub fn local_priority(rules: &[Rule]) -> u32 {
+    let local = rules.iter().find(|rule| rule.table == LOCAL && rule.takes_all());
+    local.map_or(u32::MAX, |rule| rule.priority)
+}
+
 impl Rule {
     /// Returns whether it matches every packet.
     pub fn takes_all(&self) -> bool {

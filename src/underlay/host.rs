@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use super::{ChosenUnderlay, ETHERNET_MTU, UnderlayError};
 use crate::{
     config::{Config, IfaceChoice},
-    dataplane::desired::{Mode, overhead},
+    dataplane::desired::{Mode, is_device_name, overhead},
     netlink::{
         Netlink,
         link::{Address, Link},
@@ -83,7 +83,8 @@ impl Host {
     }
 
     /// Returns whether tunnels can use this address. An address that the operator named may be on a
-    /// loopback interface or in a VRF.
+    /// loopback interface, in a VRF, or on a VXLAN device of the network below. Other VXLAN devices are those
+    /// of overlays.
     fn carries(&self, address: &Address, named: Option<Named<'_>>) -> bool {
         let Some(link) = self.link(address.link) else { return false };
         let is_named = match named {
@@ -91,7 +92,8 @@ impl Host {
             Some(Named::Address(ip)) => address.ip == ip,
             None => false,
         };
-        let is_ours = link.kind == "vxlan" || link.alias.starts_with(OUR_ALIAS);
+        let is_ours = link.kind == "vxlan" && (!is_named || is_device_name(&link.name));
+        let is_ours = is_ours || link.alias.starts_with(OUR_ALIAS);
         let is_free = match link.controller().map(|index| self.link(index)) {
             None => true,
             Some(Some(controller)) => is_named && controller.kind == "vrf",

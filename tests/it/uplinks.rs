@@ -7,9 +7,12 @@ use gossamer::lab::{Agent, Host};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::common::{
-    Cluster, TIMEOUT, client, eventually, has_problem, isolated, program, run, skipped, token_of,
-    tool, wait_until,
+use crate::{
+    common::{
+        Cluster, TIMEOUT, client, eventually, has_notice, has_problem, isolated, program, run, sh,
+        skipped, token_of, tool, wait_until,
+    },
+    silence_causes,
 };
 
 /// Time until a silent peer is reported: gossip takes 15 s, kernel queries 10 s.
@@ -210,6 +213,78 @@ fn diverted_tunnel_packets_are_reported_with_interface_and_table() {
                 run(&pods[1].netns, &ping).status.success()
             });
         }
+        Ok(())
+    });
+}
+
+/// A host with an address in one network whose peer is in another one that it is connected to.
+#[test]
+fn way_to_peer_in_another_connected_network_is_no_detour() {
+    isolated(|lab| {
+        let (first, second) = (lab.host(1, "n1")?, lab.host(2, "n2")?);
+        for command in [
+            format!("ip link add lan3 type veth peer name lan3 netns {}", second.netns.name()),
+            "ip addr add 10.98.0.1/24 dev lan3".to_owned(),
+            "ip link set lan3 up".to_owned(),
+        ] {
+            tool(&first.netns, &command);
+        }
+        for command in [
+            "ip link del eth0",
+            "ip addr add 10.98.0.2/24 dev lan3",
+            "ip link set lan3 up",
+            "ip route add default via 10.98.0.1",
+        ] {
+            tool(&second.netns, command);
+        }
+        let mut agents = [Agent::start(program(), &first, &["--init", "--iface", "eth0"])?];
+        agents[0].wait_converged(1, TIMEOUT)?;
+        let token = token_of(&mut agents[0])?;
+        let mut other = Agent::start(program(), &second, &["--token", &token])?;
+        other.wait_converged(2, TIMEOUT)?;
+        let [agent] = &mut agents;
+        silence_causes::wait_for_path(agent);
+        let drop = "nft add table inet fw && \
+                    nft add chain inet fw in { type filter hook input priority 0 ; } && \
+                    nft add rule inet fw in udp dport 8472 drop";
+        sh(&second.netns, drop);
+        silence_causes::wait_for_problem(&mut other, &["a rule of chain inet fw in (handle "]);
+        let silent = "UDP 8472 is closed on the way";
+        wait_until("a way that works is reported", REPORT_TIMEOUT, || {
+            (has_notice(agent, silent) || has_problem(agent, silent))
+                && !has_problem(agent, "leave this host by lan3")
+        });
+        // What this host does itself is reported, whatever way packets take.
+        sh(&second.netns, "nft delete table inet fw");
+        silence_causes::wait_for_path(agent);
+        sh(&first.netns, &drop.replace("hook input", "hook output"));
+        silence_causes::wait_for_problem(agent, &["a rule of chain inet fw in (handle "]);
+        Ok(())
+    });
+}
+
+/// A VXLAN device of the network below, as hosts of a data centre with EVPN have it.
+#[test]
+fn named_vxlan_device_of_another_program_carries_tunnels() {
+    isolated(|lab| {
+        let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
+        for (number, host) in hosts.iter().enumerate() {
+            let other = 11 - number;
+            tool(
+                &host.netns,
+                &format!("ip link add vx0 type vxlan id 7 dstport 4789 remote 10.99.0.{other}"),
+            );
+            tool(&host.netns, &format!("ip addr add 10.97.0.1{number}/24 dev vx0"));
+            tool(&host.netns, "ip link set vx0 up");
+        }
+        let mut first = Agent::start(program(), &hosts[0], &["--init", "--iface", "vx0"])?;
+        first.wait_converged(1, TIMEOUT)?;
+        assert_eq!(underlay(&mut first), is("vx0", "10.97.0.10"));
+        let token = token_of(&mut first)?;
+        let mut second =
+            Agent::start(program(), &hosts[1], &["--token", &token, "--iface", "vx0"])?;
+        second.wait_converged(2, TIMEOUT)?;
+        silence_causes::wait_for_path(&mut second);
         Ok(())
     });
 }

@@ -27,7 +27,7 @@ use witness::Witness;
 use crate::{
     api::{CheckState, CheckStatus},
     dataplane::{
-        audit::{Audit, HostState, OwnSubnet},
+        audit::{Audit, HostState, LocalPriorities, OwnSubnet},
         desired::Desired,
         firewall::Firewall,
         kernel::{ForeignRoutes, next_hops::Hop},
@@ -35,7 +35,7 @@ use crate::{
     model::{Problem, Selector, Transport},
     netlink::{
         Netlink,
-        route::{Query, RouteLookup},
+        route::{self, Query, RouteLookup},
     },
     pods::bridge::ALIAS,
     underlay::ChosenUnderlay,
@@ -66,6 +66,8 @@ pub struct Routing {
     pub path_mtus: BTreeMap<IpAddr, PathMtu>,
     /// Hosts whose tunnel packets do not leave by the underlay interface.
     pub detours: BTreeMap<IpAddr, Detour>,
+    /// Those of `detours` that answer ARP or neighbor discovery on the interface by which packets leave.
+    pub beside: BTreeSet<IpAddr>,
     /// Hosts in the underlay's networks that the kernel reaches through a router, because these networks have
     /// no route without one.
     pub routed: BTreeSet<IpAddr>,
@@ -90,6 +92,7 @@ pub struct Auditor {
     not_before: Instant,
     path_mtus: BTreeMap<IpAddr, PathMtu>,
     detours: BTreeMap<IpAddr, Detour>,
+    beside: BTreeSet<IpAddr>,
     routed: BTreeSet<IpAddr>,
     /// Next hop of tunnel packets to each host.
     next_hops: BTreeMap<IpAddr, Hop>,
@@ -142,6 +145,7 @@ impl Auditor {
             not_before: now,
             path_mtus: BTreeMap::new(),
             detours: BTreeMap::new(),
+            beside: BTreeSet::new(),
             routed: BTreeSet::new(),
             next_hops: BTreeMap::new(),
             last_path: None,
@@ -202,7 +206,7 @@ impl Auditor {
             if self.audit.is_unfinished() { UNCERTAIN_PASS_INTERVAL } else { PASS_INTERVAL };
         self.not_before = begun + rest.max(UNCERTAIN_PASS_INTERVAL);
         self.due = begun + pause.max(rest);
-        let problems = self.audit.problems(desired.pool.networks());
+        let problems = self.audit.problems(desired.pool.networks(), local_priorities(netlink));
         let (state, detail) = match (self.audit.subjects(), problems.as_slice()) {
             (0, _) => (CheckState::Skipped, "there is no peer".to_owned()),
             (count, []) => (CheckState::Ok, policy::detail(count, self.unread)),
@@ -220,8 +224,9 @@ impl Auditor {
         };
         self.look_up_paths(netlink, desired, place);
         let (path_mtus, detours) = (self.path_mtus.clone(), self.detours.clone());
-        let (routed, status) = (self.routed.clone(), CheckStatus { state, detail });
-        let state = Routing { problems, diverted, path_mtus, detours, routed, status };
+        let (beside, routed) = (self.beside.clone(), self.routed.clone());
+        let status = CheckStatus { state, detail };
+        let state = Routing { problems, diverted, path_mtus, detours, beside, routed, status };
         let is_news = state != self.reported;
         self.reported.clone_from(&state);
         is_news.then_some(state)
@@ -252,6 +257,7 @@ impl Auditor {
         self.path_mtus.retain(|host, _| hosts.contains(host));
         self.detours.retain(|host, _| hosts.contains(host));
         self.routed.retain(|host| hosts.contains(host));
+        self.beside.retain(|host| hosts.contains(host));
         self.next_hops.retain(|host, _| hosts.contains(host));
         let begin = self.last_path.map_or(Bound::Unbounded, Bound::Excluded);
         let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
@@ -284,6 +290,12 @@ impl Auditor {
                     self.routed.insert(host);
                 }
                 _ => _ = self.routed.remove(&host),
+            }
+            let is_beside = matches!((&detour, &found), (Some(Detour::By { .. }), Ok(found))
+                if detour::is_beside(netlink, host, links.as_deref().unwrap_or_default(), found));
+            match is_beside {
+                true => _ = self.beside.insert(host),
+                false => _ = self.beside.remove(&host),
             }
             match detour {
                 Some(detour) => _ = self.detours.insert(host, detour),
@@ -345,6 +357,12 @@ fn host_state(
     let policy::Found { selected, unread } =
         policy::selected(netlink, &own, pool.networks(), &links, conditional)?;
     Ok((HostState { device, underlay, local, own, has, masquerade, selected }, unread))
+}
+
+/// Returns the priorities of the rules of both families that lead to addresses of this host.
+fn local_priorities(netlink: &mut Netlink) -> LocalPriorities {
+    let mut of_family = |ipv4| route::local_priority(&netlink.rules(ipv4).unwrap_or_default());
+    LocalPriorities { ipv4: of_family(true), ipv6: of_family(false) }
 }
 
 /// Converts a rejecting route to an error number: IPv6 lookups return the route, IPv4 lookups fail.

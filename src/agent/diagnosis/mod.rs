@@ -12,3 +12,4 @@ mod raw_tcp;
 pub(super) mod remote_pods;
 pub(super) mod silence;
 mod tap;
+pub(super) mod ways;

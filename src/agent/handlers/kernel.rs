@@ -22,6 +22,7 @@ use crate::{
             forwarder::{ForwarderEvent, Forwarding},
             pod_answers::PodAnswers,
             remote_pods::RemotePodsState,
+            ways::ProvenWays,
         },
         host::checks::HostState,
         workers::{
@@ -86,6 +87,8 @@ pub(in crate::agent) struct KernelState {
     pub(in crate::agent) overlaps: Vec<Problem>,
     /// Where the kernel sends packets.
     pub(in crate::agent) routing: Routing,
+    /// Ways of tunnel packets other than by the underlay interface that are known to reach their hosts.
+    pub(in crate::agent) ways: ProvenWays,
     /// Whether packets of pods are forwarded.
     pub(in crate::agent) forwarding: Forwarding,
     /// Whether packets of pods reach pods of other hosts, and answers return.

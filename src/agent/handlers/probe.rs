@@ -14,7 +14,7 @@ use std::{
 use tokio::{io::Interest, net::UdpSocket, sync::mpsc};
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, diagnosis::auditor::Routing},
     core::Liveness,
     datagram,
     dataplane::{
@@ -257,6 +257,7 @@ impl Agent {
         if self.prober.check_at <= now {
             self.prober.check_at = now + CHECK_INTERVAL;
             self.update_paths();
+            self.update_proven_ways();
             self.check_other_signs_of_life();
             self.update_offload();
             self.check_path_mtu_reports();
@@ -330,6 +331,15 @@ impl Agent {
         if !self.kernel.withdrawn_peers.is_empty() {
             self.apply_path_changes();
         }
+    }
+
+    /// Records which ways of tunnel packets are known to reach their hosts.
+    fn update_proven_ways(&mut self) {
+        let (now, paths) = (self.clock.now(), &self.prober.paths);
+        let Routing { detours, beside, .. } = &self.kernel.routing;
+        let answered = |host| paths.answered_probe(paths.holder(host)?);
+        let is_peer = |host| paths.holder(host).is_some();
+        self.kernel.ways.update(now, detours, beside, answered, is_peer);
     }
 
     /// Updates the probed peers, and what gossip knows about them.

@@ -8,13 +8,24 @@ use crate::model::{Problem, ProblemCode};
 impl Cause {
     /// Returns the problem of this cause; `None` if another check reports it. `subnets` lists the
     /// affected subnets, `network` is the overlay's network.
-    pub fn problem(&self, kind: Kind, subnets: &str, network: IpNet) -> Option<Problem> {
-        let (what, fix) = self.texts(kind, subnets, network)?;
+    pub fn problem(
+        &self,
+        kind: Kind,
+        subnets: &str,
+        network: IpNet,
+        local: LocalPriorities,
+    ) -> Option<Problem> {
+        let (what, fix) = self.texts(kind, subnets, (network, local))?;
         Some(Problem::new(ProblemCode::Diverted, subnets, what, fix))
     }
 
     /// Returns what is wrong, and the remedy.
-    fn texts(&self, kind: Kind, subnets: &str, network: IpNet) -> Option<(String, String)> {
+    fn texts(
+        &self,
+        kind: Kind,
+        subnets: &str,
+        overlay: (IpNet, LocalPriorities),
+    ) -> Option<(String, String)> {
         let packets = match kind {
             Kind::Out => format!("packets of pods to {subnets}"),
             Kind::In => format!("packets of pods from {subnets}"),
@@ -32,15 +43,20 @@ impl Cause {
                     None => "a route".to_owned(),
                 };
                 let packets = format!("{packets} that {by} selects ({selector})");
-                cause.texts_of(&packets, kind, network)
+                cause.texts_of(&packets, kind, overlay)
             }
-            cause => cause.texts_of(&packets, kind, network),
+            cause => cause.texts_of(&packets, kind, overlay),
         }
     }
 
     /// Like [`Cause::texts`], with the affected packets in words.
     #[expect(clippy::too_many_lines, reason = "one text for each cause")]
-    fn texts_of(&self, packets: &str, kind: Kind, network: IpNet) -> Option<(String, String)> {
+    fn texts_of(
+        &self,
+        packets: &str,
+        kind: Kind,
+        overlay: (IpNet, LocalPriorities),
+    ) -> Option<(String, String)> {
         Some(match self {
             Self::Table { table, priority: Some(priority), interface, ipv4 } => (
                 format!(
@@ -53,7 +69,7 @@ impl Cause {
                 ),
                 format!(
                     "give the overlay precedence: {}",
-                    command_for_earlier_rule(network, *priority, *ipv4)
+                    command_for_earlier_rule(overlay, *priority, *ipv4)
                 ),
             ),
             Self::Table { table, priority: None, interface, ipv4 } => (
@@ -206,7 +222,7 @@ impl Cause {
                 format!("{packets} are dropped by ip{} rule {priority}", ip6_option(*ipv4)),
                 format!(
                     "give the overlay precedence: {}",
-                    command_for_earlier_rule(network, *priority, *ipv4)
+                    command_for_earlier_rule(overlay, *priority, *ipv4)
                 ),
             ),
             Self::NoMain { ipv4 } => (
@@ -215,7 +231,7 @@ impl Cause {
                      overlay's routes are",
                     ip6_option(*ipv4)
                 ),
-                command_for_earlier_rule(network, MAIN_RULE_PRIORITY + 1, *ipv4),
+                command_for_earlier_rule(overlay, MAIN_RULE_PRIORITY + 1, *ipv4),
             ),
             Self::Unknown { errno } => (
                 format!(
@@ -230,9 +246,36 @@ impl Cause {
 
 /// Returns the command that adds a rule with the next lower priority number for the overlay's
 /// network.
-fn command_for_earlier_rule(network: IpNet, priority: u32, ipv4: bool) -> String {
+fn command_for_earlier_rule(
+    (network, local): (IpNet, LocalPriorities),
+    priority: u32,
+    ipv4: bool,
+) -> String {
+    let local = if ipv4 { local.ipv4 } else { local.ipv6 };
+    earlier_rule(&format!("to {network}"), priority, ipv4, local)
+}
+
+/// Returns the command that makes selected packets use the main table before the rule of this priority.
+/// Where the rule of the local table comes later (as with VRFs), packets to this host's own addresses need
+/// one, too.
+pub fn earlier_rule(selector: &str, priority: u32, ipv4: bool, local: u32) -> String {
     let before = priority.saturating_sub(1);
-    format!("ip{} rule add to {network} lookup main priority {before}", ip6_option(ipv4))
+    let add = |table: &str, priority: u32| {
+        format!("ip{} rule add {selector} lookup {table} priority {priority}", ip6_option(ipv4))
+    };
+    match local > before {
+        true => format!("{}; {}", add("local", before.saturating_sub(1)), add("main", before)),
+        false => add("main", before),
+    }
+}
+
+/// Priorities of the rules that lead packets to this host's own addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LocalPriorities {
+    /// That for IPv4.
+    pub ipv4: u32,
+    /// That for IPv6.
+    pub ipv6: u32,
 }
 
 /// Returns the option of `ip` for the family.
@@ -247,4 +290,18 @@ const fn is_ipv4(network: &IpNet) -> bool {
 /// Returns the interface's name as `sysctl` takes it: with slashes for dots.
 fn slashed(interface: &str) -> String {
     interface.replace('.', "/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rule_before_the_local_table_comes_with_one_for_own_addresses() {
+        let rule = |local| earlier_rule("to 10.42.0.0/16", 5_270, true, local);
+        assert_eq!(rule(0), "ip rule add to 10.42.0.0/16 lookup main priority 5269");
+        let both = "ip rule add to 10.42.0.0/16 lookup local priority 5268; ip rule add to 10.42.0.0/16 \
+                    lookup main priority 5269";
+        assert_eq!(rule(32_765), both);
+    }
 }

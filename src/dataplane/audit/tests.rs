@@ -11,6 +11,8 @@ use crate::{
 
 const DEVICE: u32 = 7;
 const BRIDGE: u32 = 8;
+/// The rule of the local table has the priority 0, as by default.
+const LOCAL_FIRST: LocalPriorities = LocalPriorities { ipv4: 0, ipv6: 0 };
 
 fn net(text: &str) -> IpNet {
     text.parse().expect("a network")
@@ -90,7 +92,7 @@ fn filtered_host_address_is_not_looked_up_as_a_pod_address() {
         let there = if lookup.kind == Kind::Out { Some(lookup.to) } else { lookup.from };
         assert!(there.is_some_and(|ip| net("10.42.2.0/24").contains(&ip)), "{lookup:?}");
     }
-    let sentences = audit.problems(desired.pool.networks());
+    let sentences = audit.problems(desired.pool.networks(), LOCAL_FIRST);
     assert!(
         sentences[0].contains("packets of other nodes' own addresses to pods here"),
         "{sentences:?}"
@@ -121,10 +123,13 @@ fn cause_is_reported_once_for_all_peers_and_only_after_two_passes() {
     let networks = desired.pool.networks();
     let table = |q: &Lookup| (q.kind == Kind::Out).then(|| cause(52));
     pass(&mut audit, &desired, table);
-    assert!(audit.problems(networks).is_empty(), "it may be a change that is under way");
+    assert!(
+        audit.problems(networks, LOCAL_FIRST).is_empty(),
+        "it may be a change that is under way"
+    );
     assert!(audit.is_unfinished());
     pass(&mut audit, &desired, table);
-    let sentences = audit.problems(networks);
+    let sentences = audit.problems(networks, LOCAL_FIRST);
     assert_eq!(sentences.len(), 1, "{sentences:?}");
     for words in ["10.42.2.0/24, 10.42.3.0/24, 10.42.4.0/24, 6 more", "table 52", "ip rule 52"] {
         assert!(sentences[0].contains(words), "{words}: {sentences:?}");
@@ -132,7 +137,7 @@ fn cause_is_reported_once_for_all_peers_and_only_after_two_passes() {
     assert_eq!(audit.diverted().len(), 9);
     assert!(!audit.is_unfinished());
     pass(&mut audit, &desired, |_| None);
-    assert!(audit.problems(networks).is_empty() && audit.diverted().is_empty());
+    assert!(audit.problems(networks, LOCAL_FIRST).is_empty() && audit.diverted().is_empty());
 }
 
 #[test]
@@ -219,7 +224,7 @@ fn own_subnet_is_covered_completely_and_a_foreign_route_is_reported_while_it_exi
         if audit.is_unfinished() {
             continue;
         }
-        let sentences = audit.problems(desired.pool.networks());
+        let sentences = audit.problems(desired.pool.networks(), LOCAL_FIRST);
         assert!(
             sentences.len() == 2 && sentences[0].contains("ip route del 10.42.1.5/32 dev d0"),
             "{sentences:?}"
@@ -227,12 +232,12 @@ fn own_subnet_is_covered_completely_and_a_foreign_route_is_reported_while_it_exi
     }
     assert!(audit.diverted().is_empty(), "peers have nothing to do with it");
     pass(&mut audit, &desired, |_| None);
-    assert!(audit.problems(desired.pool.networks()).is_empty());
+    assert!(audit.problems(desired.pool.networks(), LOCAL_FIRST).is_empty());
     // A cause that also affects packets to peers is reported for those.
     for _ in 0..2 {
         pass(&mut audit, &desired, |q| (q.input != Some(2)).then(|| cause(52)));
     }
-    let sentences = audit.problems(desired.pool.networks());
+    let sentences = audit.problems(desired.pool.networks(), LOCAL_FIRST);
     assert!(
         sentences.len() == 1 && sentences[0].starts_with("packets of pods to 10.42.2.0/24 "),
         "{sentences:?}"
@@ -392,7 +397,8 @@ fn cause_is_reported_with_the_command_that_removes_it() {
     for (lookup, result, evidence, words) in cases {
         assert!(!lookup.agrees(result), "{words}");
         let cause = Cause::of(&lookup, result, &evidence).expect(words);
-        let sentences = cause.problem(lookup.kind, "10.42.2.0/24", net("10.42.0.0/16"));
+        let sentences =
+            cause.problem(lookup.kind, "10.42.2.0/24", net("10.42.0.0/16"), LOCAL_FIRST);
         assert!(
             sentences.as_ref().is_some_and(|sentences| sentences.contains(words)),
             "{words}: {sentences:?}"
@@ -406,11 +412,15 @@ fn cause_is_reported_with_the_command_that_removes_it() {
     let connected = Evidence { connected: true, ..healthy.clone() };
     for cause in [Cause::of(&lookup, by(255), &healthy), Cause::of(&lookup, by(MAIN), &connected)] {
         let cause = cause.expect("a cause");
-        assert_eq!(cause.problem(Kind::Out, "", net("10.42.0.0/16")), None, "{cause:?}");
+        assert_eq!(
+            cause.problem(Kind::Out, "", net("10.42.0.0/16"), LOCAL_FIRST),
+            None,
+            "{cause:?}"
+        );
     }
     let off = Evidence { forwards: false, ..healthy.clone() };
     let cause = Cause::of(&lookup, LookupResult::Refused(113), &off).expect("a cause");
-    assert_eq!(cause.problem(Kind::Out, "", net("10.42.0.0/16")), None);
+    assert_eq!(cause.problem(Kind::Out, "", net("10.42.0.0/16"), LOCAL_FIRST), None);
     let other = Lookup { expected: Expected::Unfiltered, ..lookup };
     assert_eq!(Cause::of(&other, LookupResult::Refused(22), &healthy), None);
 }
@@ -475,7 +485,7 @@ fn rule_that_affects_some_packets_is_reported_with_its_selector() {
             });
             audit.evaluate(answered.collect::<Vec<_>>());
         }
-        audit.problems(desired.pool.networks())
+        audit.problems(desired.pool.networks(), LOCAL_FIRST)
     };
     let some = report(true);
     assert_eq!(some.len(), 1, "{some:?}");

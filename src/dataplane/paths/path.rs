@@ -64,6 +64,8 @@ pub(super) struct Path {
     flows: Flows,
     /// Datagrams still to be sent for the tally.
     trial_remaining: u32,
+    /// When the probe was sent that was answered last.
+    pub(super) answered_probe: Option<Time>,
     /// The last answer or packet of any kind.
     last_sign_of_life: Time,
     /// Since when probes are unanswered and no packet arrives.
@@ -117,6 +119,7 @@ impl Path {
             flows: Flows::default(),
             tally: Tally::default(),
             trial_remaining: 0,
+            answered_probe: None,
             last_sign_of_life: now,
             silent_since: None,
             last_packet: None,
@@ -292,6 +295,7 @@ impl Path {
         });
         self.round_trip = Some(now.since(pending.sent));
         self.diverted = diverted;
+        self.answered_probe = Some(pending.sent);
         (self.lost, self.last_sign_of_life, self.silent_since) = (0, now, None);
         self.withdrawn = false;
         if pending.is_counted {

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use rtnetlink::packet_route::route::RouteProtocol;
+use rtnetlink::packet_route::{neighbour::NeighbourState, route::RouteProtocol};
 
 use crate::{
     dataplane::audit::likely_program,
@@ -86,6 +86,19 @@ pub fn interface_detour(
     let interface =
         link(found.link).filter(|_| link(underlay).is_some_and(|link| !link.loopback))?;
     Some(Detour::By { interface: interface.name.clone(), lead: lead(netlink, query, found) })
+}
+
+/// Returns whether a host answers ARP or neighbor discovery on the interface by which packets to it leave, so
+/// that this way reaches it. On a bridge another machine may answer: a container with the same address.
+pub fn is_beside(netlink: &mut Netlink, host: IpAddr, links: &[Link], found: &RouteLookup) -> bool {
+    let is_bridge = links.iter().any(|link| link.index == found.link && link.kind == "bridge");
+    let is_resolved = |state| {
+        use NeighbourState::{Delay, Probe, Reachable, Stale};
+        matches!(state, Reachable | Stale | Delay | Probe)
+    };
+    let is_direct = found.gateway.is_none() && !is_bridge;
+    is_direct
+        && netlink.neighbour(found.link, host).is_ok_and(|state| state.is_some_and(is_resolved))
 }
 
 /// Determines the route behind a lookup.
@@ -194,8 +207,9 @@ impl Lead {
             return (
                 format!("the network {route} of {interface} takes in {there} (table {name})"),
                 format!(
-                    "give {interface} another network (where Docker made it: docker network rm, and create \
-                     it with another --subnet), or add a narrower route ({beside})"
+                    "if that host is not there, give {interface} another network (where Docker made it: \
+                     docker network rm, and create it with another --subnet), or add a narrower route \
+                     ({beside})"
                 ),
             );
         }

@@ -8,12 +8,12 @@ use ipnet::IpNet;
 
 use super::Setting;
 use crate::{
-    dataplane::audit::likely_program,
+    dataplane::audit::{earlier_rule, likely_program},
     model::Transport,
     netlink::{
         Netlink,
         link::Link,
-        route::{Query, Rule},
+        route::{Query, Rule, local_priority},
     },
 };
 
@@ -21,13 +21,13 @@ use crate::{
 pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<String> {
     let ipv4 = network.addr().is_ipv4();
     let Some(ways) = ways_of_pods(netlink, setting, network) else { return Vec::new() };
-    let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32| {
+    let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32, local: u32| {
         let elsewhere = led(netlink, &ways, mark)?;
-        let (family, before) = (family(ipv4), before(rule));
-        let of_tunnels = remedy_for_tunnels(setting, rule);
+        let of_pods = earlier_rule(&format!("to {network}"), rule.priority, ipv4, local);
+        let of_tunnels = remedy_for_tunnels(setting, rule, local);
         Some(format!(
             "packets with mark {0} {elsewhere}, because {1}: give the overlay and its tunnels precedence: \
-             {family} rule add to {network} lookup main priority {before}; {of_tunnels}",
+             {of_pods}; {of_tunnels}",
             shown(rule, mark),
             because(rule, mark, ipv4, ipv4)
         ))
@@ -40,14 +40,14 @@ pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     let ipv4 = setting.local.is_ipv4();
     let Some(way) = way_of_tunnels(netlink, setting) else { return Vec::new() };
     let inside_ipv4 = setting.networks.first.addr().is_ipv4();
-    let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32| {
+    let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32, local: u32| {
         let elsewhere = led(netlink, &[way], mark)?;
         Some(format!(
             "tunnel packets with mark {} {elsewhere}, because {}, which tunnel packets inherit: give \
              them precedence: {}",
             shown(rule, mark),
             because(rule, mark, ipv4, inside_ipv4),
-            remedy_for_tunnels(setting, rule)
+            remedy_for_tunnels(setting, rule, local)
         ))
     };
     each(netlink, ipv4, sentence)
@@ -105,18 +105,20 @@ fn led(netlink: &mut Netlink, ways: &[Wanted], mark: u32) -> Option<String> {
     })
 }
 
-/// Returns a sentence for each rule that selects packets by a mark.
+/// Returns a sentence for each rule that selects packets by a mark; `sentence` receives the mark, and the
+/// priority of the rule of the local table.
 fn each(
     netlink: &mut Netlink,
     ipv4: bool,
-    sentence: impl Fn(&mut Netlink, &Rule, u32) -> Option<String>,
+    sentence: impl Fn(&mut Netlink, &Rule, u32, u32) -> Option<String>,
 ) -> Vec<String> {
     let rules = netlink.rules(ipv4).unwrap_or_default();
+    let local = local_priority(&rules);
     let marked = rules.iter().filter_map(|rule| {
         let (mark, _) = rule.mark.filter(|(mark, _)| *mark != 0)?;
         Some((rule, mark))
     });
-    marked.filter_map(|(rule, mark)| sentence(netlink, rule, mark)).collect()
+    marked.filter_map(|(rule, mark)| sentence(netlink, rule, mark, local)).collect()
 }
 
 /// Returns where the kernel sends a packet, unless it leaves by the wanted interface.
@@ -152,15 +154,9 @@ fn because(rule: &Rule, mark: u32, ipv4: bool, marked_ipv4: bool) -> String {
 }
 
 /// Returns the command that exempts tunnel packets.
-fn remedy_for_tunnels(setting: &Setting, rule: &Rule) -> String {
-    let family = family(setting.local.is_ipv4());
-    let (port, before) = (setting.port, before(rule));
-    format!("{family} rule add ipproto udp dport {port} lookup main priority {before}")
-}
-
-/// Returns a priority that comes before this rule.
-const fn before(rule: &Rule) -> u32 {
-    rule.priority.saturating_sub(1)
+fn remedy_for_tunnels(setting: &Setting, rule: &Rule, local: u32) -> String {
+    let selector = format!("ipproto udp dport {}", setting.port);
+    earlier_rule(&selector, rule.priority, setting.local.is_ipv4(), local)
 }
 
 const fn family(ipv4: bool) -> &'static str {
