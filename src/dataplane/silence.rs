@@ -16,11 +16,13 @@ use crate::{
 
 pub use self::{
     cause::{Cause, Diverted, DroppingRule, MAY_NOT_SEND, Pinned, Place},
-    commands::{iptables_ports, open_chain},
+    commands::{forget_connections, iptables_ports, open_chain},
+    kept::Kept,
 };
 
 mod cause;
 mod commands;
+mod kept;
 #[cfg(test)]
 mod tests;
 mod texts;
@@ -77,8 +79,9 @@ pub struct Packet<'a> {
 /// The evidence that the capture gave about one peer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Traces {
-    /// Interfaces by which tunnel packets to the peer left, each with the packets' source address.
-    pub left: BTreeMap<u32, IpAddr>,
+    /// Interfaces by which tunnel packets to the peer left, with their source addresses. Flows of an earlier
+    /// translation have another one than the rest.
+    pub left: BTreeSet<(u32, IpAddr)>,
     /// Interfaces at which tunnel packets from it arrived.
     pub came: BTreeSet<u32>,
     /// Whether tunnel packets that left ([`OUT`]) or arrived ([`IN`]) came from a VXLAN device, not from an
@@ -112,6 +115,10 @@ pub struct Verdict {
     pub leaves: bool,
     /// Evidence that a machine with its address is running.
     pub sign: Option<Sign>,
+    /// A rule of this host drops its packets or those to it, whatever way they take.
+    pub is_dropped_here: bool,
+    /// The cause concerns single flows, so packets of pods may pass nevertheless.
+    pub loses_flows: bool,
 }
 
 /// The state of one capture.
@@ -163,6 +170,10 @@ pub struct Facts {
     /// The iptables-legacy rule that does so, as part of a sentence, and the command that exempts tunnel
     /// packets.
     pub translating_legacy: Option<(String, String)>,
+    /// A translation that connections of tunnel packets keep although no rule does it any more.
+    pub kept: Option<Kept>,
+    /// IPsec policies that refuse packets which arrive from it, as sentences with advice.
+    pub ipsec: Vec<String>,
     /// An XDP program processes arriving packets before they can be captured.
     pub xdp: bool,
     /// What may consume all packets that arrive at the underlay interface, with advice, as a sentence.
@@ -301,7 +312,9 @@ impl Watch {
         let is_carried = udp.get(UDP_HEADER).is_some_and(|flags| flags & VNI_IS_VALID != 0);
         if packet.kind == PACKET_OUTGOING {
             let traces = self.traces.get_mut(self.by_address.get(&to)?)?;
-            traces.left.insert(packet.link, from);
+            if traces.left.len() < MAX_MACS {
+                traces.left.insert((packet.link, from));
+            }
             traces.carried[OUT] |= is_carried;
             return Some(());
         }
@@ -343,10 +356,16 @@ impl Watch {
     }
 
     /// Returns the MAC of another machine that has this host's address. A MAC that claims other addresses as
-    /// well is not returned: it belongs to a router that answers for a whole network (proxy ARP).
+    /// well is not returned: it belongs to a router that answers for a whole network (proxy ARP). A machine
+    /// answers for one other address, its own.
     pub fn claim(&self) -> Option<Mac> {
         let is_single = |mac: &&Mac| self.claimed.get(mac).is_none_or(|of| of.len() == 1);
-        self.claims.iter().find(is_single).copied()
+        let others = || self.answers.iter().filter(|(hop, _)| **hop != self.local);
+        let is_router = |mac: &Mac| {
+            let is_by_it = |(_, answer): &(u32, Option<Mac>)| answer.as_ref() == Some(mac);
+            others().filter(|(_, answers)| answers.iter().any(is_by_it)).count() > 1
+        };
+        self.claims.iter().filter(is_single).find(|mac| !is_router(mac)).copied()
     }
 
     /// Returns the result for each of these peers. Peers with the same cause share one sentence that names
@@ -366,7 +385,8 @@ impl Watch {
             };
             let leaves = !traces.left.is_empty();
             let sign = traces.sign;
-            verdicts.insert(suspect.node, Verdict { cause: None, leaves, sign });
+            let verdict = Verdict { leaves, sign, ..Verdict::default() };
+            verdicts.insert(suspect.node, verdict);
             let seen =
                 cause::Evidence { suspect, traces, facts, claim: self.claim(), own: &self.own };
             if let Some(cause) = Cause::of(&seen, place) {
@@ -377,6 +397,8 @@ impl Watch {
             let problem = cause.problem(&suspects, place);
             for suspect in suspects {
                 let verdict = verdicts.entry(suspect.node).or_default();
+                verdict.is_dropped_here = matches!(cause, Cause::Dropped { .. });
+                verdict.loses_flows = cause.loses_flows();
                 verdict.cause = Some(problem.clone());
             }
         }

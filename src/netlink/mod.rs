@@ -7,6 +7,7 @@
 //! callers decide what to program.
 
 pub mod attributes;
+pub mod conntrack;
 pub mod ethtool;
 pub mod ipset;
 pub mod link;

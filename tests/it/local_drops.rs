@@ -162,6 +162,71 @@ fn rule_that_changes_the_tunnel_destination_is_reported() {
     });
 }
 
+/// As a container leaves it behind that published the tunnel's port.
+#[test]
+fn translation_that_connections_keep_without_a_rule_is_reported_with_the_command() {
+    isolated(|lab| {
+        let mut cluster = start_pair(lab)?;
+        let host = &cluster.hosts[1];
+        if !run(&host.netns, "nft add table ip dock").status.success() {
+            skipped(
+                "translation_that_connections_keep_without_a_rule_is_reported_with_the_command",
+                "it needs `nft` (Debian: nftables)",
+            );
+            return Ok(());
+        }
+        run_all(
+            host,
+            &[
+                "nft add chain ip dock pre { type nat hook prerouting priority dstnat ; }",
+                "nft add rule ip dock pre udp dport 8472 dnat to 172.17.0.2",
+                "nft add chain ip dock in { type filter hook input priority 0 ; }",
+                "nft add rule ip dock in ct state established accept",
+            ],
+        );
+        wait_for_problem(&mut cluster.agents[1], &["gives UDP 8472 another destination"]);
+        tool(&host.netns, "nft flush chain ip dock pre");
+        let words = [
+            "flows of tunnel packets of n1 (10.99.0.10) are lost on this host",
+            "to the destination 172.17.0.2",
+            "conntrack -D -p udp --orig-port-dst 8472",
+        ];
+        wait_for_problem(&mut cluster.agents[1], &words);
+        tool(&host.netns, "nft delete table ip dock");
+        if run(&host.netns, "which conntrack").status.success()
+            && run(&host.netns, words[2]).status.success()
+        {
+            cluster.agents.iter_mut().for_each(wait_for_path);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn ipsec_policy_for_arriving_tunnel_packets_is_reported_where_they_arrive_plain() {
+    isolated(|lab| {
+        let mut cluster = start_pair(lab)?;
+        let host = &cluster.hosts[1];
+        let policy = "ip xfrm policy add src 10.99.0.10 dst 10.99.0.11 proto udp dport 8472 dir in priority \
+                      300 tmpl proto esp reqid 1 mode transport";
+        if !run(&host.netns, policy).status.success() {
+            skipped(
+                "ipsec_policy_for_arriving_tunnel_packets_is_reported_where_they_arrive_plain",
+                "it needs a kernel with IPsec",
+            );
+            return Ok(());
+        }
+        let words = [
+            "of n1 (10.99.0.10) arrive on eth0 without IPsec, pass the guard, and this host drops them",
+            "from 10.99.0.10/32 to 10.99.0.11/32 (ip xfrm policy: dir in, priority 300)",
+        ];
+        wait_for_problem(&mut cluster.agents[1], &words);
+        tool(&host.netns, "ip xfrm policy flush");
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
 /// As switches set them that ignore the packet's own ECN field.
 #[test]
 fn congestion_marks_that_make_the_device_drop_packets_are_reported() {

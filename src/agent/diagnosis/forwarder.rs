@@ -10,7 +10,7 @@ mod carried;
 mod explain;
 mod foreign;
 mod gateway;
-mod ipsec;
+pub(super) mod ipsec;
 mod marks;
 mod no_trial;
 mod notices;

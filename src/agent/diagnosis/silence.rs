@@ -6,6 +6,7 @@
 
 mod case;
 mod doubtful;
+mod hints;
 mod kernel_queries;
 mod neighbor_queries;
 
@@ -20,15 +21,15 @@ use std::{
 
 use self::{
     kernel_queries::{
-        PeerRoutes, SendOutcome, SentPackets, TestSender, at_device, congested, counted_packets,
+        PeerRoutes, SendOutcome, SentPackets, TestSender, congested, counted_packets,
     },
-    neighbor_queries::NeighborQueries,
+    neighbor_queries::{NeighborQueries, neighbors},
 };
 use crate::{
     agent::diagnosis::tap::Tap,
     dataplane::{
         kernel::trace::Trace,
-        silence::{Cause, Facts, IN, OUT, Place, Suspect, Verdict, Watch},
+        silence::{Cause, Facts, IN, Place, Suspect, Verdict, Watch},
     },
     model::{Mac, NodeId, Problem},
     netlink::Netlink,
@@ -228,9 +229,11 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             if self.claim.is_some() { CLAIMED_CHECK_INTERVAL } else { CLAIM_CHECK_INTERVAL };
         self.claim_due = Some(now + pause);
         let Some(Case { place, .. }) = self.case.clone() else { return };
-        let Some(neighbor_queries) = NeighborQueries::new(&place, []) else { return };
+        let neighbors = neighbors(&mut self.netlink, place.link);
+        let queries = NeighborQueries::new(&place, neighbors.iter().copied());
+        let Some(neighbor_queries) = queries else { return };
         let before = self.claim.clone();
-        match self.capture_claims(&place, &neighbor_queries) {
+        match self.capture_claims(&place, &neighbors, &neighbor_queries) {
             Ok(()) if self.claim != before => {
                 let claim = self.claim.clone();
                 (self.report)(SilenceFindings { claim, verdicts: BTreeMap::new() });
@@ -240,18 +243,20 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         }
     }
 
-    /// Queries this host's address by ARP, and reads the answers.
+    /// Queries this host's address by ARP, and those of neighbors, and reads the answers.
     fn capture_claims(
         &mut self,
         place: &Place,
+        neighbors: &[IpAddr],
         neighbor_queries: &NeighborQueries,
     ) -> io::Result<()> {
         let routes = PeerRoutes::find(&mut self.netlink, place, false, &[])?;
         let mut watch = Watch::new(place.local, place.port, routes.own_macs(), &[]);
+        watch.expect_answers(neighbors.iter().copied());
         let tap = Tap::of_arp()?;
         neighbor_queries.send();
         let begun = Instant::now();
-        while begun.elapsed() < CLAIM_CAPTURE_TIME && watch.claim().is_none() {
+        while begun.elapsed() < CLAIM_CAPTURE_TIME {
             let mut packets = 0;
             while packets < MAX_PACKETS && tap.next(|packet| watch.on_packet(packet))?.is_some() {
                 packets += 1;
@@ -272,11 +277,13 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         let routes = PeerRoutes::find(&mut self.netlink, place, case.pinned, diagnosed)?;
         let mut watch = Watch::new(place.local, place.port, routes.own_macs(), diagnosed);
         watch.add_known_duplicates(&self.duplicates);
-        let hops = routes.hops(place);
+        let mut hops = routes.hops(place);
+        hops.extend(neighbors(&mut self.netlink, place.link));
         watch.expect_answers(hops.iter().copied());
         let neighbor_queries = NeighborQueries::new(place, hops);
         let before = counted_packets(case);
         let errors = congested(&mut self.netlink, &place.device);
+        let refusals = hints::ipsec_refusals();
         let Some(sent) =
             self.capture(case, diagnosed, neighbor_queries.as_ref(), None, &mut watch)?
         else {
@@ -286,6 +293,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         self.claim = watch.claim().map(|mac| claim_problem(mac, place));
         let after = counted_packets(case);
         let errors = errors.zip(congested(&mut self.netlink, &place.device));
+        let refuses = refusals.zip(hints::ipsec_refusals()).is_none_or(|(old, new)| new > old);
         let mut facts: BTreeMap<NodeId, Facts> = BTreeMap::new();
         for suspect in diagnosed {
             let traces = &watch.traces[&suspect.node];
@@ -305,6 +313,10 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                 xdp: routes.has_xdp(place),
                 passthru: routes.passthru(place),
                 uncounted: counts.is_some_and(|(before, after)| before == after),
+                ipsec: match refuses {
+                    true => hints::ipsec_policies(place, IN, Some(suspect.address)),
+                    false => Vec::new(),
+                },
                 ..Facts::default()
             };
             facts.insert(suspect.node, known);
@@ -324,28 +336,6 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             return Ok(None);
         }
         Ok(Some(watch.conclude(diagnosed, &facts, place)))
-    }
-
-    /// Reads what may drop packets at the VXLAN device, if packets may be lost there.
-    fn read_device_hints(
-        &mut self,
-        place: &Place,
-        diagnosed: &[Suspect],
-        watch: &Watch,
-        facts: &mut BTreeMap<NodeId, Facts>,
-    ) {
-        let mut known_hints = [None, None];
-        for suspect in diagnosed {
-            let Some(facts) = facts.get_mut(&suspect.node) else { continue };
-            let carried = watch.traces[&suspect.node].carried;
-            for (way, may_be_lost) in [(OUT, facts.entered && !carried[OUT]), (IN, carried[IN])] {
-                if may_be_lost {
-                    let hints = known_hints[way]
-                        .get_or_insert_with(|| at_device(&mut self.netlink, place, way));
-                    facts.device_hints[way].clone_from(hints);
-                }
-            }
-        }
     }
 
     /// Finds out what drops answers for next hops that arrive and that the kernel does not receive. Returns

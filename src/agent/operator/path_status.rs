@@ -110,6 +110,9 @@ impl Agent {
         port: u16,
     ) -> Option<Problem> {
         let detour = self.kernel.routing.detours.get(&there)?;
+        if self.kernel.ways.reaches(there, detour) {
+            return None;
+        }
         Some(detour.problem(name, [here, there], port, &self.underlay.name))
     }
 
@@ -153,8 +156,10 @@ impl Agent {
     /// Returns what is wrong with a path.
     #[expect(clippy::too_many_lines, reason = "one text for each state of a path")]
     fn path_finding(&self, node: NodeId, state: PathState) -> Option<Problem> {
+        let verdict = self.monitors.silence_diagnosis.verdict(node);
         if self.is_passed_by_pods(node, state) {
-            return None;
+            let is_of_flows = verdict.filter(|verdict| verdict.loses_flows);
+            return is_of_flows.and_then(|verdict| verdict.cause.clone());
         }
         let view = self.kernel.wanted.as_ref()?;
         let peer = view.peers.get(&node)?;
@@ -169,6 +174,10 @@ impl Agent {
         if is_silent && let Some(problem) = self.moved_problem() {
             return Some(problem);
         }
+        let dropped = verdict.filter(|verdict| is_silent && verdict.is_dropped_here);
+        if let Some(cause) = dropped.and_then(|verdict| verdict.cause.clone()) {
+            return Some(cause);
+        }
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
             return Some(problem);
         }
@@ -180,8 +189,7 @@ impl Agent {
         if (lost || is_partly) && self.kernel.host.is_table_full {
             return None;
         }
-        let found =
-            self.monitors.silence_diagnosis.verdict(node).filter(|_| is_silent || is_partly);
+        let found = verdict.filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
             return Some(cause);
         }

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::{Facts, IN, OUT, Suspect, Traces};
+use super::{Facts, IN, OUT, Suspect, Traces, kept::Kept};
 use crate::model::Mac;
 
 /// Why the kernel refuses all packets of this process, if no firewall rule of this host drops them.
@@ -109,6 +109,8 @@ pub enum Cause {
         /// The iptables-legacy rule that changes it, as part of a sentence, and the command against it.
         legacy: Option<(String, String)>,
     },
+    /// Connections keep a translation of tunnel packets.
+    Kept(Kept),
     /// The peer's tunnel packets arrive from another address than the advertised one.
     UnknownSender {
         /// The source address of the packets that arrive.
@@ -163,6 +165,11 @@ pub enum Cause {
         /// What may drop the packets, with advice, as sentences.
         hints: Vec<String>,
     },
+    /// Tunnel packets pass the guard, and IPsec policies refuse them.
+    RefusedByIpsec {
+        /// The policies with advice, as sentences.
+        policies: Vec<String>,
+    },
     /// Packets leave and none arrive; an XDP program may drop them before they can be captured.
     LostToXdp,
 }
@@ -211,7 +218,10 @@ impl Cause {
         if let Some(diverted) = facts.diverted.clone() {
             return Some(Self::Diverted(diverted));
         }
-        if let Some(seen) = traces.left.values().find(|from| **from != place.source) {
+        if let Some(kept) = facts.kept {
+            return Some(Self::Kept(kept));
+        }
+        if let Some((_, seen)) = traces.left.iter().find(|(_, from)| *from != place.source) {
             let (chain, legacy) = (facts.translating.clone(), facts.translating_legacy.clone());
             return Some(Self::Translated { seen: *seen, chain, legacy });
         }
@@ -235,6 +245,9 @@ impl Cause {
         if is_lost_here {
             return Some(Self::LostBeforeGuard { hints: facts.hints[IN].clone() });
         }
+        if !facts.ipsec.is_empty() && traces.came.contains(&place.link) {
+            return Some(Self::RefusedByIpsec { policies: facts.ipsec.clone() });
+        }
         if facts.congested && traces.came.contains(&place.link) {
             return Some(Self::Congested);
         }
@@ -242,6 +255,12 @@ impl Cause {
             return Some(Self::LostInDevice { hints: facts.device_hints[IN].clone() });
         }
         (has_left && traces.came.is_empty() && facts.xdp).then_some(Self::LostToXdp)
+    }
+
+    /// Returns whether the cause concerns single flows, so that others may pass: connections that began while
+    /// a translation was in force.
+    pub(super) const fn loses_flows(&self) -> bool {
+        matches!(self, Self::Kept(_) | Self::Translated { chain: None, legacy: None, .. })
     }
 }
 

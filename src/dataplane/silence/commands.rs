@@ -7,36 +7,63 @@ use ipnet::IpNet;
 /// Maximum number of ports in one command; iptables accepts 15.
 pub(super) const MAX_PORTS: usize = 8;
 
+/// Tables that iptables makes by nftables.
+const IPTABLES_TABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
+
 /// Returns the command that makes a chain accept answers for these next hops, and the queries of the
 /// neighbors.
 pub(super) fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
     if hops.iter().any(IpAddr::is_ipv6) {
-        let types = "{ nd-neighbor-solicit, nd-neighbor-advert }";
+        let kinds = ["nd-neighbor-solicit", "nd-neighbor-advert"].map(str::to_owned);
         return match chain {
             "ip6 filter INPUT" => ["neighbor-solicitation", "neighbor-advertisement"]
                 .map(|kind| format!("ip6tables -I INPUT -p icmpv6 --icmpv6-type {kind} -j ACCEPT"))
                 .join("; "),
-            _ => format!("nft insert rule {chain} icmpv6 type {types} accept"),
+            _ => insert_for_each(chain, "icmpv6 type", &kinds),
         };
     }
     let hops: Vec<String> = hops.iter().take(MAX_PORTS).map(ToString::to_string).collect();
-    match (chain, hops.as_slice()) {
-        ("arp filter INPUT", _) => {
-            let open = |hop: &String| format!("arptables -I INPUT -s {hop} -j ACCEPT");
+    match chain.strip_prefix("arp filter ") {
+        // iptables does not understand rules that nft adds for ARP. It makes no base chains in lower case.
+        Some(chain) if !matches!(chain, "input" | "output" | "forward") => {
+            let open = |hop: &String| format!("arptables -I {chain} -s {hop} -j ACCEPT");
             hops.iter().map(open).collect::<Vec<_>>().join("; ")
         }
-        (_, [hop]) => format!("nft insert rule {chain} arp saddr ip {hop} accept"),
-        _ => format!("nft insert rule {chain} arp saddr ip {{ {} }} accept", hops.join(", ")),
+        _ => insert_for_each(chain, "arp saddr ip", &hops),
     }
 }
 
 /// Returns the command that makes a chain accept UDP to these ports, by a rule at its beginning.
 pub fn open_chain(chain: &str, ports: &[u16]) -> String {
-    match (iptables_insert(chain), ports) {
-        (Some(insert), _) => format!("{insert} {} -j ACCEPT", iptables_ports(ports)),
-        (None, [port]) => format!("nft insert rule {chain} udp dport {port} accept"),
-        _ => format!("nft insert rule {chain} udp dport {{ {} }} accept", list(ports, ", ")),
+    match iptables_insert(chain) {
+        Some(insert) => format!("{insert} {} -j ACCEPT", iptables_ports(ports)),
+        None => {
+            let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
+            insert_for_each(chain, "udp dport", &ports)
+        }
     }
+}
+
+/// Returns the command of nft that makes a chain accept packets with one of these values.
+///
+/// iptables shows and saves a rule with a set as one without the condition, and restores it that way: the
+/// chain would accept all packets. Its chains get one rule for each value.
+fn insert_for_each(chain: &str, field: &str, values: &[String]) -> String {
+    let insert = |value: &str| format!("nft insert rule {chain} {field} {value} accept");
+    match values {
+        [value] => insert(value),
+        _ if may_be_of_iptables(chain) => {
+            values.iter().map(|value| insert(value)).collect::<Vec<_>>().join("; ")
+        }
+        _ => insert(&format!("{{ {} }}", values.join(", "))),
+    }
+}
+
+/// Returns whether the chain is in a table that iptables, ip6tables, arptables or ebtables may have made.
+fn may_be_of_iptables(chain: &str) -> bool {
+    let mut words = chain.split(' ');
+    matches!(words.next(), Some("ip" | "ip6" | "arp" | "bridge"))
+        && words.next().is_some_and(|table| IPTABLES_TABLES.contains(&table))
 }
 
 /// Returns the command that makes a chain accept packets of pods.
@@ -62,14 +89,58 @@ fn iptables_insert(chain: &str) -> Option<String> {
     is_built_in.then(|| format!("{program}{table} -I {name}"))
 }
 
+/// Returns the command that makes the kernel forget the connections of tunnel packets.
+pub fn forget_connections(port: u16) -> String {
+    format!("conntrack -D -p udp --orig-port-dst {port}")
+}
+
 /// Formats a match of UDP to these ports for iptables.
 pub fn iptables_ports(ports: &[u16]) -> String {
     match ports {
         [port] => format!("-p udp --dport {port}"),
-        _ => format!("-p udp -m multiport --dports {}", list(ports, ",")),
+        _ => {
+            let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
+            format!("-p udp -m multiport --dports {}", ports.join(","))
+        }
     }
 }
 
-fn list(ports: &[u16], between: &str) -> String {
-    ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(between)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_for_chains_that_iptables_may_have_made_use_no_set() {
+        let rules = "nft insert rule ip filter ts-input udp dport 8472 accept; nft insert rule ip filter \
+                     ts-input udp dport 8473 accept";
+        assert_eq!(open_chain("ip filter ts-input", &[8472, 8473]), rules);
+        let chains = ["ip6 raw own", "ip mangle f2b-x", "ip security s", "bridge filter ee"];
+        for chain in chains {
+            assert!(!open_chain(chain, &[8472, 8473]).contains('{'), "{chain}");
+        }
+        let discovery =
+            open_for_answers("ip6 filter ts-input", &[[0xfd00, 0, 0, 0, 0, 0, 0, 1].into()]);
+        assert!(!discovery.contains('{'), "{discovery}");
+    }
+
+    #[test]
+    fn user_chain_of_arptables_is_opened_by_arptables() {
+        let hops = [[10, 99, 0, 1].into(), [10, 99, 0, 2].into()];
+        let rules =
+            "arptables -I own -s 10.99.0.1 -j ACCEPT; arptables -I own -s 10.99.0.2 -j ACCEPT";
+        assert_eq!(open_for_answers("arp filter own", &hops), rules);
+        let native = "nft insert rule arp filter input arp saddr ip 10.99.0.1 accept; nft insert rule arp \
+                      filter input arp saddr ip 10.99.0.2 accept";
+        assert_eq!(open_for_answers("arp filter input", &hops), native);
+    }
+
+    #[test]
+    fn rule_for_other_chain_uses_a_set() {
+        let rule = "nft insert rule inet fw in udp dport { 8472, 8473 } accept";
+        assert_eq!(open_chain("inet fw in", &[8472, 8473]), rule);
+        assert_eq!(
+            open_chain("ip ban in", &[8472]),
+            "nft insert rule ip ban in udp dport 8472 accept"
+        );
+    }
 }

@@ -107,6 +107,18 @@ fn address_claimed_by_another_mac_is_reported_unless_the_mac_claims_several() {
 }
 
 #[test]
+fn card_that_answers_for_this_host_and_several_neighbors_is_no_other_machine() {
+    let mut watch = watch();
+    let neighbors: [[u8; 4]; 2] = [[192, 0, 2, 30], [192, 0, 2, 31]];
+    watch.expect_answers(neighbors.map(IpAddr::from));
+    on_packet(&mut watch, PACKET_HOST, ARP, &arp(mac(7), LOCAL));
+    on_packet(&mut watch, PACKET_HOST, ARP, &arp(mac(7), neighbors[0]));
+    assert_eq!(watch.claim(), Some(mac(7)), "its own address and that of this host");
+    on_packet(&mut watch, PACKET_HOST, ARP, &arp(mac(7), neighbors[1]));
+    assert_eq!(watch.claim(), None, "a fabric that answers all queries");
+}
+
+#[test]
 fn macs_of_a_peer_distinguish_cloned_machine_from_duplicate_address() {
     let mut clone = watch();
     on_packet(&mut clone, 1, ARP, &arp(mac(1), PEER));
@@ -141,6 +153,35 @@ fn translated_source_addresses_are_reported_at_both_ends() {
         Facts::default(),
         &["of n2 (192.0.2.2) arrive under the address 192.0.2.100"],
     );
+}
+
+#[test]
+fn flows_that_keep_a_translation_are_reported_with_the_command_that_ends_it() {
+    let mut here = watch();
+    on_packet(&mut here, PACKET_OUTGOING, IPV4, &tunnel(LOCAL, PEER));
+    on_packet(&mut here, PACKET_OUTGOING, IPV4, &tunnel(OTHER, PEER));
+    on_packet(&mut here, PACKET_OUTGOING, IPV4, &tunnel(LOCAL, PEER));
+    let command = "conntrack -D -p udp --orig-port-dst 8472";
+    assert_cause(&here, Facts::default(), &["under the address 192.0.2.100", command]);
+    for (outgoing, is_source, words) in [
+        (true, true, "to n2 (192.0.2.2) are lost on this host"),
+        (false, false, "of n2 (192.0.2.2) are lost on this host"),
+    ] {
+        let kept = Some(Kept { outgoing, is_source, address: OTHER.into() });
+        assert_cause(&here, Facts { kept, ..Facts::default() }, &[words, "192.0.2.100", command]);
+    }
+    let facts = BTreeMap::from([(suspect().node, Facts::default())]);
+    let verdicts = here.conclude(&[suspect()], &facts, &place());
+    assert!(verdicts.into_values().all(|verdict| verdict.loses_flows), "pods may reach the peer");
+}
+
+#[test]
+fn ipsec_policy_that_refuses_packets_behind_the_guard_is_reported() {
+    let ipsec = || Facts { ipsec: vec!["a policy".to_owned()], ..Facts::default() };
+    assert_eq!(cause_of(&watch(), ipsec()), None, "nothing arrives");
+    let mut here = watch();
+    on_packet(&mut here, PACKET_HOST, IPV4, &tunnel(PEER, LOCAL));
+    assert_cause(&here, ipsec(), &["pass the guard", "/proc/net/xfrm_stat shows: a policy"]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::{
     Cause, Diverted, MAY_NOT_SEND, Pinned, Place, Suspect,
-    commands::{MAX_PORTS, open_chain, open_for_answers, open_for_pods},
+    commands::{MAX_PORTS, forget_connections, open_chain, open_for_answers, open_for_pods},
 };
 use crate::model::{Problem, ProblemCode};
 
@@ -105,7 +105,11 @@ impl Cause {
                     (None, Some(legacy)) => legacy.clone(),
                     (None, None) => (
                         "an address translation of this host".to_owned(),
-                        format!("iptables -t nat -I POSTROUTING -p udp --dport {port} -j ACCEPT"),
+                        format!(
+                            "iptables -t nat -I POSTROUTING -p udp --dport {port} -j ACCEPT; if its rule is \
+                             gone, connections keep it: {}",
+                            forget_connections(*port)
+                        ),
                     ),
                 };
                 (
@@ -116,6 +120,7 @@ impl Cause {
                     format!("exempt UDP {port}: {fix}"),
                 )
             }
+            Self::Kept(kept) => kept.texts(&peers, *port),
             Self::UnknownSender { seen } => {
                 let dropped =
                     if place.guard { ", so the guard of this host drops them" } else { "" };
@@ -244,6 +249,13 @@ impl Cause {
                     "they are lost there, on the way, or to the XDP program of {underlay}, which processes \
                      packets first (ip -d link show dev {underlay}; bpftool net)"
                 ),
+            ),
+            Self::RefusedByIpsec { policies } => (
+                format!(
+                    "tunnel packets (UDP {port}) of {peers} arrive on {underlay} without IPsec, pass the \
+                     guard, and this host drops them, as /proc/net/xfrm_stat shows"
+                ),
+                policies.join("; "),
             ),
             Self::LostBeforeGuard { hints } => (
                 format!(

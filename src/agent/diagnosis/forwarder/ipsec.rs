@@ -13,8 +13,20 @@ const NAMED: usize = 3;
 
 /// Describes the policies that may match all packets between pods, with remedies.
 pub fn taking(networks: &[IpNet]) -> Vec<String> {
+    sentences_of_taking(policies().iter(), networks)
+}
+
+/// The same for packets that leave by the VXLAN device.
+pub fn taking_out(network: IpNet) -> Vec<String> {
     let policies = policies();
-    let taking = policies.iter().filter(|policy| !policy.lets_pass()).filter_map(|policy| {
+    sentences_of_taking(policies.iter().filter(|policy| policy.direction == "out"), &[network])
+}
+
+fn sentences_of_taking<'a>(
+    policies: impl Iterator<Item = &'a Policy>,
+    networks: &[IpNet],
+) -> Vec<String> {
+    let taking = policies.filter(|policy| !policy.lets_pass()).filter_map(|policy| {
         let network = networks.iter().find(|network| meets(policy, **network))?;
         let Policy { from, to, direction, priority, .. } = policy;
         Some(format!(

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, io, net::IpAddr};
 
 use super::{
-    Case, Diagnoser, SilenceFindings,
+    Case, Diagnoser, SilenceFindings, hints,
     kernel_queries::{PeerRoutes, SentPackets, nothing_found},
 };
 use crate::{
@@ -28,7 +28,7 @@ pub(super) fn suspects(
 ) -> Vec<Suspect> {
     let is_doubtful = |suspect: &&Suspect| {
         let (traces, facts) = (&watch.traces[&suspect.node], &facts[&suspect.node]);
-        let is_translated = traces.left.values().any(|from| *from != place.source);
+        let is_translated = traces.left.iter().any(|(_, from)| *from != place.source);
         let is_known = facts.unresolved.is_some() || facts.filtered.is_some();
         let is_known = is_known || facts.pinned.is_some();
         let is_lost_here = facts.sent && traces.left.is_empty() || is_translated;
@@ -60,6 +60,11 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         if trace.is_some() && self.capture(case, doubtful, None, trace.as_mut(), watch)?.is_none() {
             return Ok(None);
         }
+        // Without a trace, it is unknown whether a rule translates packets.
+        let connections = match &trace {
+            Some(_) => hints::translated_connections(place),
+            None => Vec::new(),
+        };
         for suspect in doubtful {
             let Some(facts) = facts.get_mut(&suspect.node) else { continue };
             if let Some(trace) = &trace {
@@ -70,10 +75,11 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                     .and_then(|(by, at)| routes.diverted(&mut self.netlink, suspect.vtep, by, at));
             }
             let left = &watch.traces[&suspect.node].left;
-            if facts.translating.is_none() && left.values().any(|from| *from != place.source) {
+            if facts.translating.is_none() && left.iter().any(|(_, from)| *from != place.source) {
                 facts.translating_legacy =
                     iptables_legacy::translating(place.local.is_ipv4(), place.port);
             }
+            facts.kept = hints::kept_translation(&connections, place, suspect.address, facts);
             for way in [OUT, IN] {
                 facts.hints[way] = routes.hints(&mut self.netlink, place, way);
             }
@@ -81,7 +87,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             facts.forbidden = is_unexplained && sent.forbidden.contains(&suspect.node);
             for way in [OUT, IN] {
                 if facts.hints[way].is_empty() {
-                    facts.hints[way].push(nothing_found(&place.interface, way));
+                    facts.hints[way].push(nothing_found(&place.interface, way, place.port));
                 }
             }
         }

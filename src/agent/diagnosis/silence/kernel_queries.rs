@@ -10,23 +10,25 @@ use nix::libc::{EINVAL, EPERM};
 use rtnetlink::packet_route::{link::LinkAttribute, neighbour::NeighbourState};
 use socket2::SockRef;
 
-use super::Case;
+use super::{Case, hints::ipsec_policies};
 use crate::{
     agent::diagnosis::{
+        forwarder::ipsec,
         hooks::{self, Side},
         iptables_legacy::{self, Way},
     },
     dataplane::{
         audit::EXDEV,
         kernel::FirewallTable,
-        silence::{Diverted, DroppingRule, OUT, Pinned, Place, Suspect, open_chain},
+        silence::{
+            Diverted, DroppingRule, OUT, Pinned, Place, Suspect, forget_connections, open_chain,
+        },
     },
     model::{Mac, NodeId, Transport},
     netlink::{
         Netlink,
         link::Link,
         route::{Query, RouteLookup},
-        xfrm,
     },
 };
 
@@ -34,7 +36,7 @@ use crate::{
 const INVALID_VXLAN_HEADER: [u8; 8] = [0; 8];
 /// Value of `rp_filter` for strict mode (RFC 3704).
 const RP_FILTER_STRICT: u8 = 1;
-/// Limit of programs and policies named.
+/// Limit of chains named.
 const MAX_NAMED: usize = 3;
 
 /// Sends test packets to a peer as this host sends its tunnel packets.
@@ -281,34 +283,27 @@ impl PeerRoutes {
             iptables_legacy::around_tunnels(local.is_ipv4(), legacy, *port, Some(*gossip));
         if !is_out {
             hints.extend(redirecting(local.is_ipv4(), *port));
-            hints.extend(iptables_legacy::redirecting(local.is_ipv4(), *port));
         }
         let underlay = self.links.iter().find(|link| link.index == place.link);
         hints.extend(underlay.into_iter().flat_map(|link| hooks::at(netlink, link, side)));
         hints.extend(self.passthru(place).filter(|_| !is_out));
-        let direction = if is_out { "out" } else { "in" };
-        let policies = xfrm::policies().unwrap_or_default();
-        let concerned = policies.iter().filter(|policy| {
-            let ours = if is_out { policy.from } else { policy.to };
-            !policy.lets_pass() && policy.direction == direction && ours.contains(local)
-        });
-        hints.extend(concerned.take(MAX_NAMED).map(|policy| {
-            format!(
-                "an IPsec policy takes packets from {} to {} (ip xfrm policy: dir {direction}, priority {}): \
-                 exempt UDP {port} from it",
-                policy.from, policy.to, policy.priority
-            )
-        }));
+        hints.extend(ipsec_policies(place, way, None));
         hints
     }
 }
 
 /// Returns the sentence that names further places to check, for use without other hints.
-pub fn nothing_found(interface: &str, way: usize) -> String {
-    let legacy = if way == OUT { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
+pub fn nothing_found(interface: &str, way: usize, port: u16) -> String {
+    let (legacy, kept) = match way {
+        OUT => ("-S OUTPUT", String::new()),
+        _ => (
+            "-S INPUT, -t nat -S PREROUTING",
+            format!("; connections may keep a translation: {}", forget_connections(port)),
+        ),
+    };
     format!(
         "no rule or policy that drops them was found, and {}; check ip rule and iptables -t mangle -S \
-         OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}",
+         OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}{kept}",
         hooks::nothing_found(interface)
     )
 }
@@ -321,6 +316,9 @@ pub fn at_device(netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String
     let side = if way == OUT { Side::Egress } else { Side::Ingress };
     let mut hints = hooks::at(netlink, &link, side);
     if way == OUT && hints.is_empty() {
+        hints = ipsec::taking_out(place.overlay);
+    }
+    if way == OUT && hints.is_empty() {
         hints.push(format!(
             "{}; check nft list ruleset (family netdev)",
             hooks::nothing_found(device)
@@ -329,18 +327,19 @@ pub fn at_device(netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String
     hints
 }
 
-/// Returns the nftables chains that give tunnel packets another destination, as sentences.
-fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
+/// Returns the rules that give tunnel packets another destination, as sentences.
+pub fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
     let chains = FirewallTable::open().and_then(|mut table| table.redirected_port(ipv4, port));
     let sentence = |chain: String| {
         format!(
             "chain {chain} gives UDP {port} another destination (DNAT, as for a port that a container \
-             publishes): publish another port, or exempt it: {}; then conntrack -D -p udp --orig-port-dst \
-             {port}",
-            open_chain(&chain, &[port])
+             publishes): publish another port, or exempt it: {}; then {}",
+            open_chain(&chain, &[port]),
+            forget_connections(port)
         )
     };
-    chains.unwrap_or_default().into_iter().take(MAX_NAMED).map(sentence).collect()
+    let chains = chains.unwrap_or_default().into_iter().take(MAX_NAMED).map(sentence);
+    chains.chain(iptables_legacy::redirecting(ipv4, port)).collect()
 }
 
 /// Returns the number of packets that the VXLAN device dropped for their ECN marks.

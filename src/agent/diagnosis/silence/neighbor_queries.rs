@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use crate::{agent::diagnosis::tap::Asker, dataplane::silence::Place};
+use crate::{agent::diagnosis::tap::Asker, dataplane::silence::Place, netlink::Netlink};
+
+/// Limit of neighbors that are queried for comparison.
+const MAX_NEIGHBORS: usize = 4;
 
 /// Queries on the underlay's link: which hardware addresses answer for the next hops; and with IPv4, whether
 /// another machine has this host's address. (With IPv6 the kernel checks that itself.)
@@ -46,4 +49,11 @@ impl NeighborQueries {
             }
         }
     }
+}
+
+/// Returns addresses of some machines that the kernel has resolved on an interface.
+pub fn neighbors(netlink: &mut Netlink, link: u32) -> Vec<IpAddr> {
+    let known = netlink.neighbors().unwrap_or_default().into_iter();
+    let resolved = known.filter(|known| known.link == link && known.is_resolved);
+    resolved.map(|known| known.ip).filter(IpAddr::is_ipv4).take(MAX_NEIGHBORS).collect()
 }
