@@ -21,6 +21,10 @@ pub struct Member {
     pub node: NodeId,
     /// Its name.
     pub name: String,
+    /// Name that commands accept: its name, or its name and the beginning of its id if another one has it.
+    pub label: String,
+    /// Whether it is an earlier identity of a living member with its name and address.
+    pub former_self: bool,
     /// Whether it is this node.
     pub me: bool,
     /// Its liveness; `None` if gossip does not know it: not seen since the start, or down for a day.
@@ -125,6 +129,11 @@ impl Member {
         }
     }
 
+    /// Returns whether it is present, and no earlier identity of a living member.
+    pub const fn is_current(&self) -> bool {
+        self.is_present() && !self.former_self
+    }
+
     /// Returns whether it has neither left nor been forgotten.
     pub const fn is_present(&self) -> bool {
         !self.state().is_gone()
@@ -156,6 +165,8 @@ impl From<core::MemberStatus> for Member {
         Self {
             node: member.node,
             name: member.name.to_string(),
+            label: member.label,
+            former_self: member.former_self,
             me: member.me,
             liveness: member.liveness,
             left: member.left,

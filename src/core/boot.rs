@@ -88,14 +88,14 @@ pub enum Bootstrap {
 pub enum StartError {
     /// No cluster is saved and there are no seeds.
     #[error(
-        "this host is in no cluster: start the first node of a new one with --init, \
-         or join one with --join HOST and its token"
+        "this host is in no cluster: create one with `gossamer init`, or join one with `gossamer join TOKEN` \
+         (as flags of the agent: --init, or --join HOST and a token)"
     )]
     NoCluster,
     /// The token and the saved records name different clusters.
     #[error(
         "the token is for cluster {token}, but this host's state belongs to cluster {state}: \
-         use that cluster's token, or remove the state directory to restart"
+         use that cluster's token, or, to move this host, run `gossamer cleanup` first"
     )]
     OtherCluster {
         /// The cluster id in the token.

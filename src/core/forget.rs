@@ -55,11 +55,14 @@ impl Forgetting {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CannotForget {
     /// No member has this name or id.
-    #[error("no member is called {0}: see `gossamer members`")]
+    #[error(
+        "no member is called {0}: `gossamer members` lists them; name, id, beginning of the id and address \
+         are accepted"
+    )]
     Unknown(String),
-    /// Several members have this name.
-    #[error("{0} members are called {1}: give the node's id, see `gossamer members`")]
-    Ambiguous(usize, String),
+    /// Several members match: their number, what was asked for, and their labels.
+    #[error("{0} members match {1}: use one of {2}")]
+    Ambiguous(usize, String, String),
     /// The member is this node.
     #[error("a node cannot forget itself: use `gossamer leave`")]
     Myself,
@@ -83,13 +86,13 @@ pub enum CannotForget {
 pub struct Reclaiming {
     /// The forgotten node.
     pub node: NodeId,
-    /// Its name, or its id if the name is not known.
+    /// Its label, see [`Node::label_of`].
     pub name: String,
     /// The member that reclaims its slots.
     pub successor: NodeId,
     /// Number of slots not reclaimed yet.
     pub slots: u32,
-    /// Names of members that have not acknowledged; `None` except on the successor.
+    /// Labels of members that have not acknowledged; `None` except on the successor.
     pub waits_for: Option<Vec<String>>,
 }
 
@@ -98,28 +101,6 @@ impl Replica {
     pub(super) fn is_gone(&self, node: NodeId) -> bool {
         self.directory.forgotten(node).is_some()
             || self.directory.get(node).is_some_and(MemberRecord::has_left)
-    }
-
-    /// Returns the one member with this name or id. Prefers members that are not forgotten.
-    pub(super) fn member_named(&self, whom: &str) -> Result<NodeId, CannotForget> {
-        let matches = |record: &&MemberRecord| {
-            !record.has_left() && (record.name.as_str() == whom || record.node.to_string() == whom)
-        };
-        let mut found: Vec<NodeId> =
-            self.directory.iter().filter(matches).map(|record| record.node).collect();
-        if found.len() > 1 {
-            // Forgotten members with the same name do not count.
-            found.retain(|node| self.directory.forgotten(*node).is_none());
-        }
-        if found.is_empty() {
-            found.extend(whom.parse().ok().filter(|node| self.is_referenced(*node)));
-        }
-        match found[..] {
-            [node] if node == self.me.node => Err(CannotForget::Myself),
-            [node] => Ok(node),
-            [] => Err(CannotForget::Unknown(whom.to_owned())),
-            _ => Err(CannotForget::Ambiguous(found.len(), whom.to_owned())),
-        }
     }
 
     /// Returns whether a node without a member record is still referenced: it owns slots, is the successor
@@ -179,8 +160,8 @@ impl Replica {
 }
 
 impl Node {
-    /// Forgets a member that an operator declares gone for good; `whom` is its name or id. This node becomes
-    /// its successor. `force` also forgets a member that appears alive, and reclaims without
+    /// Forgets a member that an operator declares gone for good; `whom` names it, see [`Self::find`]. This
+    /// node becomes its successor. `force` also forgets a member that appears alive, and reclaims without
     /// acknowledgements.
     ///
     /// # Errors
@@ -193,7 +174,7 @@ impl Node {
         if self.lifecycle.is_leaving() {
             return Err(CannotForget::Leaving);
         }
-        let node = self.replica.member_named(whom)?;
+        let node = self.member_named(whom)?;
         let gone = match self.membership.opinions().get(&node) {
             Some(liveness) => *liveness == Liveness::Down,
             // After a start liveness is unknown until a member has sent the identities that it holds as
@@ -206,17 +187,6 @@ impl Node {
         self.declare_gone(now, node, force);
         self.advance(now);
         Ok(node)
-    }
-
-    /// Returns the member with this name or id; it may be this node.
-    ///
-    /// # Errors
-    /// Fails if no member or several members match.
-    pub fn find(&self, whom: &str) -> Result<NodeId, String> {
-        match self.replica.member_named(whom) {
-            Err(CannotForget::Myself) => Ok(self.replica.me.node),
-            found => found.map_err(|error| error.to_string()),
-        }
     }
 
     /// Returns whether a node was forgotten.
@@ -436,10 +406,8 @@ impl Node {
     /// Returns the forgotten nodes whose slots are not reclaimed yet.
     pub fn reclaiming(&self) -> Vec<Reclaiming> {
         let Some(cluster_state) = &self.replica.cluster_state else { return Vec::new() };
-        let name = |node: NodeId| match self.name_of(node) {
-            "?" => node.to_string(),
-            name => name.to_owned(),
-        };
+        let labels = self.labels();
+        let name = |node: NodeId| labels.of(node);
         let reclaiming = |forget: &Forget| {
             let slots = cluster_state.slots.runs_of(forget.node).map(|run| run.len).sum();
             let waits_for = (forget.successor == self.replica.me.node).then(|| {

@@ -62,6 +62,11 @@ impl SeedFailure {
 impl std::fmt::Display for SeedFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Self::NoAnswer(error @ CallError::Unreachable(_)) => write!(
+                f,
+                "{error}: check that gossamer runs there, and that firewalls of both hosts allow UDP to that \
+                 port (8473 unless you set another one)"
+            ),
             Self::NoAnswer(error) => error.fmt(f),
             Self::Refused(refusal) => write!(f, "it refused: {refusal}"),
         }
@@ -98,6 +103,13 @@ impl Joining {
 }
 
 impl Node {
+    /// Returns, while the node is in no cluster, the seeds that have not admitted it with the reason.
+    pub fn seed_failures(&self) -> impl Iterator<Item = (usize, String)> + '_ {
+        let failures =
+            self.lifecycle.joining.failures().filter(|_| self.replica.cluster_state.is_none());
+        failures.map(|(seed, failure)| (seed, failure.to_string()))
+    }
+
     /// Returns the seeds whose address is this node's own; none once the node is in a cluster.
     pub fn own_seeds(&self) -> impl Iterator<Item = usize> + '_ {
         let failures =

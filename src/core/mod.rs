@@ -34,6 +34,7 @@ mod learn;
 mod lease;
 mod leave;
 mod lifecycle;
+mod lookup;
 mod malformed;
 mod membership;
 mod outbox;
@@ -325,7 +326,9 @@ impl Node {
                 }
                 Notice::Down(node) => {
                     self.counters.downs += 1;
-                    tracing::info!(%node, name = self.name_of(node), "member down");
+                    let has_ended = self.replica.is_gone(node);
+                    let what = if has_ended { "member ended" } else { "member down" };
+                    tracing::info!(%node, name = self.name_of(node), "{what}");
                     self.replace_predecessor(now);
                 }
                 Notice::Renewed(identity) => {

@@ -100,6 +100,10 @@ pub struct MemberStatus {
     pub node: NodeId,
     /// Its name.
     pub name: NodeName,
+    /// Name that is unique among the present members: its name, or its name and the beginning of its id.
+    pub label: String,
+    /// Whether it is an earlier identity of a living member with its name and address.
+    pub former_self: bool,
     /// Whether it is this node.
     pub me: bool,
     /// Its liveness; `None` if gossip does not know it: not seen since the start, or down for a day.
@@ -223,6 +227,7 @@ impl Node {
     }
 
     fn member_statuses(&self) -> Vec<MemberStatus> {
+        let labels = self.labels();
         let opinions = self.membership.opinions();
         let slots = self
             .replica
@@ -240,6 +245,8 @@ impl Node {
             MemberStatus {
                 node: record.node,
                 name: record.name.clone(),
+                label: labels.of(record.node),
+                former_self: labels.is_former_self(record.node),
                 me: is_me,
                 liveness: if is_me {
                     Some(Liveness::Alive)
@@ -296,9 +303,10 @@ impl Node {
         if reachable > 0 || stranded == 0 {
             return None;
         }
-        let away: BTreeSet<&str> = free_slots.iter().map(|free| free.name.as_str()).collect();
-        let names = away.iter().copied().collect::<Vec<_>>().join(", ");
-        let example = away.first().copied().unwrap_or_default();
+        let labels = self.labels();
+        let away: BTreeSet<String> = free_slots.iter().map(|free| labels.of(free.node)).collect();
+        let names = away.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let example = away.first().map_or("", String::as_str);
         Some(Problem::new(
             ProblemCode::NoSubnet,
             Problem::HOST,

@@ -127,6 +127,10 @@ fn present(status: &AgentStatus) -> impl Iterator<Item = &Member> {
 
 fn paths(status: &AgentStatus) -> Vec<Finding> {
     let mut findings: Vec<Finding> = Vec::new();
+    let label = |path: &PathStatus| {
+        let member = status.members.iter().find(|member| member.node == path.node);
+        member.map_or_else(|| path.name.clone(), |member| member.label.clone())
+    };
     for path in &status.paths {
         let (name, state) = (&path.name, path.state);
         if let Some(problem) = &path.problem {
@@ -139,7 +143,7 @@ fn paths(status: &AgentStatus) -> Vec<Finding> {
                 "paths",
                 format!("{name} is {}: neither its agent nor its kernel answers", state.name()),
                 "its pods are not reached",
-                remedy(status, name),
+                remedy(status, &label(path)),
             ));
         }
     }
@@ -182,13 +186,13 @@ fn addresses(status: &AgentStatus) -> Vec<Finding> {
     ];
     for (what, key) in keys {
         let mut holders: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for member in present(status) {
-            let who = format!("{} ({})", member.name, member.node);
-            holders.entry(key(member)).or_default().push(who);
+        // A notice of the agent is about former selves.
+        for member in status.members.iter().filter(|member| member.is_current()) {
+            holders.entry(key(member)).or_default().push(member.label.clone());
         }
         for (value, holders) in holders.into_iter().filter(|(_, holders)| holders.len() > 1) {
             let who = holders.join(", ");
-            let gone = "if one of them is the other's earlier installation: gossamer forget ID";
+            let gone = "if one of them is gone for good: gossamer forget, with the name shown here";
             findings.push(match what {
                 "name" => Finding::notice(
                     "addresses",
@@ -321,6 +325,8 @@ mod tests {
         Member {
             node: NodeId::UNKNOWN,
             name: name.to_owned(),
+            label: name.to_owned(),
+            former_self: false,
             me: false,
             liveness: Some(Liveness::Alive),
             left: false,

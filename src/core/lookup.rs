@@ -1,0 +1,169 @@
+//! Finds the member that an operator means, and names members so that a command finds them again.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use crate::model::{MemberRecord, NodeId};
+
+use super::{CannotForget, Liveness, Node};
+
+/// Separates a name and the beginning of an id in a label.
+const LABEL_SEPARATOR: char = '~';
+/// Fewest digits of an id that stand for it.
+const MIN_ID_DIGITS: usize = 4;
+
+/// Labels of all members.
+pub(super) struct Labels<'a> {
+    node: &'a Node,
+    by_name: BTreeMap<&'a str, Vec<&'a MemberRecord>>,
+    /// Members that are earlier identities of living ones.
+    former: BTreeSet<NodeId>,
+}
+
+impl Node {
+    /// Returns the one member with this name, label (`name~digits`), id, beginning of an id, or address.
+    /// Of several, those that were forgotten and earlier identities of living members do not count.
+    pub(super) fn member_named(&self, whom: &str) -> Result<NodeId, CannotForget> {
+        let by_name = |record: &MemberRecord| record.name.as_str() == whom;
+        let by_id = |record: &MemberRecord| record.node.to_string() == whom;
+        let by_label = |record: &MemberRecord| {
+            whom.rsplit_once(LABEL_SEPARATOR).is_some_and(|(name, digits)| {
+                record.name.as_str() == name && record.node.to_string().starts_with(digits)
+            })
+        };
+        let is_id_part = whom.len() >= MIN_ID_DIGITS;
+        let by_id_part =
+            |record: &MemberRecord| is_id_part && record.node.to_string().starts_with(whom);
+        let ip: Option<IpAddr> = whom.parse().ok();
+        let by_address = |record: &MemberRecord| {
+            ip.is_some_and(|ip| record.address.ip() == ip || record.vtep.underlay == ip)
+        };
+        let ways: [&dyn Fn(&MemberRecord) -> bool; 4] =
+            [&|record| by_name(record) || by_id(record), &by_label, &by_id_part, &by_address];
+        for matches in ways {
+            let mut found: BTreeSet<NodeId> = self
+                .replica
+                .directory
+                .iter()
+                .filter(|record| !record.has_left() && matches(record))
+                .map(|record| record.node)
+                .collect();
+            if found.len() > 1 {
+                found.retain(|node| self.replica.directory.forgotten(*node).is_none());
+            }
+            if found.len() > 1 {
+                let labels = self.labels();
+                found.retain(|node| !labels.is_former_self(*node));
+            }
+            let mut found = found.into_iter();
+            match (found.next(), found.next()) {
+                (None, _) => {}
+                (Some(node), None) if node == self.replica.me.node => {
+                    return Err(CannotForget::Myself);
+                }
+                (Some(node), None) => return Ok(node),
+                (Some(one), Some(other)) => {
+                    let all = [one, other].into_iter().chain(found);
+                    let choices: Vec<String> = all.map(|node| self.choice(node)).collect();
+                    let (count, whom) = (choices.len(), whom.to_owned());
+                    return Err(CannotForget::Ambiguous(count, whom, choices.join(", ")));
+                }
+            }
+        }
+        let referenced = whom.parse().ok().filter(|node| self.replica.is_referenced(*node));
+        referenced.ok_or_else(|| CannotForget::Unknown(whom.to_owned()))
+    }
+
+    /// Returns the member with this name, label (`name~digits`), id, beginning of an id, or address; it may
+    /// be this node.
+    ///
+    /// # Errors
+    /// Fails if no member or several members match.
+    pub fn find(&self, whom: &str) -> Result<NodeId, String> {
+        match self.member_named(whom) {
+            Err(CannotForget::Myself) => Ok(self.replica.me.node),
+            found => found.map_err(|error| error.to_string()),
+        }
+    }
+
+    /// Returns a label with the member's state.
+    fn choice(&self, node: NodeId) -> String {
+        let opinion = self.membership.opinions().get(&node).copied();
+        let state = match opinion {
+            _ if node == self.replica.me.node => "this node",
+            Some(Liveness::Alive) => "alive",
+            Some(Liveness::Suspect) => "suspect",
+            Some(Liveness::Down) => "down",
+            None => "unknown",
+        };
+        format!("{} ({state})", self.label_of(node))
+    }
+
+    /// Returns the labels of all members, for many uses at once.
+    pub(super) fn labels(&self) -> Labels<'_> {
+        let mut by_name: BTreeMap<&str, Vec<&MemberRecord>> = BTreeMap::new();
+        for record in self.replica.directory.iter() {
+            by_name.entry(record.name.as_str()).or_default().push(record);
+        }
+        let opinions = self.membership.opinions();
+        let is = |node: NodeId, liveness| opinions.get(&node) == Some(&liveness);
+        let is_alive = |node| node == self.replica.me.node || is(node, Liveness::Alive);
+        let is_former = |record: &MemberRecord, same: &[&MemberRecord]| {
+            let is_successor = |other: &&MemberRecord| {
+                other.address == record.address
+                    && is_alive(other.node)
+                    && !self.replica.is_gone(other.node)
+            };
+            let answers = is_alive(record.node) || is(record.node, Liveness::Suspect);
+            !answers && !self.replica.is_gone(record.node) && same.iter().any(is_successor)
+        };
+        let several = by_name.values().filter(|same| same.len() > 1);
+        let former = several
+            .flat_map(|same| same.iter().filter(|record| is_former(record, same)))
+            .map(|record| record.node)
+            .collect();
+        Labels { node: self, by_name, former }
+    }
+
+    /// Returns the members that are earlier identities of living ones.
+    pub fn former_selves(&self) -> BTreeSet<NodeId> {
+        self.labels().former
+    }
+
+    /// Returns a name that every command understands, see [`Labels::of`].
+    pub fn label_of(&self, node: NodeId) -> String {
+        self.labels().of(node)
+    }
+}
+
+impl Labels<'_> {
+    /// Returns whether a member is an earlier identity of another one: it does not answer, and a living
+    /// member has its name and its address.
+    pub(super) fn is_former_self(&self, node: NodeId) -> bool {
+        self.former.contains(&node)
+    }
+
+    /// Returns a name that every command understands: the member's name; with the beginning of its id if the
+    /// name alone stands for another member; or its id if the name is not known.
+    pub(super) fn of(&self, node: NodeId) -> String {
+        let directory = &self.node.replica.directory;
+        let Some(record) = directory.get(node) else { return node.to_string() };
+        let name = record.name.as_str();
+        let is_past = |node| self.node.replica.is_gone(node) || self.is_former_self(node);
+        let is_rival =
+            |other: &&MemberRecord| other.node != node && (is_past(node) || !is_past(other.node));
+        if !self.by_name.get(name).is_some_and(|same| same.iter().any(is_rival)) {
+            return name.to_owned();
+        }
+        let id = node.to_string();
+        let shared = |other: &MemberRecord| {
+            let other = other.node.to_string();
+            id.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count()
+        };
+        let others = directory.iter().filter(|other| other.node != node);
+        let digits = others.map(|other| shared(other) + 1).max().unwrap_or(0).max(MIN_ID_DIGITS);
+        format!("{name}{LABEL_SEPARATOR}{}", id.get(..digits).unwrap_or(&id))
+    }
+}
