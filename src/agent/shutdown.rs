@@ -1,6 +1,7 @@
 //! The end of an agent: why it ends, and what it removes.
 
 use std::{
+    collections::BTreeSet,
     pin::pin,
     time::{Duration, Instant},
 };
@@ -21,6 +22,9 @@ const DOCKER_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long to wait for threads at the end, so that the whole end takes less than
 /// [`crate::agent::signals::TIMEOUT`].
 const THREAD_JOIN_TIMEOUT: Duration = Duration::from_millis(3500);
+
+/// Most pods that a log line names.
+const MAX_NAMED_PODS: usize = 20;
 
 /// Why an agent ended that had started.
 #[derive(Debug, PartialEq, Eq)]
@@ -92,6 +96,14 @@ impl Agent {
         !self.fresh || self.kernel.programmed_once
     }
 
+    /// Returns the number of pods on this host, and the names of the first.
+    fn present_pods(&self) -> (usize, String) {
+        let pods = self.pods.table.iter().filter(|pod| self.is_present(pod));
+        let names: BTreeSet<&str> = pods.map(|pod| pod.attachment.container()).collect();
+        let shown: Vec<&str> = names.iter().copied().take(MAX_NAMED_PODS).collect();
+        (names.len(), visible(&shown.join(", ")))
+    }
+
     /// Ends the threads and connections, and removes the state that this ending requires to remove.
     pub(super) async fn finish(mut self) -> Ending {
         let ending = self.ending.take().unwrap_or(Ending::Stopped);
@@ -100,6 +112,7 @@ impl Agent {
         self.carry_out();
         let cluster = self.node.cluster().map(|known| (known.settings.vni, known.settings.pool));
         let has_kernel_state = self.may_have_kernel_state();
+        let pods = self.present_pods();
         self.transport.close().await;
         let threads = [
             self.programmer.end(),
@@ -111,12 +124,26 @@ impl Agent {
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         let ends = matches!(ending, Ending::Left { .. } | Ending::Restart) || refused;
         if ends && has_kernel_state {
+            if let (count @ 1.., pods) = pods {
+                tracing::warn!(count, pods, "pods lose their interfaces: restart them");
+            }
             remove_traces(cluster, &self.config);
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.state.wipe()
         {
             tracing::error!(%error, "state not removed");
+        }
+        match &ending {
+            Ending::Stopped => tracing::info!("stopped; the kernel keeps forwarding"),
+            Ending::Left { successor: Some(successor) } => {
+                let name = self.node.name_of(*successor);
+                tracing::info!(%successor, name, "left the cluster");
+            }
+            Ending::Left { successor: None } => {
+                tracing::info!("left; it was in no cluster or alone")
+            }
+            _ => {}
         }
         if let Some(reply) = self.pending.leave_reply.take() {
             let answer = match &ending {

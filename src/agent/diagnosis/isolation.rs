@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::join_log::JoinLog;
 use crate::{
     agent::Agent,
     model::{Liveness, NodeId, PathState, Problem, ProblemCode},
@@ -34,6 +35,8 @@ pub(in crate::agent) struct Isolation {
     isolated_since: Option<Instant>,
     /// The address under which members know this host, and when the present one replaced it.
     address_change: Option<(IpAddr, Instant)>,
+    /// What the log says about joining.
+    pub(in crate::agent) join_log: JoinLog,
 }
 
 impl Isolation {
@@ -163,8 +166,13 @@ impl Agent {
             return Vec::new();
         }
         let opinions = self.node.opinions();
-        let down: Vec<NodeId> =
+        let mut down: Vec<NodeId> =
             self.node.peers().filter(|node| self.is_down(*node, &opinions)).collect();
+        if !down.is_empty() {
+            // A notice is about them.
+            let former = self.node.former_selves();
+            down.retain(|node| !former.contains(node));
+        }
         let paths: BTreeMap<NodeId, PathState> =
             self.path_states().map(|(node, state, _)| (node, state)).collect();
         let is_reported = |node: &NodeId| {
@@ -187,6 +195,24 @@ impl Agent {
         problems
     }
 
+    /// Returns a notice about earlier identities of living hosts.
+    pub(in crate::agent) fn former_selves_notice(&self) -> Option<Problem> {
+        let former = self.node.former_selves();
+        let labels: Vec<String> =
+            former.iter().take(MAX_DOWN_NAMED).map(|node| self.node.label_of(*node)).collect();
+        let more = match former.len().saturating_sub(labels.len()) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let what = format!(
+            "earlier identities of living hosts are still members and keep their subnets: {}{more}",
+            labels.join(", ")
+        );
+        let fix = "gossamer forget --former-selves";
+        let notice = Problem::new(ProblemCode::MemberDown, "former selves", what, fix).notice();
+        (!former.is_empty()).then_some(notice)
+    }
+
     /// Whether gossip holds a member down. A member that it has not heard of counts as down once it had time
     /// to answer.
     fn is_down(&self, node: NodeId, opinions: &BTreeMap<NodeId, Liveness>) -> bool {
@@ -205,12 +231,7 @@ impl Agent {
         path: Option<&PathState>,
         opinions: &BTreeMap<NodeId, Liveness>,
     ) -> Problem {
-        let name = self.node.name_of(node);
-        let is_unique = self.node.peers().filter(|other| self.node.name_of(*other) == name).count()
-            == 1
-            && self.node.name_of(self.node.id()) != name;
-        // Commands take the id of a member whose name is not unique.
-        let named = if is_unique { name.to_owned() } else { node.to_string() };
+        let name = self.node.label_of(node);
         let state = match opinions.get(&node) {
             Some(_) => "is down",
             None => "has not been seen for a day, or since the agent started here",
@@ -231,13 +252,13 @@ impl Agent {
             true if path.is_some_and(|state| state.shows_life()) => format!(
                 "{start}; if it runs, open UDP {gossip} between the two hosts in both directions"
             ),
-            true => format!("{start}, or if that host is gone for good: gossamer forget {named}"),
+            true => format!("{start}, or if that host is gone for good: gossamer forget {name}"),
             // The cause may be this host.
             false => format!(
                 "{start}; if it runs, its own status may name the cause (there: gossamer status)"
             ),
         };
-        Problem::new(ProblemCode::MemberDown, if is_unique { name } else { &named }, what, fix)
+        Problem::new(ProblemCode::MemberDown, name, what, fix)
     }
 
     /// Returns up to [`MAX_NAMED`] members with their addresses, and the number of the others.

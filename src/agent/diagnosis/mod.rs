@@ -6,6 +6,7 @@ pub(super) mod forwarder;
 mod hooks;
 mod iptables_legacy;
 pub(super) mod isolation;
+mod join_log;
 mod packet_filter;
 pub(super) mod pod_answers;
 mod raw_tcp;

@@ -175,6 +175,7 @@ impl Agent {
         self.journal.check_at = now + CHECK_INTERVAL;
         self.watch_threads(now);
         self.watch_isolation(now);
+        self.log_join(now);
         self.record_member_changes();
         self.record_path_changes();
         self.record_problem_changes();

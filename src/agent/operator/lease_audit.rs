@@ -59,6 +59,7 @@ impl Agent {
         json!({
             "node": node,
             "name": self.node.name_of(node),
+            "label": self.node.label_of(node),
             "slots": reclaiming.as_ref().map_or(0, |reclaiming| reclaiming.slots),
             "waits_for": reclaiming.and_then(|reclaiming| reclaiming.waits_for),
         })

@@ -207,6 +207,8 @@ impl Agent {
         let kernel = &self.kernel;
         let known = kernel.forwarding.notices.iter().chain(&kernel.answers.notices);
         let known = known.chain(&kernel.host.notices).chain(&self.pods.notices);
+        let former = self.former_selves_notice();
+        let known = known.chain(&former);
         let known = known.cloned().chain(self.path_notices()).chain(self.remote_pod_notices());
         let known = known.chain(log::notice(Instant::now()));
         known.map(Problem::visible).collect()
