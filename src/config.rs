@@ -35,9 +35,11 @@ mod net_conf;
 mod settings;
 #[cfg(test)]
 mod tests;
+mod unknown;
 
 pub use instance::{BadInstance, Instance, NAME};
-pub use settings::{LeaseSource, LogFormat, Settings};
+pub use settings::{LeaseSource, LogFormat, NO_FILE, Settings};
+pub use unknown::{check_environment, example};
 
 /// Pool of a cluster whose operator sets none.
 const DEFAULT_NETWORK: &str = "10.42.0.0/16";
@@ -165,8 +167,13 @@ pub fn read_token_file(path: &Path) -> Result<Token, ConfigError> {
     parse_token(&field, &text)
 }
 
-fn parse_token(field: &str, text: &str) -> Result<Token, ConfigError> {
-    text.parse().map_err(|error: TokenError| {
+/// Parses a token, or the command with it that `gossamer token` prints.
+///
+/// # Errors
+/// Fails if the text is not a complete token; the error is of the setting `field`.
+pub fn parse_token(field: &str, text: &str) -> Result<Token, ConfigError> {
+    let text = text.trim();
+    text.strip_prefix("gossamer join ").unwrap_or(text).parse().map_err(|error: TokenError| {
         let why = error.to_string();
         bad(field, why.strip_prefix("token: ").unwrap_or(&why))
     })
@@ -241,10 +248,27 @@ impl Settings {
         };
         let advertise = self.advertise.as_deref().map(|text| address("advertise", text));
         let quorum = quorum(self.forget_after.as_deref(), &self.voters)?;
+        if let (Some(address), true) = (self.prefer_subnet, init || self.network.is_some()) {
+            let networks = settings.pool.networks();
+            if !networks.iter().any(|network| network.contains(&address)) {
+                let networks: Vec<String> =
+                    networks.iter().map(|network| network.to_string()).collect();
+                let problem = format!(
+                    "{address} is outside the network {}: use an address in it, or leave it out",
+                    networks.join(" and ")
+                );
+                return Err(bad("prefer_subnet", problem));
+            }
+        }
         let (mode, program) = (self.mode.unwrap_or_default(), self.program.unwrap_or_default());
         if program == Program::OnDemand && mode != Mode::Vxlan {
             let problem = "on-demand requires tunnels: remove it, or use mode = \"vxlan\"";
             return Err(bad("program", problem));
+        }
+        if self.idle_after.is_some() && program != Program::OnDemand {
+            let problem =
+                "it has no effect without program = \"on-demand\": set that too, or remove it";
+            return Err(bad("idle_after", problem));
         }
         let idle_after = span("idle_after", self.idle_after.as_deref().unwrap_or("5m"))?
             .unwrap_or(Duration::MAX);
@@ -341,7 +365,8 @@ fn not_a_subnet(text: &str) -> ConfigError {
     )
 }
 
-fn default_network() -> IpNet {
+/// Returns the pool of a cluster whose operator sets none.
+pub fn default_network() -> IpNet {
     IpNet::V4(DEFAULT_NETWORK.parse().unwrap_or_default())
 }
 

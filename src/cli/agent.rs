@@ -13,8 +13,9 @@ use tracing_subscriber::filter::Targets;
 use super::block_on;
 use crate::{
     agent::{self, Ending, SettingsReader},
-    config::Settings,
+    config::{Settings, check_environment},
     log,
+    model::visible,
 };
 
 /// Upper bound of the soft limit of open files. An agent never needs more.
@@ -26,7 +27,8 @@ const LOG_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub struct AgentArgs {
-    /// TOML file with settings; flags and environment variables take precedence
+    /// TOML file with settings; flags and environment variables take precedence [default:
+    /// /etc/gossamer/gossamer.toml if it exists; "/dev/null": none]
     #[arg(long, env = "GOSSAMER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -72,7 +74,12 @@ fn docker_socket_from_systemd() -> io::Result<Option<UnixListener>> {
 }
 
 fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
-    let settings = match args.settings.clone().complete(args.config.as_deref()) {
+    let unknown_variables = match check_environment(std::env::vars_os().map(|(name, _)| name)) {
+        Ok(unknown) => unknown,
+        Err(error) => return fail(error),
+    };
+    let file = args.settings.file(args.config.as_deref());
+    let settings = match args.settings.clone().complete(file.as_deref()) {
         Ok(settings) => settings,
         Err(error) => return fail(error),
     };
@@ -82,12 +89,15 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
         Ok(set_filter) => set_filter,
         Err(error) => return fail(error),
     };
+    for name in unknown_variables {
+        tracing::warn!("the environment variable {} is no setting", visible(&name));
+    }
     let config = match settings.check() {
         Ok(config) => config,
         Err(error) => return fail(error),
     };
     let read_settings: Arc<SettingsReader> = Arc::new(Box::new(move || {
-        let settings = args.settings.clone().complete(args.config.as_deref());
+        let settings = args.settings.clone().complete(file.as_deref());
         let settings = settings.map_err(|error| error.to_string())?;
         let filter = filter(settings.log.as_deref())?;
         let config = settings.check().map_err(|error| error.to_string())?;

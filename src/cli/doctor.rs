@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     api::{self, ClientError, PastEvents},
-    config::{Instance, Settings},
+    config::{Instance, Settings, check_environment},
     doctor::{self, Agent, Examination, Finding, Verdict, examine},
     model::visible_lines,
 };
@@ -24,7 +24,7 @@ const LABEL_COLUMNS: usize = 25;
 
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// Settings file of the agent
+    /// Settings file of the agent [default: /etc/gossamer/gossamer.toml if it exists]
     #[arg(long, env = "GOSSAMER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     /// Also write a support archive with these findings, the agent's view and the host's tables, without
@@ -44,7 +44,7 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     let findings = examine(&examination);
     if let Some(path) = &args.bundle
         && let Err(error) =
-            doctor::write_bundle(path, &examination, &findings, args.config.as_deref())
+            doctor::write_bundle(path, &examination, &findings, config_file(&args).as_deref())
     {
         return fail(error);
     }
@@ -57,8 +57,14 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     ExitCode::from(verdict.exit_code())
 }
 
+fn config_file(args: &DoctorArgs) -> Option<PathBuf> {
+    args.settings.file(args.config.as_deref())
+}
+
 fn examination(args: &DoctorArgs) -> Examination {
-    let completed = args.settings.clone().complete(args.config.as_deref());
+    let variables = std::env::vars_os().map(|(name, _)| name);
+    let completed = check_environment(variables)
+        .and_then(|_| args.settings.clone().complete(config_file(args).as_deref()));
     let config = completed.and_then(Settings::check);
     let socket = match &config {
         Ok(config) => config.socket.clone(),

@@ -22,7 +22,7 @@ pub const NAME: &str = "gossamer";
 const MAX_LEN: usize = 20;
 
 /// The name of an overlay on a host. The default instance has none.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Instance(Option<String>);
 
 impl Instance {
@@ -45,6 +45,23 @@ impl Instance {
     /// Returns the path of flannel's `subnet.env`.
     pub fn subnet_file(&self) -> PathBuf {
         format!("/run/{}/subnet.env", self.directory()).into()
+    }
+
+    /// Returns the path of the settings file that `init` and `join` write, and that the agent reads unless
+    /// it is given another one.
+    pub fn settings_file(&self) -> PathBuf {
+        format!("/etc/gossamer/{}.toml", self.0.as_deref().unwrap_or(NAME)).into()
+    }
+
+    /// Returns the path of the token file that `join` writes.
+    pub fn token_file(&self) -> PathBuf {
+        let prefix = self.0.as_ref().map_or_else(String::new, |name| format!("{name}."));
+        format!("/etc/gossamer/{prefix}token").into()
+    }
+
+    /// Returns the name of the instance's systemd unit.
+    pub fn unit(&self) -> String {
+        format!("{}.service", self.directory())
     }
 
     /// Returns the name of the instance's directories.

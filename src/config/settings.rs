@@ -6,16 +6,16 @@ use std::{
 };
 
 use ipnet::{IpNet, Ipv6Net};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{ConfigError, bad, choices, instance::DOCKER_PLUGINS, net_conf};
+use super::{ConfigError, Instance, bad, choices, instance::DOCKER_PLUGINS, net_conf, unknown};
 use crate::{
     dataplane::{demand::Program, desired::Mode},
     files,
 };
 
 /// All settings as the operator wrote them, unchecked.
-#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// Name of this overlay, if the host has several; files, ports, VNI and device are derived from it
@@ -26,6 +26,7 @@ pub struct Settings {
     pub init: Option<bool>,
     /// Member through which to join, HOST or HOST:PORT; repeatable. Names are resolved for each attempt
     #[arg(long, env = "GOSSAMER_JOIN", value_delimiter = ',', value_name = "HOST[:PORT]")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "text_or_list")]
     pub join: Vec<String>,
     /// Token of the cluster, from `gossamer token`. Visible in `ps`: prefer --token-file or
     /// `GOSSAMER_TOKEN`
@@ -100,6 +101,7 @@ pub struct Settings {
     pub forget_after: Option<String>,
     /// Names of the 3, 5 or 7 nodes that vote on forgetting; the same on all of them
     #[arg(long, env = "GOSSAMER_VOTERS", value_delimiter = ',', value_name = "NAME,NAME")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "text_or_list")]
     pub voters: Vec<String>,
     /// Make a peer's subnet unreachable by route when gossip considers the peer down and its kernel has
     /// not answered for this time, or "never" [default: 10s]
@@ -161,8 +163,22 @@ pub struct Settings {
     pub log_format: Option<LogFormat>,
 }
 
+/// Deserializes a list of texts, or one text with commas as in the environment.
+fn text_or_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a list of texts")]
+    enum TextOrList {
+        Text(String),
+        List(Vec<String>),
+    }
+    Ok(match TextOrList::deserialize(deserializer)? {
+        TextOrList::Text(text) => text.split(',').map(|part| part.trim().to_owned()).collect(),
+        TextOrList::List(list) => list,
+    })
+}
+
 /// How a node gets its subnet.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[clap(rename_all = "lowercase")]
 pub enum LeaseSource {
@@ -174,7 +190,7 @@ pub enum LeaseSource {
 }
 
 /// Format of the log.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// Lines of text on standard error.
@@ -186,7 +202,19 @@ pub enum LogFormat {
     Journal,
 }
 
+/// Path that stands for no settings file.
+pub const NO_FILE: &str = "/dev/null";
+
 impl Settings {
+    /// Returns the settings file to read: the given one, or else the instance's if it exists.
+    pub fn file(&self, given: Option<&Path>) -> Option<PathBuf> {
+        if let Some(path) = given {
+            return (path != Path::new(NO_FILE)).then(|| path.to_owned());
+        }
+        let instance: Instance = self.instance.as_deref().unwrap_or_default().parse().ok()?;
+        Some(instance.settings_file()).filter(|path| path.exists())
+    }
+
     /// Adds the settings of the TOML file and then those of `net_config`, where flags and environment set
     /// none.
     ///
@@ -207,10 +235,14 @@ impl Settings {
         }
     }
 
-    fn from_toml(path: &Path) -> Result<Self, ConfigError> {
+    /// Reads the TOML file alone, without environment and `net_config`.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be read or parsed.
+    pub fn from_toml(path: &Path) -> Result<Self, ConfigError> {
         let field = || format!("config {}", path.display());
         let text = files::read_text(path, files::SMALL).map_err(|e| bad(field(), e))?;
-        toml::from_str(&text).map_err(|e| bad(field(), e.to_string().trim_end()))
+        toml::from_str(&text).map_err(|error| unknown::explain(&field(), &text, &error))
     }
 
     fn or(self, other: Self) -> Self {

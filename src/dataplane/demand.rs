@@ -33,7 +33,7 @@ pub enum Miss {
 }
 
 /// Which peers get entries in the kernel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Program {
     /// All peers, always.

@@ -16,7 +16,7 @@ use nix::{
 use serde_json::Value;
 
 use super::Host;
-use crate::{api, runtime};
+use crate::{api, config::NO_FILE, runtime};
 
 /// A running `gossamer agent`. The process is killed on drop.
 #[derive(Debug)]
@@ -59,6 +59,8 @@ impl Agent {
             .arg("--subnet-file")
             .arg(host.dir.join("subnet.env"))
             .args(arguments)
+            // The settings of this machine do not concern hosts of the lab.
+            .env("GOSSAMER_CONFIG", NO_FILE)
             .envs(variables.iter().map(|(name, value)| (*name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
