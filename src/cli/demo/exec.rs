@@ -31,7 +31,12 @@ pub fn run(args: &ExecArgs) -> ExitCode {
             ("gossamer", Ok(path)) => path,
             _ => PathBuf::from(name),
         };
-        let status = Command::new(&program).args(arguments).status();
+        // A pod's name is its host's with a suffix.
+        let host = args.node.strip_suffix("-pod").unwrap_or(&args.node);
+        let socket = Path::new("/run/lab").join(host).join("gossamer.sock");
+        let mut command = Command::new(&program);
+        command.args(arguments).env("GOSSAMER_SOCKET", socket);
+        let status = command.status();
         status.map_err(|error| format!("{name}: {error}"))
     });
     match result {

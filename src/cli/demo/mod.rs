@@ -8,8 +8,12 @@ mod exec;
 mod node;
 mod screen;
 mod story;
+mod window;
 
-use std::process::{Command, ExitCode};
+use std::{
+    net::SocketAddr,
+    process::{Command, ExitCode},
+};
 
 use clap::{Args, Subcommand};
 use nix::sys::{prctl::set_pdeathsig, signal::Signal};
@@ -40,6 +44,11 @@ struct DemoOptions {
     /// Keep the cluster running afterwards, until Ctrl-C
     #[arg(long)]
     keep: bool,
+    /// With --keep: show the first host's dashboard at this address [default without a value:
+    /// 127.0.0.1:9473]
+    #[arg(long, requires = "keep", num_args = 0..=1, default_missing_value = "127.0.0.1:9473")]
+    #[arg(value_name = "IP:PORT")]
+    http: Option<SocketAddr>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -79,6 +88,12 @@ fn enter(args: &DemoArgs) -> ExitCode {
     command.args(["demo", "inside", &args.nodes.to_string()]);
     command.args(args.story.chaos.then_some("--chaos"));
     command.args(args.story.keep.then_some("--keep"));
+    if let Some(address) = args.story.http {
+        match window::open(address) {
+            Ok(port) => _ = command.stdin(port).args(["--http", &address.to_string()]),
+            Err(error) => return fail(format_args!("demo: {address}: {error}")),
+        }
+    }
     match lab::enter(&mut command) {
         Ok(code) => code,
         Err(error) => fail(format_args!("demo: {error:#}")),

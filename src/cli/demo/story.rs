@@ -1,7 +1,7 @@
 //! The steps of the demo. Each step is verified; the first failure ends the demo.
 
 use std::{
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -15,6 +15,7 @@ use super::{
     DemoOptions,
     chaos::inject_faults,
     screen::{Screen, span},
+    window,
 };
 use crate::{
     cli::output::table,
@@ -24,6 +25,7 @@ use crate::{
 
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
+const DASHBOARD_PORT: u16 = 9473;
 const POD_MTU: u32 = 1450;
 /// Pings sent, one each 10 ms, while an agent is dead.
 const STREAM_REQUESTS: u16 = 150;
@@ -38,7 +40,8 @@ struct DemoRun {
     token: String,
 }
 
-pub fn run_demo(nodes: u16, DemoOptions { chaos, keep }: DemoOptions) -> anyhow::Result<()> {
+pub fn run_demo(nodes: u16, options: DemoOptions) -> anyhow::Result<()> {
+    let DemoOptions { chaos, keep, http } = options;
     let mut story = DemoRun {
         screen: Screen::new(),
         program: std::env::current_exe()?,
@@ -52,7 +55,7 @@ pub fn run_demo(nodes: u16, DemoOptions { chaos, keep }: DemoOptions) -> anyhow:
         "gossamer demo: {nodes} hosts in network namespaces, each with a real agent and a pod\n"
     );
     story.build(nodes)?;
-    story.create()?;
+    story.create(http.is_some())?;
     story.join()?;
     story.lease_table()?;
     story.ping_all()?;
@@ -68,7 +71,7 @@ pub fn run_demo(nodes: u16, DemoOptions { chaos, keep }: DemoOptions) -> anyhow:
     }
     story.screen.summary();
     if keep {
-        story.keep();
+        story.keep(http)?;
     }
     Ok(())
 }
@@ -86,10 +89,13 @@ impl DemoRun {
         })
     }
 
-    fn create(&mut self) -> anyhow::Result<()> {
+    fn create(&mut self, with_dashboard: bool) -> anyhow::Result<()> {
         let (program, host) = (&self.program, &self.hosts[0]);
+        let dashboard = format!("--http={}", dashboard_of(host));
         let (agent, token) = self.screen.step("n1 creates the cluster", || {
-            let mut agent = Agent::start(program, host, &["--init"])?;
+            let arguments = ["--init", &dashboard];
+            let arguments = if with_dashboard { &arguments[..] } else { &arguments[..1] };
+            let mut agent = Agent::start(program, host, arguments)?;
             let status = agent.wait_converged(1, STEP_TIMEOUT)?;
             let answer = agent.ask("/v1/token", STEP_TIMEOUT)?;
             let token = answer["token"].as_str().context("no token")?.to_owned();
@@ -281,19 +287,27 @@ impl DemoRun {
         })
     }
 
-    fn keep(&self) {
+    fn keep(&self, http: Option<SocketAddr>) -> anyhow::Result<()> {
+        if let Some(address) = http {
+            window::show(dashboard_of(&self.hosts[0]))?;
+            println!("\nDashboard of n1: http://{address}/");
+        }
         println!(
             "\nThe cluster keeps running until Ctrl-C. From another terminal:\n\n  \
-             gossamer demo exec n1 -- gossamer status --socket {}\n  \
+             gossamer demo exec n1 -- gossamer status\n  \
              gossamer demo exec n1 -- ip route\n  \
              gossamer demo exec n1-pod -- ping {}\n",
-            self.agents[0].socket().display(),
             self.pods[1].ip
         );
         loop {
             thread::park();
         }
     }
+}
+
+/// Returns the address of a host's dashboard inside the demo.
+fn dashboard_of(host: &Host) -> SocketAddr {
+    (host.ip, DASHBOARD_PORT).into()
 }
 
 /// Returns the round trip to a pod. The first ping may be lost, because the pods resolve each other's MAC
