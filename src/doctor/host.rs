@@ -270,6 +270,14 @@ fn bridge(examination: &Examination, links: &[Link], numbers: &Numbers) -> Optio
 
 /// Checks for interfaces whose networks overlap the overlay's.
 fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
+    // A host that joins learns the network from the cluster.
+    let joins = examination.agent.is_some()
+        || examination.config.as_ref().is_ok_and(|config| {
+            config.create.is_none() && (config.token.is_some() || !config.seeds.is_empty())
+        });
+    if numbers.are_networks_assumed && joins {
+        return;
+    }
     let Ok(mut netlink) = Netlink::open() else { return };
     let status = examination.status();
     let own = status.into_iter().flat_map(|status| status.subnet.iter().chain(&status.subnet6));

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use crate::{
     api::{self, AgentStatus, Event, KernelEntry, VerdictState},
-    config::{Config, ConfigError, DEFAULT_VXLAN_PORT, Instance},
+    config::{Config, ConfigError, DEFAULT_VXLAN_PORT, Instance, default_network},
     model::{Problem, ProblemCode, Severity},
 };
 
@@ -188,9 +188,41 @@ pub fn examine(examination: &Examination) -> Vec<Finding> {
     routing::examine(examination, &mut findings);
     state::examine(examination, &mut findings);
     cluster::examine(examination, &mut findings);
+    if !nix::unistd::geteuid().is_root() {
+        skip_what_needs_root(&mut findings, examination.agent.is_some());
+    }
     let place = |finding: &Finding| CHECKS.iter().position(|(name, _)| *name == finding.check);
     findings.sort_by_key(place);
     findings
+}
+
+/// Replaces findings that only say that this process is not root, and says so once.
+fn skip_what_needs_root(findings: &mut Vec<Finding>, agent_answers: bool) {
+    let needs_root = |finding: &Finding| {
+        let refused = ["Permission denied", "not permitted"];
+        let is_refused = refused.iter().any(|words| finding.seen.contains(words));
+        // The port of an agent that may not be queried is in use.
+        is_refused || !agent_answers && ["privileges", "ports"].contains(&finding.check)
+    };
+    let mut skipped = Vec::new();
+    findings.retain(|finding| {
+        let keep = finding.verdict == Verdict::Ok || !needs_root(finding);
+        if !keep && !skipped.contains(&finding.check) {
+            skipped.push(finding.check);
+        }
+        keep
+    });
+    if skipped.is_empty() {
+        return;
+    }
+    findings.extend(skipped.iter().map(|check| Finding::skipped(check, "needs root")));
+    findings.push(Finding::notice(
+        "privileges",
+        format!("this is not root: {} of {} checks need it", skipped.len(), CHECKS.len()),
+        "what they would find is missing here",
+        "sudo gossamer doctor",
+    ));
+    findings.retain(|finding| finding.check != "privileges" || finding.verdict != Verdict::Skipped);
 }
 
 /// Numbers and networks to check: those of the cluster if it is known, otherwise those of the settings.
@@ -199,6 +231,8 @@ struct Numbers {
     vxlan_port: u16,
     gossip_port: u16,
     networks: Vec<ipnet::IpNet>,
+    /// Whether the network is neither set nor known from the cluster.
+    are_networks_assumed: bool,
 }
 
 impl Examination {
@@ -233,6 +267,11 @@ impl Examination {
         if networks.is_empty() {
             networks.extend(config.and_then(|config| config.wish.network));
         }
+        // A check without a network would find nothing.
+        let are_networks_assumed = networks.is_empty();
+        if are_networks_assumed {
+            networks.push(default_network());
+        }
         let members = self.status().into_iter().flat_map(|status| &status.members);
         let me = members.filter(|member| member.me).map(|me| me.address).next();
         let configured = config.map_or(Instance::default().port(), |config| {
@@ -246,6 +285,34 @@ impl Examination {
             vxlan_port: vxlan_port.or(wish).unwrap_or(DEFAULT_VXLAN_PORT),
             gossip_port: me.map_or(configured, |me| me.port()),
             networks,
+            are_networks_assumed,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skip_what_needs_root_leaves_one_warning_for_a_user() {
+        let mut findings = vec![
+            Finding::problem("privileges", "CAP_NET_ADMIN is not held", "", ""),
+            Finding::problem("ports", "UDP 8473: Address already in use (os error 98)", "", ""),
+            Finding::problem("token", "state/token: Permission denied (os error 13)", "", ""),
+            Finding::problem("agent", "not permitted to use gossamer.sock", "", ""),
+            Finding::problem("sysctls", "net.ipv4.ip_forward is 0", "", ""),
+            Finding::ok("underlay", "eth0"),
+        ];
+        skip_what_needs_root(&mut findings, false);
+        let of = |verdict| {
+            let found = findings.iter().filter(|finding| finding.verdict == verdict);
+            found.map(|finding| finding.check).collect::<Vec<_>>()
+        };
+        assert_eq!(of(Verdict::Problem), ["sysctls"]);
+        assert_eq!(of(Verdict::Notice), ["privileges"]);
+        assert_eq!(of(Verdict::Skipped), ["ports", "token", "agent"]);
+        let seen = findings.iter().find(|finding| finding.verdict == Verdict::Notice);
+        assert!(seen.is_some_and(|finding| finding.seen.contains("4 of 23")), "{findings:?}");
     }
 }

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nix::sys::statvfs::statvfs;
+use nix::{
+    sys::statvfs::statvfs,
+    unistd::{AccessFlags, access},
+};
 
 use super::{Examination, Finding};
 use crate::{
@@ -46,11 +49,13 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         findings.extend(database(&config.state_dir));
     }
     if findings.len() == before {
-        let seen = match config.state_dir.exists() {
-            true => format!("{} can be read and written", config.state_dir.display()),
-            false => format!("{} does not exist yet", config.state_dir.display()),
-        };
-        findings.push(Finding::ok("state", seen));
+        let (path, shown) = (&config.state_dir, config.state_dir.display());
+        let all = AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK;
+        findings.push(match (path.exists(), access(path, all)) {
+            (false, _) => Finding::ok("state", format!("{shown} does not exist yet")),
+            (true, Ok(())) => Finding::ok("state", format!("{shown} can be read and written")),
+            (true, Err(error)) => Finding::skipped("state", format!("{shown}: {error}")),
+        });
     }
     findings.push(token(examination, config));
 }
@@ -81,7 +86,9 @@ fn clock(state_dir: &Path) -> Finding {
 fn directory(path: &Path, findings: &mut Vec<Finding>) {
     let Ok(meta) = fs::metadata(path) else { return };
     let shown = path.display();
-    if meta.permissions().mode() & 0o077 != 0 {
+    // The agent makes a new directory private before it writes a secret.
+    let has_secret = ["token", "node.key"].iter().any(|file| path.join(file).exists());
+    if meta.permissions().mode() & 0o077 != 0 && has_secret {
         findings.push(Finding::problem(
             "state",
             format!(
@@ -219,7 +226,7 @@ fn token(examination: &Examination, config: &Config) -> Finding {
             "token",
             format!("the token is of cluster {given}, this host is in {ours}"),
             "clusters never merge: the agent stays in its own",
-            "leave the token out, or leave the cluster first (gossamer leave)",
+            "leave the token out, or run gossamer leave first (without an agent: gossamer cleanup)",
         ),
         (_, Some(ours)) => Finding::ok("token", format!("of cluster {ours}")),
         _ if config.token.is_some() || saved.is_some() => Finding::ok("token", "present"),
@@ -229,7 +236,7 @@ fn token(examination: &Examination, config: &Config) -> Finding {
             "token",
             "no token",
             "a host needs a token to join a cluster; with --init it creates one",
-            "on a member: gossamer token > token; here: gossamer agent --token-file token",
+            "on a member: gossamer token; here: the command that it prints (gossamer join TOKEN)",
         ),
     }
 }

@@ -267,7 +267,11 @@ fn doctor_without_an_agent_reports_what_would_prevent_its_start() {
         assert_reported(&third, &fresh(""), "ports", "UDP port 8472 is taken");
         drop(taken);
         assert_reported(&third, &fresh("--iface nosuch0"), "underlay", "nosuch0");
-        assert_reported(&third, "", "token", "gossamer token > token");
+        assert_reported(&third, "", "token", "gossamer join TOKEN");
+        // Without settings, the checks use the default network.
+        third.netns.sysctl("net/ipv4/ip_forward", "0")?;
+        assert_reported(&third, "", "sysctls", "net.ipv4.ip_forward=1");
+        third.netns.sysctl("net/ipv4/ip_forward", "1")?;
         assert_reported(
             &third,
             &fresh("--network 10.42.0.0/16 --subnet-len 12"),
