@@ -14,3 +14,4 @@ mod netem;
 mod package;
 mod pair;
 mod power;
+mod setup;
