@@ -2,9 +2,8 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
 use gossamer::{
-    cli::{Cli, run},
+    cli::{parse, run, usage_error},
     cni, netavark,
 };
 
@@ -16,12 +15,12 @@ fn main() -> ExitCode {
     if let Some(call) = netavark::Call::new(std::env::args_os()) {
         return netavark::run(&call);
     }
-    match Cli::try_parse() {
+    match parse() {
         Ok(cli) => run(cli),
         Err(error) => {
             // A netavark plugin must report errors on standard output.
             let call = netavark::Call::unknown(std::env::args_os()).filter(|_| error.use_stderr());
-            call.map_or_else(|| error.exit(), |call| netavark::run(&call))
+            call.map_or_else(|| usage_error(&error), |call| netavark::run(&call))
         }
     }
 }

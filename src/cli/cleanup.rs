@@ -15,7 +15,7 @@ use std::{
 
 use clap::Args;
 
-use super::{Format, block_on, fail};
+use super::{Format, block_on, cni, confirm::Consent, fail};
 use crate::{
     api::{self, ClientError},
     cni::Spool,
@@ -29,11 +29,16 @@ use crate::{
     transport::NodeKey,
 };
 
+/// Text if there is nothing to remove.
+pub(super) const NOTHING_LEFT: &str = "gossamer has left nothing on this host\n";
+
 #[derive(Debug, Args)]
 pub struct CleanupArgs {
     /// List what would be removed, and remove nothing
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    consent: Consent,
     /// State directory [default: /var/lib/gossamer and those of all named instances]
     #[arg(long, env = "GOSSAMER_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -64,7 +69,18 @@ pub fn run(args: &CleanupArgs) -> ExitCode {
             Err(error) => return fail(error),
         }
     }
-    match cleanup(args, &places) {
+    if !args.dry_run && args.consent.asks() {
+        let planned = match cleanup(&places, true) {
+            Ok(planned) => removed_text(&planned, true),
+            Err(error) => return fail(error),
+        };
+        if planned != NOTHING_LEFT
+            && let Err(code) = args.consent.obtain(|| planned.trim_end().to_owned())
+        {
+            return code;
+        }
+    }
+    match cleanup(&places, args.dry_run) {
         Ok(removed) => {
             print(&removed, args);
             ExitCode::SUCCESS
@@ -73,11 +89,32 @@ pub fn run(args: &CleanupArgs) -> ExitCode {
     }
 }
 
+impl CleanupArgs {
+    /// Returns the arguments for everything on this host.
+    pub(super) const fn for_all(dry_run: bool) -> Self {
+        Self {
+            dry_run,
+            consent: Consent::given(),
+            state_dir: None,
+            subnet_file: None,
+            socket: None,
+            output: Format::Text,
+        }
+    }
+}
+
+/// Removes everything, or with `dry_run` nothing, and returns what that is, as text.
+pub(super) fn summary(args: &CleanupArgs, places: &Places) -> anyhow::Result<String> {
+    Ok(removed_text(&cleanup(places, args.dry_run)?, args.dry_run))
+}
+
 /// The paths at which gossamer may have left files.
-struct Places {
+pub(super) struct Places {
+    /// The unnamed instance, and those with a directory in /run or /var/lib.
+    pub(super) instances: Vec<Instance>,
     state_dirs: Vec<PathBuf>,
     subnet_files: Vec<PathBuf>,
-    sockets: Vec<PathBuf>,
+    pub(super) sockets: Vec<PathBuf>,
     /// Sockets of every instance, including those not selected: kernel state may belong to any of them.
     all_sockets: Vec<PathBuf>,
 }
@@ -85,7 +122,7 @@ struct Places {
 impl Places {
     /// Returns the paths given in `args`, and for the others those of every instance with a directory in
     /// /run or /var/lib.
-    fn find(args: &CleanupArgs) -> Self {
+    pub(super) fn find(args: &CleanupArgs) -> Self {
         let directories =
             ["/run", "/var/lib"].into_iter().filter_map(|path| fs::read_dir(path).ok());
         let names = directories.flatten().flatten().map(|entry| entry.file_name());
@@ -104,6 +141,7 @@ impl Places {
             subnet_files: all(&args.subnet_file, Instance::subnet_file),
             sockets: all(&args.socket, Instance::socket),
             all_sockets: all(&None, Instance::socket),
+            instances,
         }
     }
 }
@@ -128,7 +166,7 @@ struct Removed {
     nodes: Vec<String>,
 }
 
-fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
+fn cleanup(places: &Places, dry_run: bool) -> anyhow::Result<Removed> {
     let mut kernel = Kernel::open()?;
     let leftovers = kernel.leftovers()?;
     let mut wiring = Wiring::open()?;
@@ -159,7 +197,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
         }
         removed.files.push(path.clone());
     }
-    if args.dry_run {
+    if dry_run {
         return Ok(removed);
     }
     // Locks all state directories before removing anything.
@@ -194,7 +232,8 @@ fn remove_file(path: &Path) -> io::Result<()> {
 
 fn print(removed: &Removed, args: &CleanupArgs) {
     let answer = serde_json::json!({ "dry_run": args.dry_run, "removed": removed });
-    args.output.print(&answer, |_, _| removed_text(removed, args.dry_run));
+    args.output
+        .print(&answer, |_, _| removed_text(removed, args.dry_run) + &cni::note_of_installed());
 }
 
 fn removed_text(removed: &Removed, dry_run: bool) -> String {
@@ -215,7 +254,7 @@ fn removed_text(removed: &Removed, dry_run: bool) -> String {
     let all = all.chain(neighbors).chain(tables).chain(bridge_tables).chain(files);
     let mut text: String = all.map(|what| format!("{verb} {what}\n")).collect();
     if text.is_empty() {
-        text.push_str("gossamer has left nothing on this host\n");
+        text.push_str(NOTHING_LEFT);
     }
     for node in &removed.nodes {
         let _ = writeln!(

@@ -14,13 +14,20 @@ use clap::{Args, Subcommand};
 
 use super::{
     fail, output,
-    placed::{PLUGIN_NAME, Removal, expect_directory, place, place_program, remove_program},
+    placed::{
+        PLUGIN_NAME, Removal, expect_directory, is_removable, place, place_program, remove_program,
+    },
 };
 use crate::{
     cni::LOOPBACK,
     store::{PUBLIC, replace},
 };
 use lists::{InstalledList, List, PORTMAP};
+
+/// Default plugin directory of runtimes.
+const BIN_DIR: &str = "/opt/cni/bin";
+/// Default configuration directory of runtimes.
+const CONF_DIR: &str = "/etc/cni/net.d";
 
 #[derive(Debug, Args)]
 pub struct CniArgs {
@@ -40,10 +47,10 @@ enum CniCommand {
 #[derive(Debug, Args)]
 struct Places {
     /// Plugin directory of the runtime
-    #[arg(long, default_value = "/opt/cni/bin", value_name = "DIR")]
+    #[arg(long, default_value = BIN_DIR, value_name = "DIR")]
     bin_dir: PathBuf,
     /// Configuration directory of the runtime
-    #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
+    #[arg(long, default_value = CONF_DIR, value_name = "DIR")]
     conf_dir: PathBuf,
 }
 
@@ -193,4 +200,51 @@ fn uninstall(args: &UninstallArgs) -> anyhow::Result<Vec<String>> {
         done.push(format!("gossamer has no files in {bin} and {conf}"));
     }
     Ok(done)
+}
+
+/// Returns the files in the default directories that [`uninstall`] would remove. `place` maps paths of the
+/// system.
+///
+/// # Errors
+/// Fails if the shipped configuration cannot be parsed.
+pub(super) fn installed_files(place: impl Fn(&Path) -> PathBuf) -> anyhow::Result<Vec<PathBuf>> {
+    let Places { bin_dir, conf_dir } = default_places(place);
+    let list = List::new(&conf_dir)?;
+    let (plugin, loopback) = (bin_dir.join(PLUGIN_NAME), bin_dir.join(LOOPBACK));
+    let is_ours = fs::read_link(&loopback).is_ok_and(|target| target == Path::new(PLUGIN_NAME));
+    let list_is_ours = list.inspect() == InstalledList::Unmodified;
+    let files = [
+        list_is_ours.then(|| list.path().to_owned()),
+        is_ours.then_some(loopback),
+        is_removable(&plugin).then_some(plugin),
+    ];
+    Ok(files.into_iter().flatten().collect())
+}
+
+/// Removes those files. Returns what was removed.
+///
+/// # Errors
+/// Fails if a file cannot be removed.
+pub(super) fn remove_installed(place: impl Fn(&Path) -> PathBuf) -> anyhow::Result<Vec<String>> {
+    if installed_files(&place)?.is_empty() {
+        return Ok(Vec::new());
+    }
+    uninstall(&UninstallArgs { places: default_places(place), force: false })
+}
+
+fn default_places(place: impl Fn(&Path) -> PathBuf) -> Places {
+    Places { bin_dir: place(Path::new(BIN_DIR)), conf_dir: place(Path::new(CONF_DIR)) }
+}
+
+/// Says which files in the default directories stay, for commands that remove everything else.
+pub(super) fn note_of_installed() -> String {
+    let files = installed_files(Path::to_owned).unwrap_or_default();
+    let names: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
+    match names.is_empty() {
+        true => String::new(),
+        false => format!(
+            "kept {}, so runtimes still call this plugin: `gossamer cni uninstall` removes it\n",
+            names.join(", ")
+        ),
+    }
 }

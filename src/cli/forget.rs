@@ -1,37 +1,99 @@
-//! `gossamer forget`: removes a member that is gone for good and reclaims its subnets.
+//! `gossamer forget`: removes members that are gone for good and reclaims their subnets.
 
 use std::process::ExitCode;
 
 use clap::Args;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::{Client, percent_encoded, query_and_print};
-use crate::api;
+use super::{
+    Client, block_on,
+    confirm::Consent,
+    fail,
+    output::{elements, label, text},
+    percent_encoded, query_and_print,
+};
+use crate::api::{self, ClientError};
 
 #[derive(Debug, Args)]
 pub struct ForgetArgs {
-    /// Name or id of the member
-    node: String,
+    /// Name, id, beginning of the id, or address of the member
+    #[arg(required_unless_present = "former_selves")]
+    node: Option<String>,
+    /// Forget all members that do not answer and have the name and the address of a living one
+    #[arg(long, conflicts_with_all = ["node", "force"])]
+    former_selves: bool,
     /// Reclaim without waiting for all other members, even if the member looks alive. If it still runs,
     /// or if it granted a subnet to a node that this node does not know, two nodes may get the same
     /// subnet
     #[arg(long)]
     force: bool,
     #[command(flatten)]
+    consent: Consent,
+    #[command(flatten)]
     client: Client,
 }
 
 pub fn run(args: &ForgetArgs) -> ExitCode {
-    let name = percent_encoded(&args.node);
-    let target = format!("/v1/forget?node={name}&force={}", args.force);
-    query_and_print(&args.client, api::post(&args.client.socket(), &target), text)
+    match &args.node {
+        Some(node) => forget_one(args, node),
+        None => forget_former_selves(args),
+    }
+}
+
+fn forget_one(args: &ForgetArgs, node: &str) -> ExitCode {
+    let costs = || {
+        format!(
+            "{node} is removed for good, and its subnets go to this node. If that host returns, it joins as \
+             a new node, and its pods lose their addresses."
+        )
+    };
+    if let Err(code) = args.consent.obtain(costs) {
+        return code;
+    }
+    let query = forget(&args.client, node, args.force);
+    query_and_print(&args.client, query, |answer, _| outcome(answer))
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-fn text(answer: &Value, _: bool) -> String {
-    let node = answer["name"].as_str().unwrap_or("?");
-    let waits: Vec<&str> =
-        answer["waits_for"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+async fn forget(client: &Client, node: &str, force: bool) -> Result<Value, ClientError> {
+    let target = format!("/v1/forget?node={}&force={force}", percent_encoded(node));
+    api::post(&client.socket(), &target).await
+}
+
+fn forget_former_selves(args: &ForgetArgs) -> ExitCode {
+    let status = match block_on(api::get(&args.client.socket(), "/v1/status")) {
+        Ok(Ok(status)) => status,
+        Ok(Err(error)) => return fail(error),
+        Err(error) => return fail(error),
+    };
+    let members = elements(&status["members"]).filter(|member| member["former_self"] == true);
+    let former: Vec<&Value> = members.collect();
+    let costs = || {
+        let labels: Vec<String> = former.iter().map(|member| label(member, true)).collect();
+        format!("These members are removed, and their subnets reclaimed: {}.", labels.join(", "))
+    };
+    if !former.is_empty()
+        && let Err(code) = args.consent.obtain(costs)
+    {
+        return code;
+    }
+    let query = async {
+        let mut answers = Vec::new();
+        for member in &former {
+            answers.push(forget(&args.client, &text(&member["node"]), false).await?);
+        }
+        Ok(json!({ "forgotten": answers }))
+    };
+    let text = |answer: &Value, _: bool| match elements(&answer["forgotten"]).next() {
+        None => "no member is a former self of a living host\n".to_owned(),
+        Some(_) => elements(&answer["forgotten"]).map(outcome).collect(),
+    };
+    query_and_print(&args.client, query, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+}
+
+fn outcome(answer: &Value) -> String {
+    let node = label(answer, true);
+    let waits: Vec<String> = elements(&answer["waits_for"]).map(text).collect();
     match (answer["slots"].as_u64(), waits.len()) {
         (Some(0) | None, _) => format!("{node} is forgotten; it owned no subnets\n"),
         (Some(slots), 0) => {

@@ -1,11 +1,15 @@
 //! `gossamer completions` and `gossamer man`: generated from the definitions of the command line.
 
-use std::{fs, io, path::PathBuf, process::ExitCode};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Args, CommandFactory as _};
 use clap_complete::Shell;
 
-use super::{Cli, fail};
+use super::{Cli, fail, help::manual_sections};
 
 #[derive(Debug, Args)]
 pub struct CompletionsArgs {
@@ -23,7 +27,7 @@ pub struct ManArgs {
 /// Prints a completion script: `gossamer completions bash > /etc/bash_completion.d/gossamer`.
 pub fn completions(args: &CompletionsArgs) -> ExitCode {
     let mut page = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "gossamer", &mut page);
+    clap_complete::generate(args.shell, &mut super::help::command(), "gossamer", &mut page);
     // A reader that closes the pipe has read all that it wants.
     let _ = io::Write::write_all(&mut io::stdout(), &page);
     ExitCode::SUCCESS
@@ -31,10 +35,33 @@ pub fn completions(args: &CompletionsArgs) -> ExitCode {
 
 /// Writes the manual pages.
 pub fn man(args: &ManArgs) -> ExitCode {
-    let made = fs::create_dir_all(&args.directory)
-        .and_then(|()| clap_mangen::generate_to(Cli::command(), &args.directory));
+    let directory = &args.directory;
+    let mut command = Cli::command().disable_help_subcommand(true);
+    // Names the pages of subcommands.
+    command.build();
+    let mut written = 0;
+    let made =
+        fs::create_dir_all(directory).and_then(|()| write_pages(command, directory, &mut written));
     match made {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(format_args!("man: {}: {error}", args.directory.display())),
+        Ok(()) => {
+            eprintln!("{written} pages in {}", directory.display());
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(format_args!("man: {}: {error}", directory.display())),
     }
+}
+
+/// Writes the page of a command and those of its subcommands.
+fn write_pages(command: clap::Command, directory: &Path, written: &mut usize) -> io::Result<()> {
+    for subcommand in command.get_subcommands().filter(|command| !command.is_hide_set()) {
+        write_pages(subcommand.clone(), directory, written)?;
+    }
+    let name = command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned();
+    let page = clap_mangen::Man::new(command);
+    let mut text = Vec::new();
+    page.render(&mut text)?;
+    text.extend_from_slice(manual_sections(&name).as_bytes());
+    fs::write(directory.join(page.get_filename()), text)?;
+    *written += 1;
+    Ok(())
 }

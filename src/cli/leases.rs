@@ -3,11 +3,12 @@
 use std::{fmt::Write as _, process::ExitCode};
 
 use clap::Args;
+use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use super::{
-    Client,
-    output::{elements, list, name, query_and_print, slots_text, table, text},
+    Client, lease,
+    output::{elements, label, list, name, query_and_print, slots_text, table, text},
     status::is_present,
 };
 use crate::api;
@@ -17,11 +18,17 @@ pub struct LeasesArgs {
     /// List only the free subnets and their owners
     #[arg(long)]
     free: bool,
+    /// List every change of ownership that this host has recorded, oldest first
+    #[arg(long, conflicts_with = "free")]
+    history: bool,
     #[command(flatten)]
     client: Client,
 }
 
 pub fn run(args: &LeasesArgs) -> ExitCode {
+    if args.history {
+        return lease::history(&args.client);
+    }
     let query = async {
         let mut status = api::get(&args.client.socket(), "/v1/status").await?;
         Ok(if args.free { status["free_slots"].take() } else { leases_of(&status) })
@@ -34,7 +41,8 @@ pub fn run(args: &LeasesArgs) -> ExitCode {
 fn leases_of(status: &Value) -> Value {
     let lease = |member: &Value| {
         json!({
-            "node": member["node"], "name": member["name"], "liveness": member["liveness"],
+            "node": member["node"], "name": member["name"], "label": member["label"],
+            "liveness": member["liveness"], "former_self": member["former_self"],
             "subnets": member["subnets"], "free": member["free"],
         })
     };
@@ -48,10 +56,20 @@ fn leases_of(status: &Value) -> Value {
 
 fn leases_text(leases: &Value, wide: bool) -> String {
     let row = |owner: &Value| {
-        let [state, free] = ["liveness", "free"].map(|key| text(&owner[key]));
-        [list(&owner["subnets"], wide), name(&owner["name"], wide), state, free]
+        let [mut state, free] = ["liveness", "free"].map(|key| text(&owner[key]));
+        if owner["former_self"] == true {
+            state.push_str(" (former self)");
+        }
+        [list(&owner["subnets"], wide), label(owner, wide), state, free]
     };
-    let rows: Vec<_> = elements(&leases["owners"]).map(row).collect();
+    if elements(&leases["owners"]).next().is_none() {
+        return "this host has not joined a cluster yet: see `gossamer status`\n".to_owned();
+    }
+    let mut owners: Vec<&Value> = elements(&leases["owners"]).collect();
+    // Owners without a subnet come last.
+    let first = |owner: &Value| owner["subnets"][0].as_str()?.parse::<IpNet>().ok();
+    owners.sort_by_key(|owner| first(owner).map_or((true, None), |subnet| (false, Some(subnet))));
+    let rows: Vec<_> = owners.into_iter().map(row).collect();
     let mut out = table(["SUBNET", "NODE", "STATE", "FREE"], &rows);
     let _ = writeln!(out, "\n{}: {}", text(&leases["network"]), slots_text(&leases["slots"]));
     out
@@ -66,6 +84,9 @@ fn free_text(free_slots: &Value, wide: bool) -> String {
         let [count, state] = ["count", "liveness"].map(|key| text(&free[key]));
         [subnets, count, name(&free["name"], wide), state]
     };
+    if elements(free_slots).next().is_none() {
+        return "no subnet is free\n".to_owned();
+    }
     let rows: Vec<_> = elements(free_slots).map(row).collect();
     table(["SUBNETS", "COUNT", "NODE", "STATE"], &rows)
 }

@@ -8,33 +8,53 @@ use serde_json::{Value, json};
 use super::{
     Client,
     output::{
-        bad, doubtful, elements, good, list, name, problem_in, query_and_print, table, text,
+        bad, doubtful, elements, good, label, list, problem_in, query_and_print, table, text,
         wrapped,
     },
     percent_encoded,
-    status::is_present,
+    status::{is_current, is_present},
 };
 use crate::api::{self, ClientError};
 
 #[derive(Debug, Args)]
-pub struct PeersArgs {
-    /// Name or id of a member
-    node: String,
+pub struct MembersArgs {
+    /// Also show members that have left or were forgotten, and former selves of living hosts
+    #[arg(long)]
+    all: bool,
     #[command(flatten)]
     client: Client,
 }
 
-pub fn members(client: &Client) -> ExitCode {
+#[derive(Debug, Args)]
+pub struct PeersArgs {
+    /// Name, id, beginning of the id, or address of a member; all members if left out
+    node: Option<String>,
+    #[command(flatten)]
+    client: Client,
+}
+
+pub fn members(args: &MembersArgs) -> ExitCode {
     let query =
-        async { Ok(members_of(&api::get(&client.socket(), "/v1/status").await?).collect()) };
-    query_and_print(client, query, members_text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+        async { Ok(members_of(&api::get(&args.client.socket(), "/v1/status").await?).collect()) };
+    let text = |members: &Value, wide: bool| members_text(members, wide, args.all);
+    query_and_print(&args.client, query, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
 /// Shows gossip state, path, kernel entries, three pings, and the member's own report.
-pub fn peers(args: &PeersArgs) -> ExitCode {
-    let query = peer_details(&args.client, &args.node);
-    query_and_print(&args.client, query, |peer, _| peer_text(peer))
-        .map_or_else(|code| code, |_| ExitCode::SUCCESS)
+pub fn peers(PeersArgs { node, client }: &PeersArgs) -> ExitCode {
+    let done = match node {
+        Some(node) => {
+            query_and_print(client, peer_details(client, node), |peer, _| peer_text(peer))
+        }
+        None => {
+            let query = async {
+                let status = api::get(&client.socket(), "/v1/status").await?;
+                Ok(members_of(&status).filter(|member| member["me"] != true).collect())
+            };
+            query_and_print(client, query, |peers, wide| members_text(peers, wide, false))
+        }
+    };
+    done.map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
 async fn peer_details(client: &Client, node: &str) -> Result<Value, ClientError> {
@@ -63,29 +83,79 @@ fn members_of(status: &Value) -> impl Iterator<Item = Value> {
     })
 }
 
-fn members_text(members: &Value, wide: bool) -> String {
-    let row = |member: &Value| {
+fn members_text(members: &Value, wide: bool, all: bool) -> String {
+    let is_shown = |member: &&Value| all || is_current(member);
+    let shown: Vec<&Value> = elements(members).filter(is_shown).collect();
+    if elements(members).next().is_none() {
+        return "this host has not joined a cluster yet: see `gossamer status`\n".to_owned();
+    }
+    let row = |member: &&Value| {
         let [state, path] = [state(member), path(&member["path"])];
         let subnets = list(&member["subnets"], wide);
-        [name(&member["name"], wide), state, path, subnets, text(&member["address"])]
+        [label(member, wide), state, path, subnets, text(&member["address"])]
     };
-    if !wide {
-        let rows: Vec<_> = elements(members).map(row).collect();
-        return table(["NAME", "STATE", "PATH", "SUBNET", "ADDRESS"], &rows);
+    let mut out = if wide {
+        let wide_row = |member: &&Value| {
+            let [name, state, path, subnets, address] = row(member);
+            let [node, free, mac] = ["node", "free", "vtep_mac"].map(|key| text(&member[key]));
+            [name, node, state, path, subnets, free, address, mac]
+        };
+        let rows: Vec<_> = shown.iter().map(wide_row).collect();
+        table(["NAME", "NODE", "STATE", "PATH", "SUBNET", "FREE", "ADDRESS", "VTEP MAC"], &rows)
+    } else {
+        let rows: Vec<_> = shown.iter().map(row).collect();
+        table(["NAME", "STATE", "PATH", "SUBNET", "ADDRESS"], &rows)
+    };
+    out.push_str(&footnotes(members, &shown));
+    out
+}
+
+/// Explains states that need an explanation, and says what is not shown.
+fn footnotes(members: &Value, shown: &[&Value]) -> String {
+    let has =
+        |state: &str| shown.iter().any(|member| is_present(member) && member["liveness"] == state);
+    let mut out = String::new();
+    if has("suspect") {
+        out.push_str("suspect: it has not answered, and counts as down unless it answers soon\n");
     }
-    let wide_row = |member: &Value| {
-        let [name, state, path, subnets, address] = row(member);
-        let [node, free, mac] = ["node", "free", "vtep_mac"].map(|key| text(&member[key]));
-        [name, node, state, path, subnets, free, address, mac]
+    if has("down") {
+        out.push_str(
+            "down: its agent does not answer; start it, or `gossamer forget NAME` if it is gone for good\n",
+        );
+    }
+    let bad = |member: &&&Value| {
+        !matches!(member["path"]["state"].as_str(), None | Some("ok" | "unknown"))
     };
-    let rows: Vec<_> = elements(members).map(wide_row).collect();
-    table(["NAME", "NODE", "STATE", "PATH", "SUBNET", "FREE", "ADDRESS", "VTEP MAC"], &rows)
+    if let Some(member) = shown.iter().find(bad) {
+        let name = label(member, true);
+        let _ = writeln!(out, "PATH: packets do not arrive; `gossamer ping {name}` says which");
+    }
+    let count = |which: &dyn Fn(&Value) -> bool| elements(members).filter(|m| which(m)).count();
+    let hidden = elements(members).count() - shown.len();
+    let former = count(&|member| member["former_self"] == true);
+    if hidden > 0 {
+        let gone = hidden - former.min(hidden);
+        let parts = [(gone, "that left or were forgotten"), (former, "former selves of hosts")];
+        let parts: Vec<String> = parts
+            .iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, what)| format!("{count} {what}"))
+            .collect();
+        let _ = writeln!(out, "not shown: {} (gossamer members --all)", parts.join(", "));
+    }
+    if former > 0 {
+        out.push_str(
+            "former selves keep their subnets: `gossamer forget --former-selves` reclaims them\n",
+        );
+    }
+    out
 }
 
 fn state(member: &Value) -> String {
     match (&member["left"], &member["forgotten"], member["liveness"].as_str()) {
         (Value::Bool(true), _, _) => "left".to_owned(),
         (_, Value::Bool(true), _) => "forgotten".to_owned(),
+        _ if member["former_self"] == true => doubtful("former self"),
         _ if member["me"] == true => good("alive (me)"),
         (_, _, Some("alive")) => good("alive"),
         (_, _, Some(other)) => doubtful(other),

@@ -8,12 +8,14 @@
 mod agent;
 mod cleanup;
 mod cni;
+mod confirm;
 mod demo;
 mod docker_opts;
 mod doctor;
 mod events;
 mod forget;
 mod generate;
+mod help;
 mod lab;
 mod lease;
 mod leases;
@@ -27,6 +29,7 @@ mod pods;
 mod reset;
 mod routes;
 mod secret;
+mod setup;
 mod status;
 mod token;
 mod top;
@@ -34,10 +37,17 @@ mod version;
 
 use std::{fmt::Display, path::PathBuf, process::ExitCode};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{
+    Args, Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 
+pub use self::help::parse;
 use self::output::{Format, query_and_print};
-use crate::{config::Instance, runtime::block_on};
+use crate::{
+    config::{Instance, example},
+    runtime::block_on,
+};
 
 /// A VXLAN overlay for containers without etcd: hosts agree on subnets by gossip
 #[derive(Debug, Parser)]
@@ -49,12 +59,18 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Set up this host as the first of a new cluster
+    Init(Box<setup::InitArgs>),
+    /// Set up this host as a further member of a cluster
+    Join(Box<setup::JoinArgs>),
+    /// Leave the cluster, and remove all of gossamer from this host but the program
+    Uninstall(setup::UninstallArgs),
     /// Run the agent on this host
     Agent(Box<agent::AgentArgs>),
     /// Show this node, its subnet and its peers
     Status(status::StatusArgs),
     /// List the members of the cluster
-    Members(Client),
+    Members(members::MembersArgs),
     /// List the subnets and who owns them
     Leases(leases::LeasesArgs),
     /// Show everything known about one member
@@ -64,7 +80,7 @@ enum Command {
     /// Diagnose this host, with or without a running agent
     Doctor(Box<doctor::DoctorArgs>),
     /// Show a live view of this node in the terminal
-    Top(Client),
+    Top(Control),
     /// Show recent events of this node, and follow new ones
     Events(events::EventsArgs),
     /// Ping a member over the underlay, through the overlay, and at its pods' gateway
@@ -77,21 +93,22 @@ enum Command {
     Podman(podman::PodmanArgs),
     /// Print the dockerd options that give Docker's own bridge this node's subnet
     DockerOpts(docker_opts::DockerOptsArgs),
-    /// Show how the ownership of subnets has changed
+    /// Show how the ownership of subnets has changed, as `leases --history` does
+    #[command(hide = true)]
     Lease(lease::LeaseArgs),
     /// Print the token with which other hosts join
     Token(token::TokenArgs),
     /// Replace the cluster's secret in three steps, without interrupting the cluster
     Secret(secret::SecretArgs),
-    /// Leave the cluster for good: hand over all subnets and remove everything from this host
-    Leave(Client),
+    /// Leave the cluster for good, and remove everything but the settings from this host
+    Leave(leave::LeaveArgs),
     /// Remove a member that is gone for good, and reclaim its subnets
     Forget(forget::ForgetArgs),
-    /// Make this host a new node of its cluster, for example after its state directory was copied
+    /// Make this host a new node of its cluster, for example after it was cloned
     ResetIdentity(reset::ResetArgs),
     /// Remove everything that gossamer created on a host whose agent no longer runs
     Cleanup(cleanup::CleanupArgs),
-    /// Run a demo cluster in private namespaces on this machine; needs neither setup nor root
+    /// Run a demo cluster in private namespaces on this machine, without root
     Demo(demo::DemoArgs),
     /// Print the version of this program and of the running agent
     Version(Client),
@@ -107,18 +124,32 @@ enum Command {
 /// Arguments of every command that queries the control socket.
 #[derive(Debug, Args)]
 struct Client {
-    /// Name of the overlay, if this host has several
-    #[arg(long, env = "GOSSAMER_INSTANCE", default_value_t, value_name = "NAME")]
-    instance: Instance,
-    /// The agent's control socket [default: /run/gossamer/gossamer.sock]
-    #[arg(long, env = "GOSSAMER_SOCKET", value_name = "FILE")]
-    socket: Option<PathBuf>,
+    #[command(flatten)]
+    control: Control,
     /// Output format
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
 
+/// Where the control socket is.
+#[derive(Debug, Args)]
+struct Control {
+    /// Name of the overlay, if this host has several
+    #[arg(long, env = "GOSSAMER_INSTANCE", default_value_t, hide_default_value = true)]
+    #[arg(value_name = "NAME")]
+    instance: Instance,
+    /// The agent's control socket [default: /run/gossamer/gossamer.sock]
+    #[arg(long, env = "GOSSAMER_SOCKET", value_name = "FILE")]
+    socket: Option<PathBuf>,
+}
+
 impl Client {
+    fn socket(&self) -> PathBuf {
+        self.control.socket()
+    }
+}
+
+impl Control {
     fn socket(&self) -> PathBuf {
         self.socket.clone().unwrap_or_else(|| self.instance.socket())
     }
@@ -127,14 +158,17 @@ impl Client {
 /// Executes the parsed command and returns the exit code of the process.
 pub fn run(cli: Cli) -> ExitCode {
     match cli.command {
+        Command::Init(args) => setup::init(*args),
+        Command::Join(args) => setup::join(*args),
+        Command::Uninstall(args) => setup::uninstall(&args),
         Command::Agent(args) => agent::run(*args),
         Command::Status(args) => status::status(&args),
-        Command::Members(client) => members::members(&client),
+        Command::Members(args) => members::members(&args),
         Command::Leases(args) => leases::run(&args),
         Command::Peers(args) => members::peers(&args),
         Command::Routes(args) => routes::run(&args),
         Command::Doctor(args) => doctor::run(*args),
-        Command::Top(client) => top::run(&client),
+        Command::Top(control) => top::run(&control),
         Command::Events(args) => events::run(&args),
         Command::Ping(args) => ping::run(&args),
         Command::Pods(args) => pods::run(&args),
@@ -146,7 +180,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Lease(args) => lease::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Secret(args) => secret::run(&args),
-        Command::Leave(client) => leave::run(&client),
+        Command::Leave(args) => leave::run(&args),
         Command::Forget(args) => forget::run(&args),
         Command::ResetIdentity(args) => reset::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
@@ -154,6 +188,22 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Version(client) => version::run(&client),
         Command::Lab(args) => lab::run(&args),
     }
+}
+
+/// Prints an error of the command line, with an example if the value of a setting is invalid.
+pub fn usage_error(error: &clap::Error) -> ExitCode {
+    let _ = error.print();
+    if error.kind() == ErrorKind::ValueValidation
+        && let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg)
+    {
+        // The argument is shown as "--network <CIDR>".
+        let flag = argument.split_whitespace().next().unwrap_or_default();
+        let example = example(&flag.trim_start_matches('-').replace('-', "_"));
+        if let Some((_, value)) = example.and_then(|line| line.split_once(" = ")) {
+            eprintln!("Example: {flag} {}", value.trim_matches(['[', ']']).replace('"', ""));
+        }
+    }
+    ExitCode::from(error.exit_code().try_into().unwrap_or(2))
 }
 
 /// Prints an error with all its causes to stderr and returns exit code 1.

@@ -190,6 +190,13 @@ pub fn name(value: &Value, wide: bool) -> String {
     format!("{kept}…")
 }
 
+/// Formats a member's label, which commands accept: its name, with the beginning of its id if the name is
+/// not unique. An agent of an earlier version sends the name alone.
+pub fn label(member: &Value, wide: bool) -> String {
+    let has_label = member["label"].is_string();
+    name(if has_label { &member["label"] } else { &member["name"] }, wide)
+}
+
 /// Formats a value without quotes, `null` as "-".
 pub fn text(value: &Value) -> String {
     match value {

@@ -21,7 +21,7 @@ const PROBES: [&str; 3] = ["underlay", "overlay", "pods"];
 
 #[derive(Debug, Args)]
 pub struct PingArgs {
-    /// Name or id of a member
+    /// Name, id, beginning of the id, or address of a member
     node: String,
     /// Number of rounds
     #[arg(short, long, default_value_t = 3, value_name = "NUMBER")]
@@ -49,7 +49,12 @@ pub fn run(args: &PingArgs) -> ExitCode {
         };
         if text {
             let header = if number == 1 { header(&round) } else { String::new() };
-            let times = line(&number.to_string(), PROBES.map(|probe| time(&round[probe])));
+            let has_pods = has_pods(&round);
+            let times = PROBES.map(|probe| match probe {
+                "pods" if !has_pods => "no pods yet".to_owned(),
+                _ => time(&round[probe]),
+            });
+            let times = line(&number.to_string(), times);
             if !write_stdout(&format!("{header}{times}\n")) {
                 return ExitCode::SUCCESS;
             }
@@ -63,8 +68,11 @@ pub fn run(args: &PingArgs) -> ExitCode {
         rounds.iter().filter(|round| round[probe]["round_trip_ms"].is_number()).count()
     };
     if text {
-        let totals =
-            line("", PROBES.map(|probe| format!("{} of {}", answered(probe), rounds.len())));
+        let total = |probe: &str| match probe {
+            "pods" if !rounds.last().is_some_and(has_pods) => String::new(),
+            _ => format!("{} of {}", answered(probe), rounds.len()),
+        };
+        let totals = line("", PROBES.map(total));
         write_stdout(&format!("{totals}\n{}", rounds.last().map(summary).unwrap_or_default()));
     } else {
         args.client.output.print(&json!({ "rounds": rounds }), |_, _| String::new());
@@ -86,6 +94,13 @@ fn header(round: &Value) -> String {
 fn line(number: &str, cells: [String; 3]) -> String {
     let [underlay, overlay, pods] = cells;
     format!("{number:>4}  {underlay:<28}{overlay:<28}{pods}").trim_end().to_owned()
+}
+
+/// Returns whether the gateway of the member's pods answered, or its failure is a fault. The gateway has its
+/// address from the first pod on.
+fn has_pods(round: &Value) -> bool {
+    let answered = |probe: &str| round[probe]["round_trip_ms"].is_number();
+    answered("pods") || !answered("overlay") || round["problem"].is_string()
 }
 
 fn time(reach: &Value) -> String {

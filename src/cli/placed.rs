@@ -126,6 +126,18 @@ pub(super) fn remove_program(program: &Path, plugin: &Path, force: bool) -> io::
     }
 }
 
+/// Returns whether [`remove_program`] would remove this file.
+pub(super) fn is_removable(plugin: &Path) -> bool {
+    let Ok(program) = std::env::current_exe() else { return false };
+    match fs::symlink_metadata(plugin) {
+        Ok(meta) if meta.file_type().is_symlink() => leads_to(&program, plugin).unwrap_or(false),
+        Ok(meta) if meta.is_file() => {
+            plugin != program && has_same_content(&program, plugin).unwrap_or(false)
+        }
+        _ => false,
+    }
+}
+
 /// A link with the plugin's name counts even if it dangles: the program may have been moved or removed.
 fn leads_to(program: &Path, link: &Path) -> io::Result<bool> {
     let target = fs::read_link(link)?;

@@ -1,7 +1,11 @@
 //! `gossamer podman install` and `uninstall`: install the network driver in netavark's plugin directory,
 //! and remove it.
 
-use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
@@ -9,7 +13,7 @@ use clap::{Args, Subcommand};
 use super::{
     fail,
     output::write_stdout,
-    placed::{Removal, expect_directory, place_program, remove_program},
+    placed::{Removal, expect_directory, is_removable, place_program, remove_program},
 };
 use crate::netavark::DRIVER;
 
@@ -106,4 +110,21 @@ fn uninstall(UninstallArgs { dir, force }: &UninstallArgs) -> anyhow::Result<Str
             format!("{} is {why} and was kept: --force removes a file\n", plugin.display())
         }
     })
+}
+
+/// Returns the file that [`install`] places by default, if it is there. `place` maps paths of the system.
+pub(super) fn installed_file(place: impl Fn(&Path) -> PathBuf) -> Option<PathBuf> {
+    let plugin = place(Path::new(DEFAULT_PLUGIN_DIRS[0])).join(DRIVER);
+    is_removable(&plugin).then_some(plugin)
+}
+
+/// Removes that file. Returns what was removed.
+///
+/// # Errors
+/// Fails if the file cannot be removed.
+pub(super) fn remove_installed(place: impl Fn(&Path) -> PathBuf) -> anyhow::Result<Vec<String>> {
+    let Some(plugin) = installed_file(&place) else { return Ok(Vec::new()) };
+    let dir = plugin.parent().map(Path::to_owned).unwrap_or_default();
+    let text = uninstall(&UninstallArgs { dir, force: false })?;
+    Ok(text.lines().map(str::to_owned).collect())
 }

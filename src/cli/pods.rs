@@ -32,6 +32,10 @@ pub fn run(PodsArgs { client, release }: &PodsArgs) -> ExitCode {
 
 fn text(answer: &Value, wide: bool) -> String {
     let pods = answer["pods"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if pods.is_empty() {
+        return "no pods made by a runtime's plugin (CNI, Docker, Podman) on this host\n"
+            .to_owned();
+    }
     let mut text = table_of(pods, wide);
     if pods.iter().any(|pod| pod["orphan"] == true) {
         text.push_str(

@@ -7,11 +7,15 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
-use super::{Client, block_on, fail};
+use super::{
+    Client, block_on,
+    confirm::{Consent, loss_of_membership},
+    fail,
+};
 use crate::{
     api::{self, ClientError},
     random::random,
-    store::StateDir,
+    store::{StateDir, read_token},
 };
 
 #[derive(Debug, Args)]
@@ -20,16 +24,35 @@ pub struct ResetArgs {
     #[arg(long, env = "GOSSAMER_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
     #[command(flatten)]
+    consent: Consent,
+    #[command(flatten)]
     client: Client,
 }
 
 pub fn run(args: &ResetArgs) -> ExitCode {
-    let response = match block_on(api::post(&args.client.socket(), "/v1/reset-identity")) {
+    let socket = args.client.socket();
+    let costs = || {
+        let loss = loss_of_membership(&socket);
+        format!("{loss} It joins its cluster again as a new node, with another subnet.")
+    };
+    if let Err(code) = args.consent.obtain(costs) {
+        return code;
+    }
+    let reset_agent = async {
+        if !api::get(&socket, "/v1/status").await?["cluster"].is_string() {
+            return Ok(false);
+        }
+        api::post(&socket, "/v1/reset-identity").await.map(|_| true)
+    };
+    let response = match block_on(reset_agent) {
         Ok(response) => response,
         Err(error) => return fail(error),
     };
     let message = match response {
-        Ok(_) => "this host is joining its cluster as a new node",
+        Ok(true) => "this host is joining its cluster as a new node",
+        Ok(false) => {
+            return fail("this host is in no cluster yet, so it has no identity to replace");
+        }
         Err(ClientError::NoAgent { .. }) => match reset(args) {
             Ok(()) => "this host will join its cluster as a new node when its agent starts",
             Err(error) => return fail(error),
@@ -41,10 +64,18 @@ pub fn run(args: &ResetArgs) -> ExitCode {
 }
 
 fn reset(args: &ResetArgs) -> anyhow::Result<()> {
-    let state_dir = args.state_dir.clone().unwrap_or_else(|| args.client.instance.state_dir());
+    let state_dir =
+        args.state_dir.clone().unwrap_or_else(|| args.client.control.instance.state_dir());
     if !state_dir.exists() {
         anyhow::bail!(
             "state_dir: {} does not exist: name it with --state-dir",
+            state_dir.display()
+        );
+    }
+    let has_identity = StateDir::peek_node_key(&state_dir)?.is_some();
+    if !has_identity || read_token(&state_dir)?.is_none() {
+        anyhow::bail!(
+            "state_dir: {} is of no node of a cluster, so there is no identity to replace",
             state_dir.display()
         );
     }

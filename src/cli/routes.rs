@@ -47,8 +47,12 @@ fn routes_text(routes: &Value, wide: bool) -> String {
         [table, key, wanted, found, name(&entry["peer"], wide), verdict]
     };
     let rows: Vec<_> = elements(&routes["entries"]).map(row).collect();
-    let mut out = table(["TABLE", "KEY", "WANTED", "IN THE KERNEL", "PEER", ""], &rows);
+    let mut out = table(["TABLE", "KEY", "WANTED", "IN THE KERNEL", "PEER", "VERDICT"], &rows);
     let differ = elements(&routes["entries"]).filter(|entry| entry["verdict"] != "same").count();
+    if rows.is_empty() {
+        // Nothing is wanted yet, or nothing differs.
+        out.clear();
+    }
     let _ = match differ {
         0 => writeln!(out, "\nthe kernel has all entries"),
         count => writeln!(

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Client,
+    confirm::Consent,
     output::{bad, elements, query_and_print, table, text},
     token::new_token,
 };
@@ -30,7 +31,15 @@ enum Step {
     /// Make all members use this secret
     Use(ChangeArgs),
     /// Make all members stop accepting this secret
-    Drop(ChangeArgs),
+    Drop(DropArgs),
+}
+
+#[derive(Debug, Args)]
+struct DropArgs {
+    #[command(flatten)]
+    consent: Consent,
+    #[command(flatten)]
+    change: ChangeArgs,
 }
 
 #[derive(Debug, Args)]
@@ -61,9 +70,25 @@ pub fn run(args: &SecretArgs) -> ExitCode {
         Step::List(client) => {
             query_and_print(client, api::get(&client.socket(), "/v1/secrets"), secrets_text)
         }
-        Step::Add(args) => query_and_print(&args.client, add(args), secrets_text),
-        Step::Use(args) => query_and_print(&args.client, change(args, "use"), secrets_text),
-        Step::Drop(args) => query_and_print(&args.client, change(args, "drop"), secrets_text),
+        Step::Add(args) => query_and_print(&args.client, add(args), |answer, wide| {
+            secrets_text(answer, wide) + &next_step(answer, "use")
+        }),
+        Step::Use(args) => query_and_print(&args.client, change(args, "use"), |answer, wide| {
+            secrets_text(answer, wide) + &next_step(answer, "drop")
+        }),
+        Step::Drop(DropArgs { consent, change: args }) => {
+            let costs = || {
+                format!(
+                    "Secret {} and all tokens with it become useless. A host that was away since before \
+                     `secret add` needs a new token to return.",
+                    args.secret
+                )
+            };
+            if let Err(code) = consent.obtain(costs) {
+                return code;
+            }
+            query_and_print(&args.client, change(args, "drop"), secrets_text)
+        }
     };
     match done {
         Ok(answer) if elements(&answer["refused"]).next().is_some() => ExitCode::FAILURE,
@@ -85,6 +110,14 @@ async fn add(args: &AddArgs) -> Result<Value, ClientError> {
 
 async fn change(args: &ChangeArgs, step: &str) -> Result<Value, ClientError> {
     let ChangeArgs { secret, force, client } = args;
+    if step == "drop" {
+        // A typing error must not look like success.
+        let known = api::get(&client.socket(), "/v1/secrets").await?;
+        if !elements(&known["secrets"]).any(|entry| entry["secret"] == secret.as_str()) {
+            let why = format!("no member knows secret {secret}: see `gossamer secret list`");
+            return Err(ClientError::Refused { why, answer: Value::Null });
+        }
+    }
     let secret = super::percent_encoded(secret);
     let target = format!("/v1/secrets/{step}?secret={secret}&force={force}");
     api::post(&client.socket(), &target).await
@@ -111,4 +144,16 @@ fn secrets_text(answer: &Value, wide: bool) -> String {
         let _ = writeln!(out, "{}", bad(format_args!("no answer from {}", silent.join(", "))));
     }
     out
+}
+
+/// Returns the next step of a rotation: after `add`, to use the new secret; after `use`, to drop the old one.
+fn next_step(answer: &Value, step: &str) -> String {
+    let is_used = |secret: &&Value| elements(&secret["used_by"]).next().is_some();
+    let mut unused = elements(&answer["secrets"]).filter(|secret| !is_used(secret));
+    match (unused.next(), unused.next()) {
+        (Some(secret), None) => {
+            format!("next: gossamer secret {step} {}\n", text(&secret["secret"]))
+        }
+        _ => String::new(),
+    }
 }

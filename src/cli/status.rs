@@ -223,14 +223,14 @@ pub fn painted_verdict(verdict: &Verdict, indent: usize) -> String {
 }
 
 fn present(status: &AgentStatus) -> impl Iterator<Item = &Member> {
-    status.members.iter().filter(|member| member.is_present())
+    status.members.iter().filter(|member| member.is_current())
 }
 
 /// Lists members that are not alive, grouped by state.
 fn members_not_alive(status: &AgentStatus) -> String {
     let mut by_state: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for member in present(status).filter(|member| member.state() != MemberState::Alive) {
-        by_state.entry(member.state().to_string()).or_default().push(member.name.clone());
+        by_state.entry(member.state().to_string()).or_default().push(member.label.clone());
     }
     let texts = by_state.iter().map(|(state, names)| format!(", {state}: {}", first_names(names)));
     texts.map(doubtful).collect()
@@ -284,4 +284,9 @@ fn first_names(names: &[String]) -> String {
 /// Returns whether a member has neither left nor been forgotten.
 pub fn is_present(member: &Value) -> bool {
     member["left"] == false && member["forgotten"] == false
+}
+
+/// Returns whether a member is present, and no earlier identity of a living one.
+pub fn is_current(member: &Value) -> bool {
+    is_present(member) && member["former_self"] != true
 }

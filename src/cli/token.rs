@@ -1,15 +1,20 @@
 //! `gossamer token`: prints the token of the running cluster, or a new one for a future cluster.
 
-use std::process::ExitCode;
+use std::{
+    io::{self, IsTerminal as _},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::{Client, fail, query_and_print};
+use super::{Client, block_on, fail, output::write_stdout};
 use crate::{
     api,
     model::ClusterId,
     random::random,
+    store::{PRIVATE, replace},
     wire::{Secret, Token},
 };
 
@@ -19,27 +24,49 @@ pub struct TokenArgs {
     /// others
     #[arg(long)]
     new: bool,
+    /// Write the token to this file (mode 0600) instead of printing it
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
     #[command(flatten)]
     client: Client,
 }
 
 pub fn run(args: &TokenArgs) -> ExitCode {
-    if args.new {
-        return match new_token() {
-            Ok(token) => {
-                args.client.output.print(&json!({ "token": token.to_string() }), text);
-                ExitCode::SUCCESS
-            }
-            Err(error) => fail(error),
+    let answer = match args.new {
+        true => new_token().map(|token| json!({ "token": token.to_string() })),
+        false => block_on(api::get(&args.client.socket(), "/v1/token"))
+            .map_err(anyhow::Error::from)
+            .and_then(|answer| Ok(answer?)),
+    };
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(error) => return fail(error),
+    };
+    let token = answer["token"].as_str().unwrap_or_default();
+    if let Some(path) = &args.out {
+        return match replace(path, &format!("{token}\n"), PRIVATE) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(format_args!("{}: {error}", path.display())),
         };
     }
-    let socket = args.client.socket();
-    let query = api::get(&socket, "/v1/token");
-    query_and_print(&args.client, query, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+    if args.client.output.is_text() && io::stdout().is_terminal() {
+        return print_for_people(token, args.new);
+    }
+    args.client.output.print(&answer, |_, _| format!("{token}\n"));
+    ExitCode::SUCCESS
 }
 
-fn text(answer: &Value, _: bool) -> String {
-    format!("{}\n", answer["token"].as_str().unwrap_or_default())
+/// Prints the command to type on the next host. Files and pipes get the token alone.
+fn print_for_people(token: &str, new: bool) -> ExitCode {
+    if new {
+        eprintln!("On the first host, run as root: gossamer init --token-file FILE");
+    }
+    eprintln!("On each new host, run as root:\n");
+    write_stdout(&format!("gossamer join {token}\n"));
+    eprintln!(
+        "\nThe token admits every host that has it, and does not expire. `gossamer secret` replaces it."
+    );
+    ExitCode::SUCCESS
 }
 
 /// Generates a token with a random secret, without cluster id and seeds.

@@ -1,6 +1,7 @@
 //! `gossamer top`: a live view of this node in the terminal.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     fs,
     io::{self, IsTerminal as _},
@@ -15,10 +16,10 @@ use ratatui::{
     layout::{Constraint, Layout, Rect},
     style::{Color, Modifier, Style},
     text::{Line, Span},
-    widgets::{Block, Cell, Paragraph, Row, Table, Wrap},
+    widgets::{Block, Paragraph, Row, Table, Wrap},
 };
 
-use super::{Client, block_on, fail, output::problem_text};
+use super::{Control, block_on, fail, output::problem_text};
 use crate::{
     api::{
         self, AgentStatus, ClientError, EventLevel, Member, MemberState, PastEvents, PathStatus,
@@ -33,6 +34,10 @@ const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
 /// Number of events shown.
 const EVENT_LINES: u16 = 8;
+/// Lines of the frame around a list.
+const FRAME_LINES: u16 = 2;
+/// Below this width, the less important columns are left out.
+const NARROW_COLUMNS: u16 = 80;
 
 /// Data of one screen.
 #[derive(Default)]
@@ -46,6 +51,8 @@ struct Picture {
     error: Option<String>,
     /// Index of the first member shown.
     scroll: usize,
+    /// Greatest such index, with which the last member is shown; set when drawing.
+    last_scroll: Cell<usize>,
     order: Order,
 }
 
@@ -59,14 +66,14 @@ enum Order {
     RoundTrip,
 }
 
-pub fn run(client: &Client) -> ExitCode {
+pub fn run(control: &Control) -> ExitCode {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
         return fail(
             "top: standard input and output must be a terminal: use `gossamer status` instead",
         );
     }
     let mut terminal = ratatui::init();
-    let ended = watch(client, |picture| terminal.draw(|frame| draw(frame, picture)).map(drop));
+    let ended = watch(control, |picture| terminal.draw(|frame| draw(frame, picture)).map(drop));
     ratatui::restore();
     match ended {
         Ok(()) => ExitCode::SUCCESS,
@@ -74,8 +81,8 @@ pub fn run(client: &Client) -> ExitCode {
     }
 }
 
-fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> io::Result<()> {
-    let socket = client.socket();
+fn watch(control: &Control, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> io::Result<()> {
+    let socket = control.socket();
     let mut picture = Picture::default();
     let mut previous: Option<(Instant, [u64; 2])> = None;
     loop {
@@ -102,7 +109,6 @@ fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> i
                 draw(&picture)?;
                 continue;
             };
-            let members = picture.status.as_ref().map_or(0, |status| status.members.len());
             match key.code {
                 _ if key.kind != KeyEventKind::Press => continue,
                 KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
@@ -111,7 +117,7 @@ fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> i
                 }
                 KeyCode::Char('s') => picture.order = picture.order.next(),
                 KeyCode::Down => {
-                    picture.scroll = (picture.scroll + 1).min(members.saturating_sub(1))
+                    picture.scroll = (picture.scroll + 1).min(picture.last_scroll.get());
                 }
                 KeyCode::Up => picture.scroll = picture.scroll.saturating_sub(1),
                 KeyCode::Home => picture.scroll = 0,
@@ -166,7 +172,7 @@ fn draw(frame: &mut Frame<'_>, picture: &Picture) {
         Constraint::Length(4),
         Constraint::Length(problems.len().min(6) as u16),
         Constraint::Min(4),
-        Constraint::Length(EVENT_LINES + 2),
+        Constraint::Length(EVENT_LINES + FRAME_LINES),
         Constraint::Length(1),
     ])
     .areas(frame.area());
@@ -193,7 +199,7 @@ fn head_lines(picture: &Picture) -> Vec<Line<'static>> {
     let subnet = or_none(status.subnet.map(|subnet| subnet.to_string()));
     let network = status.settings.as_ref().map(|settings| settings.pool.network().to_string());
     let subnet = format!("  {subnet} of {}", or_none(network));
-    let present = status.members.iter().filter(|member| member.is_present()).count();
+    let present = status.members.iter().filter(|member| member.is_current()).count();
     let [inward, outward] =
         traffic.map_or(["-".to_owned(), "-".to_owned()], |t| t.map(format_bits));
     let repairs: u64 = kernel.repairs.values().sum();
@@ -227,7 +233,7 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
     let paths: BTreeMap<NodeId, &PathStatus> = paths.map(|path| (path.node, path)).collect();
     let members = picture.status.iter().flat_map(|status| &status.members);
     let mut members: Vec<(&Member, Option<&PathStatus>)> = members
-        .filter(|member| member.is_present())
+        .filter(|member| member.is_current())
         .map(|member| (member, paths.get(&member.node).copied()))
         .collect();
     let span = |path: &Option<&PathStatus>| path.and_then(|path| path.round_trip_ms);
@@ -240,34 +246,37 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
             });
         }
     }
+    let is_narrow = area.width < NARROW_COLUMNS;
     let row = |(member, path): &(&Member, Option<&PathStatus>)| {
         let state = if member.me { "this node".to_owned() } else { member.state().to_string() };
         let way = path.map_or("-", |path| path.state.name());
         let milliseconds =
             |span: Option<f64>| span.map_or("-".to_owned(), |span| format!("{span:.2} ms"));
         let subnet = member.subnets.first().map(ToString::to_string).unwrap_or_default();
-        let cells = [
-            member.name.clone(),
-            state,
-            way.to_owned(),
-            milliseconds(path.and_then(|path| path.underlay_round_trip_ms)),
-            milliseconds(path.and_then(|path| path.round_trip_ms)),
-            subnet,
-        ];
+        let mut cells = vec![member.label.clone(), state, way.to_owned()];
+        if !is_narrow {
+            cells.push(milliseconds(path.and_then(|path| path.underlay_round_trip_ms)));
+        }
+        cells.extend([milliseconds(path.and_then(|path| path.round_trip_ms)), subnet]);
         let style =
             if has_problem(member, *path) { Style::new().fg(Color::Yellow) } else { Style::new() };
-        Row::new(cells.map(Cell::from)).style(style)
+        Row::new(cells).style(style)
     };
-    let rows: Vec<Row<'_>> = members.iter().skip(picture.scroll).map(row).collect();
-    let widths = [
-        Constraint::Fill(2),
-        Constraint::Length(10),
-        Constraint::Length(14),
-        Constraint::Length(11),
-        Constraint::Length(11),
-        Constraint::Fill(2),
+    let visible = usize::from(area.height.saturating_sub(FRAME_LINES + 1));
+    picture.last_scroll.set(members.len().saturating_sub(visible));
+    let scroll = picture.scroll.min(picture.last_scroll.get());
+    let rows: Vec<Row<'_>> = members.iter().skip(scroll).map(row).collect();
+    let columns = [
+        ("NAME", Constraint::Fill(1)),
+        ("STATE", Constraint::Length(9)),
+        ("PATH", Constraint::Length(11)),
+        ("RTT DIRECT", Constraint::Length(11)),
+        ("RTT TUNNEL", Constraint::Length(11)),
+        ("SUBNET", Constraint::Min(15)),
     ];
-    let header = Row::new(["NAME", "STATE", "PATH", "UNDERLAY", "OVERLAY", "SUBNET"]);
+    let columns = columns.into_iter().filter(|(name, _)| !is_narrow || *name != "RTT DIRECT");
+    let (names, widths): (Vec<&str>, Vec<Constraint>) = columns.unzip();
+    let header = Row::new(names);
     let table = Table::new(rows, widths).header(header.style(Modifier::BOLD));
     frame.render_widget(table.block(Block::bordered().title("members")), area);
 }
@@ -288,7 +297,9 @@ fn draw_events(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
     let newest = picture.events.iter().rev().take(usize::from(EVENT_LINES)).map(line);
     let lines: Vec<Line<'_>> = newest.collect();
     frame.render_widget(
-        Paragraph::new(lines).block(Block::bordered().title("events, newest first")),
+        Paragraph::new(lines)
+            .wrap(Wrap { trim: true })
+            .block(Block::bordered().title("events, newest first")),
         area,
     );
 }
@@ -318,7 +329,8 @@ mod tests {
         let id = |number: u64| format!("{number:016x}");
         let member = |number: u64, name: &str, liveness: &str| {
             json!({
-                "name": name, "node": id(number), "me": number == 1, "liveness": liveness,
+                "name": name, "label": name, "former_self": false, "node": id(number),
+                "me": number == 1, "liveness": liveness,
                 "left": false, "forgotten": false, "heard": true, "address": "192.0.2.1:8473",
                 "underlay": "192.0.2.1", "vtep_mac": "02:00:00:00:00:01", "free": 0,
                 "subnets": [format!("10.42.{}.0/24", name.len())],
@@ -367,11 +379,33 @@ mod tests {
     }
 
     fn screen(picture: &Picture) -> Vec<String> {
-        let mut terminal = Terminal::new(TestBackend::new(90, 30)).expect("a terminal");
+        screen_of(picture, 90)
+    }
+
+    fn screen_of(picture: &Picture, columns: u16) -> Vec<String> {
+        let mut terminal = Terminal::new(TestBackend::new(columns, 30)).expect("a terminal");
         terminal.draw(|frame| draw(frame, picture)).expect("drawn");
         let buffer = terminal.backend().buffer();
-        let row = |y| (0..90).map(|x| buffer[(x, y)].symbol()).collect::<String>();
+        let row = |y| (0..columns).map(|x| buffer[(x, y)].symbol()).collect::<String>();
         (0..30).map(row).collect()
+    }
+
+    #[test]
+    fn draw_list_that_fits_is_not_scrolled_and_a_narrow_screen_shows_subnets() {
+        let scrolled = Picture { scroll: 2, ..picture() };
+        let all = screen(&scrolled).join("\n");
+        assert!(all.contains("n1 ") && all.contains("n20") && all.contains("RTT DIRECT"), "{all}");
+        assert_eq!(scrolled.last_scroll.get(), 0);
+        let narrow = screen_of(&picture(), 60).join("\n");
+        assert!(narrow.contains("10.42.4.0/24") && !narrow.contains("RTT DIRECT"), "{narrow}");
+    }
+
+    #[test]
+    fn draw_long_event_is_wrapped() {
+        let mut long = picture();
+        long.events[0].text = "word ".repeat(30) + "end";
+        let all = screen(&long).join("\n");
+        assert!(all.contains("end"), "{all}");
     }
 
     #[test]

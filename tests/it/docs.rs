@@ -182,6 +182,14 @@ pub fn create_host_files(host: &Host) -> anyhow::Result<Child> {
     Ok(child)
 }
 
+/// Gives a host a stand-in for systemd, with the unit of the package.
+pub fn install_systemctl(host: &Host, keeper: &Child) -> anyhow::Result<()> {
+    let mut install = enter(keeper, INSTALL_UNIT);
+    install.env("UNIT", UNIT).env("SYSTEMCTL", SYSTEMCTL);
+    anyhow::ensure!(host.netns.spawn(&mut install)?.wait()?.success(), "no systemctl");
+    Ok(())
+}
+
 pub fn enter(keeper: &Child, command: &str) -> Command {
     let mut shell = Command::new("nsenter");
     shell.args([
@@ -208,9 +216,7 @@ fn run(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
     for number in 1..=count.expect("a number of hosts") {
         let host = lab.host(number, &format!("host{number}"))?;
         let keeper = create_host_files(&host)?;
-        let mut install = enter(&keeper, INSTALL_UNIT);
-        install.env("UNIT", UNIT).env("SYSTEMCTL", SYSTEMCTL);
-        anyhow::ensure!(host.netns.spawn(&mut install)?.wait()?.success(), "no systemctl");
+        install_systemctl(&host, &keeper)?;
         hosts.push((host, keeper));
     }
     let steps = steps(&text);

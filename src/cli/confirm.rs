@@ -1,0 +1,116 @@
+//! Says on a terminal what a destructive command costs, and asks before it is carried out.
+
+use std::{
+    io::{self, IsTerminal as _, Write as _},
+    path::Path,
+    process::ExitCode,
+};
+
+use clap::Args;
+use serde_json::Value;
+
+use super::{
+    block_on,
+    output::{elements, text},
+};
+use crate::{api, model::visible_lines};
+
+/// Most pods that a question names.
+const MAX_NAMED_PODS: usize = 10;
+/// Characters of a container's id that distinguish it.
+const SHORT_ID_CHARS: usize = 13;
+
+/// The option of every destructive command.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Consent {
+    /// Do not ask. Without a terminal the command never asks
+    #[arg(short, long)]
+    yes: bool,
+}
+
+impl Consent {
+    /// Returns a consent that was given already.
+    pub const fn given() -> Self {
+        Self { yes: true }
+    }
+
+    /// Returns whether the command would ask.
+    pub fn asks(self) -> bool {
+        !self.yes && io::stdin().is_terminal() && io::stderr().is_terminal()
+    }
+
+    /// Asks, and returns the exit code of the command if the operator refuses. `costs` is called only if
+    /// there is a question.
+    ///
+    /// # Errors
+    /// The exit code for "no".
+    pub fn obtain(self, costs: impl FnOnce() -> String) -> Result<(), ExitCode> {
+        if !self.asks() {
+            return Ok(());
+        }
+        eprint!("{}\nContinue? [y/N] ", visible_lines(&costs()));
+        let _ = io::stderr().flush();
+        let mut answer = String::new();
+        let read = io::stdin().read_line(&mut answer);
+        if read.is_ok() && ["y", "yes"].contains(&answer.trim().to_lowercase().as_str()) {
+            return Ok(());
+        }
+        eprintln!("nothing was done");
+        Err(ExitCode::FAILURE)
+    }
+}
+
+/// Describes what this host loses if it leaves its cluster or becomes a new node: pods and subnets.
+pub fn loss_of_membership(socket: &Path) -> String {
+    let query =
+        async { (api::get(socket, "/v1/status").await, api::get(socket, "/v1/pods").await) };
+    let Ok((status, pods)) = block_on(query) else { return "This host's pods.".to_owned() };
+    let (status, pods) = (status.unwrap_or_default(), pods.unwrap_or_default());
+    let subnets: Vec<String> = ["subnet", "subnet6"]
+        .iter()
+        .map(|key| &status[key])
+        .filter(|v| v.is_string())
+        .map(text)
+        .collect();
+    let subnets = match subnets.is_empty() {
+        true => "has no subnet".to_owned(),
+        false => format!("gives up {}", subnets.join(" and ")),
+    };
+    format!("This host ({}) {subnets}, {}.", text(&status["name"]), lost_pods(&pods))
+}
+
+/// Names the pods that lose their network.
+fn lost_pods(pods: &Value) -> String {
+    let id = |pod: &Value| text(&pod["container"]).chars().take(SHORT_ID_CHARS).collect::<String>();
+    let mut names: Vec<String> =
+        elements(&pods["pods"]).filter(|pod| pod["orphan"] != true).map(id).collect();
+    names.sort();
+    names.dedup();
+    let more = names.len().saturating_sub(MAX_NAMED_PODS);
+    let shown = names.iter().take(MAX_NAMED_PODS).cloned().collect::<Vec<_>>().join(", ");
+    match (names.len(), more) {
+        (0, _) => "and has no pods made by a runtime's plugin".to_owned(),
+        (1, _) => format!("and 1 pod loses its network: {shown}"),
+        (count, 0) => format!("and {count} pods lose their network: {shown}"),
+        (count, more) => format!("and {count} pods lose their network: {shown} and {more} more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn lost_pods_are_named_once_and_without_orphans() {
+        let pod = |id: &str, orphan: bool| json!({ "container": id, "orphan": orphan });
+        let none = "and has no pods made by a runtime's plugin";
+        assert_eq!(lost_pods(&json!({ "pods": [pod("gone", true)] })), none);
+        let two = json!({ "pods": [pod("web", false), pod("q", false), pod("q", false)] });
+        assert_eq!(lost_pods(&two), "and 2 pods lose their network: q, web");
+        let many: Vec<Value> = (10..22).map(|n| pod(&format!("p{n}"), false)).collect();
+        let many = lost_pods(&json!({ "pods": many }));
+        assert!(many.ends_with("p18, p19 and 2 more"), "{many}");
+    }
+}

@@ -1,0 +1,350 @@
+//! `gossamer init`, `join` and `uninstall`: set up this host, and undo that.
+//!
+//! `init` and `join` write the settings file and the token file, and start the agent where systemd runs.
+//! They add settings to the file, and never replace one that differs. A second run changes nothing.
+
+mod files;
+mod systemd;
+mod uninstall;
+
+use std::{
+    fs,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::Args;
+use serde_json::Value;
+
+use self::{files::SettingsFile, systemd::Systemd};
+use super::{block_on, fail, output::write_stdout};
+use crate::{
+    api::{self, ClientError},
+    config::{Instance, Settings, check_environment, parse_token, read_token_file},
+    model::ClusterId,
+    store::{PRIVATE, replace},
+    wire::Token,
+};
+
+pub use uninstall::{UninstallArgs, run as uninstall};
+
+/// Exit code if the agent runs but this host is not a member yet.
+const NOT_READY: u8 = 3;
+/// Time that a command waits for this host to become a member.
+const MEMBER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time between two attempts to reach a socket that does not exist yet.
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// Mode of the settings file, which may contain a token.
+const SETTINGS_MODE: u32 = 0o640;
+
+#[derive(Debug, Args)]
+struct Options {
+    /// Print what would be done, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Set up the system in this directory, such as an image, and start nothing
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+}
+
+impl Options {
+    /// Returns where a path of the system to set up is now.
+    fn place(&self, path: &Path) -> PathBuf {
+        let relative = path.strip_prefix("/").unwrap_or(path);
+        self.root.as_ref().map_or_else(|| path.to_owned(), |root| root.join(relative))
+    }
+
+    /// Fails without the rights to change this host.
+    fn require_root(&self, command: &str) -> anyhow::Result<()> {
+        let may = self.dry_run || self.root.is_some() || nix::unistd::geteuid().is_root();
+        ensure!(may, "this changes the system: run it as root (sudo gossamer {command})");
+        Ok(())
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    #[command(flatten)]
+    options: Options,
+    #[command(flatten, next_help_heading = "Settings to write")]
+    settings: Settings,
+}
+
+#[derive(Debug, Args)]
+pub struct JoinArgs {
+    /// The token, from `gossamer token` on a member; "-" reads it from standard input
+    #[arg(id = "join_token", value_name = "TOKEN", required_unless_present_any = ["token", "token_file"])]
+    token: Option<String>,
+    /// Members to join through, HOST or HOST:PORT [default: those in the token]
+    #[arg(value_name = "ADDRESS")]
+    addresses: Vec<String>,
+    #[command(flatten)]
+    options: Options,
+    #[command(flatten, next_help_heading = "Settings to write")]
+    settings: Settings,
+}
+
+/// Sets up the first host of a cluster.
+pub fn init(args: InitArgs) -> ExitCode {
+    let InitArgs { options, mut settings } = args;
+    settings.init = Some(true);
+    finish(options.require_root("init").and_then(|()| Setup::new(options, settings)?.run()))
+}
+
+/// Sets up a host that joins a cluster.
+pub fn join(args: JoinArgs) -> ExitCode {
+    let JoinArgs { token, addresses, options, mut settings } = args;
+    let setup = || {
+        options.require_root("join")?;
+        let is_set = settings.token.is_some() || settings.token_file.is_some();
+        match token {
+            Some(text) if !is_set => {
+                settings.token = Some(if text == "-" { from_stdin()? } else { text });
+            }
+            // With the token in an option, all arguments are addresses.
+            address => settings.join.extend(address),
+        }
+        settings.join.extend(addresses);
+        let is_token = |text: &String| text.parse::<Token>().is_ok();
+        ensure!(
+            !settings.join.iter().any(is_token),
+            "give the token once: as an argument, --token or --token-file"
+        );
+        ensure!(settings.init != Some(true), "join enters a cluster, and init creates one");
+        Setup::new(options, settings)?.run()
+    };
+    finish(setup())
+}
+
+fn finish(done: anyhow::Result<ExitCode>) -> ExitCode {
+    done.unwrap_or_else(|error| fail(format_args!("{error:#}")))
+}
+
+fn from_stdin() -> anyhow::Result<String> {
+    let mut text = String::new();
+    io::stdin().take(1 << 16).read_to_string(&mut text).context("token from standard input")?;
+    Ok(text)
+}
+
+/// The set-up of one host.
+struct Setup {
+    options: Options,
+    settings: Settings,
+    instance: Instance,
+    token: Option<Token>,
+    socket: PathBuf,
+}
+
+impl Setup {
+    fn new(options: Options, mut settings: Settings) -> anyhow::Result<Self> {
+        check_environment(std::env::vars_os().map(|(name, _)| name))?;
+        let instance: Instance = settings.instance.as_deref().unwrap_or_default().parse()?;
+        let token = match (settings.token.take(), settings.token_file.take()) {
+            (Some(_), Some(_)) => bail!("set token or token_file, not both"),
+            (Some(text), None) => Some(parse_token("token", &text)?),
+            (None, Some(path)) => Some(read_token_file(&path)?),
+            (None, None) => None,
+        };
+        let is_creator = settings.init == Some(true);
+        if let Some(token) = &token {
+            settings.token_file = Some(instance.token_file());
+            ensure!(
+                is_creator || !settings.join.is_empty() || !token.seeds.is_empty(),
+                "the token contains no address of a member: append one (gossamer join TOKEN ADDRESS)"
+            );
+        }
+        files::make_paths_absolute(&mut settings)?;
+        let socket = settings.socket.clone().unwrap_or_else(|| instance.socket());
+        Ok(Self { options, settings, instance, token, socket })
+    }
+
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let path = self.instance.settings_file();
+        let systemd = Systemd::find(&self.options, &self.instance)?;
+        let running = self.running_agent()?;
+        if let (Some(systemd), Some(_)) = (&systemd, &running) {
+            ensure!(
+                systemd.is_active(),
+                "an agent runs on this host already, and not as {}: stop it first (its packets keep flowing)",
+                systemd.unit()
+            );
+        }
+        let mut file = SettingsFile::read(&self.options.place(&path))?;
+        file.require_same_purpose(&self.settings)?;
+        let mut wanted = self.settings.clone();
+        // Without forwarding, pods of a new host reach no other host.
+        wanted.set_sysctls = wanted.set_sysctls.or(file.set_sysctls()).or(Some(true));
+        file.add(&wanted)?;
+        file.check(self.token.as_ref())?;
+
+        let mut changed = self.write(&path, &file)?;
+        if let Some(token) = &self.token {
+            changed |= self.write_token(token)?;
+        }
+        let Some(systemd) = systemd else {
+            return Ok(self.without_systemd(&path, running.as_ref()));
+        };
+        systemd.start(&self.options, &path, changed)?;
+        if self.options.dry_run || self.options.root.is_some() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        Ok(self.report_membership())
+    }
+
+    /// Returns the status of a running agent.
+    ///
+    /// # Errors
+    /// Fails if the agent is a member of another cluster than the token's.
+    fn running_agent(&self) -> anyhow::Result<Option<Value>> {
+        if self.options.root.is_some() {
+            return Ok(None);
+        }
+        let status = match block_on(api::get(&self.socket, "/v1/status"))? {
+            Ok(status) => status,
+            Err(ClientError::NoAgent { .. }) => return Ok(None),
+            Err(ClientError::NotPermitted { .. }) if self.options.dry_run => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let cluster = status["cluster"].as_str().and_then(|id| id.parse::<ClusterId>().ok());
+        let wanted = self.token.as_ref().and_then(Token::known_cluster);
+        if let (Some(cluster), Some(wanted)) = (cluster, wanted) {
+            ensure!(
+                cluster == wanted,
+                "the token is for cluster {wanted}, but this host is a member of cluster {cluster}: to \
+                 move it, run `gossamer uninstall` first"
+            );
+        }
+        Ok(Some(status))
+    }
+
+    /// Writes the settings file. Returns whether it has changed.
+    fn write(&self, path: &Path, file: &SettingsFile) -> anyhow::Result<bool> {
+        let Some(added) = file.added() else {
+            say("unchanged", &path.display());
+            return Ok(false);
+        };
+        if !self.options.dry_run {
+            let place = self.options.place(path);
+            replace(&place, file.text(), SETTINGS_MODE)
+                .with_context(|| place.display().to_string())?;
+        }
+        self.say_done("wrote", "would write", &format_args!("{}:", path.display()));
+        added.lines().for_each(|line| say("", &line));
+        Ok(true)
+    }
+
+    /// Writes the token file. Returns whether it has changed.
+    fn write_token(&self, token: &Token) -> anyhow::Result<bool> {
+        let path = self.instance.token_file();
+        let place = self.options.place(&path);
+        let text = format!("{token}\n");
+        match read_token_file(&place) {
+            _ if !place.exists() => {}
+            Ok(old) if old == *token => {
+                say("unchanged", &path.display());
+                return Ok(false);
+            }
+            Ok(old) => {
+                // Another token of the same cluster is a newer one, or has other seeds.
+                let same = old.secret == token.secret || old.cluster == token.cluster;
+                let known = old.known_cluster().or(token.known_cluster()).is_some();
+                ensure!(
+                    same && (known || old.secret == token.secret),
+                    "{} holds the token of another cluster: to move this host, run `gossamer uninstall` \
+                     first",
+                    place.display()
+                );
+            }
+            Err(error) => return Err(error.into()),
+        }
+        if !self.options.dry_run {
+            replace(&place, &text, PRIVATE).with_context(|| place.display().to_string())?;
+        }
+        self.say_done("wrote", "would write", &format_args!("{} (mode 0600)", path.display()));
+        Ok(true)
+    }
+
+    fn say_done(&self, done: &str, planned: &str, what: &dyn std::fmt::Display) {
+        say(if self.options.dry_run { planned } else { done }, what);
+    }
+
+    /// Says how to start the agent by hand.
+    fn without_systemd(&self, settings: &Path, running: Option<&Value>) -> ExitCode {
+        let option = match &self.settings.instance {
+            Some(_) => format!(" --config {}", settings.display()),
+            None => String::new(),
+        };
+        let command = format!("gossamer agent{option}");
+        match running {
+            _ if self.options.dry_run => {
+                say("no systemd", &format_args!("would not start: {command}"))
+            }
+            Some(_) => say("running", &"an agent; restart it to apply changed settings"),
+            None => {
+                say("next", &"this host has no systemd: let its init system run, as root,");
+                say("", &command);
+                say("", &"then `gossamer status --wait` shows whether this host is a member");
+            }
+        }
+        ExitCode::SUCCESS
+    }
+
+    /// Waits until this host is a member, and says so.
+    fn report_membership(&self) -> ExitCode {
+        let target = format!("/v1/status?wait={}", MEMBER_TIMEOUT.as_secs());
+        let query = async {
+            loop {
+                match api::get(&self.socket, &target).await {
+                    Err(ClientError::NoAgent { .. } | ClientError::NoAnswer(_)) => {
+                        tokio::time::sleep(RETRY_INTERVAL).await;
+                    }
+                    answer => return answer,
+                }
+            }
+        };
+        // The agent answers by itself when the time is over.
+        let patience = MEMBER_TIMEOUT + Duration::from_secs(2);
+        let status = match block_on(async { tokio::time::timeout(patience, query).await }) {
+            Ok(Ok(Ok(status))) => status,
+            Ok(Ok(Err(error))) => return fail(error),
+            Ok(Err(_)) => return fail(format_args!("no agent answers: {}", self.journal())),
+            Err(error) => return fail(error),
+        };
+        let flag = self.settings.instance.as_ref();
+        let flag = flag.map_or_else(String::new, |name| format!(" --instance {name}"));
+        if status["converged"] != true {
+            let patience = MEMBER_TIMEOUT.as_secs();
+            say("not ready", &format_args!("after {patience} s; the agent continues to try"));
+            say(
+                "next",
+                &format_args!("`gossamer status{flag}` and `gossamer doctor{flag}` say why"),
+            );
+            return ExitCode::from(NOT_READY);
+        }
+        let text = |key: &str| status[key].as_str().unwrap_or("?").to_owned();
+        let (name, subnet, cluster) = (text("name"), text("subnet"), text("cluster"));
+        say("ready", &format_args!("{name} has {subnet} in cluster {cluster}"));
+        say(
+            "next",
+            &format_args!("`gossamer token{flag}` prints the command with which hosts join"),
+        );
+        ExitCode::SUCCESS
+    }
+
+    fn journal(&self) -> String {
+        format!("`journalctl -u {}` may say why", self.instance.unit())
+    }
+}
+
+/// Prints a line with a label.
+fn say(label: &str, text: &dyn std::fmt::Display) {
+    write_stdout(&format!("{label:<11} {text}\n"));
+}
+
+/// Whether a directory of the system to set up exists.
+fn is_dir(options: &Options, path: &str) -> bool {
+    fs::metadata(options.place(Path::new(path))).is_ok_and(|meta| meta.is_dir())
+}

@@ -1,0 +1,231 @@
+//! `gossamer uninstall`: removes gossamer from this host, all but the program.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use serde_json::Value;
+
+use super::{Options, RETRY_INTERVAL, finish, say, systemd::Systemd};
+use crate::{
+    api,
+    cli::{
+        block_on, cleanup,
+        cleanup::{CleanupArgs, Places},
+        cni,
+        confirm::{Consent, loss_of_membership},
+        output::write_stdout,
+        podman,
+    },
+    config::Instance,
+    store::StoreError,
+};
+
+/// Time that an agent which has left has to end.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// File of dpkg that exists while the package is installed.
+const PACKAGE_MARK: &str = "/var/lib/dpkg/info/gossamer.list";
+
+#[derive(Debug, Args)]
+pub struct UninstallArgs {
+    #[command(flatten)]
+    consent: Consent,
+    #[command(flatten)]
+    options: Options,
+}
+
+/// What was found on this host.
+struct Found {
+    /// Control sockets of running agents, and whether each is in a cluster.
+    agents: Vec<(PathBuf, bool)>,
+    units: Vec<Systemd>,
+    /// Settings and tokens.
+    settings: Vec<PathBuf>,
+    /// Links and configurations in the directories of container runtimes.
+    plugins: Vec<PathBuf>,
+    /// What `cleanup` would remove, as text.
+    traces: String,
+}
+
+pub fn run(args: &UninstallArgs) -> ExitCode {
+    let UninstallArgs { consent, options } = args;
+    let done = || {
+        options.require_root("uninstall")?;
+        let found = Found::look(options)?;
+        if found.is_nothing() {
+            say("nothing", &"gossamer has left nothing on this host");
+            return Ok(ExitCode::SUCCESS);
+        }
+        if options.dry_run || consent.asks() {
+            found.list();
+        }
+        if options.dry_run {
+            return Ok(ExitCode::SUCCESS);
+        }
+        match consent.obtain(|| "All of this is removed from this host.".to_owned()) {
+            Ok(()) => found.remove(options).map(|()| ExitCode::SUCCESS),
+            Err(code) => Ok(code),
+        }
+    };
+    finish(done())
+}
+
+impl Found {
+    fn look(options: &Options) -> anyhow::Result<Self> {
+        let cleanup = CleanupArgs::for_all(true);
+        let places = Places::find(&cleanup);
+        let mut agents = Vec::new();
+        for socket in places.sockets.iter().filter(|_| options.root.is_none()) {
+            if let Ok(status) = block_on(api::get(socket, "/v1/status"))? {
+                agents.push((socket.clone(), status["cluster"].is_string()));
+            }
+        }
+        let mut instances = places.instances.clone();
+        instances.extend(configured_instances(options));
+        instances.sort();
+        instances.dedup();
+        let mut units = Vec::new();
+        for instance in &instances {
+            units.extend(Systemd::find(options, instance)?.filter(Systemd::has_unit));
+        }
+        let settings = instances.iter().flat_map(|i| [i.settings_file(), i.token_file()]);
+        let settings = settings.map(|path| options.place(&path)).filter(|path| path.exists());
+        let traces = match options.root {
+            // Only files: the kernel is this system's, not the other one's.
+            Some(_) => String::new(),
+            None if agents.is_empty() => cleanup::summary(&cleanup, &places)?,
+            None => {
+                "would remove devices, routes, nftables tables and state of gossamer\n".to_owned()
+            }
+        };
+        let mut plugins = cni::installed_files(|path| options.place(path))?;
+        plugins.extend(podman::installed_file(|path| options.place(path)));
+        Ok(Self { agents, units, settings: settings.collect(), plugins, traces })
+    }
+
+    fn is_nothing(&self) -> bool {
+        let has_traces = !self.traces.is_empty() && self.traces != cleanup::NOTHING_LEFT;
+        let has_units = self.units.iter().any(|unit| unit.own_file().is_some() || unit.is_active());
+        let files = self.settings.len() + self.plugins.len();
+        self.agents.is_empty() && files == 0 && !has_traces && !has_units
+    }
+
+    fn list(&self) {
+        for (socket, in_cluster) in &self.agents {
+            match in_cluster {
+                true => say("leave", &loss_of_membership(socket)),
+                false => say("stop", &format_args!("the agent at {}", socket.display())),
+            }
+        }
+        self.units.iter().for_each(|unit| say("stop", &unit.unit()));
+        let own_units = self.units.iter().filter_map(Systemd::own_file);
+        let files = self.settings.iter().chain(&self.plugins).map(PathBuf::as_path);
+        own_units.chain(files).for_each(|path| say("remove", &path.display()));
+        if self.traces != cleanup::NOTHING_LEFT {
+            for line in self.traces.lines() {
+                match line.strip_prefix("would remove ") {
+                    Some(what) => say("remove", &what),
+                    None => say("note", &line),
+                }
+            }
+        }
+    }
+
+    fn remove(&self, options: &Options) -> anyhow::Result<()> {
+        for (socket, in_cluster) in &self.agents {
+            if *in_cluster {
+                let answer = block_on(api::post(socket, "/v1/leave"))?;
+                let answer = answer.context(
+                    "this host cannot leave its cluster (to remove it all the same, stop its agent, run \
+                     this command again, and then `gossamer forget` on another member)",
+                )?;
+                say("left", &successor_text(&answer));
+            }
+        }
+        for unit in &self.units {
+            unit.stop()?;
+            say("stopped", &unit.unit());
+        }
+        let plugins = cni::remove_installed(|path| options.place(path))?;
+        let podman = podman::remove_installed(|path| options.place(path))?;
+        for line in plugins.iter().chain(&podman) {
+            write_stdout(&format!("{:<11} {line}\n", "runtimes"));
+        }
+        if options.root.is_none() {
+            self.clean_up()?;
+        }
+        for path in &self.settings {
+            fs::remove_file(path).with_context(|| path.display().to_string())?;
+            say("removed", &path.display());
+        }
+        // Fails if the administrator keeps other files in it.
+        let _ = fs::remove_dir(options.place(Path::new("/etc/gossamer")));
+        let program = std::env::current_exe().context("the path of this program")?;
+        match options.place(Path::new(PACKAGE_MARK)).exists() {
+            true => say("next", &"apt purge gossamer    # removes the program"),
+            false => say("next", &format_args!("rm {}    # the program", program.display())),
+        }
+        Ok(())
+    }
+
+    /// Removes state and kernel entries, once all agents have ended.
+    fn clean_up(&self) -> anyhow::Result<()> {
+        let args = CleanupArgs::for_all(false);
+        let begun = Instant::now();
+        loop {
+            let ended = |(socket, _): &(PathBuf, bool)| {
+                matches!(
+                    block_on(api::get(socket, "/v1/status")),
+                    Ok(Err(api::ClientError::NoAgent { .. }))
+                )
+            };
+            let places = Places::find(&args);
+            let cleaned = match self.agents.iter().all(ended) {
+                true => cleanup::summary(&args, &places),
+                false => Err(io::Error::other("its agent still runs: stop it").into()),
+            };
+            match cleaned {
+                Ok(text) => {
+                    write_stdout(&text);
+                    return Ok(());
+                }
+                // The process of an agent that has left ends a moment later.
+                Err(error) => {
+                    let may_end = !self.agents.is_empty() && begun.elapsed() < END_TIMEOUT;
+                    let is_held = error
+                        .downcast_ref::<StoreError>()
+                        .is_none_or(|error| matches!(error, StoreError::InUse { .. }));
+                    if !may_end || !is_held {
+                        bail!(error);
+                    }
+                    thread::sleep(RETRY_INTERVAL);
+                }
+            }
+        }
+    }
+}
+
+fn successor_text(answer: &Value) -> String {
+    match answer["successor"].as_str() {
+        Some(successor) => format!("the cluster: {successor} owns the subnets of this node now"),
+        None => "the cluster: this was its last member, so it no longer exists".to_owned(),
+    }
+}
+
+/// Returns the instances with a settings file.
+fn configured_instances(options: &Options) -> Vec<Instance> {
+    let directory = options.place(Path::new("/etc/gossamer"));
+    let names = fs::read_dir(directory).into_iter().flatten().flatten().filter_map(|entry| {
+        let name = entry.file_name();
+        let name = name.to_str()?.strip_suffix(".toml")?.to_owned();
+        let instance = if name == crate::config::NAME { "" } else { &name };
+        instance.parse().ok()
+    });
+    names.collect()
+}

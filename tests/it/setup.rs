@@ -1,0 +1,231 @@
+//! `gossamer init`, `join` and `uninstall` on hosts with their own files, with and without systemd.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    process::{Child, Command, Output, Stdio},
+};
+
+use gossamer::lab::{Host, Lab};
+
+use crate::{
+    common::{TIMEOUT, isolated, program, wait_until},
+    docs::{create_host_files, enter, install_systemctl},
+};
+
+/// A host with its own files.
+struct Own {
+    host: Host,
+    keeper: Child,
+}
+
+impl Own {
+    fn new(lab: &mut Lab, number: u16) -> anyhow::Result<Self> {
+        let host = lab.host(number, &format!("host{number}"))?;
+        let keeper = create_host_files(&host)?;
+        Ok(Self { host, keeper })
+    }
+
+    fn with_systemd(lab: &mut Lab, number: u16) -> anyhow::Result<Self> {
+        let own = Self::new(lab, number)?;
+        install_systemctl(&own.host, &own.keeper)?;
+        // Only the program was copied to this host.
+        own.ok("rm /run/systemd/system/gossamer.service");
+        Ok(own)
+    }
+
+    fn run(&self, command: &str) -> Output {
+        let mut shell = enter(&self.keeper, command);
+        shell.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = self.host.netns.spawn(&mut shell).expect("a shell");
+        child.wait_with_output().expect("a shell")
+    }
+
+    /// Runs a command that must succeed. Returns what it printed.
+    fn ok(&self, command: &str) -> String {
+        let output = self.run(command);
+        let said = both(&output);
+        assert!(output.status.success(), "{}: {command}: {said}", self.host.name);
+        said
+    }
+
+    /// Runs a command that must fail. Returns what it printed.
+    fn refused(&self, command: &str) -> String {
+        let output = self.run(command);
+        let said = both(&output);
+        assert_eq!(output.status.code(), Some(1), "{}: {command}: {said}", self.host.name);
+        said
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        let _ = self.keeper.kill();
+        let _ = self.keeper.wait();
+    }
+}
+
+fn both(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    text(&output.stdout) + &text(&output.stderr)
+}
+
+fn assert_contains(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "{word:?} is not in\n{text}");
+    }
+}
+
+#[test]
+fn init_join_and_uninstall_under_systemd_form_and_leave_a_cluster() {
+    isolated(|lab| {
+        let (one, two) = (Own::with_systemd(lab, 1)?, Own::with_systemd(lab, 2)?);
+        let planned = one.ok("gossamer init --dry-run --network 10.50.0.0/16");
+        assert_contains(&planned, &["would write", "network = \"10.50.0.0/16\"", "would run"]);
+        one.refused("! test -e /etc/gossamer && exit 1");
+        let done = one.ok("gossamer init --network 10.50.0.0/16");
+        assert_contains(
+            &done,
+            &["init = true", "enable --now gossamer.service", "ready", "10.50."],
+        );
+        one.ok("test $(stat -c %a /etc/gossamer/gossamer.toml) = 640");
+
+        // The same again changes nothing; another value is refused.
+        let again = one.ok("gossamer init --network 10.50.0.0/16");
+        assert_contains(&again, &["unchanged   /etc/gossamer/gossamer.toml", "ready"]);
+        let said = one.refused("gossamer init --network 10.60.0.0/16");
+        assert_contains(&said, &["has network = \"10.50.0.0/16\", not \"10.60.0.0/16\""]);
+
+        let token = one.ok("gossamer token");
+        let token = token.trim();
+        let done = two.ok(&format!("gossamer join {token} --http 127.0.0.1:9473"));
+        assert_contains(&done, &["/etc/gossamer/token (mode 0600)", "http = ", "ready", "host2"]);
+        two.ok("test $(stat -c %a /etc/gossamer/token) = 600");
+        two.ok("gossamer status --wait=30 --members 2");
+        let again = two.ok(&format!("gossamer join {token}"));
+        assert_contains(&again, &["unchanged   /etc/gossamer/token"]);
+        let other = two.ok("gossamer token --new");
+        assert_contains(
+            &two.refused(&format!("gossamer join {} 10.99.0.10", other.trim())),
+            &["the token of another cluster", "gossamer uninstall"],
+        );
+        assert_contains(&two.refused("gossamer init"), &["lets this host join a cluster"]);
+
+        two.ok("gossamer cni install");
+        let listed = two.ok("gossamer uninstall --dry-run");
+        let words =
+            ["leave ", "gives up 10.50.", "stop ", "/opt/cni/bin/gossamer", "conflist", "token"];
+        assert_contains(&listed, &words);
+        two.ok("gossamer status");
+        let done = two.ok("gossamer uninstall");
+        assert_contains(
+            &done,
+            &["host1 owns the subnets", "stopped ", "removed ", "rm /mnt/gossamer"],
+        );
+        for gone in [
+            "/etc/gossamer",
+            "/etc/systemd/system/gossamer.service",
+            "/opt/cni/bin/gossamer",
+            "/etc/cni/net.d/10-gossamer.conflist",
+            "/var/lib/gossamer",
+            "/run/gossamer/gossamer.sock",
+        ] {
+            two.ok(&format!("! test -e {gone} && ! test -L {gone}"));
+        }
+        two.ok("! ip link show gossamer.1 2> /dev/null");
+        assert_contains(&two.ok("gossamer uninstall"), &["has left nothing"]);
+        assert_contains(&one.ok("gossamer members -o json"), &["\"left\": true"]);
+        one.ok("gossamer uninstall");
+        Ok(())
+    });
+}
+
+#[test]
+fn init_without_systemd_says_what_to_run_and_the_agent_finds_its_settings() {
+    isolated(|lab| {
+        let one = Own::new(lab, 1)?;
+        let done = one.ok("gossamer init --prefer-subnet 10.42.9.0 --log info");
+        assert_contains(&done, &["no systemd", "gossamer agent\n"]);
+        one.host.netns.spawn(&mut enter(&one.keeper, "gossamer agent > log 2>&1 &"))?.wait()?;
+        assert_contains(&one.ok("gossamer status --wait=30"), &["10.42.9.0/24"]);
+        let listed = one.ok("gossamer uninstall --dry-run");
+        assert_contains(&listed, &["leave ", "gossamer.toml"]);
+        one.ok("gossamer uninstall");
+        one.ok("! test -e /var/lib/gossamer && ! test -e /etc/gossamer");
+        Ok(())
+    });
+}
+
+#[test]
+fn destructive_commands_ask_on_a_terminal_and_do_nothing_unless_confirmed() {
+    isolated(|lab| {
+        let one = Own::new(lab, 1)?;
+        one.host.netns.spawn(&mut enter(&one.keeper, "gossamer agent --init &"))?.wait()?;
+        one.ok("gossamer status --wait=30");
+        let typed = |answer: &str, command: &str| {
+            one.run(&format!(
+                "echo {answer} | script --quiet --return --command '{command}' /dev/null"
+            ))
+        };
+        for command in ["leave", "reset-identity", "uninstall"] {
+            let output = typed("n", &format!("gossamer {command}"));
+            assert_contains(
+                &both(&output),
+                &["gives up 10.42.", "Continue? [y/N]", "nothing was done"],
+            );
+            assert_eq!(output.status.code(), Some(1), "{command}");
+        }
+        one.ok("gossamer status");
+        // On a terminal, the token is printed as the command to type.
+        assert_contains(
+            &both(&typed("", "gossamer token")),
+            &["gossamer join gsm1.", "does not expire"],
+        );
+        let output = typed("y", "gossamer leave");
+        assert_contains(&both(&output), &["left the cluster"]);
+        assert!(output.status.success(), "{}", both(&output));
+        wait_until("the agent has not ended", TIMEOUT, || {
+            one.run("gossamer cleanup --dry-run").status.success()
+        });
+        let said = one.refused("mkdir -p /var/lib/gossamer; gossamer reset-identity");
+        assert_contains(&said, &["no identity to replace"]);
+        Ok(())
+    });
+}
+
+#[test]
+fn init_with_a_root_directory_writes_only_there() {
+    let root = tempfile::tempdir().expect("a directory");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(program());
+        command.args(arguments).arg("--root").arg(root.path());
+        let output = command.output().expect("gossamer runs");
+        assert!(output.status.success(), "{}", both(&output));
+        both(&output)
+    };
+    let token = Command::new(program()).args(["token", "--new"]).output().expect("runs").stdout;
+    let token = String::from_utf8(token).expect("UTF-8");
+    let said = run(&["join", token.trim(), "10.0.0.1", "edge:9000"]);
+    assert_contains(&said, &["join = [\"10.0.0.1\", \"edge:9000\"]"]);
+    let settings = root.path().join("etc/gossamer/gossamer.toml");
+    let text = fs::read_to_string(&settings).expect("written");
+    assert_contains(&text, &["token_file = \"/etc/gossamer/token\"", "set_sysctls = true"]);
+    let mode = fs::metadata(root.path().join("etc/gossamer/token")).expect("written");
+    assert_eq!(mode.permissions().mode() & 0o777, 0o600);
+    assert_contains(&run(&["uninstall", "--dry-run"]), &["etc/gossamer/token"]);
+    assert!(settings.exists());
+    run(&["uninstall"]);
+    assert!(!settings.exists() && !root.path().join("etc/gossamer").exists());
+}
+
+#[test]
+fn token_out_writes_a_private_file() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("token");
+    let made = Command::new(program()).args(["token", "--new", "--out"]).arg(&path).output();
+    let made = made.expect("gossamer runs");
+    assert!(made.status.success() && made.stdout.is_empty(), "{}", both(&made));
+    let mode = fs::metadata(&path).expect("written").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert!(fs::read_to_string(&path).expect("text").starts_with("gsm1."));
+}
