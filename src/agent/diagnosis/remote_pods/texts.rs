@@ -63,12 +63,15 @@ impl Agent {
     }
 
     /// Returns the members whose packets do not arrive at pods here, by family. Excludes members to which
-    /// this host's own trials find losses: the cause is the same.
+    /// this host's own trials or probes find losses: the cause is the same.
     fn members_without_arrivals(&self) -> BTreeMap<Vec<&'static str>, Vec<NodeId>> {
-        let known = self.lost_to_remote_pods();
+        let answering = &self.kernel.remote_pods.answering;
+        let mut known: BTreeSet<NodeId> = self.lost_to_remote_pods().into_keys().collect();
+        let lost = self.path_states().filter(|(_, state, _)| self.is_lost(*state));
+        known.extend(lost.map(|(node, ..)| node).filter(|node| !answering.contains(node)));
         let mut families: BTreeMap<NodeId, Vec<&str>> = BTreeMap::new();
         for InwardWay { node, ipv4 } in self.kernel.remote_pods.inward.iter().rev() {
-            if !known.contains_key(node) {
+            if !known.contains(node) {
                 let family = if *ipv4 { "IPv4" } else { "IPv6" };
                 families.entry(*node).or_default().push(family);
             }
