@@ -55,7 +55,9 @@ pub fn status(machine: &mut Machine) -> anyhow::Result<Value> {
 
 /// Waits until a host has converged with `members` members, and returns its subnet.
 pub fn converged(machine: &mut Machine, members: usize) -> anyhow::Result<String> {
-    let wait = format!("gossamer status --wait=150 --members {members} -o json 2>&1");
+    // Standard error says what it waits for, which is no JSON.
+    let wait =
+        format!("gossamer status --wait=150 --members {members} -o json 2> /root/waiting-for");
     let answer = machine.run(&wait, TIMEOUT)?;
     if answer.code != 0 {
         let journal = machine.ok("journalctl -b -u gossamer --no-pager | tail -40")?;

@@ -21,6 +21,10 @@ fn copied_program_is_set_up_by_init_and_join_and_removed_by_uninstall() {
 fn set_up(world: &mut World) -> anyhow::Result<()> {
     let mut one = world.copy_booted("v1", 1)?;
     let mut two = world.copy_booted("v2", 2)?;
+    for host in [&mut one, &mut two] {
+        host.take_parcel()?;
+        host.ok("rm /usr/local/bin/gossamer && install -m 755 /parcel/gossamer /usr/local/bin/")?;
+    }
     let said = one.ok_within("gossamer init 2>&1", TIMEOUT)?;
     say(&said);
     ensure!(said.contains("wrote       /etc/systemd/system/gossamer.service"), "{said}");
