@@ -4,7 +4,8 @@
 use std::{fs, path::Path, process::Command, time::Duration};
 
 use crate::common::{
-    Cluster, TIMEOUT, client, isolated, program, run, status_where, texts, tool, wait_until,
+    Cluster, TIMEOUT, assert_logged, client, isolated, program, run, status_where, texts, tool,
+    wait_until,
 };
 use gossamer::lab::{Agent, Host, Lab, Pod};
 use nix::sys::signal::Signal;
@@ -158,8 +159,7 @@ fn forgotten_member_that_restarts_joins_as_a_new_node() {
         // The forgotten member was still alive: it learns that it was forgotten, and joins as a new node.
         cluster.agents[2] = Agent::start(program(), &cluster.hosts[2], &[])?;
         assert_all_reach_all(&mut cluster)?;
-        let log = cluster.agents[2].log();
-        assert!(log.contains("this node was forgotten by the cluster"), "{log}");
+        assert_logged(&cluster.agents[2], "this node was forgotten by the cluster");
         Ok(())
     });
 }

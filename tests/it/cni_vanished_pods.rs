@@ -9,8 +9,8 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces, pods, veths},
     common::{
-        Cluster, TIMEOUT, client, eventually, isolated, program, resume, status_where, suspend,
-        tool, wait_until,
+        Cluster, TIMEOUT, assert_logged, client, eventually, isolated, program, resume,
+        status_where, suspend, tool, wait_until,
     },
 };
 
@@ -152,7 +152,7 @@ fn vanished_pod_is_not_counted_and_its_address_is_reclaimed() {
         wait_until("their addresses are not reclaimed", RECLAIM_TIMEOUT, || {
             pods(&mut cluster.agents[0]) == 1
         });
-        assert!(cluster.agents[0].log().contains("gone without notice"));
+        assert_logged(&cluster.agents[0], "gone without notice");
         assert_eq!(veths(&cluster.hosts[0]), 1);
         Ok(())
     });

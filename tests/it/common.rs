@@ -200,6 +200,16 @@ pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> b
     }
 }
 
+/// Waits for words in an agent's log, which a thread of its own writes.
+#[track_caller]
+pub fn assert_logged(agent: &Agent, words: &str) {
+    let start = Instant::now();
+    while !agent.log().contains(words) {
+        assert!(start.elapsed() < TIMEOUT, "{words:?} is not in {}", agent.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Suspends an agent. Returns when each of its threads is stopped.
 pub fn suspend(agent: &Agent) -> anyhow::Result<()> {
     let pid = agent.pid();

@@ -160,7 +160,8 @@ const FAULTS: [(&str, &str, &str, &str); 12] = [
 #[test]
 fn doctor_reports_injected_faults_and_nothing_on_a_healthy_host() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 3)?;
+        // The bridges that are injected have no address in this host's subnet.
+        let mut cluster = Cluster::start_with(lab, 3, &["--prefer-subnet", "10.42.1.0"])?;
         for agent in &mut cluster.agents {
             status_where(agent, |status| {
                 let mut paths = status["paths"].as_array().expect("paths").iter();

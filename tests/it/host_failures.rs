@@ -19,8 +19,8 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, TIMEOUT, eventually, has_problem, isolated, program, resume, run, suspend, tool,
-        wait_until,
+        Cluster, TIMEOUT, assert_logged, eventually, has_problem, isolated, program, resume, run,
+        suspend, tool, wait_until,
     },
     netavark::{self, Podman},
 };
@@ -105,7 +105,7 @@ fn database_without_its_last_changes_is_completed_from_the_second_copy() {
         fs::rename(&earlier, &db)?;
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         let after = cluster.agents[0].wait_converged(2, TIMEOUT)?;
-        assert!(cluster.agents[0].log().contains("lost its last changes"));
+        assert_logged(&cluster.agents[0], "lost its last changes");
         assert_eq!(Agent::subnet(&after)?, Agent::subnet(&before)?);
         assert_eq!(cluster.agents[0].ask("/v1/pods", TIMEOUT)?, known);
         // After a restart the changes are in the database.
@@ -137,8 +137,8 @@ fn swapped_databases_of_two_hosts_are_moved_aside_and_no_pod_is_lost() {
         }
         cluster.converge()?;
         for (n, before) in before.iter().enumerate() {
+            assert_logged(&cluster.agents[n], "written by node");
             let log = cluster.agents[n].log();
-            assert!(log.contains("written by node"), "{log}");
             assert!(!log.contains("interfaces of unknown pods"), "{log}");
             let after = cluster.agents[n].ask("/v1/pods", TIMEOUT)?;
             assert_eq!(after["pods"][0]["addresses"], before["pods"][0]["addresses"]);

@@ -18,7 +18,7 @@ use self::{
 };
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{TIMEOUT, has_problem, isolated, new_token, program, tool, wait_until},
+    common::{TIMEOUT, assert_logged, has_problem, isolated, new_token, program, tool, wait_until},
 };
 
 /// Starts an agent that leases the subnet it is given.
@@ -123,7 +123,7 @@ fn nodes_started_by_the_manifest_meet_at_their_kubernetes_addresses() {
         let ip = hosts[2].ip.to_string();
         agents[2] = start_as_kubelet(&hosts[2], &ip, &token, &variables(closed_port()), &[])?;
         agents[2].wait_converged(3, TIMEOUT)?;
-        assert!(agents[2].log().contains("the subnet of the last run"), "{}", agents[2].log());
+        assert_logged(&agents[2], "the subnet of the last run");
         tool(&spaces[0], &format!("ping -c 1 -W 5 {}", address(&b)));
         Ok(())
     });

@@ -5,7 +5,7 @@ use std::{fs, net::TcpListener};
 use gossamer::lab::Agent;
 
 use crate::common::{
-    TIMEOUT, has_problem, isolated, program, run, status_where, texts, wait_until,
+    TIMEOUT, assert_logged, has_problem, isolated, program, run, status_where, texts, wait_until,
 };
 
 const ADDRESS: &str = "127.0.0.1:9473";
@@ -22,7 +22,7 @@ fn occupied_http_port_is_reported_and_served_once_free() {
         let served = || run(&host.netns, &format!("curl -sf http://{ADDRESS}/healthz"));
         wait_until("it is not served", TIMEOUT, || served().status.success());
         status_where(&mut agent, |status| !texts(&status["problems"]).contains("http:"));
-        assert!(agent.log().contains("listener opened"), "{}", agent.log());
+        assert_logged(&agent, "listener opened");
         Ok(())
     });
 }
@@ -59,7 +59,7 @@ fn removed_control_socket_is_created_again() {
         fs::remove_file(&socket)?;
         let asked = || run(&host.netns, &format!("{} status {option}", program().display()));
         wait_until("it is not created again", TIMEOUT, || asked().status.success());
-        assert!(agent.log().contains("control socket created again"), "{}", agent.log());
+        assert_logged(&agent, "control socket created again");
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         assert!(!socket.exists());
         Ok(())

@@ -16,8 +16,8 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces, pods, veths},
     common::{
-        Cluster, TIMEOUT, client, eventually, isolated, new_token, program, run, status_where,
-        texts, tool, wait_until,
+        Cluster, TIMEOUT, assert_logged, client, eventually, isolated, new_token, program, run,
+        status_where, texts, tool, wait_until,
     },
     host_failures::lose_database,
 };
@@ -111,8 +111,7 @@ fn pods_survive_a_lost_database_but_not_a_host_reboot() {
             cluster.converge()
         };
         start(&mut cluster)?;
-        let log = cluster.agents[1].log();
-        assert!(log.contains("restored from their interfaces"), "{log}");
+        assert_logged(&cluster.agents[1], "restored from their interfaces");
         let b = Runtime::new(&cluster.agents[1]).add("b");
         assert_ne!(address(&a), address(&b));
         let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway");
@@ -160,8 +159,7 @@ fn pods_survive_a_recorded_boot_id_of_another_boot() {
             fs::write(state.join("boot"), &another)?;
             cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--init"])?;
             cluster.converge()?;
-            let log = cluster.agents[0].log();
-            assert!(log.contains("state directory is of another boot"), "{log}");
+            assert_logged(&cluster.agents[0], "state directory is of another boot");
             // All records are on disk: CHECK opens the namespace by the recorded path.
             let (done, said) =
                 Runtime::new(&cluster.agents[0]).call("CHECK", "a", &json!({ "prevResult": a }));

@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    Cluster, TIMEOUT, eventually, has_problem, isolated, run, status_where, tool, wait_until,
+    Cluster, TIMEOUT, assert_logged, eventually, has_problem, isolated, run, status_where, tool,
+    wait_until,
 };
 use gossamer::lab::{Agent, Host, Pod};
 
@@ -99,8 +100,7 @@ fn deleted_changed_or_renamed_kernel_state_is_repaired_at_once() {
             let kinds = ["FDB entry", "neighbor", "route", "address", "device", "device attribute"];
             kinds.iter().all(|kind| status["kernel"]["repairs"][*kind].as_u64() > Some(0))
         });
-        let log = cluster.agents[0].log();
-        assert!(log.contains("repaired changes by another program"), "{log}");
+        assert_logged(&cluster.agents[0], "repaired changes by another program");
         Ok(())
     });
 }
@@ -126,8 +126,7 @@ fn host_with_changed_address_or_mtu_keeps_its_subnet_and_connections() {
         assert_both_ways(&pods);
         let status = cluster.agents[1].wait_converged(3, TIMEOUT)?;
         assert_eq!(Agent::subnet(&status)?, subnet);
-        let log = cluster.agents[1].log();
-        assert!(log.contains("underlay changed"), "{log}");
+        assert_logged(&cluster.agents[1], "underlay changed");
 
         tool(host, "ip link set eth0 mtu 1400");
         eventually(host, "ip link show gossamer.1", |link| link.contains("mtu 1350 "));

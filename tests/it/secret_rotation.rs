@@ -6,7 +6,9 @@ use gossamer::lab::{Agent, Pinger};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::common::{Cluster, TIMEOUT, client, isolated, program, status_where, wait_until};
+use crate::common::{
+    Cluster, TIMEOUT, assert_logged, client, isolated, program, status_where, wait_until,
+};
 
 /// Runs a step on the first member. Returns the secrets, or the error message.
 fn step(cluster: &Cluster, arguments: &[&str]) -> Result<Value, String> {
@@ -96,7 +98,7 @@ fn secret_rotation_under_traffic_loses_no_member_and_no_packet() {
         let arguments = ["--token", &old_token, "--join", &seed];
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &arguments)?;
         cluster.agents[1].wait_converged(5, TIMEOUT)?;
-        assert!(cluster.agents[1].log().contains("has a secret that the cluster no longer uses"));
+        assert_logged(&cluster.agents[1], "has a secret that the cluster no longer uses");
         Ok(())
     });
 }

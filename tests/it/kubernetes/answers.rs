@@ -13,7 +13,8 @@ use super::{
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        TIMEOUT, client, has_problem, isolated, new_token, program, status_where, tool, wait_until,
+        TIMEOUT, assert_logged, client, has_problem, isolated, new_token, program, status_where,
+        tool, wait_until,
     },
 };
 
@@ -147,7 +148,7 @@ fn nodes_that_cannot_list_other_nodes_report_it_and_find_them_later() {
                 wait_until("the reason is not reported", 2 * TIMEOUT, || {
                     has_problem(agent, "no other node is known") && has_problem(agent, why)
                 });
-                assert!(agent.log().contains("Kubernetes does not list the other nodes"));
+                assert_logged(agent, "Kubernetes does not list the other nodes");
             }
             server.answer(Behavior::Well, Behavior::Well);
             for agent in &mut agents {
