@@ -12,7 +12,7 @@ FROM scratch AS base
 ENV PATH=/
 VOLUME /var/lib/gossamer
 EXPOSE 8472/udp 8473/udp
-HEALTHCHECK --interval=5s --timeout=3s --start-period=30s CMD ["/gossamer", "status"]
+HEALTHCHECK --interval=5s --timeout=3s --start-period=30s CMD ["/gossamer", "status", "--ready"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/gossamer"]
 CMD ["agent"]

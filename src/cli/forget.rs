@@ -19,12 +19,12 @@ pub struct ForgetArgs {
     /// Name, id, beginning of the id, or address of the member
     #[arg(required_unless_present = "former_selves")]
     node: Option<String>,
-    /// Forget all members that do not answer and have the name and the address of a living one
+    /// Forget earlier identities of living hosts: members that do not answer and have the name and the
+    /// address of a living member
     #[arg(long, conflicts_with_all = ["node", "force"])]
     former_selves: bool,
-    /// Reclaim without waiting for all other members, even if the member looks alive. If it still runs,
-    /// or if it granted a subnet to a node that this node does not know, two nodes may get the same
-    /// subnet
+    /// Do not wait for the other members, and also forget a member that looks alive. Two nodes may get the
+    /// same subnet if that member still runs, or has granted a subnet to a node that this node does not know
     #[arg(long)]
     force: bool,
     #[command(flatten)]

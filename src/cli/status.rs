@@ -40,6 +40,9 @@ pub struct StatusArgs {
     /// Also wait until COUNT members are alive, including this one (implies --wait)
     #[arg(long, value_name = "COUNT")]
     members: Option<usize>,
+    /// For probes: exit with 0 unless the node is not ready. A problem, or a peer that is down, does not count
+    #[arg(long, conflicts_with_all = ["wait", "members"])]
+    ready: bool,
     #[command(flatten)]
     client: Client,
 }
@@ -56,7 +59,7 @@ impl StatusArgs {
     }
 }
 
-/// Returns the exit code of the verdict; with --wait 0 if the node has converged and enough members are
+/// Returns the exit code of the verdict; with --ready 0 also for a degraded node; with --wait 0 if the node has converged and enough members are
 /// alive, and 3 if not.
 pub fn status(args: &StatusArgs) -> ExitCode {
     let (answer, status) = match block_on(query_status(args)) {
@@ -65,7 +68,12 @@ pub fn status(args: &StatusArgs) -> ExitCode {
         Err(error) => return fail(error),
     };
     args.client.output.print(&answer, |_, wide| status_text(&status, wide));
-    let Some(seconds) = args.wait() else { return ExitCode::from(status.verdict.exit_code()) };
+    let Some(seconds) = args.wait() else {
+        return match (args.ready, status.verdict.state) {
+            (true, VerdictState::Degraded) => ExitCode::SUCCESS,
+            _ => ExitCode::from(status.verdict.exit_code()),
+        };
+    };
     match unmet(&status, args.members()) {
         None => ExitCode::SUCCESS,
         Some(why) => {

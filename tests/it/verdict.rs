@@ -28,6 +28,9 @@ fn assert_verdict(host: &Host, agent: &mut Agent, expected: &Expected<'_>) {
     let said = String::from_utf8_lossy(&status.stdout).replace('\n', " ");
     assert!(said.contains(&format!("state     {words}")), "{said}");
     assert_eq!(status.status.code(), Some(code), "{said}");
+    // For probes a degraded node is ready.
+    let is_ready = state != "not-ready";
+    assert_eq!(client(agent, &["status", "--ready"]).status.success(), is_ready, "{said}");
     let (head, body) = get(&host.netns, "/readyz", "*/*");
     assert!(head.contains(http) && body.contains(words), "{head} {body}");
     let (_, metrics) = get(&host.netns, "/metrics", "*/*");

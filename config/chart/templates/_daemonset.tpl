@@ -121,7 +121,7 @@ spec:
             {{ include "gossamer.variable" (list $key $value) }}
             {{- end }}
           readinessProbe:
-            exec: {command: [/gossamer, status]}
+            exec: {command: [/gossamer, status, --ready]}
             periodSeconds: 5
           resources:
             {{- toYaml $values.resources | nindent 12 }}
