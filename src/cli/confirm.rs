@@ -64,8 +64,15 @@ impl Consent {
 pub fn loss_of_membership(socket: &Path) -> String {
     let query =
         async { (api::get(socket, "/v1/status").await, api::get(socket, "/v1/pods").await) };
-    let Ok((status, pods)) = block_on(query) else { return "This host's pods.".to_owned() };
-    let (status, pods) = (status.unwrap_or_default(), pods.unwrap_or_default());
+    let (status, pods) = match block_on(query) {
+        Ok((Ok(status), Ok(pods))) => (status, pods),
+        Ok((Err(error), _) | (_, Err(error))) => {
+            return format!("This host may lose its subnet and its pods' network: {error}.");
+        }
+        Err(error) => {
+            return format!("This host may lose its subnet and its pods' network: {error}.");
+        }
+    };
     let subnets: Vec<String> = ["subnet", "subnet6"]
         .iter()
         .map(|key| &status[key])

@@ -79,7 +79,7 @@ fn examination(args: &DoctorArgs) -> Examination {
         let routes = optional("/v1/routes").await?;
         let events = optional("/v1/events?follow=false").await?;
         let status = api::typed(&socket, "/v1/status", reply.clone()).await?;
-        let entries = serde_json::from_value(routes["entries"].clone()).unwrap_or_default();
+        let entries = serde_json::from_value(routes["entries"].clone()).ok();
         let past = serde_json::from_value::<PastEvents>(events.clone()).unwrap_or_default();
         Ok::<_, ClientError>(Agent {
             status,

@@ -160,8 +160,8 @@ pub struct Examination {
 pub struct Agent {
     /// The status.
     pub status: AgentStatus,
-    /// The kernel entries that the agent wants, and those that exist.
-    pub routes: Vec<KernelEntry>,
+    /// The kernel entries that the agent wants, and those that exist. `None` if it did not list them.
+    pub routes: Option<Vec<KernelEntry>>,
     /// The stored events.
     pub events: Vec<Event>,
     /// The same replies as the agent sent them, with the names of their files in the support archive.

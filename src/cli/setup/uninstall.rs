@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::{Options, RETRY_INTERVAL, finish, say, systemd::Systemd};
 use crate::{
-    api,
+    api::{self, ClientError},
     cli::{
         block_on, cleanup,
         cleanup::{CleanupArgs, Places},
@@ -82,8 +82,11 @@ impl Found {
         let places = Places::find(&cleanup);
         let mut agents = Vec::new();
         for socket in places.sockets.iter().filter(|_| options.root.is_none()) {
-            if let Ok(status) = block_on(api::get(socket, "/v1/status"))? {
-                agents.push((socket.clone(), status["cluster"].is_string()));
+            match block_on(api::get(socket, "/v1/status"))? {
+                Ok(status) => agents.push((socket.clone(), status["cluster"].is_string())),
+                Err(ClientError::NoAgent { .. }) => {}
+                // Without its own `leave`, its subnets would stay leased.
+                Err(error) => bail!("{error}; stop that agent first, or let it leave"),
             }
         }
         let mut instances = places.instances.clone();
@@ -182,7 +185,7 @@ impl Found {
             let ended = |(socket, _): &(PathBuf, bool)| {
                 matches!(
                     block_on(api::get(socket, "/v1/status")),
-                    Ok(Err(api::ClientError::NoAgent { .. }))
+                    Ok(Err(ClientError::NoAgent { .. }))
                 )
             };
             let places = Places::find(&args);
