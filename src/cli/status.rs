@@ -40,7 +40,8 @@ pub struct StatusArgs {
     /// Also wait until COUNT members are alive, including this one (implies --wait)
     #[arg(long, value_name = "COUNT")]
     members: Option<usize>,
-    /// For probes: exit with 0 unless the node is not ready. A problem, or a peer that is down, does not count
+    /// For probes: exit with 0 unless the node is not ready. A problem, or a peer that is down, does not
+    /// count
     #[arg(long, conflicts_with_all = ["wait", "members"])]
     ready: bool,
     #[command(flatten)]
@@ -59,8 +60,8 @@ impl StatusArgs {
     }
 }
 
-/// Returns the exit code of the verdict; with --ready 0 also for a degraded node; with --wait 0 if the node has converged and enough members are
-/// alive, and 3 if not.
+/// Returns the exit code of the verdict; with --ready 0 also for a degraded node; with --wait 0 if the
+/// node has converged and enough members are alive, and 3 if not.
 pub fn status(args: &StatusArgs) -> ExitCode {
     let (answer, status) = match block_on(query_status(args)) {
         Ok(Ok(answered)) => answered,
