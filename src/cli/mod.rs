@@ -157,6 +157,19 @@ impl Control {
 
 /// Executes the parsed command and returns the exit code of the process.
 pub fn run(cli: Cli) -> ExitCode {
+    let changes_files = matches!(
+        cli.command,
+        Command::Init(_)
+            | Command::Join(_)
+            | Command::Uninstall(_)
+            | Command::Agent(_)
+            | Command::Cni(_)
+            | Command::Podman(_)
+            | Command::Cleanup(_)
+    );
+    if changes_files && let Err(why) = demo::refuse_changes_of_files() {
+        return fail(why);
+    }
     match cli.command {
         Command::Init(args) => setup::init(*args),
         Command::Join(args) => setup::join(*args),

@@ -237,3 +237,19 @@ fn command_with_closed_output_pipe_ends_silently() {
         Ok(())
     });
 }
+
+/// The hosts of a demo share the files of the machine on which it runs.
+#[test]
+fn commands_that_change_files_are_refused_on_hosts_of_the_demo() {
+    for command in
+        [&["init", "--dry-run"][..], &["uninstall", "--dry-run"], &["cleanup", "--dry-run"]]
+    {
+        let output = Command::new(program())
+            .args(command)
+            .env("IN_GOSSAMER_DEMO", "n1")
+            .output()
+            .expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("n1 is a host of the demo"), "{said}");
+    }
+}

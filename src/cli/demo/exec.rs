@@ -12,6 +12,24 @@ use nix::sched::{CloneFlags, setns};
 
 use super::fail;
 
+/// Environment variable that names the demo's host to the commands run on it.
+const HOST_VARIABLE: &str = "IN_GOSSAMER_DEMO";
+
+/// Returns why a command that changes files of a host cannot run: the hosts of the demo share the files of
+/// this machine, so it would change those.
+///
+/// # Errors
+/// The reason, on a host of the demo.
+pub fn refuse_changes_of_files() -> Result<(), String> {
+    match std::env::var(HOST_VARIABLE) {
+        Ok(host) => Err(format!(
+            "{host} is a host of the demo, which shares the files of this machine: this command would change \
+             /etc, /var/lib and the plugins of the machine itself"
+        )),
+        Err(_) => Ok(()),
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct ExecArgs {
     /// Host (n1) or pod (n1-pod)
@@ -35,7 +53,7 @@ pub fn run(args: &ExecArgs) -> ExitCode {
         let host = args.node.strip_suffix("-pod").unwrap_or(&args.node);
         let socket = Path::new("/run/lab").join(host).join("gossamer.sock");
         let mut command = Command::new(&program);
-        command.args(arguments).env("GOSSAMER_SOCKET", socket);
+        command.args(arguments).env("GOSSAMER_SOCKET", socket).env(HOST_VARIABLE, host);
         let status = command.status();
         status.map_err(|error| format!("{name}: {error}"))
     });

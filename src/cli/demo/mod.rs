@@ -18,6 +18,8 @@ use std::{
 use clap::{Args, Subcommand};
 use nix::sys::{prctl::set_pdeathsig, signal::Signal};
 
+pub use self::exec::refuse_changes_of_files;
+
 use super::fail;
 use crate::lab;
 
