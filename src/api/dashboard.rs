@@ -13,7 +13,7 @@ use axum::{
     Router,
     extract::Request,
     http::{
-        HeaderMap, StatusCode,
+        HeaderMap, HeaderName, StatusCode,
         header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, REFERRER_POLICY},
     },
     middleware::{self, Next},
@@ -82,13 +82,7 @@ const SCRIPTS: [File; 24] = scripts![
 /// Serves the page's files.
 pub fn pages<S: Clone + Send + Sync + 'static>() -> Router<S> {
     PAGE.into_iter().chain(SCRIPTS).fold(Router::new(), |router, (path, content_type, text)| {
-        let headers = [
-            (CONTENT_TYPE, content_type),
-            (CONTENT_SECURITY_POLICY, POLICY),
-            (CACHE_CONTROL, "no-cache"),
-            (REFERRER_POLICY, "no-referrer"),
-        ];
-        router.route(path, get(move || async move { (headers, text) }))
+        router.route(path, get(move || async move { (headers(content_type), text) }))
     })
 }
 
@@ -105,13 +99,17 @@ pub async fn problem_codes() -> impl IntoResponse {
         page.push_str(&format!("<dt id=\"{name}\"><code>{name}</code></dt><dd>{means}</dd>"));
     }
     page.push_str("</dl></main></html>\n");
-    let headers = [
-        (CONTENT_TYPE, HTML),
+    (headers(HTML), page)
+}
+
+/// Returns the headers of every page of the dashboard.
+const fn headers(content_type: &'static str) -> [(HeaderName, &'static str); 4] {
+    [
+        (CONTENT_TYPE, content_type),
         (CONTENT_SECURITY_POLICY, POLICY),
         (CACHE_CONTROL, "no-cache"),
         (REFERRER_POLICY, "no-referrer"),
-    ];
-    (headers, page)
+    ]
 }
 
 /// On a loopback address, answers only requests whose `Host` is a number or `localhost`. A page of

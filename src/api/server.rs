@@ -29,8 +29,8 @@ use crate::{
 
 use super::{
     AgentRequest, AgentStatus, ApiError, ApiErrorCode, AttachRequest, AttachmentName,
-    EncodedMatrix, Event, EventFeed, KernelEntry, MatrixRow, PingReport, PodError, PodErrorKind,
-    PodStatus, SAMPLE_INTERVAL, Sample, SecretStep, VerdictState, dashboard,
+    EncodedMatrix, Event, EventFeed, KernelEntry, PodError, PodErrorKind, PodStatus,
+    SAMPLE_INTERVAL, Sample, SecretStep, VerdictState, dashboard,
     metrics::{self, Page},
 };
 
@@ -314,8 +314,7 @@ async fn change_secret(
 
 async fn ping(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>) -> Response {
     let PingQuery { node } = query;
-    let render = |result: Result<PingReport, ApiError>| json_or_error(result);
-    respond(&submit_fn, |reply| AgentRequest::Ping { node, reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Ping { node, reply }, json_or_error).await
 }
 
 async fn routes(State(submit_fn): State<SubmitFn>) -> Response {
@@ -330,8 +329,7 @@ async fn routes(State(submit_fn): State<SubmitFn>) -> Response {
 
 async fn peer(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>) -> Response {
     let PingQuery { node } = query;
-    let render = |result: Result<Option<MatrixRow>, ApiError>| json_or_error(result);
-    respond(&submit_fn, |reply| AgentRequest::Peer { node, reply }, render).await
+    respond(&submit_fn, |reply| AgentRequest::Peer { node, reply }, json_or_error).await
 }
 
 async fn history(State(submit_fn): State<SubmitFn>) -> Response {

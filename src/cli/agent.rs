@@ -74,7 +74,7 @@ fn docker_socket_from_systemd() -> io::Result<Option<UnixListener>> {
 }
 
 fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
-    let unknown_variables = match check_environment(std::env::vars_os().map(|(name, _)| name)) {
+    let unknown_variables = match check_environment() {
         Ok(unknown) => unknown,
         Err(error) => return fail(error),
     };

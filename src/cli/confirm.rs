@@ -11,14 +11,13 @@ use serde_json::Value;
 
 use super::{
     block_on,
-    output::{elements, text},
+    output::{elements, first_names, text},
+    pods::SHORT_ID_CHARS,
 };
 use crate::{api, model::visible_lines};
 
 /// Most pods that a question names.
 const MAX_NAMED_PODS: usize = 10;
-/// Characters of a container's id that distinguish it.
-const SHORT_ID_CHARS: usize = 13;
 
 /// The option of every destructive command.
 #[derive(Clone, Copy, Debug, Args)]
@@ -62,13 +61,12 @@ impl Consent {
 
 /// Describes what this host loses if it leaves its cluster or becomes a new node: pods and subnets.
 pub fn loss_of_membership(socket: &Path) -> String {
-    let query =
-        async { (api::get(socket, "/v1/status").await, api::get(socket, "/v1/pods").await) };
-    let (status, pods) = match block_on(query) {
-        Ok((Ok(status), Ok(pods))) => (status, pods),
-        Ok((Err(error), _) | (_, Err(error))) => {
-            return format!("This host may lose its subnet and its pods' network: {error}.");
-        }
+    let query = async {
+        let status = api::get(socket, "/v1/status").await?;
+        anyhow::Ok((status, api::get(socket, "/v1/pods").await?))
+    };
+    let (status, pods) = match block_on(query).map_err(Into::into).flatten() {
+        Ok(answers) => answers,
         Err(error) => {
             return format!("This host may lose its subnet and its pods' network: {error}.");
         }
@@ -93,13 +91,11 @@ fn lost_pods(pods: &Value) -> String {
         elements(&pods["pods"]).filter(|pod| pod["orphan"] != true).map(id).collect();
     names.sort();
     names.dedup();
-    let more = names.len().saturating_sub(MAX_NAMED_PODS);
-    let shown = names.iter().take(MAX_NAMED_PODS).cloned().collect::<Vec<_>>().join(", ");
-    match (names.len(), more) {
-        (0, _) => "and has no pods made by a runtime's plugin".to_owned(),
-        (1, _) => format!("and 1 pod loses its network: {shown}"),
-        (count, 0) => format!("and {count} pods lose their network: {shown}"),
-        (count, more) => format!("and {count} pods lose their network: {shown} and {more} more"),
+    let shown = first_names(&names, MAX_NAMED_PODS);
+    match names.len() {
+        0 => "and has no pods made by a runtime's plugin".to_owned(),
+        1 => format!("and 1 pod loses its network: {shown}"),
+        count => format!("and {count} pods lose their network: {shown}"),
     }
 }
 

@@ -62,8 +62,7 @@ fn config_file(args: &DoctorArgs) -> Option<PathBuf> {
 }
 
 fn examination(args: &DoctorArgs) -> Examination {
-    let variables = std::env::vars_os().map(|(name, _)| name);
-    let completed = check_environment(variables)
+    let completed = check_environment()
         .and_then(|_| args.settings.clone().complete(config_file(args).as_deref()));
     let config = completed.and_then(Settings::check);
     let socket = match &config {

@@ -35,16 +35,23 @@ mod token;
 mod top;
 mod version;
 
-use std::{fmt::Display, path::PathBuf, process::ExitCode};
+use std::{
+    fmt::Display,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{
     Args, Parser, Subcommand,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use serde_json::Value;
 
 pub use self::help::parse;
 use self::output::{Format, query_and_print};
 use crate::{
+    api::{self, ClientError},
     config::{Instance, example},
     runtime::block_on,
 };
@@ -152,6 +159,22 @@ impl Client {
 impl Control {
     fn socket(&self) -> PathBuf {
         self.socket.clone().unwrap_or_else(|| self.instance.socket())
+    }
+}
+
+/// Time between two attempts to reach a socket that does not exist yet.
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Queries an agent; waits for its socket, because the agent may have been started just now.
+async fn get_once_started(socket: &Path, target: &str) -> Result<Value, ClientError> {
+    loop {
+        match api::get(socket, target).await {
+            // `NoAnswer`: the agent restarts its work, as after reset-identity.
+            Err(ClientError::NoAgent { .. } | ClientError::NoAnswer(_)) => {
+                tokio::time::sleep(RETRY_INTERVAL).await;
+            }
+            answer => return answer,
+        }
     }
 }
 

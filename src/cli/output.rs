@@ -125,6 +125,15 @@ pub fn problem_in(answer: &Value) -> Option<String> {
     problem.ok().map(|problem| problem_text(&problem))
 }
 
+/// Formats the first names and the number of the others.
+pub fn first_names(names: &[String], most: usize) -> String {
+    let shown = names.iter().take(most).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(most) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 /// Returns the seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs())

@@ -9,7 +9,7 @@ use super::{Client, output::table, query_and_print};
 use crate::api;
 
 /// Characters of a container's id in the narrow form. They are enough to distinguish ids.
-const SHORT_ID_CHARS: usize = 13;
+pub const SHORT_ID_CHARS: usize = 13;
 
 #[derive(Debug, Args)]
 pub struct PodsArgs {

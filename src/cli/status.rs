@@ -7,8 +7,10 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{
-    Client, fail,
-    output::{bad, doubtful, good, problem_text, strong, without_control_chars, wrapped},
+    Client, fail, get_once_started,
+    output::{
+        bad, doubtful, first_names, good, problem_text, strong, without_control_chars, wrapped,
+    },
 };
 use crate::{
     api::{
@@ -25,8 +27,6 @@ const NOT_CONVERGED: u8 = 3;
 const DEFAULT_WAIT_SECONDS: u64 = 60;
 /// Time after which --wait says what it waits for.
 const ANNOUNCE_AFTER: Duration = Duration::from_millis(500);
-/// Time between two attempts to reach a socket that does not exist yet.
-const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// Columns before the text of each line.
 const LABEL_COLUMNS: usize = 10;
 /// Most names in one row.
@@ -127,17 +127,7 @@ async fn query_answer(args: &StatusArgs) -> Result<Value, ClientError> {
     let members = args.members();
     let target = format!("/v1/status?wait={seconds}&members={members}");
     let patience = Duration::from_secs(seconds);
-    let answered = tokio::time::timeout(patience, async {
-        loop {
-            match api::get(socket, &target).await {
-                // `NoAnswer`: the agent restarts its work, as after reset-identity.
-                Err(ClientError::NoAgent { .. } | ClientError::NoAnswer(_)) => {
-                    tokio::time::sleep(RETRY_INTERVAL).await;
-                }
-                answer => return answer,
-            }
-        }
-    });
+    let answered = tokio::time::timeout(patience, get_once_started(socket, &target));
     // A wait that ends immediately needs no message.
     let announced = async {
         tokio::time::sleep(ANNOUNCE_AFTER).await;
@@ -241,7 +231,9 @@ fn members_not_alive(status: &AgentStatus) -> String {
     for member in present(status).filter(|member| member.state() != MemberState::Alive) {
         by_state.entry(member.state().to_string()).or_default().push(member.label.clone());
     }
-    let texts = by_state.iter().map(|(state, names)| format!(", {state}: {}", first_names(names)));
+    let texts = by_state
+        .iter()
+        .map(|(state, names)| format!(", {state}: {}", first_names(names, MAX_NAMES)));
     texts.map(doubtful).collect()
 }
 
@@ -261,7 +253,8 @@ fn paths(status: &AgentStatus) -> String {
     }
     for (state, names) in by_state {
         let state = state.name();
-        let _ = write!(line, ", {}", bad(format_args!("{state}: {}", first_names(&names))));
+        let _ =
+            write!(line, ", {}", bad(format_args!("{state}: {}", first_names(&names, MAX_NAMES))));
     }
     line
 }
@@ -269,7 +262,7 @@ fn paths(status: &AgentStatus) -> String {
 fn reclaims(node: &Reclaiming, status: &AgentStatus) -> String {
     let waits = match &node.waits_for {
         Some(missing) if missing.is_empty() => "all have acknowledged".to_owned(),
-        Some(missing) => format!("waits for {}", first_names(missing)),
+        Some(missing) => format!("waits for {}", first_names(missing, MAX_NAMES)),
         None => {
             let successor = status.members.iter().find(|member| member.node == node.successor);
             successor.map_or_else(
@@ -279,15 +272,6 @@ fn reclaims(node: &Reclaiming, status: &AgentStatus) -> String {
         }
     };
     format!("{} subnets of {}, forgotten: {waits}", node.slots, node.name)
-}
-
-/// Formats the first names and the number of the others.
-fn first_names(names: &[String]) -> String {
-    let shown = names.iter().take(MAX_NAMES).cloned().collect::<Vec<_>>().join(", ");
-    match names.len().saturating_sub(MAX_NAMES) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
 }
 
 /// Returns whether a member has neither left nor been forgotten.

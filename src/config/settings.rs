@@ -236,13 +236,18 @@ impl Settings {
     }
 
     /// Reads the TOML file alone, without environment and `net_config`.
+    fn from_toml(path: &Path) -> Result<Self, ConfigError> {
+        let text = files::read_text(path, files::SMALL);
+        Self::parse(path, &text.map_err(|e| bad(format!("config {}", path.display()), e))?)
+    }
+
+    /// Parses the text of a TOML file.
     ///
     /// # Errors
-    /// Fails if the file cannot be read or parsed.
-    pub fn from_toml(path: &Path) -> Result<Self, ConfigError> {
+    /// Fails if a setting is unknown or its value is invalid.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
         let field = || format!("config {}", path.display());
-        let text = files::read_text(path, files::SMALL).map_err(|e| bad(field(), e))?;
-        toml::from_str(&text).map_err(|error| unknown::explain(&field(), &text, &error))
+        toml::from_str(text).map_err(|error| unknown::explain(&field(), text, &error))
     }
 
     fn or(self, other: Self) -> Self {

@@ -87,7 +87,7 @@ fn is_setting_of(line: &str, key: &str) -> bool {
 
 /// Returns the variables that look like settings and are none. Those of Kubernetes for a service named
 /// `gossamer` do not count.
-pub fn unknown_variables(variables: impl Iterator<Item = OsString>) -> Vec<String> {
+fn unknown_variables(variables: impl Iterator<Item = OsString>) -> Vec<String> {
     let names = names();
     let variables = variables.filter_map(|name| name.into_string().ok());
     let ours: Vec<String> = variables.filter(|name| name.starts_with(PREFIX)).collect();
@@ -114,9 +114,11 @@ pub fn unknown_variables(variables: impl Iterator<Item = OsString>) -> Vec<Strin
 ///
 /// # Errors
 /// The variable, and the one that is probably meant.
-pub fn check_environment(
-    variables: impl Iterator<Item = OsString>,
-) -> Result<Vec<String>, ConfigError> {
+pub fn check_environment() -> Result<Vec<String>, ConfigError> {
+    check_variables(std::env::vars_os().map(|(name, _)| name))
+}
+
+fn check_variables(variables: impl Iterator<Item = OsString>) -> Result<Vec<String>, ConfigError> {
     let unknown = unknown_variables(variables);
     for name in &unknown {
         let rest = name.strip_prefix(PREFIX).unwrap_or_default().to_ascii_lowercase();
@@ -176,7 +178,7 @@ mod tests {
 
     #[test]
     fn check_environment_rejects_misspelt_variables_only() {
-        let check = |names: &[&str]| check_environment(names.iter().map(OsString::from));
+        let check = |names: &[&str]| check_variables(names.iter().map(OsString::from));
         for (name, meant) in [
             ("GOSSAMER_NETWROK", "GOSSAMER_NETWORK"),
             ("GOSSAMER_TOKENFILE", "GOSSAMER_TOKEN_FILE"),

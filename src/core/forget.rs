@@ -103,15 +103,18 @@ impl Replica {
             || self.directory.get(node).is_some_and(MemberRecord::has_left)
     }
 
+    /// Returns whether a node owns slots.
+    pub(super) fn owns_slots(&self, node: NodeId) -> bool {
+        let mut clusters = self.cluster_state.iter();
+        clusters.any(|cluster_state| cluster_state.slots.runs_of(node).next().is_some())
+    }
+
     /// Returns whether a node without a member record is still referenced: it owns slots, is the successor
     /// of a forgotten node, or received the records of a node that left.
     pub(super) fn is_referenced(&self, node: NodeId) -> bool {
-        let owns = |cluster_state: &super::ClusterState| {
-            cluster_state.slots.runs_of(node).next().is_some()
-        };
         let is_successor = self.directory.forgets().any(|forget| forget.successor == node);
         let is_keeper = self.directory.iter().any(|record| record.left_to == Some(node));
-        is_successor || is_keeper || self.cluster_state.as_ref().is_some_and(owns)
+        is_successor || is_keeper || self.owns_slots(node)
     }
 
     /// Returns the nodes that have not acknowledged: members, and nodes that are known only as owners of
@@ -135,14 +138,9 @@ impl Replica {
 
     /// Returns the forget records with this node as successor whose nodes still own slots.
     pub(super) fn pending_reclaims(&self) -> impl Iterator<Item = Forget> + '_ {
-        let owns = |node| {
-            self.cluster_state
-                .as_ref()
-                .is_some_and(|cluster_state| cluster_state.slots.runs_of(node).next().is_some())
-        };
         self.directory
             .forgets()
-            .filter(move |forget| forget.successor == self.me.node && owns(forget.node))
+            .filter(|forget| forget.successor == self.me.node && self.owns_slots(forget.node))
             .copied()
     }
 

@@ -105,16 +105,17 @@ impl Joining {
 impl Node {
     /// Returns, while the node is in no cluster, the seeds that have not admitted it with the reason.
     pub fn seed_failures(&self) -> impl Iterator<Item = (usize, String)> + '_ {
-        let failures =
-            self.lifecycle.joining.failures().filter(|_| self.replica.cluster_state.is_none());
-        failures.map(|(seed, failure)| (seed, failure.to_string()))
+        self.failures_before_membership().map(|(seed, failure)| (seed, failure.to_string()))
     }
 
     /// Returns the seeds whose address is this node's own; none once the node is in a cluster.
     pub fn own_seeds(&self) -> impl Iterator<Item = usize> + '_ {
-        let failures =
-            self.lifecycle.joining.failures().filter(|_| self.replica.cluster_state.is_none());
+        let failures = self.failures_before_membership();
         failures.filter(|(_, failure)| failure.is_own_address()).map(|(seed, _)| seed)
+    }
+
+    fn failures_before_membership(&self) -> impl Iterator<Item = (usize, &SeedFailure)> {
+        self.lifecycle.joining.failures().filter(|_| self.replica.cluster_state.is_none())
     }
 
     /// Replaces the seeds; `seeds` is their new number. Answers to calls to the old seeds are ignored,

@@ -189,12 +189,7 @@ impl Node {
             return self.hand_to_next(now);
         }
         let me = self.replica.me.node;
-        let still_owns = self
-            .replica
-            .cluster_state
-            .as_ref()
-            .is_some_and(|cluster_state| cluster_state.slots.runs_of(me).next().is_some());
-        if still_owns && self.may_write() {
+        if self.replica.owns_slots(me) && self.may_write() {
             // A grant to this node arrived during the leave. With unverified memory the node writes nothing,
             // and the cluster reclaims the slot.
             self.hand_over(successor.unwrap_or(keeper));

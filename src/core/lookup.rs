@@ -15,9 +15,10 @@ const LABEL_SEPARATOR: char = '~';
 const MIN_ID_DIGITS: usize = 4;
 
 /// Labels of all members.
-pub(super) struct Labels<'a> {
+pub struct Labels<'a> {
     node: &'a Node,
     by_name: BTreeMap<&'a str, Vec<&'a MemberRecord>>,
+    opinions: BTreeMap<NodeId, Liveness>,
     /// Members that are earlier identities of living ones.
     former: BTreeSet<NodeId>,
 }
@@ -66,7 +67,8 @@ impl Node {
                 (Some(node), None) => return Ok(node),
                 (Some(one), Some(other)) => {
                     let all = [one, other].into_iter().chain(found);
-                    let choices: Vec<String> = all.map(|node| self.choice(node)).collect();
+                    let labels = self.labels();
+                    let choices: Vec<String> = all.map(|node| labels.choice(node)).collect();
                     let (count, whom) = (choices.len(), whom.to_owned());
                     return Err(CannotForget::Ambiguous(count, whom, choices.join(", ")));
                 }
@@ -88,21 +90,8 @@ impl Node {
         }
     }
 
-    /// Returns a label with the member's state.
-    fn choice(&self, node: NodeId) -> String {
-        let opinion = self.membership.opinions().get(&node).copied();
-        let state = match opinion {
-            _ if node == self.replica.me.node => "this node",
-            Some(Liveness::Alive) => "alive",
-            Some(Liveness::Suspect) => "suspect",
-            Some(Liveness::Down) => "down",
-            None => "unknown",
-        };
-        format!("{} ({state})", self.label_of(node))
-    }
-
     /// Returns the labels of all members, for many uses at once.
-    pub(super) fn labels(&self) -> Labels<'_> {
+    pub fn labels(&self) -> Labels<'_> {
         let mut by_name: BTreeMap<&str, Vec<&MemberRecord>> = BTreeMap::new();
         for record in self.replica.directory.iter() {
             by_name.entry(record.name.as_str()).or_default().push(record);
@@ -124,12 +113,7 @@ impl Node {
             .flat_map(|same| same.iter().filter(|record| is_former(record, same)))
             .map(|record| record.node)
             .collect();
-        Labels { node: self, by_name, former }
-    }
-
-    /// Returns the members that are earlier identities of living ones.
-    pub fn former_selves(&self) -> BTreeSet<NodeId> {
-        self.labels().former
+        Labels { node: self, by_name, opinions, former }
     }
 
     /// Returns a name that every command understands, see [`Labels::of`].
@@ -139,15 +123,32 @@ impl Node {
 }
 
 impl Labels<'_> {
+    /// Returns the members that are earlier identities of living ones.
+    pub const fn former_selves(&self) -> &BTreeSet<NodeId> {
+        &self.former
+    }
+
     /// Returns whether a member is an earlier identity of another one: it does not answer, and a living
     /// member has its name and its address.
     pub(super) fn is_former_self(&self, node: NodeId) -> bool {
         self.former.contains(&node)
     }
 
+    /// Returns a label with the member's state.
+    fn choice(&self, node: NodeId) -> String {
+        let state = match self.opinions.get(&node) {
+            _ if node == self.node.replica.me.node => "this node",
+            Some(Liveness::Alive) => "alive",
+            Some(Liveness::Suspect) => "suspect",
+            Some(Liveness::Down) => "down",
+            None => "unknown",
+        };
+        format!("{} ({state})", self.of(node))
+    }
+
     /// Returns a name that every command understands: the member's name; with the beginning of its id if the
     /// name alone stands for another member; or its id if the name is not known.
-    pub(super) fn of(&self, node: NodeId) -> String {
+    pub fn of(&self, node: NodeId) -> String {
         let directory = &self.node.replica.directory;
         let Some(record) = directory.get(node) else { return node.to_string() };
         let name = record.name.as_str();

@@ -36,12 +36,12 @@ const fn seconds(count: u64) -> Duration {
     Duration::from_secs(count)
 }
 
-/// Hosts are identified by their index; 0 is the creator.
 /// Joins problems with their remedies, one a line.
 fn texts(problems: &[Problem]) -> String {
     problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n")
 }
 
+/// Hosts are identified by their index; 0 is the creator.
 impl World {
     fn created(settings: ClusterSettings) -> Self {
         let mut world = Self::new(1, settings);

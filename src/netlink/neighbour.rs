@@ -202,6 +202,12 @@ fn permanent(found: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
     Some((ip, mac?))
 }
 
+/// Returns whether an entry in this state has an address that the kernel sends to.
+pub const fn is_resolved(state: NeighbourState) -> bool {
+    use NeighbourState::{Delay, Probe, Reachable, Stale};
+    matches!(state, Reachable | Stale | Delay | Probe)
+}
+
 /// Parses an entry. `None` if it has no IP address.
 fn neighbor(found: &NeighbourMessage) -> Option<Neighbor> {
     let (mut ip, mut mac, mut protocol) = (None, None, None);
@@ -220,13 +226,7 @@ fn neighbor(found: &NeighbourMessage) -> Option<Neighbor> {
             _ => {}
         }
     }
-    let is_resolved = matches!(
-        found.header.state,
-        NeighbourState::Reachable
-            | NeighbourState::Stale
-            | NeighbourState::Delay
-            | NeighbourState::Probe
-    );
+    let is_resolved = is_resolved(found.header.state);
     Some(Neighbor {
         link: found.header.ifindex,
         ip: ip?,

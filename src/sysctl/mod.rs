@@ -53,6 +53,14 @@ fn unreadable_below(root: &Path) -> Option<Problem> {
     Some(notice.notice())
 }
 
+/// Whether an interface has a strict reverse path filter (RFC 3704): the larger of the values for all
+/// interfaces and for this one applies.
+pub fn has_strict_rp_filter(interface: &str) -> bool {
+    const STRICT: u8 = 1;
+    let value = |name: &str| number(&format!("net/ipv4/conf/{name}/rp_filter"));
+    value("all").max(value(interface)) == Some(STRICT)
+}
+
 /// Returns the value of a numeric sysctl; `None` if it does not exist or cannot be read.
 pub fn number(name: &str) -> Option<u8> {
     read(name)?.parse().ok()

@@ -20,7 +20,7 @@ fn members_named<'a>(status: &'a Value, name: &str) -> Vec<&'a Value> {
 fn former_self_is_hidden_named_with_its_id_and_forgotten_by_one_command() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        // The third host is installed anew: the same name and address, another key.
+        // The third host is installed again: the same name and address, another key.
         cluster.agents[2].end(Signal::SIGKILL)?;
         std::fs::remove_dir_all(cluster.hosts[2].dir.join("state"))?;
         cluster.agents[2] = cluster.start_agent(&cluster.hosts[2], &[])?;

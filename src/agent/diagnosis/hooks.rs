@@ -59,42 +59,41 @@ pub fn chains(subnet: IpNet, families: &[&str]) -> impl Iterator<Item = String> 
 
 /// Returns a sentence with a remedy for each hook on one side of an interface; empty if none is found.
 pub fn at(netlink: &mut Netlink, link: &Link, side: Side) -> Vec<String> {
-    let name = &link.name;
     let mut found = Vec::new();
     if side == Side::Egress {
         found.extend(qdiscs(netlink, link));
     }
     found.extend(xdp(link).filter(|_| side == Side::Ingress));
-    let filters = netlink.filters(link.index, side == Side::Egress).unwrap_or_default();
-    let filters: Vec<String> = filters.into_iter().take(MAX_NAMED).collect();
-    let side_name = side.name();
-    if !filters.is_empty() {
-        found.push(format!(
-            "{name} has filters on its {side_name} ({}): tc filter show dev {name} {side_name}",
-            filters.join(", ")
-        ));
-    }
-    found.extend(tcx(name, side));
+    found.extend(filters(netlink, link, side, "filters", |_| true));
+    found.extend(tcx(&link.name, side));
     found
+}
+
+/// Returns a sentence about the filters of a kind on one side of an interface.
+fn filters(
+    netlink: &mut Netlink,
+    link: &Link,
+    side: Side,
+    kind: &str,
+    is_of_kind: impl Fn(&String) -> bool,
+) -> Option<String> {
+    let filters = netlink.filters(link.index, side == Side::Egress).unwrap_or_default();
+    let named: Vec<String> = filters.into_iter().filter(is_of_kind).take(MAX_NAMED).collect();
+    let (name, side) = (&link.name, side.name());
+    (!named.is_empty()).then(|| {
+        let named = named.join(", ");
+        format!("{name} has {kind} on its {side} ({named}): tc filter show dev {name} {side}")
+    })
 }
 
 /// Returns a sentence for each group of eBPF programs that see every packet at an interface. What they do
 /// with a packet is unknown.
 pub fn programs(netlink: &mut Netlink, link: &Link) -> Vec<String> {
-    let name = &link.name;
+    let is_program = |filter: &String| filter.split(' ').next() == Some("bpf");
     let mut found: Vec<String> = xdp(link).into_iter().collect();
     for side in [Side::Ingress, Side::Egress] {
-        let filters = netlink.filters(link.index, side == Side::Egress).unwrap_or_default();
-        let is_program = |filter: &String| filter.split(' ').next() == Some("bpf");
-        let filters: Vec<String> = filters.into_iter().filter(is_program).take(MAX_NAMED).collect();
-        let side_name = side.name();
-        if !filters.is_empty() {
-            found.push(format!(
-                "{name} has eBPF programs on its {side_name} ({}): tc filter show dev {name} {side_name}",
-                filters.join(", ")
-            ));
-        }
-        found.extend(tcx(name, side));
+        found.extend(filters(netlink, link, side, "eBPF programs", is_program));
+        found.extend(tcx(&link.name, side));
     }
     found
 }

@@ -170,8 +170,8 @@ impl Agent {
             self.node.peers().filter(|node| self.is_down(*node, &opinions)).collect();
         if !down.is_empty() {
             // A notice is about them.
-            let former = self.node.former_selves();
-            down.retain(|node| !former.contains(node));
+            let labels = self.node.labels();
+            down.retain(|node| !labels.former_selves().contains(node));
         }
         let paths: BTreeMap<NodeId, PathState> =
             self.path_states().map(|(node, state, _)| (node, state)).collect();
@@ -197,20 +197,23 @@ impl Agent {
 
     /// Returns a notice about earlier identities of living hosts.
     pub(in crate::agent) fn former_selves_notice(&self) -> Option<Problem> {
-        let former = self.node.former_selves();
-        let labels: Vec<String> =
-            former.iter().take(MAX_DOWN_NAMED).map(|node| self.node.label_of(*node)).collect();
-        let more = match former.len().saturating_sub(labels.len()) {
+        let labels = self.node.labels();
+        let former = labels.former_selves();
+        if former.is_empty() {
+            return None;
+        }
+        let named: Vec<String> =
+            former.iter().take(MAX_DOWN_NAMED).map(|node| labels.of(*node)).collect();
+        let more = match former.len().saturating_sub(named.len()) {
             0 => String::new(),
             more => format!(" and {more} more"),
         };
         let what = format!(
             "earlier identities of living hosts are still members and keep their subnets: {}{more}",
-            labels.join(", ")
+            named.join(", ")
         );
         let fix = "gossamer forget --former-selves";
-        let notice = Problem::new(ProblemCode::MemberDown, "former selves", what, fix).notice();
-        (!former.is_empty()).then_some(notice)
+        Some(Problem::new(ProblemCode::MemberDown, "former selves", what, fix).notice())
     }
 
     /// Whether gossip holds a member down. A member that it has not heard of counts as down once it had time

@@ -114,6 +114,12 @@ impl Agent {
         Underlay { routed, ..self.underlay.with_mode(self.config.mode) }
     }
 
+    /// Like [`Self::current_underlay`], for questions about one peer.
+    pub(in crate::agent) fn underlay_to(&self, peer: IpAddr) -> Underlay {
+        let routed = self.kernel.routing.routed.get(&peer).copied().into_iter().collect();
+        Underlay { routed, ..self.underlay.with_mode(self.config.mode) }
+    }
+
     /// Computes the desired state and passes it to the kernel thread.
     pub(in crate::agent) fn program(&mut self) {
         let state = match (&self.kernel.wanted, self.node.cluster()) {

@@ -415,7 +415,7 @@ impl Agent {
     fn way_to(&self, node: NodeId) -> Option<Way> {
         let peer = self.kernel.wanted.as_ref()?.peers.get(&node)?;
         let (_, subnets) = peer.leases.first()?;
-        Some(self.current_underlay().way(peer.vtep.underlay, subnets.first))
+        Some(self.underlay_to(peer.vtep.underlay).way(peer.vtep.underlay, subnets.first))
     }
 
     /// Whether packets to a peer use the tunnel.

@@ -221,7 +221,7 @@ impl Agent {
         if lost && self.kernel.forwarding.drops_incoming[usize::from(!ipv4)] {
             return None;
         }
-        let underlay = self.current_underlay();
+        let underlay = self.underlay_to(there);
         let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
         let is_direct = matches!(ways[0], Way::Direct { .. });
         if lost && self.prober.paths.is_diverted_inbound(node) {

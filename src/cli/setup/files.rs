@@ -1,7 +1,7 @@
 //! The settings file that `init` and `join` extend.
 
 use std::{
-    fs, io,
+    io,
     path::{Path, PathBuf},
 };
 
@@ -31,10 +31,7 @@ impl SettingsFile {
             Err(error) if error.kind() == io::ErrorKind::NotFound => HEADER.to_owned(),
             text => text.with_context(|| path.display().to_string())?,
         };
-        let settings = match fs::exists(path)? {
-            true => Settings::from_toml(path)?,
-            false => Settings::default(),
-        };
+        let settings = Settings::parse(path, &text)?;
         Ok(Self { path: path.to_owned(), text, settings, added: Table::new() })
     }
 

@@ -8,7 +8,6 @@ mod systemd;
 mod uninstall;
 
 use std::{
-    fs,
     io::{self, Read as _},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -20,7 +19,7 @@ use clap::Args;
 use serde_json::Value;
 
 use self::{files::SettingsFile, systemd::Systemd};
-use super::{block_on, fail, output::write_stdout};
+use super::{block_on, fail, get_once_started, output::write_stdout};
 use crate::{
     api::{self, ClientError},
     config::{Instance, Settings, check_environment, parse_token, read_token_file},
@@ -35,8 +34,6 @@ pub use uninstall::{UninstallArgs, run as uninstall};
 const NOT_READY: u8 = 3;
 /// Time that a command waits for this host to become a member.
 const MEMBER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time between two attempts to reach a socket that does not exist yet.
-const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// Mode of the settings file, which may contain a token.
 const SETTINGS_MODE: u32 = 0o640;
 
@@ -140,7 +137,7 @@ struct Setup {
 
 impl Setup {
     fn new(options: Options, mut settings: Settings) -> anyhow::Result<Self> {
-        check_environment(std::env::vars_os().map(|(name, _)| name))?;
+        check_environment()?;
         let instance: Instance = settings.instance.as_deref().unwrap_or_default().parse()?;
         let token = match (settings.token.take(), settings.token_file.take()) {
             (Some(_), Some(_)) => bail!("set token or token_file, not both"),
@@ -249,10 +246,9 @@ impl Setup {
             }
             Ok(old) => {
                 // Another token of the same cluster is a newer one, or has other seeds.
-                let same = old.secret == token.secret || old.cluster == token.cluster;
-                let known = old.known_cluster().or(token.known_cluster()).is_some();
+                let same_cluster = old.known_cluster().is_some() && old.cluster == token.cluster;
                 ensure!(
-                    same && (known || old.secret == token.secret),
+                    old.secret == token.secret || same_cluster,
                     "{} holds the token of another cluster: to move this host, run `gossamer uninstall` \
                      first",
                     place.display()
@@ -295,16 +291,7 @@ impl Setup {
     /// Waits until this host is a member, and says so.
     fn report_membership(&self) -> ExitCode {
         let target = format!("/v1/status?wait={}", MEMBER_TIMEOUT.as_secs());
-        let query = async {
-            loop {
-                match api::get(&self.socket, &target).await {
-                    Err(ClientError::NoAgent { .. } | ClientError::NoAnswer(_)) => {
-                        tokio::time::sleep(RETRY_INTERVAL).await;
-                    }
-                    answer => return answer,
-                }
-            }
-        };
+        let query = get_once_started(&self.socket, &target);
         // The agent answers by itself when the time is over.
         let patience = MEMBER_TIMEOUT + Duration::from_secs(2);
         let status = match block_on(async { tokio::time::timeout(patience, query).await }) {
@@ -342,9 +329,4 @@ impl Setup {
 /// Prints a line with a label.
 fn say(label: &str, text: &dyn std::fmt::Display) {
     write_stdout(&format!("{label:<11} {text}\n"));
-}
-
-/// Whether a directory of the system to set up exists.
-fn is_dir(options: &Options, path: &str) -> bool {
-    fs::metadata(options.place(Path::new(path))).is_ok_and(|meta| meta.is_dir())
 }

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 
-use super::{Options, is_dir, say};
+use super::{Options, say};
 use crate::{
     config::Instance,
     store::{PUBLIC, replace},
@@ -53,7 +53,7 @@ impl Systemd {
             Some(_) => &["/usr/lib/systemd/system", "/lib/systemd/system"][..],
             None => &["/run/systemd/system"],
         };
-        if !marks.iter().any(|mark| is_dir(options, mark)) {
+        if !marks.iter().any(|mark| options.place(Path::new(mark)).is_dir()) {
             return Ok(None);
         }
         let unit = instance.unit();

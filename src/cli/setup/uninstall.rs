@@ -12,11 +12,11 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use serde_json::Value;
 
-use super::{Options, RETRY_INTERVAL, finish, say, systemd::Systemd};
+use super::{Options, finish, say, systemd::Systemd};
 use crate::{
     api::{self, ClientError},
     cli::{
-        block_on, cleanup,
+        RETRY_INTERVAL, block_on, cleanup,
         cleanup::{CleanupArgs, Places},
         cni,
         confirm::{Consent, loss_of_membership},

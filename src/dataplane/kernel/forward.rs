@@ -13,7 +13,7 @@ pub use lost::LostPackets;
 use ipnet::IpNet;
 
 use super::rules::{
-    Base, Effect, base_of, compared_value, effect, family_name, hands_over, hook_name,
+    Base, Effect, base_of, compared_value, effect, expressions, family_name, hands_over, hook_name,
     is_conditional, loads_destination, name_of, target_of, translates_destination,
     translates_source,
 };
@@ -437,12 +437,11 @@ fn direct_access_drops(
 
 /// Whether a rule drops packets to a single address in one of the networks.
 fn drops_one_of(rule: &Object, networks: &[IpNet]) -> bool {
-    let list = attributes::find(&rule.attributes, nfta::RULE_EXPRESSIONS).unwrap_or_default();
     let mut is_destination = false;
-    let named = attributes::read(list).any(|(_, expression)| {
-        let address = compared(expression).and_then(attributes::address).filter(|_| is_destination);
+    let named = expressions(rule).any(|(name, data)| {
+        let address = compared(name, data).and_then(attributes::address).filter(|_| is_destination);
         // A network is compared after a bitwise operation, or as fewer bytes.
-        is_destination = loads_destination(expression);
+        is_destination = loads_destination(name, data);
         address.is_some_and(|ip: IpAddr| networks.iter().any(|net| net.contains(&ip)))
     });
     named && effect(rule) == Effect::Drops
@@ -453,21 +452,15 @@ fn drops_one_of(rule: &Object, networks: &[IpNet]) -> bool {
 fn may_accept(rule: &Object, network: IpNet) -> bool {
     let octets = attributes::octets(network.network());
     let whole = &octets[..usize::from(network.prefix_len() / 8)];
-    let list = attributes::find(&rule.attributes, nfta::RULE_EXPRESSIONS).unwrap_or_default();
-    let named = attributes::read(list).any(|(_, expression)| {
-        let is_set =
-            attributes::find(expression, nfta::EXPR_NAME).map(attributes::text) == Some("lookup");
-        is_set || compared(expression).is_some_and(|bytes| bytes.starts_with(whole))
+    let named = expressions(rule).any(|(name, data)| {
+        name == "lookup" || compared(name, data).is_some_and(|bytes| bytes.starts_with(whole))
     });
     named && effect(rule) == Effect::Accepts
 }
 
 /// Returns the value that a comparison compares with.
-fn compared(expression: &[u8]) -> Option<&[u8]> {
-    let is_comparison =
-        attributes::find(expression, nfta::EXPR_NAME).map(attributes::text) == Some("cmp");
-    let data = attributes::find(expression, nfta::EXPR_DATA).filter(|_| is_comparison)?;
-    compared_value(data)
+fn compared<'a>(name: &str, data: &'a [u8]) -> Option<&'a [u8]> {
+    compared_value(data).filter(|_| name == "cmp")
 }
 
 #[cfg(test)]

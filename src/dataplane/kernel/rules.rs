@@ -182,16 +182,12 @@ pub fn compared_value(cmp: &[u8]) -> Option<&[u8]> {
 }
 
 /// Whether an expression loads the whole destination address of an IPv4 or IPv6 header.
-pub fn loads_destination(expression: &[u8]) -> bool {
+pub fn loads_destination(name: &str, data: &[u8]) -> bool {
     const NETWORK_HEADER: u32 = 1;
-    let name = attributes::find(expression, nfta::EXPR_NAME).map(attributes::text);
-    let data = attributes::find(expression, nfta::EXPR_DATA).filter(|_| name == Some("payload"));
-    let number = |kind: u16| {
-        let bytes = attributes::find(data?, kind)?.first_chunk()?;
-        Some(u32::from_be_bytes(*bytes))
-    };
-    let part = [nfta::PAYLOAD_BASE, nfta::PAYLOAD_OFFSET, nfta::PAYLOAD_LEN].map(number);
-    [[NETWORK_HEADER, 16, 4], [NETWORK_HEADER, 24, 16]].iter().any(|place| part == place.map(Some))
+    const PLACES: [[u32; 3]; 2] = [[NETWORK_HEADER, 16, 4], [NETWORK_HEADER, 24, 16]];
+    let part = [nfta::PAYLOAD_BASE, nfta::PAYLOAD_OFFSET, nfta::PAYLOAD_LEN]
+        .map(|kind| number(attributes::find(data, kind)));
+    name == "payload" && PLACES.iter().any(|place| part == place.map(Some))
 }
 
 /// Returns an attribute of an object as text.

@@ -100,8 +100,6 @@ pub const META_DREG: u16 = 1;
 pub const META_KEY: u16 = 2;
 /// `NFTA_META_SREG`.
 pub const META_SREG: u16 = 3;
-/// `NFTA_CT_DREG`.
-pub const CT_DREG: u16 = 1;
 /// `NFTA_CT_KEY`.
 pub const CT_KEY: u16 = 2;
 /// `NFTA_CT_SREG`.
@@ -138,8 +136,6 @@ pub const QUEUE_NUM: u16 = 1;
 pub const QUEUE_TOTAL: u16 = 2;
 /// `NFTA_QUEUE_FLAGS`.
 pub const QUEUE_FLAGS: u16 = 3;
-/// `NFTA_MATCH_NAME`.
-pub const MATCH_NAME: u16 = 1;
 /// `NFTA_MATCH_INFO`.
 pub const MATCH_INFO: u16 = 3;
 /// `NFTA_TARGET_NAME`.

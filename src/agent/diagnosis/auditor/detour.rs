@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use rtnetlink::packet_route::{neighbour::NeighbourState, route::RouteProtocol};
+use rtnetlink::packet_route::route::RouteProtocol;
 
 use crate::{
     dataplane::audit::likely_program,
@@ -12,6 +12,7 @@ use crate::{
     netlink::{
         Netlink,
         link::Link,
+        neighbour::is_resolved,
         route::{Entry, Query, RouteLookup},
     },
 };
@@ -92,10 +93,6 @@ pub fn interface_detour(
 /// that this way reaches it. On a bridge another machine may answer: a container with the same address.
 pub fn is_beside(netlink: &mut Netlink, host: IpAddr, links: &[Link], found: &RouteLookup) -> bool {
     let is_bridge = links.iter().any(|link| link.index == found.link && link.kind == "bridge");
-    let is_resolved = |state| {
-        use NeighbourState::{Delay, Probe, Reachable, Stale};
-        matches!(state, Reachable | Stale | Delay | Probe)
-    };
     let is_direct = found.gateway.is_none() && !is_bridge;
     is_direct
         && netlink.neighbour(found.link, host).is_ok_and(|state| state.is_some_and(is_resolved))

@@ -20,9 +20,6 @@ use crate::{
     sysctl,
 };
 
-/// `rp_filter` in strict mode (RFC 3704, strict).
-const STRICT: u8 = 1;
-
 /// Answers questions. Evidence is read only after a wrong answer, and once per pass.
 pub(super) struct Witness<'a> {
     netlink: &'a mut Netlink,
@@ -229,11 +226,7 @@ impl HostFacts {
             vrf: vrf.map(|vrf| (vrf.name.clone(), vrf.vrf_table().unwrap_or_default())),
             forwards: !sysctl::is_off(&format!("net/ipv4/conf/{name}/forwarding")),
             carrier: link.carrier,
-            filters: ["all", name.as_str()]
-                .map(|name| sysctl::number(&format!("net/ipv4/conf/{name}/rp_filter")))
-                .into_iter()
-                .max()
-                == Some(Some(STRICT)),
+            filters: sysctl::has_strict_rp_filter(name),
             without_ipv6: sysctl::number(&format!("net/ipv6/conf/{name}/disable_ipv6")) == Some(1),
         })
     }

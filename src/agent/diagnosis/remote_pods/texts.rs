@@ -65,6 +65,9 @@ impl Agent {
     /// Returns the members whose packets do not arrive at pods here, by family. Excludes members to which
     /// this host's own trials or probes find losses: the cause is the same.
     fn members_without_arrivals(&self) -> BTreeMap<Vec<&'static str>, Vec<NodeId>> {
+        if self.kernel.remote_pods.inward.is_empty() {
+            return BTreeMap::new();
+        }
         let answering = &self.kernel.remote_pods.answering;
         let mut known: BTreeSet<NodeId> = self.lost_to_remote_pods().into_keys().collect();
         let lost = self.path_states().filter(|(_, state, _)| self.is_lost(*state));

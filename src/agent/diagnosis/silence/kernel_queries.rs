@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
 };
 
@@ -30,12 +30,11 @@ use crate::{
         link::Link,
         route::{Query, RouteLookup},
     },
+    sysctl,
 };
 
 /// A VXLAN header without the I flag: every device drops the packet (RFC 7348, section 5).
 const INVALID_VXLAN_HEADER: [u8; 8] = [0; 8];
-/// Value of `rp_filter` for strict mode (RFC 3704).
-const RP_FILTER_STRICT: u8 = 1;
 /// Limit of chains named.
 const MAX_NAMED: usize = 3;
 
@@ -228,7 +227,7 @@ impl PeerRoutes {
             match netlink.route(&query).map_err(|error| error.raw_os_error()) {
                 Err(Some(EXDEV)) => true,
                 // Kernels since 6.14 return this for the filter, and for other reasons.
-                Err(Some(EINVAL)) => is_strict(&link.name),
+                Err(Some(EINVAL)) => sysctl::has_strict_rp_filter(&link.name),
                 _ => false,
             }
         });
@@ -349,14 +348,4 @@ pub fn congested(netlink: &mut Netlink, device: &str) -> Option<u64> {
         LinkAttribute::Stats64(stats) => Some(stats.rx_frame_errors),
         _ => None,
     })
-}
-
-/// Whether a strict reverse path filter is in force: the larger of the values for all interfaces and for this
-/// one applies.
-fn is_strict(interface: &str) -> bool {
-    let value = |name: &str| {
-        let value = fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"));
-        value.ok().and_then(|value| value.trim().parse::<u8>().ok()).unwrap_or(0)
-    };
-    value("all").max(value(interface)) == RP_FILTER_STRICT
 }
