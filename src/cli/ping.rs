@@ -100,7 +100,7 @@ fn line(number: &str, cells: [String; 3]) -> String {
 /// address from the first pod on.
 fn has_pods(round: &Value) -> bool {
     let answered = |probe: &str| round[probe]["round_trip_ms"].is_number();
-    answered("pods") || !answered("overlay") || round["problem"].is_string()
+    answered("pods") || !answered("overlay") || problem_in(round).is_some()
 }
 
 fn time(reach: &Value) -> String {
@@ -126,4 +126,22 @@ fn summary(round: &Value) -> String {
         _ => return String::new(),
     };
     format!("{words}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::{Problem, ProblemCode};
+
+    #[test]
+    fn gateway_without_an_answer_is_a_fault_if_the_path_has_a_problem() {
+        let silent = json!({ "overlay": { "round_trip_ms": 1.0 }, "pods": {} });
+        assert!(!has_pods(&silent));
+        let problem = Problem::new(ProblemCode::MemberDown, "n2", "packets are lost", "");
+        let mut faulty = silent;
+        faulty["problem"] = serde_json::to_value(problem).expect("JSON");
+        assert!(has_pods(&faulty));
+    }
 }
