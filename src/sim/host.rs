@@ -115,6 +115,8 @@ pub struct Process {
     pub comparisons: BTreeMap<CallId, NodeId>,
     /// The partner of the last ended comparison, if it did not answer.
     pub last_silent: Option<NodeId>,
+    /// Whether its node leaves: by an order that it has not refused, or by its disk.
+    pub is_leaving: bool,
     /// Members that the disk held at the start. Emptied by the first contact with one of them.
     pub awaited_peers: BTreeSet<NodeId>,
 }

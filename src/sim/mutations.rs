@@ -37,7 +37,7 @@ const fn change(file: &'static str, original: &'static str, replacement: &'stati
 }
 
 /// All mutations.
-pub const MUTATIONS: [Mutation; 24] = [
+pub const MUTATIONS: [Mutation; 25] = [
     Mutation {
         name: "AnswerBeforeFlush",
         defect: "outputs do not wait for the write that they depend on",
@@ -137,6 +137,15 @@ pub const MUTATIONS: [Mutation; 24] = [
         changes: &[change(
             "core/leave.rs",
             "matches!(answer, Ok((_, Response::Accepted)))",
+            "true",
+        )],
+    },
+    Mutation {
+        name: "LeaseWhileLeaving",
+        defect: "a leaving node continues its search for a lease",
+        changes: &[change(
+            "core/lifecycle.rs",
+            "!self.is_leaving()",
             "true",
         )],
     },

@@ -11,6 +11,7 @@
 //! - I16: repeated grant requests of one node yield one slot
 //! - I17: no counter jumps to an implausible value
 //! - I18: no disk holds a member record that no node can use
+//! - I21: a node that leaves requests, leases and releases no slot for itself
 //! - D4: no host removes the route to a subnet that is in use and reachable by it
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use crate::{
+    core::Output,
     dataplane::plan::Op,
     model::{MemberRecord, NodeId, Pool, Run, SlotRecord, SlotState},
     wire::{Facts, Frame, Key, Push, Record, Request, Response},
@@ -236,6 +238,34 @@ impl Oracle {
         }
     }
 
+    /// Checks I21 for an output of a node that leaves.
+    pub fn on_output_while_leaving(&mut self, node: NodeId, output: &Output) {
+        if self.subnets_only {
+            return;
+        }
+        match output {
+            Output::Call { bytes, .. } if is_grant_request(bytes) => {
+                self.report_violation(|| format!("I21: {node} leaves and requested a slot"));
+            }
+            Output::SlotsChanged(changes) => {
+                let own = changes
+                    .iter()
+                    .filter(|(run, _)| run.record.owner == node && run.record.granter == node);
+                let is_lease =
+                    |record: &SlotRecord| record.owner == node && record.state == SlotState::Leased;
+                let mut steps = own.filter(|(run, before)| {
+                    is_lease(&run.record) || before.is_some_and(|before| is_lease(&before))
+                });
+                if let Some((run, before)) = steps.next() {
+                    self.report_unless_lenient(|| {
+                        format!("I21: {node} leaves and changed {before:?} to {run:?}")
+                    });
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Checks I2 when the subnet that a host's kernel uses changes.
     pub fn on_subnet_change(&mut self, host: usize, before: Option<IpNet>, after: Option<IpNet>) {
         if before == after {
@@ -274,6 +304,12 @@ impl Oracle {
             });
         }
     }
+}
+
+/// Returns whether a frame requests a slot.
+fn is_grant_request(bytes: &[u8]) -> bool {
+    let Ok((_, Frame::Request(payload))) = Frame::decode(bytes) else { return false };
+    matches!(Request::decode(payload), Ok(Request::Grant(_)))
 }
 
 /// Returns the facts that a frame carries.

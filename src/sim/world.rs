@@ -21,7 +21,7 @@ use super::{
     oracle::Oracle,
 };
 use crate::{
-    core::{CallError, CallId, Command, Gate, Input, Node, ReplyId, StartError},
+    core::{CallError, CallId, Command, Gate, Input, Node, Output, ReplyId, StartError},
     model::{ClusterSettings, NodeId, Quorum, Time},
     wire::{Frame, Request, Response},
 };
@@ -166,6 +166,7 @@ impl World {
             Err(error) => return self.oracle.report_violation(|| format!("host {index}: {error}")),
         };
         let me = host.key;
+        let is_leaving = host.knows_as_left(me);
         let peers = host.members_on_disk().into_iter().filter(|node| *node != me).collect();
         match Node::start(host.clock.local(now), config, records) {
             Ok(node) => {
@@ -179,6 +180,7 @@ impl World {
                     open_calls: BTreeSet::new(),
                     comparisons: BTreeMap::new(),
                     last_silent: None,
+                    is_leaving,
                     awaited_peers: peers,
                 });
                 self.drain_outputs(index);
@@ -410,14 +412,21 @@ impl World {
         let host = &mut self.hosts[index];
         let local = host.clock.local(now);
         let Some(process) = &mut host.process else { return };
+        process.is_leaving |= matches!(input, Input::Command(Command::Leave));
         process.node.handle(local, input);
         self.drain_outputs(index);
     }
 
     /// Executes the outputs that the gate lets pass.
     pub(super) fn drain_outputs(&mut self, index: usize) {
-        while let Some(process) = &mut self.hosts[index].process {
+        loop {
+            let host = &mut self.hosts[index];
+            let Some(process) = &mut host.process else { break };
             let Some(output) = process.node.poll_output() else { break };
+            process.is_leaving &= !matches!(output, Output::CannotLeave(_));
+            if process.is_leaving {
+                self.oracle.on_output_while_leaving(host.key, &output);
+            }
             if let Some(output) = process.gate.pass(output) {
                 self.execute(index, output);
             }
