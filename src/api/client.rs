@@ -14,11 +14,11 @@ use hyper::{
     client::conn::http1,
 };
 use hyper_util::rt::TokioIo;
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tokio::net::UnixStream;
 
-use super::ApiError;
+use super::{ApiError, Event};
 use crate::{http::Carrier, wire::visible};
 
 /// Longest part of a non-JSON response, in characters, that an error message quotes.
@@ -120,6 +120,26 @@ pub async fn post(socket: &Path, target: &str) -> Result<Value, ClientError> {
     request(socket, Method::POST, target, Bytes::new(), None).await
 }
 
+/// Sends a POST request without a body and returns the response as a type of the API.
+///
+/// # Errors
+/// Fails if the agent is not reachable, refuses, or is of a version whose response is another.
+pub async fn post_as<T: DeserializeOwned>(socket: &Path, target: &str) -> Result<T, ClientError> {
+    typed(socket, target, post(socket, target).await?).await
+}
+
+/// Sends a POST request with a JSON body and returns the response as a type of the API.
+///
+/// # Errors
+/// Fails if the agent is not reachable, refuses, or is of a version whose response is another.
+pub async fn post_json_as<T: DeserializeOwned>(
+    socket: &Path,
+    target: &str,
+    body: &impl Serialize,
+) -> Result<T, ClientError> {
+    typed(socket, target, post_json(socket, target, body).await?).await
+}
+
 /// Sends a POST request with a JSON body.
 ///
 /// # Errors
@@ -149,11 +169,12 @@ pub async fn post_with(
 /// Calls `each` for every event of a stream (server-sent events) until the stream ends.
 ///
 /// # Errors
-/// Fails if the agent is not reachable or refuses, or if the connection breaks.
+/// Fails if the agent is not reachable or refuses, if it is of a version with other events, or if the
+/// connection breaks.
 pub async fn follow(
     socket: &Path,
     target: &str,
-    mut each: impl FnMut(&Value),
+    mut each: impl FnMut(&Event),
 ) -> Result<(), ClientError> {
     let response = open(socket, Method::GET, target, Bytes::new(), None).await?;
     if !response.status().is_success() {
@@ -166,9 +187,13 @@ pub async fn follow(
         buffered.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
         while let Some(end) = buffered.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = buffered.drain(..=end).collect();
-            let event = line.strip_prefix(b"data: ");
-            if let Some(Ok(event)) = event.map(serde_json::from_slice) {
-                each(&event);
+            match line.strip_prefix(b"data: ").map(serde_json::from_slice) {
+                Some(Ok(event)) => each(&event),
+                Some(Err(error)) => {
+                    return Err(other_version(socket, format!("{target}: {error}")).await);
+                }
+                // An empty line or a comment.
+                None => {}
             }
         }
     }
@@ -224,12 +249,17 @@ pub async fn other_version(socket: &Path, why: String) -> ClientError {
     }
 }
 
-/// Queries the agent's version, which the status has in every version.
+/// The field that the status has in every version.
+#[derive(Deserialize)]
+struct Versioned {
+    version: String,
+}
+
+/// Queries the agent's version.
 async fn version(socket: &Path) -> Option<String> {
     let response = open(socket, Method::GET, "/v1/status", Bytes::new(), None).await.ok()?;
     let body = response.into_body().collect().await.ok()?.to_bytes();
-    let status: Value = serde_json::from_slice(&body).ok()?;
-    status["version"].as_str().map(str::to_owned)
+    serde_json::from_slice(&body).ok().map(|Versioned { version }| version)
 }
 
 /// Returns this program's version, for a message that also has the agent's.

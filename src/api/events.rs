@@ -65,6 +65,16 @@ pub struct PastEvents {
     pub events: Vec<Event>,
 }
 
+/// Samples of the last hour.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Samples {
+    /// Seconds between two samples.
+    pub interval_seconds: u64,
+    /// The samples, oldest first.
+    pub samples: Vec<Sample>,
+}
+
 /// Severity of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]

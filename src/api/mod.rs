@@ -4,6 +4,7 @@
 //! the agent's loop and waits for its answer; this module has no state. Only the socket's owner may use it
 //! (mode 0600).
 
+mod answers;
 mod client;
 mod dashboard;
 mod error;
@@ -21,20 +22,26 @@ mod server;
 mod status;
 mod verdict;
 
+pub use answers::{
+    ClusterToken, Forgotten, IdentityReset, Left, Membership, NewSecret, SecretStatus, Secrets,
+};
 pub use client::{
-    ClientError, follow, get, get_as, other_version, own_version, post, post_json, post_with, typed,
+    ClientError, follow, get, get_as, other_version, own_version, post, post_as, post_json,
+    post_json_as, post_with, typed,
 };
 pub use error::{ApiError, ApiErrorCode};
-pub use events::{Event, EventFeed, EventKind, EventLevel, PastEvents, SAMPLE_INTERVAL, Sample};
+pub use events::{
+    Event, EventFeed, EventKind, EventLevel, PastEvents, SAMPLE_INTERVAL, Sample, Samples,
+};
 pub use matrix::{EncodedMatrix, Matrix, MatrixPath, MatrixRow};
 pub use members::{FreeRange, Member, MemberState, Reclaiming, SlotCounts};
 pub use ping::{PingReport, Reach};
 pub use pods::{
-    AttachRequest, Attached, AttachedAddress, AttachedRoute, AttachmentName, PodError,
-    PodErrorKind, PodStatus,
+    AttachRequest, Attached, AttachedAddress, AttachedRoute, AttachmentName, Checked, Detached,
+    PodError, PodErrorKind, PodStatus, Pods, Released,
 };
 pub use request::{AgentRequest, SecretStep};
-pub use routes::KernelEntry;
+pub use routes::{EntryVerdict, KernelEntry, Routes};
 pub use server::{serve, serve_http};
 pub use status::{
     AgentStatus, CheckState, CheckStatus, Counters, Handshakes, KernelStatus, PathStatus, Phase,

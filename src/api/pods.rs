@@ -123,6 +123,36 @@ pub struct PodStatus {
     pub orphan: bool,
 }
 
+/// The pods of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Pods {
+    /// The pods.
+    pub pods: Vec<PodStatus>,
+}
+
+/// Pods that were gone, and whose addresses are released now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Released {
+    /// The pods.
+    pub released: Vec<PodStatus>,
+}
+
+/// The result of disconnecting a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detached {
+    /// Whether there was such a pod.
+    pub was_there: bool,
+}
+
+/// The result of checking a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checked {
+    /// All addresses of its interface.
+    pub addresses: Vec<IpAddr>,
+}
+
 /// Why a pod was not connected or disconnected. The request changed nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{error}")]

@@ -2,14 +2,16 @@
 
 use std::{net::IpAddr, os::fd::OwnedFd};
 
-use serde_json::Value;
 use tokio::sync::oneshot::Sender;
 
 use super::{
     AgentStatus, ApiError, AttachRequest, Attached, AttachmentName, EncodedMatrix, Event,
-    EventFeed, KernelEntry, MatrixRow, PingReport, PodError, PodStatus, Sample,
+    EventFeed, Forgotten, KernelEntry, MatrixRow, PingReport, PodError, PodStatus, Sample, Secrets,
 };
-use crate::wire::{Secret, SecretId};
+use crate::{
+    model::OwnerChange,
+    wire::{Secret, SecretId},
+};
 
 /// A request to the agent's loop. Each variant has a channel `reply` for the answer; `node` is a name or id.
 #[derive(Debug)]
@@ -26,13 +28,13 @@ pub enum AgentRequest {
     /// Leaves the cluster. The answer is the successor's id, or why the node cannot leave.
     Leave { reply: Sender<Result<Option<String>, ApiError>> },
     /// Forgets a member.
-    Forget { node: String, force: bool, reply: Sender<Result<Value, ApiError>> },
+    Forget { node: String, force: bool, reply: Sender<Result<Forgotten, ApiError>> },
     /// Makes this host a new node of its cluster.
     ResetIdentity { reply: Sender<Result<(), ApiError>> },
     /// Pings a member once on each of its paths.
     Ping { node: String, reply: Sender<Result<PingReport, ApiError>> },
     /// The history of ownership, oldest change first.
-    History { reply: Sender<Result<Vec<Value>, ApiError>> },
+    History { reply: Sender<Result<Vec<OwnerChange>, ApiError>> },
     /// Connects a pod.
     Attach {
         request: AttachRequest,
@@ -70,7 +72,7 @@ pub enum AgentRequest {
     /// The kernel's entries, and those that this node wants.
     Routes { reply: Sender<Result<Vec<KernelEntry>, ApiError>> },
     /// Lists or changes the cluster's secrets. The answer has the members that use, accept and lack each.
-    Secret { step: SecretStep, force: bool, reply: Sender<Result<Value, ApiError>> },
+    Secret { step: SecretStep, force: bool, reply: Sender<Result<Secrets, ApiError>> },
     /// A member's own report.
     Peer { node: String, reply: Sender<Result<Option<MatrixRow>, ApiError>> },
 }

@@ -6,9 +6,10 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde_json::Value;
 
 use super::{
-    AgentStatus, KernelEntry, Matrix, MatrixRow, PastEvents, PingReport, PodStatus, Sample,
+    AgentStatus, ApiError, ClusterToken, Forgotten, IdentityReset, Left, Matrix, MatrixRow,
+    PastEvents, PingReport, Pods, Released, Routes, Samples, Secrets,
 };
-use crate::model::{ClusterId, Mac, NodeId, Pool};
+use crate::model::{ClusterId, Mac, NodeId, OwnerChange, Pool};
 
 /// The answers by path and command. A field is no part of any answer.
 #[derive(JsonSchema)]
@@ -30,32 +31,22 @@ struct Api {
     events: PastEvents,
     /// `GET /v1/routes`, `gossamer routes`.
     routes: Routes,
-}
-
-/// The pods of a node.
-#[derive(JsonSchema)]
-#[expect(dead_code, reason = "only its schema is used")]
-struct Pods {
-    /// The pods.
-    pods: Vec<PodStatus>,
-}
-
-/// Samples of the last hour.
-#[derive(JsonSchema)]
-#[expect(dead_code, reason = "only its schema is used")]
-struct Samples {
-    /// Seconds between two samples.
-    interval_seconds: u64,
-    /// The samples, oldest first.
-    samples: Vec<Sample>,
-}
-
-/// The kernel entries.
-#[derive(JsonSchema)]
-#[expect(dead_code, reason = "only its schema is used")]
-struct Routes {
-    /// The entries.
-    entries: Vec<KernelEntry>,
+    /// `GET /v1/history`, `gossamer leases --history`.
+    history: Vec<OwnerChange>,
+    /// `GET /v1/token`, `gossamer token`.
+    token: ClusterToken,
+    /// `GET /v1/secrets`, `POST /v1/secrets/add`, `use` and `drop`; `gossamer secret`.
+    secrets: Secrets,
+    /// `POST /v1/forget`, `gossamer forget`.
+    forgotten: Forgotten,
+    /// `POST /v1/leave`, `gossamer leave`.
+    left: Left,
+    /// `POST /v1/reset-identity`, `gossamer reset-identity`.
+    reset: IdentityReset,
+    /// `POST /v1/pods/release`, `gossamer pods --release`.
+    released: Released,
+    /// Every refused request.
+    error: ApiError,
 }
 
 /// Defines the schema of types that are strings in JSON.

@@ -19,7 +19,6 @@ use axum::{
     routing::{get, post},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use tokio::sync::oneshot::Sender;
 
 use crate::{
@@ -28,9 +27,10 @@ use crate::{
 };
 
 use super::{
-    AgentRequest, AgentStatus, ApiError, ApiErrorCode, AttachRequest, AttachmentName,
-    EncodedMatrix, Event, EventFeed, KernelEntry, PodError, PodErrorKind, PodStatus,
-    SAMPLE_INTERVAL, Sample, SecretStep, VerdictState, dashboard,
+    AgentRequest, AgentStatus, ApiError, ApiErrorCode, AttachRequest, AttachmentName, Checked,
+    ClusterToken, Detached, EncodedMatrix, Event, EventFeed, IdentityReset, KernelEntry, Left,
+    NewSecret, PastEvents, PodError, PodErrorKind, PodStatus, Pods, Released, Routes,
+    SAMPLE_INTERVAL, Sample, Samples, SecretStep, VerdictState, dashboard,
     metrics::{self, Page},
 };
 
@@ -153,7 +153,7 @@ async fn events(
 ) -> Response {
     let seen = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
     if query.follow == Some(false) {
-        let render = |past: Vec<Event>| Json(json!({ "events": past })).into_response();
+        let render = |events: Vec<Event>| Json(PastEvents { events }).into_response();
         return respond(&submit_fn, |reply| AgentRequest::PastEvents { reply }, render).await;
     }
     let render = move |feed: Result<EventFeed, ApiError>| match feed {
@@ -165,8 +165,7 @@ async fn events(
 
 async fn samples(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |samples: Vec<Sample>| {
-        let interval = SAMPLE_INTERVAL.as_secs();
-        Json(json!({ "interval_seconds": interval, "samples": samples })).into_response()
+        Json(Samples { interval_seconds: SAMPLE_INTERVAL.as_secs(), samples }).into_response()
     };
     respond(&submit_fn, |reply| AgentRequest::Samples { reply }, render).await
 }
@@ -226,7 +225,7 @@ async fn token(State(submit_fn): State<SubmitFn>) -> Response {
         &submit_fn,
         |reply| AgentRequest::Token { reply },
         |token| match token {
-            Some(token) => Json(json!({ "token": token })).into_response(),
+            Some(token) => Json(ClusterToken { token }).into_response(),
             None => {
                 let why = "this node is still joining and has no token yet";
                 ApiError::new(ApiErrorCode::NotReady, why).into_response()
@@ -237,7 +236,7 @@ async fn token(State(submit_fn): State<SubmitFn>) -> Response {
 }
 
 async fn leave(State(submit_fn): State<SubmitFn>) -> Response {
-    let left = |successor| json!({ "left": true, "successor": successor });
+    let left = |successor| Left { left: true, successor };
     respond(
         &submit_fn,
         |reply| AgentRequest::Leave { reply },
@@ -252,19 +251,13 @@ async fn forget(State(submit_fn): State<SubmitFn>, Query(query): Query<ForgetQue
 }
 
 async fn reset_identity(State(submit_fn): State<SubmitFn>) -> Response {
-    let reset = |()| json!({ "reset": true });
+    let reset = |()| IdentityReset { reset: true };
     respond(
         &submit_fn,
         |reply| AgentRequest::ResetIdentity { reply },
         |result| json_or_error(result.map(reset)),
     )
     .await
-}
-
-/// A token with the new secret. Without it the existing secrets go to members that lack them.
-#[derive(Deserialize)]
-struct SecretBody {
-    token: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -278,7 +271,7 @@ async fn secrets(State(submit_fn): State<SubmitFn>) -> Response {
     change_secret(&submit_fn, Ok(SecretStep::List), false).await
 }
 
-async fn add_secret(State(submit_fn): State<SubmitFn>, Json(body): Json<SecretBody>) -> Response {
+async fn add_secret(State(submit_fn): State<SubmitFn>, Json(body): Json<NewSecret>) -> Response {
     let token = body.token.map(|token| token.parse::<Token>()).transpose();
     let step = token.map(|token| SecretStep::Add(token.map(|token| token.secret)));
     change_secret(&submit_fn, step.map_err(|error| error.to_string()), false).await
@@ -318,7 +311,7 @@ async fn ping(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>)
 }
 
 async fn routes(State(submit_fn): State<SubmitFn>) -> Response {
-    let entries = |entries: Vec<KernelEntry>| json!({ "entries": entries });
+    let entries = |entries: Vec<KernelEntry>| Routes { entries };
     respond(
         &submit_fn,
         |reply| AgentRequest::Routes { reply },
@@ -333,16 +326,11 @@ async fn peer(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>)
 }
 
 async fn history(State(submit_fn): State<SubmitFn>) -> Response {
-    respond(
-        &submit_fn,
-        |reply| AgentRequest::History { reply },
-        |result| json_or_error(result.map(Value::Array)),
-    )
-    .await
+    respond(&submit_fn, |reply| AgentRequest::History { reply }, json_or_error).await
 }
 
 async fn pods(State(submit_fn): State<SubmitFn>) -> Response {
-    let render = |pods: Vec<PodStatus>| Json(json!({ "pods": pods })).into_response();
+    let render = |pods: Vec<PodStatus>| Json(Pods { pods }).into_response();
     respond(&submit_fn, |reply| AgentRequest::Pods { reply }, render).await
 }
 
@@ -365,7 +353,7 @@ async fn detach(
     Json(request): Json<AttachmentName>,
 ) -> Response {
     let render = |result: Result<bool, PodError>| {
-        json_or_pod_error(result.map(|was_there| json!({ "was_there": was_there })))
+        json_or_pod_error(result.map(|was_there| Detached { was_there }))
     };
     respond(
         &submit_fn,
@@ -381,7 +369,7 @@ async fn check(
     Json(request): Json<AttachmentName>,
 ) -> Response {
     let render = |result: Result<Vec<IpAddr>, PodError>| {
-        json_or_pod_error(result.map(|addresses| json!({ "addresses": addresses })))
+        json_or_pod_error(result.map(|addresses| Checked { addresses }))
     };
     respond(
         &submit_fn,
@@ -393,7 +381,7 @@ async fn check(
 
 async fn release(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |result: Result<Vec<PodStatus>, PodError>| {
-        json_or_pod_error(result.map(|released| json!({ "released": released })))
+        json_or_pod_error(result.map(|released| Released { released }))
     };
     respond(&submit_fn, |reply| AgentRequest::Release { reply }, render).await
 }

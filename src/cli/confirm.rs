@@ -7,14 +7,13 @@ use std::{
 };
 
 use clap::Args;
-use serde_json::Value;
+use ipnet::IpNet;
 
-use super::{
-    block_on,
-    output::{elements, first_names, text},
-    pods::SHORT_ID_CHARS,
+use super::{block_on, output::first_names, pods::short_id};
+use crate::{
+    api::{self, Membership, PodStatus, Pods},
+    model::visible_lines,
 };
-use crate::{api, model::visible_lines};
 
 /// Most pods that a question names.
 const MAX_NAMED_PODS: usize = 10;
@@ -62,33 +61,27 @@ impl Consent {
 /// Describes what this host loses if it leaves its cluster or becomes a new node: pods and subnets.
 pub fn loss_of_membership(socket: &Path) -> String {
     let query = async {
-        let status = api::get(socket, "/v1/status").await?;
-        anyhow::Ok((status, api::get(socket, "/v1/pods").await?))
+        let membership: Membership = api::get_as(socket, "/v1/status").await?;
+        anyhow::Ok((membership, api::get_as(socket, "/v1/pods").await?))
     };
-    let (status, pods) = match block_on(query).map_err(Into::into).flatten() {
+    let (membership, Pods { pods }) = match block_on(query).map_err(Into::into).flatten() {
         Ok(answers) => answers,
         Err(error) => {
             return format!("This host may lose its subnet and its pods' network: {error}.");
         }
     };
-    let subnets: Vec<String> = ["subnet", "subnet6"]
-        .iter()
-        .map(|key| &status[key])
-        .filter(|v| v.is_string())
-        .map(text)
-        .collect();
+    let subnets = membership.subnet.iter().chain(&membership.subnet6);
+    let subnets: Vec<String> = subnets.map(IpNet::to_string).collect();
     let subnets = match subnets.is_empty() {
         true => "has no subnet".to_owned(),
         false => format!("gives up {}", subnets.join(" and ")),
     };
-    format!("This host ({}) {subnets}, {}.", text(&status["name"]), lost_pods(&pods))
+    format!("This host ({}) {subnets}, {}.", membership.name, lost_pods(&pods))
 }
 
 /// Names the pods that lose their network.
-fn lost_pods(pods: &Value) -> String {
-    let id = |pod: &Value| text(&pod["container"]).chars().take(SHORT_ID_CHARS).collect::<String>();
-    let mut names: Vec<String> =
-        elements(&pods["pods"]).filter(|pod| pod["orphan"] != true).map(id).collect();
+fn lost_pods(pods: &[PodStatus]) -> String {
+    let mut names: Vec<String> = pods.iter().filter(|pod| !pod.orphan).map(short_id).collect();
     names.sort();
     names.dedup();
     let shown = first_names(&names, MAX_NAMED_PODS);
@@ -101,19 +94,25 @@ fn lost_pods(pods: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
     fn lost_pods_are_named_once_and_without_orphans() {
-        let pod = |id: &str, orphan: bool| json!({ "container": id, "orphan": orphan });
+        let pod = |id: &str, orphan: bool| PodStatus {
+            container: id.to_owned(),
+            interface: "eth0".to_owned(),
+            owner: String::new(),
+            addresses: Vec::new(),
+            link: String::new(),
+            netns: String::new(),
+            orphan,
+        };
         let none = "and has no pods made by a runtime's plugin";
-        assert_eq!(lost_pods(&json!({ "pods": [pod("gone", true)] })), none);
-        let two = json!({ "pods": [pod("web", false), pod("q", false), pod("q", false)] });
+        assert_eq!(lost_pods(&[pod("gone", true)]), none);
+        let two = [pod("web", false), pod("q", false), pod("q", false)];
         assert_eq!(lost_pods(&two), "and 2 pods lose their network: q, web");
-        let many: Vec<Value> = (10..22).map(|n| pod(&format!("p{n}"), false)).collect();
-        let many = lost_pods(&json!({ "pods": many }));
+        let many: Vec<PodStatus> = (10..22).map(|n| pod(&format!("p{n}"), false)).collect();
+        let many = lost_pods(&many);
         assert!(many.ends_with("p18, p19 and 2 more"), "{many}");
     }
 }

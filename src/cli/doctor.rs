@@ -11,7 +11,7 @@ use super::{
     status::painted_verdict,
 };
 use crate::{
-    api::{self, ClientError, PastEvents},
+    api::{self, ClientError, PastEvents, Routes},
     config::{Instance, Settings, check_environment},
     doctor::{self, Agent, Examination, Finding, Verdict, examine},
     model::visible_lines,
@@ -50,7 +50,7 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     }
     let verdict = doctor::verdict(&examination, &findings);
     let answer = json!({ "verdict": verdict, "findings": findings });
-    args.output.print(&answer, |_, wide| findings_text(&findings, &verdict, wide));
+    args.output.print_visible(&answer, |wide| findings_text(&findings, &verdict, wide));
     if let Some(path) = args.bundle.filter(|_| args.output.is_text()) {
         write_stdout(&format!("written: {}\n", path.display()));
     }
@@ -78,11 +78,11 @@ fn examination(args: &DoctorArgs) -> Examination {
         let routes = optional("/v1/routes").await?;
         let events = optional("/v1/events?follow=false").await?;
         let status = api::typed(&socket, "/v1/status", reply.clone()).await?;
-        let entries = serde_json::from_value(routes["entries"].clone()).ok();
+        let entries = serde_json::from_value::<Routes>(routes.clone()).ok();
         let past = serde_json::from_value::<PastEvents>(events.clone()).unwrap_or_default();
         Ok::<_, ClientError>(Agent {
             status,
-            routes: entries,
+            routes: entries.map(|routes| routes.entries),
             events: past.events,
             replies: vec![
                 ("status.json", reply),

@@ -6,13 +6,12 @@ use std::{
 };
 
 use clap::Args;
-use serde_json::Value;
 
 use super::{
     Client, Format, block_on, fail,
-    output::{doubtful, elements, query_and_print, text, write_stdout},
+    output::{doubtful, json, query_and_print, visible_answer, write_stdout},
 };
-use crate::api;
+use crate::api::{self, Event, EventLevel, PastEvents};
 
 #[derive(Debug, Args)]
 pub struct EventsArgs {
@@ -26,16 +25,17 @@ pub struct EventsArgs {
 pub fn run(args: &EventsArgs) -> ExitCode {
     let socket = args.client.socket();
     if !args.follow {
-        let query = api::get(&socket, "/v1/events?follow=false");
-        let all = |events: &Value, _| elements(&events["events"]).map(line).collect();
+        let query = api::get_as(&socket, "/v1/events?follow=false");
+        let all = |past: &PastEvents, _| past.events.iter().map(line).collect();
         return query_and_print(&args.client, query, all)
             .map_or_else(|code| code, |_| ExitCode::SUCCESS);
     }
     let format = args.client.output;
-    let show = |event: &Value| match format {
-        Format::Json => _ = write_stdout(&format!("{event}\n")),
-        Format::Yaml => format.print(&Value::from(vec![event.clone()]), |_, _| String::new()),
-        _ => _ = write_stdout(&line(event)),
+    let show = |event: &Event| match (format, visible_answer(event)) {
+        (Format::Json, _) => _ = write_stdout(&format!("{}\n", json(event))),
+        (Format::Yaml, _) => format.print_visible(&[event], |_| String::new()),
+        (_, Ok(event)) => _ = write_stdout(&line(&event)),
+        (_, Err(error)) => eprintln!("gossamer: {error}"),
     };
     match block_on(api::follow(&socket, "/v1/events", show)) {
         Ok(Ok(())) => fail("the agent has ended"),
@@ -44,9 +44,11 @@ pub fn run(args: &EventsArgs) -> ExitCode {
     }
 }
 
-fn line(event: &Value) -> String {
-    let at = SystemTime::UNIX_EPOCH + Duration::from_secs_f64(event["at"].as_f64().unwrap_or(0.0));
-    let (kind, words) = (text(&event["kind"]), text(&event["text"]));
-    let words = if event["level"] == "warn" { doubtful(words) } else { words };
-    format!("{}  {kind:<8} {words}\n", humantime::format_rfc3339_millis(at))
+fn line(event: &Event) -> String {
+    let at = SystemTime::UNIX_EPOCH + Duration::from_secs_f64(event.at.max(0.0));
+    let words = match event.level {
+        EventLevel::Info => event.text.clone(),
+        EventLevel::Warn => doubtful(&event.text),
+    };
+    format!("{}  {:<8} {words}\n", humantime::format_rfc3339_millis(at), event.kind.name())
 }

@@ -3,16 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 
-use super::{
-    Client, block_on,
-    confirm::Consent,
-    fail,
-    output::{elements, label, text},
-    percent_encoded, query_and_print,
-};
-use crate::api::{self, ClientError};
+use super::{Client, block_on, confirm::Consent, fail, percent_encoded, query_and_print};
+use crate::api::{self, AgentStatus, ClientError, Forgotten, Member};
 
 #[derive(Debug, Args)]
 pub struct ForgetArgs {
@@ -31,6 +25,12 @@ pub struct ForgetArgs {
     consent: Consent,
     #[command(flatten)]
     client: Client,
+}
+
+/// The answer to --former-selves.
+#[derive(Serialize, Deserialize)]
+struct ForgottenSelves {
+    forgotten: Vec<Forgotten>,
 }
 
 pub fn run(args: &ForgetArgs) -> ExitCode {
@@ -55,21 +55,20 @@ fn forget_one(args: &ForgetArgs, node: &str) -> ExitCode {
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-async fn forget(client: &Client, node: &str, force: bool) -> Result<Value, ClientError> {
+async fn forget(client: &Client, node: &str, force: bool) -> Result<Forgotten, ClientError> {
     let target = format!("/v1/forget?node={}&force={force}", percent_encoded(node));
-    api::post(&client.socket(), &target).await
+    api::post_as(&client.socket(), &target).await
 }
 
 fn forget_former_selves(args: &ForgetArgs) -> ExitCode {
-    let status = match block_on(api::get(&args.client.socket(), "/v1/status")) {
+    let status: AgentStatus = match block_on(api::get_as(&args.client.socket(), "/v1/status")) {
         Ok(Ok(status)) => status,
         Ok(Err(error)) => return fail(error),
         Err(error) => return fail(error),
     };
-    let members = elements(&status["members"]).filter(|member| member["former_self"] == true);
-    let former: Vec<&Value> = members.collect();
+    let former: Vec<&Member> = status.members.iter().filter(|member| member.former_self).collect();
     let costs = || {
-        let labels: Vec<String> = former.iter().map(|member| label(member, true)).collect();
+        let labels: Vec<&str> = former.iter().map(|member| &*member.label).collect();
         format!("These members are removed, and their subnets reclaimed: {}.", labels.join(", "))
     };
     if !former.is_empty()
@@ -78,28 +77,27 @@ fn forget_former_selves(args: &ForgetArgs) -> ExitCode {
         return code;
     }
     let query = async {
-        let mut answers = Vec::new();
+        let mut forgotten = Vec::new();
         for member in &former {
-            answers.push(forget(&args.client, &text(&member["node"]), false).await?);
+            forgotten.push(forget(&args.client, &member.node.to_string(), false).await?);
         }
-        Ok(json!({ "forgotten": answers }))
+        Ok(ForgottenSelves { forgotten })
     };
-    let text = |answer: &Value, _: bool| match elements(&answer["forgotten"]).next() {
-        None => "no member is a former self of a living host\n".to_owned(),
-        Some(_) => elements(&answer["forgotten"]).map(outcome).collect(),
+    let text = |ForgottenSelves { forgotten }: &ForgottenSelves, _| match &forgotten[..] {
+        [] => "no member is a former self of a living host\n".to_owned(),
+        all => all.iter().map(outcome).collect(),
     };
     query_and_print(&args.client, query, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-fn outcome(answer: &Value) -> String {
-    let node = label(answer, true);
-    let waits: Vec<String> = elements(&answer["waits_for"]).map(text).collect();
-    match (answer["slots"].as_u64(), waits.len()) {
-        (Some(0) | None, _) => format!("{node} is forgotten; it owned no subnets\n"),
-        (Some(slots), 0) => {
+fn outcome(Forgotten { label: node, slots, waits_for, .. }: &Forgotten) -> String {
+    let waits = waits_for.as_deref().unwrap_or_default();
+    match (slots, waits) {
+        (0, _) => format!("{node} is forgotten; it owned no subnets\n"),
+        (_, []) => {
             format!("{node} is forgotten; this node reclaims its {slots} subnets now\n")
         }
-        (Some(slots), _) => format!(
+        _ => format!(
             "{node} is forgotten; this node reclaims its {slots} subnets when all other members have \
              acknowledged that. Asked: {}. `gossamer status` shows who has not acknowledged\n",
             waits.join(", ")

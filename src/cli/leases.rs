@@ -4,14 +4,16 @@ use std::{fmt::Write as _, process::ExitCode};
 
 use clap::Args;
 use ipnet::IpNet;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 
 use super::{
-    Client, lease,
-    output::{elements, label, list, name, query_and_print, slots_text, table, text},
-    status::is_present,
+    Client, history,
+    output::{list, liveness_text, name, or_dash, query_and_print, slots_text, table},
 };
-use crate::api;
+use crate::{
+    api::{self, AgentStatus, FreeRange, Member, SlotCounts},
+    model::{Liveness, NodeId},
+};
 
 #[derive(Debug, Args)]
 pub struct LeasesArgs {
@@ -25,68 +27,87 @@ pub struct LeasesArgs {
     client: Client,
 }
 
+/// What the status says about addresses.
+#[derive(Serialize, Deserialize)]
+struct Leases {
+    /// `None` outside a cluster.
+    network: Option<IpNet>,
+    slots: SlotCounts,
+    owners: Vec<Owner>,
+}
+
+/// The subnets and free slots of a member.
+#[derive(Clone, Serialize, Deserialize)]
+struct Owner {
+    node: NodeId,
+    name: String,
+    label: String,
+    liveness: Option<Liveness>,
+    former_self: bool,
+    subnets: Vec<IpNet>,
+    free: u32,
+}
+
 pub fn run(args: &LeasesArgs) -> ExitCode {
+    let client = &args.client;
     if args.history {
-        return lease::history(&args.client);
+        return history::run(client);
     }
-    let query = async {
-        let mut status = api::get(&args.client.socket(), "/v1/status").await?;
-        Ok(if args.free { status["free_slots"].take() } else { leases_of(&status) })
-    };
-    let text = if args.free { free_text } else { leases_text };
-    query_and_print(&args.client, query, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+    let status = async { api::get_as::<AgentStatus>(&client.socket(), "/v1/status").await };
+    if args.free {
+        let query = async { Ok(status.await?.free_slots) };
+        query_and_print(client, query, |free, wide| free_text(free, wide))
+            .map_or_else(|code| code, |_| ExitCode::SUCCESS)
+    } else {
+        let query = async { Ok(Leases::of(status.await?)) };
+        query_and_print(client, query, leases_text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+    }
 }
 
-/// Selects the fields about addresses: subnets and free slots of each member.
-fn leases_of(status: &Value) -> Value {
-    let lease = |member: &Value| {
-        json!({
-            "node": member["node"], "name": member["name"], "label": member["label"],
-            "liveness": member["liveness"], "former_self": member["former_self"],
-            "subnets": member["subnets"], "free": member["free"],
-        })
-    };
-    let owners = elements(&status["members"]).filter(|member| is_present(member));
-    json!({
-        "network": status["settings"]["pool"]["network"],
-        "slots": status["slots"],
-        "owners": owners.map(lease).collect::<Vec<_>>(),
-    })
+impl Leases {
+    fn of(status: AgentStatus) -> Self {
+        let network = status.settings.map(|settings| settings.pool.network());
+        let owners = status.members.into_iter().filter(Member::is_present).map(Owner::of);
+        Self { network, slots: status.slots, owners: owners.collect() }
+    }
 }
 
-fn leases_text(leases: &Value, wide: bool) -> String {
-    let row = |owner: &Value| {
-        let [mut state, free] = ["liveness", "free"].map(|key| text(&owner[key]));
-        if owner["former_self"] == true {
-            state.push_str(" (former self)");
-        }
-        [list(&owner["subnets"], wide), label(owner, wide), state, free]
-    };
-    if elements(&leases["owners"]).next().is_none() {
+impl Owner {
+    fn of(member: Member) -> Self {
+        let Member { node, name, label, liveness, former_self, subnets, free, .. } = member;
+        Self { node, name, label, liveness, former_self, subnets, free }
+    }
+}
+
+fn leases_text(leases: &Leases, wide: bool) -> String {
+    if leases.owners.is_empty() {
         return "this host has not joined a cluster yet: see `gossamer status`\n".to_owned();
     }
-    let mut owners: Vec<&Value> = elements(&leases["owners"]).collect();
+    let row = |owner: &Owner| {
+        let former = if owner.former_self { " (former self)" } else { "" };
+        let state = format!("{}{former}", liveness_text(owner.liveness));
+        let subnets = list(&owner.subnets, wide);
+        [subnets, name(&owner.label, wide), state, owner.free.to_string()]
+    };
+    let mut owners = leases.owners.clone();
     // Owners without a subnet come last.
-    let first = |owner: &Value| owner["subnets"][0].as_str()?.parse::<IpNet>().ok();
-    owners.sort_by_key(|owner| first(owner).map_or((true, None), |subnet| (false, Some(subnet))));
-    let rows: Vec<_> = owners.into_iter().map(row).collect();
+    owners.sort_by_key(|owner| (owner.subnets.is_empty(), owner.subnets.first().copied()));
+    let rows: Vec<_> = owners.iter().map(row).collect();
     let mut out = table(["SUBNET", "NODE", "STATE", "FREE"], &rows);
-    let _ = writeln!(out, "\n{}: {}", text(&leases["network"]), slots_text(&leases["slots"]));
+    let _ = writeln!(out, "\n{}: {}", or_dash(leases.network), slots_text(&leases.slots));
     out
 }
 
-fn free_text(free_slots: &Value, wide: bool) -> String {
-    let row = |free: &Value| {
-        let subnets = match (&free["first"], &free["last"]) {
-            (first, last) if first == last => text(first),
-            (first, last) => format!("{} to {}", text(first), text(last)),
-        };
-        let [count, state] = ["count", "liveness"].map(|key| text(&free[key]));
-        [subnets, count, name(&free["name"], wide), state]
-    };
-    if elements(free_slots).next().is_none() {
+fn free_text(free_slots: &[FreeRange], wide: bool) -> String {
+    if free_slots.is_empty() {
         return "no subnet is free\n".to_owned();
     }
-    let rows: Vec<_> = elements(free_slots).map(row).collect();
+    let row = |range: &FreeRange| {
+        let FreeRange { first, last, count, .. } = range;
+        let subnets = if first == last { first.to_string() } else { format!("{first} to {last}") };
+        let state = liveness_text(range.liveness);
+        [subnets, count.to_string(), name(&range.name, wide), state]
+    };
+    let rows: Vec<_> = free_slots.iter().map(row).collect();
     table(["SUBNETS", "COUNT", "NODE", "STATE"], &rows)
 }

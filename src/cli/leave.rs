@@ -3,14 +3,14 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 
 use super::{
     Client, cni,
     confirm::{Consent, loss_of_membership},
     query_and_print,
 };
-use crate::api;
+use crate::api::{self, Left, Membership};
 
 #[derive(Debug, Args)]
 pub struct LeaveArgs {
@@ -20,27 +20,33 @@ pub struct LeaveArgs {
     client: Client,
 }
 
+#[derive(Serialize, Deserialize)]
+struct LeaveAnswer {
+    #[serde(flatten)]
+    left: Left,
+    /// The agent of a host that has not joined only removes its state.
+    was_member: bool,
+}
+
 pub fn run(LeaveArgs { consent, client }: &LeaveArgs) -> ExitCode {
     let socket = client.socket();
     if let Err(code) = consent.obtain(|| loss_of_membership(&socket)) {
         return code;
     }
     let query = async {
-        let status = api::get(&socket, "/v1/status").await?;
-        let mut answer = api::post(&socket, "/v1/leave").await?;
-        // The agent of a host that has not joined only removes its state.
-        answer["was_member"] = json!(status["cluster"].is_string());
-        Ok(answer)
+        let membership: Membership = api::get_as(&socket, "/v1/status").await?;
+        let left = api::post_as(&socket, "/v1/leave").await?;
+        Ok(LeaveAnswer { left, was_member: membership.cluster.is_some() })
     };
     query_and_print(client, query, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-fn text(answer: &Value, _: bool) -> String {
-    let text = match answer["successor"].as_str() {
+fn text(LeaveAnswer { left, was_member }: &LeaveAnswer, _: bool) -> String {
+    let text = match &left.successor {
         Some(successor) => {
             format!("left the cluster: {successor} owns all subnets of this node now\n")
         }
-        None if answer["was_member"] == true => {
+        None if *was_member => {
             "left the cluster: this was its last member, so it no longer exists\n".to_owned()
         }
         None => "this host had not joined a cluster yet; its state was removed\n".to_owned(),

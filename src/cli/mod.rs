@@ -16,8 +16,8 @@ mod events;
 mod forget;
 mod generate;
 mod help;
+mod history;
 mod lab;
-mod lease;
 mod leases;
 mod leave;
 mod members;
@@ -46,7 +46,7 @@ use clap::{
     Args, Parser, Subcommand,
     error::{ContextKind, ContextValue, ErrorKind},
 };
-use serde_json::Value;
+use serde::de::DeserializeOwned;
 
 pub use self::help::parse;
 use self::output::{Format, query_and_print};
@@ -100,9 +100,6 @@ enum Command {
     Podman(podman::PodmanArgs),
     /// Print the dockerd options that give Docker's own bridge this node's subnet
     DockerOpts(docker_opts::DockerOptsArgs),
-    /// Show how the ownership of subnets has changed, as `leases --history` does
-    #[command(hide = true)]
-    Lease(lease::LeaseArgs),
     /// Print the token with which other hosts join
     Token(token::TokenArgs),
     /// Replace the cluster's secret in three steps, without interrupting the cluster
@@ -166,9 +163,12 @@ impl Control {
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Queries an agent; waits for its socket, because the agent may have been started just now.
-async fn get_once_started(socket: &Path, target: &str) -> Result<Value, ClientError> {
+async fn get_once_started<T: DeserializeOwned>(
+    socket: &Path,
+    target: &str,
+) -> Result<T, ClientError> {
     loop {
-        match api::get(socket, target).await {
+        match api::get_as(socket, target).await {
             // `NoAnswer`: the agent restarts its work, as after reset-identity.
             Err(ClientError::NoAgent { .. } | ClientError::NoAnswer(_)) => {
                 tokio::time::sleep(RETRY_INTERVAL).await;
@@ -213,7 +213,6 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::DockerOpts(args) => docker_opts::run(&args),
-        Command::Lease(args) => lease::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Secret(args) => secret::run(&args),
         Command::Leave(args) => leave::run(&args),

@@ -7,17 +7,18 @@ use std::{
     future::Future,
     io::Write as _,
     process::ExitCode,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anstream::adapter::strip_str;
 use clap::ValueEnum;
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::{Client, block_on, fail};
 use crate::{
-    api::ClientError,
-    model::{Problem, escaped_lines, visible_lines},
+    api::{ClientError, SlotCounts},
+    model::{Liveness, Problem, escaped_lines, visible_lines},
 };
 
 /// Longest name, in characters, that a table shows whole.
@@ -40,14 +41,28 @@ pub enum Format {
 }
 
 impl Format {
-    /// Prints an answer. `text` formats it for people; its second argument is true for the wide form.
-    pub fn print(self, answer: &Value, text: impl FnOnce(&Value, bool) -> String) {
+    /// Prints an answer. `text` formats it for people; its second argument is true for the wide form. It
+    /// gets the answer without control characters.
+    pub fn print<T: Serialize + DeserializeOwned>(
+        self,
+        answer: &T,
+        text: impl FnOnce(&T, bool) -> String,
+    ) {
+        match visible_answer(answer) {
+            Ok(visible) => self.print_visible(answer, |wide| text(&visible, wide)),
+            Err(error) => eprintln!("gossamer: {error}"),
+        }
+    }
+
+    /// Prints an answer. `text` formats it for people, without control characters of other programs; its
+    /// argument is true for the wide form.
+    pub fn print_visible(self, answer: &impl Serialize, text: impl FnOnce(bool) -> String) {
         write_stdout(&match self {
-            Self::Text => text(&without_control_chars(answer), false),
-            Self::Wide => text(&without_control_chars(answer), true),
-            Self::Json => escaped_lines(&format!("{answer:#}\n")),
+            Self::Text => text(false),
+            Self::Wide => text(true),
+            Self::Json => escaped_lines(&format!("{:#}\n", json(answer))),
             Self::Yaml => {
-                serde_yaml_ng::to_string(&without_control_chars(answer)).unwrap_or_default()
+                serde_yaml_ng::to_string(&without_control_chars(&json(answer))).unwrap_or_default()
             }
         });
     }
@@ -55,6 +70,19 @@ impl Format {
     pub const fn is_text(self) -> bool {
         matches!(self, Self::Text | Self::Wide)
     }
+}
+
+/// Returns an answer as JSON, with its keys in alphabetical order.
+pub fn json(answer: &impl Serialize) -> Value {
+    serde_json::to_value(answer).unwrap_or_default()
+}
+
+/// Returns an answer without control characters in its strings.
+///
+/// # Errors
+/// Fails if a string that is not free text contained some.
+pub fn visible_answer<T: Serialize + DeserializeOwned>(answer: &T) -> serde_json::Result<T> {
+    serde_json::from_value(without_control_chars(&json(answer)))
 }
 
 /// Removes control characters from all strings: names of interfaces and pods come from other programs and
@@ -80,11 +108,11 @@ pub fn write_stdout(text: &str) -> bool {
 ///
 /// # Errors
 /// Prints the error and returns the exit code if the agent cannot be queried.
-pub fn query_and_print(
+pub fn query_and_print<T: Serialize + DeserializeOwned>(
     client: &Client,
-    query: impl Future<Output = Result<Value, ClientError>>,
-    text: impl FnOnce(&Value, bool) -> String,
-) -> Result<Value, ExitCode> {
+    query: impl Future<Output = Result<T, ClientError>>,
+    text: impl FnOnce(&T, bool) -> String,
+) -> Result<T, ExitCode> {
     let answer = block_on(query).map_err(fail)?.map_err(fail)?;
     client.output.print(&answer, text);
     Ok(answer)
@@ -117,12 +145,6 @@ pub fn problem_text(problem: &Problem) -> String {
     let since = since.filter(|age| *age >= 60).map(|age| format!(" (for {})", duration_text(age)));
     let what = format!("{}{}", problem.what, since.unwrap_or_default());
     Problem { what, ..problem.clone() }.to_string()
-}
-
-/// Returns the problem in an answer, formatted; `None` if there is none.
-pub fn problem_in(answer: &Value) -> Option<String> {
-    let problem = serde_json::from_value::<Problem>(answer["problem"].clone());
-    problem.ok().map(|problem| problem_text(&problem))
 }
 
 /// Formats the first names and the number of the others.
@@ -190,49 +212,41 @@ pub fn wrapped(text: &str, indent: usize) -> String {
 }
 
 /// Formats a name, and shortens it unless `wide`.
-pub fn name(value: &Value, wide: bool) -> String {
-    let name = text(value);
+pub fn name(name: &str, wide: bool) -> String {
     if wide || name.chars().count() <= MAX_NAME_CHARS {
-        return name;
+        return name.to_owned();
     }
     let kept: String = name.chars().take(MAX_NAME_CHARS - 1).collect();
     format!("{kept}…")
 }
 
-/// Formats a member's label, which commands accept: its name, with the beginning of its id if the name is
-/// not unique. An agent of an earlier version sends the name alone.
-pub fn label(member: &Value, wide: bool) -> String {
-    let has_label = member["label"].is_string();
-    name(if has_label { &member["label"] } else { &member["name"] }, wide)
+/// Formats an optional value, `None` as "-".
+pub fn or_dash(value: Option<impl Display>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
-/// Formats a value without quotes, `null` as "-".
-pub fn text(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
+/// Formats a member's liveness; `None` is a member that gossip does not know.
+pub fn liveness_text(liveness: Option<Liveness>) -> String {
+    or_dash(liveness.map(Liveness::name))
 }
 
-/// Formats an array: all values if `wide`, otherwise the first value and the number of the others.
-pub fn list(values: &Value, wide: bool) -> String {
-    let texts: Vec<String> = values.as_array().into_iter().flatten().map(text).collect();
-    match &texts[..] {
+/// Formats values: all if `wide`, otherwise the first one and the number of the others.
+pub fn list(values: &[impl Display], wide: bool) -> String {
+    match values {
         [] => "-".to_owned(),
         [first, more @ ..] if !wide && !more.is_empty() => format!("{first} +{}", more.len()),
-        all => all.join(","),
+        all => all.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
     }
 }
 
-/// Iterates over the elements of an array; empty for any other value.
-pub fn elements(value: &Value) -> impl Iterator<Item = &Value> {
-    value.as_array().into_iter().flatten()
+/// Formats a time in seconds since 1970.
+pub fn time(seconds: u64) -> String {
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
 }
 
 /// Formats the numbers of slots.
-pub fn slots_text(slots: &Value) -> String {
-    format!("{} leased, {} free of {}", slots["leased"], slots["free"], slots["total"])
+pub fn slots_text(slots: &SlotCounts) -> String {
+    format!("{} leased, {} free of {}", slots.leased, slots.free, slots.total)
 }
 
 #[cfg(test)]

@@ -1,23 +1,21 @@
 //! `gossamer ping`: pings the underlay, the overlay and the pods' gateway of one member.
 
 use std::{
+    fmt::Display,
     process::ExitCode,
     thread,
     time::{Duration, Instant},
 };
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 
 use super::{
     Client, block_on, fail,
-    output::{problem_in, write_stdout},
+    output::{or_dash, problem_text, visible_answer, write_stdout},
     percent_encoded,
 };
-use crate::api;
-
-/// Keys of the three results in an answer.
-const PROBES: [&str; 3] = ["underlay", "overlay", "pods"];
+use crate::api::{self, PingReport, Reach};
 
 #[derive(Debug, Args)]
 pub struct PingArgs {
@@ -33,29 +31,29 @@ pub struct PingArgs {
     client: Client,
 }
 
+/// The answer of the command.
+#[derive(Serialize, Deserialize)]
+struct Rounds {
+    rounds: Vec<PingReport>,
+}
+
 /// Returns exit code 1 if the overlay answered in no round.
 pub fn run(args: &PingArgs) -> ExitCode {
     let name = percent_encoded(&args.node);
     let target = format!("/v1/ping?node={name}");
     let socket = args.client.socket();
-    let text = args.client.output.is_text();
-    let mut rounds: Vec<Value> = Vec::new();
+    let is_text = args.client.output.is_text();
+    let mut rounds: Vec<PingReport> = Vec::new();
     for number in 1..=args.count.max(1) {
         let begun = Instant::now();
-        let round = match block_on(api::get(&socket, &target)) {
+        let round: PingReport = match block_on(api::get_as(&socket, &target)) {
             Ok(Ok(round)) => round,
             Ok(Err(error)) => return fail(error),
             Err(error) => return fail(error),
         };
-        if text {
+        if is_text {
             let header = if number == 1 { header(&round) } else { String::new() };
-            let has_pods = has_pods(&round);
-            let times = PROBES.map(|probe| match probe {
-                "pods" if !has_pods => "no pods yet".to_owned(),
-                _ => time(&round[probe]),
-            });
-            let times = line(&number.to_string(), times);
-            if !write_stdout(&format!("{header}{times}\n")) {
+            if !write_stdout(&format!("{header}{}\n", line(&number.to_string(), times(&round)))) {
                 return ExitCode::SUCCESS;
             }
         }
@@ -64,31 +62,21 @@ pub fn run(args: &PingArgs) -> ExitCode {
             thread::sleep(args.interval.saturating_sub(begun.elapsed()));
         }
     }
-    let answered = |probe: &str| {
-        rounds.iter().filter(|round| round[probe]["round_trip_ms"].is_number()).count()
-    };
-    if text {
-        let total = |probe: &str| match probe {
-            "pods" if !rounds.last().is_some_and(has_pods) => String::new(),
-            _ => format!("{} of {}", answered(probe), rounds.len()),
-        };
-        let totals = line("", PROBES.map(total));
-        write_stdout(&format!("{totals}\n{}", rounds.last().map(summary).unwrap_or_default()));
+    let has_overlay = rounds.iter().any(|round| answered(&round.overlay));
+    if is_text {
+        let summary = rounds.last().map(summary).unwrap_or_default();
+        write_stdout(&format!("{}\n{summary}", line("", totals(&rounds))));
     } else {
-        args.client.output.print(&json!({ "rounds": rounds }), |_, _| String::new());
+        args.client.output.print(&Rounds { rounds }, |_, _| String::new());
     }
-    if answered("overlay") == 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    if has_overlay { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn header(round: &Value) -> String {
-    let to = PROBES.map(|probe| round[probe]["to"].as_str().unwrap_or("-").to_owned());
-    format!(
-        "{} ({})\n{}\n{}\n",
-        round["name"].as_str().unwrap_or("?"),
-        round["node"].as_str().unwrap_or("?"),
-        line("", ["underlay (QUIC)", "overlay (VTEP)", "pods (gateway)"].map(str::to_owned)),
-        line("", to)
-    )
+fn header(round: &PingReport) -> String {
+    let PingReport { name, node, underlay, overlay, pods, .. } = round;
+    let to = [or_dash(underlay.to), or_dash(overlay.to), or_dash(pods.to)];
+    let titles = ["underlay (QUIC)", "overlay (VTEP)", "pods (gateway)"].map(str::to_owned);
+    format!("{name} ({node})\n{}\n{}\n", line("", titles), line("", to))
 }
 
 fn line(number: &str, cells: [String; 3]) -> String {
@@ -96,33 +84,55 @@ fn line(number: &str, cells: [String; 3]) -> String {
     format!("{number:>4}  {underlay:<28}{overlay:<28}{pods}").trim_end().to_owned()
 }
 
-/// Returns whether the gateway of the member's pods answered, or its failure is a fault. The gateway has its
-/// address from the first pod on.
-fn has_pods(round: &Value) -> bool {
-    let answered = |probe: &str| round[probe]["round_trip_ms"].is_number();
-    answered("pods") || !answered("overlay") || problem_in(round).is_some()
+fn answered<A>(reach: &Reach<A>) -> bool {
+    reach.round_trip_ms.is_some()
 }
 
-fn time(reach: &Value) -> String {
-    match (reach["to"].is_null(), reach["round_trip_ms"].as_f64()) {
-        (true, _) => "-".to_owned(),
+/// Returns whether the gateway of the member's pods answered, or its failure is a fault. The gateway has its
+/// address from the first pod on.
+fn has_pods(round: &PingReport) -> bool {
+    answered(&round.pods) || !answered(&round.overlay) || round.problem.is_some()
+}
+
+/// Formats the results of one round.
+fn times(round: &PingReport) -> [String; 3] {
+    let pods = if has_pods(round) { time(&round.pods) } else { "no pods yet".to_owned() };
+    [time(&round.underlay), time(&round.overlay), pods]
+}
+
+fn time<A: Display>(reach: &Reach<A>) -> String {
+    match (&reach.to, reach.round_trip_ms) {
+        (None, _) => "-".to_owned(),
         (_, Some(ms)) => format!("{ms:.2} ms"),
         _ => "no answer".to_owned(),
     }
 }
 
+/// Formats the numbers of answers to each probe.
+fn totals(rounds: &[PingReport]) -> [String; 3] {
+    let total = |is_answered: fn(&PingReport) -> bool| {
+        format!("{} of {}", rounds.iter().filter(|round| is_answered(round)).count(), rounds.len())
+    };
+    let pods = match rounds.last().is_some_and(has_pods) {
+        true => total(|round| answered(&round.pods)),
+        false => String::new(),
+    };
+    [total(|round| answered(&round.underlay)), total(|round| answered(&round.overlay)), pods]
+}
+
 /// Returns what the results of the last round mean together.
-fn summary(round: &Value) -> String {
-    let answered = PROBES.map(|probe| round[probe]["round_trip_ms"].is_number());
-    let problem = problem_in(round);
-    let words = match (problem.as_deref(), answered) {
-        (Some(problem), _) => problem,
-        (None, [_, true, false]) => {
+fn summary(round: &PingReport) -> String {
+    if let Some(problem) = &round.problem {
+        return visible_answer(problem)
+            .map_or_else(|_| String::new(), |problem| format!("{}\n", problem_text(&problem)));
+    }
+    let words = match [answered(&round.underlay), answered(&round.overlay), answered(&round.pods)] {
+        [_, true, false] => {
             "pods: the gateway has no address there yet; it gets one with the first pod"
         }
-        (None, [false, true, _]) => "its agent does not answer, but its kernel forwards",
-        (None, [true, false, _]) => "its agent answers, but no packet passes the tunnel",
-        (None, [false, false, _]) => "neither its agent nor its kernel answers",
+        [false, true, _] => "its agent does not answer, but its kernel forwards",
+        [true, false, _] => "its agent answers, but no packet passes the tunnel",
+        [false, false, _] => "neither its agent nor its kernel answers",
         _ => return String::new(),
     };
     format!("{words}\n")
@@ -130,18 +140,22 @@ fn summary(round: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
-    use crate::model::{Problem, ProblemCode};
+    use crate::model::{NodeId, Problem, ProblemCode};
 
     #[test]
     fn gateway_without_an_answer_is_a_fault_if_the_path_has_a_problem() {
-        let silent = json!({ "overlay": { "round_trip_ms": 1.0 }, "pods": {} });
+        let silent = PingReport {
+            node: NodeId::UNKNOWN,
+            name: "n2".to_owned(),
+            underlay: Reach::unanswered(None),
+            overlay: Reach { to: None, round_trip_ms: Some(1.0) },
+            pods: Reach::unanswered(None),
+            path: None,
+            problem: None,
+        };
         assert!(!has_pods(&silent));
         let problem = Problem::new(ProblemCode::MemberDown, "n2", "packets are lost", "");
-        let mut faulty = silent;
-        faulty["problem"] = serde_json::to_value(problem).expect("JSON");
-        assert!(has_pods(&faulty));
+        assert!(has_pods(&PingReport { problem: Some(problem), ..silent }));
     }
 }

@@ -13,7 +13,7 @@ use super::{
     fail,
 };
 use crate::{
-    api::{self, ClientError},
+    api::{self, ClientError, IdentityReset, Membership},
     random::random,
     store::{StateDir, read_token},
 };
@@ -39,7 +39,8 @@ pub fn run(args: &ResetArgs) -> ExitCode {
         return code;
     }
     let reset_agent = async {
-        if !api::get(&socket, "/v1/status").await?["cluster"].is_string() {
+        let membership: Membership = api::get_as(&socket, "/v1/status").await?;
+        if membership.cluster.is_none() {
             return Ok(false);
         }
         api::post(&socket, "/v1/reset-identity").await.map(|_| true)
@@ -59,7 +60,7 @@ pub fn run(args: &ResetArgs) -> ExitCode {
         },
         Err(error) => return fail(error),
     };
-    args.client.output.print(&serde_json::json!({ "reset": true }), |_, _| format!("{message}\n"));
+    args.client.output.print(&IdentityReset { reset: true }, |_, _| format!("{message}\n"));
     ExitCode::SUCCESS
 }
 

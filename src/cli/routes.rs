@@ -3,13 +3,12 @@
 use std::{fmt::Write as _, process::ExitCode};
 
 use clap::Args;
-use serde_json::Value;
 
 use super::{
     Client,
-    output::{bad, elements, list, name, query_and_print, table, text},
+    output::{bad, list, name, or_dash, query_and_print, table},
 };
-use crate::api;
+use crate::api::{self, EntryVerdict, KernelEntry, Routes};
 
 #[derive(Debug, Args)]
 pub struct RoutesArgs {
@@ -23,37 +22,38 @@ pub struct RoutesArgs {
 /// Returns exit code 1 if an entry differs.
 pub fn run(args: &RoutesArgs) -> ExitCode {
     let query = async {
-        let mut routes = api::get(&args.client.socket(), "/v1/routes").await?;
-        if let (true, Some(entries)) = (args.differences, routes["entries"].as_array_mut()) {
-            entries.retain(|entry| entry["verdict"] != "same");
+        let mut routes: Routes = api::get_as(&args.client.socket(), "/v1/routes").await?;
+        if args.differences {
+            routes.entries.retain(differs);
         }
         Ok(routes)
     };
     match query_and_print(&args.client, query, routes_text) {
-        Ok(routes) if elements(&routes["entries"]).all(|entry| entry["verdict"] == "same") => {
-            ExitCode::SUCCESS
-        }
+        Ok(routes) if !routes.entries.iter().any(differs) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(code) => code,
     }
 }
 
-fn routes_text(routes: &Value, wide: bool) -> String {
-    let row = |entry: &Value| {
-        let [table, key, wanted, verdict] =
-            ["table", "key", "wanted", "verdict"].map(|field| text(&entry[field]));
-        let found = list(&entry["found"], true);
-        let verdict = if verdict == "same" { verdict } else { bad(verdict) };
-        [table, key, wanted, found, name(&entry["peer"], wide), verdict]
+fn differs(entry: &KernelEntry) -> bool {
+    entry.verdict != EntryVerdict::Same
+}
+
+fn routes_text(routes: &Routes, wide: bool) -> String {
+    let row = |entry: &KernelEntry| {
+        let KernelEntry { table, key, peer, wanted, found, verdict, .. } = entry;
+        let verdict = if differs(entry) { bad(verdict) } else { verdict.to_string() };
+        let peer = or_dash(peer.as_deref().map(|peer| name(peer, wide)));
+        let wanted = or_dash(wanted.as_deref());
+        [table.clone(), key.clone(), wanted, list(found, true), peer, verdict]
     };
-    let rows: Vec<_> = elements(&routes["entries"]).map(row).collect();
+    let rows: Vec<_> = routes.entries.iter().map(row).collect();
     let mut out = table(["TABLE", "KEY", "WANTED", "IN THE KERNEL", "PEER", "VERDICT"], &rows);
-    let differ = elements(&routes["entries"]).filter(|entry| entry["verdict"] != "same").count();
     if rows.is_empty() {
         // Nothing is wanted yet, or nothing differs.
         out.clear();
     }
-    let _ = match differ {
+    let _ = match routes.entries.iter().filter(|entry| differs(entry)).count() {
         0 => writeln!(out, "\nthe kernel has all entries"),
         count => writeln!(
             out,

@@ -3,16 +3,16 @@
 use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Subcommand};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{
     Client,
     confirm::Consent,
-    output::{bad, elements, query_and_print, table, text},
+    output::{bad, list, query_and_print, table},
     token::new_token,
 };
 use crate::{
-    api::{self, ClientError},
+    api::{self, ClientError, NewSecret, SecretStatus, Secrets},
     config::read_token_file,
 };
 
@@ -68,7 +68,7 @@ struct ChangeArgs {
 pub fn run(args: &SecretArgs) -> ExitCode {
     let done = match &args.step {
         Step::List(client) => {
-            query_and_print(client, api::get(&client.socket(), "/v1/secrets"), secrets_text)
+            query_and_print(client, api::get_as(&client.socket(), "/v1/secrets"), secrets_text)
         }
         Step::Add(args) => query_and_print(&args.client, add(args), |answer, wide| {
             secrets_text(answer, wide) + &next_step(answer, "use")
@@ -91,68 +91,70 @@ pub fn run(args: &SecretArgs) -> ExitCode {
         }
     };
     match done {
-        Ok(answer) if elements(&answer["refused"]).next().is_some() => ExitCode::FAILURE,
+        Ok(answer) if !answer.refused.is_empty() => ExitCode::FAILURE,
         Ok(_) => ExitCode::SUCCESS,
         Err(code) => code,
     }
 }
 
-async fn add(args: &AddArgs) -> Result<Value, ClientError> {
+async fn add(args: &AddArgs) -> Result<Secrets, ClientError> {
     let refused = |why: String| ClientError::Refused { why, answer: Value::Null };
     let token = match &args.token_file {
         _ if args.again => None,
         Some(path) => Some(read_token_file(path).map_err(|error| refused(error.to_string()))?),
         None => Some(new_token().map_err(|error| refused(error.to_string()))?),
     };
-    let body = json!({ "token": token.map(|token| token.to_string()) });
-    api::post_json(&args.client.socket(), "/v1/secrets/add", &body).await
+    let body = NewSecret { token: token.map(|token| token.to_string()) };
+    api::post_json_as(&args.client.socket(), "/v1/secrets/add", &body).await
 }
 
-async fn change(args: &ChangeArgs, step: &str) -> Result<Value, ClientError> {
+async fn change(args: &ChangeArgs, step: &str) -> Result<Secrets, ClientError> {
     let ChangeArgs { secret, force, client } = args;
     if step == "drop" {
         // A typing error must not look like success.
-        let known = api::get(&client.socket(), "/v1/secrets").await?;
-        if !elements(&known["secrets"]).any(|entry| entry["secret"] == secret.as_str()) {
+        let known: Secrets = api::get_as(&client.socket(), "/v1/secrets").await?;
+        if !known.secrets.iter().any(|entry| entry.secret == *secret) {
             let why = format!("no member knows secret {secret}: see `gossamer secret list`");
             return Err(ClientError::Refused { why, answer: Value::Null });
         }
     }
     let secret = super::percent_encoded(secret);
     let target = format!("/v1/secrets/{step}?secret={secret}&force={force}");
-    api::post(&client.socket(), &target).await
+    api::post_as(&client.socket(), &target).await
 }
 
-fn secrets_text(answer: &Value, wide: bool) -> String {
-    let names = |value: &Value| match value.as_array().map(Vec::as_slice).unwrap_or_default() {
+fn secrets_text(answer: &Secrets, wide: bool) -> String {
+    let names = |names: &[String]| match names {
         [] => "-".to_owned(),
-        names if wide => names.iter().map(text).collect::<Vec<_>>().join(","),
+        names if wide => list(names, true),
         names => names.len().to_string(),
     };
-    let row = |secret: &Value| {
-        let lacking = elements(&secret["lacked_by"]).map(text).collect::<Vec<_>>().join(", ");
-        let lacking = if lacking.is_empty() { "-".to_owned() } else { bad(lacking) };
-        [text(&secret["secret"]), names(&secret["used_by"]), names(&secret["accepted_by"]), lacking]
+    let row = |status: &SecretStatus| {
+        let SecretStatus { secret, used_by, accepted_by, lacked_by } = status;
+        let lacking = match &lacked_by[..] {
+            [] => "-".to_owned(),
+            names => bad(names.join(", ")),
+        };
+        [secret.clone(), names(used_by), names(accepted_by), lacking]
     };
-    let rows: Vec<_> = elements(&answer["secrets"]).map(row).collect();
+    let rows: Vec<_> = answer.secrets.iter().map(row).collect();
     let mut out = table(["SECRET", "USED BY", "ACCEPTED BY", "LACKED BY"], &rows);
-    for refused in elements(&answer["refused"]) {
-        let _ = writeln!(out, "{}", bad(format_args!("refused by {}", text(refused))));
+    for refused in &answer.refused {
+        let _ = writeln!(out, "{}", bad(format_args!("refused by {refused}")));
     }
-    let silent: Vec<String> = elements(&answer["silent"]).map(text).collect();
-    if !silent.is_empty() {
-        let _ = writeln!(out, "{}", bad(format_args!("no answer from {}", silent.join(", "))));
+    if !answer.silent.is_empty() {
+        let silent = answer.silent.join(", ");
+        let _ = writeln!(out, "{}", bad(format_args!("no answer from {silent}")));
     }
     out
 }
 
 /// Returns the next step of a rotation: after `add`, to use the new secret; after `use`, to drop the old one.
-fn next_step(answer: &Value, step: &str) -> String {
-    let is_used = |secret: &&Value| elements(&secret["used_by"]).next().is_some();
-    let mut unused = elements(&answer["secrets"]).filter(|secret| !is_used(secret));
+fn next_step(answer: &Secrets, step: &str) -> String {
+    let mut unused = answer.secrets.iter().filter(|secret| secret.used_by.is_empty());
     match (unused.next(), unused.next()) {
-        (Some(secret), None) => {
-            format!("next: gossamer secret {step} {}\n", text(&secret["secret"]))
+        (Some(SecretStatus { secret, .. }), None) => {
+            format!("next: gossamer secret {step} {secret}\n")
         }
         _ => String::new(),
     }

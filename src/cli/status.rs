@@ -68,7 +68,7 @@ pub fn status(args: &StatusArgs) -> ExitCode {
         Ok(Err(error)) => return failed(args, &error),
         Err(error) => return fail(error),
     };
-    args.client.output.print(&answer, |_, wide| status_text(&status, wide));
+    args.client.output.print_visible(&answer, |wide| status_text(&status, wide));
     let Some(seconds) = args.wait() else {
         return match (args.ready, status.verdict.state) {
             (true, VerdictState::Degraded) => ExitCode::SUCCESS,
@@ -272,14 +272,4 @@ fn reclaims(node: &Reclaiming, status: &AgentStatus) -> String {
         }
     };
     format!("{} subnets of {}, forgotten: {waits}", node.slots, node.name)
-}
-
-/// Returns whether a member has neither left nor been forgotten.
-pub fn is_present(member: &Value) -> bool {
-    member["left"] == false && member["forgotten"] == false
-}
-
-/// Returns whether a member is present, and no earlier identity of a living one.
-pub fn is_current(member: &Value) -> bool {
-    is_present(member) && member["former_self"] != true
 }

@@ -7,11 +7,10 @@ use std::{
 };
 
 use clap::Args;
-use serde_json::json;
 
 use super::{Client, block_on, fail, output::write_stdout};
 use crate::{
-    api,
+    api::{self, ClusterToken},
     model::ClusterId,
     random::random,
     store::{PRIVATE, replace},
@@ -33,8 +32,8 @@ pub struct TokenArgs {
 
 pub fn run(args: &TokenArgs) -> ExitCode {
     let answer = match args.new {
-        true => new_token().map(|token| json!({ "token": token.to_string() })),
-        false => block_on(api::get(&args.client.socket(), "/v1/token"))
+        true => new_token().map(|token| ClusterToken { token: token.to_string() }),
+        false => block_on(api::get_as(&args.client.socket(), "/v1/token"))
             .map_err(anyhow::Error::from)
             .and_then(|answer| Ok(answer?)),
     };
@@ -42,7 +41,7 @@ pub fn run(args: &TokenArgs) -> ExitCode {
         Ok(answer) => answer,
         Err(error) => return fail(error),
     };
-    let token = answer["token"].as_str().unwrap_or_default();
+    let token = &answer.token;
     if let Some(path) = &args.out {
         return match replace(path, &format!("{token}\n"), PRIVATE) {
             Ok(()) => ExitCode::SUCCESS,
@@ -52,7 +51,7 @@ pub fn run(args: &TokenArgs) -> ExitCode {
     if args.client.output.is_text() && io::stdout().is_terminal() {
         return print_for_people(token, args.new);
     }
-    args.client.output.print(&answer, |_, _| format!("{token}\n"));
+    args.client.output.print(&answer, |answer, _| format!("{}\n", answer.token));
     ExitCode::SUCCESS
 }
 

@@ -25,8 +25,8 @@ use super::{
 };
 use crate::{
     api::{
-        self, ApiError, AttachRequest, Attached, AttachmentName, ClientError, PodError,
-        PodErrorKind, PodStatus,
+        self, ApiError, AttachRequest, Attached, AttachmentName, Checked, ClientError, PodError,
+        PodErrorKind, PodStatus, Pods,
     },
     model::Attachment,
     pods::wiring::open_netns,
@@ -111,7 +111,7 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
                 &name,
                 Some(opened.into()),
             ))?;
-            let has: Vec<IpAddr> = read(&socket, checked["addresses"].clone())?;
+            let Checked { addresses: has } = read(&socket, checked)?;
             let expected = request.config.previous_addresses(attachment.interface());
             compare(attachment.interface(), netns, &has, &expected)?;
             let expected = request.config.previous().map(routes::Expected::all);
@@ -249,7 +249,7 @@ fn detach_within(
 /// one.
 fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), ClientError> {
     let answer = await_answer_for(DETACH_TIMEOUT, api::get(socket, "/v1/pods"))?;
-    let pods: Vec<PodStatus> = read(socket, answer["pods"].clone())?;
+    let Pods { pods } = read(socket, answer)?;
     let mut failed = Ok(());
     for PodStatus { container, interface, .. } in pods.into_iter().filter(|pod| pod.owner == owner)
     {

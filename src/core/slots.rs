@@ -306,7 +306,7 @@ impl SlotTable {
     }
 
     /// Cuts `run` at the borders of this table's runs and pairs each part with this table's record.
-    fn overlaps(&self, run: Run) -> Vec<(Run, Option<SlotRecord>)> {
+    fn overlaps(&self, run: Run) -> Vec<Change> {
         let pool = self.pool.slots();
         let mut parts = Vec::new();
         let mut at = run.start.0.max(*pool.start());

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use super::{Agent, Examination, Finding};
 use crate::{
     api::{
-        AgentStatus, Event, EventKind, KernelEntry, KernelStatus, Member, MemberState, PathStatus,
+        AgentStatus, EntryVerdict, Event, EventKind, KernelEntry, KernelStatus, Member,
+        MemberState, PathStatus,
     },
     model::{CallError, PathState, Problem, ProblemCode},
     runtime::block_on,
@@ -245,7 +246,8 @@ fn tables(routes: Option<&[KernelEntry]>) -> Finding {
     let Some(routes) = routes else {
         return Finding::skipped("tables", "the agent did not list its kernel entries");
     };
-    let differ: Vec<&KernelEntry> = routes.iter().filter(|entry| entry.verdict != "same").collect();
+    let differ: Vec<&KernelEntry> =
+        routes.iter().filter(|entry| entry.verdict != EntryVerdict::Same).collect();
     match differ.first() {
         None => Finding::ok("tables", format!("{} entries, all correct", routes.len())),
         Some(first) => Finding::problem(
@@ -393,9 +395,10 @@ mod tests {
         assert!(!others.iter().any(|other| is_bad(other, what)), "it is reported once: {others:?}");
         let kernel = KernelStatus { checksum_offload_fails: true, ..KernelStatus::default() };
         assert!(is_bad(&offload(&kernel), "checksums"));
-        let [table, key, verdict] = ["fdb", "aa", "missing"].map(str::to_owned);
-        let (peer, wanted, found) = (None, None, Vec::new());
-        let entry = KernelEntry { table, key, peer, wanted, found, verdict };
+        let [table, key] = ["fdb", "aa"].map(str::to_owned);
+        let (node, peer, wanted, found) = (None, None, None, Vec::new());
+        let verdict = EntryVerdict::Missing;
+        let entry = KernelEntry { table, key, node, peer, wanted, found, verdict };
         assert!(is_bad(&tables(Some(&[entry])), "fdb aa is missing"));
         assert!(matches!(tables(None).verdict, Verdict::Skipped));
     }

@@ -70,8 +70,8 @@ fn clock(state_dir: &Path) -> Finding {
         let seen = format!("this host's clock says {}", text(now));
         return Finding::notice("clock", seen, why, fix);
     }
-    let lines = History::new(state_dir).read().unwrap_or_default();
-    let last = lines.iter().filter_map(|line| line["at"].as_u64()).max().unwrap_or(0);
+    let changes = History::new(state_dir).read().unwrap_or_default();
+    let last = changes.iter().map(|change| change.at).max().unwrap_or(0);
     if last > now.as_secs() + CLOCK_TOLERANCE_SECS {
         let seen = format!(
             "it is {}, but this host recorded a change of subnets at {}",

@@ -13,6 +13,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::Host;
@@ -107,6 +108,18 @@ impl Agent {
             .await
             .map_err(|_| anyhow::anyhow!("no answer from the agent:\n{}", self.log()))?
         })?
+    }
+
+    /// Like [`Self::ask`], and returns the answer as a type of the API.
+    ///
+    /// # Errors
+    /// Also if the answer is of another type.
+    pub fn ask_as<T: DeserializeOwned>(
+        &mut self,
+        target: &str,
+        patience: Duration,
+    ) -> anyhow::Result<T> {
+        Ok(serde_json::from_value(self.ask(target, patience)?)?)
     }
 
     /// Waits until the node has converged with `members` members, and returns its status.

@@ -14,3 +14,14 @@ pub enum Liveness {
     /// It did not refute a suspicion in time.
     Down,
 }
+
+impl Liveness {
+    /// Returns the name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Alive => "alive",
+            Self::Suspect => "suspect",
+            Self::Down => "down",
+        }
+    }
+}

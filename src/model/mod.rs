@@ -11,6 +11,7 @@ mod forget;
 mod id;
 mod liveness;
 mod member;
+mod owner_change;
 mod path;
 mod pod;
 mod pool;
@@ -32,6 +33,7 @@ pub use liveness::Liveness;
 pub use member::{
     Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
 };
+pub use owner_change::OwnerChange;
 pub use path::PathState;
 pub use pod::{Addresses, Attachment, AttachmentError, CONTAINER_MAX, Pod, check_interface_name};
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};

@@ -11,9 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
-
-use crate::files;
+use crate::{files, model::OwnerChange};
 
 pub(super) const FILE: &str = "history";
 pub(super) const OLDER: &str = "history.1";
@@ -37,39 +35,43 @@ impl History {
         Self { directory: directory.to_owned(), failing: false }
     }
 
-    /// Appends lines. Logs the first of successive failures.
-    pub fn append(&mut self, lines: &[Value]) {
-        if lines.is_empty() {
+    /// Appends changes, each as a line. Logs the first of successive failures.
+    pub fn append(&mut self, changes: &[OwnerChange]) {
+        if changes.is_empty() {
             return;
         }
-        let written = self.try_append(lines);
+        let written = self.try_append(changes);
         if let (Err(error), false) = (&written, self.failing) {
             tracing::error!(%error, "history not written");
         }
         self.failing = written.is_err();
     }
 
-    /// Returns all lines, the oldest first.
+    /// Returns all changes, the oldest first.
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn read(&self) -> io::Result<Vec<Value>> {
-        let mut lines = Vec::new();
+    pub fn read(&self) -> io::Result<Vec<OwnerChange>> {
+        let mut changes = Vec::new();
         for name in [OLDER, FILE] {
             match files::read_text(&self.directory.join(name), MAX_READ_BYTES) {
                 // Skips a line that a crash has truncated.
-                Ok(text) => lines.extend(text.lines().flat_map(serde_json::from_str)),
+                Ok(text) => changes.extend(text.lines().flat_map(serde_json::from_str)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(lines)
+        Ok(changes)
     }
 
-    fn try_append(&self, lines: &[Value]) -> io::Result<()> {
+    fn try_append(&self, changes: &[OwnerChange]) -> io::Result<()> {
+        let mut text = String::new();
+        for change in changes {
+            text.push_str(&serde_json::to_string(change)?);
+            text.push('\n');
+        }
         let path = self.directory.join(FILE);
         let mut file = fs::OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
-        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
         file.write_all(text.as_bytes())?;
         if file.metadata()?.len() > MAX_BYTES {
             fs::rename(&path, self.directory.join(OLDER))?;
@@ -80,23 +82,30 @@ impl History {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
+    use crate::model::SlotState;
 
     #[test]
     fn newest_lines_are_kept_and_truncated_line_is_skipped() {
         let directory = tempfile::tempdir().expect("directory");
         let mut history = History::new(directory.path());
-        let line = |number: usize| json!({ "number": number, "padding": "x".repeat(1000) });
-        for number in 0..1000 {
-            history.append(&[line(number)]);
+        let change = |at: u64| OwnerChange {
+            at,
+            subnets: "x".repeat(1000),
+            from: None,
+            to: String::new(),
+            state: SlotState::Leased,
+            by: String::new(),
+            epoch: 1,
+        };
+        for at in 0..1000 {
+            history.append(&[change(at)]);
         }
         let mut file =
             fs::OpenOptions::new().append(true).open(directory.path().join(FILE)).expect("file");
-        file.write_all(b"{\"number\": 10").expect("written");
+        file.write_all(b"{\"at\": 10").expect("written");
         let lines = history.read().expect("readable");
         assert!((256..=600).contains(&lines.len()), "{} lines", lines.len());
-        assert_eq!(lines.last(), Some(&line(999)));
+        assert_eq!(lines.last(), Some(&change(999)));
     }
 }

@@ -152,7 +152,7 @@ fn forgotten_member_that_restarts_joins_as_a_new_node() {
         wait_until("the route to it still exists", TIMEOUT, || {
             !tool(&cluster.hosts[0].netns, "ip route show proto 73").contains(&lost)
         });
-        let history = client(&cluster.agents[0], &["lease", "history"]);
+        let history = client(&cluster.agents[0], &["leases", "--history"]);
         let history = String::from_utf8(history.stdout)?;
         assert!(history.contains("n3") && history.contains(&lost), "{history}");
 

@@ -1,12 +1,10 @@
 //! Reports on slot ownership for operators: the audit log of changes, and the progress of a forget.
 
-use serde_json::{Value, json};
-
 use crate::{
     agent::{Agent, operator::events::wall_clock},
-    api::{EventKind, EventLevel},
+    api::{EventKind, EventLevel, Forgotten},
     core::Change,
-    model::{NodeId, Run, Slot, SlotState},
+    model::{NodeId, OwnerChange, Run, Slot, SlotState},
 };
 
 impl Agent {
@@ -20,18 +18,16 @@ impl Agent {
             let last = pool.subnet(Slot(run.end().saturating_sub(1)));
             if first == last { first.to_string() } else { format!("{first} to {last}") }
         };
-        let line = |(run, before): &Change| {
-            json!({
-                "at": at,
-                "subnets": subnets(run),
-                "from": before.map(|record| self.display(record.owner)),
-                "to": self.display(run.record.owner),
-                "state": run.record.state,
-                "by": self.display(run.record.granter),
-                "epoch": run.record.epoch,
-            })
+        let line = |(run, before): &Change| OwnerChange {
+            at,
+            subnets: subnets(run),
+            from: before.map(|record| self.display(record.owner)),
+            to: self.display(run.record.owner),
+            state: run.record.state,
+            by: self.display(run.record.granter),
+            epoch: run.record.epoch,
         };
-        let lines: Vec<Value> = changes.iter().map(line).collect();
+        let lines = changes.iter().map(line).collect();
         // Free slots without an earlier record are no event: a joiner learns of all of them at once.
         let event = |(run, before): &Change| {
             let owner = self.node.name_of(run.record.owner);
@@ -51,18 +47,17 @@ impl Agent {
         self.journal.note_all(EventKind::Lease, EventLevel::Info, events);
     }
 
-    /// Returns the progress of forgetting a node as JSON: slots to reclaim, and the member that is waited
-    /// for.
-    pub(in crate::agent) fn forget_progress(&self, node: NodeId) -> Value {
+    /// Returns the progress of forgetting a node: slots to reclaim, and the members that are waited for.
+    pub(in crate::agent) fn forget_progress(&self, node: NodeId) -> Forgotten {
         let reclaiming =
             self.node.reclaiming().into_iter().find(|reclaiming| reclaiming.node == node);
-        json!({
-            "node": node,
-            "name": self.node.name_of(node),
-            "label": self.node.label_of(node),
-            "slots": reclaiming.as_ref().map_or(0, |reclaiming| reclaiming.slots),
-            "waits_for": reclaiming.and_then(|reclaiming| reclaiming.waits_for),
-        })
+        Forgotten {
+            node,
+            name: self.node.name_of(node).to_owned(),
+            label: self.node.label_of(node),
+            slots: reclaiming.as_ref().map_or(0, |reclaiming| reclaiming.slots),
+            waits_for: reclaiming.and_then(|reclaiming| reclaiming.waits_for),
+        }
     }
 
     /// Returns `name (id)`, as names need not be unique.

@@ -6,44 +6,45 @@ use tokio::sync::oneshot::Sender;
 
 use crate::{
     agent::{Agent, workers::programmer::Tables},
-    api::{ApiError, KernelEntry},
+    api::{ApiError, EntryVerdict, KernelEntry},
     dataplane::compare::{Entry, Key, Verdict, compare},
+    model::NodeId,
 };
 
 impl Agent {
     /// Sends the comparison to `reply`. The kernel thread reads the tables between two of its tasks.
     pub(in crate::agent) fn show_routes(&self, reply: Sender<Result<Vec<KernelEntry>, ApiError>>) {
-        let mut names: BTreeMap<Key, String> = BTreeMap::new();
+        let mut peers: BTreeMap<Key, (NodeId, String)> = BTreeMap::new();
         for (node, peer) in self.kernel.wanted.iter().flat_map(|view| &view.peers) {
-            let name = self.node.name_of(*node);
-            names.insert(Key::Fdb(peer.vtep.mac), name.to_owned());
+            let named = || (*node, self.node.name_of(*node).to_owned());
+            peers.insert(Key::Fdb(peer.vtep.mac), named());
             for subnet in peer.leases.iter().flat_map(|(_, subnets)| subnets.iter()) {
-                names.insert(Key::Route(subnet), name.to_owned());
-                names.insert(Key::Neighbor(subnet.network()), name.to_owned());
+                peers.insert(Key::Route(subnet), named());
+                peers.insert(Key::Neighbor(subnet.network()), named());
             }
         }
         self.programmer.read_tables(move |tables: Result<Tables, String>| {
             let _ = reply.send(tables.map_err(ApiError::from).map(|(wanted, actual)| {
                 let entries = compare(&wanted, &actual);
-                entries.into_iter().map(|(key, entry)| row(key, entry, &names)).collect()
+                entries.into_iter().map(|(key, entry)| row(key, entry, &peers)).collect()
             }));
         });
     }
 }
 
-fn row(key: Key, entry: Entry, names: &BTreeMap<Key, String>) -> KernelEntry {
+fn row(key: Key, entry: Entry, peers: &BTreeMap<Key, (NodeId, String)>) -> KernelEntry {
     let (table, text) = match key {
         Key::Route(subnet) => ("route", subnet.to_string()),
         Key::Neighbor(ip) => ("neighbor", ip.to_string()),
         Key::Fdb(mac) => ("fdb", mac.to_string()),
     };
     let verdict = match entry.verdict() {
-        Verdict::Same => "same",
-        Verdict::Missing => "missing",
-        Verdict::Different => "different",
-        Verdict::Surplus => "surplus",
+        Verdict::Same => EntryVerdict::Same,
+        Verdict::Missing => EntryVerdict::Missing,
+        Verdict::Different => EntryVerdict::Different,
+        Verdict::Surplus => EntryVerdict::Surplus,
     };
-    let (peer, Entry { wanted, found }) = (names.get(&key).cloned(), entry);
-    let (table, verdict) = (table.to_owned(), verdict.to_owned());
-    KernelEntry { table, key: text, peer, wanted, found, verdict }
+    let Entry { wanted, found } = entry;
+    let (node, peer) = peers.get(&key).cloned().unzip();
+    KernelEntry { table: table.to_owned(), key: text, node, peer, wanted, found, verdict }
 }

@@ -6,19 +6,18 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use serde_json::{Value, json};
 use tokio::sync::oneshot::Sender;
 
 use crate::{
     agent::{Agent, operator::survey::Findings, workers::archive::SavedFile},
-    api::{ApiError, EventKind, EventLevel, SecretStep},
+    api::{ApiError, EventKind, EventLevel, SecretStatus, SecretStep, Secrets},
     core::ReplyId,
     model::{NodeId, Text},
     transport::{Credentials, NodeKey},
     wire::{Inquiry, InquiryAnswer, Keyring, Report, SecretId, SecretOrder, Token},
 };
 
-type Reply = Sender<Result<Value, ApiError>>;
+type Reply = Sender<Result<Secrets, ApiError>>;
 
 /// Refusal of secret changes with subnets assigned from outside.
 const REFUSED_WITH_POD_CIDR: &str = "with lease_source = \"podcidr\" the cluster's id follows \
@@ -284,20 +283,16 @@ impl Agent {
                 found.values().flatten().flat_map(|report| report.secrets.clone()).collect();
             ids.sort();
             ids.dedup();
-            let secret = |id: &SecretId| {
-                json!({
-                    "secret": id.to_string(),
-                    "used_by": members_where(&|report| report.secrets.first() == Some(id)),
-                    "accepted_by": members_where(&|report| report.secrets.contains(id)),
-                    "lacked_by": members_where(&|report| !report.secrets.contains(id)),
-                })
+            let secret = |id: &SecretId| SecretStatus {
+                secret: id.to_string(),
+                used_by: members_where(&|report| report.secrets.first() == Some(id)),
+                accepted_by: members_where(&|report| report.secrets.contains(id)),
+                lacked_by: members_where(&|report| !report.secrets.contains(id)),
             };
-            let silent: Vec<String> =
+            let silent =
                 found.iter().filter(|(_, r)| r.is_none()).map(|(node, _)| name(node)).collect();
-            let secrets: Vec<Value> = ids.iter().map(secret).collect();
-            let _ = reply.send(Ok(json!({
-                "secrets": secrets, "silent": silent, "refused": refused,
-            })));
+            let secrets = ids.iter().map(secret).collect();
+            let _ = reply.send(Ok(Secrets { secrets, silent, refused }));
         });
     }
 }

@@ -233,9 +233,8 @@ fn answer(request: AgentRequest, status: &AgentStatus) -> Option<Waiter> {
         AgentRequest::Alive { reply } => _ = reply.send(()),
         AgentRequest::Token { reply } => _ = reply.send(None),
         AgentRequest::Leave { reply } => _ = reply.send(Err(why())),
-        AgentRequest::Forget { reply, .. } | AgentRequest::Secret { reply, .. } => {
-            let _ = reply.send(Err(why()));
-        }
+        AgentRequest::Forget { reply, .. } => _ = reply.send(Err(why())),
+        AgentRequest::Secret { reply, .. } => _ = reply.send(Err(why())),
         AgentRequest::ResetIdentity { reply } => _ = reply.send(Err(why())),
         AgentRequest::Ping { reply, .. } => _ = reply.send(Err(why())),
         AgentRequest::History { reply } => _ = reply.send(Ok(Vec::new())),

@@ -17,13 +17,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::Value;
 use tokio::sync::oneshot;
 
 use crate::{
     agent::workers::subnet_env::{self, SubnetFile},
     api::ApiError,
-    model::{Problem, ProblemCode},
+    model::{OwnerChange, Problem, ProblemCode},
     store::{History, StateDir},
     wire::{Keyring, Token},
     worker::{Order, Orders, Thread, Worker},
@@ -40,11 +39,11 @@ pub(in crate::agent) enum Job {
     /// Writes a file. The number counts the different contents of the subnet file ordered so far.
     Save(SavedFile, usize),
     /// Appends lines to the history.
-    Append(Vec<Value>),
+    Append(Vec<OwnerChange>),
     /// Writes the secrets.
     Secrets(Keyring),
     /// Reads the history.
-    Read(oneshot::Sender<Result<Vec<Value>, ApiError>>),
+    Read(oneshot::Sender<Result<Vec<OwnerChange>, ApiError>>),
 }
 
 /// The new content of a file. A later one replaces an earlier one of the same file.
@@ -197,7 +196,7 @@ impl Archive {
     }
 
     /// Appends lines to the history. Drops them, with an error in the log, when too many wait.
-    pub(in crate::agent) fn append(&self, lines: Vec<Value>) {
+    pub(in crate::agent) fn append(&self, lines: Vec<OwnerChange>) {
         if lines.is_empty() {
             return;
         }
@@ -216,7 +215,10 @@ impl Archive {
     }
 
     /// Replies with the lines of the history.
-    pub(in crate::agent) fn read(&self, reply: oneshot::Sender<Result<Vec<Value>, ApiError>>) {
+    pub(in crate::agent) fn read(
+        &self,
+        reply: oneshot::Sender<Result<Vec<OwnerChange>, ApiError>>,
+    ) {
         self.worker.order(Job::Read(reply));
     }
 
@@ -292,7 +294,7 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
-    use crate::model::Subnets;
+    use crate::model::{SlotState, Subnets};
 
     fn no_secrets(_: &Keyring) -> Result<[u8; 32], String> {
         Err("none".to_owned())
@@ -319,8 +321,17 @@ mod tests {
         for mtu in 1..=1_000 {
             archive.save(underlay(mtu));
         }
+        let change = OwnerChange {
+            at: 0,
+            subnets: String::new(),
+            from: None,
+            to: String::new(),
+            state: SlotState::Free,
+            by: String::new(),
+            epoch: 0,
+        };
         for _ in 0..MAX_LINES + 10 {
-            archive.append(vec![Value::Null]);
+            archive.append(vec![change.clone()]);
         }
         assert!(archive.shared.lines.load(Ordering::Relaxed) <= MAX_LINES);
         drop(release);

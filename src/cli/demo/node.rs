@@ -17,16 +17,15 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use nix::{
     sys::signal::{SigSet, Signal, kill},
     unistd::Pid,
 };
-use serde_json::Value;
 
 use super::fail;
 use crate::{
-    api::{self, AttachRequest, AttachmentName},
+    api::{self, AgentStatus, AttachRequest, AttachmentName, ClusterToken},
     config::Instance,
     lab::{NetNs, Pinger},
     netlink::Netlink,
@@ -147,19 +146,18 @@ fn start_agent(args: &NodeArgs, signals: &SigSet) -> anyhow::Result<Child> {
 
 fn run_pods(count: u32, token_file: Option<&Path>, routes: &[Route]) -> anyhow::Result<()> {
     let socket = Instance::default().socket();
-    let query_agent =
-        |target: &str| -> anyhow::Result<Value> { Ok(block_on(api::get(&socket, target))??) };
+    let status =
+        || -> anyhow::Result<AgentStatus> { Ok(block_on(api::get_as(&socket, "/v1/status"))??) };
     let mut subnet = None;
     wait_until("the agent has no subnet", || {
-        let status = query_agent("/v1/status").ok().filter(|status| status["converged"] == true);
-        subnet = status.and_then(|status| status["subnet"].as_str()?.parse::<Ipv4Net>().ok());
+        let status = status().ok().filter(|status| status.converged);
+        subnet = status.and_then(|status| ipv4(status.subnet?));
         subnet.is_some()
     })?;
     let subnet = subnet.context("a subnet")?;
     if let Some(path) = token_file {
-        let token = query_agent("/v1/token")?;
-        let token = token["token"].as_str().context("a token")?;
-        replace(path, token, PRIVATE).with_context(|| path.display().to_string())?;
+        let ClusterToken { token } = block_on(api::get_as(&socket, "/v1/token"))??;
+        replace(path, &token, PRIVATE).with_context(|| path.display().to_string())?;
     }
     let namespaces: Vec<NetNs> =
         (0..count).map(|pod| NetNs::unnamed(&format!("pod-{pod}"))).collect::<Result<_, _>>()?;
@@ -172,7 +170,7 @@ fn run_pods(count: u32, token_file: Option<&Path>, routes: &[Route]) -> anyhow::
     let (mut printed, mut rounds) = (String::new(), 0);
     loop {
         ensure_routes(routes)?;
-        if let Ok(status) = query_agent("/v1/status") {
+        if let Ok(status) = status() {
             let line = ping_all_pods(&status, count, &own, &mut pingers);
             if line != printed || rounds % REPEAT_AFTER_ROUNDS == 0 {
                 println!("{line}");
@@ -208,13 +206,15 @@ fn attach_pod(socket: &Path, pod_netns: &NetNs, ip: Ipv4Addr) -> anyhow::Result<
 }
 
 /// Pings all pods of the cluster from every pod of this host, and returns the line of output.
-fn ping_all_pods(status: &Value, count: u32, own: &[Ipv4Addr], pingers: &mut [Pinger]) -> String {
+fn ping_all_pods(
+    status: &AgentStatus,
+    count: u32,
+    own: &[Ipv4Addr],
+    pingers: &mut [Pinger],
+) -> String {
     let (mut sent, mut answered, mut silent) = (0, 0, Vec::new());
-    let members = status["members"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let is_gone = |member: &&Value| member["left"] == true || member["forgotten"] == true;
-    for member in members.iter().filter(|member| !is_gone(member)) {
-        let subnets = member["subnets"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        let Some(subnet) = subnets.filter_map(|text| text.parse::<Ipv4Net>().ok()).next() else {
+    for member in status.members.iter().filter(|member| member.is_present()) {
+        let Some(subnet) = member.subnets.iter().find_map(|subnet| ipv4(*subnet)) else {
             continue;
         };
         let before = sent - answered;
@@ -225,14 +225,21 @@ fn ping_all_pods(status: &Value, count: u32, own: &[Ipv4Addr], pingers: &mut [Pi
             }
         }
         if sent - answered > before {
-            silent.push(member["name"].as_str().unwrap_or("?"));
+            silent.push(member.name.as_str());
         }
     }
-    let name = status["name"].as_str().unwrap_or("?");
-    let subnet = status["subnet"].as_str().unwrap_or("no subnet");
-    let alive = members.iter().filter(|member| member["liveness"] == "alive").count();
+    let subnet = status.subnet.map_or("no subnet".to_owned(), |subnet| subnet.to_string());
+    let (name, alive) = (&status.name, status.members_alive());
     let line = format!("{name}: {subnet}, {alive} members up, pods reach {answered} of {sent}");
     if silent.is_empty() { line } else { format!("{line}; silent: {}", silent.join(", ")) }
+}
+
+/// Returns an IPv4 subnet.
+const fn ipv4(subnet: IpNet) -> Option<Ipv4Net> {
+    match subnet {
+        IpNet::V4(subnet) => Some(subnet),
+        IpNet::V6(_) => None,
+    }
 }
 
 fn address(subnet: Ipv4Net, pod: u32) -> Ipv4Addr {

@@ -18,7 +18,8 @@ use super::{
     window,
 };
 use crate::{
-    cli::output::table,
+    api::{AgentStatus, ClusterToken},
+    cli::output::{or_dash, table},
     dataplane::desired::device_name,
     lab::{Agent, Host, Lab, Pinger, Pod, tables},
 };
@@ -96,11 +97,11 @@ impl DemoRun {
             let arguments = ["--init", &dashboard];
             let arguments = if with_dashboard { &arguments[..] } else { &arguments[..1] };
             let mut agent = Agent::start(program, host, arguments)?;
-            let status = agent.wait_converged(1, STEP_TIMEOUT)?;
-            let answer = agent.ask("/v1/token", STEP_TIMEOUT)?;
-            let token = answer["token"].as_str().context("no token")?.to_owned();
-            let subnet = Agent::subnet(&status)?;
-            Ok(((agent, token), format!("cluster {}, n1 has {subnet}", text(&status["cluster"]))))
+            agent.wait_converged(1, STEP_TIMEOUT)?;
+            let status: AgentStatus = agent.ask_as("/v1/status", STEP_TIMEOUT)?;
+            let ClusterToken { token } = agent.ask_as("/v1/token", STEP_TIMEOUT)?;
+            let (cluster, subnet) = (or_dash(status.cluster), or_dash(status.subnet));
+            Ok(((agent, token), format!("cluster {cluster}, n1 has {subnet}")))
         })?;
         self.agents.push(agent);
         self.token = token;
@@ -330,8 +331,4 @@ fn matrix(header: &[String], rows: &[Vec<String>]) -> String {
         .map(|cells| cells.iter().map(|cell| format!("{cell:<width$}")).collect::<String>())
         .map(|line| format!("{}\n", line.trim_end()))
         .collect()
-}
-
-fn text(value: &serde_json::Value) -> &str {
-    value.as_str().unwrap_or("?")
 }

@@ -16,14 +16,15 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
-use serde_json::Value;
 
 use self::{files::SettingsFile, systemd::Systemd};
-use super::{block_on, fail, get_once_started, output::write_stdout};
+use super::{
+    block_on, fail, get_once_started,
+    output::{or_dash, write_stdout},
+};
 use crate::{
-    api::{self, ClientError},
+    api::{self, AgentStatus, ClientError, Membership},
     config::{Instance, Settings, check_environment, parse_token, read_token_file},
-    model::ClusterId,
     store::{PRIVATE, replace},
     wire::Token,
 };
@@ -195,26 +196,25 @@ impl Setup {
     ///
     /// # Errors
     /// Fails if the agent is a member of another cluster than the token's.
-    fn running_agent(&self) -> anyhow::Result<Option<Value>> {
+    fn running_agent(&self) -> anyhow::Result<Option<Membership>> {
         if self.options.root.is_some() {
             return Ok(None);
         }
-        let status = match block_on(api::get(&self.socket, "/v1/status"))? {
-            Ok(status) => status,
+        let membership: Membership = match block_on(api::get_as(&self.socket, "/v1/status"))? {
+            Ok(membership) => membership,
             Err(ClientError::NoAgent { .. }) => return Ok(None),
             Err(ClientError::NotPermitted { .. }) if self.options.dry_run => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let cluster = status["cluster"].as_str().and_then(|id| id.parse::<ClusterId>().ok());
         let wanted = self.token.as_ref().and_then(Token::known_cluster);
-        if let (Some(cluster), Some(wanted)) = (cluster, wanted) {
+        if let (Some(cluster), Some(wanted)) = (membership.cluster, wanted) {
             ensure!(
                 cluster == wanted,
                 "the token is for cluster {wanted}, but this host is a member of cluster {cluster}: to \
                  move it, run `gossamer uninstall` first"
             );
         }
-        Ok(Some(status))
+        Ok(Some(membership))
     }
 
     /// Writes the settings file. Returns whether it has changed.
@@ -268,7 +268,7 @@ impl Setup {
     }
 
     /// Says how to start the agent by hand.
-    fn without_systemd(&self, settings: &Path, running: Option<&Value>) -> ExitCode {
+    fn without_systemd(&self, settings: &Path, running: Option<&Membership>) -> ExitCode {
         let option = match &self.settings.instance {
             Some(_) => format!(" --config {}", settings.display()),
             None => String::new(),
@@ -291,7 +291,7 @@ impl Setup {
     /// Waits until this host is a member, and says so.
     fn report_membership(&self) -> ExitCode {
         let target = format!("/v1/status?wait={}", MEMBER_TIMEOUT.as_secs());
-        let query = get_once_started(&self.socket, &target);
+        let query = get_once_started::<AgentStatus>(&self.socket, &target);
         // The agent answers by itself when the time is over.
         let patience = MEMBER_TIMEOUT + Duration::from_secs(2);
         let status = match block_on(async { tokio::time::timeout(patience, query).await }) {
@@ -302,7 +302,7 @@ impl Setup {
         };
         let flag = self.settings.instance.as_ref();
         let flag = flag.map_or_else(String::new, |name| format!(" --instance {name}"));
-        if status["converged"] != true {
+        if !status.converged {
             let patience = MEMBER_TIMEOUT.as_secs();
             say("not ready", &format_args!("after {patience} s; the agent continues to try"));
             say(
@@ -311,9 +311,8 @@ impl Setup {
             );
             return ExitCode::from(NOT_READY);
         }
-        let text = |key: &str| status[key].as_str().unwrap_or("?").to_owned();
-        let (name, subnet, cluster) = (text("name"), text("subnet"), text("cluster"));
-        say("ready", &format_args!("{name} has {subnet} in cluster {cluster}"));
+        let (subnet, cluster) = (or_dash(status.subnet), or_dash(status.cluster));
+        say("ready", &format_args!("{} has {subnet} in cluster {cluster}", status.name));
         say(
             "next",
             &format_args!("`gossamer token{flag}` prints the command with which hosts join"),
