@@ -1,42 +1,51 @@
 //! `gossamer cleanup`: removes everything that gossamer created on this host, and nothing else.
 //!
-//! It is for a host whose agent no longer runs. A running agent should leave instead, because it then
-//! hands over its slots.
+//! It is for a host whose agent no longer runs. A running agent leaves first, because it then hands over its
+//! slots.
 
 use std::{
     collections::BTreeSet,
     ffi::OsString,
-    fmt::Write as _,
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
     process::ExitCode,
+    thread,
+    time::Instant,
 };
 
+use anyhow::bail;
 use clap::Args;
+use serde::Serialize;
 
-use super::{Format, block_on, cni, confirm::Consent, fail};
+use super::{
+    Format, RETRY_INTERVAL, cni,
+    confirm::Consent,
+    fail, leave,
+    running::{END_TIMEOUT, RunningAgent},
+};
 use crate::{
-    api::{self, ClientError},
+    api::Left,
     cni::Spool,
     config::{Instance, NAME},
     dataplane::{
         desired::is_own_table,
         kernel::{FirewallTable, Kernel, pod_tables::PodTables},
     },
+    model::visible_lines,
     pods::wiring::Wiring,
     store::{StateDir, StoreError},
     transport::NodeKey,
 };
-
-/// Text if there is nothing to remove.
-pub(super) const NOTHING_LEFT: &str = "gossamer has left nothing on this host\n";
 
 #[derive(Debug, Args)]
 pub struct CleanupArgs {
     /// List what would be removed, and remove nothing
     #[arg(long)]
     dry_run: bool,
+    /// Let agents that run on this host leave their clusters first. On a terminal the command offers that
+    #[arg(long)]
+    leave: bool,
     #[command(flatten)]
     consent: Consent,
     /// State directory [default: /var/lib/gossamer and those of all named instances]
@@ -53,39 +62,79 @@ pub struct CleanupArgs {
     output: Format,
 }
 
+/// The answer of the command.
+#[derive(Serialize)]
+struct Answer<'a> {
+    dry_run: bool,
+    /// The agents that have left their clusters.
+    left: &'a [Left],
+    removed: &'a Removed,
+}
+
 pub fn run(args: &CleanupArgs) -> ExitCode {
+    clean_up(args).unwrap_or_else(|error| fail(format_args!("{error:#}")))
+}
+
+fn clean_up(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
     let places = Places::find(args);
-    for socket in places.sockets.iter().chain(&places.all_sockets).collect::<BTreeSet<_>>() {
-        match block_on(api::get(socket, "/v1/status")) {
-            Ok(Err(ClientError::NoAgent { .. })) => {}
-            Ok(Ok(_)) => {
-                return fail(format_args!(
-                    "an agent is running here ({}): run `gossamer leave`, which hands over its subnet and \
-                     removes everything, or stop it first",
-                    socket.display()
-                ));
+    let sockets: BTreeSet<&PathBuf> = places.sockets.iter().chain(&places.all_sockets).collect();
+    let agents = RunningAgent::find(sockets.into_iter())?;
+    let asks = !args.dry_run && args.consent.asks();
+    if let Some(agent) = agents.first().filter(|_| !asks && !args.leave) {
+        bail!(
+            "an agent is running here ({}): run `gossamer leave`, which hands over its subnet and removes \
+             everything, or this command with --leave, or stop the agent first",
+            agent.socket().display()
+        );
+    }
+    let mode = if agents.is_empty() { Mode::List } else { Mode::ListBesideAgents };
+    let planned = remove(&places, mode)?;
+    let plan = || {
+        let costs =
+            agents.iter().map(|agent| format!("{} Its agent leaves first.\n", agent.costs()));
+        costs.collect::<String>() + &text(&planned, true)
+    };
+    if args.dry_run {
+        let answer = Answer { dry_run: true, left: &[], removed: &planned };
+        args.output.print_visible(&answer, |_| plan() + &cni::note_of_installed());
+        return Ok(ExitCode::SUCCESS);
+    }
+    if asks
+        && !(agents.is_empty() && planned.is_empty())
+        && let Err(code) = args.consent.obtain(|| plan().trim_end().to_owned())
+    {
+        return Ok(code);
+    }
+    let left: Vec<Left> = agents.iter().map(RunningAgent::leave).collect::<anyhow::Result<_>>()?;
+    let removed = match agents.is_empty() {
+        true => remove(&places, Mode::Remove)?,
+        false => remove_after_leave(args)?,
+    };
+    let answer = Answer { dry_run: false, left: &left, removed: &removed };
+    args.output.print_visible(&answer, |_| {
+        let left = left.iter().zip(&agents);
+        let left = left.map(|(left, agent)| leave::outcome(left, agent.is_member()));
+        visible_lines(&left.collect::<String>())
+            + &text(&removed, false)
+            + &cni::note_of_installed()
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Removes what agents that have left did not remove themselves, once they have ended.
+fn remove_after_leave(args: &CleanupArgs) -> anyhow::Result<Removed> {
+    let begun = Instant::now();
+    loop {
+        match remove(&Places::find(args), Mode::Remove) {
+            // A process keeps the lock of its state directory for a moment longer than its socket.
+            Err(error)
+                if begun.elapsed() < END_TIMEOUT
+                    && matches!(error.downcast_ref(), Some(StoreError::InUse { .. })) =>
+            {
+                thread::sleep(RETRY_INTERVAL);
             }
-            Ok(Err(error)) => return fail(error),
-            Err(error) => return fail(error),
+            done => return done,
         }
-    }
-    if !args.dry_run && args.consent.asks() {
-        let planned = match cleanup(&places, true) {
-            Ok(planned) => removed_text(&planned, true),
-            Err(error) => return fail(error),
-        };
-        if planned != NOTHING_LEFT
-            && let Err(code) = args.consent.obtain(|| planned.trim_end().to_owned())
-        {
-            return code;
-        }
-    }
-    match cleanup(&places, args.dry_run) {
-        Ok(removed) => {
-            print(&removed, args);
-            ExitCode::SUCCESS
-        }
-        Err(error) => fail(error),
     }
 }
 
@@ -94,6 +143,7 @@ impl CleanupArgs {
     pub(super) const fn for_all(dry_run: bool) -> Self {
         Self {
             dry_run,
+            leave: false,
             consent: Consent::given(),
             state_dir: None,
             subnet_file: None,
@@ -101,11 +151,6 @@ impl CleanupArgs {
             output: Format::Text,
         }
     }
-}
-
-/// Removes everything, or with `dry_run` nothing, and returns what that is, as text.
-pub(super) fn summary(args: &CleanupArgs, places: &Places) -> anyhow::Result<String> {
-    Ok(removed_text(&cleanup(places, args.dry_run)?, args.dry_run))
 }
 
 /// The paths at which gossamer may have left files.
@@ -146,9 +191,9 @@ impl Places {
     }
 }
 
-/// What was found, and removed unless `--dry-run` was given.
-#[derive(Debug, Default, serde::Serialize)]
-struct Removed {
+/// What was found, and removed unless it was a dry run.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Removed {
     devices: Vec<String>,
     /// Bridges of pods; their veth pairs are removed, too.
     bridges: Vec<String>,
@@ -166,7 +211,22 @@ struct Removed {
     nodes: Vec<String>,
 }
 
-fn cleanup(places: &Places, dry_run: bool) -> anyhow::Result<Removed> {
+/// What to do with what is found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// Remove it.
+    Remove,
+    /// Only list it.
+    List,
+    /// Only list it, while agents run that will have left.
+    ListBesideAgents,
+}
+
+/// Removes everything, or only lists it, and returns what that is.
+///
+/// # Errors
+/// Fails if an agent uses a state directory, or if something cannot be read or removed.
+pub(super) fn remove(places: &Places, mode: Mode) -> anyhow::Result<Removed> {
     let mut kernel = Kernel::open()?;
     let leftovers = kernel.leftovers()?;
     let mut wiring = Wiring::open()?;
@@ -191,13 +251,16 @@ fn cleanup(places: &Places, dry_run: bool) -> anyhow::Result<Removed> {
     removed.files.extend(noted.map(Path::to_owned));
     let state_dirs = || places.state_dirs.iter().filter(|path| path.exists());
     for path in state_dirs() {
-        // Fails if the directory belongs to another program.
-        if let Some(seed) = StateDir::peek_node_key(path)? {
-            removed.nodes.push(NodeKey::from_seed(seed)?.id().to_string());
+        match StateDir::peek_node_key(path) {
+            Ok(Some(seed)) => removed.nodes.push(NodeKey::from_seed(seed)?.id().to_string()),
+            Ok(None) => {}
+            Err(StoreError::InUse { .. }) if mode == Mode::ListBesideAgents => {}
+            // The directory may belong to another program.
+            Err(error) => return Err(error.into()),
         }
         removed.files.push(path.clone());
     }
-    if dry_run {
+    if mode != Mode::Remove {
         return Ok(removed);
     }
     // Locks all state directories before removing anything.
@@ -230,38 +293,49 @@ fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
-fn print(removed: &Removed, args: &CleanupArgs) {
-    let answer = serde_json::json!({ "dry_run": args.dry_run, "removed": removed });
-    args.output
-        .print(&answer, |_, _| removed_text(removed, args.dry_run) + &cni::note_of_installed());
+fn text(removed: &Removed, dry_run: bool) -> String {
+    let verb = if dry_run { "would remove" } else { "removed" };
+    let mut lines: Vec<String> =
+        removed.things().iter().map(|thing| format!("{verb} {thing}")).collect();
+    if lines.is_empty() {
+        lines.push("gossamer has left nothing on this host".to_owned());
+    }
+    lines.extend(removed.notes());
+    visible_lines(&lines.iter().map(|line| format!("{line}\n")).collect::<String>())
 }
 
-fn removed_text(removed: &Removed, dry_run: bool) -> String {
-    let verb = if dry_run { "would remove" } else { "removed" };
-    let devices =
-        removed.devices.iter().map(|name| format!("device {name} with all entries on it"));
-    let bridges = removed.bridges.iter().map(|name| format!("bridge {name} with the pods on it"));
-    let routes = removed.routes.iter().map(|subnet| format!("route to {subnet}"));
-    let rules = removed.rules;
-    let rules = (rules > 0).then(|| format!("{rules} policy rule(s) for the VXLAN port"));
-    let tables = removed.tables.iter().map(|name| format!("nftables table inet {name}"));
-    let bridge_tables =
-        removed.bridge_tables.iter().map(|name| format!("nftables table bridge {name}"));
-    let files = removed.files.iter().map(|path| path.display().to_string());
-    let all = devices.chain(bridges).chain(routes).chain(rules);
-    let neighbors =
-        removed.neighbors.iter().map(|ip| format!("protection of the neighbor entry of {ip}"));
-    let all = all.chain(neighbors).chain(tables).chain(bridge_tables).chain(files);
-    let mut text: String = all.map(|what| format!("{verb} {what}\n")).collect();
-    if text.is_empty() {
-        text.push_str(NOTHING_LEFT);
+impl Removed {
+    /// Returns whether there was nothing to remove.
+    pub(super) fn is_empty(&self) -> bool {
+        self.things().is_empty()
     }
-    for node in &removed.nodes {
-        let _ = writeln!(
-            text,
-            "node {node} has not left its cluster: run `gossamer forget {node}` on another member to \
-             reclaim its subnets"
-        );
+
+    /// Describes each thing.
+    pub(super) fn things(&self) -> Vec<String> {
+        fn each<T>(items: &[T], describe: impl Fn(&T) -> String) -> impl Iterator<Item = String> {
+            items.iter().map(describe)
+        }
+        let rules = self.rules;
+        let rules = (rules > 0).then(|| format!("{rules} policy rule(s) for the VXLAN port"));
+        each(&self.devices, |name| format!("device {name} with all entries on it"))
+            .chain(each(&self.bridges, |name| format!("bridge {name} with the pods on it")))
+            .chain(each(&self.routes, |subnet| format!("route to {subnet}")))
+            .chain(rules)
+            .chain(each(&self.neighbors, |ip| format!("protection of the neighbor entry of {ip}")))
+            .chain(each(&self.tables, |name| format!("nftables table inet {name}")))
+            .chain(each(&self.bridge_tables, |name| format!("nftables table bridge {name}")))
+            .chain(each(&self.files, |path| path.display().to_string()))
+            .collect()
     }
-    text
+
+    /// Says what remains to be done on other hosts.
+    pub(super) fn notes(&self) -> Vec<String> {
+        let note = |node: &String| {
+            format!(
+                "node {node} has not left its cluster: run `gossamer forget {node}` on another member to \
+                 reclaim its subnets"
+            )
+        };
+        self.nodes.iter().map(note).collect()
+    }
 }

@@ -42,14 +42,18 @@ pub fn run(LeaveArgs { consent, client }: &LeaveArgs) -> ExitCode {
 }
 
 fn text(LeaveAnswer { left, was_member }: &LeaveAnswer, _: bool) -> String {
-    let text = match &left.successor {
+    outcome(left, *was_member) + &cni::note_of_installed()
+}
+
+/// Says who owns the subnets of a node that has left.
+pub fn outcome(left: &Left, was_member: bool) -> String {
+    match &left.successor {
         Some(successor) => {
             format!("left the cluster: {successor} owns all subnets of this node now\n")
         }
-        None if *was_member => {
+        None if was_member => {
             "left the cluster: this was its last member, so it no longer exists\n".to_owned()
         }
         None => "this host had not joined a cluster yet; its state was removed\n".to_owned(),
-    };
-    text + &cni::note_of_installed()
+    }
 }

@@ -28,6 +28,7 @@ mod podman;
 mod pods;
 mod reset;
 mod routes;
+mod running;
 mod secret;
 mod setup;
 mod status;

@@ -14,13 +14,13 @@ use nix::{
     sys::{signal::Signal, stat::Mode},
     unistd::mkfifo,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
         Cluster, TIMEOUT, assert_logged, eventually, has_problem, isolated, program, resume, run,
-        suspend, tool, wait_until,
+        status_where, suspend, tool, wait_until,
     },
     netavark::{self, Podman},
 };
@@ -359,6 +359,37 @@ fn cleanup_removes_everything_of_gossamer_and_nothing_else() {
             String::from_utf8_lossy(&again.stdout).contains("gossamer has left nothing"),
             "{again:?}"
         );
+        Ok(())
+    });
+}
+
+#[test]
+fn cleanup_lets_a_running_agent_leave_first() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let host = &cluster.hosts[1];
+        let (state, env) = (host.dir.join("state"), host.dir.join("subnet.env"));
+        let command = format!(
+            "{} cleanup --state-dir {} --subnet-file {} --socket {}",
+            program().display(),
+            state.display(),
+            env.display(),
+            cluster.agents[1].socket().display()
+        );
+        let listed = run(&host.netns, &format!("{command} --leave --dry-run"));
+        let said = String::from_utf8_lossy(&listed.stdout).into_owned();
+        for words in ["This host (n2) gives up 10.42.", "would remove device gossamer.1"] {
+            assert!(said.contains(words), "{words} is missing in\n{said}");
+        }
+        assert!(!said.contains("gossamer forget") && state.exists(), "{said}");
+        let done = run(&host.netns, &format!("{command} --leave -o json"));
+        let answer: Value = serde_json::from_slice(&done.stdout)?;
+        assert_eq!(answer["left"][0]["successor"], "n1", "{answer}");
+        assert!(!state.exists() && !env.exists());
+        assert!(!tool(&host.netns, "ip -br link").contains("gossamer"));
+        status_where(&mut cluster.agents[0], |status| {
+            status["members"].as_array().is_some_and(|all| all.iter().any(|m| m["left"] == true))
+        });
         Ok(())
     });
 }

@@ -167,7 +167,7 @@ fn destructive_commands_ask_on_a_terminal_and_do_nothing_unless_confirmed() {
                 "echo {answer} | script --quiet --return --command '{command}' /dev/null"
             ))
         };
-        for command in ["leave", "reset-identity", "uninstall"] {
+        for command in ["leave", "reset-identity", "uninstall", "cleanup"] {
             let output = typed("n", &format!("gossamer {command}"));
             assert_contains(
                 &both(&output),

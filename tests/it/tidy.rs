@@ -181,6 +181,32 @@ fn agent_creates_threads_only_by_calls_that_do_not_panic() {
     assert!(found.is_empty(), "{found:#?}");
 }
 
+/// Files of container runtimes, which are no answers of the API.
+const FOREIGN_JSON: [&str; 1] = ["src/cli/cni/lists.rs"];
+
+#[test]
+fn commands_read_answers_of_the_api_as_types() {
+    let mut found = Vec::new();
+    for (name, text) in sources() {
+        if !name.starts_with("src/cli/") || FOREIGN_JSON.contains(&name.as_str()) {
+            continue;
+        }
+        for (number, line) in code(&text) {
+            let indexes = line.match_indices("[\"").any(|(at, _)| {
+                let before = line[..at].chars().next_back();
+                before.is_some_and(|c| c.is_alphanumeric() || matches!(c, '_' | ')' | ']' | '?'))
+            });
+            let gets = ["get", "get_mut", "pointer"]
+                .iter()
+                .any(|call| line.contains(&format!(".{call}(\"")));
+            if indexes || gets {
+                found.push(format!("{name}:{number}: use the types of src/api"));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
 #[test]
 fn source_files_have_a_description_and_a_limited_size() {
     let mut found = Vec::new();

@@ -10,14 +10,13 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use serde_json::Value;
 
 use super::{Options, finish, say, systemd::Systemd};
 use crate::{
-    api::{self, ClientError},
+    api::{self, ClientError, Left, Membership},
     cli::{
         RETRY_INTERVAL, block_on, cleanup,
-        cleanup::{CleanupArgs, Places},
+        cleanup::{CleanupArgs, Mode, Places, Removed},
         cni,
         confirm::{Consent, loss_of_membership},
         output::write_stdout,
@@ -49,8 +48,8 @@ struct Found {
     settings: Vec<PathBuf>,
     /// Links and configurations in the directories of container runtimes.
     plugins: Vec<PathBuf>,
-    /// What `cleanup` would remove, as text.
-    traces: String,
+    /// What `cleanup` would remove; `None` while agents run.
+    traces: Option<Removed>,
 }
 
 pub fn run(args: &UninstallArgs) -> ExitCode {
@@ -82,8 +81,8 @@ impl Found {
         let places = Places::find(&cleanup);
         let mut agents = Vec::new();
         for socket in places.sockets.iter().filter(|_| options.root.is_none()) {
-            match block_on(api::get(socket, "/v1/status"))? {
-                Ok(status) => agents.push((socket.clone(), status["cluster"].is_string())),
+            match block_on(api::get_as::<Membership>(socket, "/v1/status"))? {
+                Ok(membership) => agents.push((socket.clone(), membership.cluster.is_some())),
                 Err(ClientError::NoAgent { .. }) => {}
                 // Without its own `leave`, its subnets would stay leased.
                 Err(error) => bail!("{error}; stop that agent first, or let it leave"),
@@ -101,11 +100,9 @@ impl Found {
         let settings = settings.map(|path| options.place(&path)).filter(|path| path.exists());
         let traces = match options.root {
             // Only files: the kernel is this system's, not the other one's.
-            Some(_) => String::new(),
-            None if agents.is_empty() => cleanup::summary(&cleanup, &places)?,
-            None => {
-                "would remove devices, routes, nftables tables and state of gossamer\n".to_owned()
-            }
+            Some(_) => Some(Removed::default()),
+            None if agents.is_empty() => Some(cleanup::remove(&places, Mode::List)?),
+            None => None,
         };
         let mut plugins = cni::installed_files(|path| options.place(path))?;
         plugins.extend(podman::installed_file(|path| options.place(path)));
@@ -113,7 +110,7 @@ impl Found {
     }
 
     fn is_nothing(&self) -> bool {
-        let has_traces = !self.traces.is_empty() && self.traces != cleanup::NOTHING_LEFT;
+        let has_traces = self.traces.as_ref().is_none_or(|traces| !traces.is_empty());
         let has_units = self.units.iter().any(|unit| unit.own_file().is_some() || unit.is_active());
         let files = self.settings.len() + self.plugins.len();
         self.agents.is_empty() && files == 0 && !has_traces && !has_units
@@ -130,12 +127,11 @@ impl Found {
         let own_units = self.units.iter().filter_map(Systemd::own_file);
         let files = self.settings.iter().chain(&self.plugins).map(PathBuf::as_path);
         own_units.chain(files).for_each(|path| say("remove", &path.display()));
-        if self.traces != cleanup::NOTHING_LEFT {
-            for line in self.traces.lines() {
-                match line.strip_prefix("would remove ") {
-                    Some(what) => say("remove", &what),
-                    None => say("note", &line),
-                }
+        match &self.traces {
+            None => say("remove", &"devices, routes, nftables tables and state of gossamer"),
+            Some(traces) => {
+                traces.things().iter().for_each(|thing| say("remove", thing));
+                traces.notes().iter().for_each(|note| say("note", note));
             }
         }
     }
@@ -143,7 +139,7 @@ impl Found {
     fn remove(&self, options: &Options) -> anyhow::Result<()> {
         for (socket, in_cluster) in &self.agents {
             if *in_cluster {
-                let answer = block_on(api::post(socket, "/v1/leave"))?;
+                let answer: Result<Left, _> = block_on(api::post_as(socket, "/v1/leave"))?;
                 let answer = answer.context(
                     "this host cannot leave its cluster (to remove it all the same, stop its agent, run \
                      this command again, and then `gossamer forget` on another member)",
@@ -190,12 +186,13 @@ impl Found {
             };
             let places = Places::find(&args);
             let cleaned = match self.agents.iter().all(ended) {
-                true => cleanup::summary(&args, &places),
+                true => cleanup::remove(&places, Mode::Remove),
                 false => Err(io::Error::other("its agent still runs: stop it").into()),
             };
             match cleaned {
-                Ok(text) => {
-                    write_stdout(&text);
+                Ok(removed) => {
+                    removed.things().iter().for_each(|thing| say("removed", thing));
+                    removed.notes().iter().for_each(|note| say("note", note));
                     return Ok(());
                 }
                 // The process of an agent that has left ends a moment later.
@@ -214,8 +211,8 @@ impl Found {
     }
 }
 
-fn successor_text(answer: &Value) -> String {
-    match answer["successor"].as_str() {
+fn successor_text(left: &Left) -> String {
+    match &left.successor {
         Some(successor) => format!("the cluster: {successor} owns the subnets of this node now"),
         None => "the cluster: this was its last member, so it no longer exists".to_owned(),
     }
