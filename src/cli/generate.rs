@@ -1,4 +1,4 @@
-//! `gossamer completions` and `gossamer man`: generated from the definitions of the command line.
+//! `gossamer man`: manual pages, generated from the definitions of the command line.
 
 use std::{
     fs, io,
@@ -7,30 +7,14 @@ use std::{
 };
 
 use clap::{Args, CommandFactory as _};
-use clap_complete::Shell;
 
 use super::{Cli, fail, help::manual_sections};
-
-#[derive(Debug, Args)]
-pub struct CompletionsArgs {
-    /// Shell to complete commands for
-    shell: Shell,
-}
 
 #[derive(Debug, Args)]
 pub struct ManArgs {
     /// Directory for the pages
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-}
-
-/// Prints a completion script: `gossamer completions bash > /etc/bash_completion.d/gossamer`.
-pub fn completions(args: &CompletionsArgs) -> ExitCode {
-    let mut page = Vec::new();
-    clap_complete::generate(args.shell, &mut super::help::command(), "gossamer", &mut page);
-    // A reader that closes the pipe has read all that it wants.
-    let _ = io::Write::write_all(&mut io::stdout(), &page);
-    ExitCode::SUCCESS
 }
 
 /// Writes the manual pages.

@@ -8,6 +8,7 @@
 mod agent;
 mod cleanup;
 mod cni;
+mod completions;
 mod confirm;
 mod demo;
 mod docker_opts;
@@ -118,7 +119,7 @@ enum Command {
     /// Print the version of this program and of the running agent
     Version(Client),
     /// Generate a completion script for a shell
-    Completions(generate::CompletionsArgs),
+    Completions(completions::CompletionsArgs),
     /// Generate a manual page for each command
     Man(generate::ManArgs),
     /// Run a command in fresh user, mount, process and network namespaces
@@ -211,7 +212,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Pods(args) => pods::run(&args),
         Command::Cni(args) => cni::run(&args),
         Command::Podman(args) => podman::run(&args),
-        Command::Completions(args) => generate::completions(&args),
+        Command::Completions(args) => completions::run(&args),
         Command::Man(args) => generate::man(&args),
         Command::DockerOpts(args) => docker_opts::run(&args),
         Command::Token(args) => token::run(&args),

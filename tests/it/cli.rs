@@ -216,6 +216,32 @@ fn completions_and_manual_pages_cover_all_commands() {
 }
 
 #[test]
+fn bash_completes_names_of_members() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 3)?;
+        let path = program().parent().expect("a directory").display().to_string();
+        let completed = |line: &str| -> anyhow::Result<String> {
+            let script = format!(
+                "PATH={path}:$PATH; source <(gossamer completions bash); COMP_WORDS=({line})
+                 COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+                 _gossamer_with_members gossamer \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\"
+                 echo \"${{COMPREPLY[@]}}\""
+            );
+            let mut bash = Command::new("bash");
+            bash.args(["-c", &script]).env("GOSSAMER_SOCKET", cluster.agents[0].socket());
+            Ok(text(&bash.output()?).trim().to_owned())
+        };
+        assert_eq!(completed("gossamer ping ''")?, "n2 n3");
+        assert_eq!(completed("gossamer forget --force n3")?, "n3");
+        assert_eq!(completed("gossamer forget --for")?, "--former-selves --force");
+        assert_eq!(completed("gossamer ping --output y")?, "yaml");
+        assert_eq!(completed("gossamer leas")?, "leases");
+        assert!(completed("gossamer members --")?.contains("--all"));
+        Ok(())
+    });
+}
+
+#[test]
 fn command_with_closed_output_pipe_ends_silently() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;

@@ -33,7 +33,7 @@ pub fn refuse_changes_of_files() -> Result<(), String> {
 #[derive(Debug, Args)]
 pub struct ExecArgs {
     /// Host (n1) or pod (n1-pod)
-    #[arg(value_name = "NODE")]
+    #[arg(id = "host", value_name = "HOST")]
     node: String,
     /// Command and its arguments; `gossamer` stands for this program
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
