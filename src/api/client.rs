@@ -14,6 +14,10 @@ use hyper::{
     client::conn::http1,
 };
 use hyper_util::rt::TokioIo;
+use nix::{
+    sys::socket::{getsockopt, sockopt::PeerCredentials},
+    unistd::Pid,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tokio::net::UnixStream;
@@ -238,6 +242,14 @@ async fn open(
         .body(Full::new(body))
         .map_err(|error| broken(&error))?;
     sender.send_request(request).await.map_err(|error| broken(&error))
+}
+
+/// Returns the id of the process that listens on the socket; `None` if no process does, or if it is not
+/// visible from this PID namespace.
+pub fn listener_pid(socket: &Path) -> Option<Pid> {
+    let stream = std::os::unix::net::UnixStream::connect(socket).ok()?;
+    let pid = getsockopt(&stream, PeerCredentials).ok()?.pid();
+    (pid > 0).then(|| Pid::from_raw(pid))
 }
 
 /// Returns the error for a response that this version does not understand.

@@ -26,8 +26,8 @@ pub use answers::{
     ClusterToken, Forgotten, IdentityReset, Left, Membership, NewSecret, SecretStatus, Secrets,
 };
 pub use client::{
-    ClientError, follow, get, get_as, other_version, own_version, post, post_as, post_json,
-    post_json_as, post_with, typed,
+    ClientError, follow, get, get_as, listener_pid, other_version, own_version, post, post_as,
+    post_json, post_json_as, post_with, typed,
 };
 pub use error::{ApiError, ApiErrorCode};
 pub use events::{

@@ -95,14 +95,13 @@ fn failed(args: &StatusArgs, error: &ClientError) -> ExitCode {
 /// Returns what --wait still waits for; `None` if nothing.
 fn unmet(status: &AgentStatus, members: usize) -> Option<String> {
     let alive = status.members_alive();
-    if alive < members {
-        return Some(format!("{alive} of {members} members are alive"));
-    }
-    if status.converged {
+    if status.converged && alive >= members {
         return None;
     }
     Some(if status.verdict.state == VerdictState::NotReady {
         status.verdict.to_string()
+    } else if alive < members {
+        format!("{alive} of {members} members are alive")
     } else if !status.kernel.in_sync {
         "not converged: the kernel does not equal this node's view".to_owned()
     } else if !status.settled {
@@ -240,7 +239,12 @@ fn members_not_alive(status: &AgentStatus) -> String {
 fn paths(status: &AgentStatus) -> String {
     let mut by_state: BTreeMap<PathState, Vec<String>> = BTreeMap::new();
     for path in &status.paths {
-        by_state.entry(path.state).or_default().push(path.name.clone());
+        let member = status.members.iter().find(|member| member.node == path.node);
+        // A notice is about former selves.
+        if member.is_none_or(|member| !member.former_self) {
+            let name = member.map_or(&path.name, |member| &member.label);
+            by_state.entry(path.state).or_default().push(name.clone());
+        }
     }
     let ok = by_state.remove(&PathState::Ok).unwrap_or_default().len();
     let unknown = by_state.remove(&PathState::Unknown).unwrap_or_default().len();

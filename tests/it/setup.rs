@@ -9,7 +9,7 @@ use std::{
 use gossamer::lab::{Host, Lab};
 
 use crate::{
-    common::{TIMEOUT, isolated, program, wait_until},
+    common::{TIMEOUT, isolated, program, tool, wait_until},
     docs::{create_host_files, enter, install_systemctl},
 };
 
@@ -152,6 +152,45 @@ fn init_without_systemd_says_what_to_run_and_the_agent_finds_its_settings() {
         assert_contains(&listed, &["leave ", "gossamer.toml"]);
         one.ok("gossamer uninstall");
         one.ok("! test -e /var/lib/gossamer && ! test -e /etc/gossamer");
+        Ok(())
+    });
+}
+
+#[test]
+fn uninstall_ends_agents_that_join_or_wait_to_start_and_removes_everything() {
+    isolated(|lab| {
+        let one = Own::new(lab, 1)?;
+        let token = one.ok("gossamer token --new");
+        one.ok(&format!("gossamer join {} 10.99.0.77", token.trim()));
+        let start = |arguments: &str| {
+            let mut shell = enter(&one.keeper, &format!("gossamer agent {arguments} > log 2>&1 &"));
+            one.host.netns.spawn(&mut shell).and_then(|mut shell| shell.wait()).expect("a shell");
+        };
+        let assert_uninstalled = || {
+            assert_contains(
+                &one.ok("gossamer uninstall --dry-run"),
+                &["stop", "the agent at /run/"],
+            );
+            assert_contains(&one.ok("gossamer uninstall"), &["stopped     the agent at /run/"]);
+            for gone in ["/etc/gossamer", "/var/lib/gossamer", "/run/gossamer/gossamer.sock"] {
+                one.ok(&format!("! test -e {gone}"));
+            }
+            assert_contains(&one.ok("gossamer uninstall"), &["has left nothing"]);
+        };
+        start("");
+        // --wait says what it waits for.
+        let why = "not ready: no member has admitted it yet (it joins through 10.99.0.77:8473)";
+        let gave_up = one.run("gossamer status --wait=2");
+        assert_contains(&both(&gave_up), &[&format!("gave up after 2 s: {why}")]);
+        assert_eq!(gave_up.status.code(), Some(3));
+        assert_uninstalled();
+
+        tool(&one.host.netns, "ip addr flush dev eth0");
+        start("--init");
+        wait_until("the agent does not wait", TIMEOUT, || {
+            both(&one.run("gossamer status")).contains("waiting for the network")
+        });
+        assert_uninstalled();
         Ok(())
     });
 }

@@ -5,11 +5,14 @@ use crate::{
     api::Verdict,
     core::Phase,
     dataplane::forwarding::{Direction, Transport},
-    model::{Problem, ProblemCode},
+    model::{Problem, ProblemCode, visible},
 };
 
 /// Problems that make the node not ready whatever else works.
 const BLOCKING: [ProblemCode; 2] = [ProblemCode::NoUnderlay, ProblemCode::PodsRefused];
+
+/// Limit of addresses to join through that the verdict names.
+const MAX_NAMED_SEEDS: usize = 3;
 
 impl Agent {
     /// Returns the verdict, given the present problems.
@@ -21,19 +24,32 @@ impl Agent {
     /// state of single peers does not count.
     fn unready_reason(&self, problems: &[Problem]) -> Option<String> {
         let phase = match self.node.phase() {
-            Phase::Waiting => Some("it waits to start"),
-            Phase::Joining => Some("no member has admitted it yet"),
-            Phase::Leaseless => Some("it has no subnet yet"),
-            Phase::Leaving => Some("it is leaving the cluster"),
+            Phase::Waiting => Some("it waits to start".to_owned()),
+            Phase::Joining => Some(self.joining_reason()),
+            Phase::Leaseless => Some("it has no subnet yet".to_owned()),
+            Phase::Leaving => Some("it is leaving the cluster".to_owned()),
             Phase::Member => None,
         };
-        if let Some(why) = phase {
-            return Some(why.to_owned());
+        if phase.is_some() {
+            return phase;
         }
         let blocking = problems.iter().find(|problem| BLOCKING.contains(&problem.code));
         let blocking = blocking.map(|problem| problem.what.clone());
         let unfinished = || (!self.has_converged()).then(|| "it has not converged yet".to_owned());
         blocking.or_else(|| self.cut_off_reason(problems)).or_else(unfinished)
+    }
+
+    /// Returns why the node is not ready before a member has admitted it.
+    fn joining_reason(&self) -> String {
+        let seeds = &self.config.seeds;
+        let named = seeds.iter().take(MAX_NAMED_SEEDS).map(|seed| visible(seed));
+        let named = named.collect::<Vec<_>>().join(", ");
+        let through = match seeds.len().saturating_sub(MAX_NAMED_SEEDS) {
+            _ if seeds.is_empty() => "it has no address to join through".to_owned(),
+            0 => format!("it joins through {named}"),
+            more => format!("it joins through {named} and {more} more"),
+        };
+        format!("no member has admitted it yet ({through})")
     }
 
     /// Returns why packets of pods of all address families are dropped on this host.

@@ -1,15 +1,17 @@
 //! `gossamer uninstall`: removes gossamer from this host, all but the program.
 
 use std::{
-    fs, io,
+    fs,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use nix::sys::signal::{Signal, kill};
 
 use super::{Options, finish, say, systemd::Systemd};
 use crate::{
@@ -26,7 +28,7 @@ use crate::{
     store::StoreError,
 };
 
-/// Time that an agent which has left has to end.
+/// Time in which an agent that leaves or gets a signal has to end.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// File of dpkg that exists while the package is installed.
 const PACKAGE_MARK: &str = "/var/lib/dpkg/info/gossamer.list";
@@ -137,19 +139,16 @@ impl Found {
     }
 
     fn remove(&self, options: &Options) -> anyhow::Result<()> {
+        let mut agents = Vec::new();
         for (socket, in_cluster) in &self.agents {
-            if *in_cluster {
-                let answer: Result<Left, _> = block_on(api::post_as(socket, "/v1/leave"))?;
-                let answer = answer.context(
-                    "this host cannot leave its cluster (to remove it all the same, stop its agent, run \
-                     this command again, and then `gossamer forget` on another member)",
-                )?;
-                say("left", &successor_text(&answer));
-            }
+            agents.push((socket, leave(socket, *in_cluster)?));
         }
         for unit in &self.units {
             unit.stop()?;
             say("stopped", &unit.unit());
+        }
+        for (socket, ends) in agents {
+            stop(socket, ends)?;
         }
         let plugins = cni::remove_installed(|path| options.place(path))?;
         let podman = podman::remove_installed(|path| options.place(path))?;
@@ -173,29 +172,18 @@ impl Found {
         Ok(())
     }
 
-    /// Removes state and kernel entries, once all agents have ended.
+    /// Removes state and kernel entries.
     fn clean_up(&self) -> anyhow::Result<()> {
         let args = CleanupArgs::for_all(false);
         let begun = Instant::now();
         loop {
-            let ended = |(socket, _): &(PathBuf, bool)| {
-                matches!(
-                    block_on(api::get(socket, "/v1/status")),
-                    Ok(Err(ClientError::NoAgent { .. }))
-                )
-            };
-            let places = Places::find(&args);
-            let cleaned = match self.agents.iter().all(ended) {
-                true => cleanup::remove(&places, Mode::Remove),
-                false => Err(io::Error::other("its agent still runs: stop it").into()),
-            };
-            match cleaned {
+            match cleanup::remove(&Places::find(&args), Mode::Remove) {
                 Ok(removed) => {
                     removed.things().iter().for_each(|thing| say("removed", thing));
                     removed.notes().iter().for_each(|note| say("note", note));
                     return Ok(());
                 }
-                // The process of an agent that has left ends a moment later.
+                // A process keeps the lock of its state directory for a moment longer than its socket.
                 Err(error) => {
                     let may_end = !self.agents.is_empty() && begun.elapsed() < END_TIMEOUT;
                     let is_held = error
@@ -209,6 +197,56 @@ impl Found {
             }
         }
     }
+}
+
+/// Lets an agent leave its cluster, or end if it is in none. Returns whether the agent does so.
+///
+/// # Errors
+/// Fails if the agent refuses to leave its cluster.
+fn leave(socket: &Path, was_in_cluster: bool) -> anyhow::Result<bool> {
+    let error = match block_on(api::post_as::<Left>(socket, "/v1/leave"))? {
+        Ok(left) => {
+            // A member may have admitted it since it was listed.
+            if was_in_cluster || left.successor.is_some() {
+                say("left", &successor_text(&left));
+            }
+            return Ok(true);
+        }
+        Err(error) => error,
+    };
+    let membership = block_on(api::get_as::<Membership>(socket, "/v1/status"))?;
+    // An agent that waits to start cannot leave.
+    let is_in_cluster = membership.is_ok_and(|membership| membership.cluster.is_some());
+    ensure!(
+        !was_in_cluster && !is_in_cluster,
+        "this host cannot leave its cluster (to remove it all the same, stop its agent, run this command \
+         again, and then `gossamer forget` on another member): {error}"
+    );
+    Ok(false)
+}
+
+/// Waits until an agent has ended, after a signal unless it ends by itself.
+///
+/// # Errors
+/// Fails if it still runs.
+fn stop(socket: &Path, ends: bool) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    if UnixStream::connect(socket).is_err() {
+        return Ok(());
+    }
+    if !ends && let Some(pid) = api::listener_pid(socket) {
+        kill(pid, Signal::SIGTERM).with_context(|| format!("agent at {}", socket.display()))?;
+    }
+    while UnixStream::connect(socket).is_ok() {
+        ensure!(
+            begun.elapsed() < END_TIMEOUT,
+            "the agent at {} still runs: stop it, and run this command again",
+            socket.display()
+        );
+        thread::sleep(RETRY_INTERVAL);
+    }
+    say("stopped", &format_args!("the agent at {}", socket.display()));
+    Ok(())
 }
 
 fn successor_text(left: &Left) -> String {
