@@ -20,7 +20,8 @@ pub struct ManArgs {
 /// Writes the manual pages.
 pub fn man(args: &ManArgs) -> ExitCode {
     let directory = &args.directory;
-    let mut command = Cli::command().disable_help_subcommand(true);
+    let command = super::help::hide_settings_of_arguments(Cli::command());
+    let mut command = command.disable_help_subcommand(true);
     // Names the pages of subcommands.
     command.build();
     let mut written = 0;

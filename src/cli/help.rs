@@ -259,7 +259,7 @@ const EXIT_CODES: [(&str, &str); 6] = [
         "status",
         "0: healthy. 1 also if degraded: there are problems. 3: not ready, or too few members are alive.",
     ),
-    ("doctor", "0: healthy. 1 also if degraded: there are problems. 3: not ready."),
+    ("doctor", "0: healthy. 1 also if degraded: there are problems. 3: not ready, or not set up."),
     ("routes", "1 also if an entry differs."),
     ("ping", "1 also if no probe through the overlay was answered."),
 ];
@@ -302,12 +302,22 @@ pub fn command() -> Command {
         command =
             command.mut_subcommand(name, |command| command.after_help(text.trim_end().to_owned()));
     }
+    let command = hide_settings_of_arguments(command);
     let list = commands_by_purpose(&command);
     command.help_template(format!(
         "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{list}{HEADING}Options:{PLAIN}\n{{options}}\n\
          \n\
          `gossamer help COMMAND` explains a command, with examples."
     ))
+}
+
+/// Hides the options in the help of commands that set them by their name or arguments.
+pub fn hide_settings_of_arguments(command: Command) -> Command {
+    let hide = |command: Command| {
+        let ids = ["init", "join", "token"];
+        ids.iter().fold(command, |command, id| command.mut_arg(id, |option| option.hide(true)))
+    };
+    command.mut_subcommand("init", hide).mut_subcommand("join", hide)
 }
 
 fn commands_by_purpose(command: &Command) -> String {
@@ -397,6 +407,19 @@ mod tests {
                 assert!(Cli::try_parse_from(words).is_ok(), "{line}");
                 assert!(line.starts_with(&format!("gossamer {name}")), "{line}");
             }
+        }
+    }
+
+    #[test]
+    fn help_of_init_and_join_lists_only_what_they_take() {
+        for name in ["init", "join"] {
+            let mut command = command();
+            let command = command.find_subcommand_mut(name).expect("a command");
+            let help = command.render_long_help().to_string();
+            for option in ["--init", "--join", "--token "] {
+                assert!(!help.contains(option), "{option}: {help}");
+            }
+            assert!(help.contains("--token-file") && help.contains("--network"), "{help}");
         }
     }
 

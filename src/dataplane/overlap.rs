@@ -70,6 +70,13 @@ impl Foreign {
     }
 }
 
+/// Returns a network of the pool, and what forbids to create a cluster with it here.
+pub fn find_forbidding<'a>(foreign: &'a [Foreign], pool: &Pool) -> Option<(IpNet, &'a Foreign)> {
+    let networks = pool.networks();
+    let mut pairs = networks.iter().flat_map(|network| foreign.iter().map(move |f| (network, f)));
+    pairs.find(|(network, found)| found.forbids(network))
+}
+
 /// The overlay as far as overlaps depend on it.
 #[derive(Clone, Copy, Debug)]
 pub struct Overlay<'a> {

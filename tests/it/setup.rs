@@ -196,6 +196,61 @@ fn uninstall_ends_agents_that_join_or_wait_to_start_and_removes_everything() {
 }
 
 #[test]
+fn refused_join_or_init_writes_nothing_and_names_the_cause() {
+    isolated(|lab| {
+        let (one, two) = (Own::new(lab, 1)?, Own::new(lab, 2)?);
+        let token = one.ok("gossamer token --new");
+        let token = token.trim();
+        let assert_refused = |own: &Own, command: &str, words: &[&str]| {
+            let said = own.refused(command);
+            assert_contains(&said, words);
+            assert!(!said.contains("wrote"), "{said}");
+            own.ok("! test -e /etc/gossamer/gossamer.toml");
+        };
+        // A stopped member of another cluster, whose agent had no settings file.
+        let run = "gossamer agent --init > log 2>&1 & echo $! > pid";
+        one.host.netns.spawn(&mut enter(&one.keeper, run))?.wait()?;
+        one.ok("gossamer status --wait=30");
+        one.ok("kill $(cat pid); flock /var/lib/gossamer/lock true");
+        let words = ["/var/lib/gossamer holds the state of another cluster", "gossamer uninstall"];
+        assert_refused(&one, &format!("gossamer join {token} 10.99.0.99"), &words);
+        // The token file of another cluster.
+        two.ok("mkdir /etc/gossamer; umask 077; gossamer token --new > /etc/gossamer/token");
+        let words = ["/etc/gossamer/token holds the token of another cluster"];
+        assert_refused(&two, &format!("gossamer join {token} 10.99.0.99"), &words);
+        two.ok("rm /etc/gossamer/token");
+        let words = ["10.99.0.0/16 of the overlay", "interface eth0 overlap"];
+        assert_refused(&two, "gossamer init --network 10.99.0.0/16", &words);
+        let words = ["this host has no interface nosuch0", "eth0"];
+        assert_refused(&two, "gossamer init --iface nosuch0", &words);
+        assert_refused(&two, &format!("gossamer join {token} h --iface 10.99.7.7"), &["10.99.7.7"]);
+        Ok(())
+    });
+}
+
+#[test]
+fn second_join_corrects_the_address_and_says_whether_to_restart() {
+    isolated(|lab| {
+        let one = Own::new(lab, 1)?;
+        let token = one.ok("gossamer token --new");
+        let token = token.trim();
+        one.ok(&format!("gossamer join {token} 10.99.0.77"));
+        one.host.netns.spawn(&mut enter(&one.keeper, "gossamer agent > log 2>&1 &"))?.wait()?;
+        one.run("gossamer status --wait=1");
+        let corrected = one.ok(&format!("gossamer join {token} 10.99.0.99"));
+        let words = ["join = [\"10.99.0.99\"]", "restart it to apply changed settings"];
+        assert_contains(&corrected, &words);
+        let text = one.ok("cat /etc/gossamer/gossamer.toml");
+        assert!(!text.contains("10.99.0.77"), "{text}");
+        let again = one.ok(&format!("gossamer join {token} 10.99.0.99"));
+        assert_contains(&again, &["its settings are unchanged"]);
+        assert!(!again.contains("restart it"), "{again}");
+        one.ok("gossamer uninstall");
+        Ok(())
+    });
+}
+
+#[test]
 fn destructive_commands_ask_on_a_terminal_and_do_nothing_unless_confirmed() {
     isolated(|lab| {
         let one = Own::new(lab, 1)?;

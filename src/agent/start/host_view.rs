@@ -2,13 +2,11 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use ipnet::IpNet;
-
 use crate::{
     dataplane::{
         desired::device_name,
         kernel::{Kernel, KernelError},
-        overlap::Foreign,
+        overlap::{self, Foreign},
     },
     model::{Attachment, ClusterSettings, Mac, Pod, Pool},
     pods::wiring::Wiring,
@@ -65,12 +63,10 @@ pub(super) fn inspect(plan: &PlannedOverlay<'_>) -> Result<HostView, KernelError
 
 /// Refuses to create a cluster whose networks already lead elsewhere on this host.
 fn refuse_occupied(foreign: &[Foreign], pool: &Pool) -> Result<(), KernelError> {
-    let networks: Vec<IpNet> = pool.networks().iter().collect();
-    let mut pairs = networks.iter().flat_map(|network| foreign.iter().map(move |f| (network, f)));
-    match pairs.find(|(network, found)| found.forbids(network)) {
+    match overlap::find_forbidding(foreign, pool) {
         None => Ok(()),
         Some((network, found)) => Err(KernelError::Overlap {
-            network: *network,
+            network,
             what: found.network,
             interface: found.interface.clone(),
         }),

@@ -8,7 +8,11 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use toml::{Table, Value};
 
-use crate::{config::Settings, files, wire::Token};
+use crate::{
+    config::{Config, Settings},
+    files,
+    wire::Token,
+};
 
 /// First line of a new settings file.
 const HEADER: &str = "# Settings of gossamer. `gossamer agent --help` lists them all.\n";
@@ -54,7 +58,8 @@ impl SettingsFile {
         Ok(())
     }
 
-    /// Adds the settings that the file lacks.
+    /// Adds the settings that the file lacks. Addresses to join through replace those in the file, because
+    /// they may have been wrong.
     ///
     /// # Errors
     /// Fails if the file has another value of a setting.
@@ -64,6 +69,10 @@ impl SettingsFile {
             match present.get(&key) {
                 None => _ = self.added.insert(key, value),
                 Some(present) if *present == value => {}
+                Some(_) if key == "join" => {
+                    self.text = without_setting(&self.text, &key);
+                    self.added.insert(key, value);
+                }
                 Some(present) => bail!(
                     "{} has {key} = {present}, not {value}: edit that file, or leave the option out",
                     self.path.display()
@@ -82,14 +91,13 @@ impl SettingsFile {
     ///
     /// # Errors
     /// Fails with the first setting that is invalid or contradicts another one.
-    pub(super) fn check(&self, token: Option<&Token>) -> anyhow::Result<()> {
+    pub(super) fn check(&self, token: Option<&Token>) -> anyhow::Result<Config> {
         let mut settings: Settings = toml::from_str(&self.text)?;
         // The token file may not exist yet.
         if let Some(token) = token {
             (settings.token, settings.token_file) = (Some(token.to_string()), None);
         }
-        settings.complete(None)?.check()?;
-        Ok(())
+        Ok(settings.complete(None)?.check()?)
     }
 
     /// Returns the new content of the file.
@@ -106,6 +114,28 @@ impl SettingsFile {
         let line = |(key, value): (&String, &Value)| format!("{key} = {value}\n");
         self.added.iter().map(line).collect()
     }
+}
+
+/// Returns the text of a settings file without one setting, which may span several lines.
+fn without_setting(text: &str, key: &str) -> String {
+    let begins = |line: &str| {
+        let rest = line.trim_start().strip_prefix(key);
+        rest.is_some_and(|rest| rest.trim_start().starts_with('='))
+    };
+    let mut kept = String::new();
+    let mut removed = String::new();
+    for line in text.split_inclusive('\n') {
+        if removed.is_empty() && !begins(line) {
+            kept.push_str(line);
+            continue;
+        }
+        removed.push_str(line);
+        // An unfinished list continues in the next line.
+        if toml::from_str::<Table>(&removed).is_ok() {
+            removed.clear();
+        }
+    }
+    kept
 }
 
 /// Makes all paths in the settings absolute: an agent has another working directory.
@@ -151,6 +181,16 @@ mod tests {
         let added = "init = true\njoin = [\"a\"]\nnetwork = \"10.9.0.0/16\"\n";
         assert_eq!(file.added().as_deref(), Some(added));
         assert_eq!(file.text(), format!("# mtu = 1\nvni = 7\n{added}"));
+    }
+
+    #[test]
+    fn add_addresses_to_join_through_replaces_those_in_the_file() {
+        let text = "# to join\nmtu = 1400\njoin = [\n  \"10.0.0.1\", # old\n  \"edge:9000\",\n]\nvni = 7\n";
+        let mut file = file(text);
+        let join = vec!["10.0.0.2".to_owned()];
+        file.add(&Settings { join, ..Settings::default() }).expect("no conflict");
+        assert_eq!(file.text(), "# to join\nmtu = 1400\nvni = 7\njoin = [\"10.0.0.2\"]\n");
+        assert_eq!(file.added().as_deref(), Some("join = [\"10.0.0.2\"]\n"));
     }
 
     #[test]

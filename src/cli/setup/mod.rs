@@ -4,6 +4,7 @@
 //! They add settings to the file, and never replace one that differs. A second run changes nothing.
 
 mod files;
+mod host;
 mod systemd;
 mod uninstall;
 
@@ -25,7 +26,7 @@ use super::{
 use crate::{
     api::{self, AgentStatus, ClientError, Membership},
     config::{Instance, Settings, check_environment, parse_token, read_token_file},
-    store::{PRIVATE, replace},
+    store::{PRIVATE, StateDir, StoreError, read_token, replace},
     wire::Token,
 };
 
@@ -176,14 +177,21 @@ impl Setup {
         // Without forwarding, pods of a new host reach no other host.
         wanted.set_sysctls = wanted.set_sysctls.or(file.set_sysctls()).or(Some(true));
         file.add(&wanted)?;
-        file.check(self.token.as_ref())?;
+        let config = file.check(self.token.as_ref())?;
+        if let Some(token) = &self.token {
+            self.require_same_cluster(token, &config.state_dir)?;
+        }
+        if self.options.root.is_none() {
+            let is_new = running.is_none() && !StateDir::is_known(&config.state_dir);
+            host::require_usable(&config, is_new)?;
+        }
 
         let mut changed = self.write(&path, &file)?;
         if let Some(token) = &self.token {
             changed |= self.write_token(token)?;
         }
         let Some(systemd) = systemd else {
-            return Ok(self.without_systemd(&path, running.as_ref()));
+            return Ok(self.without_systemd(&path, running.is_some(), changed));
         };
         systemd.start(&self.options, &path, changed)?;
         if self.options.dry_run || self.options.root.is_some() {
@@ -233,28 +241,37 @@ impl Setup {
         Ok(true)
     }
 
+    /// Fails if the token file, or the state of a stopped agent, belongs to another cluster.
+    fn require_same_cluster(&self, token: &Token, state_dir: &Path) -> anyhow::Result<()> {
+        let file = self.options.place(&self.instance.token_file());
+        let in_file = if file.exists() { Some(read_token_file(&file)?) } else { None };
+        let state_dir = self.options.place(state_dir);
+        let in_state = match read_token(&state_dir) {
+            // Only root can look into it.
+            Err(StoreError::Directory { .. }) if self.options.dry_run => None,
+            read => read?,
+        };
+        let found = in_file.map(|old| (old, format!("{} holds the token", file.display())));
+        let state = in_state.map(|old| (old, format!("{} holds the state", state_dir.display())));
+        for (old, what) in found.into_iter().chain(state) {
+            // Another token of the same cluster is a newer one, or has other seeds.
+            let same_cluster = old.known_cluster().is_some() && old.cluster == token.cluster;
+            ensure!(
+                old.secret == token.secret || same_cluster,
+                "{what} of another cluster: to move this host, run `gossamer uninstall` first"
+            );
+        }
+        Ok(())
+    }
+
     /// Writes the token file. Returns whether it has changed.
     fn write_token(&self, token: &Token) -> anyhow::Result<bool> {
         let path = self.instance.token_file();
         let place = self.options.place(&path);
         let text = format!("{token}\n");
-        match read_token_file(&place) {
-            _ if !place.exists() => {}
-            Ok(old) if old == *token => {
-                say("unchanged", &path.display());
-                return Ok(false);
-            }
-            Ok(old) => {
-                // Another token of the same cluster is a newer one, or has other seeds.
-                let same_cluster = old.known_cluster().is_some() && old.cluster == token.cluster;
-                ensure!(
-                    old.secret == token.secret || same_cluster,
-                    "{} holds the token of another cluster: to move this host, run `gossamer uninstall` \
-                     first",
-                    place.display()
-                );
-            }
-            Err(error) => return Err(error.into()),
+        if place.exists() && read_token_file(&place)? == *token {
+            say("unchanged", &path.display());
+            return Ok(false);
         }
         if !self.options.dry_run {
             replace(&place, &text, PRIVATE).with_context(|| place.display().to_string())?;
@@ -268,18 +285,19 @@ impl Setup {
     }
 
     /// Says how to start the agent by hand.
-    fn without_systemd(&self, settings: &Path, running: Option<&Membership>) -> ExitCode {
+    fn without_systemd(&self, settings: &Path, is_running: bool, changed: bool) -> ExitCode {
         let option = match &self.settings.instance {
             Some(_) => format!(" --config {}", settings.display()),
             None => String::new(),
         };
         let command = format!("gossamer agent{option}");
-        match running {
+        match is_running {
             _ if self.options.dry_run => {
                 say("no systemd", &format_args!("would not start: {command}"))
             }
-            Some(_) => say("running", &"an agent; restart it to apply changed settings"),
-            None => {
+            true if changed => say("running", &"an agent; restart it to apply changed settings"),
+            true => say("running", &"an agent; its settings are unchanged"),
+            false => {
                 say("next", &"this host has no systemd: let its init system run, as root,");
                 say("", &command);
                 say("", &"then `gossamer status --wait` shows whether this host is a member");
@@ -304,7 +322,10 @@ impl Setup {
         let flag = flag.map_or_else(String::new, |name| format!(" --instance {name}"));
         if !status.converged {
             let patience = MEMBER_TIMEOUT.as_secs();
-            say("not ready", &format_args!("after {patience} s; the agent continues to try"));
+            let verdict = &status.verdict.text;
+            let (label, why) =
+                verdict.split_once(": ").unwrap_or((verdict, "it has not converged"));
+            say(label, &format_args!("after {patience} s: {why}; the agent continues to try"));
             say(
                 "next",
                 &format_args!("`gossamer status{flag}` and `gossamer doctor{flag}` say why"),
