@@ -116,6 +116,25 @@ impl Host {
     /// Fails if the subnet has no address for a pod, or if the kernel refuses.
     pub fn pod(&self, subnet: Ipv4Net, mtu: u32) -> io::Result<Pod> {
         let netns = NetNs::new(&format!("{}-pod", self.name))?;
+        let ip = self.connect(&netns, subnet, mtu)?;
+        Ok(Pod { netns, ip })
+    }
+
+    /// Gives a pod of this host, and its bridge, addresses of another subnet.
+    ///
+    /// # Errors
+    /// As [`Self::pod`].
+    pub fn move_pod(&self, pod: &mut Pod, subnet: Ipv4Net, mtu: u32) -> io::Result<()> {
+        let mut outside = self.netns.netlink()?;
+        for name in ["pod", "pods"] {
+            let index = outside.index_of(name)?;
+            outside.delete_link(index)?;
+        }
+        pod.ip = self.connect(&pod.netns, subnet, mtu)?;
+        Ok(())
+    }
+
+    fn connect(&self, netns: &NetNs, subnet: Ipv4Net, mtu: u32) -> io::Result<Ipv4Addr> {
         let mut outside = self.netns.netlink()?;
         let mut addresses = subnet.hosts();
         let (Some(gateway), Some(ip)) = (addresses.next(), addresses.next()) else {
@@ -124,7 +143,7 @@ impl Host {
         outside.create_link(LinkBridge::new("pods").mtu(mtu).build())?;
         let bridge = outside.index_of("pods")?;
         outside.add_address(bridge, IpAddr::V4(gateway), subnet.prefix_len())?;
-        veth_into(&mut outside, &netns, "pod", "eth0", Some(mtu))?;
+        veth_into(&mut outside, netns, "pod", "eth0", Some(mtu))?;
         let port = outside.index_of("pod")?;
         outside.set_link(LinkUnspec::new_with_index(port).controller(bridge).up())?;
 
@@ -133,7 +152,7 @@ impl Host {
         inside.set_link(LinkUnspec::new_with_index(eth0).up())?;
         inside.add_address(eth0, IpAddr::V4(ip), subnet.prefix_len())?;
         inside.add_route(Ipv4Net::default(), gateway)?;
-        Ok(Pod { netns, ip })
+        Ok(ip)
     }
 }
 

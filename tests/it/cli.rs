@@ -264,6 +264,46 @@ fn command_with_closed_output_pipe_ends_silently() {
     });
 }
 
+#[test]
+fn demo_that_is_kept_leaves_every_host_healthy() {
+    isolated(|_| {
+        let mut demo = Command::new(program());
+        let mut demo = demo.args(["demo", "--keep"]).stdout(Stdio::piped()).spawn()?;
+        let mut lines = std::io::BufReader::new(demo.stdout.take().expect("its output")).lines();
+        let is_kept = |line: &std::io::Result<String>| {
+            line.as_ref().is_ok_and(|line| line.contains("keeps running"))
+        };
+        assert!(lines.any(|line| is_kept(&line)), "the demo failed");
+        for host in ["n1", "n2", "n3"] {
+            let mut said = String::new();
+            let status = ["demo", "exec", host, "--", "gossamer", "status"];
+            wait_until("it is not healthy", TIMEOUT, || {
+                let output = Command::new(program()).args(status).output().expect("it runs");
+                said = text(&output);
+                let is_tested = !said.contains("not known yet");
+                is_tested && output.status.success()
+            });
+            assert!(said.contains("3 alive of 3"), "{said}");
+        }
+        // The pod of the host that has joined again has an address of its new subnet.
+        let command = ["demo", "exec", "n3-pod", "--", "ip", "-4", "-br", "addr", "show", "eth0"];
+        let pod = text(&Command::new(program()).args(command).output()?);
+        let command = ["demo", "exec", "n3", "--", "ip", "-4", "-br", "addr", "show", "pods"];
+        let bridge = text(&Command::new(program()).args(command).output()?);
+        let subnet = |shown: &str| {
+            let address = shown.split_whitespace().nth(2).expect("an address").to_owned();
+            address.rsplit_once('.').expect("IPv4").0.to_owned()
+        };
+        let status = ["demo", "exec", "n3", "--", "gossamer", "status"];
+        let status = text(&Command::new(program()).args(status).output()?);
+        assert_eq!(subnet(&pod), subnet(&bridge));
+        assert!(status.contains(&format!("subnet    {}.0/24", subnet(&pod))), "{status} {pod}");
+        demo.kill()?;
+        demo.wait()?;
+        Ok(())
+    });
+}
+
 /// The hosts of a demo share the files of the machine on which it runs.
 #[test]
 fn commands_that_change_files_are_refused_on_hosts_of_the_demo() {

@@ -278,13 +278,18 @@ impl DemoRun {
         let last = self.hosts.len() - 1;
         let what = format!("n{} joins again, as a new node", last + 1);
         let (program, hosts, token) = (&self.program, &self.hosts, &self.token);
-        let agents = &mut self.agents;
+        let (agents, pods, before) = (&mut self.agents, &mut self.pods, self.subnets[last]);
         self.screen.step(&what, || {
-            let seed = hosts[0].ip.to_string();
-            agents[last] =
-                Agent::start(program, &hosts[last], &["--join", &seed, "--token", token])?;
-            let status = agents[last].wait_converged(last + 1, STEP_TIMEOUT)?;
-            Ok(((), format!("it has {}", Agent::subnet(&status)?)))
+            let (host, seed) = (&hosts[last], hosts[0].ip.to_string());
+            let arguments = ["--join", &seed, "--token", token];
+            agents[last] = Agent::start(program, host, &arguments)?;
+            let subnet = Agent::subnet(&agents[last].wait_converged(last + 1, STEP_TIMEOUT)?)?;
+            if subnet != before {
+                // The bridge has an address of the subnet that the host had before.
+                host.move_pod(&mut pods[last], subnet, POD_MTU)?;
+            }
+            reach(&mut Pinger::new(&pods[0].netns)?, pods[last].ip)?;
+            Ok(((), format!("it has {subnet}, and n1's pod reaches its pod")))
         })
     }
 
