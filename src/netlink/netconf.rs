@@ -4,7 +4,10 @@
 //! The socket never blocks. An overrun loses notifications. A call returns at most as many as [`drain`]
 //! reads; the next call returns the rest.
 
-use std::io;
+use std::{
+    io,
+    os::fd::{AsFd as _, BorrowedFd},
+};
 
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
@@ -52,6 +55,11 @@ impl ForwardingMonitor {
         let _ = socket.add_membership(GROUP_OF_IPV6);
         socket.set_non_blocking(true)?;
         Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER_BYTES) })
+    }
+
+    /// Returns a descriptor that is readable when there are changes.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// Returns the changes since the last call.

@@ -24,7 +24,11 @@ use crate::{
         toggled::{ForwardingChanges, Setting},
     },
     model::{Problem, ProblemCode, Time},
-    netlink::{Netlink, netconf::ForwardingMonitor, nftables::Changes},
+    netlink::{
+        Netlink,
+        netconf::{ForwardingChange, ForwardingMonitor},
+        nftables::Changes,
+    },
     sysctl::{
         self,
         interface::{self, Ipv6},
@@ -73,6 +77,8 @@ pub struct HostChecks {
     kept: BTreeSet<String>,
     begun: Instant,
     forwarding_monitor: Option<ForwardingMonitor>,
+    /// Changes of forwarding sysctls since the last check.
+    switched: Vec<ForwardingChange>,
     forwarding_changes: ForwardingChanges,
     /// Whether the device was closed to router advertisements from the overlay at the last check.
     was_closed: bool,
@@ -115,6 +121,7 @@ impl HostChecks {
             kept: BTreeSet::new(),
             begun: Instant::now(),
             forwarding_monitor: ForwardingMonitor::open().ok(),
+            switched: Vec::new(),
             forwarding_changes: ForwardingChanges::default(),
             was_closed: false,
             table_problem: None,
@@ -274,13 +281,27 @@ impl HostChecks {
         }
     }
 
-    /// Reports forwarding that was switched off briefly, globally or on these interfaces.
-    fn check_forwarding_switches(&mut self, interfaces: [&str; 2]) {
-        let Some(forwarding_monitor) = &mut self.forwarding_monitor else { return };
-        let switched_settings = forwarding_monitor.read().unwrap_or_else(|error| {
+    /// Returns a descriptor that is readable when a forwarding sysctl has changed.
+    pub fn switches(&self) -> Option<BorrowedFd<'_>> {
+        self.forwarding_monitor.as_ref().map(ForwardingMonitor::as_fd)
+    }
+
+    /// Reads the pending notifications, and returns whether forwarding of the whole host was switched.
+    pub fn read_switches(&mut self) -> bool {
+        let Some(forwarding_monitor) = &mut self.forwarding_monitor else { return false };
+        let switched = forwarding_monitor.read().unwrap_or_else(|error| {
             tracing::debug!(%error, "forwarding notifications not read");
             Vec::new()
         });
+        let is_of_host = switched.iter().any(|switched| switched.link.is_none());
+        self.switched.extend(switched);
+        is_of_host
+    }
+
+    /// Reports forwarding that was switched off briefly, globally or on these interfaces.
+    fn check_forwarding_switches(&mut self, interfaces: [&str; 2]) {
+        self.read_switches();
+        let switched_settings = std::mem::take(&mut self.switched);
         let now = Time::ZERO + self.begun.elapsed();
         let is_needed = switched_settings.iter().any(|switched| switched.link.is_some());
         let netlink = self.netlink.as_mut().ok().filter(|_| is_needed);

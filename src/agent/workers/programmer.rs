@@ -127,6 +127,8 @@ impl Programmer {
             demand_reported_at: Instant::now(),
             host_checks,
             table_touched: false,
+            is_forwarding_switched: false,
+            host_checked_at: None,
             kernel,
             netlink,
             config,
@@ -188,6 +190,9 @@ struct Reconciler<F> {
     host_checks: HostChecks,
     /// Whether the nftables table has changed since its last repair.
     table_touched: bool,
+    /// Whether a forwarding sysctl has changed since the last check of the host, and when that was.
+    is_forwarding_switched: bool,
+    host_checked_at: Option<Instant>,
     netlink: Netlink,
     config: Config,
     underlay: Watch,
@@ -246,7 +251,8 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             if is_due && self.host_checks.is_table_unread() {
                 self.update_table(true);
             }
-            if is_due {
+            self.is_forwarding_switched |= self.host_checks.read_switches();
+            if is_due || self.host_check_due().is_some_and(|due| due <= now) {
                 self.check_host();
             }
             self.audit();
@@ -276,17 +282,6 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             let actual = self.kernel.observe(&desired.device.name, Some(&desired.pool));
             let tables = actual.map(|actual| (desired.tables.clone(), actual));
             then(tables.map_err(|error| error.to_string()));
-        }
-    }
-
-    /// Reports the packet counters of members.
-    fn count_packets(&mut self) {
-        let Some(DesiredState { state: State::Overlay(_, firewall), .. }) = &self.desired_state
-        else {
-            return;
-        };
-        if let Some(counted) = self.host_checks.count_packets(&firewall.table) {
-            (self.tell)(KernelEvent::Counted(counted));
         }
     }
 
@@ -484,10 +479,12 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let firewall_touched = self.table_touched || self.recheck.rules;
         let table = firewall_touched.then(|| self.repair_at(Kind::Firewall));
         let repairs = entries.into_iter().chain(table).flatten();
-        let until = self.due.into_iter().chain(repairs).chain(self.underlay_due(now));
+        let checks = self.host_check_due().into_iter().chain(self.underlay_due(now));
+        let until = self.due.into_iter().chain(repairs).chain(checks);
         let until = until.chain(self.overruns.due(now)).chain([self.auditor.due()]).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
-        let changes = [Some(self.kernel.changes()), self.host_checks.changes()];
-        self.orders.sleeper.wait(changes.into_iter().flatten(), pause);
+        let changes = [self.host_checks.changes(), self.host_checks.switches()];
+        let changes = changes.into_iter().flatten().chain([self.kernel.changes()]);
+        self.orders.sleeper.wait(changes, pause);
     }
 }

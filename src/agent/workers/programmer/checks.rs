@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
-use super::{DesiredState, MIN_CHECK_INTERVAL, Reconciler, State};
+use super::{DesiredState, MIN_CHECK_INTERVAL, RETRY_INTERVAL, Reconciler, State};
 use crate::{
     agent::{diagnosis::auditor::Place, workers::kernel_event::KernelEvent},
-    dataplane::kernel::overlaps,
+    dataplane::{kernel::overlaps, repair_conflict::Kind},
     underlay::recheck,
 };
 
@@ -105,8 +105,21 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
+    /// Reports the packet counters of members.
+    pub(super) fn count_packets(&mut self) {
+        let Some(DesiredState { state: State::Overlay(_, firewall), .. }) = &self.desired_state
+        else {
+            return;
+        };
+        if let Some(counted) = self.host_checks.count_packets(&firewall.table) {
+            (self.tell)(KernelEvent::Counted(counted));
+        }
+    }
+
     /// Checks the host (sysctls, chains) and overlaps.
     pub(super) fn check_host(&mut self) {
+        self.is_forwarding_switched = false;
+        self.host_checked_at = Some(Instant::now());
         let Some(DesiredState { state: State::Overlay(desired, _), .. }) = &self.desired_state
         else {
             return;
@@ -117,6 +130,14 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.check_overlaps();
         // A notification may have been lost.
         self.recheck.underlay = true;
+    }
+
+    /// Returns when to check the host because forwarding was switched; not at once each time, so that
+    /// programs that switch it in turn cannot use a whole CPU.
+    pub(super) fn host_check_due(&self) -> Option<Instant> {
+        let gap = RETRY_INTERVAL.max(self.host_checks.repair_conflicts.pause(Kind::Sysctls));
+        let due = self.host_checked_at.map_or_else(Instant::now, |checked_at| checked_at + gap);
+        self.is_forwarding_switched.then_some(due)
     }
 
     /// Reports the host checks if they have changed.
