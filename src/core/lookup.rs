@@ -90,6 +90,20 @@ impl Node {
         }
     }
 
+    /// Returns a living member with the name and the address of another one. It is the same host,
+    /// installed again.
+    pub fn living_namesake(&self, node: NodeId) -> Option<NodeId> {
+        let record = self.replica.directory.get(node)?;
+        let is_namesake = |other: &&MemberRecord| {
+            other.address == record.address
+                && other.name == record.name
+                && other.node != node
+                && (other.node == self.replica.me.node || self.membership.is_active(other.node))
+                && !self.replica.is_gone(other.node)
+        };
+        self.replica.directory.iter().find(is_namesake).map(|record| record.node)
+    }
+
     /// Returns the labels of all members, for many uses at once.
     pub fn labels(&self) -> Labels<'_> {
         let mut by_name: BTreeMap<&str, Vec<&MemberRecord>> = BTreeMap::new();

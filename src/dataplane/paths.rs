@@ -304,6 +304,13 @@ impl Paths {
         self.peers.get(&node).is_some_and(Path::is_alive)
     }
 
+    /// Returns for how long neither the kernel nor the agent of a peer has sent anything; `None` if one of
+    /// them has, or if answers have been missing only for a moment.
+    pub fn silent_span(&self, now: Time, node: NodeId) -> Option<Duration> {
+        let since = self.peers.get(&node)?.silent_since()?;
+        Some(self.clock.at(now).since(since))
+    }
+
     /// Returns how many bytes smaller than the overlay's MTU packets to a peer must be; `None` if full-size
     /// packets pass or the size is not known yet.
     pub fn mtu_reduction(&self, node: NodeId) -> Option<u32> {

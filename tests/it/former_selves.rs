@@ -1,10 +1,12 @@
 //! Members with the same name: former selves of a host, and what commands accept as a member.
 
+use std::collections::BTreeSet;
+
 use gossamer::lab::Host;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::common::{Cluster, TIMEOUT, client, isolated, status_where};
+use crate::common::{Cluster, TIMEOUT, client, isolated, status_where, texts};
 
 fn text(output: &std::process::Output) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -24,9 +26,19 @@ fn former_self_is_hidden_named_with_its_id_and_forgotten_by_one_command() {
         cluster.agents[2].end(Signal::SIGKILL)?;
         std::fs::remove_dir_all(cluster.hosts[2].dir.join("state"))?;
         cluster.agents[2] = cluster.start_agent(&cluster.hosts[2], &[])?;
+        let mut told = BTreeSet::new();
+        let is_silent = |path: &Value| path["state"] != "ok" && path["state"] != "unknown";
         let status = status_where(&mut cluster.agents[0], |status| {
-            members_named(status, "n3").iter().any(|member| member["former_self"] == true)
+            let all = [texts(&status["problems"]), texts(&status["notices"])].join("\n");
+            told.extend(all.lines().map(str::to_owned));
+            let is_former = |member: &&Value| member["former_self"] == true;
+            let paths = status["paths"].as_array().expect("paths");
+            members_named(status, "n3").iter().any(is_former) && paths.iter().any(is_silent)
         });
+        // The living host is not the subject.
+        let of_living = |text: &&String| text.contains("n3") && !text.contains("n3~");
+        let wrong: Vec<&String> = told.iter().filter(of_living).collect();
+        assert!(wrong.is_empty(), "{wrong:#?}");
         let both = members_named(&status, "n3");
         assert_eq!(both.len(), 2, "{status:#}");
         let label = |former: bool| {

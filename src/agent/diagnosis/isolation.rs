@@ -250,9 +250,11 @@ impl Agent {
             None => (format!("{name} {state}"), "start it"),
         };
         let gossip = self.node.address_of(node).map_or(0, |address| address.port());
+        // Packets of its host arrive.
+        let is_seen = path.is_some_and(|state| state.shows_life());
+        let is_seen = is_seen && self.silent_span(node).is_none();
         let fix = match self.node.has_active_peer() {
-            // Packets of its host arrive.
-            true if path.is_some_and(|state| state.shows_life()) => format!(
+            true if is_seen => format!(
                 "{start}; if it runs, open UDP {gossip} between the two hosts in both directions"
             ),
             true => format!("{start}, or if that host is gone for good: gossamer forget {name}"),

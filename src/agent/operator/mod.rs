@@ -9,6 +9,7 @@ pub(super) mod pending;
 pub(super) mod ping;
 mod routes;
 pub(super) mod secrets;
+mod silent_peers;
 pub(super) mod status;
 pub(super) mod survey;
 mod verdict;

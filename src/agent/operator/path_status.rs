@@ -139,6 +139,7 @@ impl Agent {
     pub(super) fn is_passed_by_pods(&self, node: NodeId, state: PathState) -> bool {
         matches!(state, PathState::Unanswered | PathState::OneWay)
             && self.kernel.remote_pods.answering.contains(&node)
+            && self.silent_span(node).is_none()
     }
 
     /// Returns the finding about a path without answers and without a known cause. If packets of the peer
@@ -156,6 +157,9 @@ impl Agent {
     /// Returns what is wrong with a path.
     #[expect(clippy::too_many_lines, reason = "one text for each state of a path")]
     fn path_finding(&self, node: NodeId, state: PathState) -> Option<Problem> {
+        if self.is_superseded(node, state) {
+            return None;
+        }
         let verdict = self.monitors.silence_diagnosis.verdict(node);
         if self.is_passed_by_pods(node, state) {
             let is_of_flows = verdict.filter(|verdict| verdict.loses_flows);
@@ -189,6 +193,11 @@ impl Agent {
         if (lost || is_partly) && self.kernel.host.is_table_full {
             return None;
         }
+        if self.is_lost(state)
+            && let Some(problem) = self.undecided_problem(node)
+        {
+            return Some(problem);
+        }
         let found = verdict.filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
             return Some(cause);
@@ -201,6 +210,7 @@ impl Agent {
         if lost && !self.prober.paths.is_alive(node) {
             // If no other member answers, one problem concerns all of them.
             let is_closed = state == PathState::OneWay
+                && self.silent_span(node).is_none()
                 && !self.node.is_active(node)
                 && self.node.has_active_peer();
             let leaves = found.is_some_and(|found| found.leaves);

@@ -70,6 +70,8 @@ pub(super) struct Path {
     last_sign_of_life: Time,
     /// Since when probes are unanswered and no packet arrives.
     silent_since: Option<Time>,
+    /// When a packet of the peer's agent arrived last while probes were unanswered.
+    agent_sent: Option<Time>,
     /// The last packet that the peer sent unprompted.
     last_packet: Option<Time>,
     /// That packet arrived by another way than packets to the peer take.
@@ -122,6 +124,7 @@ impl Path {
             answered_probe: None,
             last_sign_of_life: now,
             silent_since: None,
+            agent_sent: None,
             last_packet: None,
             is_diverted_inbound: false,
             round_trip: None,
@@ -327,8 +330,15 @@ impl Path {
     pub(super) fn on_agent(&mut self, now: Time, has_sent: bool, round_trip: Option<Duration>) {
         self.underlay_round_trip = round_trip;
         if has_sent {
+            self.agent_sent = Some(now);
             self.distrust(now, SURVIVAL_PROOF);
         }
+    }
+
+    /// Returns since when neither the kernel nor the agent of the peer has sent anything.
+    pub(super) fn silent_since(&self) -> Option<Time> {
+        let is_after = |since: &Time| self.agent_sent.is_none_or(|sent| sent <= *since);
+        self.silent_since.filter(is_after)
     }
 
     fn distrust(&mut self, now: Time, survival: Duration) {

@@ -124,7 +124,9 @@ impl Agent {
             let is_measured = self.prober.paths.is_measuring_size(*node);
             lost.retain(|(_, sort)| !(is_measured && sort.kind.is_large()));
         }
-        lost.retain(|node, lost| !unanswered.contains(node) && !lost.is_empty());
+        lost.retain(|node, lost| {
+            !unanswered.contains(node) && !lost.is_empty() && self.silent_span(*node).is_none()
+        });
         lost
     }
 

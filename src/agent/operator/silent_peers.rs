@@ -1,0 +1,42 @@
+//! Peers that send nothing: former selves of living hosts, and those that gossip has not judged yet.
+
+use std::time::Duration;
+
+use crate::{
+    agent::Agent,
+    model::{NodeId, PathState, Problem, ProblemCode},
+};
+
+/// A peer whose packets are lost on one way only sends a probe each second, in a large cluster more rarely.
+const MIN_SILENCE: Duration = Duration::from_secs(3);
+
+impl Agent {
+    /// Whether a peer that does not answer is an earlier identity of a living host. A notice names it, and
+    /// the causes of silence do not apply to that host.
+    pub(super) fn is_superseded(&self, node: NodeId, state: PathState) -> bool {
+        let is_silent = self.is_lost(state) || !self.prober.paths.is_alive(node);
+        let successor = is_silent.then(|| self.node.living_namesake(node)).flatten();
+        successor.is_some_and(|successor| {
+            let known = self.path_states().find(|(other, ..)| *other == successor);
+            let answers = known.is_some_and(|(_, state, _)| !self.is_lost(state));
+            answers || !self.node.is_active(node)
+        })
+    }
+
+    /// Returns for how long neither agent nor kernel of a peer has sent anything, if that is long enough to
+    /// tell a host that is off from one whose packets are lost on one way only.
+    pub(in crate::agent) fn silent_span(&self, node: NodeId) -> Option<Duration> {
+        let span = self.prober.paths.silent_span(self.clock.now(), node)?;
+        (span >= MIN_SILENCE).then_some(span)
+    }
+
+    /// Returns the problem of a peer that sends nothing, while gossip has not decided whether it is down.
+    pub(super) fn undecided_problem(&self, node: NodeId) -> Option<Problem> {
+        let silent = self.silent_span(node).filter(|_| self.node.is_active(node))?.as_secs();
+        let name = self.node.label_of(node);
+        let what =
+            format!("{name} has not answered for {silent} s: neither its agent nor its kernel");
+        let fix = "wait until gossip has decided whether it is down, or see whether that host runs";
+        Some(Problem::new(ProblemCode::PathLost, name, what, fix))
+    }
+}
