@@ -24,7 +24,8 @@ pub enum VerdictState {
 pub struct Verdict {
     /// The state.
     pub state: VerdictState,
-    /// The verdict in words: "healthy", "degraded: 2 problems", or "not ready: " and the reason.
+    /// The verdict in words: "healthy", "degraded: 2 problems", or "not ready: " and the reason. The doctor
+    /// also says "not set up: " and what to run.
     pub text: String,
 }
 
@@ -53,6 +54,13 @@ impl Verdict {
             (None, count) => (VerdictState::Degraded, format!("degraded: {count} problems")),
         };
         Self { state, text }
+    }
+
+    /// Returns the verdict on a host without an agent, state and settings.
+    pub fn not_set_up() -> Self {
+        let text = "not set up: run `gossamer init` to create a cluster, or `gossamer join TOKEN` to \
+                    join one (`gossamer token` on a member prints that command)";
+        Self { state: VerdictState::NotReady, text: text.to_owned() }
     }
 
     /// Returns the exit code of commands that show the verdict.

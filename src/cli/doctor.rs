@@ -98,7 +98,8 @@ fn examination(args: &DoctorArgs) -> Examination {
         Ok(Err(_)) => (None, Some(format!("the agent does not answer within {QUERY_TIMEOUT:?}"))),
         Err(error) => (None, Some(error.to_string())),
     };
-    Examination { config, agent, agent_error, socket }
+    let has_settings_file = config_file(args).is_some();
+    Examination { config, agent, agent_error, socket, has_settings_file }
 }
 
 fn pluralized(count: usize, what: &str) -> String {

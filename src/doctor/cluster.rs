@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::{Agent, Examination, Finding};
 use crate::{
     api::{
-        AgentStatus, EntryVerdict, Event, EventKind, KernelEntry, KernelStatus, Member,
-        MemberState, PathStatus,
+        AgentStatus, EntryVerdict, Event, EventKind, KernelEntry, KernelStatus, Member, PathStatus,
+        VerdictState,
     },
     model::{CallError, PathState, Problem, ProblemCode},
     runtime::block_on,
@@ -41,6 +41,9 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
 }
 
 fn no_agent(examination: &Examination) -> Finding {
+    if !examination.is_set_up() {
+        return Finding::skipped("agent", "none was set up on this host");
+    }
     Finding::problem(
         "agent",
         examination.agent_error.clone().unwrap_or_else(|| "no agent answers".to_owned()),
@@ -60,9 +63,12 @@ fn agent_problems(status: &AgentStatus, findings: &[Finding]) -> Vec<Finding> {
     let mut agent_problems: Vec<Finding> =
         untold.map(|problem| Finding::of("agent", problem)).collect();
     if !status.converged && agent_problems.is_empty() {
-        agent_problems.push(Finding::problem(
+        let is_ready = status.verdict.state != VerdictState::NotReady;
+        // After a change, the agent of a ready node converges within a moment.
+        let unfinished = if is_ready { Finding::notice } else { Finding::problem };
+        agent_problems.push(unfinished(
             "agent",
-            format!("it has not converged (it is {})", status.phase.name()),
+            &format!("it has not converged (it is {})", status.phase.name()),
             "until then some members cannot reach its pods",
             "run gossamer status --wait; then check its log",
         ));
@@ -107,45 +113,12 @@ fn members(status: &AgentStatus, events: &[Event]) -> Vec<Finding> {
     findings
 }
 
-/// Returns the remedy for a member that is down. Does not suggest forgetting it if the cause may be this
-/// host.
-fn remedy(status: &AgentStatus, name: &str) -> String {
-    let mut others = present(status).filter(|member| !member.me);
-    let start = "start its agent";
-    if others.any(|member| member.state() == MemberState::Alive) {
-        return format!("{start}; if that host is gone for good: gossamer forget {name}");
-    }
-    format!(
-        "{start} if it does not run; if it does, its own status may name the cause (there: \
-         gossamer status), or this host is cut off, for no other member answers: look at its network, routes \
-         (ip route get ADDRESS; ip neigh), and firewall"
-    )
-}
-
-fn present(status: &AgentStatus) -> impl Iterator<Item = &Member> {
-    status.members.iter().filter(|member| member.is_present())
-}
-
 fn paths(status: &AgentStatus) -> Vec<Finding> {
     let mut findings: Vec<Finding> = Vec::new();
-    let label = |path: &PathStatus| {
-        let member = status.members.iter().find(|member| member.node == path.node);
-        member.map_or_else(|| path.name.clone(), |member| member.label.clone())
-    };
-    for path in &status.paths {
-        let (name, state) = (&path.name, path.state);
-        if let Some(problem) = &path.problem {
-            // One cause may concern several peers.
-            if !findings.iter().any(|finding| finding.seen == problem.what) {
-                findings.push(Finding::of("paths", problem));
-            }
-        } else if matches!(state, PathState::Dead | PathState::Withdrawn) {
-            findings.push(Finding::problem(
-                "paths",
-                format!("{name} is {}: neither its agent nor its kernel answers", state.name()),
-                "its pods are not reached",
-                remedy(status, &label(path)),
-            ));
+    for problem in status.paths.iter().filter_map(|path| path.problem.as_ref()) {
+        // One cause may concern several peers.
+        if !findings.iter().any(|finding| finding.seen == problem.what) {
+            findings.push(Finding::of("paths", problem));
         }
     }
     if findings.is_empty() {
@@ -158,7 +131,9 @@ fn paths(status: &AgentStatus) -> Vec<Finding> {
             None => Finding::ok("paths", count),
             // Another check has reported the cause.
             Some(path) => {
-                let (name, state) = (&path.name, path.state.name());
+                let member = status.members.iter().find(|member| member.node == path.node);
+                let name = member.map_or(&path.name, |member| &member.label);
+                let state = path.state.name();
                 let why = match path.state {
                     // Mixed modes may be intentional.
                     PathState::Asymmetric => {

@@ -70,17 +70,29 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         |finding: &Finding| !notices.is_empty() && matches!(finding.verdict, Verdict::Notice);
     findings.extend(found.into_iter().filter(|finding| !is_told(finding)));
     findings.extend(notices);
-    for chain in &chains.dropping {
-        findings.push(Finding::problem(
-            "docker",
-            format!("chain {chain} drops what other hosts send to containers"),
-            "Docker 28 and later let only their own bridge reach a container's address",
-            "start dockerd with --allow-direct-routing, or make the network with -d gossamer",
-        ));
+    findings.extend(docker(examination, &chains));
+}
+
+/// Runs the check `docker`: the agent's result, or without an agent what the chains show.
+fn docker(examination: &Examination, chains: &ForeignChains) -> Vec<Finding> {
+    let findings: Vec<Finding> = if examination.is_host_checked() {
+        let problems = examination.problems(&[ProblemCode::DockerDirectAccess]);
+        problems.map(|problem| Finding::of_sentence("docker", problem)).collect()
+    } else {
+        let finding = |chain: &String| {
+            Finding::problem(
+                "docker",
+                format!("chain {chain} drops what other hosts send to containers"),
+                "Docker 28 and later let only their own bridge reach a container's address",
+                "start dockerd with --allow-direct-routing, or make the network with -d gossamer",
+            )
+        };
+        chains.dropping.iter().map(finding).collect()
+    };
+    if findings.is_empty() {
+        return vec![Finding::ok("docker", "containers are reachable directly")];
     }
-    if chains.dropping.is_empty() {
-        findings.push(Finding::ok("docker", "containers are reachable directly"));
-    }
+    findings
 }
 
 /// Problems of the agent that its trials show.

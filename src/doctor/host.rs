@@ -43,7 +43,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     }
     let mode = examination.config.as_ref().map_or(Mode::Vxlan, |config| config.mode);
     let underlay = underlay(examination, findings);
-    sysctls(&numbers, mode, underlay.as_deref(), findings);
+    sysctls(examination, &numbers, mode, underlay.as_deref(), findings);
     ports(examination, &numbers, findings);
     match Netlink::open().and_then(|mut netlink| netlink.links()) {
         Ok(links) => {
@@ -66,7 +66,7 @@ const REQUIRED_CAPABILITIES: [(u8, &str, &str); 3] = [
 /// Checks the capabilities of the agent, or of this process if no agent runs.
 fn privileges(examination: &Examination, findings: &mut Vec<Finding>) {
     // A process of another PID namespace has no number here.
-    let agent = examination.agent_pid().filter(|pid| *pid > 0);
+    let agent = examination.agent_pid();
     let (effective_capabilities, holder) = match agent {
         Some(pid) => {
             (effective_capabilities(&pid.to_string()), format!("the agent (process {pid})"))
@@ -192,7 +192,26 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
     }
 }
 
-fn sysctls(numbers: &Numbers, mode: Mode, underlay: Option<&str>, findings: &mut Vec<Finding>) {
+/// Problems of the agent about sysctls.
+const OF_SYSCTLS: [ProblemCode; 3] =
+    [ProblemCode::ForwardingOff, ProblemCode::Sysctl, ProblemCode::SysctlsUnreadable];
+
+fn sysctls(
+    examination: &Examination,
+    numbers: &Numbers,
+    mode: Mode,
+    underlay: Option<&str>,
+    findings: &mut Vec<Finding>,
+) {
+    if examination.is_host_checked() {
+        let before = findings.len();
+        let problems = examination.problems(&OF_SYSCTLS);
+        findings.extend(problems.map(|problem| Finding::of_sentence("sysctls", problem)));
+        if findings.len() == before {
+            findings.push(Finding::ok("sysctls", "forwarding is on"));
+        }
+        return;
+    }
     let device = device_name(numbers.vni);
     let wanted =
         required_sysctls::wanted(&numbers.networks, &device, mode, underlay.unwrap_or("all"));
@@ -203,6 +222,9 @@ fn sysctls(numbers: &Numbers, mode: Mode, underlay: Option<&str>, findings: &mut
         findings.push(Finding::ok("sysctls", "forwarding is on"));
     }
     findings.extend(wrong.into_iter().map(|(seen, why, command)| {
+        if !examination.is_set_up() {
+            return Finding::notice("sysctls", seen, why, "gossamer init and gossamer join set it");
+        }
         let fix = format!("{command} (and a file in /etc/sysctl.d), or set_sysctls = true");
         Finding::problem("sysctls", seen, why, fix)
     }));
@@ -270,6 +292,11 @@ fn bridge(examination: &Examination, links: &[Link], numbers: &Numbers) -> Optio
 
 /// Checks for interfaces whose networks overlap the overlay's.
 fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
+    if examination.is_host_checked() {
+        let problems = examination.problems(&[ProblemCode::Overlap]);
+        findings.extend(problems.map(|problem| Finding::of_sentence("overlays", problem)));
+        return;
+    }
     // A host that joins learns the network from the cluster.
     let joins = examination.agent.is_some()
         || examination.config.as_ref().is_ok_and(|config| {
@@ -286,11 +313,8 @@ fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Find
     let pool = status.and_then(|status| status.settings).map(|settings| settings.pool);
     let problems = overlaps(&mut netlink, &numbers.networks, pool.as_ref(), &own, has_all_routes);
     let problems = problems.unwrap_or_default();
-    findings.extend(problems.iter().map(|problem| {
-        let (seen, why) = problem.what.split_once(": ").unwrap_or((&problem.what, ""));
-        let (seen, why) = (seen.to_owned(), Some(why.to_owned()));
-        Finding { seen, why, ..Finding::of("overlays", problem) }
-    }));
+    let findings_of = |problem| Finding::of_sentence("overlays", problem);
+    findings.extend(problems.iter().map(findings_of));
 }
 
 /// Returns the bytes that a tunnel adds to each packet on this host's underlay; none without tunnels.

@@ -11,9 +11,9 @@ mod host;
 mod routing;
 mod state;
 
-use std::{os::unix::net::UnixStream, path::PathBuf};
+use std::path::PathBuf;
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::Pid;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -21,6 +21,7 @@ use crate::{
     api::{self, AgentStatus, Event, KernelEntry, VerdictState},
     config::{Config, ConfigError, DEFAULT_VXLAN_PORT, Instance, default_network},
     model::{Problem, ProblemCode, Severity},
+    store::StateDir,
 };
 
 pub use bundle::write as write_bundle;
@@ -138,6 +139,13 @@ impl Finding {
         is_same || is_found || self.seen == problem.what
     }
 
+    /// Returns a problem of the agent whose sentence has the cause and, after a colon, the consequence.
+    fn of_sentence(check: &'static str, problem: &Problem) -> Self {
+        let (seen, why) = problem.what.split_once(": ").unwrap_or((&problem.what, ""));
+        let (seen, why) = (seen.to_owned(), Some(why.to_owned()));
+        Self { seen, why, ..Self::of(check, problem) }
+    }
+
     /// Returns a problem described by one sentence, which includes the remedy.
     fn sentence(check: &'static str, sentence: &str) -> Self {
         Self { verdict: Verdict::Problem, ..Self::ok(check, sentence) }
@@ -154,6 +162,8 @@ pub struct Examination {
     pub agent_error: Option<String>,
     /// Path of the control socket.
     pub socket: PathBuf,
+    /// Whether there is a settings file.
+    pub has_settings_file: bool,
 }
 
 /// Replies of the agent.
@@ -168,14 +178,18 @@ pub struct Agent {
     pub replies: Vec<(&'static str, Value)>,
 }
 
-/// Returns the verdict: that of the agent, with the problems of all checks.
+/// Returns the verdict: that of the agent, and what the agent cannot see. Without an agent, the problems of
+/// all checks.
 pub fn verdict(examination: &Examination, findings: &[Finding]) -> api::Verdict {
-    match examination.status().map(|status| &status.verdict) {
-        Some(verdict) if verdict.state == VerdictState::NotReady => verdict.clone(),
-        _ => {
-            let problems = findings.iter().filter(|finding| finding.verdict == Verdict::Problem);
-            api::Verdict::new(None, problems.count())
+    let problems = findings.iter().filter(|finding| finding.verdict == Verdict::Problem);
+    match examination.status() {
+        Some(status) if status.verdict.state == VerdictState::NotReady => status.verdict.clone(),
+        Some(status) => {
+            let found_here = problems.filter(|finding| finding.code.is_none()).count();
+            api::Verdict::new(None, status.problems.len() + found_here)
         }
+        None if !examination.is_set_up() => api::Verdict::not_set_up(),
+        None => api::Verdict::new(None, problems.count()),
     }
 }
 
@@ -246,6 +260,23 @@ impl Examination {
         problems.filter(|problem| codes.contains(&problem.code))
     }
 
+    /// Whether an agent answers that checks this host. It does so once it has a subnet.
+    fn is_host_checked(&self) -> bool {
+        self.status().is_some_and(|status| status.kernel.device.is_some())
+    }
+
+    /// Whether an agent runs here, has run here, or has settings with which it can start.
+    fn is_set_up(&self) -> bool {
+        self.agent.is_some()
+            || self.has_settings_file
+            // An agent that hangs, or that may not be queried.
+            || self.socket.exists()
+            || self.config.as_ref().map_or(true, |config| {
+                let joins = config.token.is_some() || !config.seeds.is_empty();
+                joins || config.create.is_some() || StateDir::is_known(&config.state_dir)
+            })
+    }
+
     /// Returns the agent's notices.
     fn notices(&self) -> &[Problem] {
         self.status().map_or(&[], |status| &status.notices)
@@ -254,8 +285,7 @@ impl Examination {
     /// Returns the id of the process that owns the control socket.
     fn agent_pid(&self) -> Option<i32> {
         self.agent.as_ref()?;
-        let stream = UnixStream::connect(&self.socket).ok()?;
-        Some(getsockopt(&stream, PeerCredentials).ok()?.pid())
+        api::listener_pid(&self.socket).map(Pid::as_raw)
     }
 
     fn numbers(&self) -> Numbers {

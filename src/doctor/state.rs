@@ -232,6 +232,7 @@ fn token(examination: &Examination, config: &Config) -> Finding {
         _ if config.token.is_some() || saved.is_some() => Finding::ok("token", "present"),
         _ if examination.status().is_some() => Finding::ok("token", "the agent has one"),
         _ if config.create.is_some() => Finding::ok("token", "this host creates one (init)"),
+        _ if !examination.is_set_up() => Finding::skipped("token", "none yet"),
         _ => Finding::problem(
             "token",
             "no token",

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gossamer::lab::{Agent, Host, Lab, NetNs, Pod};
+use gossamer::{
+    config::NO_FILE,
+    lab::{Agent, Host, Lab, NetNs, Pod},
+};
 use nix::{
     ifaddrs::getifaddrs,
     sys::{
@@ -55,6 +58,8 @@ pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
         .args(["lab", "--"])
         .arg(this)
         .args([test, "--exact", "--nocapture", "--test-threads=1"])
+        // The settings of this machine do not concern the hosts of a test.
+        .env("GOSSAMER_CONFIG", NO_FILE)
         .output()
         .expect("gossamer lab runs");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -231,7 +236,7 @@ pub fn resume(agent: &Agent) -> anyhow::Result<()> {
 
 /// Waits until an agent's status fulfills a condition, and returns the status. The event loop may learn
 /// of a change later than the kernel or a pod shows it.
-pub fn status_where(agent: &mut Agent, wanted: impl Fn(&Value) -> bool) -> Value {
+pub fn status_where(agent: &mut Agent, mut wanted: impl FnMut(&Value) -> bool) -> Value {
     let start = Instant::now();
     loop {
         let status = agent.ask("/v1/status", TIMEOUT).expect("a status");

@@ -205,6 +205,8 @@ pub fn enter(keeper: &Child, command: &str) -> Command {
     shell.arg(format!("cd /root; {command}"));
     shell.env("PATH", "/mnt:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     shell.env("HOME", "/root").env_remove("GOSSAMER_SOCKET").stdin(Stdio::null());
+    // The host has its own files.
+    shell.env_remove("GOSSAMER_CONFIG");
     shell
 }
 

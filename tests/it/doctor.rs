@@ -4,6 +4,7 @@ use std::{
     fs,
     net::{Ipv4Addr, UdpSocket},
     os::unix::fs::PermissionsExt as _,
+    time::Instant,
 };
 
 use gossamer::lab::{Agent, Host, NetNs};
@@ -51,18 +52,22 @@ pub fn complaints(host: &Host, more: &str) -> Vec<Value> {
     findings
 }
 
+/// Waits until a check reports a fault: the agent checks some of them every ten seconds.
 #[track_caller]
 fn assert_reported(host: &Host, more: &str, check: &str, words: &str) {
-    let complaints = complaints(host, more);
-    let matches_fault = |finding: &&Value| {
+    let matches_fault = |finding: &Value| {
         finding["check"] == check
             && matches!(finding["verdict"].as_str(), Some("problem" | "notice"))
             && finding.to_string().contains(words)
     };
-    assert!(
-        complaints.iter().any(|finding| matches_fault(&finding)),
-        "{check} {words}: {complaints:#?}"
-    );
+    let begun = Instant::now();
+    loop {
+        let complaints = complaints(host, more);
+        if complaints.iter().any(matches_fault) {
+            return;
+        }
+        assert!(begun.elapsed() < TIMEOUT, "{check} {words}: {complaints:#?}");
+    }
 }
 
 /// The check, a text of its finding, the commands that cause the fault, and the commands that remove it.
@@ -268,10 +273,11 @@ fn doctor_without_an_agent_reports_what_would_prevent_its_start() {
         assert_reported(&third, &fresh(""), "ports", "UDP port 8472 is taken");
         drop(taken);
         assert_reported(&third, &fresh("--iface nosuch0"), "underlay", "nosuch0");
-        assert_reported(&third, "", "token", "gossamer join TOKEN");
-        // Without settings, the checks use the default network.
+        // With a network in the settings, but without a token.
         third.netns.sysctl("net/ipv4/ip_forward", "0")?;
-        assert_reported(&third, "", "sysctls", "net.ipv4.ip_forward=1");
+        let joins = format!("--join {seed}");
+        assert_reported(&third, &joins, "token", "gossamer join TOKEN");
+        assert_reported(&third, &joins, "sysctls", "net.ipv4.ip_forward=1");
         third.netns.sysctl("net/ipv4/ip_forward", "1")?;
         assert_reported(
             &third,
@@ -300,6 +306,41 @@ fn doctor_without_an_agent_reports_what_would_prevent_its_start() {
         assert_eq!(fs::read(&database)?, bytes, "nothing was changed");
         fs::write(&database, whole)?;
         assert!(complaints(host, "").iter().all(|finding| finding["check"] != "state"));
+        Ok(())
+    });
+}
+
+#[test]
+fn doctor_on_a_fresh_host_says_that_nothing_is_set_up_and_what_to_run() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        host.netns.sysctl("net/ipv4/ip_forward", "0")?;
+        let (socket, state) = (host.dir.join("gossamer.sock"), host.dir.join("state"));
+        let program = program().display();
+        let (socket, state) = (socket.display(), state.display());
+        let command = format!("{program} doctor --socket {socket} --state-dir {state}");
+        let output = run(&host.netns, &command);
+        let said = String::from_utf8(output.stdout)?;
+        assert!(said.contains("\n\nnot set up: run `gossamer init`"), "{said}");
+        assert!(said.contains("`gossamer join TOKEN`") && !said.contains("PROBLEM"), "{said}");
+        assert!(said.contains("gossamer init and gossamer join set it"), "{said}");
+        assert_eq!(output.status.code(), Some(3), "{said}");
+        Ok(())
+    });
+}
+
+/// Commands that a test starts must not read the settings of this machine.
+#[test]
+fn commands_of_tests_read_no_settings_file() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        for command in ["mount -t tmpfs tmpfs /etc", "mkdir /etc/gossamer"] {
+            tool(&host.netns, command);
+        }
+        fs::write("/etc/gossamer/gossamer.toml", "nosuch = 1\n")?;
+        let found = examine(&host, "");
+        let configuration = found.iter().find(|finding| finding["check"] == "configuration");
+        assert_eq!(configuration.expect("a finding")["verdict"], "ok", "{configuration:?}");
         Ok(())
     });
 }

@@ -1,13 +1,26 @@
 //! The verdict on a node: the same in the status, the doctor, the readiness check and the metrics.
 
+use std::{
+    collections::BTreeSet,
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
 use gossamer::lab::{Agent, Host};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{
     common::{Cluster, TIMEOUT, client, isolated, program, run, texts, tool, wait_until},
+    forwarding::with_pods,
     metrics::{PORT, get, sample},
 };
+
+/// Answers to pings at least, so that their packets are counted.
+const PINGS_BEFORE_DEATH: usize = 10;
+/// Time limit until a corrected sysctl is known. The agent looks every ten seconds by itself.
+const RECHECK_LIMIT: Duration = Duration::from_secs(5);
 
 /// The words and the exit code of a verdict.
 struct Expected<'a> {
@@ -64,6 +77,13 @@ fn verdict_is_the_same_in_all_views() {
         let not_ready = Expected { words, state: "not-ready", code: 3, http: "503" };
         assert_verdict(host, &mut cluster.agents[0], &not_ready);
         tool(&host.netns, "sysctl -w net.ipv4.ip_forward=1");
+        // The agent learns it from the kernel, not from its next look.
+        let corrected = Instant::now();
+        wait_until("it is still not ready", TIMEOUT, || {
+            let status = cluster.agents[0].ask("/v1/status", TIMEOUT).expect("a status");
+            status["verdict"]["state"] != "not-ready"
+        });
+        assert!(corrected.elapsed() < RECHECK_LIMIT, "{:?}", corrected.elapsed());
         assert_verdict(host, &mut cluster.agents[0], &healthy);
 
         // A dead member is a problem, and does not make this node not ready.
@@ -87,6 +107,61 @@ fn verdict_is_the_same_in_all_views() {
             let events = cluster.agents[0].ask("/v1/events?follow=false", TIMEOUT);
             events.expect("events").to_string().contains("the agent of n3 is down")
         });
+        Ok(())
+    });
+}
+
+/// A host that loses power: until gossip has decided, no cause is named; then all views count one problem.
+#[test]
+fn dead_host_has_no_cause_until_gossip_has_decided_and_then_one_problem() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[0];
+        // Packets of the host arrive until it dies.
+        let pod = tool(&spaces[1], "ip -4 -br addr show dev eth0");
+        let pod = pod.split_whitespace().nth(2).and_then(|ip| ip.split('/').next());
+        let mut ping = Command::new("ping");
+        ping.args(["-i", "0.2", pod.expect("an address")]).stdout(Stdio::piped());
+        let mut ping = spaces[0].spawn(&mut ping)?;
+        let output = ping.stdout.take().expect("its output");
+        for line in BufReader::new(output).lines().take(PINGS_BEFORE_DEATH) {
+            assert!(!line?.contains("unreachable"));
+        }
+        tool(&cluster.hosts[1].netns, "ip link set eth0 down");
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        let mut told = BTreeSet::new();
+        wait_until("it is not withdrawn", TIMEOUT, || {
+            let status = cluster.agents[0].ask("/v1/status", TIMEOUT).expect("a status");
+            let all = [texts(&status["problems"]), texts(&status["notices"])].join("\n");
+            told.extend(all.lines().map(str::to_owned));
+            let mut paths = status["paths"].as_array().expect("paths").iter();
+            paths.any(|path| path["state"] == "withdrawn")
+        });
+        ping.kill()?;
+        ping.wait()?;
+        told.remove("");
+        let right = ["n2 has not answered for ", "n2 is down: its pods are unreachable: start it"];
+        let other: Vec<&String> =
+            told.iter().filter(|text| !right.iter().any(|right| text.starts_with(right))).collect();
+        assert!(other.is_empty(), "{other:#?}");
+        assert!(told.iter().all(|text| !text.contains("open UDP")), "{told:#?}");
+        let degraded = |views: [&str; 2]| {
+            views.map(|view| {
+                let state_dir = host.dir.join("state");
+                let arguments = match view {
+                    "doctor" => {
+                        vec![view, "-o", "json", "--state-dir", state_dir.to_str().expect("text")]
+                    }
+                    _ => vec![view, "-o", "json"],
+                };
+                let output = client(&cluster.agents[0], &arguments);
+                let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+                answer["verdict"]["text"].clone()
+            })
+        };
+        assert_eq!(degraded(["status", "doctor"]), ["degraded: 1 problem"; 2]);
         Ok(())
     });
 }
