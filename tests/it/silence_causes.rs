@@ -94,8 +94,9 @@ const RULE_FAULTS: [(&[&str], &[&str], &[&str]); 4] = [
         &[
             "ip addr add 10.99.0.99/32 dev eth0",
             "nft add table ip vip",
-            "nft add chain ip vip out { type nat hook postrouting priority 100 ; }",
-            "nft add rule ip vip out oifname eth0 snat to 10.99.0.99",
+            // At once: a flow that begins between chain and rule is never translated.
+            "nft add chain ip vip out { type nat hook postrouting priority 100 ; } ; \
+             add rule ip vip out oifname eth0 snat to 10.99.0.99",
         ],
         &["nft delete table ip vip", "ip addr del 10.99.0.99/32 dev eth0"],
     ),
