@@ -14,13 +14,14 @@
 //!
 //! - **The pure ring** makes the decisions. It reads no clock, draws no randomness of its own, opens no file
 //!   and no socket. It is exactly what the build without default features contains: [`model`], [`wire`],
-//!   [`core`], [`rpc`], [`dataplane`] without `kernel`, [`pods`] without its submodules, `checksum`, and
-//!   the numbers of `frames`.
+//!   [`core`], [`rpc`], [`dataplane`] without `kernel` and `foreign`, [`pods`] without its submodules,
+//!   `checksum`, and the numbers of `frames`.
 //!   [`model`] holds the data types, [`wire`] parses messages of peers and database records, [`core`] is one
 //!   node as a state machine, [`rpc`] carries inquiries between agents beside it, [`dataplane`] computes what
 //!   the kernel must hold and judges what it does, and [`pods`] records which pod has which of the node's
 //!   addresses.
 //! - **Adapters** each serve one external interface: [`dataplane::kernel`] and [`netlink`] the kernel,
+//!   [`dataplane::foreign`] the rules of other programs,
 //!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket over [`http`], `underlay` the
 //!   interfaces of the host, `sysctl` its settings, `kubernetes` the API server, and [`pods::wiring`]
 //!   connects pods. Container runtimes call [`cni`] and [`netavark`], Docker calls [`docker`].

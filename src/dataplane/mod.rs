@@ -17,9 +17,10 @@
 //! - [`toggled`]: forwarding sysctls that another program keeps turning off
 //! - `fake`: an in-memory kernel for property tests and the simulator
 //! - `kernel`: dumps and changes the kernel's tables by netlink
+//! - `foreign`: reads the rules of other programs, to explain losses
 //!
-//! All but `kernel` belong to the pure ring: they neither do IO nor read a clock, and are built without the
-//! feature `agent`.
+//! All but `kernel` and `foreign` belong to the pure ring: they neither do IO nor read a clock, and are built
+//! without the feature `agent`.
 //!
 //! Only this module changes the kernel's tables. It does not decide who is a peer.
 
@@ -31,6 +32,9 @@ pub mod desired;
 #[cfg(any(test, feature = "sim"))]
 pub mod fake;
 pub mod firewall;
+#[allow(clippy::disallowed_methods)]
+#[cfg(feature = "agent")]
+pub mod foreign;
 pub mod forwarding;
 #[allow(clippy::disallowed_methods)]
 #[cfg(feature = "agent")]

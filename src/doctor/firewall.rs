@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use super::{Examination, Finding, Verdict};
 use crate::{
     api::{CheckState, PathStatus},
-    dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port},
+    dataplane::foreign::{ClosedPort, ForeignChains, ForeignTables, open_port},
     model::{PathState, ProblemCode},
 };
 
@@ -13,8 +13,8 @@ use crate::{
 pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     let numbers = examination.numbers();
     let ports = [numbers.gossip_port, numbers.vxlan_port];
-    let read = FirewallTable::open().and_then(|mut table| {
-        Ok((table.foreign_chains(&numbers.networks)?, table.closed_ports(&ports)?))
+    let read = ForeignTables::open().and_then(|mut tables| {
+        Ok((tables.chains(&numbers.networks)?, tables.closed_ports(&ports)?))
     });
     let (chains, mut closed) = match read {
         Ok(read) => read,

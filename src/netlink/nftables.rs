@@ -8,6 +8,8 @@ mod dump;
 mod events;
 pub mod nfta;
 mod rule;
+pub mod sets;
+pub mod steps;
 
 use std::io;
 
@@ -19,7 +21,7 @@ use rtnetlink::{
 
 use super::{
     RECEIVE_BUFFER_BYTES,
-    attributes::Attributes,
+    attributes::{self, Attributes},
     open_socket,
     raw::{Answer, answers, append},
     receive, send_all,
@@ -32,6 +34,12 @@ pub use self::{
 
 /// `NFPROTO_INET`: tables for IPv4 and IPv6.
 pub const INET: u8 = 1;
+/// `NFPROTO_IPV4`: tables for IPv4.
+pub const IP: u8 = 2;
+/// `NFPROTO_IPV6`: tables for IPv6.
+pub const IP6: u8 = 10;
+/// `NFPROTO_ARP`: tables for ARP.
+pub const ARP: u8 = 3;
 /// `NFPROTO_BRIDGE`: tables for packets that pass a bridge.
 pub const BRIDGE: u8 = 7;
 /// `NFPROTO_NETDEV`: tables for packets of single interfaces.
@@ -199,6 +207,24 @@ impl Nftables {
 const fn nfgenmsg(family: u8, resource: u16) -> [u8; 4] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
+}
+
+/// Returns the name of a family as `nft` calls it.
+pub const fn family_name(family: u8) -> &'static str {
+    match family {
+        INET => "inet",
+        IP => "ip",
+        ARP => "arp",
+        NETDEV => "netdev",
+        BRIDGE => "bridge",
+        IP6 => "ip6",
+        _ => "?",
+    }
+}
+
+/// Returns an attribute of an object as text.
+pub fn name_of(object: &Object, kind: u16) -> &str {
+    attributes::find(&object.attributes, kind).map(attributes::text).unwrap_or_default()
 }
 
 /// Returns whether the error means that the kernel has no nftables.

@@ -12,7 +12,7 @@ use nix::libc::EINVAL;
 use rtnetlink::packet_route::link::LinkAttribute;
 
 use crate::{
-    dataplane::kernel::{ClosingChain, FirewallTable},
+    dataplane::foreign::{ClosingChain, ForeignTables},
     netlink::{Netlink, link::Link, tc::Qdisc},
 };
 
@@ -48,7 +48,7 @@ impl Side {
 /// Returns the nftables chains of these families that may drop packets from or to pods of a subnet at their
 /// ports, each with a remedy.
 pub fn chains(subnet: IpNet, families: &[&str]) -> impl Iterator<Item = String> {
-    let found = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(subnet));
+    let found = ForeignTables::open().and_then(|mut tables| tables.chains_around_gateway(subnet));
     let is_of_family = |chain: &ClosingChain| {
         families.iter().any(|family| chain.chain.split(' ').next() == Some(*family))
     };

@@ -28,7 +28,7 @@ use self::{
 use crate::{
     agent::diagnosis::tap::Tap,
     dataplane::{
-        kernel::trace::Trace,
+        foreign::trace::Trace,
         silence::{Cause, Facts, IN, Place, Suspect, Verdict, Watch},
     },
     model::{Mac, NodeId, Problem},

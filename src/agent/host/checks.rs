@@ -19,6 +19,7 @@ use crate::{
     dataplane::{
         desired::{Desired, Mode},
         firewall::Firewall,
+        foreign::ForeignTables,
         kernel::{FirewallTable, required_sysctls, tunnels::into_tunnels, users::UserRules},
         repair_conflict::Kind,
         toggled::{ForwardingChanges, Setting},
@@ -64,6 +65,8 @@ pub struct HostState {
 /// The host checks and what they need.
 pub struct HostChecks {
     table: io::Result<FirewallTable>,
+    /// Tables of other programs.
+    foreign_tables: io::Result<ForeignTables>,
     /// Interfaces of tunnels at the last reading.
     tunnels: Option<BTreeSet<String>>,
     changes: Option<Changes>,
@@ -111,6 +114,7 @@ impl HostChecks {
     pub fn open(mode: Mode, set_sysctls: bool) -> Self {
         Self {
             table: FirewallTable::open(),
+            foreign_tables: ForeignTables::open(),
             tunnels: None,
             changes: Changes::open().ok(),
             users: UserRules::open(),
@@ -228,7 +232,7 @@ impl HostChecks {
         let begun = Instant::now();
         let networks: Vec<_> = desired.pool.networks().iter().collect();
         if self.read_chains_at <= begun {
-            let chains = self.table.as_mut().ok().map(|table| table.foreign_chains(&networks));
+            let chains = self.foreign_tables.as_mut().ok().map(|tables| tables.chains(&networks));
             let chains = chains.and_then(Result::ok).unwrap_or_default();
             let drops = chains.dropping.iter().map(|chain| direct_access(chain, desired));
             self.chain_problems = drops.collect();

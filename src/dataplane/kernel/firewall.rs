@@ -13,28 +13,20 @@ use std::{
     net::IpAddr,
 };
 
-use ipnet::IpNet;
-
 pub use self::chains::TRIAL_MARK;
 use self::chains::{
     MEMBERS, add_guard, add_masquerade, add_sets, elements, refuse_routers, refuse_unleased,
     refuse_users,
 };
-use super::{
-    forward::{
-        ClosingChain, ForeignChains, LostPackets, OwnHook, redirecting_chains, translating_chains,
-    },
-    partial::{ForeignRules, LegacyTable, Partial, Traffic},
-    ports::{ClosedPort, closed_ports, redirected_port},
-    rules::name_of,
-    sets::{self, Elements},
-    steps::{create_table, delete_table},
-};
 use crate::{
     dataplane::firewall::{Firewall, Guard, Leases},
     netlink::{
         attributes::{self, Attributes},
-        nftables::{INET, Kind, Nftables, Object, Step, is_missing, nfta},
+        nftables::{
+            INET, Kind, Nftables, Object, Step, is_missing, name_of, nfta,
+            sets::{self, Elements},
+            steps::{create_table, delete_table},
+        },
     },
 };
 
@@ -228,92 +220,6 @@ impl FirewallTable {
         let tables = self.nftables.dump(Kind::GetTable, INET, &Attributes::new())?;
         let names = tables.iter().map(|table| name_of(table, nfta::TABLE_NAME));
         Ok(names.filter(|name| wanted(name)).map(str::to_owned).collect())
-    }
-
-    /// Returns what chains of other programs do with packets of these networks.
-    ///
-    /// # Errors
-    /// When the chains cannot be listed.
-    pub fn foreign_chains(&mut self, networks: &[IpNet]) -> io::Result<ForeignChains> {
-        ForeignChains::read(&mut self.nftables, networks, None)
-    }
-
-    /// Like [`FirewallTable::foreign_chains`], without rules that certainly match none of the
-    /// `lost` packets.
-    ///
-    /// # Errors
-    /// When the chains cannot be listed.
-    pub fn chains_that_may_drop(
-        &mut self,
-        networks: &[IpNet],
-        lost: &LostPackets,
-    ) -> io::Result<ForeignChains> {
-        ForeignChains::read(&mut self.nftables, networks, Some(lost))
-    }
-
-    /// Returns foreign chains that may prevent pods from resolving the gateway of this subnet.
-    ///
-    /// # Errors
-    /// When chains or rules cannot be listed.
-    pub fn chains_around_gateway(&mut self, network: IpNet) -> io::Result<Vec<ClosingChain>> {
-        ForeignChains::read_around_gateway(&mut self.nftables, network)
-    }
-
-    /// Returns foreign chains that may drop packets between this host itself and a network.
-    ///
-    /// # Errors
-    /// When chains or rules cannot be listed.
-    pub fn chains_at(&mut self, at: OwnHook, network: IpNet) -> io::Result<Vec<ClosingChain>> {
-        ForeignChains::read_at(&mut self.nftables, at, network)
-    }
-
-    /// Returns foreign chains that translate the source of packets that leave this host.
-    ///
-    /// # Errors
-    /// When chains or rules cannot be listed.
-    pub fn translating_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
-        translating_chains(&mut self.nftables, ipv4)
-    }
-
-    /// Returns foreign chains that give incoming packets another destination.
-    ///
-    /// # Errors
-    /// When chains or rules cannot be listed.
-    pub fn redirecting_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
-        redirecting_chains(&mut self.nftables, ipv4)
-    }
-
-    /// Returns the rules of other programs, including those of iptables-legacy.
-    ///
-    /// # Errors
-    /// When chains or rules cannot be listed.
-    pub fn foreign_rules(&mut self, legacy: Vec<LegacyTable>) -> io::Result<ForeignRules> {
-        ForeignRules::read(&mut self.nftables, legacy)
-    }
-
-    /// Returns foreign rules that affect only some of these packets.
-    pub fn partial_rules(
-        &mut self,
-        rules: &mut ForeignRules,
-        traffic: &Traffic<'_>,
-    ) -> Vec<Partial> {
-        rules.partial(&mut self.nftables, traffic)
-    }
-
-    /// Returns foreign chains that give UDP packets to a port of this host another destination.
-    ///
-    /// # Errors
-    /// When chains or rules cannot be listed.
-    pub fn redirected_port(&mut self, ipv4: bool, port: u16) -> io::Result<BTreeSet<String>> {
-        redirected_port(&mut self.nftables, ipv4, port)
-    }
-
-    /// Returns foreign base chains with those of the UDP `ports` that they close.
-    ///
-    /// # Errors
-    /// When chains or rules cannot be listed.
-    pub fn closed_ports(&mut self, ports: &[u16]) -> io::Result<BTreeSet<ClosedPort>> {
-        closed_ports(&mut self.nftables, ports)
     }
 
     fn rewrite(&mut self, wanted: &Firewall, elements: Elements) -> io::Result<()> {

@@ -8,20 +8,14 @@
 mod advertised;
 mod error;
 mod firewall;
-mod forward;
 mod leftovers;
 mod messages;
 pub mod next_hops;
 mod observe;
-mod partial;
 pub mod pod_tables;
-mod ports;
 pub mod required_sysctls;
-mod rules;
-mod sets;
+mod shape;
 mod spoofing;
-mod steps;
-pub mod trace;
 pub mod tunnels;
 mod unused;
 pub mod users;
@@ -45,11 +39,8 @@ use rtnetlink::{
 pub use self::{
     error::KernelError,
     firewall::{FirewallTable, TRIAL_MARK, Verification},
-    forward::{ClosingChain, ForeignChains, LostPackets, OwnHook},
     leftovers::Leftovers,
     observe::overlaps,
-    partial::{Act, ForeignRules, LegacyTable, Partial, Traffic, Way},
-    ports::{ClosedPort, open_port},
     watch::{ForeignRoutes, Recheck},
 };
 use self::{

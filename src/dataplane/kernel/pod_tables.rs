@@ -5,7 +5,6 @@
 //! form that the kernel then showed is a change by another program.
 
 mod refusal;
-mod shape;
 
 use std::{
     collections::BTreeSet,
@@ -14,21 +13,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(super) use self::shape::{Alarm, Shape};
 use super::{
     firewall::{TableContent, read_table},
-    rules::family_name,
-    rules::name_of,
-    sets::{self, Elements},
-    spoofing,
-    steps::{append, create, create_table, delete_table},
-    unused,
+    shape::Shape,
+    spoofing, unused,
 };
 use crate::{
     model::{Mac, Problem, ProblemCode},
     netlink::{
         attributes::Attributes,
-        nftables::{Changes, IFNAMSIZ, Kind, Nftables, Step, base_chain, limit, name_bytes, nfta},
+        nftables::{
+            Changes, IFNAMSIZ, Kind, Nftables, Step, base_chain, family_name, limit, name_bytes,
+            name_of, nfta,
+            sets::{self, Elements},
+            steps::{append, create, create_table, delete_table},
+        },
     },
     pods::bridge::{Bridge, Tenant, Tenants},
 };

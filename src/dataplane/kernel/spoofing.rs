@@ -27,15 +27,12 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{
-    pod_tables::{Alarm, Shape},
-    sets::Elements,
-};
+use super::shape::{Alarm, Shape};
 use crate::{
     model::{Mac, Problem, ProblemCode},
     netlink::{
         attributes,
-        nftables::{BRIDGE, Base, Field, Rule, Side, name_bytes},
+        nftables::{BRIDGE, Base, Field, Rule, Side, name_bytes, sets::Elements},
     },
     pods::{
         bridge::{Bridge, Tenant, Tenants, mac_at},

@@ -13,13 +13,13 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::{pod_tables::Shape, sets::Elements};
+use super::shape::Shape;
 use crate::{
     dataplane::desired::pods_table_name,
     model::Addresses,
     netlink::{
         attributes,
-        nftables::{Field, INET, Rule},
+        nftables::{Field, INET, Rule, sets::Elements},
     },
     pods::{
         bridge::{Bridge, Tenant, Tenants},

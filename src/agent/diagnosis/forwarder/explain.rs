@@ -20,8 +20,8 @@ use crate::{
         host::{conntrack, fragments},
     },
     dataplane::{
+        foreign::{ClosedPort, ForeignTables, LostPackets, open_port},
         forwarding::{Direction, Transport, Way},
-        kernel::{ClosedPort, FirewallTable, LostPackets, open_port},
         silence::DroppingRule,
     },
     model::{Problem, ProblemCode},
@@ -301,7 +301,7 @@ fn bridged(setting: &Setting, ipv4: bool) -> String {
 pub fn translating(setting: &Setting, ipv4: bool) -> String {
     let family = if ipv4 { "ip" } else { "ip6" };
     let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
-    let chains = FirewallTable::open().and_then(|mut table| table.translating_chains(ipv4));
+    let chains = ForeignTables::open().and_then(|mut tables| tables.translating_chains(ipv4));
     let exempt = |chain: &String| match (chain.as_str(), network) {
         ("ip nat POSTROUTING" | "ip6 nat POSTROUTING", Some(network)) => format!(
             "chain {chain}: {}tables -t nat -I POSTROUTING -s {network} -d {network} -j ACCEPT",
@@ -366,7 +366,7 @@ fn suspects(
     let links = netlink.links().unwrap_or_default();
     let lost = lost(setting, port, closed, &links);
     let chains =
-        FirewallTable::open().and_then(|mut table| table.chains_that_may_drop(&networks, &lost));
+        ForeignTables::open().and_then(|mut tables| tables.chains_that_may_drop(&networks, &lost));
     match chains {
         Ok(chains) => reasons.extend(chains.suspects().iter().map(|chain| {
             takes_all |= ["prerouting", "ingress"].contains(&chain.hook);
@@ -438,7 +438,7 @@ fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) ->
 fn redirecting(networks: &[IpNet]) -> Vec<String> {
     let open = |network: &IpNet| {
         let ipv4 = network.addr().is_ipv4();
-        let chains = FirewallTable::open().and_then(|mut table| table.redirecting_chains(ipv4));
+        let chains = ForeignTables::open().and_then(|mut tables| tables.redirecting_chains(ipv4));
         let family = if ipv4 { "ip" } else { "ip6" };
         let sentence = |chain: String| {
             let fix = match chain.as_str() {
@@ -457,7 +457,7 @@ fn redirecting(networks: &[IpNet]) -> Vec<String> {
 /// Returns a problem for each chain that drops incoming tunnel packets.
 pub fn input(setting: &Setting) -> Vec<Problem> {
     let port = setting.port;
-    let closed = FirewallTable::open().and_then(|mut table| table.closed_ports(&[port]));
+    let closed = ForeignTables::open().and_then(|mut tables| tables.closed_ports(&[port]));
     let closed = closed.unwrap_or_default();
     let problem = |ClosedPort { chain, port, .. }: &ClosedPort| {
         let what = format!("chain {chain} drops UDP {port}, so tunnel packets do not arrive");

@@ -15,8 +15,8 @@ use super::Setting;
 use crate::{
     agent::diagnosis::hooks::{self, Side},
     dataplane::{
+        foreign::ForeignTables,
         forwarding::{Direction, TrialResult, Way},
-        kernel::FirewallTable,
     },
     model::{Problem, ProblemCode},
     netlink::{Netlink, route::Query},
@@ -127,7 +127,7 @@ pub fn problem(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<P
     let (bridge, ip) = (&shape.bridge, gateway(subnet));
     let question = if ipv4 { "ARP" } else { "neighbor discovery" };
     let mut causes = causes(netlink, bridge, ip, pod).unwrap_or_default();
-    let chains = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(subnet));
+    let chains = ForeignTables::open().and_then(|mut tables| tables.chains_around_gateway(subnet));
     causes.extend(chains.iter().flatten().map(|chain| format!("{chain}: {}", chain.fix(subnet))));
     if causes.is_empty() {
         let families = if ipv4 { "arp and bridge" } else { "inet, ip6 and bridge" };

@@ -12,8 +12,8 @@ use crate::{
         host::conntrack,
     },
     dataplane::{
+        foreign::{ClosingChain, ForeignTables, OwnHook},
         forwarding::{Direction, Way},
-        kernel::{ClosingChain, FirewallTable, OwnHook},
     },
     model::{Problem, ProblemCode},
     netlink::Netlink,
@@ -35,7 +35,7 @@ pub fn untried(setting: &Setting, why: &str) -> Vec<Problem> {
     notices.extend(
         networks.iter().flat_map(|network| iptables_legacy::closed_policies(*network, bridge)),
     );
-    let chains = FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks));
+    let chains = ForeignTables::open().and_then(|mut tables| tables.chains(&networks));
     let Ok(chains) = chains else { return notices };
     notices.extend(chains.guess().map(|chain| {
         let is_ipv6 = chain.chain.starts_with("ip6 ");
@@ -90,7 +90,7 @@ pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<Problem> {
         if !is_lost {
             continue;
         }
-        let found = FirewallTable::open().and_then(|mut table| table.chains_at(hook, network));
+        let found = ForeignTables::open().and_then(|mut tables| tables.chains_at(hook, network));
         let fix = |chain: &ClosingChain| format!("{chain}: {}", chain.fix_at(hook, network));
         let chains: Vec<String> = found.unwrap_or_default().iter().map(fix).collect();
         if chains.is_empty() {

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use super::{Setting, explain::Reasons};
 use crate::{
     dataplane::{
+        foreign::trace::Trace,
         forwarding::{Direction, Way},
-        kernel::trace::Trace,
         silence::open_chain,
     },
     model::{Problem, ProblemCode},

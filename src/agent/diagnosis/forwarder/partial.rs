@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use super::{Setting, marks, setting::Peer};
 use crate::{
     agent::diagnosis::iptables_legacy,
-    dataplane::kernel::{Act, FirewallTable, ForeignRules, Partial, Traffic, Way},
+    dataplane::foreign::{Act, ForeignRules, ForeignTables, Partial, Traffic, Way},
     model::{Problem, ProblemCode, Transport},
     netlink::{Netlink, link::Link, route::Query},
 };
@@ -41,12 +41,12 @@ fn all_notices(
     is_tested: bool,
     is_wanted: impl Fn(&Partial) -> bool,
 ) -> Vec<Problem> {
-    let Ok(mut table) = FirewallTable::open() else { return Vec::new() };
+    let Ok(mut tables) = ForeignTables::open() else { return Vec::new() };
     let addresses = setting.networks.iter().map(|network| network.addr());
     let families: BTreeSet<bool> =
         addresses.chain([setting.local]).map(|address| address.is_ipv4()).collect();
     let legacy = families.into_iter().flat_map(iptables_legacy::all_tables).collect();
-    let Ok(mut rules) = table.foreign_rules(legacy) else { return Vec::new() };
+    let Ok(mut rules) = tables.rules(legacy) else { return Vec::new() };
     let links = netlink.links().unwrap_or_default();
     let bridge = links.iter().find(|link| link.name == setting.bridge);
     let named = |link: &Link| (link.index, link.name.clone());
@@ -84,7 +84,7 @@ fn all_notices(
                 ports: &ports,
                 tunnel: None,
             };
-            let found = table.partial_rules(&mut rules, &traffic).into_iter();
+            let found = tables.partial_rules(&mut rules, &traffic).into_iter();
             for partial in found.filter(&is_wanted) {
                 let rule = (network, partial.chain.clone(), partial.rule.clone());
                 if !known.contains(&rule) {
@@ -94,7 +94,7 @@ fn all_notices(
             }
         }
     }
-    let found = of_tunnels(netlink, setting, (&mut table, &mut rules), &links);
+    let found = of_tunnels(netlink, setting, (&mut tables, &mut rules), &links);
     for partial in found.into_iter().filter(is_wanted) {
         let is_same = |(_, chain, rule): &(IpNet, String, Option<String>)| {
             (chain, rule) == (&partial.chain, &partial.rule)
@@ -110,7 +110,7 @@ fn all_notices(
 fn of_tunnels(
     netlink: &mut Netlink,
     setting: &Setting,
-    (table, rules): (&mut FirewallTable, &mut ForeignRules),
+    (tables, rules): (&mut ForeignTables, &mut ForeignRules),
     links: &[Link],
 ) -> Vec<Partial> {
     let peers = setting.peers.iter().filter(|peer| peer.tunnelled);
@@ -133,8 +133,8 @@ fn of_tunnels(
         ports: &[],
         tunnel,
     };
-    let mut found = table.partial_rules(rules, &of(&peers, &local, &inwards));
-    let mut leaving = table.partial_rules(rules, &of(&local, &peers, &outwards));
+    let mut found = tables.partial_rules(rules, &of(&peers, &local, &inwards));
+    let mut leaving = tables.partial_rules(rules, &of(&local, &peers, &outwards));
     // A peer on the same link needs one hop only.
     let shortens = leaving.iter().any(is_shortening);
     leaving.retain(|partial| !is_shortening(partial));
@@ -142,7 +142,7 @@ fn of_tunnels(
     let routed = peers.iter().filter(|_| shortens).copied();
     let routed: Vec<IpNet> = routed.filter(|peer| has_router(netlink, setting, *peer)).collect();
     if !routed.is_empty() {
-        let leaving = table.partial_rules(rules, &of(&local, &routed, &outwards));
+        let leaving = tables.partial_rules(rules, &of(&local, &routed, &outwards));
         found.extend(leaving.into_iter().filter(is_shortening));
     }
     found

@@ -20,7 +20,7 @@ use crate::{
     agent::diagnosis::{iptables_legacy, tap::Tap},
     dataplane::{
         answers::PACKET_OUTGOING,
-        kernel::{Act, FirewallTable, Partial, Traffic, Way},
+        foreign::{Act, ForeignTables, Partial, Traffic, Way},
         silence::datagram,
     },
     model::{Problem, ProblemCode},
@@ -219,8 +219,8 @@ fn closed(netlink: &mut Netlink, setting: &Setting) -> Vec<Closed> {
     if pairs.is_empty() {
         return Vec::new();
     }
-    let Ok(mut table) = FirewallTable::open() else { return Vec::new() };
-    let Ok(mut rules) = table.foreign_rules(iptables_legacy::all_tables(ipv4)) else {
+    let Ok(mut tables) = ForeignTables::open() else { return Vec::new() };
+    let Ok(mut rules) = tables.rules(iptables_legacy::all_tables(ipv4)) else {
         return Vec::new();
     };
     let mut closed = Vec::new();
@@ -235,7 +235,7 @@ fn closed(netlink: &mut Netlink, setting: &Setting) -> Vec<Closed> {
             ports: &[],
             tunnel: Some(setting.port),
         };
-        let found = table.partial_rules(&mut rules, &traffic).into_iter();
+        let found = tables.partial_rules(&mut rules, &traffic).into_iter();
         let found = found.filter(|by| matches!(by.act, Act::Drops | Act::Rejects | Act::Queues));
         closed.extend(found.map(|by| Closed {
             by,

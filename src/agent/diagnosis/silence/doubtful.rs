@@ -9,7 +9,7 @@ use super::{
 use crate::{
     agent::diagnosis::iptables_legacy,
     dataplane::{
-        kernel::trace::Trace,
+        foreign::trace::Trace,
         silence::{Facts, IN, OUT, Place, Suspect, Watch},
     },
     model::NodeId,

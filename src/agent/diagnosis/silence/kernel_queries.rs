@@ -19,6 +19,7 @@ use crate::{
     },
     dataplane::{
         audit::EXDEV,
+        foreign::ForeignTables,
         kernel::FirewallTable,
         silence::{
             Diverted, DroppingRule, OUT, Pinned, Place, Suspect, forget_connections, open_chain,
@@ -328,7 +329,7 @@ pub fn at_device(netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String
 
 /// Returns the rules that give tunnel packets another destination, as sentences.
 pub fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
-    let chains = FirewallTable::open().and_then(|mut table| table.redirected_port(ipv4, port));
+    let chains = ForeignTables::open().and_then(|mut tables| tables.redirected_port(ipv4, port));
     let sentence = |chain: String| {
         format!(
             "chain {chain} gives UDP {port} another destination (DNAT, as for a port that a container \

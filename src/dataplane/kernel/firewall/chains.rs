@@ -7,17 +7,13 @@ use std::{collections::BTreeSet, net::IpAddr};
 use ipnet::IpNet;
 
 use crate::{
-    dataplane::{
-        firewall::{Firewall, Guard, Leases},
-        kernel::{
-            sets::{self, Elements},
-            steps::{append, create},
-        },
-    },
+    dataplane::firewall::{Firewall, Guard, Leases},
     netlink::{
         attributes,
         nftables::{
             Base, Field, IFNAMSIZ, Kind, Rule, Side, Step, base_chain, counter, name_bytes, nfta,
+            sets::{self, Elements},
+            steps::{append, create},
         },
     },
     pods::{bridge::PREFIX, wiring::LINK_NAME_LEN},

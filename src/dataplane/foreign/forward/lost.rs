@@ -5,15 +5,12 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::{INET, IP, IP6};
+use super::super::rules::{compared_value, expressions, number};
 use crate::{
-    dataplane::{
-        forwarding::{FAR_DATA_PORT, FAR_PORT, Transport, UNUSED, UNUSED_OUT},
-        kernel::rules::{compared_value, expressions, number},
-    },
+    dataplane::forwarding::{FAR_DATA_PORT, FAR_PORT, Transport, UNUSED, UNUSED_OUT},
     netlink::{
         attributes::{self, octets},
-        nftables::{Object, nfta},
+        nftables::{INET, IP, IP6, Object, nfta},
     },
 };
 

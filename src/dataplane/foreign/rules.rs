@@ -55,19 +55,6 @@ pub fn base_of(chain: &Object) -> Option<Base> {
     Some(Base { hook, drops })
 }
 
-/// Returns the name of an nftables family.
-pub const fn family_name(family: u8) -> &'static str {
-    match family {
-        1 => "inet",
-        2 => "ip",
-        3 => "arp",
-        5 => "netdev",
-        7 => "bridge",
-        10 => "ip6",
-        _ => "?",
-    }
-}
-
 /// Returns the name of a hook as `nft` calls it.
 pub const fn hook_name(family: u8, hook: u32) -> &'static str {
     match (family, hook) {
@@ -188,11 +175,6 @@ pub fn loads_destination(name: &str, data: &[u8]) -> bool {
     let part = [nfta::PAYLOAD_BASE, nfta::PAYLOAD_OFFSET, nfta::PAYLOAD_LEN]
         .map(|kind| number(attributes::find(data, kind)));
     name == "payload" && PLACES.iter().any(|place| part == place.map(Some))
-}
-
-/// Returns an attribute of an object as text.
-pub fn name_of(object: &Object, kind: u16) -> &str {
-    attributes::find(&object.attributes, kind).map(attributes::text).unwrap_or_default()
 }
 
 /// Returns the verdict code of an `immediate` expression.

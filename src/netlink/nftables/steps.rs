@@ -2,10 +2,7 @@
 
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
-use crate::netlink::{
-    attributes::Attributes,
-    nftables::{Kind, Rule, Step, nfta},
-};
+use super::{super::attributes::Attributes, Kind, Rule, Step, nfta};
 
 /// Creates a table; no error if it exists.
 pub fn create_table(table: &str) -> Step {

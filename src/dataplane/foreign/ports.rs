@@ -5,14 +5,12 @@
 
 use std::{collections::BTreeSet, io};
 
-use super::rules::{
-    self, base_of, compared_value, expressions, family_name, name_of, number, text_of,
-};
+use super::rules::{self, base_of, compared_value, expressions, number, text_of};
 use crate::{
     dataplane::desired::is_own_table,
     netlink::{
         attributes::{self, Attributes},
-        nftables::{ANY, Kind, Nftables, Object, nfta},
+        nftables::{ANY, Kind, Nftables, Object, family_name, name_of, nfta},
     },
 };
 

@@ -1,4 +1,4 @@
-//! Elements of the sets in gossamer's nftables tables.
+//! Elements of sets.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,19 +7,19 @@ use std::{
 
 use rtnetlink::packet_core::NLM_F_CREATE;
 
-use crate::netlink::{
-    attributes::{self, Attributes},
-    nftables::{Kind, Nftables, Step, nfta},
+use super::{
+    super::attributes::{self, Attributes},
+    Kind, Nftables, Step, nfta,
 };
 
 /// Elements per message: the payload of an attribute is limited to 65,531 bytes.
 const MAX_ELEMENTS_PER_MESSAGE: usize = 500;
 
 /// Elements of sets, by set name.
-pub(super) type Elements = BTreeMap<&'static str, BTreeSet<Vec<u8>>>;
+pub type Elements = BTreeMap<&'static str, BTreeSet<Vec<u8>>>;
 
 /// Returns the steps that add or remove elements of a table's sets.
-pub(super) fn steps(table: &str, kind: Kind, elements: &Elements) -> Vec<Step> {
+pub fn steps(table: &str, kind: Kind, elements: &Elements) -> Vec<Step> {
     let mut steps = Vec::new();
     let flags = if kind == Kind::NewElements { NLM_F_CREATE } else { 0 };
     for (set, keys) in elements {
@@ -38,12 +38,7 @@ pub(super) fn steps(table: &str, kind: Kind, elements: &Elements) -> Vec<Step> {
 
 /// Returns the attributes of a new set, whose elements have this type, as the `nft` program encodes
 /// it, and this length in bytes. `id` identifies the set within the transaction.
-pub(super) fn definition(
-    table: &str,
-    set: &str,
-    (kind, length): (u32, u32),
-    id: u32,
-) -> Attributes {
+pub fn definition(table: &str, set: &str, (kind, length): (u32, u32), id: u32) -> Attributes {
     Attributes::new()
         .text(nfta::SET_TABLE, table)
         .text(nfta::SET_NAME, set)
@@ -54,13 +49,16 @@ pub(super) fn definition(
 }
 
 /// Returns the attributes that name a set.
-pub(super) fn elements_in(table: &str, set: &str) -> Attributes {
+pub fn elements_in(table: &str, set: &str) -> Attributes {
     let named = Attributes::new().text(nfta::SET_ELEM_LIST_TABLE, table);
     named.text(nfta::SET_ELEM_LIST_SET, set)
 }
 
 /// Returns what `what` makes of each element of a set, given the element's key and its attributes.
-pub(super) fn read<T: FromIterator<E>, E>(
+///
+/// # Errors
+/// When the set cannot be read.
+pub fn read<T: FromIterator<E>, E>(
     nftables: &mut Nftables,
     family: u8,
     (table, set): (&str, &str),
@@ -78,7 +76,10 @@ pub(super) fn read<T: FromIterator<E>, E>(
 }
 
 /// Returns the present elements of these sets.
-pub(super) fn keys_in(
+///
+/// # Errors
+/// When a set cannot be read.
+pub fn keys_in(
     nftables: &mut Nftables,
     family: u8,
     table: &str,

@@ -9,7 +9,7 @@ use super::{
     sets::{Data, Element, KernelElement, Set, SetName, elements_of},
     *,
 };
-use crate::dataplane::kernel::rules::{self, ACCEPT, DROP, JUMP};
+use crate::dataplane::foreign::rules::{self, ACCEPT, DROP, JUMP};
 
 const META_MARK: u32 = 3;
 
@@ -79,7 +79,7 @@ fn base_at(hook: u32) -> Base {
         order: (0, 0),
         place: Place { hook, at: None },
         table: 0,
-        family: IPV4,
+        family: IP,
         prefix: "ip t".to_owned(),
         name: "base".to_owned(),
         drops: false,

@@ -28,12 +28,14 @@ use self::{
     sets::Library,
     walk::{Rules, Walk},
 };
-use super::rules::{base_of, family_name, name_of, number};
+use super::rules::{base_of, number};
 use crate::{
     dataplane::desired::is_own_table,
     netlink::{
         attributes::{self, Attributes},
-        nftables::{ANY, BRIDGE, INET, Kind, NETDEV, Nftables, Object, nfta},
+        nftables::{
+            ANY, BRIDGE, INET, IP, IP6, Kind, NETDEV, Nftables, Object, family_name, name_of, nfta,
+        },
     },
 };
 
@@ -46,8 +48,6 @@ const POSTROUTING: u32 = 4;
 /// `NF_INET_INGRESS`, and `NF_NETDEV_EGRESS`.
 const INET_INGRESS: u32 = 5;
 const NETDEV_EGRESS: u32 = 1;
-const IPV4: u8 = 2;
-const IPV6: u8 = 10;
 /// Upper limit of the rules that are read for one kind of packets.
 const MAX_RULES: usize = 100_000;
 /// Upper limit of the passes until all marks of connections are known.
@@ -214,7 +214,7 @@ impl ForeignRules {
                     order: (stage(&place), if is_source { SOURCE_NAT } else { *priority }),
                     place,
                     table: tables.len(),
-                    family: if program.starts_with("ip6") { IPV6 } else { IPV4 },
+                    family: if program.starts_with("ip6") { IP6 } else { IP },
                     prefix: format!("{program} {}", table.name),
                     name: (*chain).to_owned(),
                     drops: table.dropping.contains(*chain),
@@ -232,7 +232,7 @@ impl ForeignRules {
     /// Returns the rules that affect some of these packets, unless an earlier rule accepts those.
     pub fn partial(&mut self, nftables: &mut Nftables, traffic: &Traffic<'_>) -> Vec<Partial> {
         let Self { tables, bases, library } = self;
-        let own_family = if traffic.is_ipv4() { IPV4 } else { IPV6 };
+        let own_family = if traffic.is_ipv4() { IP } else { IP6 };
         let by_chain: Vec<Rules<'_>> = tables.iter().map(Table::by_chain).collect();
         let mut marks = Marks::default();
         let mut found = BTreeMap::new();

@@ -1,6 +1,6 @@
 //! Traces what the rules of nftables do with single packets (`nft monitor trace`).
 //!
-//! While a [`Trace`] exists, tables of gossamer mark a few packets per second to and from some
+//! While a [`Trace`] exists, temporary tables of gossamer mark a few packets per second to and from some
 //! addresses for tracing; they decide nothing. Since Linux 5.12 the kernel removes the tables with
 //! their socket.
 
@@ -14,10 +14,7 @@ use std::{
 use ipnet::IpNet;
 use rtnetlink::packet_core::NLM_F_CREATE;
 
-use super::{
-    rules::{base_of, family_name, name_of, number},
-    steps::{append, create, create_table, delete_table},
-};
+use super::rules::{base_of, number};
 use crate::{
     dataplane::{
         forwarding::MAGIC,
@@ -27,7 +24,9 @@ use crate::{
     netlink::{
         attributes::{self, Attributes},
         nftables::{
-            ANY, Base, Field, INET, Kind, NETDEV, Nftables, Rule, Step, Traces, base_chain, nfta,
+            ANY, ARP, Base, Field, INET, Kind, NETDEV, Nftables, Rule, Step, Traces, base_chain,
+            family_name, name_of, nfta,
+            steps::{append, create, create_table, delete_table},
         },
     },
 };
@@ -38,7 +37,6 @@ const MAX_ADDRESSES: usize = 8;
 const MAX_PACKETS_PER_SECOND: u64 = 5;
 /// Upper limit of the stored packets.
 const MAX_PACKETS: usize = 1_024;
-const ARP: u8 = 3;
 const ARP_INPUT: u32 = 0;
 const ICMPV6: u8 = 58;
 const PREROUTING: u32 = 0;

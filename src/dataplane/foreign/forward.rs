@@ -13,15 +13,17 @@ pub use lost::LostPackets;
 use ipnet::IpNet;
 
 use super::rules::{
-    Base, Effect, base_of, compared_value, effect, expressions, family_name, hands_over, hook_name,
-    is_conditional, loads_destination, name_of, target_of, translates_destination,
-    translates_source,
+    Base, Effect, base_of, compared_value, effect, expressions, hands_over, hook_name,
+    is_conditional, loads_destination, target_of, translates_destination, translates_source,
 };
 use crate::{
     dataplane::desired::is_own_table,
     netlink::{
         attributes::{self, Attributes},
-        nftables::{ANY, Kind, Nftables, Object, nfta},
+        nftables::{
+            ANY, ARP, BRIDGE, INET, IP, IP6, Kind, NETDEV, Nftables, Object, family_name, name_of,
+            nfta,
+        },
     },
 };
 
@@ -34,12 +36,6 @@ const PREROUTING: u32 = 0;
 /// Hooks of the families `inet`, `ip` and `ip6` for packets to this host itself, and for packets
 /// that it sends.
 const OWN_PACKETS: [u32; 2] = [1, 3];
-const INET: u8 = 1;
-const IP: u8 = 2;
-const ARP: u8 = 3;
-const NETDEV: u8 = 5;
-const BRIDGE: u8 = 7;
-const IP6: u8 = 10;
 /// Upper limit of the chains in one message.
 const MAX_CHAINS_NAMED: usize = 3;
 

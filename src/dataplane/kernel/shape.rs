@@ -2,44 +2,43 @@
 
 use std::collections::BTreeSet;
 
-use super::super::sets::Elements;
 use crate::{
     model::Problem,
-    netlink::nftables::Rule,
+    netlink::nftables::{Rule, sets::Elements},
     pods::bridge::{Bridge, Tenant, Tenants},
 };
 
 /// The definition of a table.
-pub(in super::super) struct Shape {
+pub struct Shape {
     /// Family of nftables.
-    pub(in super::super) family: u8,
+    pub family: u8,
     /// Returns the table's name, given that of the overlay's device.
-    pub(in super::super) name: fn(&str) -> String,
+    pub name: fn(&str) -> String,
     /// Sets with the length of their elements in bytes, and their type as the `nft` program encodes
     /// it.
-    pub(in super::super) sets: &'static [(&'static str, u32, u32)],
+    pub sets: &'static [(&'static str, u32, u32)],
     /// A set whose elements match only up to this number of times per second.
-    pub(in super::super) limited: Option<(&'static str, u64)>,
+    pub limited: Option<(&'static str, u64)>,
     /// The alarm of the table, if it has one.
-    pub(in super::super) alarm: Option<Alarm>,
+    pub alarm: Option<Alarm>,
     /// Chains with their hooks and priorities.
-    pub(in super::super) chains: &'static [(&'static str, u32, i32)],
+    pub chains: &'static [(&'static str, u32, i32)],
     /// Returns chains and rules, from top to bottom.
-    pub(in super::super) rules: fn(&Bridge) -> Vec<(&'static str, Rule)>,
+    pub rules: fn(&Bridge) -> Vec<(&'static str, Rule)>,
     /// Returns the elements, given the bridge, its pods, and its foreign ports.
-    pub(in super::super) elements: fn(&Bridge, &Tenants, &BTreeSet<String>) -> Elements,
+    pub elements: fn(&Bridge, &Tenants, &BTreeSet<String>) -> Elements,
     /// Returns the elements to remove with a pod's veth pair.
-    pub(in super::super) leaving: fn(&Bridge, &str, &Tenant, &Elements) -> Elements,
+    pub leaving: fn(&Bridge, &str, &Tenant, &Elements) -> Elements,
     /// A set of veth pairs whose elements stay until the kernel has removed the interface.
-    pub(in super::super) veths: Option<&'static str>,
+    pub veths: Option<&'static str>,
     /// The consequence for new pods of a table that stays as it was; `None` if they pass it.
-    pub(in super::super) stale: Option<&'static str>,
+    pub stale: Option<&'static str>,
     /// The consequence of a missing table, and what the kernel needs for it.
-    pub(in super::super) requirement: (&'static str, &'static str),
+    pub requirement: (&'static str, &'static str),
 }
 
 /// A chain that should count no packets, and the problem that is reported when it does.
-pub(in super::super) struct Alarm {
-    pub(in super::super) chain: &'static str,
-    pub(in super::super) problem: fn(&Bridge) -> Problem,
+pub struct Alarm {
+    pub chain: &'static str,
+    pub problem: fn(&Bridge) -> Problem,
 }

@@ -3,10 +3,7 @@
 use std::{collections::BTreeMap, io, net::IpAddr, rc::Rc};
 
 use super::{
-    super::{
-        rules::{number, value},
-        sets::elements_in,
-    },
+    super::rules::{number, value},
     selection::{Range, Selection, Traffic},
 };
 use crate::{
@@ -14,7 +11,7 @@ use crate::{
     netlink::{
         attributes,
         ipset::{self, Dimension, Entry},
-        nftables::{Kind, Nftables, nfta},
+        nftables::{Kind, Nftables, nfta, sets::elements_in},
     },
 };
 
