@@ -11,15 +11,16 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use crate::{
     model::{
         BootId, ClusterId, ClusterRecord, ClusterSettings, Difference, Identity, Incarnation,
-        MemberRecord, NodeId, NodeName, Quorum, Run, SettingsWish, Slot, Time, Version, Vtep,
+        MemberRecord, NodeId, NodeName, Quorum, Run, SettingsWish, Time, Version, Vtep,
     },
     wire::{Key, Record},
 };
 
 use super::{
     ClusterState, Counters, KernelSubnet, Membership, Node, SlotTable,
+    acknowledgements::Forgetting,
+    comparisons::{NeededWitnesses, SyncRound},
     directory::Directory,
-    forget::Forgetting,
     horizon::{Horizons, is_sound_epoch, is_sound_member},
     introduce::Introductions,
     join::Joining,
@@ -31,7 +32,6 @@ use super::{
     outbox::Outbox,
     push::PushQueue,
     replica::Replica,
-    sync::{NeededWitnesses, SyncRound},
     vote::Voting,
 };
 
@@ -315,11 +315,4 @@ fn found(
     let search = LeaseSearch::new(now, &cluster, config);
     search.lease_own(&mut slots, creator);
     (ClusterState { cluster, slots }, search)
-}
-
-pub(super) fn preferred(cluster: &ClusterRecord, config: &NodeConfig) -> Option<Slot> {
-    config
-        .assigned
-        .or(config.prefer_subnet)
-        .and_then(|address| cluster.settings.pool.slot_at(address))
 }

@@ -9,10 +9,7 @@
 //!
 //! Liveness has one use: an operator may forget a node that appears alive only with `--force`.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::{collections::BTreeSet, time::Duration};
 
 use crate::{
     model::{Forget, MemberRecord, NodeId, Run, Slot, Time},
@@ -27,29 +24,6 @@ use super::{
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Limit of unanswered acknowledgement requests.
 const MAX_PENDING: usize = 16;
-
-/// A successor's record of acknowledgements.
-#[derive(Default)]
-pub(super) struct Forgetting {
-    acknowledged: BTreeMap<Forget, BTreeSet<NodeId>>,
-    pending: BTreeSet<NodeId>,
-    /// Grows whenever a member departs; acknowledgements requested in an earlier era do not count.
-    era: u64,
-    retry_at: Option<Time>,
-}
-
-impl Forgetting {
-    /// Discards acknowledgements if a member departs that had not acknowledged: it may have passed its facts
-    /// to members that acknowledged before.
-    pub(super) fn note_departure(&mut self, gone: NodeId) {
-        self.era += 1;
-        for (forget, acknowledged_by) in &mut self.acknowledged {
-            if forget.node != gone && !acknowledged_by.contains(&gone) {
-                acknowledged_by.clear();
-            }
-        }
-    }
-}
 
 /// The reason for which a node is not forgotten.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -14,8 +14,8 @@ use crate::{
 };
 
 use super::{
-    Node, key_use::Sighting, malformed::Kind, outbox::Outbox, replica::Replica, slots::Contested,
-    sync::NeededWitnesses, vet::Refusals,
+    Node, comparisons::NeededWitnesses, key_use::Sighting, malformed::Kind, outbox::Outbox,
+    replica::Replica, slots::Contested, vet::Refusals,
 };
 
 /// The result of merging a peer's facts.

@@ -12,10 +12,7 @@ use crate::{
     wire::{GrantWish, Refusal, Request, Response},
 };
 
-use super::{
-    Answer, Change, KernelSubnet, Node, NodeConfig, Purpose, SlotTable, boot::preferred,
-    rank::peer_score,
-};
+use super::{Answer, Change, KernelSubnet, Node, NodeConfig, Purpose, SlotTable, rank::peer_score};
 
 /// A node with an assigned subnet that has compared its state with no member yet waits this long before it
 /// claims the subnet, so that it first learns the slot's current record.
@@ -292,6 +289,14 @@ fn best_donor(me: NodeId, donors: impl Iterator<Item = (NodeId, u32)>) -> Option
     let most = serves.iter().map(|(_, count)| *count).max()?;
     let large = serves.iter().filter(|(_, count)| count * 2 >= most);
     large.map(|(node, _)| *node).max_by_key(|donor| peer_score(me, *donor))
+}
+
+/// Returns the slot that the operator or Kubernetes wants for this node.
+fn preferred(cluster: &ClusterRecord, config: &NodeConfig) -> Option<Slot> {
+    config
+        .assigned
+        .or(config.prefer_subnet)
+        .and_then(|address| cluster.settings.pool.slot_at(address))
 }
 
 #[cfg(test)]

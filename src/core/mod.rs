@@ -20,7 +20,9 @@
 //! `forget` reclaims the slots of a lost node, `vote` starts that by timeout, `view` computes what the kernel
 //! needs, and `malformed` reports unusable input.
 
+mod acknowledgements;
 mod boot;
+mod comparisons;
 mod counters;
 mod directory;
 mod forget;

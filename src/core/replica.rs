@@ -12,8 +12,8 @@ use crate::{
 };
 
 use super::{
-    ClusterState, Target, directory::Directory, forget::Forgetting, horizon::Horizons,
-    push::PushQueue, sync::SyncRound,
+    ClusterState, Target, acknowledgements::Forgetting, comparisons::SyncRound,
+    directory::Directory, horizon::Horizons, push::PushQueue,
 };
 
 /// This node's copy of the cluster's state.

@@ -4,10 +4,7 @@
 //! member. So a partition that has healed is always noticed. Only the differing buckets are exchanged;
 //! without a difference a round costs three hashes.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::collections::BTreeMap;
 
 use rand::prelude::IndexedRandom as _;
 
@@ -17,236 +14,19 @@ use crate::{
 };
 
 use super::{
-    Answer, CallError, Node, Purpose, Target, learn::MergeResult, malformed::Kind,
-    membership::Membership, outbox::Outbox, partners::Partners, rank::state_hash, replica::Replica,
+    Answer, CallError, Node, Purpose, Target,
+    comparisons::{MAX_UNSETTLED_INTERVAL, SyncRound},
+    learn::MergeResult,
+    malformed::Kind,
+    membership::Membership,
+    outbox::Outbox,
+    rank::state_hash,
+    replica::Replica,
 };
 
-/// Interval of rounds while settled.
-const SETTLED_INTERVAL: Duration = Duration::from_secs(10);
-/// Interval of rounds while not settled; doubles from the first to the last.
-const MIN_UNSETTLED_INTERVAL: Duration = Duration::from_millis(200);
-const MAX_UNSETTLED_INTERVAL: Duration = Duration::from_secs(1);
-/// Interval of the first rounds after the start, and of all rounds while memory is unverified.
-const STARTUP_INTERVAL: Duration = Duration::from_millis(250);
-const STARTUP_ROUNDS: u64 = 64;
-/// Comparisons per second in the whole cluster by nodes that have unconfirmed peers. In clusters above this
-/// size the interval grows in proportion, up to `SETTLED_INTERVAL`, because most comparisons need a new
-/// connection.
-const CLUSTER_COMPARISONS_PER_SECOND: u32 = 100;
 /// The view is computed again when one in this many confirmed peers is new to it, or after this many rounds.
 const VIEW_REFRESH_SHARE: usize = 16;
 const VIEW_REFRESH_ROUNDS: u64 = 16;
-
-/// The peers that must confirm this node's memory, because it may lack records that the node wrote. While any
-/// confirmation is missing, memory is unverified and the node writes no new ownership records.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum NeededWitnesses {
-    /// Memory is verified.
-    None,
-    /// After a restart: one of the members that owned slots before it. Members that own none may know the
-    /// cluster through this node alone.
-    AnyOf(BTreeSet<NodeId>),
-    /// After the loss of the database: all members that were active when this node returned.
-    AllOf(BTreeSet<NodeId>),
-}
-
-/// The schedule and the results of comparisons.
-pub(super) struct SyncRound {
-    due: Time,
-    /// Unanswered comparisons, for members and seeds separately, so that a silent one does not delay the
-    /// other.
-    open: Open,
-    /// Since this node's last change a peer had the same state, apart from facts that cannot be exchanged.
-    settled: bool,
-    /// Whether `settled` was true at any time since the start.
-    settled_once: bool,
-    /// Like `settled`, but without exception: the peer also holds the same members as alive.
-    agreed: bool,
-    /// The present interval of rounds while not settled.
-    unsettled_interval: Duration,
-    needed_witnesses: NeededWitnesses,
-    /// Members whose state was compared with this node's since the start.
-    confirmed: BTreeSet<NodeId>,
-    /// Number of those that the view does not reflect yet.
-    newly_confirmed: usize,
-    /// Number of other active members.
-    active_peers: u32,
-    /// Whether some active member is unconfirmed.
-    has_unconfirmed: bool,
-    rounds: u64,
-    /// The node that answers at each seed, once known.
-    seeds: Vec<Option<NodeId>>,
-    pub(super) partners: Partners,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Open {
-    member: bool,
-    seed: bool,
-}
-
-impl Open {
-    const fn with(&mut self, partner: Target) -> &mut bool {
-        match partner {
-            Target::Member { .. } => &mut self.member,
-            Target::Seed(_) => &mut self.seed,
-        }
-    }
-}
-
-impl SyncRound {
-    pub(super) fn new(now: Time, seeds: usize, needed_witnesses: NeededWitnesses) -> Self {
-        Self {
-            needed_witnesses,
-            confirmed: BTreeSet::new(),
-            newly_confirmed: 0,
-            active_peers: 0,
-            has_unconfirmed: true,
-            due: now,
-            open: Open::default(),
-            settled: false,
-            settled_once: false,
-            agreed: false,
-            unsettled_interval: MIN_UNSETTLED_INTERVAL,
-            rounds: 0,
-            seeds: vec![None; seeds],
-            partners: Partners::default(),
-        }
-    }
-
-    /// Returns when the next round is due.
-    pub(super) fn due(&self) -> Time {
-        self.due
-    }
-
-    /// Returns whether this node's memory is verified.
-    pub(super) fn synced(&self) -> bool {
-        self.needed_witnesses == NeededWitnesses::None
-    }
-
-    /// Returns whether this node has compared its state with `node` since the start.
-    pub(super) fn is_confirmed(&self, node: NodeId) -> bool {
-        self.confirmed.contains(&node)
-    }
-
-    /// Returns whether this node has compared its state with any member since the start.
-    pub(super) fn has_confirmed(&self) -> bool {
-        !self.confirmed.is_empty()
-    }
-
-    pub(super) fn require_witnesses(&mut self, needed: NeededWitnesses) {
-        self.needed_witnesses = needed;
-    }
-
-    pub(super) fn settled(&self) -> bool {
-        self.settled
-    }
-
-    pub(super) fn settled_once(&self) -> bool {
-        self.settled_once
-    }
-
-    /// Returns whether the last comparison found no difference at all.
-    pub(super) fn agreed(&self) -> bool {
-        self.agreed
-    }
-
-    pub(super) fn note_seed(&mut self, seed: usize, node: NodeId) {
-        // The seed may have been removed before it answered.
-        if let Some(known) = self.seeds.get_mut(seed) {
-            *known = Some(node);
-        }
-    }
-
-    pub(super) fn set_seeds(&mut self, seeds: usize) {
-        self.seeds = vec![None; seeds];
-        self.open.seed = false;
-    }
-
-    /// Notes a change, so that the next comparison comes soon.
-    pub(super) fn unsettle(&mut self, now: Time) {
-        self.agreed = false;
-        if std::mem::replace(&mut self.settled, false) {
-            self.unsettled_interval = MIN_UNSETTLED_INTERVAL;
-        }
-        self.due = self.due.min(now + self.unsettled_interval);
-    }
-
-    /// Schedules a comparison soon, because a peer knows something that this node does not.
-    pub(super) fn suggest(&mut self, now: Time) {
-        self.due = self.due.min(now + MIN_UNSETTLED_INTERVAL.max(self.unsettled_interval));
-    }
-
-    /// Makes the next comparison due now.
-    pub(super) fn hasten(&mut self, now: Time) {
-        self.due = self.due.min(now);
-    }
-
-    /// Notes that this node has all facts of `peer`, which may verify its memory.
-    pub(super) fn verify_memory(&mut self, peer: NodeId) {
-        let settled = match &mut self.needed_witnesses {
-            NeededWitnesses::None => return,
-            NeededWitnesses::AnyOf(peers) => peers.contains(&peer),
-            NeededWitnesses::AllOf(peers) => {
-                peers.remove(&peer);
-                peers.is_empty()
-            }
-        };
-        if settled {
-            self.needed_witnesses = NeededWitnesses::None;
-        }
-    }
-
-    /// Removes a departed witness. If it was the last of several alternatives, all `others` have to confirm:
-    /// one of them has received the facts of the departed one.
-    pub(super) fn drop_witness(&mut self, node: NodeId, others: BTreeSet<NodeId>) {
-        let (NeededWitnesses::AnyOf(witnesses) | NeededWitnesses::AllOf(witnesses)) =
-            &mut self.needed_witnesses
-        else {
-            return;
-        };
-        witnesses.remove(&node);
-        if witnesses.is_empty() {
-            self.needed_witnesses = match &self.needed_witnesses {
-                NeededWitnesses::AnyOf(_) if !others.is_empty() => NeededWitnesses::AllOf(others),
-                _ => NeededWitnesses::None,
-            };
-        }
-    }
-
-    /// Returns the peers that can help to verify memory.
-    fn witnesses(&self) -> Option<&BTreeSet<NodeId>> {
-        match &self.needed_witnesses {
-            NeededWitnesses::None => None,
-            NeededWitnesses::AnyOf(peers) | NeededWitnesses::AllOf(peers) => Some(peers),
-        }
-    }
-
-    /// Returns the interval to the next round.
-    fn interval(&self) -> Duration {
-        match self.settled {
-            _ if self.is_starting() => STARTUP_INTERVAL,
-            true if self.has_unconfirmed => (MAX_UNSETTLED_INTERVAL
-                * (self.active_peers / CLUSTER_COMPARISONS_PER_SECOND).max(1))
-            .min(SETTLED_INTERVAL),
-            true => SETTLED_INTERVAL,
-            false => self.unsettled_interval,
-        }
-    }
-
-    /// Returns whether memory is unverified, or the start is recent and some members are unconfirmed.
-    fn is_starting(&self) -> bool {
-        !self.synced() || self.has_unconfirmed && self.rounds < STARTUP_ROUNDS
-    }
-
-    fn complete(&mut self, now: Time, peer: NodeId, same: bool) {
-        self.verify_memory(peer);
-        self.agreed = false;
-        self.settled = same;
-        self.settled_once |= same;
-        self.due = now + self.interval();
-    }
-}
 
 impl Replica {
     /// Confirms a peer: the known records of its slots are its own statement. Kernel entries for them can be
