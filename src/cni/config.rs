@@ -10,12 +10,11 @@ use ipnet::IpNet;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
-use super::{
-    error::{CniError, code},
-    request::INPUT_MAX,
-};
+use super::error::{CniError, code};
 use crate::{api::AttachmentName, json, model::Mac};
 
+/// Maximum length of the configuration, in bytes.
+pub const INPUT_MAX: u64 = 1 << 20;
 /// Keys of `runtimeConfig` that gossamer refuses, because it does not implement them.
 const UNSUPPORTED: [&str; 4] = ["bandwidth", "ipRanges", "infinibandGUID", "deviceID"];
 /// Maximum length of a network name, in bytes. The name is stored with every pod.

@@ -16,10 +16,11 @@ use serde_json::{Value, json};
 
 use super::{
     Note, Spool,
+    config::INPUT_MAX,
     config::PodOptions,
     error::{CniError, code},
     loopback, netns,
-    request::{CniRequest, Environment, INPUT_MAX, Operation, VERSIONS},
+    request::{CniRequest, Environment, Operation, VERSIONS},
     result::AddResult,
     routes,
 };

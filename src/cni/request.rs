@@ -14,8 +14,6 @@ use crate::{api::AttachmentName, config::Instance, model::Attachment};
 
 /// Supported versions of the specification, oldest first.
 pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
-/// Maximum length of the configuration, in bytes.
-pub const INPUT_MAX: u64 = 1 << 20;
 /// Name of the plugin that sets up a pod's `lo_state`. It is this program under another name.
 pub const LOOPBACK: &str = "loopback";
 

@@ -17,7 +17,7 @@ use nix::{fcntl::OFlag, unistd::geteuid};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::request::INPUT_MAX;
+use super::config::INPUT_MAX;
 use crate::{
     api::AttachmentName,
     files,

@@ -329,23 +329,6 @@ fn non_member(rng: &mut StdRng) -> Identity {
     Identity { node, incarnation: Incarnation { starts: 1, renewals: 0 } }
 }
 
-/// Whether an answer carries the unusable record of [`World::falsify_answer`] and reports no member as down.
-pub(super) fn is_falsified(bytes: &[u8]) -> bool {
-    let response = match Frame::decode(bytes) {
-        Ok((_, Frame::Response(payload))) => Response::decode(payload).ok(),
-        _ => None,
-    };
-    match response {
-        Some(Response::Facts { facts, down, down_as }) => {
-            let mut members = facts.members.iter();
-            members.any(|record| record.vtep.underlay.is_loopback())
-                && down.is_empty()
-                && down_as.is_none()
-        }
-        _ => false,
-    }
-}
-
 /// Whether a request is a comparison.
 fn is_comparison(bytes: &[u8]) -> bool {
     let request = match Frame::decode(bytes) {

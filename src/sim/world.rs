@@ -16,7 +16,6 @@ use siphasher::sip::SipHasher13;
 
 use super::{
     host::{Host, Process, by_address},
-    liar::is_falsified,
     network::Network,
     oracle::Oracle,
 };
@@ -477,4 +476,21 @@ fn is_exchange(bytes: &[u8]) -> bool {
         _ => None,
     };
     matches!(request, Some(Request::Exchange { .. }))
+}
+
+/// Whether an answer carries the unusable record of [`World::falsify_answer`] and reports no member as down.
+fn is_falsified(bytes: &[u8]) -> bool {
+    let response = match Frame::decode(bytes) {
+        Ok((_, Frame::Response(payload))) => Response::decode(payload).ok(),
+        _ => None,
+    };
+    match response {
+        Some(Response::Facts { facts, down, down_as }) => {
+            let mut members = facts.members.iter();
+            members.any(|record| record.vtep.underlay.is_loopback())
+                && down.is_empty()
+                && down_as.is_none()
+        }
+        _ => false,
+    }
 }

@@ -9,8 +9,11 @@ use bincode::{
 use bytes::BufMut;
 use serde::{Serialize, de::DeserializeOwned};
 
+/// Greatest length of a frame on a stream, in bytes. A full table of 65,536 single-slot runs takes less than
+/// 2 MiB.
+pub const STREAM_MAX: usize = 4 << 20;
 /// Limit of the bytes that one value may claim while it is decoded.
-const LIMIT: usize = super::STREAM_MAX;
+const LIMIT: usize = STREAM_MAX;
 
 /// The encoding.
 const CONFIG: Configuration<LittleEndian, Varint, Limit<LIMIT>> =

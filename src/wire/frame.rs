@@ -5,7 +5,7 @@
 
 use crate::model::ClusterId;
 
-use super::WireError;
+use super::{STREAM_MAX, WireError};
 
 /// Version of the wire format. It is also part of the ALPN name that peers negotiate.
 pub const WIRE_VERSION: u8 = 1;
@@ -13,10 +13,6 @@ pub const WIRE_VERSION: u8 = 1;
 /// Greatest length of a frame in a QUIC datagram, in bytes. A new quinn connection carries at least 1,162
 /// bytes; the rest is margin. Longer frames are sent on a stream.
 pub const DATAGRAM_MAX: usize = 1150;
-
-/// Greatest length of a frame on a stream, in bytes. A full table of 65,536 single-slot runs takes less than
-/// 2 MiB.
-pub const STREAM_MAX: usize = 4 << 20;
 
 /// Length of version, kind and cluster id, in bytes.
 const HEADER: usize = 10;

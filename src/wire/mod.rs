@@ -7,19 +7,21 @@ mod frame;
 mod keyring;
 mod message;
 mod record;
+mod refusal;
 mod report;
 mod swim;
 mod token;
 
-pub use codec::WireError;
-pub use frame::{DATAGRAM_MAX, Frame, STREAM_MAX, WIRE_VERSION};
+pub use codec::{STREAM_MAX, WireError};
+pub use frame::{DATAGRAM_MAX, Frame, WIRE_VERSION};
 pub use keyring::Keyring;
 pub use message::{
-    Buckets, Facts, GrantWish, Hello, Push, Refusal, Request, Response, Roots, Vote, Welcome,
+    Buckets, Facts, GrantWish, Hello, Push, Request, Response, Roots, Vote, Welcome,
 };
 pub use record::{Key, Record, RecordError};
-pub use report::{Arrivals, Inquiry, InquiryAnswer, PathReport, Report, SecretId, SecretOrder};
+pub use refusal::Refusal;
+pub use report::{Arrivals, Inquiry, InquiryAnswer, PathReport, Report, SecretOrder};
 pub use swim::{SwimCodec, SwimPacket};
-pub use token::{MIN_SECRET_LEN, Secret, Token, TokenError};
+pub use token::{MIN_SECRET_LEN, Secret, SecretId, Token, TokenError};
 
 pub use crate::model::visible;

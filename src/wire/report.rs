@@ -3,13 +3,11 @@
 //!
 //! They are frames of their own and do not pass through the core: no decision of a node depends on them.
 
-use std::{fmt, str::FromStr};
-
 use serde::{Deserialize, Serialize};
 
 use crate::model::{NodeId, PathState, Text, bounded};
 
-use super::{Refusal, Secret};
+use super::{Refusal, Secret, SecretId};
 
 /// Greatest number of secrets in a report.
 const MAX_SECRETS: usize = 16;
@@ -93,35 +91,6 @@ pub struct PathReport {
     pub round_trip_us: Option<u32>,
 }
 
-/// A printable name of a secret: the first four bytes of its hash.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct SecretId(pub(super) [u8; 4]);
-
-impl fmt::Display for SecretId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for SecretId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl FromStr for SecretId {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let is_plain = text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-        let number = u32::from_str_radix(text, 16).ok().filter(|_| is_plain);
-        let number = number.ok_or_else(|| {
-            format!("secret {text:?}: not eight hexadecimal digits: see `gossamer secret list`")
-        })?;
-        Ok(Self(number.to_be_bytes()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::{
@@ -138,15 +107,5 @@ mod tests {
         assert!(decode::<Report>("report", &report(MAX_SECRETS)).is_ok());
         let error = decode::<Report>("report", &report(MAX_SECRETS + 1)).expect_err("too many");
         assert!(error.to_string().contains("at most 16"), "{error}");
-    }
-
-    #[test]
-    fn secret_id_round_trips_through_its_text() {
-        let id = SecretId([0, 0x1f, 0xa2, 0xff]);
-        assert_eq!(id.to_string(), "001fa2ff");
-        assert_eq!("001fa2ff".parse(), Ok(id));
-        for wrong in ["", "001fa2f", "001fa2ff0", "001fa2fg", "+01fa2ff"] {
-            assert!(wrong.parse::<SecretId>().is_err(), "{wrong}");
-        }
     }
 }

@@ -12,10 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::model::ClusterId;
 
-use super::{
-    SecretId,
-    codec::{decode, encode},
-};
+use super::codec::{decode, encode};
 
 /// Least length of a secret, in bytes. Any host that connects to a node receives a signature that depends on
 /// the secret, so the secret must resist guessing.
@@ -143,6 +140,35 @@ pub enum TokenError {
     },
 }
 
+/// A printable name of a secret: the first four bytes of its hash.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SecretId(pub(super) [u8; 4]);
+
+impl fmt::Display for SecretId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for SecretId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for SecretId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_plain = text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let number = u32::from_str_radix(text, 16).ok().filter(|_| is_plain);
+        let number = number.ok_or_else(|| {
+            format!("secret {text:?}: not eight hexadecimal digits: see `gossamer secret list`")
+        })?;
+        Ok(Self(number.to_be_bytes()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,5 +209,15 @@ mod tests {
         let weak = Token { secret: Secret(vec![1]), ..token() }.to_string();
         assert_eq!(weak.parse::<Token>(), Err(TokenError::Damaged));
         assert!(!format!("{:?}", token()).contains("7, 7"));
+    }
+
+    #[test]
+    fn secret_id_round_trips_through_its_text() {
+        let id = SecretId([0, 0x1f, 0xa2, 0xff]);
+        assert_eq!(id.to_string(), "001fa2ff");
+        assert_eq!("001fa2ff".parse(), Ok(id));
+        for wrong in ["", "001fa2f", "001fa2ff0", "001fa2fg", "+01fa2ff"] {
+            assert!(wrong.parse::<SecretId>().is_err(), "{wrong}");
+        }
     }
 }

@@ -7,6 +7,7 @@
 mod case;
 mod doubtful;
 mod hints;
+mod ipsec_policies;
 mod kernel_queries;
 mod neighbor_queries;
 
@@ -283,7 +284,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         let neighbor_queries = NeighborQueries::new(place, hops);
         let before = counted_packets(case);
         let errors = congested(&mut self.netlink, &place.device);
-        let refusals = hints::ipsec_refusals();
+        let refusals = ipsec_policies::ipsec_refusals();
         let Some(sent) =
             self.capture(case, diagnosed, neighbor_queries.as_ref(), None, &mut watch)?
         else {
@@ -293,7 +294,8 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         self.claim = watch.claim().map(|mac| claim_problem(mac, place));
         let after = counted_packets(case);
         let errors = errors.zip(congested(&mut self.netlink, &place.device));
-        let refuses = refusals.zip(hints::ipsec_refusals()).is_none_or(|(old, new)| new > old);
+        let refuses =
+            refusals.zip(ipsec_policies::ipsec_refusals()).is_none_or(|(old, new)| new > old);
         let mut facts: BTreeMap<NodeId, Facts> = BTreeMap::new();
         for suspect in diagnosed {
             let traces = &watch.traces[&suspect.node];
@@ -314,7 +316,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                 passthru: routes.passthru(place),
                 uncounted: counts.is_some_and(|(before, after)| before == after),
                 ipsec: match refuses {
-                    true => hints::ipsec_policies(place, IN, Some(suspect.address)),
+                    true => ipsec_policies::ipsec_policies(place, IN, Some(suspect.address)),
                     false => Vec::new(),
                 },
                 ..Facts::default()

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
-use super::*;
+use super::{super::config::INPUT_MAX, *};
 use crate::model::Mac;
 
 type Answer = Result<CniRequest, (CniError, &'static str)>;

@@ -4,7 +4,7 @@
 //! one link is dead, some flows are lost and all others pass. The source port of a tunnel packet depends on
 //! the flow inside it, so datagrams from several source ports take several links.
 
-use super::path::LOSSES_UNTIL_LOST;
+use super::replies::LOSSES_UNTIL_LOST;
 use crate::model::Time;
 
 /// Number of flows: source ports from which datagrams are sent.

@@ -3,7 +3,9 @@
 use std::{collections::VecDeque, net::IpAddr, time::Duration};
 
 use super::{
-    HEALTHY, Kind, Queues, Responder, SUSPECT, Tally, flows::Flows, replies::Replies,
+    HEALTHY, Kind, Queues, Responder, SUSPECT, Tally,
+    flows::Flows,
+    replies::{LOSSES_UNTIL_LOST, Replies},
     size_search::SizeSearch,
 };
 use crate::model::{Liveness, NodeId, PathState, Time};
@@ -26,8 +28,6 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(10);
 const INITIAL_TIMEOUT: Duration = Duration::from_millis(3_500);
 /// Number of unanswered probes that are stored. A late answer to one of them still counts.
 const MAX_PENDING: usize = 16;
-/// Consecutive losses after which a peer, or one kind of probe, counts as not answering.
-pub(super) const LOSSES_UNTIL_LOST: u32 = 3;
 /// Time for which a packet that the peer sent unprompted shows that its packets arrive. An agent without
 /// answers probes once a second, and more rarely in a cluster of a thousand nodes.
 const PACKET_VALIDITY: Duration = Duration::from_secs(40);

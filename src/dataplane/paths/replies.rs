@@ -1,6 +1,7 @@
 //! Which answers to one kind of probe arrived.
 
-use super::path::LOSSES_UNTIL_LOST;
+/// Consecutive losses after which a peer, or one kind of probe, counts as not answering.
+pub(super) const LOSSES_UNTIL_LOST: u32 = 3;
 use crate::model::Time;
 
 /// The answers to one kind of probe. A firewall may drop that kind although the path works.

@@ -10,7 +10,7 @@ use nix::libc::{EINVAL, EPERM};
 use rtnetlink::packet_route::{link::LinkAttribute, neighbour::NeighbourState};
 use socket2::SockRef;
 
-use super::{Case, hints::ipsec_policies};
+use super::{Case, ipsec_policies::ipsec_policies};
 use crate::{
     agent::diagnosis::{
         forwarder::ipsec,
