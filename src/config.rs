@@ -25,7 +25,7 @@ use crate::{
         ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish,
         check_interface_name,
     },
-    pods::bridge::bridge_name,
+    pods::names::bridge_name,
     wire::{Token, TokenError},
 };
 

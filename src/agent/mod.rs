@@ -7,6 +7,7 @@
 mod arrivals;
 mod clock;
 mod diagnosis;
+mod ending;
 mod handlers;
 mod host;
 mod listeners;
@@ -54,10 +55,10 @@ use crate::{
     wire::{Keyring, Token},
 };
 
+pub use ending::{Ending, StartFailure};
 pub use reload::SettingsReader;
-pub use shutdown::Ending;
 pub use signals::{guard, survive_file_size_limit};
-pub use start::{StartFailure, run};
+pub use start::run;
 
 /// A longer turn of the loop is logged, because everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);

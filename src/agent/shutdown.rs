@@ -1,4 +1,4 @@
-//! The end of an agent: why it ends, and what it removes.
+//! The end of an agent: the last answers, and what it removes.
 
 use std::{
     collections::BTreeSet,
@@ -8,11 +8,10 @@ use std::{
 
 use crate::{
     agent::{
-        Agent, SettingsReader, arrivals::Arrivals, handlers::kernel::remove_traces,
+        Agent, SettingsReader, arrivals::Arrivals, ending::Ending, handlers::kernel::remove_traces,
         listeners::Listeners,
     },
     core::{Command, Input, Stop},
-    model::NodeId,
     wire::visible,
     worker::Thread,
 };
@@ -25,26 +24,6 @@ const THREAD_JOIN_TIMEOUT: Duration = Duration::from_millis(3500);
 
 /// Most pods that a log line names.
 const MAX_NAMED_PODS: usize = 20;
-
-/// Why an agent ended that had started.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// Stopped by a signal: all state stays, including the kernel's.
-    Stopped,
-    /// The node left its cluster, and nothing of it is left on this host.
-    Left {
-        /// The member that took over its slots, if it had any.
-        successor: Option<NodeId>,
-    },
-    /// The node is no longer a member under this identity, and has to join as a new node.
-    Restart,
-    /// The node was assigned another subnet, and has to start again with it.
-    Reassigned,
-    /// The agent cannot continue; the sentence says why.
-    Failed(String),
-    /// A thread of this program failed: all state stays, including the kernel's.
-    Broken(String),
-}
 
 impl Agent {
     /// Answers Docker's requests before the end: Docker repeats a lost request without its body.

@@ -10,10 +10,22 @@
 mod message;
 mod server;
 
+use crate::{
+    model::{Mac, Pod},
+    pods::mac_at,
+};
+
 pub use server::{Endpoint, EndpointInterface, Request, TIMEOUT, handle};
 
 /// Owner under which the agent stores Docker's addresses.
 pub const OWNER: &str = "docker";
+
+/// Returns the MAC of a pod, which follows from its address unless one was requested; `None` if Docker chose
+/// it.
+pub fn mac_of(pod: &Pod) -> Option<Mac> {
+    let derived = || (pod.owner != OWNER).then(|| mac_at(pod.addresses.first));
+    pod.mac.or_else(derived)
+}
 
 /// Returns example requests of dockerd, as seeds for the fuzzer.
 #[cfg(any(test, feature = "sim"))]

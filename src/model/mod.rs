@@ -43,6 +43,6 @@ pub use selector::{Condition, Ports, Selector, Transport};
 pub use slot::{Run, SlotRecord, SlotState};
 pub use text::{Text, escaped_lines, visible, visible_lines};
 pub use time::Time;
-pub use unfit::UnusableRecord;
+pub use unfit::{UnusableRecord, is_link_local};
 pub use view::{Own, Peer, View};
 pub use vtep::{Mac, ROUTE_PROTOCOL, Vtep};

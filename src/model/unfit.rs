@@ -66,7 +66,8 @@ fn no_host(address: IpAddr) -> Option<&'static str> {
     kinds.into_iter().find_map(|(applies, why)| applies.then_some(why))
 }
 
-const fn is_link_local(address: IpAddr) -> bool {
+/// Returns whether an address is valid only on one link.
+pub const fn is_link_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),

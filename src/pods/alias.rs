@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use super::bridge::mac_at;
+use super::mac_at;
 use crate::model::{Addresses, Attachment, Mac, Pod};
 
 /// Prefix of the alias of a pod's end on this host.

@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, io, net::IpAddr};
 
 use socket2::Socket;
 
-use super::bridge::{Tenant, mac_at};
+use super::{desired::Tenant, mac_at};
 use crate::{
     frames::{advertisement, arp, sender_at},
     model::{Addresses, Mac},

@@ -3,18 +3,12 @@
 //! The bridge is created for the first pod and repaired whenever it differs from the desired state. The
 //! caller supplies the pods' ports.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io,
-    net::IpAddr,
-};
+use std::{collections::BTreeSet, io};
 
 use rtnetlink::{
     LinkBridge, LinkUnspec,
-    packet_core::{NLM_F_CREATE, NLM_F_EXCL},
     packet_route::{
         RouteNetlinkMessage,
-        address::{AddressAttribute, AddressFlags},
         link::{
             BridgeBooleanOptionFlags, BridgeStpState, InfoBridge, InfoData, LinkAttribute, LinkInfo,
         },
@@ -22,134 +16,22 @@ use rtnetlink::{
 };
 
 use super::{
-    gateway,
+    desired::{ALIAS, Bridge, ReadyBridge, RepairReport, Tenants},
+    gateway, mac_at,
     names::{is_link_name, loose_end},
     neighbors, obstacle, port,
     renamed::restore_names,
+    requests::{address_request, without_address},
     standin,
 };
 use crate::{
-    model::{Addresses, Mac, Pod, Problem, Subnets},
+    model::is_link_local,
     netlink::{
         Netlink, Request,
-        link::{Address, Link, address_message, no_ipv6_address},
+        link::{Address, Link},
     },
     sysctl::interface::{self, Ipv6},
 };
-
-/// Alias that marks a bridge as gossamer's.
-pub const ALIAS: &str = "gossamer pods";
-/// Prefix of the names of bridges and of pods' ends on this host.
-pub const PREFIX: &str = "gsm";
-
-/// First two bytes of MACs that follow from addresses.
-const ADDRESS_MAC: [u8; 2] = [0x0a, 0x58];
-
-/// The desired state of the bridge.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bridge {
-    /// Name of the interface.
-    pub name: String,
-    /// This node's subnets.
-    pub subnets: Subnets,
-    /// The networks of the whole overlay.
-    pub networks: Subnets,
-    /// MTU of the bridge and of every pod, in bytes.
-    pub mtu: u32,
-    /// Name of the overlay's device. The nftables tables are named after it.
-    pub table: String,
-    /// Whether packets from a pod with a source address or MAC of another one are dropped.
-    pub anti_spoofing: bool,
-}
-
-/// The interface of a pod behind a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tenant {
-    /// Id of the container. Each of its other interfaces has a separate port.
-    pub container: String,
-    /// The pod's addresses on this interface.
-    pub addresses: Addresses,
-    /// The interface's MAC. `None` if another program has set it and no record has it.
-    pub mac: Option<Mac>,
-    /// Path of the network namespace.
-    pub netns: String,
-}
-
-/// The pods' interfaces by the names of their ports.
-pub type Tenants = BTreeMap<String, Tenant>;
-
-impl Tenant {
-    /// Returns the tenant for a pod with this MAC.
-    pub fn new(pod: &Pod, mac: Option<Mac>) -> Self {
-        let container = pod.attachment.container().to_owned();
-        Self { container, addresses: pod.addresses, mac, netns: pod.netns.clone() }
-    }
-}
-
-/// Counts of repairs, and what is still wrong.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RepairReport {
-    /// Repairs of the bridge.
-    pub bridge: u64,
-    /// Repairs of ports and of neighbor entries.
-    pub ports: u64,
-    /// Repaired sysctls.
-    pub sysctls: u64,
-    /// Repairs of the tables against spoofing.
-    pub spoofing: u64,
-    /// Name and index of the last repaired interface, except for sysctls.
-    last: Option<(String, u32)>,
-    /// Sysctls that let a pod send routes to this host.
-    pub open: Vec<Problem>,
-    /// Names of ports that the kernel does not have.
-    pub absent: BTreeSet<String>,
-    /// Names of ports whose other end is on this host.
-    pub loose: BTreeSet<String>,
-    /// Names of ports of the bridge that belong to other programs.
-    pub foreign_ports: BTreeSet<String>,
-}
-
-impl RepairReport {
-    /// Resets the counts, so that they are not attributed to another program.
-    pub fn reset_counts(&mut self) {
-        (self.bridge, self.ports, self.sysctls, self.spoofing) = (0, 0, 0, 0);
-        self.last = None;
-    }
-
-    /// Counts a repair of a port.
-    pub(super) fn note_port(&mut self, name: &str, index: u32) {
-        self.note(format!("port {name}"), index);
-    }
-
-    /// Counts a repair of an interface or of a neighbor entry that pods need.
-    pub(super) fn note(&mut self, object: String, index: u32) {
-        self.ports += 1;
-        self.last = Some((object, index));
-    }
-
-    /// Returns the number of all repairs.
-    pub const fn count(&self) -> u64 {
-        self.bridge + self.ports + self.sysctls + self.spoofing
-    }
-
-    /// Returns the name and index of the last repaired interface, except for sysctls.
-    pub fn object(&self) -> Option<(&str, u32)> {
-        self.last.as_ref().map(|(object, link)| (object.as_str(), *link))
-    }
-}
-
-/// A bridge in the desired state.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ReadyBridge {
-    pub(super) bridge: Bridge,
-    pub(super) index: u32,
-    pub(super) mac: Option<Mac>,
-}
-
-/// Returns the default name of the bridge of the overlay with this VNI.
-pub fn bridge_name(vni: u32) -> String {
-    if vni == 1 { format!("{PREFIX}0") } else { format!("{PREFIX}{vni}") }
-}
 
 /// Creates the bridge, or repairs it. Removes addresses of subnets that this node no longer has.
 pub(super) fn ensure(
@@ -251,61 +133,6 @@ pub(super) fn repair_ports(
     neighbors::keep(netlink, ready_bridge, ports, report)
 }
 
-/// Returns a request to disable automatic IPv6 addresses on a port, which needs none. A kernel without IPv6
-/// refuses it, as does any kernel for a link with an MTU below 1280.
-pub(super) fn without_address(port: &str) -> Request {
-    let message = LinkUnspec::new_with_name(port).append_extra_attribute(no_ipv6_address()).build();
-    Request { message: RouteNetlinkMessage::SetLink(message), flags: 0 }
-}
-
-/// Returns a request to add an address to an interface.
-pub(super) fn address_request(link: u32, ip: IpAddr, prefix_len: u8) -> Request {
-    let mut message = address_message(link, ip, prefix_len);
-    // Duplicate detection would delay IPv6 by a second. The address is known to be unique.
-    message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
-    let flags = NLM_F_CREATE | NLM_F_EXCL;
-    Request { message: RouteNetlinkMessage::NewAddress(message), flags }
-}
-
-/// Returns the MAC that follows from the address of a gateway or pod. Since it follows from the address,
-/// neighbors that remember an earlier owner of the address are right.
-pub fn mac_at(ip: IpAddr) -> Mac {
-    let [.., a, b, c, d] = match ip {
-        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
-        IpAddr::V6(ip) => ip.octets(),
-    };
-    let [first, second] = ADDRESS_MAC;
-    Mac::from_bytes([first, second, a, b, c, d])
-}
-
-/// Returns whether a MAC follows from an address.
-pub fn is_address_mac(mac: Mac) -> bool {
-    mac.as_bytes().starts_with(&ADDRESS_MAC)
-}
-
-impl Bridge {
-    /// Returns whether a message of the kernel is about an interface of the bridge's name.
-    pub fn is_named(&self, message: &RouteNetlinkMessage) -> bool {
-        match message {
-            RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link) => {
-                let name = LinkAttribute::IfName(self.name.clone());
-                link.attributes.contains(&name)
-            }
-            _ => false,
-        }
-    }
-
-    /// Returns the IPv6 setting of the bridge. Without an IPv6 subnet it needs no IPv6 address. With one it
-    /// also needs the link-local address, from which the kernel sends neighbor solicitations to pods.
-    fn ipv6(&self) -> Ipv6 {
-        if self.subnets.iter().any(|subnet| subnet.addr().is_ipv6()) { Ipv6::On } else { Ipv6::Off }
-    }
-
-    pub(super) fn is_gateway(&self, ip: IpAddr) -> bool {
-        self.subnets.iter().any(|subnet| gateway(subnet) == ip)
-    }
-}
-
 /// Removes a bridge that had another name in an earlier run, because it has the gateway's address. Its ports
 /// are put on the new bridge afterwards.
 fn remove_stale(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<()> {
@@ -316,13 +143,6 @@ fn remove_stale(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<()> {
         link.alias == ALIAS && link.kind == "bridge" && has.iter().any(held)
     };
     links.iter().filter(former).try_for_each(|link| netlink.delete_link(link.index))
-}
-
-pub(super) const fn is_link_local(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => ip.is_link_local(),
-        IpAddr::V6(ip) => ip.is_unicast_link_local(),
-    }
 }
 
 /// Returns whether a port of the bridge belongs to another program. Veth pairs of pods that are gone and

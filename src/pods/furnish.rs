@@ -16,11 +16,7 @@ use rtnetlink::{
     packet_route::{RouteNetlinkMessage, link::LinkMessage},
 };
 
-use super::{
-    bridge::{Bridge, address_request},
-    gateway,
-    wiring::PORT_OPEN_TIMEOUT,
-};
+use super::{desired::Bridge, gateway, port::PORT_OPEN_TIMEOUT, requests::address_request};
 use crate::{
     model::{Mac, Pod, ROUTE_PROTOCOL},
     netlink::{

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{
-    bridge::{ReadyBridge, Tenants, is_correct, is_foreign, is_plugged},
+    bridge::{is_correct, is_foreign, is_plugged},
+    desired::{ReadyBridge, Tenants},
     port,
     renamed::is_renamed,
 };

@@ -19,11 +19,13 @@ mod announce;
 #[cfg(feature = "agent")]
 pub mod bridge;
 #[cfg(feature = "agent")]
+pub mod desired;
+#[cfg(feature = "agent")]
 pub mod furnish;
 #[cfg(feature = "agent")]
 pub mod link_updates;
 #[cfg(feature = "agent")]
-mod names;
+pub mod names;
 #[cfg(feature = "agent")]
 mod neighbors;
 #[cfg(feature = "agent")]
@@ -32,6 +34,8 @@ pub mod obstacle;
 pub mod port;
 #[cfg(feature = "agent")]
 mod renamed;
+#[cfg(feature = "agent")]
+mod requests;
 #[cfg(feature = "agent")]
 pub mod standin;
 #[cfg(test)]
@@ -45,6 +49,8 @@ const RELEASE_COOLDOWN: Duration = Duration::from_secs(120);
 const MAX_PLACES: u32 = 1 << 16;
 /// Place of the gateway, which is this host.
 const GATEWAY_PLACE: u32 = 1;
+/// First two bytes of MACs that follow from addresses.
+const ADDRESS_MAC: [u8; 2] = [0x0a, 0x58];
 
 /// Why a pod gets no address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -354,6 +360,22 @@ pub fn last_but_one(subnets: Subnets) -> Option<Addresses> {
 /// Returns an address with the prefix length of its subnet.
 pub fn with_length(ip: IpAddr, subnet: IpNet) -> IpNet {
     IpNet::new_assert(ip, subnet.prefix_len())
+}
+
+/// Returns the MAC that follows from the address of a gateway or pod. Since it follows from the address,
+/// neighbors that remember an earlier owner of the address are right.
+pub fn mac_at(ip: IpAddr) -> Mac {
+    let [.., a, b, c, d] = match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    };
+    let [first, second] = ADDRESS_MAC;
+    Mac::from_bytes([first, second, a, b, c, d])
+}
+
+/// Returns whether a MAC follows from an address.
+pub fn is_address_mac(mac: Mac) -> bool {
+    mac.as_bytes().starts_with(&ADDRESS_MAC)
 }
 
 const fn family(ip: IpAddr) -> &'static str {

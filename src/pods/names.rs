@@ -1,18 +1,25 @@
-//! Names of the ends of pods' veth pairs on this host. A name is a hash of the attachment, so an end that a
-//! killed agent left half configured is recognized.
+//! Names of bridges, and of the ends of pods' veth pairs on this host. The name of an end is a hash of the
+//! attachment, so an end that a killed agent left half configured is recognized.
 
 use sha2::{Digest as _, Sha256};
 
-use super::{alias::parse_alias, bridge::PREFIX};
+use super::alias::parse_alias;
 use crate::{
     model::{Attachment, Mac},
     netlink::link::Link,
 };
 
+/// Prefix of the names of bridges and of pods' ends on this host.
+pub const PREFIX: &str = "gsm";
 /// Bytes of the hash in a name. The name has 13 characters; the kernel allows 15.
 const HASH_LEN: usize = 5;
 /// Length of the name of a veth pair's end on this host, in bytes.
 pub const LINK_NAME_LEN: usize = PREFIX.len() + 2 * HASH_LEN;
+
+/// Returns the default name of the bridge of the overlay with this VNI.
+pub fn bridge_name(vni: u32) -> String {
+    if vni == 1 { format!("{PREFIX}0") } else { format!("{PREFIX}{vni}") }
+}
 
 /// Returns the name of the end on this host.
 pub fn link_name(attachment: &Attachment) -> String {

@@ -11,7 +11,7 @@ use std::{
     net::IpAddr,
 };
 
-use super::bridge::{ReadyBridge, RepairReport, Tenants};
+use super::desired::{ReadyBridge, RepairReport, Tenants};
 use crate::{
     model::Mac,
     netlink::{

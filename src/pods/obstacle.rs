@@ -5,11 +5,11 @@ use std::io;
 use ipnet::IpNet;
 
 use super::{
-    bridge::{ALIAS, Bridge, is_address_mac, is_link_local, mac_at},
-    gateway,
+    desired::{ALIAS, Bridge},
+    gateway, is_address_mac, mac_at,
 };
 use crate::{
-    model::{Mac, Problem, ProblemCode, Subnets},
+    model::{Mac, Problem, ProblemCode, Subnets, is_link_local},
     netlink::{
         Netlink,
         link::{Address, Link},

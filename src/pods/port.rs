@@ -4,7 +4,7 @@
 //! operator changes them (`bridge link set`, `ip link set type bridge_slave`), the kernel drops packets of
 //! the pod without counting them.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use rtnetlink::{
     LinkMessageBuilder, LinkUnspec,
@@ -25,6 +25,9 @@ const STATE: u16 = 1;
 const FORWARDING: u8 = 3;
 /// `IFLA_BRPORT_MODE` (`linux/if_link.h)`: the hairpin mode.
 const HAIRPIN: u16 = 4;
+
+/// Maximum time to wait until a new port of the bridge forwards packets.
+pub(super) const PORT_OPEN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Attribute number (`IFLA_BRPORT_*`), correct value and name in `bridge link set` of each setting.
 const SETTINGS: [(u16, u8, &str); 16] = [

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, io};
 
 use super::{
-    bridge::{RepairReport, Tenants},
+    desired::{RepairReport, Tenants},
     names::original_name,
 };
 use crate::netlink::{Netlink, link::Link};

@@ -26,8 +26,9 @@ use rtnetlink::{
 };
 
 use super::{
-    bridge::{ALIAS, address_request, mac_at, without_address},
-    gateway,
+    desired::ALIAS,
+    gateway, mac_at,
+    requests::{address_request, without_address},
 };
 use crate::{
     model::{Addresses, Mac, Subnets},

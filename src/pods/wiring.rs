@@ -15,7 +15,6 @@ use std::{
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use nix::{fcntl::OFlag, libc::ENODEV};
@@ -32,11 +31,14 @@ pub use super::names::{LINK_NAME_LEN, is_link_name, link_name, loose_end, loose_
 use super::{
     alias::{alias, parse_alias},
     announce::Announcer,
-    bridge::{self, ALIAS, Bridge, PREFIX, ReadyBridge, RepairReport, Tenants, mac_at},
+    bridge,
+    desired::{ALIAS, Bridge, ReadyBridge, RepairReport, Tenants},
     furnish::{DefaultRoute, PodNamespace, Route},
     link_updates::LinkUpdates,
-    names::{link_mac, original_name},
+    mac_at,
+    names::{PREFIX, link_mac, original_name},
     port,
+    requests::without_address,
 };
 use crate::{
     model::{Addresses, Attachment, Mac, Pod},
@@ -44,8 +46,6 @@ use crate::{
     sysctl::interface::{self, Ipv6},
 };
 
-/// Maximum time to wait until a new port of the bridge forwards packets.
-pub(super) const PORT_OPEN_TIMEOUT: Duration = Duration::from_millis(500);
 /// Indices of the requests in [`Wiring::plug`] that must succeed. The kernel may refuse the others.
 const REQUIRED_CHANGES: [usize; 2] = [0, 2];
 
@@ -265,8 +265,8 @@ impl Wiring {
     /// Waits until the bridge forwards packets to a port. Packets sent before that are lost.
     fn await_port(&mut self, bridge: &Bridge, port: &str) {
         let opened =
-            self.netlink.await_link(port, PORT_OPEN_TIMEOUT, port::is_open).and_then(|()| {
-                self.netlink.await_link(&bridge.name, PORT_OPEN_TIMEOUT, Link::is_operational)
+            self.netlink.await_link(port, port::PORT_OPEN_TIMEOUT, port::is_open).and_then(|()| {
+                self.netlink.await_link(&bridge.name, port::PORT_OPEN_TIMEOUT, Link::is_operational)
             });
         if let Err(error) = opened {
             tracing::debug!(port, %error, "new port not forwarding yet");
@@ -421,7 +421,7 @@ impl Wiring {
             flags: NLM_F_CREATE | NLM_F_EXCL,
         };
         let up = port::up(&name, alias(pod, mac, default_route));
-        let mut changes = vec![made, bridge::without_address(&name), up];
+        let mut changes = vec![made, without_address(&name), up];
         changes.extend(pod.addresses.iter().map(|ip| match pinned {
             true => neighbour::permanent_entry(port, ip, mac),
             // The previous owner of the address may have had another MAC.

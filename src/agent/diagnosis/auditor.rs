@@ -37,7 +37,7 @@ use crate::{
         Netlink,
         route::{self, Query, RouteLookup},
     },
-    pods::bridge::ALIAS,
+    pods::desired::ALIAS,
     underlay::ChosenUnderlay,
 };
 

@@ -21,11 +21,10 @@ use crate::{
     agent::{
         Agent,
         diagnosis::tap::{Asker, Tap},
-        pods::mac_of,
     },
     api::{CheckState, CheckStatus},
     dataplane::answers::{PodResults, Round},
-    docker,
+    docker::{self, mac_of},
     model::{Mac, Pod, Problem, ProblemCode, Subnets},
     netlink::{Netlink, link::Link},
     pods::{

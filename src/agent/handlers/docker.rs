@@ -27,7 +27,7 @@ use crate::{
     model::{Attachment, Pod},
     pods::{
         PodRequest,
-        bridge::Bridge,
+        desired::Bridge,
         gateway,
         wiring::{End, loose_name},
         with_length,

@@ -1,14 +1,11 @@
 //! Builds the status from the core's part and the agent's: kernel, disk, connections.
 
-use std::{
-    collections::BTreeSet,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, time::Instant};
 
 use tokio::sync::oneshot;
 
 use crate::{
-    agent::{Agent, PodCidrSource},
+    agent::{Agent, PodCidrSource, pods::disk_stall::DISK_TIMEOUT},
     api::{AgentStatus, KernelStatus},
     core::Phase,
     dataplane::desired::device_name,
@@ -20,8 +17,6 @@ use crate::{
 
 /// Maximum number of requests that wait for convergence; further ones are answered immediately.
 const MAX_WAITERS: usize = 64;
-/// A disk that has not answered for longer is a problem.
-pub(in crate::agent) const DISK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A request that waits until this node has converged with a number of members, or until a deadline.
 pub(in crate::agent) struct Waiter {

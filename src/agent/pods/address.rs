@@ -5,16 +5,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::{
-    agent::{Agent, pods::mac_of},
+    agent::Agent,
     api::{AttachRequest, PodError, PodErrorKind},
-    docker,
+    docker::{self, mac_of},
     model::{Attachment, Mac, Pod},
     pods::{
-        NoAddress, PodRequest,
-        bridge::{Bridge, is_address_mac, mac_at},
-        last_addresses,
-        standin::mate_mac,
-        wiring::WiringError,
+        NoAddress, PodRequest, desired::Bridge, is_address_mac, last_addresses, mac_at,
+        standin::mate_mac, wiring::WiringError,
     },
 };
 

@@ -5,7 +5,7 @@ use crate::{
     core::View,
     dataplane::desired::device_name,
     model::Problem,
-    pods::bridge::Bridge,
+    pods::desired::Bridge,
 };
 
 impl Agent {

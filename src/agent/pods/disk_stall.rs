@@ -7,12 +7,13 @@ use std::{
 };
 
 use crate::{
-    agent::{
-        Agent, operator::status::DISK_TIMEOUT, pods::PendingAttach, workers::attach_worker::Job,
-    },
+    agent::{Agent, pods::PendingAttach, workers::attach_worker::Job},
     api::{PodError, PodErrorKind},
     docker,
 };
+
+/// Time after which a disk that accepts no writes counts as failed.
+pub(in crate::agent) const DISK_TIMEOUT: Duration = Duration::from_secs(3);
 
 impl Agent {
     /// Returns the error for requests that need the disk while it accepts no writes.

@@ -5,7 +5,7 @@
 
 pub(super) mod address;
 mod bridge;
-mod disk_stall;
+pub(super) mod disk_stall;
 mod queries;
 pub(super) mod vanished;
 
@@ -36,11 +36,11 @@ use crate::{
     },
     cni::Note,
     core::View,
-    docker,
-    model::{Attachment, Mac, Pod, Problem, Time},
+    docker::{self, mac_of},
+    model::{Attachment, Pod, Problem, Time},
     pods::{
         Pods,
-        bridge::{Bridge, Tenant, Tenants, mac_at},
+        desired::{Bridge, Tenant, Tenants},
         furnish::DefaultRoute,
         gateway,
         wiring::{ConnectedPod, End, link_name},
@@ -486,11 +486,4 @@ pub(super) fn status_of(pod: &Pod) -> PodStatus {
 /// Returns the record of a pod, with its key.
 pub(super) fn record(pod: &Pod) -> (Key, Vec<u8>) {
     (Key::Pod(pod.addresses.first), Record::Pod(pod.clone()).encode())
-}
-
-/// Returns the MAC of a pod, which follows from its address unless one was requested; `None` if Docker chose
-/// it.
-pub(super) fn mac_of(pod: &Pod) -> Option<Mac> {
-    let derived = || (pod.owner != docker::OWNER).then(|| mac_at(pod.addresses.first));
-    pod.mac.or_else(derived)
 }

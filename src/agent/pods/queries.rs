@@ -5,12 +5,9 @@ use std::{fs::File, net::IpAddr, os::fd::OwnedFd};
 use tokio::sync::oneshot::Sender;
 
 use crate::{
-    agent::{
-        Agent,
-        pods::{mac_of, status_of},
-        workers::attach_worker::Job,
-    },
+    agent::{Agent, pods::status_of, workers::attach_worker::Job},
     api::{AttachmentName, PodError, PodErrorKind, PodStatus},
+    docker::mac_of,
     model::Attachment,
 };
 

@@ -15,11 +15,7 @@ mod preflight;
 mod spawn;
 pub(super) mod wait;
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-    os::unix::net,
-};
+use std::os::unix::net;
 
 use tokio::sync::mpsc;
 
@@ -27,94 +23,15 @@ use self::{
     identity::Identity, memory::Memory, preflight::Preflight, spawn::Ready, wait::StartupWait,
 };
 use crate::{
-    agent::{Agent, Arrivals, Ending, SettingsReader, Signals, listeners::Listeners, threads},
-    config::{Config, ConfigError},
-    core::StartError,
-    dataplane::kernel::KernelError,
-    http,
+    agent::{
+        Agent, Arrivals, Ending, SettingsReader, Signals, StartFailure, listeners::Listeners,
+        threads,
+    },
+    config::Config,
     icmp::IcmpEvent,
-    model::ClusterId,
     random::random,
-    store::StoreError,
-    transport::{BindError, CredentialError, Credentials, Event, Transport},
-    underlay,
-    wire::TokenError,
+    transport::{Credentials, Event, Transport},
 };
-
-/// The reason why an agent did not start: one sentence with the cause and the remedy.
-#[derive(Debug, thiserror::Error)]
-pub enum StartFailure {
-    /// The configuration is invalid.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The state directory or the database cannot be used.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// No interface can carry tunnels.
-    #[error(transparent)]
-    Underlay(#[from] underlay::UnderlayError),
-    /// A kernel request failed.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// The gossip port cannot be bound.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The core refused the configuration or the records.
-    #[error(transparent)]
-    Node(#[from] StartError),
-    /// The TLS credentials cannot be made.
-    #[error(transparent)]
-    Credentials(#[from] CredentialError),
-    /// The token or secret is invalid.
-    #[error(transparent)]
-    Secret(#[from] TokenError),
-    /// The node is to join a cluster without a token.
-    #[error("join: a token is needed: pass --token-file with the output of `gossamer token`")]
-    NoToken,
-    /// A cluster is to be created with the token of an existing one.
-    #[error(
-        "init: the token is of cluster {0}, which exists: enter it with --join, \
-         or use a token made by `gossamer token --new`"
-    )]
-    TokenOfACluster(ClusterId),
-    /// The database of a member is lost, and no seed is known.
-    #[error(
-        "state_dir: this host is in cluster {0}, but its database is lost and no other member is known: \
-         name one with --join, or remove the state directory to restart"
-    )]
-    LostDatabase(ClusterId),
-    /// The listening address does not receive packets to the underlay address.
-    #[error(
-        "listen: {listen} does not receive what is sent to the underlay address {underlay}: \
-         leave it out, or set --advertise or --iface"
-    )]
-    Listen {
-        /// The configured address.
-        listen: SocketAddr,
-        /// The address of the underlay.
-        underlay: IpAddr,
-    },
-    /// The podCIDR of this node cannot be determined.
-    #[error("pod_cidr: {0}")]
-    PodCidr(String),
-    /// The HTTP server cannot listen.
-    #[error("http: {address}: {error}: choose another address, or leave it out")]
-    Http {
-        /// The configured address.
-        address: SocketAddr,
-        /// The reason.
-        error: io::Error,
-    },
-    /// The control socket cannot be opened.
-    #[error(transparent)]
-    Socket(#[from] http::SocketError),
-    /// The system's random number generator failed.
-    #[error("the system's random number generator failed: {0}")]
-    Random(#[from] getrandom::Error),
-    /// A system call failed.
-    #[error("{0}")]
-    Io(#[from] io::Error),
-}
 
 /// Runs an agent until it ends. Must be called within its own tokio runtime, which closes the sockets
 /// when it is dropped. Must be called again after [`Ending::Restart`] and [`Ending::Reassigned`].

@@ -31,7 +31,7 @@ use crate::{
     model::{Attachment, Mac, Pod, Problem, ProblemCode},
     netlink::monitor::Monitor,
     pods::{
-        bridge::{Bridge, RepairReport, Tenants},
+        desired::{Bridge, RepairReport, Tenants},
         wiring::{ConnectedPod, End, Wiring, WiringError},
     },
     worker::{Order, Orders, Thread, Worker},

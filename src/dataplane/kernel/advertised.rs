@@ -15,7 +15,7 @@ use rtnetlink::packet_route::{
 use super::is_overlay_device;
 use crate::{
     netlink::{Netlink, link::Link},
-    pods::bridge::ALIAS,
+    pods::desired::ALIAS,
     sysctl::{dotted, read, write},
 };
 

@@ -32,7 +32,7 @@ use crate::{
         ethtool::TX_CHECKSUM,
         link::{Address, Link},
     },
-    pods::bridge::ALIAS,
+    pods::desired::ALIAS,
 };
 
 /// Milliseconds per tick of `USER_HZ`, which is 100 on all supported architectures.

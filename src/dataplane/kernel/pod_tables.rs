@@ -29,7 +29,7 @@ use crate::{
             steps::{append, create, create_table, delete_table},
         },
     },
-    pods::bridge::{Bridge, Tenant, Tenants},
+    pods::desired::{Bridge, Tenant, Tenants},
 };
 
 /// Minimum time between attempts to write a table that the kernel refused.

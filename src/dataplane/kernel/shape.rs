@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::{
     model::Problem,
     netlink::nftables::{Rule, sets::Elements},
-    pods::bridge::{Bridge, Tenant, Tenants},
+    pods::desired::{Bridge, Tenant, Tenants},
 };
 
 /// The definition of a table.

@@ -35,8 +35,8 @@ use crate::{
         nftables::{BRIDGE, Base, Field, Rule, Side, name_bytes, sets::Elements},
     },
     pods::{
-        bridge::{Bridge, Tenant, Tenants, mac_at},
-        gateway, last_addresses,
+        desired::{Bridge, Tenant, Tenants},
+        gateway, last_addresses, mac_at,
     },
 };
 

@@ -22,7 +22,7 @@ use crate::{
         nftables::{Field, INET, Rule, sets::Elements},
     },
     pods::{
-        bridge::{Bridge, Tenant, Tenants},
+        desired::{Bridge, Tenant, Tenants},
         last_addresses, last_but_one,
     },
 };

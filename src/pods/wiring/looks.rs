@@ -7,7 +7,7 @@ use crate::{
     model::{Attachment, Mac, Pod, Problem},
     pods::{
         alias::parse_alias,
-        bridge::{ALIAS, Bridge},
+        desired::{ALIAS, Bridge},
         names::{link_name, original_name},
         obstacle,
     },

@@ -9,7 +9,7 @@ use std::{
 
 use super::{AttachResult, GonePods, RECHECK_INTERVAL, Suspect};
 use crate::pods::{
-    bridge::{RepairReport, Tenants},
+    desired::{RepairReport, Tenants},
     wiring::{Wiring, loose_end},
 };
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::{
     model::{Problem, ProblemCode},
-    pods::bridge::Bridge,
+    pods::desired::Bridge,
 };
 
 /// Maximum number of ports in a notice.

@@ -6,7 +6,7 @@ use super::{AttachResult, PendingDelete, PodWorker};
 use crate::{
     model::{Attachment, Mac, Pod},
     pods::{
-        bridge::{Bridge, Tenant},
+        desired::{Bridge, Tenant},
         wiring::{ConnectedPod, End, WiringError, link_name},
     },
 };

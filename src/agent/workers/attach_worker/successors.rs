@@ -3,7 +3,7 @@
 use std::{fs::File, path::Path};
 
 use super::{AttachResult, PodWorker};
-use crate::{model::Attachment, pods::bridge::Tenant};
+use crate::{model::Attachment, pods::desired::Tenant};
 
 impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     /// Gives the routes of a veth pair that is being removed to another one of the same container.

@@ -16,7 +16,7 @@ use crate::{
             steps::{append, create},
         },
     },
-    pods::{bridge::PREFIX, wiring::LINK_NAME_LEN},
+    pods::{names::PREFIX, wiring::LINK_NAME_LEN},
 };
 
 /// Mark of tunnel packets that the agent sends to its own host, to test whether they are forwarded.
