@@ -70,17 +70,149 @@ fn importers(imports: &Imports, module: &str) -> Vec<String> {
 
 #[test]
 fn modules_import_each_other_without_cycles() {
-    let mut left = imports();
+    let graph = imports().into_iter().map(|(name, files)| (name, files.into_keys().collect()));
+    let left = circular(graph.collect());
+    assert!(left.is_empty(), "these modules import each other, or one that does: {left:#?}");
+}
+
+/// What a path within the library begins with.
+const ROOTS: [&str; 3] = ["crate::", "self::", "super::"];
+/// Most modules that export an item in turn.
+const MAX_EXPORTS: usize = 4;
+
+/// Expands one path or group of a `use` declaration into its paths, and returns what follows it.
+fn expand<'a>(prefix: &str, text: &'a str, paths: &mut Vec<String>) -> &'a str {
+    let end = text.find(|c: char| !(c.is_alphanumeric() || "_:*".contains(c)));
+    let (word, mut rest) = text.split_at(end.unwrap_or(text.len()));
+    let path = format!("{prefix}{word}");
+    if !rest.starts_with('{') {
+        paths.push(path.trim_end_matches("::").to_owned());
+        let alias = rest.trim_start().strip_prefix("as ").map(str::trim_start);
+        return alias.map_or(rest, |alias| alias.trim_start_matches(|c: char| c.is_alphanumeric()));
+    }
+    loop {
+        rest = rest[1..].trim_start();
+        if rest.is_empty() || rest.starts_with('}') {
+            return rest.get(1..).unwrap_or_default();
+        }
+        rest = expand(&path, rest, paths).trim_start();
+        if rest.starts_with('}') {
+            return &rest[1..];
+        }
+        if !rest.starts_with(',') {
+            return rest;
+        }
+    }
+}
+
+/// Returns the module of a file, as a path below the library's root.
+fn module_of(below: &str) -> Vec<String> {
+    let path = below.trim_end_matches(".rs").trim_end_matches("/mod");
+    path.split('/').map(str::to_owned).collect()
+}
+
+/// Resolves a path that begins with `crate`, `self` or `super` in a module.
+fn resolve(module: &[String], path: &str) -> Vec<String> {
+    let mut resolved = module.to_vec();
+    for part in path.split("::") {
+        match part {
+            "crate" => resolved.clear(),
+            "self" => {}
+            "super" => _ = resolved.pop(),
+            name => resolved.push(name.to_owned()),
+        }
+    }
+    resolved
+}
+
+/// The paths of the library that each module uses, outside of its tests. A path that a module exports again
+/// is followed to its definition.
+fn used_paths() -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
+    let (mut used, mut exported) = (BTreeMap::new(), BTreeMap::new());
+    for (file, text) in sources() {
+        let Some(below) = file.strip_prefix("src/") else { continue };
+        if below.starts_with("bin/") || below.contains("/tests/") || below.ends_with("tests.rs") {
+            continue;
+        }
+        let module = module_of(below);
+        let program: String = code(&text).flat_map(|(_, line)| [line, "\n"]).collect();
+        let mut paths = Vec::new();
+        for (at, _) in ROOTS.iter().flat_map(|root| program.match_indices(root)) {
+            let before = program[..at].chars().next_back();
+            if !before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == ':') {
+                expand("", &program[at..], &mut paths);
+            }
+        }
+        for (at, keyword) in
+            ["pub use ", "pub(super) use "].iter().flat_map(|k| program.match_indices(k))
+        {
+            let mut items = Vec::new();
+            expand("", &program[at + keyword.len()..], &mut items);
+            for item in items {
+                let definition = resolve(&module, &item);
+                let name = definition.last().cloned();
+                let public: Vec<String> = module.iter().cloned().chain(name).collect();
+                if public != definition {
+                    exported.insert(public, definition);
+                }
+            }
+        }
+        let paths: Vec<_> = paths.iter().map(|path| resolve(&module, path)).collect();
+        used.insert(module, paths);
+    }
+    let follow = |mut path: Vec<String>| {
+        for _ in 0..MAX_EXPORTS {
+            let at = (1..=path.len()).rev().find(|end| exported.contains_key(&path[..*end]));
+            let Some(at) = at else { break };
+            path = exported[&path[..at]].iter().chain(&path[at..]).cloned().collect();
+        }
+        path
+    };
+    let followed = |paths: Vec<_>| paths.into_iter().map(follow).collect();
+    used.into_iter().map(|(module, paths)| (module, followed(paths))).collect()
+}
+
+/// Returns the modules of a graph that are in a circle, or import one that is.
+fn circular(mut left: BTreeMap<String, BTreeSet<String>>) -> BTreeMap<String, BTreeSet<String>> {
     loop {
         let remaining: BTreeSet<String> = left.keys().cloned().collect();
-        left.values_mut().for_each(|names| names.retain(|name, _| remaining.contains(name)));
+        left.values_mut().for_each(|names| names.retain(|name| remaining.contains(name)));
         let before = left.len();
         left.retain(|_, names| !names.is_empty());
         if left.len() == before {
-            break;
+            return left;
         }
     }
-    assert!(left.is_empty(), "these modules import each other, or one that does: {left:#?}");
+}
+
+/// A room is a module with submodules. Its own file, which holds what they share, is not compared.
+#[test]
+fn submodules_of_a_room_import_each_other_without_circles() {
+    let used = used_paths();
+    let rooms: BTreeSet<&[String]> =
+        used.keys().map(|module| &module[..module.len() - 1]).collect();
+    assert!(rooms.len() > 30, "the rooms were not found");
+    let mut found = Vec::new();
+    for room in rooms.into_iter().filter(|room| !room.is_empty()) {
+        let mut graph: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        let part = |path: &[String]| path.strip_prefix(room)?.first().cloned();
+        for (module, paths) in &used {
+            let Some(name) = part(module) else { continue };
+            let others = paths.iter().filter_map(|path| part(path)).filter(|other| *other != name);
+            graph.entry(name.clone()).or_default().extend(others);
+        }
+        let circular = circular(graph);
+        found.extend((!circular.is_empty()).then(|| format!("{}: {circular:?}", room.join("/"))));
+    }
+    assert!(found.is_empty(), "these files import each other, or one that does: {found:#?}");
+}
+
+#[test]
+fn expand_reads_nested_groups_and_aliases() {
+    let mut paths = Vec::new();
+    expand("", "super::{a::{self, B}, c as d, e::{F}};", &mut paths);
+    assert_eq!(paths, ["super::a::self", "super::a::B", "super::c", "super::e::F"]);
+    assert_eq!(resolve(&["x".into(), "y".into()], "super::a::self"), ["x", "a"]);
 }
 
 #[test]
