@@ -24,7 +24,7 @@ use crate::{
             remote_pods::RemotePodsState,
             ways::ProvenWays,
         },
-        host::checks::HostState,
+        workers::host_checks::HostState,
         workers::{
             archive::SavedFile,
             kernel_event::{DemandState, KernelEvent, Outcome},

@@ -6,4 +6,5 @@ mod disk;
 pub(super) mod docker;
 pub(super) mod kernel;
 mod kubernetes;
+mod path_mtus;
 pub(super) mod probe;

@@ -1,25 +1,16 @@
 //! The path to each peer in the status: its measurements, and problems with their remedies.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-    time::Duration,
-};
+use std::{net::IpAddr, time::Duration};
 
 use crate::{
     agent::{Agent, operator::ping::milliseconds},
-    api::{EventKind, EventLevel, PathStatus},
-    core::Peer,
+    api::PathStatus,
     dataplane::{
-        desired::{Underlay, Way, overhead},
+        desired::{Underlay, Way},
         silence::Sign,
     },
     model::{NodeId, PathState, Problem, ProblemCode, Severity},
 };
-
-/// Smallest MTU, in bytes, that is set on a route: no IPv4 path carries less (RFC 791 requires hosts to
-/// accept 576 bytes).
-const ROUTE_MTU_MIN: u32 = 576;
 
 impl Agent {
     /// Returns the status of the path to each peer.
@@ -36,49 +27,6 @@ impl Agent {
                 pods_answer: self.is_passed_by_pods(node, state),
             };
         self.path_states().map(status).collect()
-    }
-
-    /// Lowers the MTU of the route to a peer to what its path carries. The kernel then reports larger
-    /// packets to the sending pods (RFC 1191); otherwise they would be lost or fragmented without
-    /// notice.
-    pub(in crate::agent) fn follow_path_mtus(&mut self) {
-        let Some(view) = &self.kernel.wanted else { return };
-        let device = self.underlay.tunnel_mtu;
-        let headers = overhead(self.underlay.local);
-        let fits = |(node, peer): (&NodeId, &Peer)| {
-            let probed = self.prober.paths.mtu_reduction(*node);
-            let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
-            let host = peer.vtep.underlay;
-            // An MTU set by a route of this host needs no probe.
-            let by_route = self.kernel.routing.path_mtus.get(&host).filter(|path| !path.learned);
-            let by_route = by_route.map(|path| path.mtu);
-            let told = by_route.or_else(|| self.prober.reports.correct_mtu(host));
-            let told = told.map(|mtu| mtu.saturating_sub(headers));
-            let fits = probed.into_iter().chain(told).min()?;
-            (ROUTE_MTU_MIN..device).contains(&fits).then_some((*node, fits))
-        };
-        let narrow: BTreeMap<NodeId, u32> = view.peers.iter().filter_map(fits).collect();
-        if narrow == self.kernel.narrow {
-            return;
-        }
-        let before = std::mem::replace(&mut self.kernel.narrow, narrow);
-        let now = &self.kernel.narrow;
-        let changed = |node: &&NodeId| before.get(node) != now.get(node);
-        for node in
-            before.keys().chain(now.keys()).collect::<BTreeSet<_>>().into_iter().filter(changed)
-        {
-            let name = self.node.name_of(*node);
-            let text = match now.get(node) {
-                Some(mtu) => format!(
-                    "the path to {name} carries packets of {mtu} bytes, less than the {device} of this \
-                     host's overlay device: the MTU of its route is lowered to {mtu}"
-                ),
-                None => format!("the path to {name} carries packets of {device} bytes again"),
-            };
-            tracing::info!("{text}");
-            self.journal.note(EventKind::Path, EventLevel::Warn, text);
-        }
-        self.program();
     }
 
     /// Returns the state of the path to each peer with a subnet, and the round-trip time of the last

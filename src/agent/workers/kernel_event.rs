@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    agent::{diagnosis::auditor::Routing, host::checks::HostState},
+    agent::{diagnosis::auditor::Routing, workers::host_checks::HostState},
     dataplane::kernel::{KernelError, Report},
     model::{Mac, Problem},
     underlay::{ChosenUnderlay, UnderlayError},

@@ -3,6 +3,7 @@
 
 pub(super) mod archive;
 pub(super) mod attach_worker;
+pub(super) mod host_checks;
 pub(super) mod kernel_event;
 mod overruns;
 pub(super) mod programmer;

@@ -18,7 +18,7 @@ use std::{
 use crate::{
     agent::{
         diagnosis::auditor::Auditor,
-        host::checks::HostChecks,
+        workers::host_checks::HostChecks,
         workers::{
             kernel_event::{DemandState, KernelEvent, Outcome},
             overruns::Overruns,
