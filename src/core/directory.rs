@@ -3,7 +3,10 @@
 //! Only the node that a member record describes writes it. Records of nodes that left stay, so that an
 //! outdated copy cannot restore them.
 
-use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    ops::Bound,
+};
 
 use crate::{
     model::{Forget, MemberRecord, NodeId, bounded::MAX_MEMBERS},
@@ -75,6 +78,13 @@ impl Directory {
     /// Returns all records, by node id.
     pub fn iter(&self) -> impl Iterator<Item = &MemberRecord> {
         self.records.values()
+    }
+
+    /// Returns the records before and after this node's, by node id. No other id shares more leading digits.
+    pub fn neighbors(&self, node: NodeId) -> impl Iterator<Item = &MemberRecord> {
+        let before = self.records.range(..node).next_back();
+        let after = self.records.range((Bound::Excluded(node), Bound::Unbounded)).next();
+        before.into_iter().chain(after).map(|(_, record)| record)
     }
 
     /// Returns the records of all members except `me`, without those that left or were forgotten.

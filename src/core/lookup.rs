@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use crate::model::{MemberRecord, NodeId};
@@ -14,13 +14,24 @@ const LABEL_SEPARATOR: char = '~';
 /// Fewest digits of an id that stand for it.
 const MIN_ID_DIGITS: usize = 4;
 
-/// Labels of all members.
+/// Labels of all members. Making them takes one pass over the directory, and a label takes no other pass: a
+/// member may invent as many others of one name as the directory holds.
 pub struct Labels<'a> {
     node: &'a Node,
-    by_name: BTreeMap<&'a str, Vec<&'a MemberRecord>>,
+    by_name: BTreeMap<&'a str, Namesakes>,
     opinions: BTreeMap<NodeId, Liveness>,
     /// Members that are earlier identities of living ones.
     former: BTreeSet<NodeId>,
+}
+
+/// Members of one name.
+#[derive(Default)]
+struct Namesakes {
+    all: usize,
+    /// Those that are neither gone nor earlier identities of living members.
+    present: usize,
+    /// Addresses of those that are alive and not gone.
+    alive_at: BTreeSet<SocketAddr>,
 }
 
 impl Node {
@@ -106,27 +117,32 @@ impl Node {
 
     /// Returns the labels of all members, for many uses at once.
     pub fn labels(&self) -> Labels<'_> {
-        let mut by_name: BTreeMap<&str, Vec<&MemberRecord>> = BTreeMap::new();
-        for record in self.replica.directory.iter() {
-            by_name.entry(record.name.as_str()).or_default().push(record);
-        }
         let opinions = self.membership.opinions();
         let is = |node: NodeId, liveness| opinions.get(&node) == Some(&liveness);
         let is_alive = |node| node == self.replica.me.node || is(node, Liveness::Alive);
-        let is_former = |record: &MemberRecord, same: &[&MemberRecord]| {
-            let is_successor = |other: &&MemberRecord| {
-                other.address == record.address
-                    && is_alive(other.node)
-                    && !self.replica.is_gone(other.node)
-            };
+        let mut by_name: BTreeMap<&str, Namesakes> = BTreeMap::new();
+        for record in self.replica.directory.iter() {
+            let same = by_name.entry(record.name.as_str()).or_default();
+            same.all += 1;
+            if !self.replica.is_gone(record.node) {
+                same.present += 1;
+                if is_alive(record.node) {
+                    same.alive_at.insert(record.address);
+                }
+            }
+        }
+        let mut former = BTreeSet::new();
+        for record in self.replica.directory.iter() {
             let answers = is_alive(record.node) || is(record.node, Liveness::Suspect);
-            !answers && !self.replica.is_gone(record.node) && same.iter().any(is_successor)
-        };
-        let several = by_name.values().filter(|same| same.len() > 1);
-        let former = several
-            .flat_map(|same| same.iter().filter(|record| is_former(record, same)))
-            .map(|record| record.node)
-            .collect();
+            if answers || self.replica.is_gone(record.node) {
+                continue;
+            }
+            let same = by_name.entry(record.name.as_str()).or_default();
+            if same.alive_at.contains(&record.address) {
+                same.present -= 1;
+                former.insert(record.node);
+            }
+        }
         Labels { node: self, by_name, opinions, former }
     }
 
@@ -166,10 +182,12 @@ impl Labels<'_> {
         let directory = &self.node.replica.directory;
         let Some(record) = directory.get(node) else { return node.to_string() };
         let name = record.name.as_str();
-        let is_past = |node| self.node.replica.is_gone(node) || self.is_former_self(node);
-        let is_rival =
-            |other: &&MemberRecord| other.node != node && (is_past(node) || !is_past(other.node));
-        if !self.by_name.get(name).is_some_and(|same| same.iter().any(is_rival)) {
+        let is_past = self.node.replica.is_gone(node) || self.is_former_self(node);
+        let rivals = self.by_name.get(name).map_or(0, |same| match is_past {
+            true => same.all - 1,
+            false => same.present - 1,
+        });
+        if rivals == 0 {
             return name.to_owned();
         }
         let id = node.to_string();
@@ -177,8 +195,8 @@ impl Labels<'_> {
             let other = other.node.to_string();
             id.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count()
         };
-        let others = directory.iter().filter(|other| other.node != node);
-        let digits = others.map(|other| shared(other) + 1).max().unwrap_or(0).max(MIN_ID_DIGITS);
+        let neighbors = directory.neighbors(node);
+        let digits = neighbors.map(|other| shared(other) + 1).max().unwrap_or(0).max(MIN_ID_DIGITS);
         format!("{name}{LABEL_SEPARATOR}{}", id.get(..digits).unwrap_or(&id))
     }
 }

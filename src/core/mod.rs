@@ -88,6 +88,10 @@ use crate::{
     wire::{Frame, Push, Request, Response, Roots},
 };
 
+/// Limit of the log lines about members that go up or down after one input: one message may name as many
+/// members as the directory holds.
+const MAX_CHANGES_LOGGED: usize = 20;
+
 /// A node. Pass events to [`Node::handle`], then drain [`Node::poll_output`].
 pub struct Node {
     /// Time of the input that is being handled.
@@ -306,6 +310,7 @@ impl Node {
     }
 
     fn drain_membership(&mut self, now: Time) {
+        let mut changes = 0;
         while let Some(notice) = self.membership.poll_notice() {
             match notice {
                 Notice::Send { to, packet } => {
@@ -315,7 +320,10 @@ impl Node {
                     }
                 }
                 Notice::Up(node) => {
-                    tracing::info!(%node, name = self.name_of(node), "member up");
+                    changes += 1;
+                    if changes <= MAX_CHANGES_LOGGED {
+                        tracing::info!(%node, name = self.name_of(node), "member up");
+                    }
                     self.replica.sync.partners.end_pause(node);
                     if self.replica.directory.get(node).is_none() {
                         self.replica.sync.hasten(now);
@@ -330,7 +338,10 @@ impl Node {
                     self.counters.downs += 1;
                     let has_ended = self.replica.is_gone(node);
                     let what = if has_ended { "member ended" } else { "member down" };
-                    tracing::info!(%node, name = self.name_of(node), "{what}");
+                    changes += 1;
+                    if changes <= MAX_CHANGES_LOGGED {
+                        tracing::info!(%node, name = self.name_of(node), "{what}");
+                    }
                     self.replace_predecessor(now);
                 }
                 Notice::Renewed(identity) => {
@@ -338,6 +349,9 @@ impl Node {
                     self.replica.sync.unsettle(now);
                 }
             }
+        }
+        if let more @ 1.. = changes.saturating_sub(MAX_CHANGES_LOGGED) {
+            tracing::info!(more, "more members went up, went down or ended");
         }
     }
 

@@ -229,19 +229,19 @@ impl Node {
     fn member_statuses(&self) -> Vec<MemberStatus> {
         let labels = self.labels();
         let opinions = self.membership.opinions();
-        let slots = self
-            .replica
-            .cluster_state
-            .as_ref()
-            .map(|cluster_state| (cluster_state, cluster_state.cluster.settings.pool));
+        let cluster_state = self.replica.cluster_state.as_ref();
+        let pool = cluster_state.map(|cluster_state| cluster_state.cluster.settings.pool);
+        // Members and runs are many, so the runs are read once.
+        let mut owned: BTreeMap<NodeId, Vec<&Run>> = BTreeMap::new();
+        for run in cluster_state.iter().flat_map(|cluster_state| cluster_state.slots.runs()) {
+            owned.entry(run.record.owner).or_default().push(run);
+        }
         let member = |record: &MemberRecord| {
             let is_me = record.node == self.replica.me.node;
-            let runs = slots
-                .iter()
-                .flat_map(|(cluster_state, _)| cluster_state.slots.runs_of(record.node));
-            let (leased, free): (Vec<_>, Vec<_>) =
+            let runs = owned.get(&record.node).into_iter().flatten().copied();
+            let (leased, free): (Vec<&Run>, Vec<&Run>) =
                 runs.partition(|run| run.record.state == SlotState::Leased);
-            let subnets = leased.into_iter().flat_map(|run: &Run| run.slots());
+            let subnets = leased.into_iter().flat_map(Run::slots);
             MemberStatus {
                 node: record.node,
                 name: record.name.clone(),
@@ -259,8 +259,8 @@ impl Node {
                 address: record.address,
                 underlay: record.vtep.underlay,
                 vtep_mac: record.vtep.mac,
-                subnets: slots
-                    .map(|(_, pool)| subnets.flat_map(|slot| pool.subnets(slot).iter()).collect())
+                subnets: pool
+                    .map(|pool| subnets.flat_map(|slot| pool.subnets(slot).iter()).collect())
                     .unwrap_or_default(),
                 free: free.iter().map(|run| run.len).sum(),
             }

@@ -432,3 +432,50 @@ fn flood_of_facts_by_a_member_blocks_no_agent_and_fills_no_log() {
         Ok(())
     });
 }
+
+/// Regression: a label was compared with the ids of all members as text, so that 16,000 members of one name
+/// stopped the event loop of each node for a minute, again and again.
+#[test]
+fn thousands_of_invented_members_of_one_name_stop_no_agent_and_fill_no_log() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let host = lab.host(9, "evil")?;
+        let hostile = HostileMember::new(&host, &cluster.token)?;
+        let (_, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
+        assert!(matches!(answer, Response::Welcome(_)), "{answer:?}");
+        let invented = |number: u16| {
+            let [high, low] = number.to_be_bytes();
+            let node = NodeId::from_bytes([high, low, 7, 7, 7, 7, 7, 7]);
+            let underlay = IpAddr::from([10, 98, high, low]);
+            MemberRecord {
+                node,
+                name: "same".parse().expect("a name"),
+                address: (underlay, PORT).into(),
+                vtep: Vtep { mac: Mac::of_node(node), underlay },
+                ..hostile.record()
+            }
+        };
+        let members: Vec<_> = (1..=8_000).map(invented).collect();
+        let incarnation = Incarnation { starts: 1, renewals: 0 };
+        let active = members.iter().map(|record| Identity { node: record.node, incarnation });
+        let facts = Facts { active: active.collect(), members, ..Facts::default() };
+        let identity = hostile.identity();
+        let request = Request::Exchange { buckets: u32::MAX, identity, facts };
+        hostile.ask(&cluster.hosts[0], request)?;
+        for agent in 0..2 {
+            let named = |status: &Value| {
+                let members = status["members"].as_array().into_iter().flatten();
+                let labels = members.filter(|member| member["name"] == "same");
+                let labels: std::collections::BTreeSet<_> =
+                    labels.filter_map(|member| member["label"].as_str()).collect();
+                labels.len() == 8_000
+            };
+            status_where(&mut cluster.agents[agent], named);
+            status(&mut cluster, agent);
+            let log = cluster.agents[agent].log();
+            let lines = log.lines().filter(|line| line.contains("name=same")).count();
+            assert!(lines < 2_000, "{lines} lines");
+        }
+        Ok(())
+    });
+}
