@@ -1,7 +1,8 @@
 //! Forged ICMP messages "fragmentation needed", sent by a host that sees none of the traffic.
 
 use std::{
-    net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6},
+    io::ErrorKind,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6, UdpSocket},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -10,8 +11,12 @@ use std::{
 use gossamer::lab::{Agent, Host, NetNs, Pod};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::common::{
-    Cluster, TIMEOUT, checksum, eventually, has_problem, isolated, run, tool, wait_until,
+use crate::{
+    cni::{Runtime, address, namespaces},
+    common::{
+        Cluster, TIMEOUT, checksum, eventually, has_problem, isolated, program, run, tool,
+        wait_until,
+    },
 };
 
 /// Returns the message that a tunnel packet from one host to another was too large.
@@ -253,6 +258,56 @@ fn ipv6_path_mtu_to_a_pod_reported_to_its_peers_host_is_ignored() {
             let route = tool(&cluster.hosts[0].netns, &format!("ip -6 route get {about}"));
             assert!(!route.contains("mtu"), "fragments {in_fragments}: {route}");
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn path_mtu_reported_by_a_pod_to_another_pod_is_ignored() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, TIMEOUT)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        let [attacker, victim, _] = &spaces[..] else { unreachable!("three namespaces") };
+        let runtime = Runtime::new(&agent);
+        let mut addresses = Vec::new();
+        for (name, space) in ["a", "b", "c"].into_iter().zip(&spaces) {
+            let address: Ipv4Addr = address(&runtime.add(name)).parse()?;
+            let ipv6 = tool(space, "ip -6 -o addr show dev eth0 scope global");
+            let ipv6 = ipv6.split_whitespace().find_map(|word| word.strip_suffix("/64"));
+            addresses.push((address, ipv6.expect("an address").parse::<Ipv6Addr>()?));
+        }
+        let [(own, own6), (to, to6), (about, about6)] = addresses[..] else {
+            unreachable!("three pods")
+        };
+        // The kernel takes a report about a datagram of any of its sockets. The report names this port.
+        let socket = victim.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0xc000)))?;
+        for in_fragments in [false, true] {
+            attacker.run(|| {
+                let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
+                raw.send_to(&path_mtu_report(to, about, 600), &SocketAddrV4::new(to, 0).into())?;
+                let raw = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::from(255)))?;
+                let receiver = SocketAddrV6::new(to6, 0, 0, 0).into();
+                let packets = pod_path_mtu_report6(own6, to6, about6, in_fragments);
+                packets.iter().try_for_each(|packet| raw.send_to(packet, &receiver).map(drop))
+            })?;
+            // The echoes arrive after the reports, so the reports have been processed.
+            for to in [to.to_string(), to6.to_string()] {
+                let echoes = format!("ping -c 1 -W 1 {to}");
+                eventually(attacker, &echoes, |said| said.contains(" 0% packet loss"));
+            }
+            let route = tool(victim, &format!("ip route get {about}"));
+            assert!(!route.contains("mtu"), "{route}");
+            let route = tool(victim, &format!("ip -6 route get {about6}"));
+            assert!(!route.contains("mtu"), "fragments {in_fragments}: {route}");
+        }
+        // A pod still reports that a datagram to it found no socket.
+        socket.set_read_timeout(Some(TIMEOUT))?;
+        socket.connect((own, 9))?;
+        socket.send(b"to a closed port")?;
+        let error = socket.recv(&mut [0; 8]).expect_err("no socket answers");
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
         Ok(())
     });
 }

@@ -14,6 +14,10 @@
 //! packets to the pod through a service are. A rate limit ends loops of broadcasts through several
 //! pods.
 //!
+//! An ICMP error quotes the packet that it is about, and the kernel of the receiver then takes a smaller path
+//! MTU from it. A pod can know only about packets that were sent to it, so a pod's error passes only if the
+//! quoted packet's destination is an address of the pod.
+//!
 //! The bridge floods a frame to an unknown MAC to all ports. Pods that send it back with a MAC of
 //! their own would make it circulate as well, and each pod would see frames for others. A frame
 //! therefore leaves by a veth pair only if it is for its pod or for a group. The bridge still
@@ -103,6 +107,9 @@ const ARP_MAC: (Base, u32, u32) = (Base::Network, 8, 6);
 const ARP_ADDRESS: (Base, u32, u32) = (Base::Network, 14, 4);
 const SOURCE4: (Base, u32, u32) = (Base::Network, 12, 4);
 const SOURCE6: (Base, u32, u32) = (Base::Network, 8, 16);
+/// The destination of the packet that an ICMP error quotes, after eight bytes (RFC 792, RFC 4443).
+const QUOTED4: (Base, u32, u32) = (Base::Transport, 8 + 16, 4);
+const QUOTED6: (Base, u32, u32) = (Base::Transport, 8 + 24, 16);
 /// The target of a neighbor solicitation or advertisement.
 const TARGET: (Base, u32, u32) = (Base::Transport, 8, 16);
 
@@ -112,6 +119,9 @@ const IPV6: u16 = 0x86dd;
 /// Tags of IEEE 802.1Q and 802.1ad.
 const VLAN: u16 = 0x8100;
 const SERVICE_VLAN: u16 = 0x88a8;
+const ICMP: u8 = 1;
+/// ICMP errors about a quoted packet: destination unreachable, time exceeded, parameter problem (RFC 792).
+const ICMP_ERRORS: [u8; 3] = [3, 11, 12];
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
@@ -276,6 +286,16 @@ fn rules() -> Vec<Rule> {
         rule.masked(place.0, place.1, &mask, &value, same)
     };
     let advertised = link_local(TARGET, icmpv6(NEIGHBOR_ADVERTISEMENT), false);
+    let own4 = |rule: Rule, field| rule.input_with(ADDRESSES4, &[ETHER_SOURCE, field], true);
+    let icmp = || Rule::new().ether_type(IPV4).transport(ICMP);
+    let error = |kind| icmp().holds(Base::Transport, 0, &[kind]).count().drop();
+    // Errors have the types below 128.
+    let error6 = || {
+        let icmpv6 = Rule::new().ether_type(IPV6).transport(ICMPV6);
+        icmpv6.masked(Base::Transport, 0, &[0x80], &[0], true)
+    };
+    let own6 = |rule: Rule, field| rule.input_with(ADDRESSES6, &[ETHER_SOURCE, field], true);
+    let not_icmp = Rule::new().ether_type(IPV4).lacks(Base::Network, 9, &[ICMP]);
     vec![
         Rule::new().input_with(VETHS, &[], false).accept(),
         Rule::new().input_with(MACS, &[ETHER_SOURCE], false).count().drop(),
@@ -286,10 +306,15 @@ fn rules() -> Vec<Rule> {
             .holds(ARP_ADDRESS.0, ARP_ADDRESS.1, &[0; 4])
             .input_with(MACS, &[ARP_MAC], true)
             .accept(),
-        Rule::new()
-            .ether_type(IPV4)
-            .input_with(ADDRESSES4, &[ETHER_SOURCE, SOURCE4], true)
-            .accept(),
+        own4(not_icmp, SOURCE4).accept(),
+        // An error whose quoted destination is in a later fragment is dropped with its first one.
+        own4(own4(icmp(), SOURCE4), QUOTED4).accept(),
+        error(ICMP_ERRORS[0]),
+        error(ICMP_ERRORS[1]),
+        error(ICMP_ERRORS[2]),
+        own4(icmp(), SOURCE4).accept(),
+        own6(own6(error6(), SOURCE6), QUOTED6).accept(),
+        error6().count().drop(),
         icmpv6(ROUTER_ADVERTISEMENT).count().drop(),
         icmpv6(REDIRECT).count().drop(),
         icmpv6(NEIGHBOR_ADVERTISEMENT)
@@ -298,10 +323,7 @@ fn rules() -> Vec<Rule> {
             .count()
             .drop(),
         advertised.input_with(ADDRESSES6, &[ETHER_SOURCE, TARGET], false).count().drop(),
-        Rule::new()
-            .ether_type(IPV6)
-            .input_with(ADDRESSES6, &[ETHER_SOURCE, SOURCE6], true)
-            .accept(),
+        own6(Rule::new().ether_type(IPV6), SOURCE6).accept(),
         Rule::new().ether_type(IPV6).inside(USED6, SOURCE6).count().drop(),
         link_local(SOURCE6, Rule::new().ether_type(IPV6), true).accept(),
         duplicate_address_detection()
