@@ -96,8 +96,8 @@ fn expand<'a>(prefix: &str, text: &'a str, paths: &mut Vec<String>) -> &'a str {
             return rest.get(1..).unwrap_or_default();
         }
         rest = expand(&path, rest, paths).trim_start();
-        if rest.starts_with('}') {
-            return &rest[1..];
+        if let Some(rest) = rest.strip_prefix('}') {
+            return rest;
         }
         if !rest.starts_with(',') {
             return rest;
