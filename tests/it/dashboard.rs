@@ -114,10 +114,30 @@ fn dashboard_of_a_hundred_members_is_usable_by_keyboard_and_on_a_phone() {
         let mut browser = Browser::start(&netns)?;
         browser.set_screen(1600, 1200, "dark")?;
         browser.open(URL)?;
-        assert_eq!(browser.ask("document.querySelectorAll('#members tbody tr').length")?, 100);
+        // A member that was forgotten shows on request only.
+        let rows = "document.querySelectorAll('#members tbody tr').length";
+        assert_eq!(browser.ask(rows)?, 99);
+        browser.ask("document.getElementById('with-past').click()")?;
+        assert_eq!(browser.ask(rows)?, 100);
+        let headings = browser.ask("document.querySelector('#members thead').innerText")?;
+        assert!(!headings.as_str().is_some_and(|text| text.contains("MAC")), "{headings}");
         let summary = browser.ask("document.getElementById('matrix-summary').innerText")?;
         let summary = summary.as_str().unwrap_or_default();
         assert!(summary.contains("n7") && summary.contains("unanswered"), "{summary}");
+        // The legends have the signs that occur, and the list of all signs has the others.
+        let legend = browser.ask("document.getElementById('map-legend').textContent")?;
+        let legend = legend.as_str().unwrap_or_default();
+        assert!(legend.contains("suspect") && !legend.contains("asymmetric"), "{legend}");
+        let signs = browser.ask("document.getElementById('all-signs').textContent")?;
+        assert!(signs.as_str().is_some_and(|text| text.contains("asymmetric")), "{signs}");
+        // The panel names the pods of this host. What few readers need is folded.
+        let panel = browser.ask("document.getElementById('detail').innerText")?;
+        let panel = panel.as_str().unwrap_or_default();
+        assert!(
+            panel.contains("0123456789ab eth0") && panel.contains("10.42.1.2; orphan"),
+            "{panel}"
+        );
+        assert!(panel.contains("COUNTERS") && !panel.contains("grants"), "{panel}");
         // Names are shown as text, even if they contain markup.
         assert_eq!(browser.ask("document.querySelectorAll('#members b, #map b').length")?, 0);
         photograph(&mut browser, "dashboard.png")?;
@@ -149,6 +169,17 @@ fn dashboard_of_a_hundred_members_is_usable_by_keyboard_and_on_a_phone() {
         for width in [360, 800, 1600] {
             assert_fits(&mut browser, width)?;
         }
+        // On a phone the links to the sections stay in view.
+        browser.set_screen(360, 800, "light")?;
+        browser.ask("scrollTo(0, 2000)")?;
+        browser.wait_for("scrollY > 1000")?;
+        let top = browser.ask("document.querySelector('nav').getBoundingClientRect().top")?;
+        assert_eq!(top, 0);
+        // The panel has no scroll bar of its own beside that of the page.
+        browser.set_screen(1600, 600, "light")?;
+        let panel = "(panel => panel.scrollHeight - panel.clientHeight)\
+                     (document.getElementById('detail'))";
+        assert_eq!(browser.ask(panel)?, 0);
         assert_eq!(browser.page_errors, [""; 0]);
         browser.set_screen(360, 800, "light")?;
         photograph(&mut browser, "dashboard-phone.png")
@@ -164,6 +195,7 @@ fn serve(mut stream: TcpStream) {
     let (content_type, body) = match path.as_str() {
         "/v1/status" => ("application/json", status().to_string()),
         "/v1/matrix" => ("application/json", matrix().to_string()),
+        "/v1/pods" => ("application/json", pods().to_string()),
         "/v1/samples" => ("application/json", samples().to_string()),
         "/v1/events" => {
             let event = json!({
@@ -255,6 +287,13 @@ fn status() -> Value {
         },
         "pods": 4, "pods_outside": 0, "connections": 12,
     })
+}
+
+fn pods() -> Value {
+    json!({ "pods": [{
+        "container": "0123456789abcdef".repeat(4), "interface": "eth0", "owner": "cni/gossamer",
+        "addresses": ["10.42.1.2"], "link": "gsmp1", "netns": "/run/netns/web", "orphan": true,
+    }] })
 }
 
 fn path_list(from: u32) -> Vec<Value> {

@@ -82,9 +82,11 @@ fn metrics_and_health_endpoints_answer_collectors_and_probes() {
         assert!(get(host, "/healthz", "*/*").0.contains("200"));
         assert!(get(host, "/readyz", "*/*").0.contains("200"));
         // Endpoints that change the state or reveal the token are not available here.
-        for path in ["/v1/token", "/v1/leave", "/v1/forget", "/v1/pods"] {
+        for path in ["/v1/token", "/v1/leave", "/v1/forget", "/v1/pods/detach"] {
             assert!(get(host, path, "*/*").0.contains("404"), "{path}");
         }
+        // The dashboard lists the pods of its host.
+        assert!(get(host, "/v1/pods", "*/*").1.starts_with("{\"pods\":"));
         // An agent that has found no member yet.
         let third = lab.host(3, "n3")?;
         let lost = ["--http", &address, "--join", "10.99.0.99", "--token", &cluster.token];

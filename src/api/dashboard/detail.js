@@ -1,10 +1,21 @@
-// The detail panel: everything that `v1/status` has about the selected member or this host.
+// The detail panel: everything that `v1/status` has about the selected member or this host. What operators look
+// for comes first; the rest is folded.
 
 import { $, el, keyed, sentence, text } from "./dom.js";
 import { model, nameOf } from "./model.js";
-import { count, memberState, milliseconds, number, some } from "./words.js";
+import { count, memberState, milliseconds, number, shorten, some } from "./words.js";
+
+/** Most pods in the panel; `gossamer pods` lists all. */
+const MOST_PODS = 50;
+const FOLDED = new Set(["Addresses", "Free ranges", "Agent", "Kernel", "Cluster", "Counters"]);
 
 let lastShown = null;
+
+// The panel scrolls with the page up to its end, where it stays: a scroll bar of its own would stand beside that
+// of the page.
+new ResizeObserver(([{ target }]) => {
+  target.style.setProperty("--height", `${target.offsetHeight}px`);
+}).observe($("detail"));
 
 export function showDetail() {
   const { status, selected } = model;
@@ -19,9 +30,12 @@ export function showDetail() {
     text($("detail-note"), selected ? `${name} is selected` : "No member is selected");
     $("detail").scrollTop = 0;
   }
+  const own = !selected || member?.me;
   const facts = [
     ...(member ? aboutMember(member) : []),
-    ...(!selected || member?.me ? aboutThisHost(status) : []),
+    ...(own ? [podList(status)] : []),
+    ...(member ? aboutAddresses(member) : []),
+    ...(own ? aboutThisHost(status) : []),
   ];
   keyed(
     $("detail-body"),
@@ -32,11 +46,12 @@ export function showDetail() {
   );
 }
 
-const makeBlock = () => el("section", {}, el("h3"), el("dl"));
+const makeBlock = ([title]) =>
+  el("details", { open: FOLDED.has(title) ? null : "" }, el("summary", {}, el("h3")), el("dl"));
 
 /** Shows a block: a title and [term, value] pairs. Pairs without a value are omitted. */
 function showBlock(block, [title, values]) {
-  text(block.firstChild, title);
+  text(block.firstChild.firstChild, title);
   const make = () => el("div", {}, el("dt"), el("dd"));
   keyed(
     block.lastChild,
@@ -55,25 +70,15 @@ const block = (title, values) => [title, values.filter(isKnown)];
 
 function aboutMember(member) {
   const path = model.paths.get(member.node);
-  const free_slots = (model.status.free_slots ?? []).filter(({ node }) => node === member.node);
-  const ranges = free_slots.map(({ first, last }) => (first === last ? first : `${first} to ${last}`));
   const gone = (model.status.reclaiming ?? []).find(({ node }) => node === member.node);
   return [
     block("Member", [
+      ["Subnets", member.subnets.join(", ") || "none"],
       ["State", member.me ? "alive (this host)" : memberState(member)],
       ["Gossip state", member.left || member.forgotten ? member.liveness : null],
-      ["Node", member.node],
-      ["Address", member.address],
-      ["Underlay", member.underlay],
-      ["VTEP MAC", member.vtep_mac],
-      ["Slots", member.heard === undefined ? null : member.heard ? "confirmed" : "unconfirmed"],
-      ["Version", rowOf(member.node)?.version],
+      ["Former self", member.former_self ? "an earlier identity of a living member" : null],
       ["Problems", member.me ? null : rowOf(member.node)?.problems],
-    ]),
-    block("Subnets", [
-      ["Leased", member.subnets.join(", ") || "none"],
-      ["Free", number(member.free)],
-      ["Free ranges", some(ranges, 6)],
+      ["Version", rowOf(member.node)?.version],
       ["Reclaimed by", gone && `${nameOf(gone.successor)}: ${count(gone.slots, "slot")} left`],
       ["Waits for", gone?.waits_for?.length ? some(gone.waits_for, 12) : null],
     ]),
@@ -83,6 +88,47 @@ function aboutMember(member) {
       ["Problem", path?.problem && [path.problem.what, path.problem.fix].filter(Boolean).join(": ")],
       ["Paths from it", ownPaths(member.node)],
       ["Paths to it", pathsTo(member.node)],
+    ]),
+  ];
+}
+
+/** Lists the pods of this host. */
+function podList({ pods: total, pods_outside: outside }) {
+  const pods = model.pods ?? [];
+  const shown = pods.slice(0, MOST_PODS).map((pod) => [podName(pod), aboutPod(pod)]);
+  const all = outside ? `${number(total)}, ${number(outside)} of them outside the subnet` : total;
+  const omitted = pods.length - shown.length;
+  return block("Pods", [
+    ["Pods", all],
+    ...shown,
+    [`${number(omitted)} more`, omitted > 0 ? "`gossamer pods` lists all" : null],
+  ]);
+}
+
+/** Runtimes show the first 12 digits of an id. */
+function podName({ container, interface: device }) {
+  return `${/^[0-9a-f]{64}$/.test(container) ? container.slice(0, 12) : shorten(container, 24)} ${device}`;
+}
+
+function aboutPod({ addresses, orphan, netns }) {
+  const state = orphan ? "; orphan" : netns ? "" : "; reserved";
+  return `${addresses.join(", ")}${state}`;
+}
+
+function aboutAddresses(member) {
+  const free = (model.status.free_slots ?? []).filter(({ node }) => node === member.node);
+  const ranges = free.map(({ first, last }) => (first === last ? first : `${first} to ${last}`));
+  return [
+    block("Addresses", [
+      ["Node", member.node],
+      ["Address", member.address],
+      ["Underlay", member.underlay],
+      ["VTEP MAC", member.vtep_mac],
+    ]),
+    block("Free ranges", [
+      ["Free", number(member.free)],
+      ["Ranges", some(ranges, 6)],
+      ["Slots", member.heard === undefined ? null : member.heard ? "confirmed" : "unconfirmed"],
     ]),
   ];
 }
@@ -109,8 +155,6 @@ function aboutThisHost({
   settings,
   phase,
   connections,
-  pods,
-  pods_outside: outside,
   counters,
   version,
 }) {
@@ -121,7 +165,6 @@ function aboutThisHost({
       ["Version", version],
       ["Phase", phase],
       ["Connections", connections],
-      ["Pods", outside ? `${pods}, ${outside} of them outside the subnet` : pods],
     ]),
     block(
       "Kernel",

@@ -2,7 +2,7 @@
 // them when the page opens.
 
 import { $, attr, el, text } from "./dom.js";
-import { count, number } from "./words.js";
+import { count, moment, number } from "./words.js";
 
 const KINDS = ["agent", "member", "lease", "path", "repair", "problem", "pod"];
 const MOST = 500;
@@ -86,15 +86,10 @@ function showCount() {
 
 function makeRow({ at, kind, level, text: words }) {
   const date = new Date(at * 1000);
-  const today = date.toDateString() === new Date().toDateString();
-  const local = date.toLocaleString(
-    "en-GB",
-    today ? { timeStyle: "medium" } : { dateStyle: "short", timeStyle: "medium" },
-  );
   return el(
     "li",
     { class: level === "warn" ? "warn" : "info" },
-    el("time", { datetime: date.toISOString(), title: date.toISOString() }, local),
+    el("time", { datetime: date.toISOString(), title: date.toISOString() }, moment(date)),
     el("span", { class: "kind" }, kind),
     el("span", { class: "words" }, level === "warn" ? el("b", { class: "unseen" }, "warning: ") : "", words),
   );

@@ -4,7 +4,7 @@
 import { Chart } from "./chart.js";
 import { $, attrs, text } from "./dom.js";
 import { model } from "./model.js";
-import { clock, count, milliseconds, number } from "./words.js";
+import { clock, count, milliseconds, number, timeZone } from "./words.js";
 
 const values = (samples, of) => samples.map(of).filter((value) => value !== null && value !== undefined);
 const least = (samples, of) => values(samples, of).reduce((a, b) => Math.min(a, b), Infinity);
@@ -75,7 +75,7 @@ const charts = [
 ];
 
 const box = $("history");
-const lead = $("history-lead").textContent;
+const lead = `${$("history-lead").textContent} Times are those of ${timeZone()}.`;
 box.append(...charts.map((chart) => chart.figure));
 attrs(box, {
   tabindex: 0,

@@ -11,14 +11,14 @@ import { showMembers } from "./members.js";
 import { model, onSelect, select, storeStatus } from "./model.js";
 import { showPool } from "./pool.js";
 import { showSilence, showSummary } from "./summary.js";
-import { clock } from "./words.js";
+import { clock, timeZone } from "./words.js";
 
 const SECOND = 1000;
 const STATUS_EVERY = 2 * SECOND;
 const SLOW_EVERY = 10 * SECOND;
 
 // For tests of the page: waits until each kind of answer has been drawn once.
-const awaited = new Set(["status", "matrix", "samples", "events"]);
+const awaited = new Set(["status", "matrix", "samples", "events", "pods"]);
 function arrived(kind) {
   awaited.delete(kind);
   if (awaited.size === 0) document.documentElement.dataset.ready = "true";
@@ -61,6 +61,13 @@ function onSamples({ samples }) {
   arrived("samples");
 }
 
+function onPods({ pods }) {
+  model.pods = pods ?? null;
+  showDetail();
+  arrived("pods");
+}
+
+text($("time-zone"), timeZone());
 onSelect(() => {
   showMap();
   showMatrix();
@@ -84,5 +91,6 @@ $("deselect").addEventListener("click", () => {
 
 poll("v1/status", STATUS_EVERY, 5 * SECOND, onStatus, onSilence);
 poll("v1/matrix", SLOW_EVERY, 10 * SECOND, onMatrix);
+poll("v1/pods", SLOW_EVERY, 5 * SECOND, onPods);
 poll("v1/samples", SLOW_EVERY, 5 * SECOND, onSamples);
 listen("v1/events", addEvent, () => arrived("events"));

@@ -3,16 +3,16 @@
 
 import { networkOf } from "./addresses.js";
 import { $, attr, attrs, keyed, onWidth, svg, text } from "./dom.js";
-import { legend } from "./icon.js";
+import { legend, listSigns } from "./icon.js";
 import { layout } from "./layout.js";
-import { model, presentMembers, select } from "./model.js";
+import { currentMembers, model, select } from "./model.js";
 import { describe, makeTile, showTile } from "./tile.js";
-import { MEMBERS, PATHS, domainOf, pathLook } from "./words.js";
+import { MEMBERS, PATHS, SILENT, domainOf, memberState, pathLook } from "./words.js";
 
 const map = $("map");
 const [boxes, lines, tiles] = ["boxes", "lines", "tiles"].map((name) => svg("g", { class: name }));
 map.append(boxes, lines, tiles);
-legend($("map-legend"), ["Members", MEMBERS], ["Own paths", PATHS]);
+listSigns($("all-signs"), { ...MEMBERS, ...PATHS, "no answer": SILENT });
 
 let width = 0;
 let places = [];
@@ -27,7 +27,9 @@ onWidth(map.parentElement, (now) => {
 export function showMap() {
   if (!model.status || !width) return;
   const groups = new Map();
-  const members = presentMembers();
+  const members = currentMembers();
+  const paths = members.flatMap(({ node }) => model.paths.get(node)?.state ?? []);
+  legend($("map-legend"), ["Members", MEMBERS, members.map(memberState)], ["Own paths", PATHS, paths]);
   for (const member of [...members.filter((m) => m.me), ...members.filter((m) => !m.me)]) {
     const network = networkOf(member.underlay);
     if (!groups.has(network)) groups.set(network, []);

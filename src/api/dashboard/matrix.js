@@ -20,7 +20,6 @@ let domain = "";
 let width = 0;
 let drawn = {};
 
-legend($("matrix-legend"), ["", { ...PATHS, "no answer": SILENT }]);
 const cells = new Cells($("matrix"), $("matrix-cursor"), {
   hint: "Point at a cell, or use the arrow keys.",
   describe: (to, from) => describe(nodes[from], nodes[to]),
@@ -40,6 +39,7 @@ export function showMatrix(redraw) {
     drawn = { source, width };
     read(list);
     draw();
+    legend($("matrix-legend"), ["", { ...PATHS, "no answer": SILENT }, states()]);
     if (model.matrix) summarize(nodes, names, rows);
   }
   const chosen = nodes.indexOf(model.selected);
@@ -58,6 +58,19 @@ function read(list) {
 
 /** Undefined: the member did not report this path; null: it did not answer. */
 const pathOf = (from, to) => (rows.get(from) ? rows.get(from).get(to) : null);
+
+/** Returns the states that the matrix shows. */
+function states() {
+  const found = new Set();
+  for (const from of nodes) {
+    for (const to of nodes) {
+      if (from === to) continue;
+      const path = pathOf(from, to);
+      found.add(path === null ? "no answer" : (path?.state ?? "unknown"));
+    }
+  }
+  return [...found];
+}
 
 function describe(from, to) {
   if (!from || !to) return null;

@@ -4,13 +4,22 @@
 import { $, attr, el, keyed, text } from "./dom.js";
 import { icon, update } from "./icon.js";
 import { model, select } from "./model.js";
-import { MEMBERS, byName, isPresent, memberLook, memberState, milliseconds, number, pathLook } from "./words.js";
+import {
+  MEMBERS,
+  byName,
+  isCurrent,
+  memberLook,
+  memberState,
+  milliseconds,
+  number,
+  pathLook,
+} from "./words.js";
 
 const path = (member) => model.paths.get(member.node);
 
 /** Heading, text of a cell, and sort key if it differs from the text. */
 const COLUMNS = [
-  ["Name", (member) => member.name],
+  ["Name", (member) => member.label ?? member.name],
   ["State", memberState, (member) => Object.keys(MEMBERS).indexOf(memberState(member))],
   ["Path", (member) => (member.me ? "this host" : (path(member)?.state ?? "–"))],
   [
@@ -21,8 +30,6 @@ const COLUMNS = [
   ["Subnets", (member) => member.subnets.join(", ") || "–"],
   ["Free", (member) => number(member.free), (member) => member.free],
   ["Underlay", (member) => member.underlay],
-  ["VTEP MAC", (member) => member.vtep_mac],
-  ["Node", (member) => member.node],
 ];
 const NUMERIC = new Set(["Round trip", "Free"]);
 
@@ -42,6 +49,7 @@ const headings = COLUMNS.map(([title], column) => {
 });
 table.tHead.rows[0].append(...headings);
 $("filter").addEventListener("input", showMembers);
+$("with-past").addEventListener("change", showMembers);
 body.addEventListener("focusin", ({ target }) => {
   stop = target.closest("tr").dataset.node;
   for (const row of body.rows) attr(nameIn(row), "tabindex", row.dataset.node === stop ? 0 : -1);
@@ -61,10 +69,14 @@ body.addEventListener("keydown", (event) => {
 
 export function showMembers() {
   if (!model.status) return;
-  const all = [...model.members.values()];
+  const known = [...model.members.values()];
+  const past = known.filter((member) => !isCurrent(member)).length;
+  $("with-past").parentElement.hidden = !past;
+  text($("past-count"), number(past));
+  const all = $("with-past").checked ? known : known.filter(isCurrent);
   const words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   const shown = all.filter((member) => {
-    const whole = COLUMNS.map(([, cell]) => cell(member))
+    const whole = [...COLUMNS.map(([, cell]) => cell(member)), member.node, member.vtep_mac]
       .join(" ")
       .toLowerCase();
     return words.every((word) => whole.includes(word));
@@ -75,9 +87,7 @@ export function showMembers() {
   });
   if (!shown.some(({ node }) => node === stop)) stop = shown[0]?.node;
   keyed(body, shown, (member) => member.node, makeRow, showRow);
-  const gone = all.length - all.filter(isPresent).length;
-  const known = `${number(all.length)} known${gone ? `, ${number(gone)} of them left or forgotten` : ""}`;
-  text($("filter-count"), words.length ? `${number(shown.length)} of ${known}` : known);
+  text($("filter-count"), words.length ? `${number(shown.length)} of ${number(all.length)}` : number(all.length));
 }
 
 const nameIn = (row) => row.cells[0].firstChild;

@@ -1,11 +1,13 @@
 // The current data of the page. Only `main.js` stores answers; all parts read them and share the selected
 // member.
 
-import { byName, isPresent } from "./words.js";
+import { byName, isCurrent, isPresent } from "./words.js";
 
 export const model = {
   status: null,
   matrix: null,
+  /** Pods of this host; null while they are not known. */
+  pods: null,
   samples: [],
   /** Id of the selected node; null for none: the detail panel then shows this host. */
   selected: null,
@@ -35,6 +37,9 @@ export function presentMembers() {
   const members = [...model.members.values()].filter(isPresent);
   return members.sort((a, b) => byName(a.name, b.name) || (a.node < b.node ? -1 : 1));
 }
+
+/** Returns the present members without former selves. */
+export const currentMembers = () => presentMembers().filter(isCurrent);
 
 /** Returns a node's name, or the beginning of its id if the name is not known. */
 export const nameOf = (node) => model.members.get(node)?.name ?? String(node).slice(0, 8);

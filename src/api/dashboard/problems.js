@@ -2,7 +2,7 @@
 // explanation of the code.
 
 import { attr, el, sentence, text } from "./dom.js";
-import { ago, clock } from "./words.js";
+import { ago, moment } from "./words.js";
 
 /** Time for which the button says that the remedy was copied, in ms. */
 const COPIED_FOR = 1500;
@@ -30,7 +30,7 @@ export function showProblem(item, { code, severity, since, what, fix }) {
   remedy.hidden = !fix;
   sentence(remedy.firstChild, fix);
   attr(remedy.lastChild, "aria-label", `Copy the remedy of ${code}`);
-  text(more.firstChild, since ? `since ${clock(new Date(since * 1000))}, for ${ago(since)}` : "");
+  text(more.firstChild, since ? `since ${moment(new Date(since * 1000))}, for ${ago(since)}` : "");
   text(more.lastChild, code);
   attr(more.lastChild, "href", `problems#${code}`);
 }

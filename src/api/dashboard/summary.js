@@ -1,7 +1,7 @@
 // The summary: this node, its overall state, its problems, and key figures.
 
 import { $, attr, el, keyed, text } from "./dom.js";
-import { model, presentMembers } from "./model.js";
+import { currentMembers, model } from "./model.js";
 import { keyOf, makeProblem, showProblem } from "./problems.js";
 import { milliseconds, number } from "./words.js";
 
@@ -62,7 +62,7 @@ function announce(list) {
 
 function showFigures(status) {
   const { slots, kernel, pods } = status;
-  const members = presentMembers();
+  const members = currentMembers();
   const alive = members.filter((member) => member.liveness === "alive").length;
   const answered = (status.paths ?? []).filter((path) => path.state === "ok" && path.round_trip_ms !== null);
   const spans = answered.map((path) => path.round_trip_ms).sort((a, b) => a - b);

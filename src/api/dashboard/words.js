@@ -47,12 +47,16 @@ export const SILENT = {
 };
 
 export const MEMBERS = {
-  alive: { tone: "ok", sign: DISC },
-  suspect: { tone: "warn", sign: "M5 2.2a2.8 2.8 0 1 0 .01 0zM5 2.4v5.2" },
-  down: { tone: "bad", sign: CROSS },
-  left: { tone: "none", sign: "M2.4 5h5.2" },
-  forgotten: { tone: "none", sign: "M3 7l4-4" },
-  unknown: { tone: "none", sign: PATHS.unknown.sign },
+  alive: { tone: "ok", sign: DISC, means: "the member answers" },
+  suspect: {
+    tone: "warn",
+    sign: "M5 2.2a2.8 2.8 0 1 0 .01 0zM5 2.4v5.2",
+    means: "the member did not answer, and is checked again",
+  },
+  down: { tone: "bad", sign: CROSS, means: "the member does not answer" },
+  left: { tone: "none", sign: "M2.4 5h5.2", means: "the member has left the cluster" },
+  forgotten: { tone: "none", sign: "M3 7l4-4", means: "an operator or a vote has removed the member" },
+  unknown: { tone: "none", sign: PATHS.unknown.sign, means: "not known yet" },
 };
 
 const own = (table, key) => (Object.hasOwn(table, key) ? table[key] : table.unknown);
@@ -67,6 +71,9 @@ export function memberState(member) {
 
 /** Returns whether a member has neither left nor been forgotten. */
 export const isPresent = (member) => !member.left && !member.forgotten;
+
+/** Returns whether a member is present, and no earlier identity of another one. */
+export const isCurrent = (member) => isPresent(member) && !member.former_self;
 
 /** Compares names; digits compare as numbers, so n2 precedes n10. */
 export const byName = new Intl.Collator("en", { numeric: true }).compare;
@@ -83,6 +90,15 @@ export function milliseconds(value) {
 }
 
 export const clock = (date) => date.toLocaleTimeString("en-GB");
+
+/** Formats a time with its date, unless it is today. */
+export function moment(date) {
+  if (date.toDateString() === new Date().toDateString()) return clock(date);
+  return date.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "medium" });
+}
+
+/** Returns the name of the time zone in which times are shown. */
+export const timeZone = () => new Intl.DateTimeFormat().resolvedOptions().timeZone ?? "this computer";
 
 /** Formats the time since a moment (in seconds since 1970) by its largest unit. */
 export function ago(since) {
