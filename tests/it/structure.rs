@@ -1,6 +1,10 @@
 //! Rules about the imports between the modules of the library.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
 use super::tidy::{code, sources};
 
@@ -221,6 +225,41 @@ fn only_commands_import_the_agent_and_the_lab() {
     for module in ["agent", "lab"] {
         assert_eq!(importers(&imports, module), ["cli"], "{module}");
     }
+}
+
+/// Returns the modules that a cell of the table in ARCHITECTURE.md names, such as `core/{boot,join}`.
+fn modules_of(cell: &str) -> Vec<String> {
+    let named = cell.split('`').skip(1).step_by(2);
+    let expand = |name: &str| match name.split_once('{') {
+        None => vec![name.to_owned()],
+        Some((before, group)) => {
+            let ends = group.trim_end_matches('}').split(',');
+            ends.map(|end| format!("{before}{}", end.trim())).collect()
+        }
+    };
+    named.flat_map(expand).collect()
+}
+
+#[test]
+fn architecture_has_a_row_for_each_module_and_no_other() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(root.join("docs/ARCHITECTURE.md")).expect("UTF-8");
+    let rows = page.lines().skip_while(|line| !line.starts_with("| module |")).skip(2);
+    let cells = rows.map_while(|line| line.strip_prefix("| ")?.split(" |").next());
+    let named: Vec<String> = cells.flat_map(modules_of).collect();
+    let exists = |name: &str| {
+        let path = root.join("src").join(name);
+        path.is_dir() || path.with_extension("rs").is_file()
+    };
+    let unknown: Vec<_> = named.iter().filter(|name| !exists(name)).collect();
+    assert!(unknown.is_empty(), "ARCHITECTURE.md names modules that do not exist: {unknown:?}");
+    let is_named = |module: &str| named.iter().any(|name| name.split('/').next() == Some(module));
+    let modules = fs::read_dir(root.join("src")).expect("a folder").map(|entry| {
+        let name = entry.expect("an entry").file_name();
+        name.to_string_lossy().trim_end_matches(".rs").to_owned()
+    });
+    let missing: Vec<_> = modules.filter(|module| module != "lib" && !is_named(module)).collect();
+    assert!(missing.is_empty(), "ARCHITECTURE.md has no row for these modules: {missing:?}");
 }
 
 #[test]
