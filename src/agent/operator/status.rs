@@ -28,6 +28,11 @@ pub(in crate::agent) struct Waiter {
     pub(in crate::agent) reply: oneshot::Sender<AgentStatus>,
 }
 
+/// Says for how long the disk has not answered, at least.
+fn disk_silence() -> String {
+    format!("the disk has not answered for more than {} s", DISK_TIMEOUT.as_secs())
+}
+
 impl Agent {
     /// Stores a request that waits for convergence.
     pub(in crate::agent) fn add_waiter(&mut self, waiter: Waiter) {
@@ -115,28 +120,28 @@ impl Agent {
         }
     }
 
+    /// Returns whether the disk has not answered in time.
+    fn is_disk_silent(&self) -> bool {
+        self.writer.silent_for().is_some_and(|silent| silent > DISK_TIMEOUT)
+    }
+
     /// Returns why the disk cannot be written.
     pub(in crate::agent) fn store_failure(&self) -> Option<String> {
-        let is_silent = self.writer.silent_for().is_some_and(|silent| silent > DISK_TIMEOUT);
-        let silence = || {
-            let patience = DISK_TIMEOUT.as_secs();
-            format!("the disk has not answered for more than {patience} s: check it (dmesg)")
-        };
-        self.store_failure.clone().or_else(|| is_silent.then(silence))
+        let silence = || format!("{}: check it (dmesg)", disk_silence());
+        self.store_failure.clone().or_else(|| self.is_disk_silent().then(silence))
     }
 
     /// Returns the problem that the disk cannot be written.
     fn store_problem(&self) -> Option<Problem> {
-        let what = match (&self.store_failure, self.store_failure()?) {
-            (Some(failure), _) => format!("state directory: {failure}"),
-            (None, _) => format!(
-                "state directory: the disk has not answered for more than {} s, so pods and leases cannot \
-                 change",
-                DISK_TIMEOUT.as_secs()
-            ),
+        let problem = |what: String, fix| {
+            let what = format!("state directory: {what}");
+            Problem::new(ProblemCode::Disk, "state directory", what, fix)
         };
-        let fix = if self.store_failure.is_some() { "" } else { "check it (dmesg)" };
-        Some(Problem::new(ProblemCode::Disk, "state directory", what, fix))
+        if let Some(failure) = &self.store_failure {
+            return Some(problem(failure.clone(), ""));
+        }
+        let what = || format!("{}, so pods and leases cannot change", disk_silence());
+        self.is_disk_silent().then(|| problem(what(), "check it (dmesg)"))
     }
 
     /// Returns all problems.
@@ -232,9 +237,9 @@ impl Agent {
             ProblemCode::HandshakeOverload,
             format!("UDP {port}"),
             format!(
-                "{packets} handshakes a minute on UDP {port}, some of them from {example}, find no place or \
-                 lose it, because earlier ones are not finished, or repeat a first packet: they take CPU \
-                 time here, and handshakes of hosts with the cluster's secret come first"
+                "{packets} handshakes a minute on UDP {port} find no place or lose it, some of them \
+                 from {example}: earlier ones are not finished, or a first packet is repeated. They \
+                 take CPU time here. Handshakes of hosts with the cluster's secret come first"
             ),
             format!(
                 "see which program at {example} sends to UDP {port} (ss -unp), and let a firewall drop UDP \
