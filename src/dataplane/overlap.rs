@@ -131,9 +131,9 @@ pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<Problem> {
             let (address, around) = (found.address(), around.trunc());
             let what = match overlay_outranks(found) {
                 true => format!(
-                    "routes to nodes' subnets are more specific than {around}, so packets to machines \
-                     behind {interface} in these subnets go into the overlay, and packets to a pod with the \
-                     address {address} stay on this host"
+                    "routes to nodes' subnets are more specific than {around}. Packets to machines \
+                     behind {interface} in these subnets go into the overlay, and packets to a pod with \
+                     the address {address} stay on this host"
                 ),
                 false => format!("packets for pods in {around} leave by that interface"),
             };

@@ -137,9 +137,9 @@ fn paths(status: &AgentStatus) -> Vec<Finding> {
                 let why = match path.state {
                     // Mixed modes may be intentional.
                     PathState::Asymmetric => {
-                        "its answers arrive through the tunnel, packets to it go without one, as \
-                         with several modes in one cluster: rp_filter or a rule with rpfilter or \
-                         fib may drop that; set the same mode on all nodes"
+                        "its answers arrive through the tunnel, packets to it go without one, as with \
+                         several modes in one cluster. rp_filter, or a rule with rpfilter or fib, may \
+                         drop that: set the same mode on all nodes"
                     }
                     _ => "see the other checks",
                 };

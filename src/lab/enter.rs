@@ -22,9 +22,9 @@ pub const INSIDE: &str = "GOSSAMER_LAB";
 pub enum EnterError {
     /// The user may not create namespaces.
     #[error(
-        "ordinary users may not create namespaces here ({error}): run as root, or allow it: \
-         sysctl -w user.max_user_namespaces=10000 (and, where they exist, \
-         kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)"
+        "ordinary users may not create namespaces here ({error}). Run as root, or allow it: sysctl -w \
+         user.max_user_namespaces=10000 (and, where they exist, kernel.unprivileged_userns_clone=1, \
+         kernel.apparmor_restrict_unprivileged_userns=0)"
     )]
     Forbidden {
         /// The kernel's error.

@@ -71,8 +71,8 @@ pub fn own_address_problem(seeds: &[&str], of_token: bool) -> Problem {
         "{of} {seeds} {is} this host's own, so no member is found there (virtual machines that are each \
          behind their own NAT have the same address)"
     );
-    let fix = "name a member by an address that this host reaches (--join ADDRESS); or start the member that \
-               made the token with --iface NAME or --advertise ADDRESS, and use a new token of that member \
-               (gossamer token)";
+    let fix = "name a member by an address that this host reaches (--join ADDRESS). Or start the member \
+               that made the token with --iface NAME or --advertise ADDRESS, and use a new token of \
+               that member (gossamer token)";
     Problem::new(ProblemCode::OwnAddressSeed, seeds, what, fix)
 }

@@ -33,9 +33,9 @@ pub(super) fn no_carrier_reason(link: &Link, links: &[Link]) -> String {
     });
     if let Some((port, state)) = waiting {
         return format!(
-            "it is a bridge, and its port {} is still {state} (STP): it forwards after twice the bridge's \
-             forward_delay; if there is no loop, turn STP off (ip link set {name} type bridge stp_state 0, \
-             and where the bridge is configured)",
+            "it is a bridge, and its port {} is still {state} (STP). It forwards after twice the \
+             bridge's forward_delay. If there is no loop, turn STP off (ip link set {name} type bridge \
+             stp_state 0, and where the bridge is configured)",
             port.name
         );
     }

@@ -100,9 +100,9 @@ pub enum UnderlayError {
     Mtu { mtu: u32, iface: String, underlay: u32, most: u32 },
     /// The interface has lost the address.
     #[error(
-        "address {address} has vanished from interface {iface} (there now: {others}): the agent \
-         waits until {awaited}; where the address was leased, look at the DHCP client of {iface}, else give \
-         it back (ip addr add {address}/LENGTH dev {iface})"
+        "address {address} has vanished from interface {iface} (there now: {others}): the agent waits \
+         until {awaited}. If the address was leased, look at the DHCP client of {iface}, else give it \
+         back (ip addr add {address}/LENGTH dev {iface})"
     )]
     Vanished { address: IpAddr, iface: String, others: String, awaited: String },
     /// Another interface has the address.
@@ -114,8 +114,8 @@ pub enum UnderlayError {
     /// The interface is a port of another one.
     #[error(
         "{iface} is a port of {controller} and nevertheless has the address {address}, so {controller} \
-         receives its packets: move the address there (ip addr del {address} dev {iface}; ip addr add \
-         {address} dev {controller}, and routes that go by {iface})"
+         receives its packets. Move the address there (ip addr del {address} dev {iface}; ip addr add \
+         {address} dev {controller}), and routes that go by {iface}"
     )]
     Port { iface: String, controller: String, address: IpNet },
     /// The interface has no carrier.

@@ -233,7 +233,7 @@ fn local_rules_that_do_not_match_the_lost_packets_are_not_blamed() {
         );
         let wall = &TUNNEL_FAULTS[2];
         sh(&cluster.hosts[1].netns, wall.close);
-        let unknown = "of its rules that might drop them none was found";
+        let unknown = "none of its rules seems to drop them";
         let agent = &mut cluster.agents[0];
         wait_until(wall.there, TIMEOUT, || has_problem(agent, wall.there));
         wait_until(unknown, TIMEOUT, || has_problem(agent, unknown));

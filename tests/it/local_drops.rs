@@ -10,7 +10,7 @@ use crate::{
 
 /// Texts that the other host reports when the cause is not its own.
 const SEEN_BY_ARP: [&str; 2] = ["though a machine has that address: its ARP was seen here", ADVICE];
-const ADVICE: &str = "its own status names (there: gossamer status)";
+const ADVICE: &str = "A host names what it drops itself (there: gossamer status)";
 
 #[test]
 fn rule_that_drops_arp_answers_is_reported_and_the_advice_works() {

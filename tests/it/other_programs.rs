@@ -121,7 +121,7 @@ fn macvlan_that_takes_all_incoming_packets_is_reported() {
              ip -n vm link set mv0 up && ip neigh flush all",
         );
         let words =
-            "eth0 is promiscuous and no port of a bridge: a macvlan or macvtap in mode passthru";
+            "eth0 is promiscuous and no port of a bridge. A macvlan or macvtap in mode passthru";
         wait_for_problem(&mut cluster.agents[1], &[words]);
         sh(host, "ip -n vm link del mv0");
         cluster.agents.iter_mut().for_each(wait_for_path);

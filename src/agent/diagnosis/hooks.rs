@@ -135,10 +135,10 @@ pub fn passthru(link: &Link) -> Option<String> {
     let name = &link.name;
     (is_promiscuous && link.controller().is_none()).then(|| {
         format!(
-            "{name} is promiscuous and no port of a bridge: a macvlan or macvtap in mode passthru on it, \
-             for example of a container or virtual machine, takes all arriving packets, and may be in \
-             another network namespace (ip -all netns exec ip -d link show type macvlan): give it mode \
-             bridge, or another card"
+            "{name} is promiscuous and no port of a bridge. A macvlan or macvtap in mode passthru on it \
+             takes all arriving packets, for example of a container or virtual machine. Find it, also \
+             in other network namespaces (ip -all netns exec ip -d link show type macvlan), and give it \
+             mode bridge, or another card"
         )
     })
 }

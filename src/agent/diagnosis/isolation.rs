@@ -136,20 +136,20 @@ impl Agent {
                 | PathState::PartlyLost,
             ) => {
                 format!(
-                    "its kernel answers through the tunnel, so the host runs: either its agent is stopped \
-                     (there: systemctl status gossamer), or UDP {gossip} is blocked between the two hosts, \
-                     by a firewall or by the network"
+                    "its kernel answers through the tunnel, so the host runs. Either its agent is \
+                     stopped (there: systemctl status gossamer), or a firewall or the network blocks \
+                     UDP {gossip} between the two hosts"
                 )
             }
             Some(PathState::OneWay) => format!(
-                "its tunnel packets arrive here, so the host runs: UDP {ports} from this host are dropped \
-                 there or on the way (there: gossamer status), or its agent is stopped as well"
+                "its tunnel packets arrive here, so the host runs. UDP {ports} from this host are \
+                 dropped there or on the way (there: gossamer status), or its agent is stopped as well"
             ),
             _ => format!(
-                "either that host is off, its agent is stopped, or packets between the two hosts are lost: \
-                 if it runs, its status may name the cause (there: gossamer status); or this host is cut \
-                 off: check its network, its routes (ip route get ADDRESS; ip neigh), and whether firewalls \
-                 let UDP {ports} pass"
+                "either that host is off, its agent is stopped, or packets between the two hosts are \
+                 lost. If it runs, its status may name the cause (there: gossamer status). If this host \
+                 is cut off: check its network, its routes (ip route get ADDRESS; ip neigh), and \
+                 whether firewalls let UDP {ports} pass"
             ),
         };
         let what = format!(

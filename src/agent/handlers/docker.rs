@@ -319,9 +319,9 @@ impl Agent {
         // Docker would fail to set the second address, and leave the container without routes.
         if let Some(other) = self.other_in_sandbox(join) {
             return Err(PodError::invalid(format!(
-                "the container is already in a network of gossamer, with address {}: all networks of \
-                 gossamer belong to the same overlay, and Docker does not accept a second address of it: \
-                 omit this network",
+                "the container is already in a network of gossamer, with address {}. All networks of \
+                 gossamer belong to the same overlay, and Docker does not accept a second address of \
+                 it: omit this network",
                 other.addresses.first
             )));
         }

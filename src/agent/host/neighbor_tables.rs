@@ -37,13 +37,13 @@ impl NeighborTables {
         let wanted = most.saturating_mul(4);
         let name = if is_ipv4 { "IPv4" } else { "IPv6" };
         let what = format!(
-            "the kernel's table of {name} neighbors was full ({count} neighbors found no room at the last \
-             count; {entries} entries now, at most {most}), so hosts and pods without an entry cannot be \
-             reached"
+            "the kernel's table of {name} neighbors was full, so hosts and pods without an entry cannot \
+             be reached ({count} neighbors found no room at the last count; {entries} entries now, at \
+             most {most})"
         );
         let fix = format!(
-            "raise the limit on this host (sysctl -w net.{family}.neigh.default.gc_thresh3={wanted} \
-             net.{family}.neigh.default.gc_thresh2={}, and a file in /etc/sysctl.d), and find the program \
+            "raise the limit on this host: sysctl -w net.{family}.neigh.default.gc_thresh3={wanted} \
+             net.{family}.neigh.default.gc_thresh2={}, and a file in /etc/sysctl.d. Find the program \
              that looks up many addresses, also in pods' namespaces (ip -s neigh)",
             wanted / 2
         );

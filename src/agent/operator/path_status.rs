@@ -199,8 +199,8 @@ impl Agent {
                 );
                 let fix = format!(
                     "{suspects}let the underlay carry {} (in a cloud: turn off its check of source and \
-                     destination), or use mode = \"vxlan\"; or the firewall of {name} drops ICMP and UDP \
-                     {gossip} from {}, which harms no pod (there: gossamer status)",
+                     destination), or use mode = \"vxlan\". If only the firewall of {name} drops ICMP \
+                     and UDP {gossip} from {}, no pod is affected (there: gossamer status)",
                     view.settings.pool.network(),
                     view.own.subnets.first.network()
                 );
@@ -211,17 +211,15 @@ impl Agent {
             _ => {}
         }
         // Filters of both hosts and of the network may drop probes or answers.
-        let filters_text = match found.is_some_and(|found| found.leaves) {
+        let where_to_look = match found.is_some_and(|found| found.leaves) {
             true => format!(
-                " (tunnel packets to it leave this host, so by the network, or by {name}: gossamer status \
-                 there may name it; nft list ruleset, iptables-legacy -S, ip xfrm policy, and ingress \
-                 filters there), or the answers are dropped \
-                 on their way back (by this host: the same here with INPUT, a limit of UDP packets for one)"
+                "Tunnel packets to it leave this host: look at the network and at {name} (there: gossamer \
+                 status; nft list ruleset; iptables-legacy -S; ip xfrm policy; ingress filters). Answers may \
+                 be lost, too: look here at INPUT, and at limits of UDP packets"
             ),
-            false => " (by the network, by this host: nft list ruleset, iptables-legacy -S OUTPUT, ip xfrm \
-                      policy, or by the other: the same with INPUT, and ingress filters), or the answers are \
-                      dropped on their way back (by this host: the same here with INPUT, a limit of UDP \
-                      packets for one)"
+            false => "Look at the network, at this host (nft list ruleset; iptables-legacy -S OUTPUT; ip \
+                      xfrm policy) and at the other (the same with INPUT; ingress filters). Answers may be \
+                      lost, too: look here at INPUT, and at limits of UDP packets"
                 .to_owned(),
         };
         let translated = self.translation(node, there);
@@ -233,9 +231,9 @@ impl Agent {
                     "no probe of {name} through the tunnel is answered, though its agent is alive"
                 ),
                 format!(
-                    "either UDP {port} is closed on the way between {here} and {there}{filters_text}, or \
-                     the firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms \
-                     no pod{translated}"
+                    "either UDP {port} is closed on the way between {here} and {there}, or the firewall \
+                     of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no \
+                     pod{translated}. {where_to_look}"
                 ),
             )),
             PathState::OneWay => Some(self.unanswered(
@@ -245,9 +243,9 @@ impl Agent {
                     "no probe of {name} through the tunnel is answered, though its packets arrive"
                 ),
                 format!(
-                    "either UDP {port} is closed on the way from {here} to {there}{filters_text}, or the \
-                     firewall of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no \
-                     pod{translated}"
+                    "either UDP {port} is closed on the way from {here} to {there}, or the firewall of \
+                     {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no \
+                     pod{translated}. {where_to_look}"
                 ),
             )),
             PathState::Asymmetric => Some(Problem::new(
@@ -269,11 +267,11 @@ impl Agent {
                      do"
                 );
                 let fix = format!(
-                    "either one of several links or routers between {here} and {there} that share \
-                     the load (bonds, port channels, ECMP: each flow takes one) is dead or drops UDP {port}: \
-                     look at bonds of both hosts (/proc/net/bonding), routes with several next hops (ip \
-                     route get {there}), and the switches and routers between; or there are more packets \
-                     than a link carries, or than a limit lets pass (on both hosts: gossamer doctor)"
+                    "look at what shares the load between {here} and {there}: bonds \
+                     (/proc/net/bonding), routes with several next hops (ip route get {there}), \
+                     switches and routers. One of these links is dead or drops UDP {port}, or there are \
+                     more packets than a link carries or a limit lets pass (on both hosts: gossamer \
+                     doctor)"
                 );
                 Some(Problem::new(ProblemCode::PathPartlyLost, name, what, fix))
             }
@@ -317,9 +315,9 @@ fn silent_machine_problem(
          {sign}"
     );
     let fix = format!(
-        "either its agent does not run (there: systemctl status gossamer), or packets between the two hosts \
-         (UDP {port} and {gossip}) are dropped there, here or on the way: what a host drops itself, its own \
-         status names (there: gossamer status)"
+        "either its agent does not run (there: systemctl status gossamer), or packets between the two \
+         hosts (UDP {port} and {gossip}) are dropped there, here or on the way. A host names what it \
+         drops itself (there: gossamer status)"
     );
     Problem::new(ProblemCode::PathLost, name, what, fix)
 }
@@ -344,9 +342,9 @@ fn closed_way_problem(
              closed for UDP {port} and {gossip}"
         ),
         format!(
-            "open these ports on {name} (there: gossamer status names its own rules) and in the network\
-             {this_host}; or only UDP {port} is closed, and its agent is stopped (there: systemctl status \
-             gossamer)"
+            "open these ports on {name} (there: gossamer status names its own rules) and in the \
+             network{this_host}. If only UDP {port} is closed, its agent is stopped (there: systemctl \
+             status gossamer)"
         ),
     )
 }
@@ -383,8 +381,8 @@ fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> Prob
     };
     let what = format!(
         "this host's kernel assumes that the path to {name} ({there}) carries {told} bytes ({family} \
-         route get {there}), though packets of {carried} arrive: another host forges {icmp}, or a router \
-         errs, and tunnel packets become small and slow"
+         route get {there}), though packets of {carried} arrive. Another host forges {icmp}, or a \
+         router errs. Tunnel packets become small and slow"
     );
     let fix = format!("drop {icmp} from outside the underlay where its MTU is known");
     Problem::new(ProblemCode::PathMtu, name, what, fix)
@@ -397,10 +395,10 @@ fn mixed_modes_problem(name: &str, own: IpAddr, is_direct: bool) -> Problem {
         false => ("through the tunnel", "without one"),
     };
     let what = format!(
-        "packets to {name} go {go}, its own come {come}, and no probe of it is answered: either \
-         the two hosts have different modes, or a route of another program leads one of them (there: ip \
-         route get {own}), and on one of the two a rule about the reverse path (rpfilter, fib) or rp_filter \
-         drops packets that arrive by the other way"
+        "packets to {name} go {go}, its own come {come}, and no probe of it is answered. Either the two \
+         hosts have different modes, or a route of another program leads one of them (there: ip route \
+         get {own}). A rule about the reverse path (rpfilter, fib), or rp_filter, then drops packets \
+         that arrive by the other way"
     );
     let fix = "set the same mode on all nodes; a host that drops packets names the rule (there: gossamer \
                status)";

@@ -23,9 +23,9 @@ impl Kept {
         let end = if is_source { "source" } else { "destination" };
         (
             format!(
-                "flows of tunnel packets {packets} {peers} are lost on this host: their connections keep an \
-                 address translation, to the {end} {address}, and no rule that does so was found, so it is \
-                 probably gone"
+                "flows of tunnel packets {packets} {peers} are lost on this host: their connections \
+                 keep an address translation, to the {end} {address}. No rule that does so was found, \
+                 so it is probably gone"
             ),
             format!("{} (conntrack -L shows them)", forget_connections(port)),
         )

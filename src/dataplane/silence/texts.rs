@@ -84,9 +84,9 @@ impl Cause {
             }
             Self::Diverted(Diverted { by, came, goes }) => (
                 format!(
-                    "{by} drops packets of {peers} and of pods there on this host: they come in by {came}, \
-                     and packets to them leave by {goes}, for example because the two hosts have different \
-                     modes; reverse path rules (rpfilter, fib) drop such packets"
+                    "{by} drops packets of {peers} and of pods there on this host, as reverse path \
+                     rules (rpfilter, fib) do: they come in by {came}, and packets to them leave by \
+                     {goes}. The two hosts may have different modes"
                 ),
                 format!(
                     "set the same mode on all nodes, or: {}",
@@ -197,14 +197,15 @@ impl Cause {
             Self::Congested => (
                 format!(
                     "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and the VXLAN device \
-                     drops them, as its RX frame errors show (ip -s -s link): they are marked as having met \
-                     congestion (ECN CE), and the packets inside do not support such marks (RFC 6040)"
+                     drops them, as its RX frame errors show (ip -s -s link). They are marked as having \
+                     met congestion (ECN CE), and the packets inside do not support such marks (RFC \
+                     6040)"
                 ),
                 format!(
-                    "a switch or router on the way marks them, or a rule of one of the hosts: let it mark \
-                     only packets with ECT, or drop packets instead. Until then, on this host: nft 'add \
-                     table inet unmark; add chain inet unmark in {{ type filter hook prerouting priority \
-                     -300; }}; add rule inet unmark in udp dport {port} {} ecn set not-ect'",
+                    "find the switch, router or rule that marks them: let it mark only packets with \
+                     ECT, or drop packets instead. Until then, on this host: nft 'add table inet \
+                     unmark; add chain inet unmark in {{ type filter hook prerouting priority -300; }}; \
+                     add rule inet unmark in udp dport {port} {} ecn set not-ect'",
                     if local.is_ipv4() { "ip" } else { "ip6" }
                 ),
             ),

@@ -85,9 +85,9 @@ impl Reasons {
             (None, legacy) => legacy.join("; "),
         };
         let what = format!(
-            "packets of pods do not leave this host inside tunnel packets ({families}), though those of its \
-             own programs do, for rules may let packets pass by their user (-m owner, meta skuid), and what \
-             is forwarded has none"
+            "packets of pods do not leave this host inside tunnel packets ({families}), though those of \
+             its own programs do. A rule may let packets pass by their user (-m owner, meta skuid); \
+             forwarded packets have none"
         );
         Some(problem(what, why))
     }

@@ -170,9 +170,9 @@ fn problem(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> Proble
     let others = format!("{names} (there: gossamer status) or the network between");
     let fix = match suspects {
         "" => format!(
-            "this host's own tests of forwarding found no loss here, and of its rules that might drop them \
-             none was found; what drops packets of established connections, or changes them (TTL, NFQUEUE), \
-             is not detected that way: check nft list ruleset here as well as on {others}"
+            "check nft list ruleset here as well as on {others}. This host's own tests found no loss \
+             here, and none of its rules seems to drop them. The tests do not detect rules about \
+             established connections, or rules that change packets (TTL, NFQUEUE)"
         ),
         suspects => format!("{suspects}; if it is none of that, check {others}"),
     };
@@ -187,8 +187,8 @@ fn inward_problem(names: &str, families: &[&str], suspects: &str) -> Problem {
     let others = format!("{names} (there: gossamer status) or the network between");
     let fix = match suspects {
         "" => format!(
-            "of the rules of this host that might drop them none was found: check nft list ruleset here as \
-             well as on {others}"
+            "check nft list ruleset here as well as on {others}: no rule of this host was found that \
+             might drop them"
         ),
         suspects => format!("{suspects}; if it is none of that, check {others}"),
     };
@@ -215,9 +215,9 @@ fn loss_notice(half: Half, names: &str, share: &str, link: &str, is_all: bool) -
     };
     let what = format!("{seen}, so their connections are slow (small packets were counted)");
     let fix = format!(
-        "{place}: errors and drops of interfaces (ip -s -s link show dev {link}; ethtool -S {link}), cables, \
-         radio links and switches, queues that are full (tc -s qdisc show dev {link}), and rules that drop \
-         by chance or by rate (nft list ruleset)"
+        "{place}. Check errors and drops of interfaces (ip -s -s link show dev {link}; ethtool -S \
+         {link}), cables, radio links and switches, full queues (tc -s qdisc show dev {link}), and \
+         rules that drop by chance or by rate (nft list ruleset)"
     );
     Problem::new(ProblemCode::RandomLoss, names, what, fix).notice()
 }

@@ -43,9 +43,9 @@ fn of_refusal(shape: &Shape, table: &str, error: &io::Error, is_left: Option<boo
         (Some(stale), None) => (
             format!("either {what}, or {stale}: nftables, family {family}: {error}"),
             format!(
-                "let the agent use nftables (its unit, profile or namespace may forbid it); if nft list \
-                 table {family} {table} shows a table, an earlier agent left it, and it rejects packets to \
-                 new pods: nft delete table {family} {table}; otherwise {kernel}"
+                "let the agent use nftables (its unit, profile or namespace may forbid it). If nft list \
+                 table {family} {table} shows a table, an earlier agent left it, and it rejects packets \
+                 to new pods: nft delete table {family} {table}. Otherwise {kernel}"
             ),
         ),
         _ => (format!("{what}: nftables, family {family}: {error}"), kernel),
