@@ -4,7 +4,8 @@ use crate::{
     common::{has_problem, isolated, run, skipped, tool, wait_until},
     ip_families,
     silence_causes::{
-        REPORT_TIMEOUT, mac_of, run_all, start_pair, wait_for_path, wait_for_problem,
+        REPORT_TIMEOUT, mac_of, run_all, run_all_unprobed, start_pair, wait_for_path,
+        wait_for_problem,
     },
 };
 
@@ -140,18 +141,18 @@ fn rule_that_changes_the_tunnel_destination_is_reported() {
             );
             return Ok(());
         }
-        run_all(
-            host,
+        run_all_unprobed(
+            &cluster,
+            1,
             &[
                 "nft add chain ip dock published",
                 "nft add rule ip dock published tcp dport 8472 dnat to 172.17.0.9",
                 "nft add rule ip dock published udp dport 8472 dnat to 172.17.0.2",
-                // At once: a flow that begins between chain and rule is never translated.
                 "nft add chain ip dock pre { type nat hook prerouting priority dstnat ; } ; \
                  add rule ip dock pre udp dport 53 dnat to 172.17.0.3 ; \
                  add rule ip dock pre fib daddr type local jump published",
             ],
-        );
+        )?;
         let words = [
             "of n1 (10.99.0.10) arrive on eth0, and this host drops them before its guard: chain ip dock \
              published gives UDP 8472 another destination",
@@ -176,15 +177,16 @@ fn translation_that_connections_keep_without_a_rule_is_reported_with_the_command
             );
             return Ok(());
         }
-        run_all(
-            host,
+        run_all_unprobed(
+            &cluster,
+            1,
             &[
                 "nft add chain ip dock pre { type nat hook prerouting priority dstnat ; } ; \
                  add rule ip dock pre udp dport 8472 dnat to 172.17.0.2",
                 "nft add chain ip dock in { type filter hook input priority 0 ; }",
                 "nft add rule ip dock in ct state established accept",
             ],
-        );
+        )?;
         wait_for_problem(&mut cluster.agents[1], &["gives UDP 8472 another destination"]);
         tool(&host.netns, "nft flush chain ip dock pre");
         let words = [
