@@ -204,7 +204,7 @@ fn doctor_reports_injected_faults_and_nothing_on_a_healthy_host() {
         }
         let history = fs::read_to_string(state.join("history"))?;
         let last = history.lines().last().expect("a change of owner");
-        let mut later: serde_json::Value = serde_json::from_str(last)?;
+        let mut later: Value = serde_json::from_str(last)?;
         later["at"] = 4_000_000_000_u64.into();
         fs::write(state.join("history"), format!("{history}{later}\n"))?;
         assert_reported(host, "", "clock", "2096-10-02");

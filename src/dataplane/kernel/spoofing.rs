@@ -289,10 +289,10 @@ fn rules() -> Vec<Rule> {
     let own4 = |rule: Rule, field| rule.input_with(ADDRESSES4, &[ETHER_SOURCE, field], true);
     let icmp = || Rule::new().ether_type(IPV4).transport(ICMP);
     let error = |kind| icmp().holds(Base::Transport, 0, &[kind]).count().drop();
-    // Errors have the types below 128.
+    // Types 1 to 4. Of a later fragment the kernel loads the first byte of the IPv6 header, which is 0x60.
     let error6 = || {
         let icmpv6 = Rule::new().ether_type(IPV6).transport(ICMPV6);
-        icmpv6.masked(Base::Transport, 0, &[0x80], &[0], true)
+        icmpv6.masked(Base::Transport, 0, &[0xf8], &[0], true)
     };
     let own6 = |rule: Rule, field| rule.input_with(ADDRESSES6, &[ETHER_SOURCE, field], true);
     let not_icmp = Rule::new().ether_type(IPV4).lacks(Base::Network, 9, &[ICMP]);

@@ -80,7 +80,8 @@ impl HostSysctls {
     }
 
     /// Sets the sysctls of the overlay's `device`, of the pods' bridge and of the underlay, or reports
-    /// what is wrong. While repairs of sysctls conflict with another program, its changes are not reported twice.
+    /// what is wrong. While repairs of sysctls conflict with another program, its changes are not
+    /// reported twice.
     pub(super) fn check(
         &mut self,
         networks: &[IpNet],
