@@ -1,4 +1,7 @@
-//! Commands that make chains of nftables and iptables accept gossamer's packets.
+//! Commands that make chains of nftables, iptables and ebtables accept gossamer's packets.
+//!
+//! A rule of nft in a table of iptables-nft or ebtables-nft can end in the loss of rules: those programs
+//! show and save what they understand, and restore that alone.
 
 use std::net::IpAddr;
 
@@ -13,6 +16,17 @@ const IPTABLES_TABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"
 /// Returns the command that makes a chain accept answers for these next hops, and the queries of the
 /// neighbors.
 pub(super) fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
+    if let Some(insert) = ebtables_insert(chain) {
+        let open = |matched: String| format!("{insert} {matched} -j ACCEPT");
+        let hops = hops.iter().take(MAX_PORTS);
+        let commands: Vec<String> = match hops.clone().any(IpAddr::is_ipv6) {
+            true => ["neighbour-solicitation", "neighbour-advertisement"]
+                .map(|kind| open(format!("-p IPv6 --ip6-proto ipv6-icmp --ip6-icmp-type {kind}")))
+                .into(),
+            false => hops.map(|hop| open(format!("-p ARP --arp-ip-src {hop}"))).collect(),
+        };
+        return commands.join("; ");
+    }
     if hops.iter().any(IpAddr::is_ipv6) {
         let kinds = ["nd-neighbor-solicit", "nd-neighbor-advert"].map(str::to_owned);
         return match chain {
@@ -35,6 +49,21 @@ pub(super) fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
 
 /// Returns the command that makes a chain accept UDP to these ports, by a rule at its beginning.
 pub fn open_chain(chain: &str, ports: &[u16]) -> String {
+    if let Some(insert) = ebtables_insert(chain) {
+        let open = |(ether, field): (&str, &str), ports: &str| {
+            format!("{insert} -p {ether} --{field}-proto udp --{field}-dport {ports} -j ACCEPT")
+        };
+        let ports = match ports {
+            [first, .., last] if usize::from(last - first) == ports.len() - 1 => {
+                vec![format!("{first}:{last}")]
+            }
+            _ => ports.iter().map(u16::to_string).collect(),
+        };
+        let families = [("IPv4", "ip"), ("IPv6", "ip6")];
+        let commands =
+            families.iter().flat_map(|family| ports.iter().map(|ports| open(*family, ports)));
+        return commands.collect::<Vec<_>>().join("; ");
+    }
     match iptables_insert(chain) {
         Some(insert) => format!("{insert} {} -j ACCEPT", iptables_ports(ports)),
         None => {
@@ -68,7 +97,12 @@ fn may_be_of_iptables(chain: &str) -> bool {
 
 /// Returns the command that makes a chain accept packets of pods.
 pub(super) fn open_for_pods(chain: &str, overlay: IpNet) -> String {
-    let family = if overlay.addr().is_ipv4() { "ip" } else { "ip6" };
+    let is_ipv4 = overlay.addr().is_ipv4();
+    if let Some(insert) = ebtables_insert(chain) {
+        let (ether, field) = if is_ipv4 { ("IPv4", "ip") } else { ("IPv6", "ip6") };
+        return format!("{insert} -p {ether} --{field}-src {overlay} -j ACCEPT");
+    }
+    let family = if is_ipv4 { "ip" } else { "ip6" };
     match iptables_insert(chain) {
         Some(insert) => format!("{insert} -s {overlay} -j ACCEPT"),
         None => format!("nft insert rule {chain} {family} saddr {overlay} accept"),
@@ -87,6 +121,19 @@ fn iptables_insert(chain: &str) -> Option<String> {
     let table = if table == "filter" { String::new() } else { format!(" -t {table}") };
     let is_built_in = name.bytes().all(|byte| byte.is_ascii_uppercase());
     is_built_in.then(|| format!("{program}{table} -I {name}"))
+}
+
+/// Returns the beginning of a command that inserts a rule into a chain that ebtables may have made; `None`
+/// for others. Its base chains have names in upper case.
+pub fn ebtables_insert(chain: &str) -> Option<String> {
+    let [family, table, name] = chain.split(' ').collect::<Vec<_>>()[..] else { return None };
+    let is_native = ["input", "output", "forward", "prerouting", "postrouting"].contains(&name);
+    let table = match (family, table) {
+        ("bridge", "filter") if !is_native => "",
+        ("bridge", "nat") if !is_native => " -t nat",
+        _ => return None,
+    };
+    Some(format!("ebtables{table} -I {name}"))
 }
 
 /// Returns the command that makes the kernel forget the connections of tunnel packets.
@@ -114,13 +161,27 @@ mod tests {
         let rules = "nft insert rule ip filter ts-input udp dport 8472 accept; nft insert rule ip filter \
                      ts-input udp dport 8473 accept";
         assert_eq!(open_chain("ip filter ts-input", &[8472, 8473]), rules);
-        let chains = ["ip6 raw own", "ip mangle f2b-x", "ip security s", "bridge filter ee"];
+        let chains = ["ip6 raw own", "ip mangle f2b-x", "ip security s"];
         for chain in chains {
             assert!(!open_chain(chain, &[8472, 8473]).contains('{'), "{chain}");
         }
         let discovery =
             open_for_answers("ip6 filter ts-input", &[[0xfd00, 0, 0, 0, 0, 0, 0, 1].into()]);
         assert!(!discovery.contains('{'), "{discovery}");
+    }
+
+    #[test]
+    fn chains_of_ebtables_are_opened_by_ebtables() {
+        let rules = "ebtables -I INPUT -p IPv4 --ip-proto udp --ip-dport 8472:8473 -j ACCEPT; \
+                     ebtables -I INPUT -p IPv6 --ip6-proto udp --ip6-dport 8472:8473 -j ACCEPT";
+        assert_eq!(open_chain("bridge filter INPUT", &[8472, 8473]), rules);
+        let rule = "ebtables -t nat -I own -p IPv4 --ip-src 10.42.0.0/16 -j ACCEPT";
+        let overlay = "10.42.0.0/16".parse().expect("a network");
+        assert_eq!(open_for_pods("bridge nat own", overlay), rule);
+        let rule = "ebtables -I INPUT -p ARP --arp-ip-src 10.99.0.1 -j ACCEPT";
+        assert_eq!(open_for_answers("bridge filter INPUT", &[[10, 99, 0, 1].into()]), rule);
+        let native = "nft insert rule bridge filter input udp dport 8472 accept";
+        assert_eq!(open_chain("bridge filter input", &[8472]), native);
     }
 
     #[test]

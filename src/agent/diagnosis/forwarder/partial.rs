@@ -7,7 +7,10 @@ use ipnet::IpNet;
 use super::{Setting, marks, setting::Peer};
 use crate::{
     agent::diagnosis::iptables_legacy,
-    dataplane::foreign::{Act, ForeignRules, ForeignTables, Partial, Traffic, Way},
+    dataplane::{
+        foreign::{Act, ForeignRules, ForeignTables, Partial, Traffic, Way},
+        silence::{ebtables_insert, open_chain},
+    },
     model::{Problem, ProblemCode, Transport},
     netlink::{Netlink, link::Link, route::Query},
 };
@@ -229,7 +232,7 @@ fn notice_of_tunnels(setting: &Setting, partial: &Partial) -> Option<Problem> {
 pub fn open_tunnels(base: &str, port: u16) -> String {
     match iptables(base) {
         Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
-        None => format!("nft insert rule {base} udp dport {port} accept"),
+        None => open_chain(base, &[port]),
     }
 }
 
@@ -266,6 +269,12 @@ pub fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
 /// Returns the command that exempts packets within the overlay from a base chain.
 fn both(base: &str, network: IpNet) -> String {
     let family = family(network);
+    if let Some(insert) = ebtables_insert(base) {
+        let ether = if network.addr().is_ipv4() { "IPv4" } else { "IPv6" };
+        return format!(
+            "{insert} -p {ether} --{family}-src {network} --{family}-dst {network} -j ACCEPT"
+        );
+    }
     match iptables(base) {
         Some(command) => format!("{command} -s {network} -d {network} -j ACCEPT"),
         None => format!(
@@ -276,6 +285,10 @@ fn both(base: &str, network: IpNet) -> String {
 
 /// Returns the command that exempts packets to the overlay from a base chain.
 fn to(base: &str, network: IpNet) -> String {
+    if let Some(insert) = ebtables_insert(base) {
+        let ether = if network.addr().is_ipv4() { "IPv4" } else { "IPv6" };
+        return format!("{insert} -p {ether} --{}-dst {network} -j ACCEPT", family(network));
+    }
     match iptables(base) {
         Some(command) => format!("{command} -d {network} -j ACCEPT"),
         None => format!("nft insert rule {base} {} daddr {network} accept", family(network)),
