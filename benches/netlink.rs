@@ -135,6 +135,7 @@ fn send_encoded(desired: &Desired) -> io::Result<Duration> {
         device: desired.device.clone(),
         foreign: false,
         addresses: addresses.map(|ip| (*ip, 32)).collect(),
+        unreceived: BTreeSet::new(),
     };
     let there = Actual { device: Some(found), ..Actual::default() };
     let mut changes = requests(&plan(desired, &there), index).into_iter();

@@ -69,6 +69,7 @@ impl FakeKernel {
                     device: *device,
                     foreign: false,
                     addresses: Vec::new(),
+                    unreceived: BTreeSet::new(),
                 };
                 self.device = Some(found);
             }
@@ -113,6 +114,7 @@ impl FakeKernel {
                     Op::Release => found.is_port = false,
                     Op::SetUp => found.up = true,
                     Op::AddAddress(address) => found.addresses.push((address, full_len(address))),
+                    Op::AddLocalRoute(address) => _ = found.unreceived.remove(&address),
                     Op::RemoveAddress(address, len) => {
                         found.addresses.retain(|known| *known != (address, len));
                     }

@@ -48,6 +48,8 @@ pub struct Found {
     pub foreign: bool,
     /// All its addresses with their prefix lengths, except link-local ones.
     pub addresses: Vec<(IpAddr, u8)>,
+    /// Those of its addresses whose route in the table `local` is missing.
+    pub unreceived: BTreeSet<IpAddr>,
 }
 
 /// One change to the kernel. All are idempotent: "already exists" and "already gone" count as success.
@@ -71,6 +73,8 @@ pub enum Op {
     SetUp,
     /// Add a single address (/32 or /128) to the device.
     AddAddress(IpAddr),
+    /// Add the route of an address of the device to the table `local`.
+    AddLocalRoute(IpAddr),
     /// Remove an address with this prefix length from the device.
     RemoveAddress(IpAddr, u8),
     /// Add or replace the FDB entry of a MAC.
@@ -102,7 +106,7 @@ impl Op {
             | Self::SetChecksumOffload(_)
             | Self::Release
             | Self::SetUp => "device attribute",
-            Self::AddAddress(_) | Self::RemoveAddress(..) => "address",
+            Self::AddAddress(_) | Self::AddLocalRoute(_) | Self::RemoveAddress(..) => "address",
             Self::SetFdb(..) | Self::RemoveFdb(..) => "FDB entry",
             Self::SetNeighbor(..) | Self::Resolve(..) | Self::RemoveNeighbor(_) => "neighbor",
             Self::AddRoute(..) | Self::ReplaceRoute(..) | Self::RemoveRoute(..) => "route",
@@ -164,6 +168,9 @@ fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> boo
     let there = |wanted: &&IpAddr| found.addresses.contains(&(**wanted, full_len(**wanted)));
     let missing = wanted.addresses.iter().filter(|address| !there(address));
     ops.extend(missing.map(|address| Op::AddAddress(*address)));
+    let present = wanted.addresses.iter().filter(there);
+    let unreceived = present.filter(|address| found.unreceived.contains(address));
+    ops.extend(unreceived.map(|address| Op::AddLocalRoute(*address)));
     let ours = |(ip, len): &(IpAddr, u8)| wanted.addresses.contains(ip) && *len == full_len(*ip);
     let others = found.addresses.iter().filter(|address| !ours(address));
     ops.extend(others.map(|(address, len)| Op::RemoveAddress(*address, *len)));

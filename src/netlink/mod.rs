@@ -11,6 +11,7 @@ pub mod conntrack;
 pub mod ethtool;
 pub mod ipset;
 pub mod link;
+pub mod local;
 pub mod monitor;
 pub mod neighbour;
 pub mod netconf;

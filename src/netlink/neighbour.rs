@@ -93,13 +93,17 @@ impl Netlink {
         Ok(self.entry(link, ip)?.map(|found| found.header.state))
     }
 
-    /// Returns the MAC of a permanent entry; `None` if the address has no permanent entry.
+    /// Returns the MAC of an entry that the kernel never checks (`permanent` or `noarp`); `None` if the
+    /// address has no such entry.
     ///
     /// # Errors
     /// If the kernel does not answer.
-    pub fn permanent_neighbor(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<Mac>> {
-        let found = self.entry(link, ip)?;
-        Ok(found.and_then(|found| permanent(&found)).map(|(_, mac)| mac))
+    pub fn fixed_neighbor(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<Mac>> {
+        let is_fixed = |found: &NeighbourMessage| {
+            matches!(found.header.state, NeighbourState::Permanent | NeighbourState::Noarp)
+        };
+        let found = self.entry(link, ip)?.filter(is_fixed);
+        Ok(found.and_then(|found| neighbor(&found)?.mac))
     }
 
     /// Returns all permanent entries of an interface.

@@ -23,7 +23,7 @@ use ipnet::IpNet;
 
 pub use self::parse::condition;
 use self::parse::{any, gateway, ip, refusal, rule, unicast_route, via_ip};
-use super::Netlink;
+use super::{Netlink, local};
 use crate::model::{Condition, Selector, Transport};
 
 /// A packet whose route is looked up.
@@ -171,8 +171,8 @@ pub const THROW: &str = "throw";
 
 /// `RTCF_REDIRECTED` (`linux/in_route.h`).
 const REDIRECTED: u32 = 0x0004_0000;
-/// `RT_TABLE_LOCAL`: the addresses of this host.
-const LOCAL: u32 = 255;
+/// The addresses of this host.
+const LOCAL: u32 = local::TABLE as u32;
 
 /// Number of the main table, which the kernel uses if no policy rule selects another one.
 pub const MAIN: u32 = RouteHeader::RT_TABLE_MAIN as u32;

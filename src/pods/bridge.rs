@@ -29,6 +29,7 @@ use crate::{
     netlink::{
         Netlink, Request,
         link::{Address, Link},
+        local::local_route,
     },
     sysctl::interface::{self, Ipv6},
 };
@@ -62,8 +63,12 @@ pub(super) fn ensure(
         netlink.apply_one(settings(&link), 0)?;
         report.bridge += 1;
     }
-    let has: Vec<Address> = netlink.addresses()?;
-    let mut has = has.iter().filter(|address| address.link == link.index);
+    let all: Vec<Address> = netlink.addresses()?;
+    let unreceived = match link.up && link.controller().is_none() {
+        true => netlink.unreceived(link.index, &all)?,
+        false => BTreeSet::new(),
+    };
+    let mut has = all.iter().filter(|address| address.link == link.index);
     // Addresses of a subnet that belongs to another node by now would make that subnet unreachable.
     for address in has.clone().filter(|address| !bridge.is_gateway(address.ip)) {
         if !is_link_local(address.ip) {
@@ -73,7 +78,11 @@ pub(super) fn ensure(
     }
     for subnet in bridge.subnets.iter() {
         let ip = gateway(subnet);
-        if !has.any(|address| address.ip == ip) {
+        if unreceived.contains(&ip) {
+            let Request { message, flags } = local_route(link.index, ip);
+            netlink.apply_one(message, flags)?;
+            report.bridge += 1;
+        } else if !has.any(|address| address.ip == ip) {
             let Request { message, flags } = address_request(link.index, ip, subnet.prefix_len());
             netlink.apply_one(message, flags)?;
             report.bridge += 1;

@@ -1,11 +1,17 @@
 //! Changes by other programs to the kernel state are repaired at once, long before the periodic
 //! comparison, which runs every ten seconds.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
-use crate::common::{
-    Cluster, TIMEOUT, assert_logged, eventually, has_problem, isolated, run, status_where, tool,
-    wait_until,
+use crate::{
+    cni::{Runtime, namespaces},
+    common::{
+        Cluster, TIMEOUT, assert_logged, eventually, has_problem, isolated, program, run,
+        status_where, tool, wait_until,
+    },
 };
 use gossamer::lab::{Agent, Host, Pod};
 
@@ -29,6 +35,7 @@ fn tables(host: &Host) -> String {
         shown("ip -4 route show proto 73"),
         shown("ip -4 neigh show dev gossamer.1 nud permanent"),
         shown("bridge fdb show dev gossamer.1"),
+        shown("ip -4 route show table local dev gossamer.1"),
         device.join("\n"),
     ]
     .join("\n--\n")
@@ -53,6 +60,7 @@ fn deleted_changed_or_renamed_kernel_state_is_repaired_at_once() {
         let mac = peer["vtep_mac"].as_str().expect("a MAC");
         let subnet = Agent::subnet(&status)?;
         let (vtep, underlay) = (subnet.network(), cluster.hosts[1].ip);
+        let own = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?.network();
         let changes = [
             vec![format!("bridge fdb del {mac} dev gossamer.1 dst {underlay}")],
             vec![format!("bridge fdb replace {mac} dev gossamer.1 dst 10.99.255.1")],
@@ -68,6 +76,7 @@ fn deleted_changed_or_renamed_kernel_state_is_repaired_at_once() {
                     .to_owned(),
             ],
             vec!["ip addr flush dev gossamer.1".to_owned()],
+            vec![format!("ip route del local {own} table local dev gossamer.1")],
             // A remaining link-local address is no source for tunnel packets.
             vec![
                 format!("ip addr del {}/16 dev eth0", cluster.hosts[0].ip),
@@ -151,6 +160,44 @@ fn foreign_route_with_a_better_metric_is_reported_until_removed() {
         assert_eq!(tool(host, &format!("ip route show {subnet}")).lines().count(), 2, "untouched");
         tool(host, &format!("ip route del {subnet} via 10.99.0.1 metric 0"));
         wait_until("it is still reported", IMMEDIATE_TIMEOUT, || !named(&mut cluster.agents[0]));
+        Ok(())
+    });
+}
+
+#[test]
+fn removed_route_of_an_own_address_is_restored_and_one_of_the_underlay_reported() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        let status = agent.wait_converged(1, TIMEOUT)?;
+        let _spaces = namespaces(&["a"])?;
+        Runtime::new(&agent).add("a");
+        let subnet = Agent::subnet(&status)?.network();
+        let subnet6 = status["subnet6"].as_str().expect("a subnet").replace("/64", "");
+        let gateway = Ipv4Addr::from(u32::from(subnet) | 1);
+        for (family, address, device) in [
+            ("-4", subnet.to_string(), "gossamer.1"),
+            ("-6", subnet6.clone(), "gossamer.1"),
+            ("-4", gateway.to_string(), "gsm0"),
+            ("-6", format!("{subnet6}1"), "gsm0"),
+        ] {
+            let route = format!("local {address} dev {device} table local");
+            let shown = format!("ip {family} route show table local type local {address}");
+            wait_until("the kernel has the route", TIMEOUT, || {
+                tool(&host.netns, &shown).contains(&address)
+            });
+            tool(&host.netns, &format!("ip {family} route del {route}"));
+            let begun = Instant::now();
+            wait_until(&route, IMMEDIATE_TIMEOUT, || tool(&host.netns, &shown).contains(device));
+            println!("{:>6.1?} ms  {route}", begun.elapsed().as_secs_f64() * 1000.0);
+        }
+        let route = format!("local {} dev eth0 table local", host.ip);
+        tool(&host.netns, &format!("ip route del {route}"));
+        let said = format!("does not receive packets for {}", host.ip);
+        wait_until(&said, TIMEOUT, || has_problem(&mut agent, &said));
+        let more = format!("proto kernel scope host src {}", host.ip);
+        tool(&host.netns, &format!("ip route add {route} {more}"));
+        wait_until("no problem", TIMEOUT, || !has_problem(&mut agent, &said));
         Ok(())
     });
 }

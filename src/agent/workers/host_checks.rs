@@ -4,6 +4,7 @@
 //! They run in the kernel thread (`programmer`). Nothing here ends a node's membership: problems are
 //! reported and the operations repeated.
 
+mod own_address;
 mod own_table;
 mod sysctls;
 
@@ -239,6 +240,12 @@ impl HostChecks {
         }
         if !self.own_table.guarded {
             self.problems.extend(open);
+        }
+        if let Ok(netlink) = &mut self.netlink {
+            match own_address::problem(netlink, desired.device.local) {
+                Ok(problem) => self.problems.extend(problem),
+                Err(error) => tracing::debug!(%error, "routes of the underlay address not read"),
+            }
         }
     }
 

@@ -58,6 +58,7 @@ use crate::{
         Netlink, Request,
         ethtool::{Ethtool, TX_CHECKSUM},
         link::{Link, no_ipv6_address},
+        local::local_route,
         monitor::Monitor,
     },
     sysctl::{
@@ -387,6 +388,11 @@ impl Kernel {
                 let index = self.netlink.index_of(name)?;
                 self.netlink.add_address(index, *address, full_len(*address))
             }
+            Op::AddLocalRoute(address) => {
+                let index = self.netlink.index_of(name)?;
+                let Request { message, flags } = local_route(index, *address);
+                self.netlink.apply_one(message, flags)
+            }
             Op::RemoveAddress(address, len) => {
                 let index = self.netlink.index_of(name)?;
                 self.netlink.remove_address(index, *address, *len)
@@ -466,6 +472,7 @@ impl Op {
                 | Self::Release
                 | Self::SetUp
                 | Self::AddAddress(_)
+                | Self::AddLocalRoute(_)
                 | Self::RemoveAddress(..)
         )
     }

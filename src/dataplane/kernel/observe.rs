@@ -135,7 +135,13 @@ impl Kernel {
     /// Converts a VXLAN device to the form that the plan compares.
     fn device_state(&mut self, link: &Link) -> io::Result<Found> {
         let ((vni, port), local, underlay, foreign) = fixed_attributes(link);
-        let on_it = self.netlink.addresses()?.into_iter().filter(|a| a.link == link.index);
+        let all = self.netlink.addresses()?;
+        // In a VRF, the routes of its addresses are in the table of the VRF.
+        let unreceived = match link.up && link.controller().is_none() {
+            true => self.netlink.unreceived(link.index, &all)?,
+            false => BTreeSet::new(),
+        };
+        let on_it = all.into_iter().filter(|address| address.link == link.index);
         let not_link_local = |ip: &IpAddr| match ip {
             IpAddr::V4(_) => true,
             IpAddr::V6(ip) => !ip.is_unicast_link_local(),
@@ -158,7 +164,7 @@ impl Kernel {
         };
         let addresses = addresses.filter(|(ip, _)| not_link_local(ip)).collect();
         let is_port = self.is_port(link)?;
-        Ok(Found { up: link.up, is_port, device, foreign, addresses })
+        Ok(Found { up: link.up, is_port, device, foreign, addresses, unreceived })
     }
 
     /// Whether it is a port of a bridge or bond. Packets of an interface in a VRF still reach this

@@ -22,7 +22,7 @@ use crate::{
         demand::Miss,
         desired::{Desired, ROUTE_PROTOCOL},
     },
-    netlink::{link::Link, route::condition},
+    netlink::{link::Link, local::local_address, route::condition},
     pods::wiring::is_link_name,
 };
 
@@ -147,6 +147,8 @@ impl Recheck {
         device: Option<u32>,
         present: bool,
     ) {
+        let own = local_address(route).filter(|ip| desired.device.addresses.contains(ip));
+        self.ours |= own.is_some() && !present;
         if route.header.table != RouteHeader::RT_TABLE_MAIN {
             return;
         }
