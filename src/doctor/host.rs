@@ -328,7 +328,8 @@ fn tunnel_overhead(examination: &Examination, mode: Mode) -> u32 {
 
 /// Returns the MTU of pods in bytes. Without tunnels it is larger than that of the overlay device.
 fn mtu_of_pods(examination: &Examination, device: u32, carrier: Option<&Link>, mode: Mode) -> u32 {
-    let told = examination.status().map(|status| status.kernel.mtu);
+    // 0: the agent has not programmed the device yet.
+    let told = examination.status().map(|status| status.kernel.mtu).filter(|mtu| *mtu > 0);
     let without_tunnels = carrier.map(|carrier| carrier.mtu).filter(|_| mode == Mode::HostGw);
     told.or(without_tunnels).unwrap_or(device)
 }

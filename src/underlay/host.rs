@@ -272,7 +272,8 @@ impl Host {
         })
     }
 
-    /// Returns the present address if its interface still has it, even if the address is deprecated.
+    /// Returns the present address if its interface still has it, even if the address is deprecated. The
+    /// kernel does not use an address of which duplicate detection has found the duplicate.
     ///
     /// # Errors
     /// Fails if the interface has become a port of another one.
@@ -283,7 +284,7 @@ impl Host {
         let is_present = |address: &&Address| {
             let link = self.link(address.link);
             let is_there = |link: &Link| link.up && link.name == present.name;
-            address.ip == present.local && link.is_some_and(is_there)
+            address.ip == present.local && !address.duplicate && link.is_some_and(is_there)
         };
         let found = self.addresses.iter().find(is_present).copied();
         match found.and_then(|found| self.left_on_port(&found)) {

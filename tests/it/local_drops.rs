@@ -91,18 +91,22 @@ fn permanent_neighbor_entry_with_a_wrong_mac_is_reported() {
         let host = &cluster.hosts[1];
         let mac = mac_of(&cluster.hosts[0], "eth0");
         let old = "02:00:5e:10:20:30";
-        tool(
-            &host.netns,
-            &format!("ip neigh replace 10.99.0.10 lladdr {old} dev eth0 nud permanent"),
-        );
-        let advice = "ip neigh del 10.99.0.10 dev eth0";
-        let entry =
-            format!("to the hardware address {old}, which a permanent entry has for 10.99.0.10");
-        let words = [&entry, &format!("{mac} answers for that address"), advice];
-        wait_for_problem(&mut cluster.agents[1], &words);
-        wait_for_problem(&mut cluster.agents[0], &SEEN_BY_ARP);
-        tool(&host.netns, advice);
-        cluster.agents.iter_mut().for_each(wait_for_path);
+        // The kernel checks neither.
+        for state in ["permanent", "noarp"] {
+            tool(
+                &host.netns,
+                &format!("ip neigh replace 10.99.0.10 lladdr {old} dev eth0 nud {state}"),
+            );
+            let advice = "ip neigh del 10.99.0.10 dev eth0";
+            let entry = format!(
+                "to the hardware address {old}, which a permanent entry has for 10.99.0.10"
+            );
+            let words = [&entry, &format!("{mac} answers for that address"), advice];
+            wait_for_problem(&mut cluster.agents[1], &words);
+            wait_for_problem(&mut cluster.agents[0], &SEEN_BY_ARP);
+            tool(&host.netns, advice);
+            cluster.agents.iter_mut().for_each(wait_for_path);
+        }
         Ok(())
     });
 }

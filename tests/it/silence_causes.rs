@@ -7,9 +7,12 @@ use std::{
 
 use gossamer::lab::{Agent, Host, Lab};
 
-use crate::common::{
-    Cluster, TIMEOUT, client, eventually, has_problem, isolated, program, resume, run, skipped,
-    suspend, tool, wait_until,
+use crate::{
+    common::{
+        Cluster, TIMEOUT, client, eventually, has_problem, isolated, program, resume, run, skipped,
+        suspend, tool, wait_until,
+    },
+    ip_families,
 };
 
 /// A silent peer is detected after some seconds and then observed twice for 2.5 s; a busy machine takes
@@ -359,6 +362,46 @@ fn gateway_to_an_on_link_peer_and_unresolved_peer_are_reported() {
         wait_for_problem(&mut cluster.agents[1], &words);
         lab.set_veth(1, true)?;
         cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+/// As with an external address of a service that is an address of a node (kube-proxy with IPVS).
+#[test]
+fn address_of_a_peer_on_this_host_is_reported_with_the_command_that_removes_it() {
+    isolated(|lab| {
+        let mut cluster = start_pair(lab)?;
+        let host = &cluster.hosts[1];
+        tool(&host.netns, "ip addr add 10.99.0.10/32 dev lo");
+        let remove = "ip addr del 10.99.0.10/32 dev lo";
+        let words = "the address 10.99.0.10/32 of lo makes 10.99.0.10 an address of this host";
+        wait_for_problem(&mut cluster.agents[1], &[words, &format!("remove it ({remove})")]);
+        tool(&host.netns, remove);
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+/// The kernel checks an IPv6 address again when its interface comes up.
+#[test]
+fn duplicate_ipv6_address_is_reported_by_a_running_agent() {
+    isolated(|lab| {
+        let Some(hosts) = ip_families::hosts(lab)? else { return Ok(()) };
+        let mut agents = ip_families::cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
+        agents.iter_mut().for_each(wait_for_path);
+        let clone = lab.host(9, "clone")?;
+        tool(&clone.netns, "ip addr add fd99::2/64 dev eth0 nodad");
+        let host = &hosts[1];
+        host.netns.sysctl("net/ipv6/conf/eth0/keep_addr_on_down", "1")?;
+        // An address that was added without detection keeps that.
+        run_all(host, &["ip addr del fd99::2/64 dev eth0", "ip addr add fd99::2/64 dev eth0"]);
+        run_all(host, &["ip link set eth0 down", "ip link set eth0 up"]);
+        let words = "another machine has the address of eth0 (fd99::2), too";
+        wait_until("it is not reported", REPORT_TIMEOUT, || has_problem(&mut agents[1], words));
+        assert!(!has_problem(&mut agents[0], "an address translator"));
+        tool(&clone.netns, "ip addr del fd99::2/64 dev eth0");
+        run_all(host, &["ip addr del fd99::2/64 dev eth0", "ip addr add fd99::2/64 dev eth0"]);
+        agents.iter_mut().for_each(wait_for_path);
         Ok(())
     });
 }

@@ -9,7 +9,7 @@ use std::{
 
 use super::join_log::JoinLog;
 use crate::{
-    agent::Agent,
+    agent::{Agent, diagnosis::auditor::Detour},
     model::{Liveness, NodeId, PathState, Problem, ProblemCode},
     transport::own_address_problem,
 };
@@ -94,8 +94,16 @@ impl Agent {
             && self.kernel.underlay_problem.is_none()
     }
 
-    /// Returns the problem that neither the members nor this host are at their earlier addresses.
+    /// Returns the problem that neither the members nor this host are at their earlier addresses. A peer in
+    /// the network of this host that packets reach by a gateway may still have its address.
     pub(in crate::agent) fn moved_problem(&self) -> Option<Problem> {
+        let mut detours = self.kernel.routing.detours.iter();
+        let is_beside = |detour: &Detour| matches!(detour, Detour::Gateway { .. });
+        if detours
+            .any(|(there, detour)| is_beside(detour) && !self.kernel.ways.reaches(*there, detour))
+        {
+            return None;
+        }
         let known = self.isolation.previous_address().filter(|_| self.is_isolated())?;
         let now = self.underlay.local;
         let members = self.named(self.node.peers());

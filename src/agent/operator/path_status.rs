@@ -9,7 +9,7 @@ use crate::{
         desired::{Underlay, Way},
         silence::Sign,
     },
-    model::{NodeId, PathState, Problem, ProblemCode, Severity},
+    model::{NodeId, PathState, Problem, ProblemCode, Severity, is_link_local},
 };
 
 impl Agent {
@@ -40,7 +40,11 @@ impl Agent {
     /// Describes an address translator between the two hosts if the agent's packets show one.
     fn translation(&self, node: NodeId, there: IpAddr) -> String {
         let seen = self.transport.remote(node).map(|remote| remote.ip().to_canonical());
-        match seen.filter(|seen| *seen != there && seen.is_ipv4() == there.is_ipv4()) {
+        // A translator has no link-local address: a host uses its own while it lacks another.
+        let is_translated = |seen: &IpAddr| {
+            *seen != there && seen.is_ipv4() == there.is_ipv4() && !is_link_local(*seen)
+        };
+        match seen.filter(is_translated) {
             Some(seen) => format!(
                 "; packets of its agent come from {seen}: an address translator changes {there}, and \
                  tunnels need advertise = an address there that UDP passes to unchanged"

@@ -200,6 +200,19 @@ impl Lead {
                 format!("add a route to it ({beside})"),
             );
         };
+        if *name == "local" {
+            let (held, remove) = match by_address {
+                true => ("address", format!("{family} addr del {route} dev {interface}")),
+                false => (
+                    "local route",
+                    format!("{family} route del local {route} dev {interface} table local"),
+                ),
+            };
+            return (
+                format!("the {held} {route} of {interface} makes {there} an address of this host"),
+                format!("remove it ({remove})"),
+            );
+        }
         if *by_address {
             return (
                 format!("the network {route} of {interface} takes in {there} (table {name})"),
@@ -265,6 +278,17 @@ mod tests {
         );
         let default = said(254, None, false);
         assert!(default.contains("the default route of table main leads them there"), "{default}");
+    }
+
+    #[test]
+    fn detour_by_table_local_names_the_address_or_route_to_remove() {
+        let address = said_of("lo", 255, Some("10.99.0.12/32"), true);
+        let words = "the address 10.99.0.12/32 of lo makes 10.99.0.12 an address of this host: remove it (ip \
+                     addr del 10.99.0.12/32 dev lo) (";
+        assert!(address.contains(words), "{address}");
+        let route = said_of("lo", 255, Some("10.99.0.0/16"), false);
+        let words = "remove it (ip route del local 10.99.0.0/16 dev lo table local) (";
+        assert!(route.contains(words), "{route}");
     }
 
     #[test]

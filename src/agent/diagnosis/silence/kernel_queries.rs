@@ -181,7 +181,7 @@ impl PeerRoutes {
         interfaces.any(|index| self.links.iter().any(|link| link.index == index && is_match(link)))
     }
 
-    /// Returns the permanent neighbor entry of the next hop to a peer, if other hardware addresses answer for
+    /// Returns the fixed neighbor entry of the next hop to a peer, if other hardware addresses answer for
     /// that hop.
     pub fn pinned(
         &self,
@@ -191,7 +191,7 @@ impl PeerRoutes {
     ) -> Option<Pinned> {
         let (address, link) = self.hop(address)?;
         let answering = answering(address);
-        let mac = netlink.permanent_neighbor(link.index, address).ok()??;
+        let mac = netlink.fixed_neighbor(link.index, address).ok()??;
         let is_other = !answering.is_empty() && !answering.contains(&mac);
         let interface = link.name.clone();
         is_other.then_some(Pinned { address, interface, mac, answering })
