@@ -85,6 +85,16 @@ impl Netlink {
         }
     }
 
+    /// Lets the kernel query the MAC of an address, as for a packet to it.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn resolve_neighbor(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
+        let mut wanted = message(link, ip);
+        wanted.header.flags = NeighbourFlags::Use;
+        self.apply_one(RouteNetlinkMessage::NewNeighbour(wanted), NLM_F_CREATE)
+    }
+
     /// Returns the state of an entry; `None` if there is no entry.
     ///
     /// # Errors

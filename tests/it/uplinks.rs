@@ -164,7 +164,7 @@ fn ipv6_underlay_is_used_up_to_the_mtu_advertised_by_its_router() {
 }
 
 /// The report, the commands that cause the fault, and the commands that remove it.
-const FAULTS: [(&str, &str, &str); 3] = [
+const FAULTS: [(&str, &str, &str); 5] = [
     (
         "leave this host by tun0, not by eth0, which has its address 10.99.0.11, and no answer arrives: \
          table 77 leads them there",
@@ -176,6 +176,22 @@ const FAULTS: [(&str, &str, &str); 3] = [
          rule add to 10.99.0.10 lookup main priority 5269",
         "ip route add 10.99.0.0/16 dev tun0 table 52; ip rule add lookup 52 pref 5270",
         "ip rule del pref 5270; ip route flush table 52",
+    ),
+    (
+        "tunnel packets with the source ports 32768-60999 of flows to n1 (10.99.0.10) leave this host by \
+         tun0, not by eth0, which has its address 10.99.0.11, and no answer arrives: table 77 leads them \
+         there (ip rule 1000), probably of OpenVPN or another VPN",
+        "ip route add default dev tun0 table 77; ip rule add ipproto udp sport 32768-60999 lookup 77 pref \
+         1000",
+        "ip rule del pref 1000; ip route flush table 77",
+    ),
+    (
+        "by tun0, not by eth0, to which their route leads: ip rule 1000 (fwmark 0x7) leads packets with \
+         that mark there, and a rule of this host gives it to them (nft list ruleset, iptables -t mangle -S \
+         OUTPUT): give packets to it precedence: ip rule add to 10.99.0.10 lookup main priority 999",
+        "ip route add default dev tun0 table 77; ip rule add fwmark 7 lookup 77 pref 1000; iptables -t \
+         mangle -A OUTPUT -p udp --dport 8472 -j MARK --set-mark 7",
+        "iptables -t mangle -F; ip rule del pref 1000; ip route flush table 77",
     ),
     (
         "this host has no way to n1 (10.99.0.10) on the underlay: Network is unreachable",
@@ -213,6 +229,30 @@ fn diverted_tunnel_packets_are_reported_with_interface_and_table() {
                 run(&pods[1].netns, &ping).status.success()
             });
         }
+        Ok(())
+    });
+}
+
+/// The router of one of two next hops is off: some flows are lost, and probes may pass.
+#[test]
+fn next_hop_that_answers_no_arp_is_reported_and_the_advice_works() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
+        silence_causes::wait_for_path(agent);
+        tool(&host.netns, "sysctl -qw net.ipv4.fib_multipath_hash_policy=1");
+        tool(
+            &host.netns,
+            "ip route add 10.99.0.10/32 nexthop dev eth0 nexthop via 10.99.0.77 dev eth0",
+        );
+        let words = "next hop 10.99.0.77 on eth0 of the route to 10.99.0.10 answers no ARP";
+        wait_until(words, REPORT_TIMEOUT, || has_problem(agent, words));
+        let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+        assert!(doctor.contains("PROBLEM   routing"), "{doctor}");
+        assert!(!doctor.contains("its agent is stopped"), "{doctor}");
+        tool(&host.netns, "sysctl -qw net.ipv4.fib_multipath_use_neigh=1");
+        tool(&host.netns, "ip route flush cache");
+        silence_causes::wait_for_path(agent);
         Ok(())
     });
 }

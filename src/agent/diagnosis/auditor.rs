@@ -16,12 +16,14 @@ use ipnet::IpNet;
 use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH};
 use rtnetlink::packet_route::route::RouteType;
 
+mod dead_hops;
 mod detour;
 mod foreign_routes;
 mod policy;
 mod witness;
 
-pub use detour::Detour;
+use dead_hops::DeadHops;
+pub use detour::{Detour, FlowDetour};
 use witness::Witness;
 
 use crate::{
@@ -32,9 +34,10 @@ use crate::{
         firewall::Firewall,
         kernel::{ForeignRoutes, next_hops::Hop},
     },
-    model::{Problem, Selector, Transport},
+    model::{Ports, Problem, Selector, Transport},
     netlink::{
         Netlink,
+        link::Link,
         route::{self, Query, RouteLookup},
     },
     pods::desired::ALIAS,
@@ -66,6 +69,10 @@ pub struct Routing {
     pub path_mtus: BTreeMap<IpAddr, PathMtu>,
     /// Hosts whose tunnel packets do not leave by the underlay interface.
     pub detours: BTreeMap<IpAddr, Detour>,
+    /// Hosts of which single tunnel flows do not leave by the underlay interface.
+    pub flow_detours: BTreeMap<IpAddr, FlowDetour>,
+    /// A next hop that answers no ARP or neighbor discovery, for each host whose route has several.
+    pub dead_hops: BTreeMap<IpAddr, IpAddr>,
     /// Those of `detours` that answer ARP or neighbor discovery on the interface by which packets leave.
     pub beside: BTreeSet<IpAddr>,
     /// Hosts in the underlay's networks that the kernel reaches through a router, because these networks have
@@ -92,6 +99,8 @@ pub struct Auditor {
     not_before: Instant,
     path_mtus: BTreeMap<IpAddr, PathMtu>,
     detours: BTreeMap<IpAddr, Detour>,
+    flow_detours: BTreeMap<IpAddr, FlowDetour>,
+    dead_hops: DeadHops,
     beside: BTreeSet<IpAddr>,
     routed: BTreeSet<IpAddr>,
     /// Next hop of tunnel packets to each host.
@@ -145,6 +154,8 @@ impl Auditor {
             not_before: now,
             path_mtus: BTreeMap::new(),
             detours: BTreeMap::new(),
+            flow_detours: BTreeMap::new(),
+            dead_hops: DeadHops::default(),
             beside: BTreeSet::new(),
             routed: BTreeSet::new(),
             next_hops: BTreeMap::new(),
@@ -206,7 +217,10 @@ impl Auditor {
             if self.audit.is_unfinished() { UNCERTAIN_PASS_INTERVAL } else { PASS_INTERVAL };
         self.not_before = begun + rest.max(UNCERTAIN_PASS_INTERVAL);
         self.due = begun + pause.max(rest);
-        let problems = self.audit.problems(desired.pool.networks(), local_priorities(netlink));
+        self.look_up_paths(netlink, desired, place);
+        self.dead_hops.check(begun, netlink);
+        let mut problems = self.audit.problems(desired.pool.networks(), local_priorities(netlink));
+        problems.extend(self.dead_hops.problems(netlink));
         let (state, detail) = match (self.audit.subjects(), problems.as_slice()) {
             (0, _) => (CheckState::Skipped, "there is no peer".to_owned()),
             (count, []) => (CheckState::Ok, policy::detail(count, self.unread)),
@@ -222,11 +236,21 @@ impl Auditor {
             }
             _ => (state, detail),
         };
-        self.look_up_paths(netlink, desired, place);
         let (path_mtus, detours) = (self.path_mtus.clone(), self.detours.clone());
+        let (flow_detours, dead_hops) = (self.flow_detours.clone(), self.dead_hops.by_host());
         let (beside, routed) = (self.beside.clone(), self.routed.clone());
         let status = CheckStatus { state, detail };
-        let state = Routing { problems, diverted, path_mtus, detours, beside, routed, status };
+        let state = Routing {
+            problems,
+            diverted,
+            path_mtus,
+            detours,
+            flow_detours,
+            dead_hops,
+            beside,
+            routed,
+            status,
+        };
         let is_news = state != self.reported;
         self.reported.clone_from(&state);
         is_news.then_some(state)
@@ -256,6 +280,8 @@ impl Auditor {
         let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
         self.path_mtus.retain(|host, _| hosts.contains(host));
         self.detours.retain(|host, _| hosts.contains(host));
+        self.flow_detours.retain(|host, _| hosts.contains(host));
+        self.dead_hops.retain(&hosts);
         self.routed.retain(|host| hosts.contains(host));
         self.beside.retain(|host| hosts.contains(host));
         self.next_hops.retain(|host, _| hosts.contains(host));
@@ -263,44 +289,15 @@ impl Auditor {
         let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
         let output = Some(desired.device.link).filter(|link| *link != 0);
         let mut links = None;
+        let by_port = detour::rules_by_port(netlink);
         for host in next.take(hosts.len().min(MAX_PATHS)).copied().collect::<Vec<_>>() {
             self.last_path = Some(host);
             let transport = Some(Transport::udp_to(desired.device.port));
             let from = Some(desired.device.local).filter(|local| local.is_ipv4() == host.is_ipv4());
             let query = Query { output, from, transport, ..Query::to(host) };
             let found = netlink.route(&query);
-            let detour = match &found {
-                Ok(found) => match refusal(found.kind) {
-                    Some(errno) => Some(Detour::Refused(reason(errno))),
-                    None if found.link == place.underlay => {
-                        detour::gateway_detour(netlink, &query, found, place.networks)
-                    }
-                    None => {
-                        let links =
-                            links.get_or_insert_with(|| netlink.links().unwrap_or_default());
-                        detour::interface_detour(netlink, &query, links, found, place.underlay)
-                    }
-                },
-                Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),
-            };
-            match &detour {
-                Some(Detour::Gateway { .. })
-                    if detour::has_no_direct_route(netlink, host, place.networks) =>
-                {
-                    self.routed.insert(host);
-                }
-                _ => _ = self.routed.remove(&host),
-            }
-            let is_beside = matches!((&detour, &found), (Some(Detour::By { .. }), Ok(found))
-                if detour::is_beside(netlink, host, links.as_deref().unwrap_or_default(), found));
-            match is_beside {
-                true => _ = self.beside.insert(host),
-                false => _ = self.beside.remove(&host),
-            }
-            match detour {
-                Some(detour) => _ = self.detours.insert(host, detour),
-                None => _ = self.detours.remove(&host),
-            }
+            self.find_detours(netlink, (&query, &found), (&mut links, &by_port), place);
+            self.dead_hops.set(host, netlink.entry_hops(&query).unwrap_or_default());
             if let Ok(RouteLookup { link: link @ 1.., gateway, kind: RouteType::Unicast, .. }) =
                 found
             {
@@ -316,6 +313,44 @@ impl Auditor {
                 Some(mtu) => _ = self.path_mtus.insert(host, mtu),
                 None => _ = self.path_mtus.remove(&host),
             }
+        }
+    }
+
+    /// Sets the detours of tunnel packets to a host: of all, and of those with certain source ports.
+    fn find_detours(
+        &mut self,
+        netlink: &mut Netlink,
+        (query, found): (&Query, &io::Result<RouteLookup>),
+        (links, by_port): (&mut Option<Vec<Link>>, &[Ports]),
+        place: Place<'_>,
+    ) {
+        let host = query.to;
+        let detour = detour::of(netlink, query, found, links, place);
+        let of_flows = match &detour {
+            None => detour::of_flows(netlink, query, by_port, links, place),
+            Some(_) => None,
+        };
+        match of_flows {
+            Some(of_flows) => _ = self.flow_detours.insert(host, of_flows),
+            None => _ = self.flow_detours.remove(&host),
+        }
+        match &detour {
+            Some(Detour::Gateway { .. })
+                if detour::has_no_direct_route(netlink, host, place.networks) =>
+            {
+                self.routed.insert(host);
+            }
+            _ => _ = self.routed.remove(&host),
+        }
+        let is_beside = matches!((&detour, found), (Some(Detour::By { .. }), Ok(found))
+            if detour::is_beside(netlink, host, links.as_deref().unwrap_or_default(), found));
+        match is_beside {
+            true => _ = self.beside.insert(host),
+            false => _ = self.beside.remove(&host),
+        }
+        match detour {
+            Some(detour) => _ = self.detours.insert(host, detour),
+            None => _ = self.detours.remove(&host),
         }
     }
 }

@@ -136,7 +136,13 @@ impl Agent {
         let gossip = self.node.address_of(first)?.port();
         let tunnels = self.kernel.wanted.as_ref().map(|view| view.settings.vxlan_port);
         let ports = tunnels.map_or(gossip.to_string(), |port| format!("{port} and {gossip}"));
+        let address = self.node.address_of(first)?.ip();
+        let dead_hop = self.kernel.routing.dead_hops.get(&address);
         let why = match state(first) {
+            _ if dead_hop.is_some() => "a next hop of the route to it does not answer, which a problem of \
+                                        its own names; if that is mended, its own status may name the \
+                                        cause (there: gossamer status)"
+                .to_owned(),
             Some(
                 PathState::Ok
                 | PathState::Asymmetric
@@ -145,8 +151,9 @@ impl Agent {
             ) => {
                 format!(
                     "its kernel answers through the tunnel, so the host runs. Either its agent is \
-                     stopped (there: systemctl status gossamer), or a firewall or the network blocks \
-                     UDP {gossip} between the two hosts"
+                     stopped (there: systemctl status gossamer), or a firewall or the network (one of \
+                     several routers, for example) blocks UDP {gossip} between the two hosts. Its own \
+                     status may name the cause (there: gossamer status)"
                 )
             }
             Some(PathState::OneWay) => format!(

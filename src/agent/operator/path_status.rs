@@ -3,7 +3,11 @@
 use std::{net::IpAddr, time::Duration};
 
 use crate::{
-    agent::{Agent, operator::ping::milliseconds},
+    agent::{
+        Agent,
+        diagnosis::auditor::{Detour, Routing},
+        operator::ping::milliseconds,
+    },
     api::PathStatus,
     dataplane::{
         desired::{Underlay, Way},
@@ -53,19 +57,23 @@ impl Agent {
         }
     }
 
-    /// Returns the problem that this host sends the tunnel packets to a silent peer elsewhere.
+    /// Returns the problem that this host sends the tunnel packets to a silent peer elsewhere, or those of
+    /// some flows.
     fn detour_problem(
         &self,
         name: &str,
         here: IpAddr,
         there: IpAddr,
         port: u16,
+        is_silent: bool,
     ) -> Option<Problem> {
-        let detour = self.kernel.routing.detours.get(&there)?;
-        if self.kernel.ways.reaches(there, detour) {
-            return None;
-        }
-        Some(detour.problem(name, [here, there], port, &self.underlay.name))
+        let Routing { detours, flow_detours, .. } = &self.kernel.routing;
+        let is_unproven = |detour: &&Detour| !self.kernel.ways.reaches(there, detour);
+        let of_all = detours.get(&there).filter(|_| is_silent).filter(is_unproven);
+        let of_all = of_all.map(|detour| (detour, None));
+        let of_flows = flow_detours.get(&there).map(|flows| (&flows.detour, Some(flows.ports)));
+        let (detour, ports) = of_all.or(of_flows)?;
+        Some(detour.problem(name, [here, there], port, ports, &self.underlay.name))
     }
 
     /// Returns whether no probe of a peer is answered.
@@ -134,13 +142,16 @@ impl Agent {
         if let Some(cause) = dropped.and_then(|verdict| verdict.cause.clone()) {
             return Some(cause);
         }
-        if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
+        let is_partly = state == PathState::PartlyLost;
+        let detour = || self.detour_problem(name, here, there, port, is_silent);
+        if (is_silent || is_partly)
+            && let Some(problem) = detour()
+        {
             return Some(problem);
         }
         if let Some(told) = self.prober.reports.recurring_false_mtu(there) {
             return Some(wrong_mtu_problem(name, there, told, self.underlay.carried));
         }
-        let is_partly = state == PathState::PartlyLost;
         // This host drops packets of new flows to every peer, which is reported elsewhere.
         if (lost || is_partly) && self.kernel.host.is_table_full {
             return None;

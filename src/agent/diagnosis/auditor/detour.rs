@@ -1,24 +1,31 @@
 //! Tunnel packets that do not leave by the underlay interface, or not directly, and the route that
 //! causes it.
 
-use std::net::IpAddr;
+use std::{io, net::IpAddr};
 
 use ipnet::IpNet;
 use rtnetlink::packet_route::route::RouteProtocol;
 
+use super::{Place, reason, refusal};
 use crate::{
     dataplane::audit::likely_program,
-    model::{Problem, ProblemCode},
+    model::{Ports, Problem, ProblemCode, Transport},
     netlink::{
         Netlink,
         link::Link,
         neighbour::is_resolved,
-        route::{Entry, Query, RouteLookup},
+        route::{Entry, Query, RouteLookup, Rule},
     },
+    sysctl,
 };
 
 /// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`: tables that exist on every host.
 const TABLES: [(u32, &str); 3] = [(253, "default"), (254, "main"), (255, "local")];
+
+/// Range of local ports of a kernel that is not configured otherwise.
+const USUAL_PORTS: Ports = Ports { first: 32_768, last: 60_999 };
+/// Limit of ranges of source ports for which routes are looked up.
+const MAX_RANGES: usize = 4;
 
 /// The actual way of tunnel packets to a host. It may be intended (a host with several uplinks), and is
 /// reported only if the host does not answer.
@@ -34,6 +41,16 @@ pub enum Detour {
     Refused(String),
 }
 
+/// The way of those tunnel packets that have one of these source ports. Tunnel packets have the source port
+/// of their flow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlowDetour {
+    /// The way.
+    pub detour: Detour,
+    /// The source ports.
+    pub ports: Ports,
+}
+
 /// The route that leads packets there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lead {
@@ -45,6 +62,77 @@ pub struct Lead {
     gateway: Option<IpAddr>,
     /// Whether the kernel made the route for an address of the interface.
     by_address: bool,
+}
+
+/// Returns the detour that the result of a lookup shows, if any.
+pub fn of(
+    netlink: &mut Netlink,
+    query: &Query,
+    found: &io::Result<RouteLookup>,
+    links: &mut Option<Vec<Link>>,
+    place: Place<'_>,
+) -> Option<Detour> {
+    match found {
+        Ok(found) => match refusal(found.kind) {
+            Some(errno) => Some(Detour::Refused(reason(errno))),
+            None if found.link == place.underlay => {
+                gateway_detour(netlink, query, found, place.networks)
+            }
+            None => {
+                let links = links.get_or_insert_with(|| netlink.links().unwrap_or_default());
+                interface_detour(netlink, query, links, found, place.underlay)
+            }
+        },
+        Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),
+    }
+}
+
+/// Returns the source ports of tunnel packets that policy rules select. The kernel takes these ports from
+/// the range for local ports.
+pub fn rules_by_port(netlink: &mut Netlink) -> Vec<Ports> {
+    let range = sysctl::read("net/ipv4/ip_local_port_range");
+    let range = range.as_deref().and_then(port_range).unwrap_or(USUAL_PORTS);
+    let mut rules = Vec::new();
+    for ipv4 in [true, false] {
+        rules.extend(netlink.rules(ipv4).unwrap_or_default());
+    }
+    let mut selected: Vec<Ports> =
+        rules.iter().filter_map(|rule| selected_ports(rule, range)).collect();
+    selected.sort_unstable();
+    selected.dedup();
+    selected.truncate(MAX_RANGES);
+    selected
+}
+
+fn port_range(text: &str) -> Option<Ports> {
+    let mut numbers = text.split_whitespace().map(|number| number.parse().ok());
+    Some(Ports { first: numbers.next()??, last: numbers.next()?? })
+}
+
+/// Returns those ports of a range that a rule selects by source port, for UDP packets.
+fn selected_ports(rule: &Rule, range: Ports) -> Option<Ports> {
+    const UDP: u8 = 17;
+    let is_udp = rule.selector.protocol.is_none_or(|protocol| protocol == UDP);
+    let ports = rule.selector.source.filter(|_| is_udp && !rule.inverted)?;
+    let both = Ports { first: ports.first.max(range.first), last: ports.last.min(range.last) };
+    (both.first <= both.last).then_some(both)
+}
+
+/// Returns the detour of the flows with these source ports, if there is one.
+pub fn of_flows(
+    netlink: &mut Netlink,
+    query: &Query,
+    selected: &[Ports],
+    links: &mut Option<Vec<Link>>,
+    place: Place<'_>,
+) -> Option<FlowDetour> {
+    selected.iter().find_map(|ports| {
+        let transport = query.transport.map(|of| Transport { source: Some(ports.first), ..of });
+        let query = Query { transport, ..*query };
+        let found = netlink.route(&query);
+        let detour = of(netlink, &query, &found, links, place)?;
+        Some(FlowDetour { detour, ports: *ports })
+    })
 }
 
 /// Returns a detour if packets to a host use a gateway because of an ICMP redirect, or although the host
@@ -118,20 +206,36 @@ fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
 }
 
 impl Detour {
-    /// Describes the detour, for a host that does not answer tunnel packets to this port.
+    /// Describes the detour, for a host that does not answer tunnel packets to this port; `ports` are the
+    /// source ports of those that take it, or `None` for all.
     pub fn problem(
         &self,
         name: &str,
         [here, there]: [IpAddr; 2],
         port: u16,
+        ports: Option<Ports>,
         underlay: &str,
     ) -> Problem {
         let lost = |what: String, fix: String| Problem::new(ProblemCode::PathLost, name, what, fix);
-        let get = format!("ip route get {there} from {here} ipproto udp dport {port}; ip rule");
+        let (sport, of_flows) = match ports {
+            Some(ports) => (
+                format!(" sport {}", ports.first),
+                format!(" with the source ports {ports} of flows"),
+            ),
+            None => (String::new(), String::new()),
+        };
+        let get =
+            format!("ip route get {there} from {here} ipproto udp{sport} dport {port}; ip rule");
         let (way, interface, lead) = match self {
             Self::Refused(why) => {
-                let what =
-                    format!("this host has no way to {name} ({there}) on the underlay: {why}");
+                let what = match ports {
+                    None => {
+                        format!("this host has no way to {name} ({there}) on the underlay: {why}")
+                    }
+                    Some(_) => format!(
+                        "tunnel packets{of_flows} have no way to {name} ({there}) on the underlay: {why}"
+                    ),
+                };
                 let fix = format!(
                     "add the route that is missing, or take away the one that refuses ({get})"
                 );
@@ -167,7 +271,8 @@ impl Detour {
         };
         let (cause, fix) = lead.texts(there, interface, underlay);
         let what = format!(
-            "tunnel packets to {name} ({there}) leave this host by {way}, and no answer arrives: {cause}"
+            "tunnel packets{of_flows} to {name} ({there}) leave this host by {way}, and no answer arrives: \
+             {cause}"
         );
         lost(what, format!("{fix} ({get})"))
     }
@@ -250,7 +355,7 @@ mod tests {
         let lead = Lead { table, rule: Some(5_270), route, gateway, by_address };
         let between = [[10, 99, 0, 11].into(), [10, 99, 0, 12].into()];
         let interface = interface.to_owned();
-        Detour::By { interface, lead }.problem("n2", between, 8472, "eth0").to_string()
+        Detour::By { interface, lead }.problem("n2", between, 8472, None, "eth0").to_string()
     }
 
     fn said(table: u32, route: Option<&str>, by_address: bool) -> String {
@@ -295,7 +400,7 @@ mod tests {
     fn detour_by_redirect_names_sysctls() {
         let between = [[10, 99, 0, 11].into(), [10, 99, 0, 12].into()];
         let said = Detour::Redirected { gateway: [10, 99, 0, 77].into() };
-        let said = said.problem("n2", between, 8472, "eth0.5").to_string();
+        let said = said.problem("n2", between, 8472, None, "eth0.5").to_string();
         let words = "an ICMP redirect leads tunnel packets to n2 (10.99.0.12) by 10.99.0.77, and no answer \
                      arrives: sysctl -w net.ipv4.conf.all.accept_redirects=0 \
                      net.ipv4.conf.eth0/5.accept_redirects=0";
@@ -316,5 +421,22 @@ mod tests {
         let half = said_of("tun0", 254, Some("0.0.0.0/1"), false);
         let words = "of table main, probably of OpenVPN or another VPN, leads them there";
         assert!(half.contains(words), "{half}");
+    }
+
+    #[test]
+    fn rule_by_source_port_selects_ports_of_flows_only_where_ranges_overlap() {
+        let range = port_range("32768\t60999\n").expect("a range");
+        let rule = |first, last, protocol, inverted| {
+            let source = Some(Ports { first, last });
+            let selector = crate::model::Selector { source, protocol, ..Default::default() };
+            let (priority, input, mark, protocol) = (1_000, None, None, None);
+            Rule { priority, selector, inverted, input, table: 99, refuses: false, mark, protocol }
+        };
+        let ports = |rule| selected_ports(&rule, range).map(|ports| ports.to_string());
+        assert_eq!(ports(rule(1, 65_535, Some(17), false)).as_deref(), Some("32768-60999"));
+        assert_eq!(ports(rule(40_000, 50_000, None, false)).as_deref(), Some("40000-50000"));
+        assert_eq!(ports(rule(1, 1_024, Some(17), false)), None);
+        assert_eq!(ports(rule(40_000, 50_000, Some(6), false)), None);
+        assert_eq!(ports(rule(40_000, 50_000, Some(17), true)), None);
     }
 }
