@@ -15,7 +15,7 @@ use crate::{
 };
 
 pub use self::{
-    cause::{Cause, Diverted, DroppingRule, MAY_NOT_SEND, Pinned, Place},
+    cause::{Cause, Diverted, DroppingRule, Elsewhere, MAY_NOT_SEND, Pinned, Place},
     commands::{ebtables_insert, forget_connections, iptables_ports, open_chain},
     kept::Kept,
 };
@@ -165,6 +165,8 @@ pub struct Facts {
     pub dropped: [Option<DroppingRule>; 2],
     /// The rule that drops packets of its pods because they arrive by another way than packets to them take.
     pub diverted: Option<Diverted>,
+    /// Its tunnel packets leave by another interface than the one of their route.
+    pub elsewhere: Option<Elsewhere>,
     /// The nftables chain that changes the source address of packets to it.
     pub translating: Option<String>,
     /// The iptables-legacy rule that does so, as part of a sentence, and the command that exempts tunnel

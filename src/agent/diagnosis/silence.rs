@@ -312,6 +312,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                 pinned: routes
                     .pinned(&mut self.netlink, suspect.address, |hop| watch.answering(hop)),
                 congested: errors.is_some_and(|(before, after)| after > before),
+                elsewhere: routes.elsewhere(&mut self.netlink, case, suspect.address, &traces.left),
                 xdp: routes.has_xdp(place),
                 passthru: routes.passthru(place),
                 uncounted: counts.is_some_and(|(before, after)| before == after),

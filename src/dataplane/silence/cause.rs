@@ -58,6 +58,17 @@ pub struct Diverted {
     pub goes: String,
 }
 
+/// Tunnel packets that leave by another interface than the one of their route.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Elsewhere {
+    /// Name of the interface by which they leave.
+    pub interface: String,
+    /// Name of the interface of their route.
+    pub usual: String,
+    /// The policy rule that leads packets with a mark there, as a sentence, and the command against it.
+    pub rule: Option<(String, String)>,
+}
+
 /// A permanent neighbor entry that contradicts the answers for its address.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Pinned {
@@ -98,6 +109,8 @@ pub enum Cause {
     },
     /// A rule drops packets that arrive by another way than packets to their source take.
     Diverted(Diverted),
+    /// Tunnel packets leave by another interface than their route.
+    Elsewhere(Elsewhere),
     /// The kernel refuses the agent's packets.
     Forbidden,
     /// Tunnel packets leave with another source address than the one that peers know.
@@ -215,8 +228,9 @@ impl Cause {
         if facts.forbidden && facts.dropped[OUT].is_none() {
             return Some(Self::Forbidden);
         }
-        if let Some(diverted) = facts.diverted.clone() {
-            return Some(Self::Diverted(diverted));
+        let elsewhere = || facts.elsewhere.clone().map(Self::Elsewhere);
+        if let Some(cause) = facts.diverted.clone().map(Self::Diverted).or_else(elsewhere) {
+            return Some(cause);
         }
         if let Some(kept) = facts.kept {
             return Some(Self::Kept(kept));

@@ -1,7 +1,7 @@
 //! Describes causes of missing packets as problems with advice.
 
 use super::{
-    Cause, Diverted, MAY_NOT_SEND, Pinned, Place, Suspect,
+    Cause, Diverted, Elsewhere, MAY_NOT_SEND, Pinned, Place, Suspect,
     commands::{MAX_PORTS, forget_connections, open_chain, open_for_answers, open_for_pods},
 };
 use crate::model::{Problem, ProblemCode};
@@ -93,6 +93,22 @@ impl Cause {
                     open_for_pods(&by.chain, place.overlay)
                 ),
             ),
+            Self::Elsewhere(Elsewhere { interface, usual, rule }) => {
+                let (why, fix) = rule.clone().unwrap_or_else(|| {
+                    let why = "a rule gives them a mark, a packet filter redirects them, or a policy rule \
+                               selects their source ports";
+                    let fix = "see ip rule, nft list ruleset, iptables -t mangle -S OUTPUT, and tc filter \
+                               show dev";
+                    (why.to_owned(), format!("{fix} {usual} egress"))
+                });
+                (
+                    format!(
+                        "this host sends tunnel packets (UDP {port}) to {peers} by {interface}, not by \
+                         {usual}, to which their route leads: {why}"
+                    ),
+                    fix,
+                )
+            }
             Self::Forbidden => (
                 format!(
                     "packets of the agent to {peers} do not leave this host, although those of pods may"

@@ -18,18 +18,19 @@ use crate::{
         iptables_legacy::{self, Way},
     },
     dataplane::{
-        audit::EXDEV,
+        audit::{EXDEV, earlier_rule},
         foreign::ForeignTables,
         kernel::FirewallTable,
         silence::{
-            Diverted, DroppingRule, OUT, Pinned, Place, Suspect, forget_connections, open_chain,
+            Diverted, DroppingRule, Elsewhere, OUT, Pinned, Place, Suspect, forget_connections,
+            open_chain,
         },
     },
     model::{Mac, NodeId, Transport},
     netlink::{
         Netlink,
         link::Link,
-        route::{Query, RouteLookup},
+        route::{Query, RouteLookup, local_priority},
     },
     sysctl,
 };
@@ -260,6 +261,79 @@ impl PeerRoutes {
         };
         let (came, goes) = (name(at)?, name(output_link).filter(|_| output_link != at)?);
         Some(Diverted { by, came, goes })
+    }
+
+    /// Returns the interface by which this host sends tunnel packets to a peer although their route leads to
+    /// another one, and the rule that leads packets with a mark there.
+    pub fn elsewhere(
+        &self,
+        netlink: &mut Netlink,
+        case: &Case,
+        address: IpAddr,
+        left: &BTreeSet<(u32, IpAddr)>,
+    ) -> Option<Elsewhere> {
+        let usual = self.routes.get(&address)?.link;
+        let others: BTreeSet<u32> =
+            left.iter().map(|(link, _)| *link).filter(|link| *link != usual).collect();
+        let name = |index: u32| {
+            let link = self.links.iter().find(|link| link.index == index)?;
+            Some(link.name.clone())
+        };
+        let marked = self.mark_rule(netlink, case, address, (usual, &others, left.is_empty()));
+        if let Some((link, rule)) = marked {
+            return Some(Elsewhere {
+                interface: name(link)?,
+                usual: name(usual)?,
+                rule: Some(rule),
+            });
+        }
+        // Interfaces below the usual one, such as the port of a bridge, carry the same packets.
+        let all_elsewhere = left.iter().all(|(link, _)| *link != usual);
+        let link = *others.first().filter(|_| all_elsewhere)?;
+        Some(Elsewhere { interface: name(link)?, usual: name(usual)?, rule: None })
+    }
+
+    /// Returns the first policy rule by mark that leads packets to a peer to one of these interfaces, as a
+    /// sentence with the command against it.
+    fn mark_rule(
+        &self,
+        netlink: &mut Netlink,
+        case: &Case,
+        address: IpAddr,
+        (usual, others, is_held): (u32, &BTreeSet<u32>, bool),
+    ) -> Option<(u32, (String, String))> {
+        let place = &case.place;
+        let ipv4 = address.is_ipv4();
+        let rules = netlink.rules(ipv4).ok().filter(|_| is_held || !others.is_empty())?;
+        let local = local_priority(&rules);
+        rules.iter().filter(|rule| !rule.inverted).find_map(|rule| {
+            let (mark, _) = rule.mark.filter(|(mark, _)| *mark != 0)?;
+            let query = Query {
+                output: case.pinned.then_some(place.link),
+                from: Some(place.source),
+                transport: Some(Transport::udp_to(place.port)),
+                mark: Some(mark),
+                ..Query::to(address)
+            };
+            let found = netlink.route(&query).ok()?;
+            let link = found.link;
+            // Packets wait for the MAC of the next hop there.
+            let mut waits = || {
+                let hop = netlink.neighbour(link, found.gateway.unwrap_or(address)).ok().flatten();
+                hop.is_some_and(|state| {
+                    matches!(state, NeighbourState::Incomplete | NeighbourState::Failed)
+                })
+            };
+            let is_way = others.contains(&link) || is_held && link != usual && waits();
+            let (ip, tables) = if ipv4 { ("ip", "iptables") } else { ("ip -6", "ip6tables") };
+            let priority = rule.priority;
+            let why = format!(
+                "{ip} rule {priority} (fwmark {mark:#x}) leads packets with that mark there, and a rule of \
+                 this host gives it to them (nft list ruleset, {tables} -t mangle -S OUTPUT)"
+            );
+            let fix = earlier_rule(&format!("to {address}"), priority, ipv4, local);
+            is_way.then_some((link, (why, format!("give packets to it precedence: {fix}"))))
+        })
     }
 
     /// Whether an XDP program receives packets at the underlay's interface before packet sockets do.
