@@ -70,6 +70,8 @@ pub struct RouteLookup {
     pub table: u32,
     /// MTU of the path in bytes, if a route or an ICMP message sets one. `None`: the interface's MTU applies.
     pub mtu: Option<u32>,
+    /// TTL or hop limit that a route sets.
+    pub hop_limit: Option<u32>,
     /// Whether the route expires, because it was learned and not configured.
     pub learned: bool,
     /// Whether it results from an ICMP redirect (`RTCF_REDIRECTED`, `RTPROT_REDIRECT`).
@@ -250,6 +252,7 @@ impl Netlink {
             source: None,
             table: u32::from(message.header.table),
             mtu: None,
+            hop_limit: None,
             learned: false,
             redirected: message.header.flags.bits() & REDIRECTED != 0
                 || message.header.protocol == RouteProtocol::IcmpRedirect,
@@ -272,6 +275,10 @@ impl Netlink {
                 RouteAttribute::Metrics(metrics) => {
                     found.mtu = metrics.iter().find_map(|metric| match metric {
                         RouteMetric::Mtu(mtu) => Some(*mtu),
+                        _ => None,
+                    });
+                    found.hop_limit = metrics.iter().find_map(|metric| match metric {
+                        RouteMetric::Hoplimit(limit) => Some(*limit),
                         _ => None,
                     });
                 }

@@ -83,6 +83,7 @@ mod structure;
 mod thread_shortage;
 mod tidy;
 mod underlay;
+mod underlay_routes;
 mod unprivileged_users;
 mod unseen_drops;
 mod uplinks;

@@ -19,7 +19,9 @@ use rtnetlink::packet_route::route::RouteType;
 mod dead_hops;
 mod detour;
 mod foreign_routes;
+mod hop_limit;
 mod policy;
+mod refuser;
 mod witness;
 
 use dead_hops::DeadHops;
@@ -126,6 +128,8 @@ pub struct Place<'a> {
     pub device: u32,
     /// Index of the underlay interface.
     pub underlay: u32,
+    /// Name of the underlay interface.
+    pub name: &'a str,
     /// Address of this host on the underlay.
     pub local: IpAddr,
     /// MTU of the underlay interface in bytes.
@@ -140,8 +144,8 @@ impl<'a> Place<'a> {
     /// Combines the device, the underlay and the firewall.
     pub fn new(device: u32, underlay: &'a ChosenUnderlay, firewall: &Firewall) -> Self {
         let masquerade = !firewall.masquerade.is_empty();
-        let ChosenUnderlay { link, local, carried, ref networks, .. } = *underlay;
-        Self { device, underlay: link, local, carried, networks, masquerade }
+        let ChosenUnderlay { link, ref name, local, carried, ref networks, .. } = *underlay;
+        Self { device, underlay: link, name, local, carried, networks, masquerade }
     }
 }
 

@@ -63,7 +63,8 @@ impl ProvenWays {
             if ways.present != *detour {
                 (ways.present, ways.since, ways.answered) = (detour.clone(), now, None);
             }
-            if ways.proven.contains(detour) || matches!(detour, Detour::Refused(_)) {
+            let is_refused = matches!(detour, Detour::Refused(_) | Detour::RefusedBy(_));
+            if ways.proven.contains(detour) || is_refused {
                 continue;
             }
             let sent = answered(*host).filter(|sent| *sent >= ways.since);

@@ -10,7 +10,7 @@ use crate::{
     },
     api::PathStatus,
     dataplane::{
-        desired::{Underlay, Way},
+        desired::{Underlay, Way, device_name},
         silence::Sign,
     },
     model::{NodeId, PathState, Problem, ProblemCode, Severity, is_link_local},
@@ -138,7 +138,11 @@ impl Agent {
         if is_silent && let Some(problem) = self.moved_problem() {
             return Some(problem);
         }
-        let dropped = verdict.filter(|verdict| is_silent && verdict.is_dropped_here);
+        // Rules that drop packets do not matter if packets have no way.
+        let device = device_name(view.settings.vni);
+        let has_no_way = self.kernel.routing.detours.get(&there);
+        let has_no_way = has_no_way.is_some_and(|detour| detour.is_certain_loss(&device));
+        let dropped = verdict.filter(|verdict| is_silent && !has_no_way && verdict.is_dropped_here);
         if let Some(cause) = dropped.and_then(|verdict| verdict.cause.clone()) {
             return Some(cause);
         }

@@ -6,7 +6,7 @@ use std::{io, net::IpAddr};
 use ipnet::IpNet;
 use rtnetlink::packet_route::route::RouteProtocol;
 
-use super::{Place, reason, refusal};
+use super::{Place, hop_limit::HopLimit, reason, refusal, refuser::Refuser};
 use crate::{
     dataplane::audit::likely_program,
     model::{Ports, Problem, ProblemCode, Transport},
@@ -21,6 +21,9 @@ use crate::{
 
 /// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`: tables that exist on every host.
 const TABLES: [(u32, &str); 3] = [(253, "default"), (254, "main"), (255, "local")];
+
+/// Remedy where no route is known that refuses packets.
+const ADD_ROUTE: &str = "add the route that is missing, or take away the one that refuses";
 
 /// Range of local ports of a kernel that is not configured otherwise.
 const USUAL_PORTS: Ports = Ports { first: 32_768, last: 60_999 };
@@ -39,6 +42,10 @@ pub enum Detour {
     Redirected { gateway: IpAddr },
     /// Rejected, with the kernel's error.
     Refused(String),
+    /// Rejected by a route or a policy rule.
+    RefusedBy(Refuser),
+    /// By the underlay interface, with a hop limit that is too small for the routers on the way.
+    HopLimit(HopLimit),
 }
 
 /// The way of those tunnel packets that have one of these source ports. Tunnel packets have the source port
@@ -72,18 +79,25 @@ pub fn of(
     links: &mut Option<Vec<Link>>,
     place: Place<'_>,
 ) -> Option<Detour> {
+    let mut refused = |errno| match Refuser::of(netlink, query, errno) {
+        Some(refuser) => Detour::RefusedBy(refuser),
+        None => Detour::Refused(reason(errno)),
+    };
     match found {
         Ok(found) => match refusal(found.kind) {
-            Some(errno) => Some(Detour::Refused(reason(errno))),
+            Some(errno) => Some(refused(errno)),
             None if found.link == place.underlay => {
-                gateway_detour(netlink, query, found, place.networks)
+                let by_gateway = gateway_detour(netlink, query, found, place.networks);
+                by_gateway.or_else(|| {
+                    HopLimit::of(netlink, query, found, place.name).map(Detour::HopLimit)
+                })
             }
             None => {
                 let links = links.get_or_insert_with(|| netlink.links().unwrap_or_default());
                 interface_detour(netlink, query, links, found, place.underlay)
             }
         },
-        Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),
+        Err(error) => error.raw_os_error().map(refused),
     }
 }
 
@@ -206,6 +220,16 @@ fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
 }
 
 impl Detour {
+    /// Returns whether no tunnel packet arrives by this way: the kernel refuses it, or the way leads into the
+    /// tunnels of this VXLAN device itself.
+    pub fn is_certain_loss(&self, device: &str) -> bool {
+        match self {
+            Self::Refused(_) | Self::RefusedBy(_) => true,
+            Self::By { interface, .. } => interface == device,
+            _ => false,
+        }
+    }
+
     /// Describes the detour, for a host that does not answer tunnel packets to this port; `ports` are the
     /// source ports of those that take it, or `None` for all.
     pub fn problem(
@@ -226,20 +250,25 @@ impl Detour {
         };
         let get =
             format!("ip route get {there} from {here} ipproto udp{sport} dport {port}; ip rule");
+        let no_way = |why: &str, fix: &str| {
+            let what = match ports {
+                None => format!("this host has no way to {name} ({there}) on the underlay: {why}"),
+                Some(_) => format!(
+                    "tunnel packets{of_flows} have no way to {name} ({there}) on the underlay: {why}"
+                ),
+            };
+            lost(what, format!("{fix} ({get})"))
+        };
         let (way, interface, lead) = match self {
-            Self::Refused(why) => {
-                let what = match ports {
-                    None => {
-                        format!("this host has no way to {name} ({there}) on the underlay: {why}")
-                    }
-                    Some(_) => format!(
-                        "tunnel packets{of_flows} have no way to {name} ({there}) on the underlay: {why}"
-                    ),
-                };
-                let fix = format!(
-                    "add the route that is missing, or take away the one that refuses ({get})"
-                );
-                return lost(what, fix);
+            Self::Refused(why) => return no_way(why, ADD_ROUTE),
+            Self::RefusedBy(refuser) => {
+                let (why, fix) = refuser.texts(there);
+                return no_way(&why, &fix);
+            }
+            Self::HopLimit(limit) => {
+                let (how, fix) = limit.texts(there);
+                let what = format!("tunnel packets to {name} ({there}) leave this host {how}");
+                return lost(what, format!("{fix} ({get})"));
             }
             Self::Redirected { gateway } => {
                 let (family, underlay) =
@@ -372,6 +401,16 @@ mod tests {
         let words = "(ip route del 0.0.0.0/1), or, where it is needed, add a narrower one (ip route add \
                      10.99.0.12 dev eth0";
         assert!(half.contains(words), "{half}");
+    }
+
+    #[test]
+    fn way_into_the_tunnels_is_a_certain_loss_and_another_interface_is_not() {
+        let lead = Lead { table: 254, rule: None, route: None, gateway: None, by_address: false };
+        let by =
+            |interface: &str| Detour::By { interface: interface.to_owned(), lead: lead.clone() };
+        assert!(by("gossamer.1").is_certain_loss("gossamer.1"));
+        assert!(!by("eth1").is_certain_loss("gossamer.1"));
+        assert!(Detour::Refused("no route".to_owned()).is_certain_loss("gossamer.1"));
     }
 
     #[test]
