@@ -20,8 +20,8 @@ use super::{RECEIVE_BUFFER_BYTES, drain, parse_messages};
 
 /// `RTNLGRP_*` (linux/rtnetlink.h): links, neighbors, addresses, routes and rules of both families.
 const ALL_GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
-/// The groups of links, addresses and routes. A route of the table `local` belongs to an address.
-const INTERFACE_GROUPS: [u32; 5] = [1, 5, 7, 9, 11];
+/// The groups of links and addresses.
+const INTERFACE_GROUPS: [u32; 3] = [1, 5, 9];
 /// `RTM_NEWLINK` (linux/rtnetlink.h).
 const NEW_LINK: u16 = 16;
 /// Bytes of `struct nlmsghdr`.
@@ -48,7 +48,7 @@ impl Monitor {
         Self::of(&ALL_GROUPS)
     }
 
-    /// Opens a monitor of interfaces, their addresses and routes.
+    /// Opens a monitor of interfaces and addresses.
     ///
     /// # Errors
     /// If the kernel refuses.

@@ -10,10 +10,7 @@ use super::{
     port,
     renamed::is_renamed,
 };
-use crate::netlink::{
-    link::{Address, Link},
-    local::local_address,
-};
+use crate::netlink::link::{Address, Link};
 
 /// Whether each interface is in the desired state according to the last message about it.
 #[derive(Debug, Default)]
@@ -78,11 +75,6 @@ impl LinkUpdates {
                 let address = Address::new(&message);
                 self.is_gateway_gone |=
                     address.is_some_and(|address| ready_bridge.bridge.is_gateway(address.ip));
-            }
-            RouteNetlinkMessage::DelRoute(route) => {
-                let address = local_address(&route);
-                self.is_gateway_gone |=
-                    address.is_some_and(|address| ready_bridge.bridge.is_gateway(address));
             }
             _ => {}
         }
