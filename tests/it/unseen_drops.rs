@@ -1,12 +1,15 @@
 //! Packets that a host drops where none of its own test packets passes: those of other hosts that arrive
 //! without a tunnel, and those that it passes on between other hosts.
 
+use gossamer::lab::Agent;
+
 use crate::{
     common::{
-        Cluster, TIMEOUT, client, has_notice, has_problem, isolated, sh, status_where, tool,
-        wait_until,
+        Cluster, TIMEOUT, client, has_notice, has_problem, isolated, program, sh, status_where,
+        token_of, tool, wait_until,
     },
     forwarding_far::{all_answer, with_pods},
+    silence_causes::{wait_for_path, wait_for_problem},
 };
 
 /// Commands that make a host refuse what pods of other hosts begin, and the cause that it reports.
@@ -138,6 +141,37 @@ fn member_that_gossip_calls_down_while_its_packets_arrive_is_a_problem_with_the_
         assert!(!doctor.contains("gossamer forget"), "{doctor}");
         sh(&cluster.hosts[1].netns, "nft delete table inet wall");
         status_where(&mut cluster.agents[0], |status| status["problems"] == serde_json::json!([]));
+        Ok(())
+    });
+}
+
+/// As on a hypervisor whose card is a port of a bridge.
+#[test]
+fn chain_at_the_port_of_an_underlay_bridge_is_reported_by_name() {
+    isolated(|lab| {
+        let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
+        let mut first = Agent::start(program(), &hosts[0], &["--init"])?;
+        first.wait_converged(1, TIMEOUT)?;
+        let token = token_of(&mut first)?;
+        let second = &hosts[1].netns;
+        sh(
+            second,
+            "ip link add vmbr0 type bridge && ip link set vmbr0 up && \
+             ip addr flush dev eth0 && ip link set eth0 master vmbr0 && \
+             ip addr add 10.99.0.11/16 dev vmbr0",
+        );
+        let join = ["--iface", "vmbr0", "--join", "10.99.0.10", "--token", &token];
+        let mut agent = Agent::start(program(), &hosts[1], &join)?;
+        agent.wait_converged(2, TIMEOUT)?;
+        wait_for_path(&mut agent);
+        let chain = "netdev ddos in";
+        let hook = "{ type filter hook ingress device eth0 priority -500 ; }";
+        sh(second, "nft add table netdev ddos");
+        tool(second, &format!("nft add chain {chain} {hook}"));
+        tool(second, &format!("nft add rule {chain} udp dport 8472 drop"));
+        wait_for_problem(&mut agent, &[&format!("a rule of chain {chain}"), "from n1"]);
+        sh(second, "nft delete table netdev ddos");
+        wait_for_path(&mut agent);
         Ok(())
     });
 }

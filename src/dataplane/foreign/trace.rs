@@ -95,13 +95,14 @@ pub struct TraceReport {
 
 impl Trace {
     /// Traces packets to the UDP `port` to and from `addresses`, and all packets from the peers'
-    /// `overlay` addresses. `device` is the underlay interface, `name` the overlay's device.
+    /// `overlay` addresses. `devices` are the underlay interface and those by which it receives packets, as
+    /// the ports of a bridge; `name` is the overlay's device.
     ///
     /// # Errors
     /// When the tables cannot be created.
     pub fn begin(
         name: &str,
-        device: &str,
+        devices: &[&str],
         port: u16,
         addresses: &[IpAddr],
         overlay: &[IpAddr],
@@ -116,7 +117,7 @@ impl Trace {
             let chain = base_chain(&table, chain, "filter", hook, FIRST_AFTER_DEFRAGMENTATION);
             inet.push(create(Kind::NewChain, chain));
         }
-        let mut ingress = vec![create(Kind::NewChain, at_device(&table, "from", device))];
+        let mut ingress = Vec::new();
         for address in addresses.iter().take(MAX_ADDRESSES) {
             let at_port =
                 |rule: Rule| rule.udp().holds(Base::Transport, PORT_OFFSET, &port.to_be_bytes());
@@ -130,16 +131,22 @@ impl Trace {
             inet.push(append(&table, "from", &is(of_family(), Field::Source)));
             let ether_type = if address.is_ipv4() { 0x0800 } else { 0x86dd };
             let framed = at_port(Rule::new().ether_type(ether_type));
-            ingress.push(append(&table, "from", &is(framed, Field::Source)));
+            ingress.push(is(framed, Field::Source));
         }
         for vtep in overlay.iter().take(MAX_ADDRESSES) {
             let from = Rule::new().family_of(*vtep).address(Field::Source, (*vtep).into(), true);
             inet.push(append(&table, "from", &from.limit(MAX_PACKETS_PER_SECOND).trace()));
         }
         set_up(&mut nftables, INET, &table, inet)?;
+        let at_devices = devices.iter().enumerate().flat_map(|(number, device)| {
+            let chain = format!("from-{number}");
+            let made = create(Kind::NewChain, at_device(&table, &chain, device));
+            let rules = ingress.iter().map(|rule| append(&table, &chain, rule));
+            std::iter::once(made).chain(rules).collect::<Vec<_>>()
+        });
         // Without the ingress hook, no packet can be dropped there either.
-        if let Err(error) = set_up(&mut nftables, NETDEV, &table, ingress) {
-            tracing::debug!(%error, device, "could not trace at the interface");
+        if let Err(error) = set_up(&mut nftables, NETDEV, &table, at_devices.collect()) {
+            tracing::debug!(%error, ?devices, "could not trace at the interfaces");
         }
         Ok(Self { nftables, traces, table, report })
     }

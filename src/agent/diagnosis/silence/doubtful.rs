@@ -53,8 +53,9 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         let place = &case.place;
         let addresses: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.address).collect();
         let overlay: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.vtep).collect();
-        let (device, interface) = (&place.device, &place.interface);
-        let started = Trace::begin(device, interface, place.port, &addresses, &overlay);
+        let carriers: Vec<&str> =
+            routes.carriers(place).iter().map(|link| link.name.as_str()).collect();
+        let started = Trace::begin(&place.device, &carriers, place.port, &addresses, &overlay);
         let trace = started.inspect_err(|error| tracing::debug!(%error, "packets not traced"));
         let mut trace = trace.ok();
         if trace.is_some() && self.capture(case, doubtful, None, trace.as_mut(), watch)?.is_none() {

@@ -37,6 +37,8 @@ use crate::{
 
 /// A VXLAN header without the I flag: every device drops the packet (RFC 7348, section 5).
 const INVALID_VXLAN_HEADER: [u8; 8] = [0; 8];
+/// Limit of the interfaces that carry tunnel packets and are examined.
+const MAX_CARRIERS: usize = 8;
 /// Limit of chains named.
 const MAX_NAMED: usize = 3;
 
@@ -149,6 +151,28 @@ impl PeerRoutes {
             }
         }
         Ok(Self { links, routes })
+    }
+
+    /// Returns the underlay's interface and those that carry its packets: the ports of a bridge or bond, and
+    /// the interface below a VLAN or macvlan.
+    pub fn carriers(&self, place: &Place) -> Vec<&Link> {
+        let mut carriers: Vec<&Link> =
+            self.links.iter().filter(|link| link.index == place.link).collect();
+        let mut next = 0;
+        while let Some(upper) = carriers.get(next).copied() {
+            let is_below = |link: &&Link| {
+                // The number of a veth pair's other end belongs to another namespace.
+                let is_below = upper.kind != "veth"
+                    && upper.message.attributes.contains(&LinkAttribute::Link(link.index));
+                link.controller() == Some(upper.index) || is_below
+            };
+            let is_new = |link: &&Link| carriers.iter().all(|known| known.index != link.index);
+            let below = self.links.iter().filter(is_below).filter(is_new);
+            let below: Vec<&Link> = below.take(MAX_CARRIERS - carriers.len()).collect();
+            carriers.extend(below);
+            next += 1;
+        }
+        carriers
     }
 
     /// Returns the hardware addresses of this host's interfaces.
@@ -358,8 +382,9 @@ impl PeerRoutes {
         if !is_out {
             hints.extend(redirecting(local.is_ipv4(), *port));
         }
-        let underlay = self.links.iter().find(|link| link.index == place.link);
-        hints.extend(underlay.into_iter().flat_map(|link| hooks::at(netlink, link, side)));
+        for link in self.carriers(place) {
+            hints.extend(hooks::at(netlink, link, side));
+        }
         hints.extend(self.passthru(place).filter(|_| !is_out));
         hints.extend(ipsec_policies(place, way, None));
         hints
