@@ -179,20 +179,27 @@ impl SyncRound {
         }
     }
 
-    /// Removes a departed witness. If it was the last of several alternatives, all `others` have to confirm:
-    /// one of them has received the facts of the departed one.
-    pub(super) fn drop_witness(&mut self, node: NodeId, others: BTreeSet<NodeId>) {
+    /// Removes a departed witness. Returns whether it was the last of several alternatives: all other members
+    /// have to confirm then, because one of them has received the facts of the departed one.
+    pub(super) fn drop_witness(&mut self, node: NodeId) -> bool {
         let (NeededWitnesses::AnyOf(witnesses) | NeededWitnesses::AllOf(witnesses)) =
             &mut self.needed_witnesses
         else {
-            return;
+            return false;
         };
         witnesses.remove(&node);
-        if witnesses.is_empty() {
-            self.needed_witnesses = match &self.needed_witnesses {
-                NeededWitnesses::AnyOf(_) if !others.is_empty() => NeededWitnesses::AllOf(others),
-                _ => NeededWitnesses::None,
-            };
+        if !witnesses.is_empty() {
+            return false;
+        }
+        let was_alternative = matches!(self.needed_witnesses, NeededWitnesses::AnyOf(_));
+        self.needed_witnesses = NeededWitnesses::None;
+        was_alternative
+    }
+
+    /// Requires that all other members confirm, if there are any.
+    pub(super) fn require_others(&mut self, others: BTreeSet<NodeId>) {
+        if !others.is_empty() {
+            self.needed_witnesses = NeededWitnesses::AllOf(others);
         }
     }
 

@@ -36,8 +36,10 @@ impl Replica {
     /// Notes that a possible witness of this node's memory is gone. If it was the last one, all other members
     /// have to confirm.
     pub(super) fn drop_witness(&mut self, node: NodeId) {
-        let others = self.other_members();
-        self.sync.drop_witness(node, others);
+        // One message may contain as many departures as the directory holds, and few are of witnesses.
+        if self.sync.drop_witness(node) {
+            self.sync.require_others(self.other_members());
+        }
     }
 
     /// Notes that a member left or was forgotten, so that other members have to provide what it knew.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    model::{Identity, Incarnation, Mac, Suspicion, Version, Vtep},
+    model::{Forget, Identity, Incarnation, Mac, Suspicion, Version, Vtep},
     sim::host::Host,
     wire::{Key, Record, Refusal},
 };
@@ -255,4 +255,32 @@ fn exchange_of_large_tables_is_one_pass_over_them() {
         let Some(Response::Facts { facts, .. }) = answer else { panic!("{answer:?}") };
         assert!(facts.slots.len() < 40, "only what it lacks: {}", facts.slots.len());
     }
+}
+
+/// Regression: each departure collected all members again, so that one message stopped the loop for minutes.
+#[test]
+fn departures_of_many_members_are_one_pass_over_them() {
+    let mut world = World::with_members(2);
+    let records: Vec<_> = (0..12_000).map(absent).collect();
+    let nodes: Vec<NodeId> = records.iter().map(|record| record.node).collect();
+    let left = |(record, to): (MemberRecord, &NodeId)| MemberRecord {
+        left_to: Some(*to),
+        version: Version { starts: 1, change: 1 },
+        ..record
+    };
+    let departed = records.clone().into_iter().zip(nodes.iter().rev()).map(left).collect();
+    let forget = |(node, successor): (&NodeId, &NodeId)| Forget {
+        node: *node,
+        round: 1,
+        forced: false,
+        successor: *successor,
+    };
+    let forgets = nodes.iter().zip(nodes.iter().skip(1)).map(forget).collect();
+    let (from, now) = (world.hosts[1].key, world.now + seconds(1));
+    let node = world.node_mut(0);
+    node.learn(now, &Facts { members: records, ..Facts::default() }, Some(from));
+    node.learn(now, &Facts { members: departed, ..Facts::default() }, Some(from));
+    assert!(node.replica.is_gone(nodes[0]), "it has left");
+    node.learn(now, &Facts { forgets, ..Facts::default() }, Some(from));
+    assert!(node.replica.directory.forgotten(nodes[0]).is_some());
 }
