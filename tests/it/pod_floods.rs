@@ -139,6 +139,11 @@ fn fragments_of_a_pod_do_not_reach_the_agents_own_pod() {
             ping(56, &own, " 0% packet loss");
             ping(3_000, &own, "100% packet loss");
             ping(3_000, &gateway, " 0% packet loss");
+            // The data of a later fragment is no ICMP header of these types.
+            for pattern in ["03", "0304", "0b00", "0c04", "01", "0200"] {
+                let command = format!("ping -c 2 -i 0.2 -W 1 -s 3000 -p {pattern} {gateway}");
+                eventually(&spaces[0], &command, |shown| shown.contains(" 0% packet loss"));
+            }
         }
         Ok(())
     });

@@ -288,7 +288,9 @@ fn rules() -> Vec<Rule> {
     let advertised = link_local(TARGET, icmpv6(NEIGHBOR_ADVERTISEMENT), false);
     let own4 = |rule: Rule, field| rule.input_with(ADDRESSES4, &[ETHER_SOURCE, field], true);
     let icmp = || Rule::new().ether_type(IPV4).transport(ICMP);
-    let error = |kind| icmp().holds(Base::Transport, 0, &[kind]).count().drop();
+    // The kernel takes the data of a later fragment for an ICMP header.
+    let unfragmented = |rule: Rule| rule.masked(Base::Network, 6, &[0x1f, 0xff], &[0; 2], true);
+    let error = |kind| unfragmented(icmp()).holds(Base::Transport, 0, &[kind]).count().drop();
     // Types 1 to 4. Of a later fragment the kernel loads the first byte of the IPv6 header, which is 0x60.
     let error6 = || {
         let icmpv6 = Rule::new().ether_type(IPV6).transport(ICMPV6);
