@@ -62,6 +62,8 @@ pub use start::run;
 
 /// A longer turn of the loop is logged, because everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);
+/// Time after which a turn takes no further events: outputs are carried out, and gossip is answered.
+const TURN_BUDGET: Duration = Duration::from_millis(50);
 /// Maximum number of rounds of events in one turn, before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
 
@@ -103,6 +105,7 @@ struct Agent {
     /// Control sockets that could not be opened.
     listener_problems: ListenerProblems,
     inquiries: Inquiries<operator::inquiries::Purpose>,
+    recent_status: Option<operator::status::RecentStatus>,
     surveys: Surveys,
     /// Where the subnet of this node comes from, if it is assigned from outside the cluster.
     source: Option<PodCidrSource>,
@@ -141,6 +144,9 @@ impl Agent {
                     break;
                 }
                 more.for_each(|arrival| self.on_arrival(arrival, turn, read_settings));
+                if turn.elapsed() >= TURN_BUDGET {
+                    break;
+                }
             }
             self.carry_out();
             self.restore_paths();

@@ -77,6 +77,25 @@ pub enum AgentRequest {
     Peer { node: String, reply: Sender<Result<Option<MatrixRow>, ApiError>> },
 }
 
+impl AgentRequest {
+    /// Returns whether it only reads, so that any user may send it by the `http` listener.
+    pub const fn is_of_reader(&self) -> bool {
+        matches!(
+            self,
+            Self::Status { .. }
+                | Self::Alive { .. }
+                | Self::Wait { .. }
+                | Self::Pods { .. }
+                | Self::PastEvents { .. }
+                | Self::Events { .. }
+                | Self::Samples { .. }
+                | Self::Matrix { .. }
+                | Self::Routes { .. }
+                | Self::Peer { .. }
+        )
+    }
+}
+
 /// A step of replacing the cluster's secret.
 #[derive(Clone, Debug)]
 pub enum SecretStep {

@@ -11,6 +11,8 @@ use super::{CannotForget, Liveness, Node};
 
 /// Separates a name and the beginning of an id in a label.
 const LABEL_SEPARATOR: char = '~';
+/// Limit of members that the answer to an ambiguous name lists.
+const MAX_CHOICES: usize = 5;
 /// Fewest digits of an id that stand for it.
 const MIN_ID_DIGITS: usize = 4;
 
@@ -79,8 +81,13 @@ impl Node {
                 (Some(one), Some(other)) => {
                     let all = [one, other].into_iter().chain(found);
                     let labels = self.labels();
-                    let choices: Vec<String> = all.map(|node| labels.choice(node)).collect();
-                    let (count, whom) = (choices.len(), whom.to_owned());
+                    let all: Vec<NodeId> = all.collect();
+                    let named = all.iter().take(MAX_CHOICES);
+                    let mut choices: Vec<String> = named.map(|node| labels.choice(*node)).collect();
+                    if let more @ 1.. = all.len().saturating_sub(MAX_CHOICES) {
+                        choices.push(format!("and {more} more"));
+                    }
+                    let (count, whom) = (all.len(), whom.to_owned());
                     return Err(CannotForget::Ambiguous(count, whom, choices.join(", ")));
                 }
             }

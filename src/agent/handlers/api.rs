@@ -11,8 +11,12 @@ use crate::{
 impl Agent {
     /// Answers a request, or stores it until it can be answered.
     pub(in crate::agent) fn on_request(&mut self, request: AgentRequest) {
+        // A client that has changed something sees that in its next status.
+        if !request.is_of_reader() {
+            self.recent_status = None;
+        }
         match request {
-            AgentRequest::Status { reply } => _ = reply.send(self.status()),
+            AgentRequest::Status { reply } => _ = reply.send(self.recent_status()),
             AgentRequest::Alive { reply } => _ = reply.send(()),
             AgentRequest::Wait { seconds, members, reply } => {
                 let deadline = Instant::now() + Duration::from_secs(seconds);

@@ -1,6 +1,9 @@
 //! Builds the status from the core's part and the agent's: kernel, disk, connections.
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::oneshot;
 
@@ -28,12 +31,38 @@ pub(in crate::agent) struct Waiter {
     pub(in crate::agent) reply: oneshot::Sender<AgentStatus>,
 }
 
+/// A status that takes less time to build is never repeated.
+const MIN_COSTLY: Duration = Duration::from_millis(10);
+/// A status is repeated for this many times as long as it took to build.
+const STATUS_SHARE: u32 = 8;
+
+/// The last status that was sent to a reader.
+pub(in crate::agent) struct RecentStatus {
+    status: AgentStatus,
+    /// When it is built again.
+    until: Instant,
+}
+
 /// Says for how long the disk has not answered, at least.
 fn disk_silence() -> String {
     format!("the disk has not answered for more than {} s", DISK_TIMEOUT.as_secs())
 }
 
 impl Agent {
+    /// Returns the status, or the previous one while that is recent compared with the time to build it. Any
+    /// user may request it without end, so it takes a limited share of the loop's time.
+    pub(in crate::agent) fn recent_status(&mut self) -> AgentStatus {
+        let begun = Instant::now();
+        if let Some(recent) = self.recent_status.as_ref().filter(|recent| begun < recent.until) {
+            return recent.status.clone();
+        }
+        let status = self.status();
+        let took = begun.elapsed();
+        self.recent_status = (took >= MIN_COSTLY)
+            .then(|| RecentStatus { status: status.clone(), until: begun + took * STATUS_SHARE });
+        status
+    }
+
     /// Stores a request that waits for convergence.
     pub(in crate::agent) fn add_waiter(&mut self, waiter: Waiter) {
         if self.pending.waiters.len() < MAX_WAITERS {
@@ -55,6 +84,8 @@ impl Agent {
             return;
         }
         let status = self.status();
+        // The next status is not older than the answer.
+        self.recent_status = None;
         for waiter in std::mem::take(&mut self.pending.waiters) {
             let enough = status.members_alive() >= waiter.members;
             if (status.converged && enough) || waiter.deadline <= now {

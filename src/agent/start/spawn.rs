@@ -111,6 +111,7 @@ impl Ready {
             journal: Journal::new(now),
             listener_problems,
             inquiries: Inquiries::default(),
+            recent_status: None,
             surveys: Surveys::default(),
             source: identity.source,
             giving_up: None,
