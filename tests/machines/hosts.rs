@@ -56,11 +56,12 @@ pub fn ask(machine: &mut Machine, number: u8, command: &str) -> anyhow::Result<V
 /// Waits until host `number` has converged with `members` members, and returns its status.
 pub fn converged(machine: &mut Machine, number: u8, members: usize) -> anyhow::Result<Value> {
     let wait = format!(
-        "gossamer status --wait=120 --members {members} -o json --socket /run/h{number}.sock"
+        "gossamer status --wait=120 --members {members} -o json --socket /run/h{number}.sock \
+         2> /run/waiting-for"
     );
     let answer = machine.run(&wait, SOON + Duration::from_secs(30))?;
     if answer.code != 0 {
-        let log = machine.ok(&format!("tail -30 /run/h{number}.log"))?;
+        let log = machine.ok(&format!("tail -n 30 /run/waiting-for /run/h{number}.log"))?;
         anyhow::bail!("h{number} has not converged: {}\n{log}", answer.text);
     }
     Ok(serde_json::from_str(&answer.text)?)
