@@ -399,6 +399,7 @@ fn duplicate_ipv6_address_is_reported_by_a_running_agent() {
         let words = "another machine has the address of eth0 (fd99::2), too";
         wait_until("it is not reported", REPORT_TIMEOUT, || has_problem(&mut agents[1], words));
         assert!(!has_problem(&mut agents[0], "an address translator"));
+        assert!(!has_problem(&mut agents[1], "is closed on the way"));
         tool(&clone.netns, "ip addr del fd99::2/64 dev eth0");
         run_all(host, &["ip addr del fd99::2/64 dev eth0", "ip addr add fd99::2/64 dev eth0"]);
         agents.iter_mut().for_each(wait_for_path);

@@ -132,9 +132,11 @@ impl Agent {
         let gossip = self.node.address_of(node)?.port();
         let (_, subnets) = peer.leases.first()?;
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
+        let is_silent = self.is_lost(state) || !self.prober.paths.is_alive(node);
         // Without an underlay, no peer is reachable: the cause is reported once.
-        let is_silent = (self.is_lost(state) || !self.prober.paths.is_alive(node))
-            && self.kernel.underlay_problem.is_none();
+        if is_silent && self.kernel.underlay_problem.is_some() {
+            return None;
+        }
         if is_silent && let Some(problem) = self.moved_problem() {
             return Some(problem);
         }
