@@ -54,7 +54,7 @@ pub fn open_chain(chain: &str, ports: &[u16]) -> String {
             format!("{insert} -p {ether} --{field}-proto udp --{field}-dport {ports} -j ACCEPT")
         };
         let ports = match ports {
-            [first, .., last] if usize::from(last - first) == ports.len() - 1 => {
+            [first, last] if first.checked_add(1) == Some(*last) => {
                 vec![format!("{first}:{last}")]
             }
             _ => ports.iter().map(u16::to_string).collect(),
@@ -98,11 +98,10 @@ fn may_be_of_iptables(chain: &str) -> bool {
 /// Returns the command that makes a chain accept packets of pods.
 pub(super) fn open_for_pods(chain: &str, overlay: IpNet) -> String {
     let is_ipv4 = overlay.addr().is_ipv4();
-    if let Some(insert) = ebtables_insert(chain) {
-        let (ether, field) = if is_ipv4 { ("IPv4", "ip") } else { ("IPv6", "ip6") };
-        return format!("{insert} -p {ether} --{field}-src {overlay} -j ACCEPT");
-    }
     let family = if is_ipv4 { "ip" } else { "ip6" };
+    if let Some(insert) = ebtables_insert_ip(chain, is_ipv4) {
+        return format!("{insert} --{family}-src {overlay} -j ACCEPT");
+    }
     match iptables_insert(chain) {
         Some(insert) => format!("{insert} -s {overlay} -j ACCEPT"),
         None => format!("nft insert rule {chain} {family} saddr {overlay} accept"),
@@ -125,7 +124,7 @@ fn iptables_insert(chain: &str) -> Option<String> {
 
 /// Returns the beginning of a command that inserts a rule into a chain that ebtables may have made; `None`
 /// for others. Its base chains have names in upper case.
-pub fn ebtables_insert(chain: &str) -> Option<String> {
+fn ebtables_insert(chain: &str) -> Option<String> {
     let [family, table, name] = chain.split(' ').collect::<Vec<_>>()[..] else { return None };
     let is_native = ["input", "output", "forward", "prerouting", "postrouting"].contains(&name);
     let table = match (family, table) {
@@ -134,6 +133,12 @@ pub fn ebtables_insert(chain: &str) -> Option<String> {
         _ => return None,
     };
     Some(format!("ebtables{table} -I {name}"))
+}
+
+/// Returns the same for a rule about packets of an IP version.
+pub fn ebtables_insert_ip(chain: &str, ipv4: bool) -> Option<String> {
+    let ether = if ipv4 { "IPv4" } else { "IPv6" };
+    Some(format!("{} -p {ether}", ebtables_insert(chain)?))
 }
 
 /// Returns the command that makes the kernel forget the connections of tunnel packets.
@@ -175,6 +180,11 @@ mod tests {
         let rules = "ebtables -I INPUT -p IPv4 --ip-proto udp --ip-dport 8472:8473 -j ACCEPT; \
                      ebtables -I INPUT -p IPv6 --ip6-proto udp --ip6-dport 8472:8473 -j ACCEPT";
         assert_eq!(open_chain("bridge filter INPUT", &[8472, 8473]), rules);
+        let apart = open_chain("bridge filter INPUT", &[9_000, 8473]);
+        assert!(
+            apart.contains("--ip-dport 9000 ") && apart.contains("--ip6-dport 8473 "),
+            "{apart}"
+        );
         let rule = "ebtables -t nat -I own -p IPv4 --ip-src 10.42.0.0/16 -j ACCEPT";
         let overlay = "10.42.0.0/16".parse().expect("a network");
         assert_eq!(open_for_pods("bridge nat own", overlay), rule);

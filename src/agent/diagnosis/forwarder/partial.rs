@@ -9,7 +9,7 @@ use crate::{
     agent::diagnosis::iptables_legacy,
     dataplane::{
         foreign::{Act, ForeignRules, ForeignTables, Partial, Traffic, Way},
-        silence::{ebtables_insert, open_chain},
+        silence::{ebtables_insert_ip, open_chain},
     },
     model::{Problem, ProblemCode, Transport},
     netlink::{Netlink, link::Link, route::Query},
@@ -269,11 +269,8 @@ pub fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
 /// Returns the command that exempts packets within the overlay from a base chain.
 fn both(base: &str, network: IpNet) -> String {
     let family = family(network);
-    if let Some(insert) = ebtables_insert(base) {
-        let ether = if network.addr().is_ipv4() { "IPv4" } else { "IPv6" };
-        return format!(
-            "{insert} -p {ether} --{family}-src {network} --{family}-dst {network} -j ACCEPT"
-        );
+    if let Some(insert) = ebtables_insert_ip(base, network.addr().is_ipv4()) {
+        return format!("{insert} --{family}-src {network} --{family}-dst {network} -j ACCEPT");
     }
     match iptables(base) {
         Some(command) => format!("{command} -s {network} -d {network} -j ACCEPT"),
@@ -285,9 +282,8 @@ fn both(base: &str, network: IpNet) -> String {
 
 /// Returns the command that exempts packets to the overlay from a base chain.
 fn to(base: &str, network: IpNet) -> String {
-    if let Some(insert) = ebtables_insert(base) {
-        let ether = if network.addr().is_ipv4() { "IPv4" } else { "IPv6" };
-        return format!("{insert} -p {ether} --{}-dst {network} -j ACCEPT", family(network));
+    if let Some(insert) = ebtables_insert_ip(base, network.addr().is_ipv4()) {
+        return format!("{insert} --{}-dst {network} -j ACCEPT", family(network));
     }
     match iptables(base) {
         Some(command) => format!("{command} -d {network} -j ACCEPT"),
