@@ -11,7 +11,7 @@ use anyhow::{Context as _, ensure};
 use super::{RETRY_INTERVAL, block_on, confirm::loss_of_membership};
 use crate::api::{self, ClientError, Left, Membership};
 
-/// Time that an agent which has left has to end.
+/// Time that an agent which has left, or got a signal, has to end.
 pub const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An agent that runs on this host.

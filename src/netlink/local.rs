@@ -36,6 +36,8 @@ impl Netlink {
             filter.header.address_family = family;
             filter.header.table = TABLE;
             filter.header.kind = RouteType::Local;
+            // Kernels may list IPv6 routes of own addresses at the loopback interface.
+            filter.attributes.extend(is_ipv4.then_some(RouteAttribute::Oif(link)));
             let wanted = RouteNetlinkMessage::GetRoute(filter);
             let received = self.dump_some(&wanted, |message| match message {
                 RouteNetlinkMessage::NewRoute(route) => local_address(&route),

@@ -103,6 +103,14 @@ pub struct Entry {
     pub condition: Condition,
 }
 
+impl Entry {
+    /// Returns the destination; `None` for a default route.
+    pub fn network(&self) -> Option<IpNet> {
+        let network = IpNet::new(self.destination?, self.prefix_len).ok()?;
+        (network.prefix_len() > 0).then_some(network)
+    }
+}
+
 /// A policy rule (`ip rule`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -23,13 +23,12 @@ use crate::{
         confirm::{Consent, loss_of_membership},
         output::write_stdout,
         podman,
+        running::END_TIMEOUT,
     },
     config::Instance,
     store::StoreError,
 };
 
-/// Time in which an agent that leaves or gets a signal has to end.
-const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// File of dpkg that exists while the package is installed.
 const PACKAGE_MARK: &str = "/var/lib/dpkg/info/gossamer.list";
 

@@ -204,16 +204,12 @@ pub fn is_beside(netlink: &mut Netlink, host: IpAddr, links: &[Link], found: &Ro
 fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
     // Kernels before 4.17 do not support this lookup.
     let entry = netlink.route_entry(query).ok().filter(|entry| entry.table == found.table);
-    let network = |entry: &Entry| {
-        let network = IpNet::new(entry.destination?, entry.prefix_len).ok()?;
-        (network.prefix_len() > 0).then_some(network)
-    };
     let rules = netlink.rules(query.to.is_ipv4()).unwrap_or_default();
     let rule = rules.iter().find(|rule| rule.table == found.table);
     Lead {
         table: found.table,
         rule: rule.map(|rule| rule.priority),
-        route: entry.as_ref().and_then(network),
+        route: entry.as_ref().and_then(Entry::network),
         gateway: found.gateway,
         by_address: entry.is_some_and(|entry| entry.protocol == RouteProtocol::Kernel),
     }

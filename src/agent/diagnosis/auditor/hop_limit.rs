@@ -46,10 +46,7 @@ impl HopLimit {
         if let Some(limit @ 1..) = found.hop_limit {
             // Kernels before 4.17 do not support this lookup.
             let entry = netlink.route_entry(query).ok();
-            let route = entry.and_then(|entry| {
-                let network = IpNet::new(entry.destination?, entry.prefix_len).ok()?;
-                (network.prefix_len() > 0).then_some(network)
-            });
+            let route = entry.and_then(|entry| entry.network());
             return Self::small(limit, Origin::Route(route));
         }
         let (path, name) = match query.to {

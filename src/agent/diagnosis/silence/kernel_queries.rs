@@ -162,9 +162,9 @@ impl PeerRoutes {
         while let Some(upper) = carriers.get(next).copied() {
             let is_below = |link: &&Link| {
                 // The number of a veth pair's other end belongs to another namespace.
-                let is_below = upper.kind != "veth"
+                let is_lower = upper.kind != "veth"
                     && upper.message.attributes.contains(&LinkAttribute::Link(link.index));
-                link.controller() == Some(upper.index) || is_below
+                link.controller() == Some(upper.index) || is_lower
             };
             let is_new = |link: &&Link| carriers.iter().all(|known| known.index != link.index);
             let below = self.links.iter().filter(is_below).filter(is_new);
