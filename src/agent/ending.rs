@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    time::Instant,
 };
 
 use crate::{
@@ -110,4 +111,21 @@ pub enum Ending {
     Failed(String),
     /// A thread of this program failed: all state stays, including the kernel's.
     Broken(String),
+}
+
+/// The beginning and the end of an agent.
+pub(super) struct Lifetime {
+    /// Whether this process created the state, so that a refusal may remove it.
+    pub(super) fresh: bool,
+    /// Set when the kernel refuses the device of a new node: the reason, and when the agent ends.
+    pub(super) giving_up: Option<(String, Instant)>,
+    /// How the agent ends; set once it is to end.
+    pub(super) ending: Option<Ending>,
+}
+
+impl Lifetime {
+    /// Returns the lifetime of an agent that has just started.
+    pub(super) const fn new(fresh: bool) -> Self {
+        Self { fresh, giving_up: None, ending: None }
+    }
 }

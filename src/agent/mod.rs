@@ -18,41 +18,33 @@ mod service;
 mod shutdown;
 mod signals;
 mod start;
+mod storage;
 mod threads;
 mod workers;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use self::{
     arrivals::{Arrival, Arrivals, LoopEvent},
     clock::Clock,
-    diagnosis::isolation::Isolation,
-    handlers::{kernel::KernelState, probe::Prober},
-    host::receive_buffer::ReceiveDrops,
-    listeners::{ListenerProblems, Listeners},
-    operator::{events::Journal, pending::PendingRequests, secrets::Steps, survey::Surveys},
+    diagnosis::gossip::GossipState,
+    ending::Lifetime,
+    handlers::{kernel::KernelState, kubernetes::Sources, probe::Prober},
+    listeners::Listeners,
+    operator::{events::Journal, requests::Requests, secrets::KnownSecrets},
     pods::PodState,
     service::Service,
     signals::Signals,
-    threads::Monitors,
-    workers::{
-        archive::{Archive, ArchiveEvent},
-        attach_worker::AttachWorker,
-        programmer::Programmer,
-    },
+    storage::Storage,
+    threads::Threads,
+    workers::archive::ArchiveEvent,
 };
 use crate::{
     config::Config,
-    core::{Gate, Input, Node},
+    core::{Input, Node},
     kubernetes::PodCidrSource,
-    rpc::Inquiries,
-    store::{StateDir, Writer},
     transport::Transport,
     underlay::ChosenUnderlay,
-    wire::{Keyring, Token},
 };
 
 pub use ending::{Ending, StartFailure};
@@ -69,50 +61,29 @@ const EVENTS_PER_TURN: usize = 64;
 
 /// The agent between start and end.
 struct Agent {
+    /// The core, which decides.
     node: Node,
     clock: Clock,
-    transport: Transport,
-    writer: Writer,
-    gate: Gate,
-    programmer: Programmer,
-    /// Threads that only observe.
-    monitors: Monitors,
-    kernel: KernelState,
-    prober: Prober,
-    isolation: Isolation,
-    receive_drops: ReceiveDrops,
-    pods: PodState,
-    attach_worker: AttachWorker,
-    underlay: ChosenUnderlay,
     config: Config,
-    state: Arc<StateDir>,
-    /// Seeds of the configuration only.
-    configured_seeds: Vec<String>,
-    /// The last saved token.
-    saved_token: Option<Token>,
-    archive: Archive,
-    keyring: Keyring,
-    /// Changes of the keyring that are not on disk yet.
-    steps: Steps,
-    /// Whether this process created the state, so that a refusal may remove it.
-    fresh: bool,
-    /// Requests of operators that wait for an answer.
-    pending: PendingRequests,
-    /// Why the disk cannot be written.
-    store_failure: Option<String>,
-    service: Service,
+    transport: Transport,
+    underlay: ChosenUnderlay,
+    threads: Threads,
+    kernel: KernelState,
+    pods: PodState,
+    storage: Storage,
+    secrets: KnownSecrets,
+    /// Probes of the paths to peers.
+    prober: Prober,
+    gossip: GossipState,
+    /// Seeds and subnets from outside the cluster.
+    sources: Sources,
+    /// Requests of operators.
+    requests: Requests,
+    /// Events for operators.
     journal: Journal,
-    /// Control sockets that could not be opened.
-    listener_problems: ListenerProblems,
-    inquiries: Inquiries<operator::inquiries::Purpose>,
-    recent_status: Option<operator::status::RecentStatus>,
-    surveys: Surveys,
-    /// Where the subnet of this node comes from, if it is assigned from outside the cluster.
-    source: Option<PodCidrSource>,
-    /// Set when the kernel refuses the device of a new node: the reason, and when the agent ends.
-    giving_up: Option<(String, Instant)>,
-    /// How the agent ends; set once it is to end.
-    ending: Option<Ending>,
+    /// Reports to the service manager.
+    service: Service,
+    lifetime: Lifetime,
 }
 
 impl Agent {
@@ -126,12 +97,12 @@ impl Agent {
     ) -> Ending {
         self.carry_out();
         self.apply_notes();
-        while self.ending.is_none() {
+        while self.lifetime.ending.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_deadline());
             let first = tokio::select! {
                 biased;
-                _ = signals.terminate.recv() => { self.ending = Some(Ending::Stopped); continue }
-                _ = signals.interrupt.recv() => { self.ending = Some(Ending::Stopped); continue }
+                _ = signals.terminate.recv() => { self.lifetime.ending = Some(Ending::Stopped); continue }
+                _ = signals.interrupt.recv() => { self.lifetime.ending = Some(Ending::Stopped); continue }
                 _ = signals.hangup.recv() => Arrival::Hangup,
                 () = tokio::time::sleep_until(wake) => Arrival::Deadline,
                 arrival = arrivals.next() => arrival,
@@ -162,7 +133,7 @@ impl Agent {
                 tracing::warn!(?took, "slow turn of the event loop");
             }
         }
-        if self.ending == Some(Ending::Stopped) {
+        if self.lifetime.ending == Some(Ending::Stopped) {
             self.answer_docker_to_the_end(&mut arrivals, read_settings, listeners).await;
         }
         self.finish().await
@@ -183,17 +154,16 @@ impl Agent {
     fn next_deadline(&self) -> Instant {
         let latest = Instant::now() + Duration::from_secs(3600);
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
-        let giving_up = self.giving_up.as_ref().map(|(_, until)| *until);
+        let giving_up = self.lifetime.giving_up.as_ref().map(|(_, until)| *until);
         core.into_iter()
             .chain(self.next_probe())
             .chain(self.service.next())
             .chain([self.journal.next()])
-            .chain(self.surveys.deadline())
-            .chain(self.pending.deadlines())
+            .chain(self.requests.deadlines())
             .chain(giving_up)
             .chain(self.pods.next_notes_check)
             .chain(self.disk_stall_deadline())
-            .chain(self.source.iter().filter_map(PodCidrSource::next))
+            .chain(self.sources.kubernetes.iter().filter_map(PodCidrSource::next))
             .fold(latest, Instant::min)
     }
 
@@ -213,8 +183,8 @@ impl Agent {
         if self.pods.next_notes_check.is_some_and(|at| at <= now) {
             self.apply_notes();
         }
-        if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
-            self.ending = Some(Ending::Failed(why));
+        if let Some((why, _)) = self.lifetime.giving_up.take_if(|(_, until)| *until <= now) {
+            self.lifetime.ending = Some(Ending::Failed(why));
         }
     }
 

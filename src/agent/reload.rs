@@ -29,7 +29,7 @@ impl Agent {
         let token = config.token.filter(|_| self.config.pod_cidr.is_none());
         // A token that is unchanged since before a secret rotation must not bring the old secret back.
         let new = token.as_ref().map(|token| token.secret.clone());
-        let new = new.filter(|secret| self.keyring.is_new_secret(secret.id()));
+        let new = new.filter(|secret| self.secrets.keyring.is_new_secret(secret.id()));
         if token.is_some() {
             self.config.token = token;
         }
@@ -54,11 +54,11 @@ impl Agent {
 
     /// Replaces the configured seeds.
     fn take_seeds(&mut self, seeds: Vec<String>) {
-        if seeds != self.configured_seeds {
+        if seeds != self.sources.seeds {
             // Seeds of the saved token and of Kubernetes remain.
-            let given = std::mem::replace(&mut self.configured_seeds, seeds);
+            let given = std::mem::replace(&mut self.sources.seeds, seeds);
             let others = self.config.seeds.iter().filter(|seed| !given.contains(seed));
-            let seeds = self.configured_seeds.iter().chain(others).cloned().collect();
+            let seeds = self.sources.seeds.iter().chain(others).cloned().collect();
             self.config.seeds = seeds;
             self.node.set_seeds(self.clock.now(), self.config.seeds.len());
         }

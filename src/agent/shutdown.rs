@@ -50,8 +50,8 @@ impl Agent {
 
     /// Ends the agent for the reason that the core gives.
     pub(super) fn on_stop(&mut self, stop: Stop) {
-        self.ending = Some(match stop {
-            Stop::Left { successor } => match self.giving_up.take() {
+        self.lifetime.ending = Some(match stop {
+            Stop::Left { successor } => match self.lifetime.giving_up.take() {
                 Some((why, _)) => Ending::Failed(why),
                 None => Ending::Left { successor },
             },
@@ -72,7 +72,7 @@ impl Agent {
 
     /// Whether the kernel can hold anything of this node. If not, what it holds belongs to another overlay.
     pub(super) const fn may_have_kernel_state(&self) -> bool {
-        !self.fresh || self.kernel.programmed_once
+        !self.lifetime.fresh || self.kernel.progress.programmed_once
     }
 
     /// Returns the number of pods on this host, and the names of the first.
@@ -85,7 +85,7 @@ impl Agent {
 
     /// Ends the threads and connections, and removes the state that this ending requires to remove.
     pub(super) async fn finish(mut self) -> Ending {
-        let ending = self.ending.take().unwrap_or(Ending::Stopped);
+        let ending = self.lifetime.ending.take().unwrap_or(Ending::Stopped);
         self.service.stopping();
         self.input(Input::Command(Command::Save));
         self.carry_out();
@@ -94,13 +94,13 @@ impl Agent {
         let pods = self.present_pods();
         self.transport.close().await;
         let threads = [
-            self.programmer.end(),
-            self.attach_worker.end(),
-            self.writer.end(),
-            self.archive.end(),
+            self.threads.programmer.end(),
+            self.threads.attach_worker.end(),
+            self.storage.writer.end(),
+            self.storage.archive.end(),
         ];
-        await_threads(threads.into_iter().chain(self.monitors.end())).await;
-        let refused = self.fresh && matches!(ending, Ending::Failed(_));
+        await_threads(threads.into_iter().chain(self.threads.monitors.end())).await;
+        let refused = self.lifetime.fresh && matches!(ending, Ending::Failed(_));
         let ends = matches!(ending, Ending::Left { .. } | Ending::Restart) || refused;
         if ends && has_kernel_state {
             if let (count @ 1.., pods) = pods {
@@ -109,7 +109,7 @@ impl Agent {
             remove_traces(cluster, &self.config);
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
-            && let Err(error) = self.state.wipe()
+            && let Err(error) = self.storage.directory.wipe()
         {
             tracing::error!(%error, "state not removed");
         }
@@ -124,7 +124,7 @@ impl Agent {
             }
             _ => {}
         }
-        if let Some(reply) = self.pending.leave_reply.take() {
+        if let Some(reply) = self.requests.leave_reply.take() {
             let answer = match &ending {
                 Ending::Left { successor } => {
                     Ok(successor.map(|successor| self.node.name_of(successor).to_owned()))

@@ -22,6 +22,7 @@ use crate::{
             remote_pods::{RemotePods, RemotePodsEvent, RemotePodsState},
             silence::SilenceDiagnosis,
         },
+        workers::{attach_worker::AttachWorker, programmer::Programmer},
     },
     api::{CheckState, CheckStatus},
     model::{Problem, ProblemCode},
@@ -112,6 +113,16 @@ impl MonitorThread {
 
 /// Sends events of the threads to the event loop.
 pub(super) type Sender = mpsc::UnboundedSender<LoopEvent>;
+
+/// The threads that work for the event loop, except those of the disk.
+pub(super) struct Threads {
+    /// Programs the kernel.
+    pub(super) programmer: Programmer,
+    /// Connects pods.
+    pub(super) attach_worker: AttachWorker,
+    /// Only observe.
+    pub(super) monitors: Monitors,
+}
 
 /// The monitoring threads.
 pub(super) struct Monitors {
@@ -214,18 +225,18 @@ impl Agent {
     /// Detects threads that have ended, and restarts the monitoring threads.
     pub(super) fn watch_threads(&mut self, now: Instant) {
         let essential = [
-            ("kernel", self.programmer.worker.has_ended()),
-            ("pods", self.attach_worker.worker.has_ended()),
-            ("store", self.writer.has_ended()),
-            ("archive", self.archive.worker.has_ended()),
+            ("kernel", self.threads.programmer.worker.has_ended()),
+            ("pods", self.threads.attach_worker.worker.has_ended()),
+            ("store", self.storage.writer.has_ended()),
+            ("archive", self.storage.archive.worker.has_ended()),
         ];
         if let Some((name, _)) = essential.iter().find(|(_, has_ended)| *has_ended) {
-            self.ending.get_or_insert(Ending::Broken(format!(
+            self.lifetime.ending.get_or_insert(Ending::Broken(format!(
                 "the thread {name:?} has ended by an error in this program, and without it the agent \
                  cannot work: start it again (packets of pods pass meanwhile), and report what the log says"
             )));
         }
-        for (thread, response) in self.monitors.check(now) {
+        for (thread, response) in self.threads.monitors.check(now) {
             match response {
                 Response::Discard => {
                     tracing::error!(thread = ?thread, "thread ended");
@@ -250,12 +261,12 @@ impl Agent {
                 self.on_remote_pods(RemotePodsEvent::State(RemotePodsState::default()))
             }
             MonitorThread::PodAnswers => self.on_answers(PodAnswers::default()),
-            MonitorThread::Silence => self.monitors.silence_diagnosis.forget(),
+            MonitorThread::Silence => self.threads.monitors.silence_diagnosis.forget(),
         }
     }
 
     fn restart_monitor(&mut self, thread: MonitorThread) {
-        match self.monitors.restart(thread) {
+        match self.threads.monitors.restart(thread) {
             Ok(()) => {
                 tracing::info!(thread = ?thread, "thread started again");
                 self.update_forwarder();

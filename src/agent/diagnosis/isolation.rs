@@ -57,18 +57,18 @@ impl Agent {
     pub(in crate::agent) fn watch_isolation(&mut self, now: Instant) {
         let opinions = self.node.opinions();
         let unseen = self.node.peers().filter(|node| !opinions.contains_key(node));
-        let known = std::mem::take(&mut self.isolation.unseen_since);
+        let known = std::mem::take(&mut self.gossip.isolation.unseen_since);
         let since = |node: NodeId| (node, known.get(&node).copied().unwrap_or(now));
-        self.isolation.unseen_since = unseen.map(since).collect();
+        self.gossip.isolation.unseen_since = unseen.map(since).collect();
         if self.node.is_alone() || self.node.has_active_peer() {
-            self.isolation.isolated_since = None;
+            self.gossip.isolation.isolated_since = None;
             let is_known =
                 |(_, at): &mut (IpAddr, Instant)| now.duration_since(*at) >= GOSSIP_EXPIRY;
-            if self.isolation.address_change.take_if(is_known).is_some() {
+            if self.gossip.isolation.address_change.take_if(is_known).is_some() {
                 self.save_underlay();
             }
         } else {
-            self.isolation.isolated_since.get_or_insert(now);
+            self.gossip.isolation.isolated_since.get_or_insert(now);
         }
     }
 
@@ -82,7 +82,7 @@ impl Agent {
     fn own_seeds_problem(&self) -> Option<Problem> {
         let seeds = self.node.own_seeds().filter_map(|seed| self.config.seeds.get(seed));
         let seeds: Vec<&str> = seeds.map(String::as_str).collect();
-        let token = self.config.token.as_ref().or(self.saved_token.as_ref());
+        let token = self.config.token.as_ref().or(self.secrets.saved_token.as_ref());
         let is_of_token =
             |seed: &&str| token.is_some_and(|token| token.seeds.iter().any(|s| s == seed));
         (!seeds.is_empty()).then(|| own_address_problem(&seeds, seeds.iter().all(is_of_token)))
@@ -90,21 +90,21 @@ impl Agent {
 
     /// Whether no member has answered for [`MIN_ISOLATION`] although the underlay works.
     fn is_isolated(&self) -> bool {
-        self.isolation.isolated_since.is_some_and(|since| since.elapsed() >= MIN_ISOLATION)
-            && self.kernel.underlay_problem.is_none()
+        self.gossip.isolation.isolated_since.is_some_and(|since| since.elapsed() >= MIN_ISOLATION)
+            && self.kernel.problems.underlay.is_none()
     }
 
     /// Returns the problem that neither the members nor this host are at their earlier addresses. A peer in
     /// the network of this host that packets reach by a gateway may still have its address.
     pub(in crate::agent) fn moved_problem(&self) -> Option<Problem> {
-        let mut detours = self.kernel.routing.detours.iter();
+        let mut detours = self.kernel.traffic.routing.detours.iter();
         let is_beside = |detour: &Detour| matches!(detour, Detour::Gateway { .. });
-        if detours
-            .any(|(there, detour)| is_beside(detour) && !self.kernel.ways.reaches(*there, detour))
-        {
+        if detours.any(|(there, detour)| {
+            is_beside(detour) && !self.kernel.traffic.ways.reaches(*there, detour)
+        }) {
             return None;
         }
-        let known = self.isolation.previous_address().filter(|_| self.is_isolated())?;
+        let known = self.gossip.isolation.previous_address().filter(|_| self.is_isolated())?;
         let now = self.underlay.local;
         let members = self.named(self.node.peers());
         Some(Problem::new(
@@ -134,10 +134,10 @@ impl Agent {
         let unreported: Vec<NodeId> = self.node.peers().filter(|node| !is_reported(node)).collect();
         let first = *unreported.first()?;
         let gossip = self.node.address_of(first)?.port();
-        let tunnels = self.kernel.wanted.as_ref().map(|view| view.settings.vxlan_port);
+        let tunnels = self.kernel.wanted.view.as_ref().map(|view| view.settings.vxlan_port);
         let ports = tunnels.map_or(gossip.to_string(), |port| format!("{port} and {gossip}"));
         let address = self.node.address_of(first)?.ip();
-        let dead_hop = self.kernel.routing.dead_hops.get(&address);
+        let dead_hop = self.kernel.traffic.routing.dead_hops.get(&address);
         let why = match state(first) {
             _ if dead_hop.is_some() => "a next hop of the route to it does not answer, which a problem of \
                                         its own names; if that is mended, its own status may name the \
@@ -237,7 +237,7 @@ impl Agent {
         match opinions.get(&node) {
             Some(liveness) => *liveness == Liveness::Down,
             None => {
-                let since = self.isolation.unseen_since.get(&node);
+                let since = self.gossip.isolation.unseen_since.get(&node);
                 since.is_some_and(|since| since.elapsed() >= MIN_ISOLATION)
             }
         }

@@ -36,15 +36,15 @@ impl Agent {
     /// Logs which seeds do not admit this host, while it is in no cluster.
     pub(in crate::agent) fn log_join(&mut self, now: Instant) {
         if self.node.phase() != Phase::Joining {
-            self.isolation.join_log = JoinLog::default();
+            self.gossip.isolation.join_log = JoinLog::default();
             return;
         }
-        if !self.isolation.join_log.announced && !self.config.seeds.is_empty() {
-            self.isolation.join_log.announced = true;
+        if !self.gossip.isolation.join_log.announced && !self.config.seeds.is_empty() {
+            self.gossip.isolation.join_log.announced = true;
             tracing::info!("joining through {}", visible(&self.config.seeds.join(", ")));
         }
         let failures: Vec<(usize, String)> = self.node.seed_failures().collect();
-        if failures.is_empty() || !self.isolation.join_log.is_due(now) {
+        if failures.is_empty() || !self.gossip.isolation.join_log.is_due(now) {
             return;
         }
         let more = failures.len().saturating_sub(MAX_SEEDS);

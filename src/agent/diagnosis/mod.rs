@@ -3,6 +3,7 @@
 
 pub(super) mod auditor;
 pub(super) mod forwarder;
+pub(super) mod gossip;
 mod hooks;
 mod iptables_legacy;
 pub(super) mod isolation;

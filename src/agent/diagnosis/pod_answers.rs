@@ -393,16 +393,22 @@ fn can_be_queried(port: &Link, bridge: &Link) -> bool {
 impl Agent {
     /// Updates the roster if [`CHECK_INTERVAL`] has passed.
     pub(in crate::agent) fn refresh_roster(&mut self) {
-        if self.monitors.answer_check.refreshed_at.is_none_or(|at| at.elapsed() >= CHECK_INTERVAL) {
+        if self
+            .threads
+            .monitors
+            .answer_check
+            .refreshed_at
+            .is_none_or(|at| at.elapsed() >= CHECK_INTERVAL)
+        {
             self.update_roster();
         }
     }
 
     /// Computes the pods to query, and orders them if they have changed.
     pub(in crate::agent) fn update_roster(&mut self) {
-        self.monitors.answer_check.refreshed_at = Some(Instant::now());
+        self.threads.monitors.answer_check.refreshed_at = Some(Instant::now());
         let roster = self.roster();
-        self.monitors.answer_check.set(roster);
+        self.threads.monitors.answer_check.set(roster);
     }
 
     /// Returns the connected pods with an address of the present subnet; `None` if there is none.
@@ -428,10 +434,10 @@ impl Agent {
     /// Stores what the thread reports, and logs what is new.
     pub(in crate::agent) fn on_answers(&mut self, state: PodAnswers) {
         let findings = |answers: &PodAnswers| [&answers.problems[..], &answers.notices].concat();
-        let before = findings(&self.kernel.answers);
+        let before = findings(&self.kernel.traffic.answers);
         let new = findings(&state).into_iter().filter(|found| !before.contains(found));
         new.for_each(|found| tracing::warn!("{found}"));
-        self.kernel.answers = state;
+        self.kernel.traffic.answers = state;
     }
 }
 

@@ -359,10 +359,12 @@ impl Agent {
                 let before = words(self);
                 // A link of the path may carry less than before.
                 let clock = self.clock.now();
-                for node in state.losing_large.difference(&self.kernel.remote_pods.losing_large) {
+                for node in
+                    state.losing_large.difference(&self.kernel.traffic.remote_pods.losing_large)
+                {
                     self.prober.paths.request_size_check(clock, *node);
                 }
-                self.kernel.remote_pods = state;
+                self.kernel.traffic.remote_pods = state;
                 let now = words(self);
                 let new = now.iter().filter(|problem| !before.contains(problem));
                 new.for_each(|problem| tracing::warn!("{problem}"));
@@ -372,13 +374,11 @@ impl Agent {
                 let asked = self.survey(nodes, Inquiry::Arrivals(round), move |agent, found| {
                     let reported =
                         |(node, report): (NodeId, Option<Report>)| Some((node, report?.arrivals?));
-                    agent
-                        .monitors
-                        .remote_pods
-                        .pass_arrivals(round, found.into_iter().filter_map(reported).collect());
+                    let arrivals = found.into_iter().filter_map(reported).collect();
+                    agent.threads.monitors.remote_pods.pass_arrivals(round, arrivals);
                 });
                 if !asked {
-                    self.monitors.remote_pods.pass_arrivals(round, BTreeMap::new());
+                    self.threads.monitors.remote_pods.pass_arrivals(round, BTreeMap::new());
                 }
             }
             RemotePodsEvent::Testimony(reply, arrivals) => {
@@ -390,27 +390,27 @@ impl Agent {
     /// Passes the peers to test to the thread if they have changed.
     pub(in crate::agent) fn update_remote_pods(&mut self) {
         let setting = self.remote_pods_setting().unwrap_or_default();
-        self.monitors.remote_pods.set(setting);
+        self.threads.monitors.remote_pods.set(setting);
     }
 
     fn remote_pods_setting(&self) -> Option<Setting> {
-        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
+        let view = self.kernel.programmed_view()?;
         let probers_of = |(node, peer): (&NodeId, &Peer)| {
             let (_, subnets) = peer.leases.first()?;
             let node = *node;
             Some(probers(*subnets, peer.vtep.underlay).map(move |from| (from, node)))
         };
         let own = probers(view.own.subnets, view.own.vtep.underlay);
-        let arriving = self.kernel.forwarding.arriving.iter().copied();
+        let arriving = self.kernel.traffic.forwarding.arriving.iter().copied();
         let own = own.chain([self.underlay.local]).chain(arriving).collect();
         let probers = view.peers.iter().filter_map(probers_of).flatten().collect();
         let sources = sources(view.settings.pool.networks(), view.own.subnets);
-        let lost_here = self.kernel.forwarding.closed.clone();
+        let lost_here = self.kernel.traffic.forwarding.closed.clone();
         // With entries on demand, peers without entries are not tested, because a test counts as a use.
         let in_use = self.kernel.demand.in_use.as_ref();
         let rest = in_use.map(|_| self.config.idle_after + AGING_TIME);
         // That no peer is reachable is already reported.
-        let is_told = self.kernel.underlay_problem.is_some() || self.kernel.host.is_table_full;
+        let is_told = self.kernel.problems.underlay.is_some() || self.kernel.host.is_table_full;
         if is_told {
             return Some(Setting { subjects: Vec::new(), lost_here, rest, probers, sources, own });
         }
@@ -426,10 +426,10 @@ impl Agent {
             let is_in_use = in_use.is_none_or(|macs| macs.contains(&peer.vtep.mac));
             let (_, subnets) = peer.leases.first()?;
             let is_diverted =
-                subnets.iter().any(|subnet| self.kernel.routing.diverted.contains(&subnet));
+                subnets.iter().any(|subnet| self.kernel.traffic.routing.diverted.contains(&subnet));
             let way = underlay.way(peer.vtep.underlay, subnets.first);
             let is_reached = is_in_use && is_usable && !is_diverted && self.node.is_active(node);
-            let narrow = self.kernel.narrow.get(&node).copied();
+            let narrow = self.kernel.wanted.narrow.get(&node).copied();
             let subject = FarPeer {
                 node,
                 addresses: last_addresses(*subnets),

@@ -13,7 +13,7 @@ impl Agent {
     pub(in crate::agent) fn on_request(&mut self, request: AgentRequest) {
         // A client that has changed something sees that in its next status.
         if !request.is_of_reader() {
-            self.recent_status = None;
+            self.requests.recent_status = None;
         }
         match request {
             AgentRequest::Status { reply } => _ = reply.send(self.recent_status()),
@@ -27,11 +27,11 @@ impl Agent {
                 let seeds = vec![self.node.address().to_string()];
                 let _ = reply.send(self.token(seeds).map(|token| token.to_string()));
             }
-            AgentRequest::Leave { reply } if self.pending.leave_reply.is_some() => {
+            AgentRequest::Leave { reply } if self.requests.leave_reply.is_some() => {
                 let _ = reply.send(Err("this node is already leaving".to_owned().into()));
             }
             AgentRequest::Leave { reply } => {
-                self.pending.leave_reply = Some(reply);
+                self.requests.leave_reply = Some(reply);
                 self.input(Input::Command(Command::Leave));
             }
             AgentRequest::Forget { node, force, reply } => {
@@ -43,7 +43,7 @@ impl Agent {
             }
             AgentRequest::ResetIdentity { reply } => {
                 let _ = reply.send(Ok(()));
-                self.ending = Some(Ending::Restart);
+                self.lifetime.ending = Some(Ending::Restart);
             }
             AgentRequest::Ping { node, reply } => self.begin_ping(&node, reply),
             AgentRequest::Attach { request, netns, reply } => self.attach(request, netns, reply),
@@ -58,7 +58,7 @@ impl Agent {
             AgentRequest::Routes { reply } => self.show_routes(reply),
             AgentRequest::Secret { step, force, reply } => self.change_secret(step, force, reply),
             AgentRequest::Peer { node, reply } => self.show_peer(&node, reply),
-            AgentRequest::History { reply } => self.archive.read(reply),
+            AgentRequest::History { reply } => self.storage.archive.read(reply),
         }
     }
 }

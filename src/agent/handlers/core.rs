@@ -36,11 +36,11 @@ impl Agent {
     /// Carries out the core's outputs. The gate holds those that depend on an unfinished write.
     pub(in crate::agent) fn carry_out(&mut self) {
         while let Some(output) = self.node.poll_output() {
-            if let Some(output) = self.gate.pass(output) {
+            if let Some(output) = self.storage.gate.pass(output) {
                 self.execute(output);
             }
         }
-        self.gate.take_shed().into_iter().for_each(|reply| self.transport.give_up(reply));
+        self.storage.gate.take_shed().into_iter().for_each(|reply| self.transport.give_up(reply));
     }
 
     /// Executes an output of the core.
@@ -56,17 +56,17 @@ impl Agent {
             }
             Output::Reply { reply, bytes, .. } => self.transport.reply(reply, bytes),
             Output::Write { records, seq } => {
-                self.writer.write(records, seq);
+                self.storage.writer.write(records, seq);
             }
             Output::Program { view, .. } => {
                 self.transport.learn_overlay(view.settings.pool.networks().iter().collect());
-                self.kernel.wanted = Some(view);
-                self.kernel.withdrawn = false;
+                self.kernel.wanted.view = Some(view);
+                self.kernel.wanted.withdrawn = false;
                 self.program();
             }
             Output::Withdraw => {
-                self.kernel.wanted = None;
-                self.kernel.withdrawn = true;
+                self.kernel.wanted.view = None;
+                self.kernel.wanted.withdrawn = true;
                 if self.may_have_kernel_state() {
                     self.program();
                 } else {
@@ -75,7 +75,7 @@ impl Agent {
             }
             Output::SlotsChanged(changes) => self.record_owner_changes(&changes),
             Output::CannotLeave(why) => {
-                if let Some(reply) = self.pending.leave_reply.take() {
+                if let Some(reply) = self.requests.leave_reply.take() {
                     let _ = reply.send(Err(why.into()));
                 }
             }

@@ -13,17 +13,17 @@ impl Agent {
             WriteEvent::Durable(seq) => {
                 // Not earlier: a token that names a cluster implies that the database contains it.
                 self.save_token();
-                for output in self.gate.open(seq) {
+                for output in self.storage.gate.open(seq) {
                     self.execute(output);
                 }
             }
             WriteEvent::Failing(why) => {
                 tracing::error!(%why, "state directory not writable, nothing new is granted");
-                self.store_failure = Some(why);
+                self.storage.failure = Some(why);
             }
             WriteEvent::Recovered => {
                 tracing::info!("state directory writable again");
-                self.store_failure = None;
+                self.storage.failure = None;
             }
             WriteEvent::Emptied => {
                 tracing::error!("database lost, rewriting it");

@@ -46,7 +46,7 @@ impl Agent {
     /// Answers a request of Docker, now or when this node has a subnet.
     pub(in crate::agent) fn on_docker(&mut self, request: Request) {
         let is_early = request.needs_subnet() && !self.has_subnet_in_use();
-        if is_early && self.store_failure().is_none() {
+        if is_early && self.storage.failure().is_none() {
             self.pods.early_requests.push((Instant::now(), request));
         } else {
             self.answer_docker(request);
@@ -369,7 +369,7 @@ impl Agent {
     /// Writes the record of a pod, and replies once it is on disk.
     fn save_then(&mut self, pod: &Pod, answer: impl FnOnce(Result<(), PodError>) + Send + 'static) {
         let number = self.pods.next();
-        self.writer.save(vec![record(pod)], number);
+        self.storage.writer.save(vec![record(pod)], number);
         self.pods.saving.insert(number, Box::new(answer));
     }
 }

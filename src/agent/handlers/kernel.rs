@@ -5,6 +5,8 @@
 //! failures into problems, counts repairs, and passes to the core which subnet the kernel uses and this
 //! host's address.
 
+mod state;
+
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
@@ -12,18 +14,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ipnet::IpNet;
-
 use crate::{
     agent::{
         Agent, Ending,
-        diagnosis::{
-            auditor::Routing,
-            forwarder::{ForwarderEvent, Forwarding},
-            pod_answers::PodAnswers,
-            remote_pods::RemotePodsState,
-            ways::ProvenWays,
-        },
+        diagnosis::forwarder::{ForwarderEvent, Forwarding},
         workers::host_checks::HostState,
         workers::{
             archive::SavedFile,
@@ -33,7 +27,7 @@ use crate::{
         },
     },
     config::Config,
-    core::{Command, Input, Peer, View},
+    core::{Command, Input, Peer},
     dataplane::{
         desired::{Desired, Underlay, device_name},
         firewall::Firewall,
@@ -48,86 +42,32 @@ use crate::{
     underlay::{ChosenUnderlay, UnderlayError},
 };
 
+pub(in crate::agent) use state::KernelState;
+
 /// Time limit for a node that cannot use the kernel to return its new subnet before it ends.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// The event loop's knowledge of the kernel.
-#[derive(Default)]
-pub(in crate::agent) struct KernelState {
-    /// The view to program.
-    pub(in crate::agent) wanted: Option<View>,
-    /// The subnet that the core was last told to be in use by the kernel.
-    pub(in crate::agent) in_use: Option<Option<IpNet>>,
-    /// Whether the kernel must hold nothing of gossamer's.
-    pub(in crate::agent) withdrawn: bool,
-    /// Peers with `unreachable` routes, because neither gossip nor their kernels have answered for a
-    /// long time.
-    pub(in crate::agent) withdrawn_peers: BTreeSet<NodeId>,
-    /// MTU of packets to each peer whose path carries less than the overlay device, in bytes.
-    pub(in crate::agent) narrow: BTreeMap<NodeId, u32>,
-    /// Number of the last desired state passed to the thread.
-    pub(in crate::agent) requested: u64,
-    /// Number of the last desired state that the thread has handled.
-    pub(in crate::agent) answered: u64,
-    /// Index of the VXLAN device while it exists.
-    pub(in crate::agent) device: Option<u32>,
-    /// Whether the device leaves checksums to the network card, if known.
-    pub(in crate::agent) checksum_offload: Option<bool>,
-    /// Whether the kernel has equaled the desired state at least once.
-    pub(in crate::agent) programmed_once: bool,
-    /// Why the kernel cannot be programmed.
-    pub(in crate::agent) problem: Option<Problem>,
-    /// Problems of single peers whose entries the kernel refused.
-    pub(in crate::agent) peer_problems: Vec<Problem>,
-    /// Why the underlay is unusable.
-    pub(in crate::agent) underlay_problem: Option<Problem>,
-    /// The problem that the carrier of the underlay interface flaps.
-    pub(in crate::agent) flapping: Option<Problem>,
-    /// Problems about addresses of this host inside the overlay's networks.
-    pub(in crate::agent) overlaps: Vec<Problem>,
-    /// Where the kernel sends packets.
-    pub(in crate::agent) routing: Routing,
-    /// Ways of tunnel packets other than by the underlay interface that are known to reach their hosts.
-    pub(in crate::agent) ways: ProvenWays,
-    /// Whether packets of pods are forwarded.
-    pub(in crate::agent) forwarding: Forwarding,
-    /// Whether packets of pods reach pods of other hosts, and answers return.
-    pub(in crate::agent) remote_pods: RemotePodsState,
-    /// Whether pods of this host answer.
-    pub(in crate::agent) answers: PodAnswers,
-    /// Kernel requests for missing entries, and the peers in use.
-    pub(in crate::agent) demand: DemandState,
-    /// Firewall and sysctls.
-    pub(in crate::agent) host: HostState,
-    /// Number of kernel operations since the start.
-    pub(in crate::agent) operations: u64,
-    /// Number of repaired changes of other programs, by kind.
-    pub(in crate::agent) repairs: BTreeMap<String, u64>,
-    /// When a repair of each kind was last logged, and the number of repairs since.
-    pub(in crate::agent) logged: BTreeMap<&'static str, (Option<Instant>, u64)>,
-}
 
 impl Agent {
     /// Returns this host's end of the underlay, and how packets reach peers.
     pub(in crate::agent) fn current_underlay(&self) -> Underlay {
-        let routed = self.kernel.routing.routed.clone();
+        let routed = self.kernel.traffic.routing.routed.clone();
         Underlay { routed, ..self.underlay.with_mode(self.config.mode) }
     }
 
     /// Like [`Self::current_underlay`], for questions about one peer.
     pub(in crate::agent) fn underlay_to(&self, peer: IpAddr) -> Underlay {
-        let routed = self.kernel.routing.routed.get(&peer).copied().into_iter().collect();
+        let routed = self.kernel.traffic.routing.routed.get(&peer).copied().into_iter().collect();
         Underlay { routed, ..self.underlay.with_mode(self.config.mode) }
     }
 
     /// Computes the desired state and passes it to the kernel thread.
     pub(in crate::agent) fn program(&mut self) {
-        let state = match (&self.kernel.wanted, self.node.cluster()) {
+        let state = match (&self.kernel.wanted.view, self.node.cluster()) {
             (Some(view), _) => {
                 let mut underlay = self.current_underlay();
-                underlay.narrow.clone_from(&self.kernel.narrow);
+                underlay.narrow.clone_from(&self.kernel.wanted.narrow);
                 underlay.checksum_offload = self.prober.wanted_offload();
-                let desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
+                let desired = Desired::new(view, &underlay, &self.kernel.wanted.withdrawn_peers);
                 let mut usable = Cow::Borrowed(view);
                 if view
                     .peers
@@ -142,7 +82,7 @@ impl Agent {
                 let firewall = Firewall::new(&usable, &self.config.firewall, &bridge);
                 State::Overlay(Box::new(desired), Box::new(firewall))
             }
-            (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {
+            (None, Some(cluster)) if self.kernel.wanted.withdrawn => State::Nothing {
                 device: device_name(cluster.settings.vni),
                 pool: cluster.settings.pool,
             },
@@ -150,8 +90,10 @@ impl Agent {
         };
         self.update_forwarder();
         self.expect_bridge();
-        self.kernel.requested += 1;
-        self.programmer.program(DesiredState { number: self.kernel.requested, state });
+        self.kernel.progress.requested += 1;
+        self.threads
+            .programmer
+            .program(DesiredState { number: self.kernel.progress.requested, state });
     }
 
     /// Handles an event of the kernel thread.
@@ -160,25 +102,25 @@ impl Agent {
             KernelEvent::Outcome(outcome) => self.on_kernel(outcome),
             KernelEvent::Underlay(underlay) => self.on_underlay(underlay),
             KernelEvent::Routing(routing) => {
-                let known = &self.kernel.routing.problems;
+                let known = &self.kernel.traffic.routing.problems;
                 let new = routing.problems.iter().filter(|problem| !known.contains(problem));
                 new.for_each(|problem| tracing::warn!("{problem}"));
-                let is_other_way = routing.routed != self.kernel.routing.routed;
-                self.kernel.routing = routing;
+                let is_other_way = routing.routed != self.kernel.traffic.routing.routed;
+                self.kernel.traffic.routing = routing;
                 if is_other_way {
                     self.program();
                 }
                 self.follow_path_mtus();
             }
             KernelEvent::Flapping(flapping) => {
-                if let (None, Some(problem)) = (&self.kernel.flapping, &flapping) {
+                if let (None, Some(problem)) = (&self.kernel.problems.flapping, &flapping) {
                     tracing::warn!("{problem}");
                 }
-                self.kernel.flapping = flapping;
+                self.kernel.problems.flapping = flapping;
             }
             KernelEvent::Overlaps(overlaps) => {
                 overlaps.iter().for_each(|overlap| tracing::warn!("{overlap}"));
-                self.kernel.overlaps = overlaps;
+                self.kernel.problems.overlaps = overlaps;
             }
             KernelEvent::Host(state) => self.on_host(state),
             KernelEvent::Demand(state) => self.on_demand(state),
@@ -188,13 +130,13 @@ impl Agent {
 
     /// Handles the result of programming.
     fn on_kernel(&mut self, Outcome { number, repair, result }: Outcome) {
-        self.kernel.answered = number;
+        self.kernel.progress.answered = number;
         match result {
             Ok(report) => {
-                self.kernel.device = report.device;
-                self.kernel.checksum_offload = report.checksum_offload;
+                self.kernel.device.index = report.device;
+                self.kernel.device.checksum_offload = report.checksum_offload;
                 let operations: u64 = report.done.values().sum();
-                self.kernel.operations += operations;
+                self.kernel.counts.operations += operations;
                 if repair && operations > 0 {
                     for (kind, count) in &report.done {
                         self.record_and_log_repair(kind, *count);
@@ -204,12 +146,12 @@ impl Agent {
                 }
                 self.note_kernel_failures(&report.failed);
                 self.report_kernel_subnet();
-                if self.kernel.withdrawn {
+                if self.kernel.wanted.withdrawn {
                     let _ = std::fs::remove_file(&self.config.subnet_file);
                     return;
                 }
-                if !self.kernel.programmed_once {
-                    self.kernel.programmed_once = true;
+                if !self.kernel.progress.programmed_once {
+                    self.kernel.progress.programmed_once = true;
                     tracing::info!("data plane ready");
                 }
                 self.write_subnet_env();
@@ -223,9 +165,9 @@ impl Agent {
     pub(in crate::agent) fn on_forwarding(&mut self, news: ForwarderEvent) {
         let state = match news {
             ForwarderEvent::State(state) => state,
-            ForwarderEvent::Room(room) => return self.monitors.remote_pods.set_room(room),
+            ForwarderEvent::Room(room) => return self.threads.monitors.remote_pods.set_room(room),
         };
-        let before = &self.kernel.forwarding;
+        let before = &self.kernel.traffic.forwarding;
         let of = |state: &Forwarding| {
             let Forwarding { problems, input, notices, .. } = state.clone();
             [problems, input, notices].concat()
@@ -235,7 +177,7 @@ impl Agent {
         told.iter()
             .filter(|problem| !known(problem))
             .for_each(|problem| tracing::warn!("{problem}"));
-        self.kernel.forwarding = state;
+        self.kernel.traffic.forwarding = state;
         self.update_remote_pods();
     }
 
@@ -283,14 +225,14 @@ impl Agent {
                     ),
                 };
                 let why = Problem::new(ProblemCode::NoUnderlay, Problem::HOST, what, "");
-                if self.kernel.underlay_problem.as_ref() != Some(&why) {
+                if self.kernel.problems.underlay.as_ref() != Some(&why) {
                     tracing::error!("{why}");
                 }
-                self.kernel.underlay_problem = Some(why);
+                self.kernel.problems.underlay = Some(why);
                 return;
             }
         };
-        self.kernel.underlay_problem = None;
+        self.kernel.problems.underlay = None;
         let before = std::mem::replace(&mut self.underlay, chosen);
         let now = &self.underlay;
         if before == *now {
@@ -307,7 +249,7 @@ impl Agent {
             tracing::info!(underlay = what(now), "underlay available");
         }
         if before.local != now.local && self.config.advertise.is_none() {
-            self.isolation.on_address_change(before.local, now.local);
+            self.gossip.isolation.on_address_change(before.local, now.local);
         }
         self.save_underlay();
         let now = &self.underlay;
@@ -325,18 +267,18 @@ impl Agent {
     /// address is the one that members know, so that a start with another address is noticed.
     pub(in crate::agent) fn save_underlay(&mut self) {
         let ChosenUnderlay { local, mtu, .. } = self.underlay;
-        let local = self.isolation.previous_address().unwrap_or(local);
-        self.archive.save(SavedFile::Underlay(local, mtu));
+        let local = self.gossip.isolation.previous_address().unwrap_or(local);
+        self.storage.archive.save(SavedFile::Underlay(local, mtu));
     }
 
     /// Passes to the core which subnet the kernel uses. The core gives a subnet away only when it is not
     /// in use.
     fn report_kernel_subnet(&mut self) {
-        if self.kernel.answered != self.kernel.requested {
+        if !self.kernel.progress.is_complete() {
             return;
         }
-        let in_use = self.kernel.wanted.as_ref().map(|view| view.own.subnets.first);
-        if self.kernel.in_use.replace(in_use) != Some(in_use) {
+        let in_use = self.kernel.wanted.view.as_ref().map(|view| view.own.subnets.first);
+        if self.kernel.progress.in_use.replace(in_use) != Some(in_use) {
             self.input(Input::KernelSubnet(in_use));
         }
     }
@@ -345,7 +287,7 @@ impl Agent {
     /// refusal because of this host, of its own entries, or of entries of all of several peers is a
     /// problem of the kernel.
     fn note_kernel_failures(&mut self, failed: &[RefusedEntry]) {
-        let peers = self.kernel.wanted.as_ref().map(|view| &view.peers);
+        let peers = self.kernel.wanted.view.as_ref().map(|view| &view.peers);
         let owner = |entry: &RefusedEntry| {
             let mut peers = peers.into_iter().flatten();
             let found = peers.find(|(_, peer)| concerns(&entry.op, peer)).map(|(node, _)| *node);
@@ -372,20 +314,22 @@ impl Agent {
                 Some(Problem::new(ProblemCode::PeerRefused, name, what, ""))
             })
             .collect();
-        let new = of_peers.iter().filter(|problem| !self.kernel.peer_problems.contains(problem));
+        let new =
+            of_peers.iter().filter(|problem| !self.kernel.problems.of_peers.contains(problem));
         new.for_each(|problem| tracing::warn!("{problem}"));
-        if let Some(problem) = problem.as_ref().filter(|p| self.kernel.problem.as_ref() != Some(p))
+        if let Some(problem) =
+            problem.as_ref().filter(|p| self.kernel.problems.programming.as_ref() != Some(p))
         {
             tracing::error!("{problem}");
         }
-        self.kernel.peer_problems = of_peers;
-        self.kernel.problem = problem;
+        self.kernel.problems.of_peers = of_peers;
+        self.kernel.problems.programming = problem;
     }
 
     /// Returns the problems of peers whose underlay addresses this host cannot send to.
     pub(in crate::agent) fn unusable_peers(&self) -> Vec<Problem> {
         let underlay = self.current_underlay();
-        let peers = self.kernel.wanted.iter().flat_map(|view| &view.peers);
+        let peers = self.kernel.wanted.view.iter().flat_map(|view| &view.peers);
         let problem = |(node, peer): (&NodeId, &Peer)| {
             let address = peer.vtep.underlay;
             let why = underlay.unusable_peer_reason(address)?;
@@ -402,32 +346,35 @@ impl Agent {
     fn on_kernel_error(&mut self, error: &KernelError) {
         let why = error.to_string();
         let problem = Problem::new(ProblemCode::KernelRefused, Problem::HOST, why.as_str(), "");
-        if self.kernel.problem.as_ref() != Some(&problem) {
+        if self.kernel.problems.programming.as_ref() != Some(&problem) {
             tracing::error!("{why}");
         }
-        self.kernel.problem = Some(problem);
-        if self.kernel.programmed_once || self.giving_up.is_some() || error.is_transient() {
+        self.kernel.problems.programming = Some(problem);
+        if self.kernel.progress.programmed_once
+            || self.lifetime.giving_up.is_some()
+            || error.is_transient()
+        {
             return;
         }
-        if self.fresh {
+        if self.lifetime.fresh {
             tracing::info!("returning the subnet");
-            self.giving_up = Some((why, Instant::now() + LEAVE_TIMEOUT));
+            self.lifetime.giving_up = Some((why, Instant::now() + LEAVE_TIMEOUT));
             // The refused entries do not exist.
             self.input(Input::KernelSubnet(None));
             self.input(Input::Command(Command::Leave));
         } else {
-            self.ending = Some(Ending::Failed(why));
+            self.lifetime.ending = Some(Ending::Failed(why));
         }
     }
 
     /// Writes `subnet.env`.
     fn write_subnet_env(&mut self) {
-        let Some(view) = &self.kernel.wanted else { return };
+        let Some(view) = &self.kernel.wanted.view else { return };
         let networks = view.settings.pool.networks();
         let subnets = self.underlay.subnets_of_pods(view.own.subnets);
         let (mtu, masquerade) = (self.underlay.mtu, self.config.firewall.masquerade);
         let file = SubnetFile::new(networks, subnets, mtu, masquerade);
-        self.archive.save(SavedFile::Subnet(self.config.subnet_file.clone(), file));
+        self.storage.archive.save(SavedFile::Subnet(self.config.subnet_file.clone(), file));
     }
 }
 

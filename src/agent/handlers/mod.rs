@@ -5,6 +5,6 @@ mod core;
 mod disk;
 pub(super) mod docker;
 pub(super) mod kernel;
-mod kubernetes;
+pub(super) mod kubernetes;
 mod path_mtus;
 pub(super) mod probe;

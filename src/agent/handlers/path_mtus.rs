@@ -24,7 +24,7 @@ impl Agent {
     /// packets to the sending pods (RFC 1191); otherwise they would be lost or fragmented without
     /// notice.
     pub(super) fn follow_path_mtus(&mut self) {
-        let Some(view) = &self.kernel.wanted else { return };
+        let Some(view) = &self.kernel.wanted.view else { return };
         let device = self.underlay.tunnel_mtu;
         let headers = overhead(self.underlay.local);
         let fits = |(node, peer): (&NodeId, &Peer)| {
@@ -32,7 +32,8 @@ impl Agent {
             let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
             let host = peer.vtep.underlay;
             // An MTU set by a route of this host needs no probe.
-            let by_route = self.kernel.routing.path_mtus.get(&host).filter(|path| !path.learned);
+            let by_route =
+                self.kernel.traffic.routing.path_mtus.get(&host).filter(|path| !path.learned);
             let by_route = by_route.map(|path| path.mtu);
             let told = by_route.or_else(|| self.prober.reports.correct_mtu(host));
             let told = told.map(|mtu| mtu.saturating_sub(headers));
@@ -40,11 +41,11 @@ impl Agent {
             (ROUTE_MTU_MIN..device).contains(&fits).then_some((*node, fits))
         };
         let narrow: BTreeMap<NodeId, u32> = view.peers.iter().filter_map(fits).collect();
-        if narrow == self.kernel.narrow {
+        if narrow == self.kernel.wanted.narrow {
             return;
         }
-        let before = std::mem::replace(&mut self.kernel.narrow, narrow);
-        let now = &self.kernel.narrow;
+        let before = std::mem::replace(&mut self.kernel.wanted.narrow, narrow);
+        let now = &self.kernel.wanted.narrow;
         let changed = |node: &&NodeId| before.get(node) != now.get(node);
         for node in
             before.keys().chain(now.keys()).collect::<BTreeSet<_>>().into_iter().filter(changed)
@@ -67,7 +68,7 @@ impl Agent {
     /// wrong.
     pub(super) fn check_path_mtu_reports(&mut self) {
         let now = self.clock.now();
-        let told = self.kernel.routing.path_mtus.iter().filter(|(_, path)| path.learned);
+        let told = self.kernel.traffic.routing.path_mtus.iter().filter(|(_, path)| path.learned);
         let told = told.map(|(host, path)| (*host, path.mtu)).collect();
         self.prober.reports.update(now, &told);
         while let Some(action) = self.prober.reports.poll(now) {

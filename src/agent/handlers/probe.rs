@@ -246,7 +246,7 @@ impl Agent {
     /// Returns when to probe next; `None` while nothing is probed.
     pub(in crate::agent) fn next_probe(&self) -> Option<Instant> {
         self.prober.inet.as_ref().or(self.prober.inet6.as_ref())?;
-        self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
+        self.kernel.programmed_view()?;
         let due = self.prober.paths.next_due().map(|at| self.clock.instant(at));
         Some(due.map_or(self.prober.check_at, |due| due.min(self.prober.check_at)))
     }
@@ -262,7 +262,7 @@ impl Agent {
             self.update_offload();
             self.check_path_mtu_reports();
         }
-        self.receive_drops.look(now, self.transport.receive_buffer());
+        self.gossip.receive_drops.look(now, self.transport.receive_buffer());
         let now = self.clock.now();
         while let Some(probe) = self.prober.paths.poll(now) {
             let from = self.probe_source(probe.node);
@@ -294,7 +294,7 @@ impl Agent {
     /// accepts. A router that would have to fragment it reports its MTU to the kernel, which is queried
     /// later. Tunnel packets are fragmented without a report.
     pub(in crate::agent) fn fill_underlay(&mut self, node: NodeId) {
-        let peer = self.kernel.wanted.as_ref().and_then(|view| view.peers.get(&node));
+        let peer = self.kernel.wanted.view.as_ref().and_then(|view| view.peers.get(&node));
         let (Some(peer), Some(gossip)) = (peer, self.node.address_of(node)) else { return };
         let to = SocketAddr::new(peer.vtep.underlay, gossip.port());
         let headers = Family::of(to.ip()).headers();
@@ -311,7 +311,7 @@ impl Agent {
         let now = self.clock.now();
         let holder = self.prober.paths.holder(event.from);
         let is_direct = holder.is_some_and(|node| self.is_direct(node));
-        let by_tunnel = self.kernel.device.map(|device| device == event.interface);
+        let by_tunnel = self.kernel.device.index.map(|device| device == event.interface);
         let elsewhere = by_tunnel.is_some_and(|by_tunnel| by_tunnel == is_direct);
         match event.kind {
             IcmpKind::Answer(sequence) if self.on_ping_answer(event.from, sequence) => return,
@@ -328,7 +328,7 @@ impl Agent {
                 self.prober.paths.on_arrival(now, event.from, sequence, by, elsewhere);
             }
         }
-        if !self.kernel.withdrawn_peers.is_empty() {
+        if !self.kernel.wanted.withdrawn_peers.is_empty() {
             self.apply_path_changes();
         }
     }
@@ -336,18 +336,19 @@ impl Agent {
     /// Records which ways of tunnel packets are known to reach their hosts.
     fn update_proven_ways(&mut self) {
         let (now, paths) = (self.clock.now(), &self.prober.paths);
-        let Routing { detours, beside, .. } = &self.kernel.routing;
+        let Routing { detours, beside, .. } = &self.kernel.traffic.routing;
         let answered = |host| paths.answered_probe(paths.holder(host)?);
         let is_peer = |host| paths.holder(host).is_some();
-        self.kernel.ways.update(now, detours, beside, answered, is_peer);
+        self.kernel.traffic.ways.update(now, detours, beside, answered, is_peer);
     }
 
     /// Updates the probed peers, and what gossip knows about them.
     pub(super) fn update_paths(&mut self) {
-        let Some(view) = &self.kernel.wanted else { return };
+        let Some(view) = &self.kernel.wanted.view else { return };
         let now = self.clock.now();
         let in_use = self.kernel.demand.in_use.as_ref();
-        let version = in_use.is_none().then(|| (self.kernel.requested, self.node.opinions_hash()));
+        let version =
+            in_use.is_none().then(|| (self.kernel.progress.requested, self.node.opinions_hash()));
         if version.is_some() && self.prober.paths_version == version {
             self.prober.paths.update_withdrawn(now);
             return self.apply_path_changes();
@@ -386,7 +387,7 @@ impl Agent {
             self.prober.paths.on_agent(now, *node, has_sent, self.transport.round_trip(*node));
         }
         if !unanswering.is_empty() && self.config.firewall.guard {
-            self.programmer.count();
+            self.threads.programmer.count();
         }
     }
 
@@ -413,7 +414,7 @@ impl Agent {
 
     /// Returns how packets reach a peer, through the tunnel or directly.
     fn way_to(&self, node: NodeId) -> Option<Way> {
-        let peer = self.kernel.wanted.as_ref()?.peers.get(&node)?;
+        let peer = self.kernel.wanted.view.as_ref()?.peers.get(&node)?;
         let (_, subnets) = peer.leases.first()?;
         Some(self.underlay_to(peer.vtep.underlay).way(peer.vtep.underlay, subnets.first))
     }
@@ -438,20 +439,20 @@ impl Agent {
     /// would choose an address of the underlay. Checks of source addresses, on a host or on the way, would
     /// let that pass and drop packets of pods.
     pub(in crate::agent) fn probe_source(&self, node: NodeId) -> Option<IpAddr> {
-        self.kernel.device.filter(|_| self.is_direct(node))?;
-        Some(self.kernel.wanted.as_ref()?.own.subnets.first.network())
+        self.kernel.device.index.filter(|_| self.is_direct(node))?;
+        Some(self.kernel.wanted.view.as_ref()?.own.subnets.first.network())
     }
 
     /// Whether probing a peer may lead to its withdrawal.
     fn may_be_withdrawn(&self, node: NodeId, liveness: Option<Liveness>) -> bool {
         liveness != Some(Liveness::Alive)
             && self.config.withdraw_after.is_some()
-            && !self.kernel.withdrawn_peers.contains(&node)
+            && !self.kernel.wanted.withdrawn_peers.contains(&node)
     }
 
     /// Restores the routes to withdrawn peers at once when gossip considers them alive again.
     pub(in crate::agent) fn restore_paths(&mut self) {
-        if self.kernel.withdrawn_peers.iter().any(|node| self.node.is_active(*node)) {
+        if self.kernel.wanted.withdrawn_peers.iter().any(|node| self.node.is_active(*node)) {
             self.update_paths();
         }
     }
@@ -460,22 +461,22 @@ impl Agent {
     fn apply_path_changes(&mut self) {
         self.follow_path_mtus();
         let withdrawn = self.prober.paths.withdrawn();
-        if withdrawn == self.kernel.withdrawn_peers {
+        if withdrawn == self.kernel.wanted.withdrawn_peers {
             return;
         }
         let name = |node: &NodeId| self.node.name_of(*node).to_owned();
-        for node in withdrawn.difference(&self.kernel.withdrawn_peers) {
+        for node in withdrawn.difference(&self.kernel.wanted.withdrawn_peers) {
             let name = name(node);
             tracing::warn!(%node, name, "peer withdrawn: neither its agent nor its kernel answers");
         }
-        for node in self.kernel.withdrawn_peers.difference(&withdrawn) {
+        for node in self.kernel.wanted.withdrawn_peers.difference(&withdrawn) {
             tracing::info!(
                 %node,
                 name = name(node),
                 "peer restored: it answers again, or is no longer a member"
             );
         }
-        self.kernel.withdrawn_peers = withdrawn;
+        self.kernel.wanted.withdrawn_peers = withdrawn;
         self.program();
     }
 }

@@ -187,7 +187,7 @@ impl Agent {
 
     /// Counts repairs of changes by another program, and adds an event.
     pub(in crate::agent) fn record_repair(&mut self, kind: &'static str, count: u64) {
-        *self.kernel.repairs.entry(kind.to_owned()).or_default() += count;
+        *self.kernel.counts.repairs.entry(kind.to_owned()).or_default() += count;
         let text = format!("repaired changes by another program: {count} x {kind}");
         self.journal.note(EventKind::Repair, EventLevel::Warn, text);
     }
@@ -199,7 +199,7 @@ impl Agent {
             return;
         }
         self.record_repair(kind, count);
-        let (logged_at, unlogged) = self.kernel.logged.entry(kind).or_default();
+        let (logged_at, unlogged) = self.kernel.counts.logged.entry(kind).or_default();
         *unlogged += count;
         if logged_at.is_none_or(|at| at.elapsed() >= REPAIR_LOG_INTERVAL) {
             tracing::warn!(kind, count = *unlogged, "repaired changes by another program");
@@ -209,7 +209,8 @@ impl Agent {
 
     /// Adds an event for each member whose state changed.
     fn record_member_changes(&mut self) {
-        let version = (self.kernel.requested, self.node.opinions_hash(), self.node.peers().count());
+        let version =
+            (self.kernel.progress.requested, self.node.opinions_hash(), self.node.peers().count());
         if self.journal.snapshot.members_version.replace(version) == Some(version) {
             return;
         }
@@ -268,7 +269,7 @@ impl Agent {
         let converged = self.is_converged();
         self.journal.snapshot.has_converged |= converged;
         if converged != std::mem::replace(&mut self.journal.snapshot.converged, converged) {
-            let subnet = self.kernel.wanted.as_ref().map(|view| view.own.subnets.first);
+            let subnet = self.kernel.wanted.view.as_ref().map(|view| view.own.subnets.first);
             let subnet = subnet.map(|subnet| subnet.to_string()).unwrap_or_default();
             let (level, text) = match converged {
                 true => (EventLevel::Info, format!("converged, with {subnet}")),
@@ -303,7 +304,7 @@ impl Agent {
             worst_round_trip_ms: spans.last().copied(),
             paths_ok,
             paths_bad,
-            repairs: self.kernel.repairs.values().sum(),
+            repairs: self.kernel.counts.repairs.values().sum(),
         };
         let samples = &mut self.journal.samples;
         if samples.len() >= MAX_SAMPLES {

@@ -26,7 +26,7 @@ impl Agent {
         inquiry: &Inquiry,
     ) -> bool {
         let Some(address) = self.node.address_of(node) else { return false };
-        let (id, frame) = self.inquiries.begin(self.cluster_id(), node, purpose, inquiry);
+        let (id, frame) = self.requests.inquiries.begin(self.cluster_id(), node, purpose, inquiry);
         self.transport.call(Call::Inquiry(id), node, address, frame);
         true
     }
@@ -37,7 +37,7 @@ impl Agent {
         id: InquiryId,
         result: Result<(NodeId, Vec<u8>), CallError>,
     ) {
-        let Some((node, purpose)) = self.inquiries.end(id) else { return };
+        let Some((node, purpose)) = self.requests.inquiries.end(id) else { return };
         let answer = result.ok().and_then(|(from, frame)| match rpc::read_answer(&frame) {
             Ok(answer) if from == node && !self.node.is_forgotten(from) => Some(answer),
             Ok(_) => None,

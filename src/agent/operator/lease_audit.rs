@@ -43,7 +43,7 @@ impl Agent {
             }
         };
         let events = changes.iter().filter_map(event).collect();
-        self.archive.append(lines);
+        self.storage.archive.append(lines);
         self.journal.note_all(EventKind::Lease, EventLevel::Info, events);
     }
 

@@ -26,7 +26,7 @@ impl Agent {
                 state,
                 round_trip_ms: round_trip.map(milliseconds),
                 underlay_round_trip_ms: self.transport.round_trip(node).map(milliseconds),
-                mtu: self.kernel.narrow.get(&node).copied(),
+                mtu: self.kernel.wanted.narrow.get(&node).copied(),
                 problem: self.path_problem(node, state),
                 pods_answer: self.is_passed_by_pods(node, state),
             };
@@ -67,8 +67,8 @@ impl Agent {
         port: u16,
         is_silent: bool,
     ) -> Option<Problem> {
-        let Routing { detours, flow_detours, .. } = &self.kernel.routing;
-        let is_unproven = |detour: &&Detour| !self.kernel.ways.reaches(there, detour);
+        let Routing { detours, flow_detours, .. } = &self.kernel.traffic.routing;
+        let is_unproven = |detour: &&Detour| !self.kernel.traffic.ways.reaches(there, detour);
         let of_all = detours.get(&there).filter(|_| is_silent).filter(is_unproven);
         let of_all = of_all.map(|detour| (detour, None));
         let of_flows = flow_detours.get(&there).map(|flows| (&flows.detour, Some(flows.ports)));
@@ -98,7 +98,7 @@ impl Agent {
     /// answered.
     pub(super) fn is_passed_by_pods(&self, node: NodeId, state: PathState) -> bool {
         matches!(state, PathState::Unanswered | PathState::OneWay)
-            && self.kernel.remote_pods.answering.contains(&node)
+            && self.kernel.traffic.remote_pods.answering.contains(&node)
             && self.silent_span(node).is_none()
     }
 
@@ -106,7 +106,7 @@ impl Agent {
     /// arrive, its firewall may drop only the probes, so it is a problem only if packets of pods are
     /// known to be lost as well.
     fn unanswered(&self, node: NodeId, state: PathState, what: String, fix: String) -> Problem {
-        let is_proven = self.kernel.remote_pods.closed.iter().any(|way| way.node == node);
+        let is_proven = self.kernel.traffic.remote_pods.closed.iter().any(|way| way.node == node);
         let problem = Problem::new(ProblemCode::PathLost, self.node.name_of(node), what, fix);
         match state {
             PathState::OneWay if !is_proven => problem.notice(),
@@ -120,12 +120,12 @@ impl Agent {
         if self.is_superseded(node, state) {
             return None;
         }
-        let verdict = self.monitors.silence_diagnosis.verdict(node);
+        let verdict = self.threads.monitors.silence_diagnosis.verdict(node);
         if self.is_passed_by_pods(node, state) {
             let is_of_flows = verdict.filter(|verdict| verdict.loses_flows);
             return is_of_flows.and_then(|verdict| verdict.cause.clone());
         }
-        let view = self.kernel.wanted.as_ref()?;
+        let view = self.kernel.wanted.view.as_ref()?;
         let peer = view.peers.get(&node)?;
         let (there, here) = (peer.vtep.underlay, view.own.vtep.underlay);
         let (port, name) = (view.settings.vxlan_port, self.node.name_of(node));
@@ -134,7 +134,7 @@ impl Agent {
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
         let is_silent = self.is_lost(state) || !self.prober.paths.is_alive(node);
         // Without an underlay, no peer is reachable: the cause is reported once.
-        if is_silent && self.kernel.underlay_problem.is_some() {
+        if is_silent && self.kernel.problems.underlay.is_some() {
             return None;
         }
         if is_silent && let Some(problem) = self.moved_problem() {
@@ -142,7 +142,7 @@ impl Agent {
         }
         // Rules that drop packets do not matter if packets have no way.
         let device = device_name(view.settings.vni);
-        let has_no_way = self.kernel.routing.detours.get(&there);
+        let has_no_way = self.kernel.traffic.routing.detours.get(&there);
         let has_no_way = has_no_way.is_some_and(|detour| detour.is_certain_loss(&device));
         let dropped = verdict.filter(|verdict| is_silent && !has_no_way && verdict.is_dropped_here);
         if let Some(cause) = dropped.and_then(|verdict| verdict.cause.clone()) {
@@ -188,16 +188,18 @@ impl Agent {
         }
         // The probe left by another interface, or its answer was lost on this host; that is reported by
         // its cause.
-        if lost && subnets.iter().any(|subnet| self.kernel.routing.diverted.contains(&subnet)) {
+        if lost
+            && subnets.iter().any(|subnet| self.kernel.traffic.routing.diverted.contains(&subnet))
+        {
             return None;
         }
         // Answers without a tunnel may be this host's own packets that a route returned.
-        if state == PathState::Asymmetric && !self.kernel.routing.problems.is_empty() {
+        if state == PathState::Asymmetric && !self.kernel.traffic.routing.problems.is_empty() {
             return None;
         }
         // Rules of this host would drop an answer; they are reported by their effect on pods.
         let ipv4 = subnets.first.addr().is_ipv4();
-        if lost && self.kernel.forwarding.drops_incoming[usize::from(!ipv4)] {
+        if lost && self.kernel.traffic.forwarding.drops_incoming[usize::from(!ipv4)] {
             return None;
         }
         let underlay = self.underlay_to(there);
@@ -212,7 +214,7 @@ impl Agent {
                 return unreachable_problem(&underlay, name, there, ways[0]);
             }
             Way::Direct { .. } if lost => {
-                let suspects = self.kernel.forwarding.suspects.iter();
+                let suspects = self.kernel.traffic.forwarding.suspects.iter();
                 let suspects =
                     suspects.map(|suspect| format!("{suspect}; or ")).collect::<String>();
                 let what = format!(
@@ -305,7 +307,7 @@ impl Agent {
                     }
                     None => ("small ones".to_owned(), "a smaller mtu".to_owned()),
                 };
-                let lowered = match self.kernel.narrow.get(&node) {
+                let lowered = match self.kernel.wanted.narrow.get(&node) {
                     Some(mtu) => format!(
                         "; the MTU of its route is lowered to {mtu}, which pods that receive ICMP \
                         errors follow"

@@ -58,7 +58,7 @@ impl Agent {
         member: &str,
         reply: oneshot::Sender<Result<PingReport, ApiError>>,
     ) {
-        if self.pending.ping_rounds.len() >= MAX_ROUNDS {
+        if self.requests.ping_rounds.len() >= MAX_ROUNDS {
             let busy = ApiError::new(ApiErrorCode::Busy, "too many pings in progress");
             let _ = reply.send(Err(busy));
             return;
@@ -68,7 +68,7 @@ impl Agent {
             Ok(node) => node,
             Err(why) => return drop(reply.send(Err(why))),
         };
-        let view = self.kernel.wanted.as_ref();
+        let view = self.kernel.wanted.view.as_ref();
         let peer = view.and_then(|view| view.peers.get(&node));
         let subnet = peer.and_then(|peer| Some(peer.leases.first()?.1.first));
         let kernels = [subnet.map(|subnet| subnet.network()), subnet.map(gateway)];
@@ -83,7 +83,7 @@ impl Agent {
             path: None,
             problem: None,
         };
-        self.pending.ping_rounds.push(PingRound {
+        self.requests.ping_rounds.push(PingRound {
             report,
             begun,
             sequences,
@@ -115,7 +115,8 @@ impl Agent {
 
     /// Records that the agent of a member answered over the underlay, or cannot be reached.
     pub(in crate::agent) fn on_answered(&mut self, node: NodeId, answered: bool) {
-        for round in self.pending.ping_rounds.iter_mut().filter(|round| round.report.node == node) {
+        for round in self.requests.ping_rounds.iter_mut().filter(|round| round.report.node == node)
+        {
             if answered && !round.agent_done {
                 round.report.underlay.round_trip_ms = Some(milliseconds(round.begun.elapsed()));
             }
@@ -125,7 +126,7 @@ impl Agent {
 
     /// Records an echo reply, and returns whether it belonged to a round.
     pub(in crate::agent) fn on_ping_answer(&mut self, from: IpAddr, number: u16) -> bool {
-        for PingRound { report, begun, sequences, .. } in &mut self.pending.ping_rounds {
+        for PingRound { report, begun, sequences, .. } in &mut self.requests.ping_rounds {
             for (reach, sequence) in
                 [&mut report.overlay, &mut report.pods].into_iter().zip(sequences)
             {
@@ -142,7 +143,7 @@ impl Agent {
     pub(in crate::agent) fn finish_pings(&mut self) {
         let now = Instant::now();
         for mut round in
-            self.pending.ping_rounds.extract_if(.., |round| round.is_over(now)).collect::<Vec<_>>()
+            self.requests.ping_rounds.extract_if(.., |round| round.is_over(now)).collect::<Vec<_>>()
         {
             let node = round.report.node;
             let path = self.path_statuses().into_iter().find(|path| path.node == node);

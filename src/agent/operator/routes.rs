@@ -15,7 +15,7 @@ impl Agent {
     /// Sends the comparison to `reply`. The kernel thread reads the tables between two of its tasks.
     pub(in crate::agent) fn show_routes(&self, reply: Sender<Result<Vec<KernelEntry>, ApiError>>) {
         let mut peers: BTreeMap<Key, (NodeId, String)> = BTreeMap::new();
-        for (node, peer) in self.kernel.wanted.iter().flat_map(|view| &view.peers) {
+        for (node, peer) in self.kernel.wanted.view.iter().flat_map(|view| &view.peers) {
             let named = || (*node, self.node.name_of(*node).to_owned());
             peers.insert(Key::Fdb(peer.vtep.mac), named());
             for subnet in peer.leases.iter().flat_map(|(_, subnets)| subnets.iter()) {
@@ -23,7 +23,7 @@ impl Agent {
                 peers.insert(Key::Neighbor(subnet.network()), named());
             }
         }
-        self.programmer.read_tables(move |tables: Result<Tables, String>| {
+        self.threads.programmer.read_tables(move |tables: Result<Tables, String>| {
             let _ = reply.send(tables.map_err(ApiError::from).map(|(wanted, actual)| {
                 let entries = compare(&wanted, &actual);
                 entries.into_iter().map(|(key, entry)| row(key, entry, &peers)).collect()

@@ -32,12 +32,23 @@ const MAX_STEPS: usize = 64;
 /// Runs after a step.
 type Then = Box<dyn FnOnce(&mut Agent, Result<(), String>) + Send>;
 
-/// Changes of the keyring that are not on disk yet, in order of arrival.
-#[derive(Default)]
-pub(in crate::agent) struct Steps {
+/// The secrets that this node knows, and changes of them.
+pub(in crate::agent) struct KnownSecrets {
+    /// The secrets in use and accepted.
+    pub(in crate::agent) keyring: Keyring,
+    /// The last saved token.
+    pub(in crate::agent) saved_token: Option<Token>,
+    /// Changes of the keyring that are not on disk yet, in order of arrival.
     queue: VecDeque<(SecretOrder, Then)>,
     /// The step that is being written, and the keyring after it.
     written: Option<(Keyring, SecretOrder, Then)>,
+}
+
+impl KnownSecrets {
+    /// Returns the secrets of the state directory.
+    pub(in crate::agent) const fn new(keyring: Keyring, saved_token: Option<Token>) -> Self {
+        Self { keyring, saved_token, queue: VecDeque::new(), written: None }
+    }
 }
 
 impl Agent {
@@ -50,19 +61,19 @@ impl Agent {
         seeds.retain(|seed| known.insert(seed.clone()));
         seeds.truncate(MAX_SAVED_SEEDS);
         let token = self.token(seeds);
-        if token.is_none() || token == self.saved_token {
+        if token.is_none() || token == self.secrets.saved_token {
             return;
         }
         if let Some(token) = &token {
-            self.archive.save(SavedFile::Token(token.clone()));
+            self.storage.archive.save(SavedFile::Token(token.clone()));
         }
-        self.saved_token = token;
+        self.secrets.saved_token = token;
     }
 
     /// Returns the token of the cluster with these seeds; `None` outside a cluster.
     pub(in crate::agent) fn token(&self, seeds: Vec<String>) -> Option<Token> {
         let cluster = self.node.cluster()?.id;
-        Some(Token { cluster, secret: self.keyring.in_use().clone(), seeds })
+        Some(Token { cluster, secret: self.secrets.keyring.in_use().clone(), seeds })
     }
 
     /// Carries out an operator's step on all members.
@@ -75,13 +86,13 @@ impl Agent {
             SecretStep::List => self.list_secrets(Vec::new(), reply),
             SecretStep::Add(secret) => {
                 // Without a new secret, every member receives the secrets that this node accepts.
-                let all = self.keyring.accepted();
+                let all = self.secrets.keyring.accepted();
                 let orders = secret.map_or_else(|| all.to_vec(), |secret| vec![secret]);
                 let orders: Vec<SecretOrder> = orders.into_iter().map(SecretOrder::Add).collect();
                 self.send_orders(members, orders, Vec::new(), reply);
             }
             SecretStep::Use(id) => {
-                if !self.keyring.accepts(id) {
+                if !self.secrets.keyring.accepts(id) {
                     let why =
                         format!("secret {id} is unknown on this node: see `gossamer secret list`");
                     return drop(reply.send(Err(why.into())));
@@ -91,7 +102,7 @@ impl Agent {
                 self.send_if_ready(members, ready, lack, force, SecretOrder::Use(id), reply);
             }
             SecretStep::Drop(id) => {
-                if self.keyring.in_use().id() == id {
+                if self.secrets.keyring.in_use().id() == id {
                     let why = format!("secret {id} is in use: switch to another one first");
                     return drop(reply.send(Err(why.into())));
                 }
@@ -108,7 +119,7 @@ impl Agent {
             Inquiry::Report => None,
             Inquiry::Ping => return self.answer_inquiry(reply, &InquiryAnswer::Pong),
             Inquiry::Arrivals(round) => {
-                return self.monitors.remote_pods.testify(reply, from, round);
+                return self.threads.monitors.remote_pods.testify(reply, from, round);
             }
             Inquiry::Secret(_) if self.config.pod_cidr.is_some() => {
                 Some(REFUSED_WITH_POD_CIDR.to_owned())
@@ -214,23 +225,23 @@ impl Agent {
         order: SecretOrder,
         then: impl FnOnce(&mut Self, Result<(), String>) + Send + 'static,
     ) {
-        if self.steps.queue.len() >= MAX_STEPS {
+        if self.secrets.queue.len() >= MAX_STEPS {
             let why = "earlier changes of secrets are not on disk yet".to_owned();
             return then(self, Err(why));
         }
-        self.steps.queue.push_back((order, Box::new(then)));
+        self.secrets.queue.push_back((order, Box::new(then)));
         self.run_next_step();
     }
 
     fn run_next_step(&mut self) {
-        while self.steps.written.is_none()
-            && let Some((order, then)) = self.steps.queue.pop_front()
+        while self.secrets.written.is_none()
+            && let Some((order, then)) = self.secrets.queue.pop_front()
         {
-            let mut keyring = self.keyring.clone();
+            let mut keyring = self.secrets.keyring.clone();
             match keyring.apply(&order) {
                 Ok(true) => {
-                    self.archive.save_secrets(keyring.clone());
-                    self.steps.written = Some((keyring, order, then));
+                    self.storage.archive.save_secrets(keyring.clone());
+                    self.secrets.written = Some((keyring, order, then));
                 }
                 Ok(false) => then(self, Ok(())),
                 Err(why) => then(self, Err(why)),
@@ -240,7 +251,7 @@ impl Agent {
 
     /// Handles the result of writing the pending keyring. `kept` contains the seed of the node's key.
     pub(in crate::agent) fn on_secrets_saved(&mut self, kept: Result<[u8; 32], String>) {
-        let Some((keyring, order, then)) = self.steps.written.take() else { return };
+        let Some((keyring, order, then)) = self.secrets.written.take() else { return };
         let done = kept.and_then(|seed| self.use_keyring(keyring, &order, seed));
         then(self, done);
         self.run_next_step();
@@ -256,7 +267,7 @@ impl Agent {
             .and_then(|key| Credentials::new(keyring.accepted(), &key))
             .map_err(|error| error.to_string())?;
         self.transport.use_credentials(&credentials);
-        self.keyring = keyring;
+        self.secrets.keyring = keyring;
         self.save_token();
         let (id, what) = match order {
             SecretOrder::Add(secret) => (secret.id(), "is accepted"),

@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    agent::{Agent, PodCidrSource, pods::disk_stall::DISK_TIMEOUT},
+    agent::{Agent, PodCidrSource},
     api::{AgentStatus, KernelStatus},
     core::Phase,
     dataplane::desired::device_name,
@@ -43,30 +43,27 @@ pub(in crate::agent) struct RecentStatus {
     until: Instant,
 }
 
-/// Says for how long the disk has not answered, at least.
-fn disk_silence() -> String {
-    format!("the disk has not answered for more than {} s", DISK_TIMEOUT.as_secs())
-}
-
 impl Agent {
     /// Returns the status, or the previous one while that is recent compared with the time to build it. Any
     /// user may request it without end, so it takes a limited share of the loop's time.
     pub(in crate::agent) fn recent_status(&mut self) -> AgentStatus {
         let begun = Instant::now();
-        if let Some(recent) = self.recent_status.as_ref().filter(|recent| begun < recent.until) {
+        if let Some(recent) =
+            self.requests.recent_status.as_ref().filter(|recent| begun < recent.until)
+        {
             return recent.status.clone();
         }
         let status = self.status();
         let took = begun.elapsed();
-        self.recent_status = (took >= MIN_COSTLY)
+        self.requests.recent_status = (took >= MIN_COSTLY)
             .then(|| RecentStatus { status: status.clone(), until: begun + took * STATUS_SHARE });
         status
     }
 
     /// Stores a request that waits for convergence.
     pub(in crate::agent) fn add_waiter(&mut self, waiter: Waiter) {
-        if self.pending.waiters.len() < MAX_WAITERS {
-            self.pending.waiters.push(waiter);
+        if self.requests.waiters.len() < MAX_WAITERS {
+            self.requests.waiters.push(waiter);
         } else {
             let _ = waiter.reply.send(self.status());
         }
@@ -74,24 +71,24 @@ impl Agent {
 
     /// Answers requests whose condition is met or whose deadline has passed.
     pub(in crate::agent) fn serve_waiters(&mut self) {
-        self.pending.waiters.retain(|waiter| !waiter.reply.is_closed());
+        self.requests.waiters.retain(|waiter| !waiter.reply.is_closed());
         let now = Instant::now();
         // The status of a large cluster is long, so it is built only if it may be an answer.
         let (is_converged, active) = (self.is_converged(), self.node.active_count());
         let may_be_served =
             |waiter: &Waiter| is_converged && active >= waiter.members || waiter.deadline <= now;
-        if !self.pending.waiters.iter().any(may_be_served) {
+        if !self.requests.waiters.iter().any(may_be_served) {
             return;
         }
         let status = self.status();
         // The next status is not older than the answer.
-        self.recent_status = None;
-        for waiter in std::mem::take(&mut self.pending.waiters) {
+        self.requests.recent_status = None;
+        for waiter in std::mem::take(&mut self.requests.waiters) {
             let enough = status.members_alive() >= waiter.members;
             if (status.converged && enough) || waiter.deadline <= now {
                 let _ = waiter.reply.send(status.clone());
             } else {
-                self.pending.waiters.push(waiter);
+                self.requests.waiters.push(waiter);
             }
         }
     }
@@ -115,7 +112,7 @@ impl Agent {
         let mut node = self.node.status();
         node.problems = self.journal.dated(self.problems());
         let kernel = &self.kernel;
-        let device = kernel.wanted.as_ref();
+        let device = kernel.wanted.view.as_ref();
         let device = device.map(|v| device_name(v.settings.vni));
         AgentStatus {
             verdict: self.verdict(&node.problems),
@@ -127,17 +124,18 @@ impl Agent {
                 underlay_interface: self.underlay.name.clone(),
                 underlay_address: Some(self.underlay.local),
                 in_sync: self.is_in_sync(),
-                operations: kernel.operations,
-                repairs: kernel.repairs.clone(),
-                checksum_offload: kernel.checksum_offload,
+                operations: kernel.counts.operations,
+                repairs: kernel.counts.repairs.clone(),
+                checksum_offload: kernel.device.checksum_offload,
                 checksum_offload_fails: self.prober.is_offload_guilty(),
                 non_members_dropped: kernel.host.dropped,
                 peers_in_use: kernel.demand.in_use.as_ref().map(BTreeSet::len),
                 misses_answered: kernel.demand.answered,
                 misses_unknown: kernel.demand.unknown,
-                routing: kernel.routing.status.clone(),
-                forwarding: self
-                    .add_remote_pods_status(kernel.answers.added_to(&kernel.forwarding.status)),
+                routing: kernel.traffic.routing.status.clone(),
+                forwarding: self.add_remote_pods_status(
+                    kernel.traffic.answers.added_to(&kernel.traffic.forwarding.status),
+                ),
             },
             paths: self.path_statuses(),
             pods: self.pods.table.iter().filter(|pod| self.is_present(pod)).count(),
@@ -145,75 +143,55 @@ impl Agent {
             pods_refused: self.refuses_pods(),
             connections: self.transport.connections(),
             handshakes: self.transport.handshakes().into(),
-            gossip_dropped: self.receive_drops.dropped(),
+            gossip_dropped: self.gossip.receive_drops.dropped(),
             log_lines_lost: log::lost(),
             ..AgentStatus::of(node)
         }
-    }
-
-    /// Returns whether the disk has not answered in time.
-    fn is_disk_silent(&self) -> bool {
-        self.writer.silent_for().is_some_and(|silent| silent > DISK_TIMEOUT)
-    }
-
-    /// Returns why the disk cannot be written.
-    pub(in crate::agent) fn store_failure(&self) -> Option<String> {
-        let silence = || format!("{}: check it (dmesg)", disk_silence());
-        self.store_failure.clone().or_else(|| self.is_disk_silent().then(silence))
-    }
-
-    /// Returns the problem that the disk cannot be written.
-    fn store_problem(&self) -> Option<Problem> {
-        let problem = |what: String, fix| {
-            let what = format!("state directory: {what}");
-            Problem::new(ProblemCode::Disk, "state directory", what, fix)
-        };
-        if let Some(failure) = &self.store_failure {
-            return Some(problem(failure.clone(), ""));
-        }
-        let what = || format!("{}, so pods and leases cannot change", disk_silence());
-        self.is_disk_silent().then(|| problem(what(), "check it (dmesg)"))
     }
 
     /// Returns all problems.
     pub(in crate::agent) fn problems(&self) -> Vec<Problem> {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
-        problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
-        problems.extend(self.listener_problems.problems());
+        problems
+            .extend(kernel.problems.programming.iter().chain(&kernel.problems.underlay).cloned());
+        problems.extend(self.requests.listener_problems.problems());
         problems.extend(self.isolation_problem());
-        problems.extend(self.monitors.problems());
-        problems.extend(self.monitors.silence_diagnosis.claim().cloned());
+        problems.extend(self.threads.monitors.problems());
+        problems.extend(self.threads.monitors.silence_diagnosis.claim().cloned());
         problems.extend(self.flood_problem().into_iter().chain(self.handshake_problem()));
         let capped = self.transport.receive_buffer().capped;
-        problems.extend(self.receive_drops.problem(self.node.address().port(), capped));
-        problems.extend(kernel.flapping.clone());
-        problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
+        problems.extend(self.gossip.receive_drops.problem(self.node.address().port(), capped));
+        problems.extend(kernel.problems.flapping.clone());
+        problems.extend(kernel.problems.of_peers.iter().cloned().chain(self.unusable_peers()));
         problems.extend(underlay::limits(
             &self.underlay,
             self.node.cluster().map(|cluster| cluster.settings.pool).as_ref(),
         ));
-        problems.extend(kernel.forwarding.input.iter().cloned());
+        problems.extend(kernel.traffic.forwarding.input.iter().cloned());
         // Diverted packets are not forwarded either: one cause, one problem.
         if !self.is_all_diverted() {
-            problems.extend(kernel.forwarding.problems.iter().cloned());
+            problems.extend(kernel.traffic.forwarding.problems.iter().cloned());
             problems.extend(self.remote_pod_problems());
         }
         // If pods cannot resolve the gateway, the same cause drops other answers of pods as well.
-        if !kernel.forwarding.lacks_gateway {
-            problems.extend(kernel.answers.problems.iter().cloned());
+        if !kernel.traffic.forwarding.lacks_gateway {
+            problems.extend(kernel.traffic.answers.problems.iter().cloned());
         }
-        problems.extend(kernel.routing.problems.iter().chain(&kernel.overlaps).cloned());
+        problems.extend(
+            kernel.traffic.routing.problems.iter().chain(&kernel.problems.overlaps).cloned(),
+        );
         problems.extend(kernel.host.problems.iter().cloned());
         problems.extend(self.pods.refusal.iter().chain(&self.pods.problems).cloned());
         if !kernel.host.refuses_routers {
             problems.extend(self.pods.open.iter().cloned());
         }
         let no_other = self.node.is_alone();
-        problems.extend(self.source.iter().flat_map(|source| source.problems(no_other)));
-        problems.extend(self.store_problem());
-        problems.extend(self.archive.problems());
-        let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
+        problems
+            .extend(self.sources.kubernetes.iter().flat_map(|source| source.problems(no_other)));
+        problems.extend(self.storage.problem());
+        problems.extend(self.storage.archive.problems());
+        let subnet = kernel.wanted.view.as_ref().map(|view| view.own.subnets.first);
         if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {
             let what = format!("{outside} pods have addresses outside this node's subnet {subnet}");
             problems.push(Problem::new(
@@ -236,7 +214,7 @@ impl Agent {
     /// Returns notices about losses of some packets or missing tests.
     pub(super) fn notices(&self) -> Vec<Problem> {
         let kernel = &self.kernel;
-        let known = kernel.forwarding.notices.iter().chain(&kernel.answers.notices);
+        let known = kernel.traffic.forwarding.notices.iter().chain(&kernel.traffic.answers.notices);
         let known = known.chain(&kernel.host.notices).chain(&self.pods.notices);
         let former = self.former_selves_notice();
         let known = known.chain(&former);
@@ -281,8 +259,8 @@ impl Agent {
 
     /// Returns whether packets to every peer take a wrong way.
     fn is_all_diverted(&self) -> bool {
-        let diverted = &self.kernel.routing.diverted;
-        let peers = self.kernel.wanted.iter().flat_map(|view| view.peers.values());
+        let diverted = &self.kernel.traffic.routing.diverted;
+        let peers = self.kernel.wanted.view.iter().flat_map(|view| view.peers.values());
         let mut subnets = peers.filter_map(|peer| Some(peer.leases.first()?.1));
         !diverted.is_empty()
             && subnets.all(|subnets| subnets.iter().any(|subnet| diverted.contains(&subnet)))
@@ -294,28 +272,29 @@ impl Agent {
             && self.node.is_settled()
             && self.is_in_sync()
             && !self.may_lack_members()
-            && self.archive.is_subnet_file_current()
+            && self.storage.archive.is_subnet_file_current()
     }
 
     /// Returns whether other nodes may exist that this node does not know of.
     fn may_lack_members(&self) -> bool {
-        self.node.is_alone() && self.source.as_ref().is_some_and(PodCidrSource::lacks_list)
+        self.node.is_alone()
+            && self.sources.kubernetes.as_ref().is_some_and(PodCidrSource::lacks_list)
     }
 
     /// Returns whether the kernel equals the desired state.
     fn is_in_sync(&self) -> bool {
         let kernel = &self.kernel;
-        kernel.wanted.is_some()
-            && kernel.answered == kernel.requested
-            && kernel.programmed_once
-            && kernel.problem.is_none()
+        kernel.wanted.view.is_some()
+            && kernel.progress.is_complete()
+            && kernel.progress.programmed_once
+            && kernel.problems.programming.is_none()
             // Pods are part of the desired state.
             && self.takes_pods()
     }
 
     /// Returns the number of pods with addresses outside this node's subnet.
     fn pods_outside(&self) -> usize {
-        let subnets = self.kernel.wanted.as_ref().map(|view| view.own.subnets);
+        let subnets = self.kernel.wanted.view.as_ref().map(|view| view.own.subnets);
         let outside = self.pods.table.outside(subnets);
         outside.filter(|pod| self.is_present(pod)).count()
     }

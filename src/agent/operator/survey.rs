@@ -91,11 +91,11 @@ impl Agent {
         inquiry: Inquiry,
         then: impl FnOnce(&mut Self, Findings) + Send + 'static,
     ) -> bool {
-        self.surveys.number += 1;
+        self.requests.surveys.number += 1;
         let (left, silent): (Vec<_>, Vec<_>) =
             members.into_iter().partition(|node| self.node.is_active(*node));
-        let is_added = self.surveys.add(Survey {
-            number: self.surveys.number,
+        let is_added = self.requests.surveys.add(Survey {
+            number: self.requests.surveys.number,
             inquiry,
             left: left.into(),
             asked: BTreeSet::new(),
@@ -111,13 +111,13 @@ impl Agent {
 
     /// Sends the matrix of all paths: from each member to each other member.
     pub(in crate::agent) fn show_matrix(&mut self, reply: Sender<EncodedMatrix>) {
-        if let Some((at, matrix)) = &self.surveys.matrix
+        if let Some((at, matrix)) = &self.requests.surveys.matrix
             && at.elapsed() < MATRIX_MAX_AGE
         {
             return drop(reply.send(matrix.clone()));
         }
-        self.surveys.matrix_replies.push(reply);
-        if self.surveys.matrix_replies.len() > 1 {
+        self.requests.surveys.matrix_replies.push(reply);
+        if self.requests.surveys.matrix_replies.len() > 1 {
             return;
         }
         let mut members: Vec<NodeId> = self.node.peers().collect();
@@ -127,7 +127,7 @@ impl Agent {
             .survey(members, Inquiry::Report, move |agent, found| agent.send_matrix(found, omitted))
         {
             // Dropping the replies tells the clients that there is no answer.
-            self.surveys.matrix_replies.clear();
+            self.requests.surveys.matrix_replies.clear();
         }
     }
 
@@ -143,7 +143,7 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").into(),
             problems: u32::try_from(self.problems().len()).unwrap_or(u32::MAX),
             paths: self.path_states().map(path).collect(),
-            secrets: self.keyring.ids(),
+            secrets: self.secrets.keyring.ids(),
             refused: None,
             arrivals: None,
         }
@@ -151,7 +151,7 @@ impl Agent {
 
     /// Ends surveys whose time limit has passed.
     pub(in crate::agent) fn end_overdue_surveys(&mut self, now: Instant) {
-        if self.surveys.deadline().is_some_and(|at| at <= now) {
+        if self.requests.surveys.deadline().is_some_and(|at| at <= now) {
             self.advance_surveys();
             self.carry_out();
         }
@@ -165,7 +165,7 @@ impl Agent {
         report: Option<Box<Report>>,
     ) {
         let known = self.node.peers().count() + 1;
-        let Some(survey) = self.surveys.running(number) else { return };
+        let Some(survey) = self.requests.surveys.running(number) else { return };
         if survey.asked.remove(&node) {
             let report = report.map(|mut report| {
                 report.paths.truncate(known);
@@ -178,12 +178,12 @@ impl Agent {
 
     /// Queries the next members, and ends surveys that are complete.
     pub(super) fn advance_surveys(&mut self) {
-        (0..self.surveys.queues.len()).for_each(|queue| self.advance_queue(queue));
+        (0..self.requests.surveys.queues.len()).for_each(|queue| self.advance_queue(queue));
     }
 
     fn advance_queue(&mut self, queue: usize) {
         let now = Instant::now();
-        while let Some(survey) = self.surveys.queues[queue].front_mut() {
+        while let Some(survey) = self.requests.surveys.queues[queue].front_mut() {
             let is_late = *survey.deadline.get_or_insert(now + SURVEY_TIMEOUT) <= now;
             let room = MAX_PARALLEL_QUERIES.saturating_sub(survey.asked.len());
             let count = if is_late { 0 } else { room.min(survey.left.len()) };
@@ -191,7 +191,7 @@ impl Agent {
             let (purpose, inquiry) = (Purpose::Survey(survey.number), survey.inquiry.clone());
             let (asked, silent): (BTreeSet<NodeId>, BTreeSet<NodeId>) =
                 next.into_iter().partition(|node| self.inquire(*node, purpose, &inquiry));
-            let Some(survey) = self.surveys.queues[queue].front_mut() else { return };
+            let Some(survey) = self.requests.surveys.queues[queue].front_mut() else { return };
             survey.asked.extend(asked);
             survey.findings.extend(silent.into_iter().map(|node| (node, None)));
             match (survey.asked.is_empty(), survey.left.is_empty()) {
@@ -200,7 +200,7 @@ impl Agent {
                 (true, false) if !is_late => continue,
                 _ => {}
             }
-            let Some(survey) = self.surveys.queues[queue].pop_front() else { return };
+            let Some(survey) = self.requests.surveys.queues[queue].pop_front() else { return };
             let mut findings = survey.findings;
             findings.extend(survey.asked.into_iter().chain(survey.left).map(|node| (node, None)));
             (survey.then)(self, findings);
@@ -246,8 +246,8 @@ impl Agent {
             findings.into_iter().map(|(node, report)| self.row(node, report)).collect();
         rows.sort_by(|a, b| (&a.name, a.node).cmp(&(&b.name, b.node)));
         let matrix = Matrix { rows, omitted }.encode();
-        self.surveys.matrix = Some((Instant::now(), matrix.clone()));
-        for viewer in self.surveys.matrix_replies.drain(..) {
+        self.requests.surveys.matrix = Some((Instant::now(), matrix.clone()));
+        for viewer in self.requests.surveys.matrix_replies.drain(..) {
             let _ = viewer.send(matrix.clone());
         }
     }

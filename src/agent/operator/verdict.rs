@@ -54,7 +54,7 @@ impl Agent {
 
     /// Returns why packets of pods of all address families are dropped on this host.
     fn cut_off_reason(&self, problems: &[Problem]) -> Option<String> {
-        let networks = self.kernel.wanted.as_ref()?.settings.pool.networks();
+        let networks = self.kernel.wanted.view.as_ref()?.settings.pool.networks();
         let reasons =
             networks.iter().map(|network| self.family_reason(network.addr().is_ipv4(), problems));
         let reasons: Option<Vec<String>> = reasons.collect();
@@ -70,7 +70,7 @@ impl Agent {
         if let Some(problem) = problems.iter().find(is_off) {
             return Some(problem.what.clone());
         }
-        let closed = &self.kernel.forwarding.closed;
+        let closed = &self.kernel.traffic.forwarding.closed;
         let is_closed =
             |direction| closed.iter().any(|way| way.ipv4 == ipv4 && way.direction == direction);
         let all = |of: fn(Transport) -> Direction| {

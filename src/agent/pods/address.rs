@@ -58,7 +58,7 @@ impl Agent {
             return Err(NoAddress::GroupMac(mac));
         }
         // The trial of forwarding uses the MAC of the address that pods are assigned last.
-        let view = self.kernel.wanted.as_ref();
+        let view = self.kernel.wanted.view.as_ref();
         if view.is_some_and(|view| mate_mac(last_addresses(view.own.subnets)) == mac) {
             return Err(NoAddress::MacOfHost(mac));
         }

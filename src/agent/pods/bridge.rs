@@ -12,25 +12,25 @@ impl Agent {
     /// Orders the desired state of the bridge when it has changed, as after a change of the subnet or the
     /// MTU. Pods of an earlier run are connected to it too.
     pub(in crate::agent) fn keep_bridge(&mut self) {
-        let bridge = self.kernel.wanted.as_ref().map(|view| self.bridge(view));
+        let bridge = self.kernel.wanted.view.as_ref().map(|view| self.bridge(view));
         if self.pods.table.is_empty() || self.pods.bridge == bridge {
             return;
         }
         self.pods.bridge.clone_from(&bridge);
         if let Some(bridge) = bridge {
-            self.attach_worker.ask(Job::Keep { bridge, tenants: self.pods.tenants() });
+            self.threads.attach_worker.ask(Job::Keep { bridge, tenants: self.pods.tenants() });
         }
     }
 
     /// Orders a check, before the first pod comes, of whether the bridge can be made.
     pub(in crate::agent) fn expect_bridge(&mut self) {
-        let bridge = self.kernel.wanted.as_ref().map(|view| self.bridge(view));
+        let bridge = self.kernel.wanted.view.as_ref().map(|view| self.bridge(view));
         if let Some(bridge) =
             bridge.filter(|bridge| self.pods.expected_bridge.as_ref() != Some(bridge))
         {
             self.pods.expected_bridge = Some(bridge.clone());
             self.pods.pending_bridge_checks += 1;
-            self.attach_worker.ask(Job::Expect(bridge));
+            self.threads.attach_worker.ask(Job::Expect(bridge));
         }
     }
 

@@ -7,18 +7,15 @@ use std::{
 };
 
 use crate::{
-    agent::{Agent, pods::PendingAttach, workers::attach_worker::Job},
+    agent::{Agent, pods::PendingAttach, storage::DISK_TIMEOUT, workers::attach_worker::Job},
     api::{PodError, PodErrorKind},
     docker,
 };
 
-/// Time after which a disk that accepts no writes counts as failed.
-pub(in crate::agent) const DISK_TIMEOUT: Duration = Duration::from_secs(3);
-
 impl Agent {
     /// Returns the error for requests that need the disk while it accepts no writes.
     pub(super) fn disk_error(&self) -> Option<PodError> {
-        let why = self.store_failure()?;
+        let why = self.storage.failure()?;
         let why = format!("the state directory cannot be written: {why}");
         Some(PodError::new(PodErrorKind::NotReady, why))
     }
@@ -27,7 +24,7 @@ impl Agent {
     pub(in crate::agent) fn disk_stall_deadline(&self) -> Option<Instant> {
         let waits = !self.pods.saving.is_empty()
             || self.pods.pending_attaches.values().any(|pending| !pending.saved);
-        let stalled = self.writer.silent_for().filter(|_| waits)?;
+        let stalled = self.storage.writer.silent_for().filter(|_| waits)?;
         let left = (DISK_TIMEOUT + Duration::from_millis(1)).saturating_sub(stalled);
         Some(Instant::now() + left)
     }
@@ -47,7 +44,7 @@ impl Agent {
             if pod.owner == docker::OWNER {
                 // Docker releases the address itself.
                 let number = self.pods.next();
-                self.attach_worker.ask(Job::Disconnect { number, attachment, netns: None });
+                self.threads.attach_worker.ask(Job::Disconnect { number, attachment, netns: None });
             } else {
                 self.detach_then(&attachment, None, |_| ());
             }

@@ -241,8 +241,14 @@ impl Agent {
         let (job_bridge, job_pod) = (bridge.clone(), pod.clone());
         let mac = mac_of(&pod);
         // The disk first: it takes longest, and its thread leaves the CPU to the kernel meanwhile.
-        self.writer.save(vec![record(&pod)], number);
-        self.attach_worker.ask(Job::Connect { number, bridge: job_bridge, pod: job_pod, mac, end });
+        self.storage.writer.save(vec![record(&pod)], number);
+        self.threads.attach_worker.ask(Job::Connect {
+            number,
+            bridge: job_bridge,
+            pod: job_pod,
+            mac,
+            end,
+        });
         self.pods.bridge = Some(bridge.clone());
         let pending = PendingAttach { bridge, pod, saved: false, connected: None, reply };
         self.pods.pending_attaches.insert(number, pending);
@@ -266,7 +272,7 @@ impl Agent {
 
     /// Returns the view, once the kernel has been programmed with it.
     fn subnet_in_use(&self) -> Option<&View> {
-        self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)
+        self.kernel.programmed_view()
     }
 
     /// Whether this node uses its subnet.
@@ -317,7 +323,11 @@ impl Agent {
         } else {
             self.pods.pending_detaches.insert(number, Box::new(answer));
         }
-        self.attach_worker.ask(Job::Disconnect { number, attachment: attachment.clone(), netns });
+        self.threads.attach_worker.ask(Job::Disconnect {
+            number,
+            attachment: attachment.clone(),
+            netns,
+        });
     }
 
     /// Fails the pending ADD request of an attachment that is being disconnected.
@@ -404,7 +414,7 @@ impl Agent {
     pub(super) fn on_saved(&mut self, number: u64) {
         self.drop_notes(number);
         if self.pods.boot_number.take_if(|at| *at == number).is_some() {
-            self.archive.save(SavedFile::Boot);
+            self.storage.archive.save(SavedFile::Boot);
         }
         if let Some(answer) = self.pods.saving.remove(&number) {
             answer(Ok(()));
@@ -420,12 +430,12 @@ impl Agent {
         let pod = self.pods.table.detach(self.clock.now(), attachment);
         let Some(pod) = pod else { return false };
         // A reported problem may concern this pod.
-        if !self.kernel.answers.problems.is_empty() {
+        if !self.kernel.traffic.answers.problems.is_empty() {
             self.update_roster();
         }
         let text = format!("{attachment} released {}", pod.addresses.first);
         self.journal.note(EventKind::Pod, EventLevel::Info, text);
-        self.writer.save(vec![(Key::Pod(pod.addresses.first), Vec::new())], number);
+        self.storage.writer.save(vec![(Key::Pod(pod.addresses.first), Vec::new())], number);
         true
     }
 
@@ -466,7 +476,7 @@ impl Agent {
     pub(super) fn save_pods(&mut self) {
         let records = self.pods.table.iter().map(record).collect();
         let number = self.pods.next();
-        self.writer.save(records, number);
+        self.storage.writer.save(records, number);
     }
 }
 

@@ -31,7 +31,7 @@ impl Agent {
             Ok(pod) => {
                 let netns = netns.map(File::from);
                 let mac = mac_of(&pod).filter(|_| self.config.anti_spoofing);
-                self.attach_worker.ask(Job::Check { pod, netns, mac, reply });
+                self.threads.attach_worker.ask(Job::Check { pod, netns, mac, reply });
             }
         }
     }
@@ -39,6 +39,6 @@ impl Agent {
     /// Replies with all pods; the attach worker adds which of them the kernel lacks.
     pub(in crate::agent) fn list_pods(&self, reply: Sender<Vec<PodStatus>>) {
         let pods = self.pods.table.iter().map(status_of).collect();
-        self.attach_worker.ask(Job::List { pods, reply });
+        self.threads.attach_worker.ask(Job::List { pods, reply });
     }
 }

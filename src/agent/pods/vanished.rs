@@ -112,7 +112,7 @@ impl Agent {
         // This write comes after the writes of all notes.
         let number = self.pods.next();
         self.pods.applied_notes.insert(number, notes);
-        self.writer.save(Vec::new(), number);
+        self.storage.writer.save(Vec::new(), number);
     }
 
     /// Carries out earlier notes about a requested pod first: they concern its predecessor, not the new
@@ -162,7 +162,7 @@ impl Agent {
             .map(|pod| Suspect { link: link_name(&pod.attachment), netns: pod.netns.clone() });
         let job = Job::FindGone { number, pods: pods.collect() };
         self.pods.looking.insert(number, looking);
-        self.attach_worker.ask(job);
+        self.threads.attach_worker.ask(job);
     }
 
     /// Returns pods that may be gone. An endpoint that Docker has not connected yet has no veth pair.
@@ -188,7 +188,7 @@ impl Agent {
                 let answer =
                     move |saved: Result<(), PodError>| _ = reply.send(saved.map(|()| released));
                 self.pods.saving.insert(number, Box::new(answer));
-                self.writer.save(Vec::new(), number);
+                self.storage.writer.save(Vec::new(), number);
             }
             (PendingRequest::Reserve(reservation), Ok(looked)) => {
                 self.free_pods(&looked.gone);

@@ -14,11 +14,15 @@ use super::{
 };
 use crate::{
     agent::{
-        Agent, Archive, AttachWorker, Clock, Gate, Isolation, Journal, KernelState, LoopEvent,
-        PodState, Prober, Programmer, ReceiveDrops, Service, Steps, Surveys,
-        operator::pending::PendingRequests,
+        Agent, Clock, GossipState, Journal, KernelState, KnownSecrets, Lifetime, LoopEvent,
+        PodState, Prober, Requests, Service, Sources, Storage, Threads,
+        diagnosis::isolation::Isolation,
         threads::{self, Monitors},
-        workers::attach_worker::Job,
+        workers::{
+            archive::Archive,
+            attach_worker::{AttachWorker, Job},
+            programmer::Programmer,
+        },
     },
     config::Config,
     core::{Bootstrap, Node, NodeConfig},
@@ -26,7 +30,6 @@ use crate::{
     icmp::IcmpEvent,
     model::{BootId, Mac, NodeId, Time, Vtep},
     random::random,
-    rpc::Inquiries,
     store::{EssentialsCopy, WriteEvent, Writer},
     transport::Transport,
     underlay::ChosenUnderlay,
@@ -82,40 +85,27 @@ impl Ready {
         let archive = Archive::start(memory.state.clone(), forward(&sender, LoopEvent::Archive))?;
         let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
         let now = Instant::now();
+        let fresh = memory.is_fresh && pods.table.is_empty();
+        let saved_token = identity.token.filter(|_| knows_cluster);
+        let (seeds, kubernetes) = (identity.configured_seeds, identity.source);
         let mut agent = Agent {
             node,
             clock: Clock(now),
-            transport,
-            writer,
-            gate: Gate::default(),
-            programmer,
-            monitors: Monitors::start(sender)?,
-            kernel: KernelState::default(),
-            prober,
-            isolation,
-            receive_drops: ReceiveDrops::default(),
-            fresh: memory.is_fresh && pods.table.is_empty(),
-            pods,
-            attach_worker,
-            underlay,
             config,
-            configured_seeds: identity.configured_seeds,
-            archive,
-            state: memory.state,
-            saved_token: identity.token.filter(|_| knows_cluster),
-            keyring: identity.keyring,
-            steps: Steps::default(),
-            pending: PendingRequests { waiters, ..PendingRequests::default() },
-            store_failure: None,
-            service: Service::new(now),
+            transport,
+            underlay,
+            threads: Threads { programmer, attach_worker, monitors: Monitors::start(sender)? },
+            kernel: KernelState::default(),
+            pods,
+            storage: Storage::new(memory.state, writer, archive),
+            secrets: KnownSecrets::new(identity.keyring, saved_token),
+            prober,
+            gossip: GossipState { isolation, ..GossipState::default() },
+            sources: Sources { seeds, kubernetes },
+            requests: Requests::new(listener_problems, waiters),
             journal: Journal::new(now),
-            listener_problems,
-            inquiries: Inquiries::default(),
-            recent_status: None,
-            surveys: Surveys::default(),
-            source: identity.source,
-            giving_up: None,
-            ending: None,
+            service: Service::new(now),
+            lifetime: Lifetime::new(fresh),
         };
         if agent.underlay.is_present() {
             agent.save_underlay();

@@ -94,12 +94,12 @@ impl Agent {
     /// Passes the current setting to the thread.
     pub(in crate::agent) fn update_forwarder(&mut self) {
         let setting = self.forwarder_setting();
-        self.monitors.forwarder.set(setting);
+        self.threads.monitors.forwarder.set(setting);
     }
 
     fn forwarder_setting(&self) -> Option<Setting> {
-        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
-        let device = self.kernel.device?;
+        let view = self.kernel.programmed_view()?;
+        let device = self.kernel.device.index?;
         let subnets = view.own.subnets;
         let addresses = last_addresses(subnets);
         let occupant = addresses.iter().find_map(|ip| {
@@ -118,11 +118,11 @@ impl Agent {
             route_mtu: self.underlay.tunnel_mtu,
         });
         let underlay = self.current_underlay();
-        let withdrawn = &self.kernel.withdrawn_peers;
+        let withdrawn = &self.kernel.wanted.withdrawn_peers;
         let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
         let largest = self.underlay.tunnel_mtu;
-        let are_all_lost =
-            self.is_lost_without_tunnel() || !self.kernel.remote_pods.inward.is_empty();
+        let remote_pods = &self.kernel.traffic.remote_pods;
+        let are_all_lost = self.is_lost_without_tunnel() || !remote_pods.inward.is_empty();
         let peers = peers.filter_map(|(node, peer)| {
             let (_, subnets) = peer.leases.first()?;
             let way = underlay.way(peer.vtep.underlay, subnets.first);
@@ -133,7 +133,7 @@ impl Agent {
                 underlay: peer.vtep.underlay,
                 tunnelled: matches!(way, Path::Overlay(_)),
                 direct: matches!(way, Path::Direct { .. }),
-                carried: self.kernel.narrow.get(node).copied().unwrap_or(largest),
+                carried: self.kernel.wanted.narrow.get(node).copied().unwrap_or(largest),
             })
         });
         Some(Setting {
@@ -156,16 +156,10 @@ impl Agent {
             carried: self.underlay.tunnel_mtu,
             peers: peers.take(MAX_PEERS).collect(),
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
-            is_remote_lost: self.kernel.remote_pods.is_in_doubt || are_all_lost,
+            is_remote_lost: remote_pods.is_in_doubt || are_all_lost,
             lost_transports: match are_all_lost {
                 true => Transport::ALL.into(),
-                false => self
-                    .kernel
-                    .remote_pods
-                    .closed
-                    .iter()
-                    .map(|way| way.sort.kind.transport())
-                    .collect(),
+                false => remote_pods.closed.iter().map(|way| way.sort.kind.transport()).collect(),
             },
         })
     }

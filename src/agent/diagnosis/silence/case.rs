@@ -54,7 +54,7 @@ impl Agent {
     /// Orders a diagnosis if the set of silent peers has changed.
     pub(in crate::agent) fn update_silence_diagnosis(&mut self) {
         let case = self.diagnosis_case();
-        self.monitors.silence_diagnosis.set(case);
+        self.threads.monitors.silence_diagnosis.set(case);
     }
 
     /// Stores the findings about peers that are still silent, and logs new causes.
@@ -63,9 +63,9 @@ impl Agent {
         SilenceFindings { claim, verdicts }: SilenceFindings,
     ) {
         let ordered =
-            self.monitors.silence_diagnosis.ordered.iter().flat_map(|case| &case.suspects);
+            self.threads.monitors.silence_diagnosis.ordered.iter().flat_map(|case| &case.suspects);
         let silent: BTreeSet<NodeId> = ordered.map(|suspect| suspect.node).collect();
-        let known = &mut self.monitors.silence_diagnosis.findings;
+        let known = &mut self.threads.monitors.silence_diagnosis.findings;
         let mut new: Vec<Problem> = Vec::new();
         new.extend(claim.clone().filter(|_| known.claim != claim));
         known.claim = claim;
@@ -82,8 +82,8 @@ impl Agent {
 
     /// Returns the input of a diagnosis; `None` while the data plane or the underlay is not ready.
     fn diagnosis_case(&self) -> Option<Case> {
-        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
-        if self.kernel.underlay_problem.is_some() || !self.underlay.is_present() {
+        let view = self.kernel.programmed_view()?;
+        if self.kernel.problems.underlay.is_some() || !self.underlay.is_present() {
             return None;
         }
         let local = self.underlay.local;

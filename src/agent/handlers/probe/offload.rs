@@ -14,8 +14,8 @@ impl Agent {
         let mut without_datagrams = self.prober.paths.losing_datagrams();
         without_datagrams.retain(|node| self.has_tunnel(*node));
         // The state of the device is known only once the kernel has the last ordered state.
-        let is_settled = self.kernel.answered == self.kernel.requested;
-        let is_on = self.kernel.checksum_offload.filter(|_| is_settled);
+        let is_settled = self.kernel.progress.is_complete();
+        let is_on = self.kernel.device.checksum_offload.filter(|_| is_settled);
         let Prober { offload, paths, .. } = &mut self.prober;
         let (before, was_guilty) = (offload.wanted(), offload.is_broken());
         if let Some(DatagramRequest { peers, count }) =
