@@ -14,15 +14,13 @@
 //! packets to the pod through a service are. A rate limit ends loops of broadcasts through several
 //! pods.
 //!
-//! An ICMP error quotes the packet that it is about, and the kernel of the receiver then takes a smaller path
-//! MTU from it. A pod can know only about packets that were sent to it, so a pod's error passes only if the
-//! quoted packet's destination is an address of the pod.
-//!
 //! The bridge floods a frame to an unknown MAC to all ports. Pods that send it back with a MAC of
 //! their own would make it circulate as well, and each pod would see frames for others. A frame
 //! therefore leaves by a veth pair only if it is for its pod or for a group. The bridge still
 //! learns the location of MACs, so a port of another program gets the frames for machines behind
 //! it.
+
+mod icmp_errors;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -107,9 +105,6 @@ const ARP_MAC: (Base, u32, u32) = (Base::Network, 8, 6);
 const ARP_ADDRESS: (Base, u32, u32) = (Base::Network, 14, 4);
 const SOURCE4: (Base, u32, u32) = (Base::Network, 12, 4);
 const SOURCE6: (Base, u32, u32) = (Base::Network, 8, 16);
-/// The destination of the packet that an ICMP error quotes, after eight bytes (RFC 792, RFC 4443).
-const QUOTED4: (Base, u32, u32) = (Base::Transport, 8 + 16, 4);
-const QUOTED6: (Base, u32, u32) = (Base::Transport, 8 + 24, 16);
 /// The target of a neighbor solicitation or advertisement.
 const TARGET: (Base, u32, u32) = (Base::Transport, 8, 16);
 
@@ -120,8 +115,6 @@ const IPV6: u16 = 0x86dd;
 const VLAN: u16 = 0x8100;
 const SERVICE_VLAN: u16 = 0x88a8;
 const ICMP: u8 = 1;
-/// ICMP errors about a quoted packet: destination unreachable, time exceeded, parameter problem (RFC 792).
-const ICMP_ERRORS: [u8; 3] = [3, 11, 12];
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
@@ -195,6 +188,16 @@ fn group_rate_alarm(bridge: &Bridge) -> Problem {
         "find the pod with tcpdump -eni {name} multicast (a pod that bridges its interfaces makes a loop)"
     );
     Problem::new(ProblemCode::AntiSpoofing, name, what, fix)
+}
+
+/// Restricts a rule to frames with an IPv4 address of their pod in this field.
+fn own4(rule: Rule, field: (Base, u32, u32)) -> Rule {
+    rule.input_with(ADDRESSES4, &[ETHER_SOURCE, field], true)
+}
+
+/// The same for IPv6.
+fn own6(rule: Rule, field: (Base, u32, u32)) -> Rule {
+    rule.input_with(ADDRESSES6, &[ETHER_SOURCE, field], true)
 }
 
 /// A rule for frames to a group, or for all others.
@@ -286,19 +289,8 @@ fn rules() -> Vec<Rule> {
         rule.masked(place.0, place.1, &mask, &value, same)
     };
     let advertised = link_local(TARGET, icmpv6(NEIGHBOR_ADVERTISEMENT), false);
-    let own4 = |rule: Rule, field| rule.input_with(ADDRESSES4, &[ETHER_SOURCE, field], true);
-    let icmp = || Rule::new().ether_type(IPV4).transport(ICMP);
-    // The kernel takes the data of a later fragment for an ICMP header.
-    let unfragmented = |rule: Rule| rule.masked(Base::Network, 6, &[0x1f, 0xff], &[0; 2], true);
-    let error = |kind| unfragmented(icmp()).holds(Base::Transport, 0, &[kind]).count().drop();
-    // Types 1 to 4. Of a later fragment the kernel loads the first byte of the IPv6 header, which is 0x60.
-    let error6 = || {
-        let icmpv6 = Rule::new().ether_type(IPV6).transport(ICMPV6);
-        icmpv6.masked(Base::Transport, 0, &[0xf8], &[0], true)
-    };
-    let own6 = |rule: Rule, field| rule.input_with(ADDRESSES6, &[ETHER_SOURCE, field], true);
     let not_icmp = Rule::new().ether_type(IPV4).lacks(Base::Network, 9, &[ICMP]);
-    vec![
+    let mut rules = vec![
         Rule::new().input_with(VETHS, &[], false).accept(),
         Rule::new().input_with(MACS, &[ETHER_SOURCE], false).count().drop(),
         Rule::new().input_with(SIBLING_MACS, &[ETHER_DESTINATION], true).count().drop(),
@@ -309,14 +301,11 @@ fn rules() -> Vec<Rule> {
             .input_with(MACS, &[ARP_MAC], true)
             .accept(),
         own4(not_icmp, SOURCE4).accept(),
-        // An error whose quoted destination is in a later fragment is dropped with its first one.
-        own4(own4(icmp(), SOURCE4), QUOTED4).accept(),
-        error(ICMP_ERRORS[0]),
-        error(ICMP_ERRORS[1]),
-        error(ICMP_ERRORS[2]),
-        own4(icmp(), SOURCE4).accept(),
-        own6(own6(error6(), SOURCE6), QUOTED6).accept(),
-        error6().count().drop(),
+    ];
+    rules.extend(icmp_errors::rules4());
+    rules.push(own4(Rule::new().ether_type(IPV4).transport(ICMP), SOURCE4).accept());
+    rules.extend(icmp_errors::rules6());
+    rules.extend([
         icmpv6(ROUTER_ADVERTISEMENT).count().drop(),
         icmpv6(REDIRECT).count().drop(),
         icmpv6(NEIGHBOR_ADVERTISEMENT)
@@ -340,7 +329,8 @@ fn rules() -> Vec<Rule> {
             .holds(SOURCE6.0, SOURCE6.1, &[0; 16])
             .accept(),
         Rule::new().count().drop(),
-    ]
+    ]);
+    rules
 }
 
 /// Returns the elements for these pods. A container with several veth pairs may send from each of
