@@ -74,8 +74,13 @@ impl Agent {
 
     /// Returns why no other member answers, unless each is reported by the problem of its path, or why there
     /// is no other member yet.
-    pub(in crate::agent) fn isolation_problem(&self) -> Option<Problem> {
-        self.own_seeds_problem().or_else(|| self.moved_problem()).or_else(|| self.alone_problem())
+    pub(in crate::agent) fn isolation_problem(
+        &self,
+        of_paths: &BTreeMap<NodeId, Problem>,
+    ) -> Option<Problem> {
+        self.own_seeds_problem()
+            .or_else(|| self.moved_problem())
+            .or_else(|| self.alone_problem(of_paths))
     }
 
     /// Returns the problem that seeds are addresses of this host.
@@ -121,17 +126,15 @@ impl Agent {
 
     /// Returns the problem that no member answers. The likely causes follow from the state of the path to the
     /// first member.
-    fn alone_problem(&self) -> Option<Problem> {
+    fn alone_problem(&self, of_paths: &BTreeMap<NodeId, Problem>) -> Option<Problem> {
         if !self.is_isolated() {
             return None;
         }
         let paths: Vec<_> = self.path_states().map(|(node, state, _)| (node, state)).collect();
         let state =
             |node: NodeId| paths.iter().find(|(of, _)| *of == node).map(|(_, state)| *state);
-        let is_reported = |node: &NodeId| {
-            state(*node).is_some_and(|state| self.path_problem(*node, state).is_some())
-        };
-        let unreported: Vec<NodeId> = self.node.peers().filter(|node| !is_reported(node)).collect();
+        let unreported: Vec<NodeId> =
+            self.node.peers().filter(|node| !of_paths.contains_key(node)).collect();
         let first = *unreported.first()?;
         let gossip = self.node.address_of(first)?.port();
         let tunnels = self.kernel.wanted.view.as_ref().map(|view| view.settings.vxlan_port);
@@ -175,7 +178,11 @@ impl Agent {
     }
 
     /// Returns the problems of members that are down, unless one of these problems is about them.
-    pub(in crate::agent) fn down_members(&self, known: &[Problem]) -> Vec<Problem> {
+    pub(in crate::agent) fn down_members(
+        &self,
+        known: &[Problem],
+        of_paths: &BTreeMap<NodeId, Problem>,
+    ) -> Vec<Problem> {
         let of_all = [ProblemCode::Isolated, ProblemCode::AddressChanged, ProblemCode::NoUnderlay];
         if known.iter().any(|problem| of_all.contains(&problem.code)) {
             return Vec::new();
@@ -190,11 +197,7 @@ impl Agent {
         }
         let paths: BTreeMap<NodeId, PathState> =
             self.path_states().map(|(node, state, _)| (node, state)).collect();
-        let is_reported = |node: &NodeId| {
-            let state = paths.get(node);
-            state.is_some_and(|state| self.path_problem(*node, *state).is_some())
-        };
-        let down: Vec<NodeId> = down.into_iter().filter(|node| !is_reported(node)).collect();
+        down.retain(|node| !of_paths.contains_key(node));
         let named = down.iter().take(MAX_DOWN_NAMED);
         let mut problems: Vec<Problem> =
             named.map(|node| self.down_problem(*node, paths.get(node), &opinions)).collect();

@@ -277,7 +277,8 @@ impl Agent {
             };
             self.journal.note(EventKind::Agent, level, text);
         }
-        let found = self.notices().into_iter().chain(self.problems()).collect();
+        let paths = self.path_findings();
+        let found = self.notices(&paths).into_iter().chain(self.problems(&paths)).collect();
         self.journal.record_problems(found);
     }
 

@@ -1,6 +1,6 @@
 //! The path to each peer in the status: its measurements, and problems with their remedies.
 
-use std::{net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use crate::{
     agent::{
@@ -16,9 +16,17 @@ use crate::{
     model::{NodeId, PathState, Problem, ProblemCode, Severity, is_link_local},
 };
 
+/// What is found about the paths to all peers.
+pub(super) struct PathFindings {
+    /// What is wrong with the paths to these peers.
+    pub(super) problems: BTreeMap<NodeId, Problem>,
+    /// What may be wrong without affecting any pod.
+    pub(super) notices: BTreeMap<NodeId, Problem>,
+}
+
 impl Agent {
     /// Returns the status of the path to each peer.
-    pub(super) fn path_statuses(&self) -> Vec<PathStatus> {
+    pub(super) fn path_statuses(&self, found: &PathFindings) -> Vec<PathStatus> {
         let status =
             |(node, state, round_trip): (NodeId, PathState, Option<Duration>)| PathStatus {
                 node,
@@ -27,7 +35,7 @@ impl Agent {
                 round_trip_ms: round_trip.map(milliseconds),
                 underlay_round_trip_ms: self.transport.round_trip(node).map(milliseconds),
                 mtu: self.kernel.wanted.narrow.get(&node).copied(),
-                problem: self.path_problem(node, state),
+                problem: found.problems.get(&node).cloned(),
                 pods_answer: self.is_passed_by_pods(node, state),
             };
         self.path_states().map(status).collect()
@@ -82,16 +90,13 @@ impl Agent {
         is_dead || matches!(state, PathState::Unanswered | PathState::OneWay)
     }
 
-    /// Returns the problem of a path.
-    pub(in crate::agent) fn path_problem(&self, node: NodeId, state: PathState) -> Option<Problem> {
-        self.path_finding(node, state).filter(|found| found.severity == Severity::Problem)
-    }
-
-    /// Returns what may be wrong without affecting any pod.
-    pub(super) fn path_notices(&self) -> impl Iterator<Item = Problem> + '_ {
+    /// Returns what is wrong with each path.
+    pub(super) fn path_findings(&self) -> PathFindings {
         let found = self.path_states();
-        let found = found.filter_map(|(node, state, _)| self.path_finding(node, state));
-        found.filter(|found| found.severity == Severity::Notice)
+        let found =
+            found.filter_map(|(node, state, _)| Some((node, self.path_finding(node, state)?)));
+        let (problems, notices) = found.partition(|(_, found)| found.severity == Severity::Problem);
+        PathFindings { problems, notices }
     }
 
     /// Returns whether packets of pods reach a peer and return, although probes of its host are not

@@ -146,7 +146,10 @@ impl Agent {
             self.requests.ping_rounds.extract_if(.., |round| round.is_over(now)).collect::<Vec<_>>()
         {
             let node = round.report.node;
-            let path = self.path_statuses().into_iter().find(|path| path.node == node);
+            let path = self
+                .path_statuses(&self.path_findings())
+                .into_iter()
+                .find(|path| path.node == node);
             round.report.path = path.as_ref().map(|path| path.state);
             round.report.problem = path.and_then(|path| path.problem);
             let _ = round.reply.send(Ok(round.report));

@@ -7,6 +7,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
+use super::path_status::PathFindings;
 use crate::{
     agent::{Agent, PodCidrSource},
     api::{AgentStatus, KernelStatus},
@@ -110,14 +111,15 @@ impl Agent {
     /// Returns the status.
     pub(in crate::agent) fn status(&self) -> AgentStatus {
         let mut node = self.node.status();
-        node.problems = self.journal.dated(self.problems());
+        let paths = self.path_findings();
+        node.problems = self.journal.dated(self.problems(&paths));
         let kernel = &self.kernel;
         let device = kernel.wanted.view.as_ref();
         let device = device.map(|v| device_name(v.settings.vni));
         AgentStatus {
             verdict: self.verdict(&node.problems),
             converged: self.is_converged(),
-            notices: self.journal.dated(self.notices()),
+            notices: self.journal.dated(self.notices(&paths)),
             kernel: KernelStatus {
                 device,
                 mtu: self.underlay.mtu,
@@ -137,7 +139,7 @@ impl Agent {
                     kernel.traffic.answers.added_to(&kernel.traffic.forwarding.status),
                 ),
             },
-            paths: self.path_statuses(),
+            paths: self.path_statuses(&paths),
             pods: self.pods.table.iter().filter(|pod| self.is_present(pod)).count(),
             pods_outside: self.pods_outside(),
             pods_refused: self.refuses_pods(),
@@ -149,14 +151,14 @@ impl Agent {
         }
     }
 
-    /// Returns all problems.
-    pub(in crate::agent) fn problems(&self) -> Vec<Problem> {
+    /// Returns all problems, given those of paths.
+    pub(super) fn problems(&self, paths: &PathFindings) -> Vec<Problem> {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
         problems
             .extend(kernel.problems.programming.iter().chain(&kernel.problems.underlay).cloned());
         problems.extend(self.requests.listener_problems.problems());
-        problems.extend(self.isolation_problem());
+        problems.extend(self.isolation_problem(&paths.problems));
         problems.extend(self.threads.monitors.problems());
         problems.extend(self.threads.monitors.silence_diagnosis.claim().cloned());
         problems.extend(self.flood_problem().into_iter().chain(self.handshake_problem()));
@@ -201,9 +203,8 @@ impl Agent {
                 "restart them",
             ));
         }
-        let states = self.path_states();
-        problems.extend(states.filter_map(|(node, state, _)| self.path_problem(node, state)));
-        let down = self.down_members(&problems);
+        problems.extend(paths.problems.values().cloned());
+        let down = self.down_members(&problems, &paths.problems);
         problems.extend(down);
         // One cause may concern several peers.
         let mut told = BTreeSet::new();
@@ -212,13 +213,13 @@ impl Agent {
     }
 
     /// Returns notices about losses of some packets or missing tests.
-    pub(super) fn notices(&self) -> Vec<Problem> {
+    pub(super) fn notices(&self, paths: &PathFindings) -> Vec<Problem> {
         let kernel = &self.kernel;
         let known = kernel.traffic.forwarding.notices.iter().chain(&kernel.traffic.answers.notices);
         let known = known.chain(&kernel.host.notices).chain(&self.pods.notices);
         let former = self.former_selves_notice();
-        let known = known.chain(&former);
-        let known = known.cloned().chain(self.path_notices()).chain(self.remote_pod_notices());
+        let known = known.chain(&former).chain(paths.notices.values());
+        let known = known.cloned().chain(self.remote_pod_notices());
         let known = known.chain(log::notice(Instant::now()));
         known.map(Problem::visible).collect()
     }

@@ -141,7 +141,7 @@ impl Agent {
         };
         Report {
             version: env!("CARGO_PKG_VERSION").into(),
-            problems: u32::try_from(self.problems().len()).unwrap_or(u32::MAX),
+            problems: u32::try_from(self.problems(&self.path_findings()).len()).unwrap_or(u32::MAX),
             paths: self.path_states().map(path).collect(),
             secrets: self.secrets.keyring.ids(),
             refused: None,
