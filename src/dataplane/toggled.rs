@@ -10,7 +10,9 @@ use std::{
     time::Duration,
 };
 
-use crate::model::{Problem, ProblemCode, Time};
+use crate::model::{
+    Problem, ProblemCode, Time, dotted, forwarding_sysctl, interface_forwarding_sysctl,
+};
 
 /// Period in which changes are counted.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -69,19 +71,15 @@ impl ForwardingChanges {
 impl Setting {
     /// Returns the name as the `sysctl` program writes it.
     fn name(&self) -> String {
-        let family = if self.ipv4 { 4 } else { 6 };
         match &self.interface {
-            Some(interface) => {
-                format!("net.ipv{family}.conf.{}.forwarding", interface.replace('.', "/"))
-            }
-            None if self.ipv4 => "net.ipv4.ip_forward".to_owned(),
-            None => "net.ipv6.conf.all.forwarding".to_owned(),
+            Some(interface) => dotted(&interface_forwarding_sysctl(self.ipv4, interface)),
+            None => dotted(forwarding_sysctl(self.ipv4)),
         }
     }
 
     fn problem(&self) -> Problem {
         let name = self.name();
-        let file = name.replace('.', "\u{0}").replace('/', ".").replace('\u{0}', "/");
+        let file = dotted(&name);
         let what = format!(
             "another program repeatedly sets {name} to 0 ({MIN_CHANGES} times or more within {} s); packets \
              of pods are dropped until it is 1 again",

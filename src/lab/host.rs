@@ -12,7 +12,7 @@ use nix::mount::{MsFlags, mount};
 use rtnetlink::{LinkBridge, LinkUnspec, LinkVeth};
 
 use super::NetNs;
-use crate::netlink::Netlink;
+use crate::{model::forwarding_sysctl, netlink::Netlink};
 
 /// Prefix length of the underlay 10.99.0.0/16.
 const UNDERLAY_LEN: u8 = 16;
@@ -83,9 +83,9 @@ impl Lab {
         inside.add_address(eth0, IpAddr::V4(ip), UNDERLAY_LEN)?;
         inside.set_link(LinkUnspec::new_with_index(eth0).up())?;
         inside.add_route(Ipv4Net::default(), ROUTER)?;
-        netns.sysctl("net/ipv4/ip_forward", "1")?;
+        netns.sysctl(forwarding_sysctl(true), "1")?;
         // Fails on a kernel without IPv6, where no forwarding is needed.
-        let _ = netns.sysctl("net/ipv6/conf/all/forwarding", "1");
+        let _ = netns.sysctl(forwarding_sysctl(false), "1");
         let dir = PathBuf::from("/run/lab").join(name);
         std::fs::create_dir_all(&dir)?;
         Ok(Host { name: name.to_owned(), ip, netns, dir })

@@ -1,7 +1,7 @@
 //! Network namespaces. Named ones are mounted below `/run/netns`, where `ip netns` finds them.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     path::PathBuf,
     process::{Child, Command},
@@ -12,7 +12,10 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-use crate::netlink::{Netlink, in_thread, inside};
+use crate::{
+    netlink::{Netlink, in_thread, inside},
+    sysctl,
+};
 
 /// A network namespace. A named one exists until its name is unmounted.
 #[derive(Debug)]
@@ -91,7 +94,7 @@ impl NetNs {
     /// # Errors
     /// Fails if there is no such key, or if it does not accept the value.
     pub fn sysctl(&self, key: &str, value: &str) -> io::Result<()> {
-        self.run(|| fs::write(PathBuf::from("/proc/sys").join(key), value))
+        self.run(|| sysctl::write(key, value))
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod bounded;
 mod call;
 mod cluster;
+mod family;
 mod forget;
 mod id;
 mod liveness;
@@ -27,6 +28,9 @@ mod vtep;
 
 pub use call::{CallError, CallId, InquiryId, ReplyId, WriteSeq};
 pub use cluster::{ClusterRecord, ClusterSettings, Difference, SettingsWish};
+pub use family::{
+    dotted, family_name, forwarding_sysctl, interface_forwarding_sysctl, ip_command, rule_family,
+};
 pub use forget::Forget;
 pub use id::{BootId, ClusterId, IdError, NodeId};
 pub use liveness::Liveness;

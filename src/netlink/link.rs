@@ -1,7 +1,7 @@
 //! Interfaces, addresses and default routes.
 
 use std::{
-    fs, io,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd,
     thread,
@@ -28,7 +28,7 @@ use rtnetlink::{
 };
 
 use super::Netlink;
-use crate::model::Mac;
+use crate::{model::Mac, sysctl};
 
 /// Interval between two checks of an interface that is waited for.
 const LINK_POLL_INTERVAL: Duration = Duration::from_millis(1);
@@ -112,8 +112,8 @@ impl Link {
     /// router advertisements may set (RFC 4861).
     pub fn mtu_of(&self, ipv4: bool) -> u32 {
         let ipv6 = || {
-            let mtu = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{}/mtu", self.name));
-            mtu.ok().and_then(|mtu| mtu.trim().parse().ok())
+            let mtu = sysctl::read(&format!("net/ipv6/conf/{}/mtu", self.name));
+            mtu.and_then(|mtu| mtu.parse().ok())
         };
         if ipv4 { self.mtu } else { ipv6().unwrap_or(self.mtu).min(self.mtu) }
     }

@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 
-use crate::model::{Addresses, Attachment, Mac, Pod, Subnets, Time};
+use crate::model::{Addresses, Attachment, Mac, Pod, Subnets, Time, family_name};
 
 #[cfg(feature = "agent")]
 mod alias;
@@ -113,7 +113,7 @@ pub enum NoAddress {
     /// Two addresses of the same family are requested.
     #[error(
         "addresses {first} and {second}: a pod has one {} address: request one of them",
-        family(*.first)
+        family_name(.first.is_ipv4())
     )]
     TwoOfOneFamily {
         /// The first requested address.
@@ -376,10 +376,6 @@ pub fn mac_at(ip: IpAddr) -> Mac {
 /// Returns whether a MAC follows from an address.
 pub fn is_address_mac(mac: Mac) -> bool {
     mac.as_bytes().starts_with(&ADDRESS_MAC)
-}
-
-const fn family(ip: IpAddr) -> &'static str {
-    if ip.is_ipv4() { "IPv4" } else { "IPv6" }
 }
 
 fn addresses_at(subnets: Subnets, place: u32) -> Addresses {

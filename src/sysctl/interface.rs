@@ -6,8 +6,8 @@
 
 use std::io;
 
-use super::{dotted, read, write};
-use crate::model::{Problem, ProblemCode};
+use super::{read, write};
+use crate::model::{Problem, ProblemCode, dotted};
 
 /// Family, setting and its required value. Sending redirects and proxying are disabled as well, but
 /// the setting for all interfaces can still enable them.

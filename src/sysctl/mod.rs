@@ -4,25 +4,10 @@ pub mod interface;
 
 use std::{fs, io, path::Path};
 
-use crate::model::{Problem, ProblemCode};
+use crate::model::{Problem, ProblemCode, forwarding_sysctl};
 
 /// Below `/proc/sys`.
 const ROOT: &str = "/proc/sys";
-
-/// Converts a path to the form of the `sysctl` program, which exchanges dots and slashes.
-pub fn dotted(name: &str) -> String {
-    name.chars()
-        .map(|c| {
-            if c == '/' {
-                '.'
-            } else if c == '.' {
-                '/'
-            } else {
-                c
-            }
-        })
-        .collect()
-}
 
 /// Writes a sysctl; `name` is its path below `/proc/sys`.
 ///
@@ -39,7 +24,7 @@ pub fn unreadable() -> Option<Problem> {
 
 /// Reads a sysctl that every kernel with IPv4 has.
 fn unreadable_below(root: &Path) -> Option<Problem> {
-    let path = root.join("net/ipv4/ip_forward");
+    let path = root.join(forwarding_sysctl(true));
     let error = fs::read_to_string(&path).err()?;
     let path = path.display();
     let notice = Problem::new(

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{
     config::{Config, IfaceChoice},
+    model::family_name,
     netlink::link::{Address, Link},
 };
 
@@ -117,7 +118,7 @@ impl Host {
         let others = self.addresses.iter().filter(is_other);
         let others: Vec<String> = others.map(|address| address.ip.to_string()).collect();
         let (address, iface) = (present.local, link.name.clone());
-        let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+        let family = family_name(address.is_ipv4());
         let others = match others.as_slice() {
             [] => format!("no {family} address"),
             others => others.join(", "),

@@ -24,7 +24,7 @@ use crate::{
     },
     api::{PodError, PodErrorKind},
     docker::{self, EndpointInterface, OWNER, Request},
-    model::{Attachment, Pod},
+    model::{Attachment, Pod, family_name},
     pods::{
         PodRequest,
         desired::Bridge,
@@ -101,8 +101,8 @@ impl Agent {
     fn docker_pool(&self, ipv6: bool) -> Result<IpNet, PodError> {
         let subnets = self.ready_bridge()?.subnets;
         let found = subnets.iter().find(|subnet| subnet.addr().is_ipv6() == ipv6);
-        let family = if ipv6 { "IPv6" } else { "IPv4" };
-        found.ok_or_else(|| PodError::invalid(format!("this overlay has no {family}")))
+        found
+            .ok_or_else(|| PodError::invalid(format!("this overlay has no {}", family_name(!ipv6))))
     }
 
     /// Checks the pools of a network, and returns its MTU in bytes.

@@ -6,6 +6,7 @@ use std::fs;
 use crate::{
     agent::host::recent_loss::RecentLoss,
     model::{Problem, ProblemCode},
+    sysctl,
 };
 
 /// Number of checks for which the table counts as full after the last packet that it dropped.
@@ -59,10 +60,8 @@ pub fn full_table_problem() -> Option<Problem> {
 impl TableState {
     /// Returns `None` if the kernel does not track connections.
     fn read() -> Option<Self> {
-        let number = |name: &str| {
-            let text = fs::read_to_string(format!("/proc/sys/net/netfilter/nf_conntrack_{name}"));
-            text.ok()?.trim().parse().ok()
-        };
+        let number =
+            |name: &str| sysctl::read(&format!("net/netfilter/nf_conntrack_{name}"))?.parse().ok();
         let counters = fs::read_to_string("/proc/net/stat/nf_conntrack").ok()?;
         Some(Self { entries: number("count")?, most: number("max")?, dropped: dropped(&counters) })
     }

@@ -6,6 +6,7 @@ use std::fs;
 use crate::{
     agent::host::recent_loss::RecentLoss,
     model::{Problem, ProblemCode},
+    sysctl,
 };
 
 /// Number of checks for which a shortage stays reported.
@@ -65,11 +66,11 @@ fn memories() -> impl Iterator<Item = Memory> {
 impl Memory {
     fn read(is_ipv4: bool) -> Option<Self> {
         let read = |path: &str| fs::read_to_string(path).ok();
-        let [sockets, counters, limit_file] = match is_ipv4 {
-            true => ["/proc/net/sockstat", "/proc/net/snmp", "ipv4/ipfrag_high_thresh"],
-            false => ["/proc/net/sockstat6", "/proc/net/snmp6", "ipv6/ip6frag_high_thresh"],
+        let [sockets, counters, limit_path] = match is_ipv4 {
+            true => ["/proc/net/sockstat", "/proc/net/snmp", "net/ipv4/ipfrag_high_thresh"],
+            false => ["/proc/net/sockstat6", "/proc/net/snmp6", "net/ipv6/ip6frag_high_thresh"],
         };
-        let limit = read(&format!("/proc/sys/net/{limit_file}"))?.trim().parse().ok()?;
+        let limit = sysctl::read(limit_path)?.parse().ok()?;
         let (used, refused) = (used(&read(sockets)?)?, refused(&read(counters)?)?);
         Some(Self { is_ipv4, used, limit, refused })
     }

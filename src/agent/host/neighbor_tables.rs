@@ -5,7 +5,7 @@ use std::io;
 
 use crate::{
     agent::host::recent_loss::RecentLoss,
-    model::{Problem, ProblemCode},
+    model::{Problem, ProblemCode, family_name},
     netlink::{Netlink, neighbour::NeighborTable},
 };
 
@@ -35,7 +35,7 @@ impl NeighborTables {
         let NeighborTable { is_ipv4, entries, most, .. } = table;
         let family = if is_ipv4 { "ipv4" } else { "ipv6" };
         let wanted = most.saturating_mul(4);
-        let name = if is_ipv4 { "IPv4" } else { "IPv6" };
+        let name = family_name(is_ipv4);
         let what = format!(
             "the kernel's table of {name} neighbors was full, so hosts and pods without an entry cannot \
              be reached ({count} neighbors found no room at the last count; {entries} entries now, at \

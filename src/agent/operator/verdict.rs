@@ -5,7 +5,7 @@ use crate::{
     api::Verdict,
     core::Phase,
     dataplane::forwarding::{Direction, Transport},
-    model::{Problem, ProblemCode, visible},
+    model::{Problem, ProblemCode, dotted, family_name, forwarding_sysctl, visible},
 };
 
 /// Problems that make the node not ready whatever else works.
@@ -63,7 +63,7 @@ impl Agent {
 
     /// Returns why packets of pods of one address family are dropped on this host.
     fn family_reason(&self, ipv4: bool, problems: &[Problem]) -> Option<String> {
-        let sysctl = if ipv4 { "net.ipv4.ip_forward" } else { "net.ipv6.conf.all.forwarding" };
+        let sysctl = dotted(forwarding_sysctl(ipv4));
         let is_off = |problem: &&Problem| {
             problem.code == ProblemCode::ForwardingOff && problem.subject == sysctl
         };
@@ -77,10 +77,8 @@ impl Agent {
             [Transport::Udp, Transport::Tcp].into_iter().all(|transport| is_closed(of(transport)))
         };
         let is_cut_off = is_closed(Direction::Gateway) || all(Direction::Out) || all(Direction::In);
-        is_cut_off.then(|| {
-            let family = if ipv4 { "IPv4" } else { "IPv6" };
-            format!("this host does not forward packets of pods ({family})")
-        })
+        is_cut_off
+            .then(|| format!("this host does not forward packets of pods ({})", family_name(ipv4)))
     }
 
     /// Whether the node has converged since the start of the agent.

@@ -3,7 +3,7 @@
 use ipnet::IpNet;
 
 use super::{Cause, Kind, MAIN, cause::MAIN_RULE_PRIORITY, likely_program};
-use crate::model::{Problem, ProblemCode};
+use crate::model::{Problem, ProblemCode, dotted, interface_forwarding_sysctl};
 
 impl Cause {
     /// Returns the problem of this cause; `None` if another check reports it. `subnets` lists the
@@ -160,22 +160,19 @@ impl Cause {
                 ),
             ),
             Self::Forwarding { interface, by_default: false } => (
-                format!(
-                    "{packets} are dropped, because net.ipv4.conf.{}.forwarding is 0",
-                    slashed(interface)
-                ),
-                format!("sysctl -w net.ipv4.conf.{}.forwarding=1", slashed(interface)),
+                format!("{packets} are dropped, because {} is 0", forwarding_of(interface)),
+                format!("sysctl -w {}=1", forwarding_of(interface)),
             ),
             Self::Forwarding { interface, by_default: true } => (
                 format!(
-                    "{packets} are dropped, because net.ipv4.conf.{}.forwarding is 0, as on all new \
-                     interfaces while net.ipv4.conf.default.forwarding is 0",
-                    slashed(interface)
+                    "{packets} are dropped, because {} is 0, as on all new interfaces while {} is 0",
+                    forwarding_of(interface),
+                    forwarding_of("default")
                 ),
                 format!(
-                    "sysctl -w net.ipv4.conf.default.forwarding=1 net.ipv4.conf.{}.forwarding=1 (and the \
-                     first in a file in /etc/sysctl.d)",
-                    slashed(interface)
+                    "sysctl -w {}=1 {}=1 (and the first in a file in /etc/sysctl.d)",
+                    forwarding_of("default"),
+                    forwarding_of(interface)
                 ),
             ),
             Self::NoForwarding | Self::Address { .. } | Self::Selected { .. } => return None,
@@ -288,6 +285,10 @@ const fn is_ipv4(network: &IpNet) -> bool {
 }
 
 /// Returns the interface's name as `sysctl` takes it: with slashes for dots.
+fn forwarding_of(interface: &str) -> String {
+    dotted(&interface_forwarding_sysctl(true, interface))
+}
+
 fn slashed(interface: &str) -> String {
     interface.replace('.', "/")
 }

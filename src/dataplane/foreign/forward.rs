@@ -18,6 +18,7 @@ use super::rules::{
 };
 use crate::{
     dataplane::desired::is_own_table,
+    model::rule_family,
     netlink::{
         attributes::{self, Attributes},
         nftables::{
@@ -176,7 +177,7 @@ impl ClosingChain {
             _ => format!(
                 "nft insert rule {} {} {field} {network} accept",
                 self.chain,
-                protocol(network)
+                rule_family(network.addr().is_ipv4())
             ),
         }
     }
@@ -196,7 +197,7 @@ impl ClosingChain {
                 "firewall-cmd --permanent --zone=trusted --add-source={network}; firewall-cmd --reload; or \
                  nft insert rule {0} {1} saddr {network} accept, and the same with daddr",
                 self.chain,
-                protocol(network)
+                rule_family(network.addr().is_ipv4())
             ),
             ["netdev" | "bridge" | "arp", table, _] => {
                 format!("see nft list table {} {table}", words[0])
@@ -205,23 +206,15 @@ impl ClosingChain {
             _ if self.is_nat => format!(
                 "nft insert rule {} {1} saddr {network} {1} daddr {network} accept",
                 self.chain,
-                protocol(network)
+                rule_family(network.addr().is_ipv4())
             ),
             _ => format!(
                 "nft insert rule {0} {1} saddr {network} accept; nft insert rule {0} {1} daddr {network} \
                  accept",
                 self.chain,
-                protocol(network)
+                rule_family(network.addr().is_ipv4())
             ),
         }
-    }
-}
-
-/// Returns the network's family as `nft` calls it.
-const fn protocol(network: IpNet) -> &'static str {
-    match network {
-        IpNet::V4(_) => "ip",
-        IpNet::V6(_) => "ip6",
     }
 }
 

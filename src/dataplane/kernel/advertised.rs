@@ -14,9 +14,10 @@ use rtnetlink::packet_route::{
 
 use super::is_overlay_device;
 use crate::{
+    model::dotted,
     netlink::{Netlink, link::Link},
     pods::desired::ALIAS,
-    sysctl::{dotted, read, write},
+    sysctl::{read, write},
 };
 
 /// Kinds of interfaces that may lead to routers; physical interfaces have the empty kind.

@@ -9,8 +9,8 @@ use ipnet::IpNet;
 use super::advertised::{AdvertisedInterfaces, restore_accept_ra};
 use crate::{
     dataplane::desired::Mode,
-    model::{Problem, ProblemCode},
-    sysctl::{dotted, read, write},
+    model::{Problem, ProblemCode, dotted, forwarding_sysctl},
+    sysctl::{read, write},
 };
 
 /// A setting with its required value.
@@ -31,7 +31,7 @@ pub struct Sysctl {
 pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> Vec<Sysctl> {
     let families = || networks.iter().map(|network| network.addr().is_ipv4());
     let forwarding = |ipv4| Sysctl {
-        name: if ipv4 { "net/ipv4/ip_forward" } else { "net/ipv6/conf/all/forwarding" }.to_owned(),
+        name: forwarding_sysctl(ipv4).to_owned(),
         value: "1",
         all: None,
         wrong: "0",

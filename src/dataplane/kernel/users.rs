@@ -40,6 +40,7 @@ use rtnetlink::{
 use crate::{
     dataplane::desired::ROUTE_PROTOCOL,
     netlink::{Netlink, Request, link::Link},
+    sysctl,
 };
 
 /// Precedes the rules of other programs, which may lead packets to other tables.
@@ -70,9 +71,8 @@ impl UserRules {
     /// Reads the kernel's release and the range of users. A socket that cannot be opened is an
     /// error of [`UserRules::keep`].
     pub fn open() -> Self {
-        let read = |path| fs::read_to_string(path).unwrap_or_default();
-        let users = match supports_ports(&read("/proc/sys/kernel/osrelease")) {
-            true => users_of(&read("/proc/self/uid_map")),
+        let users = match supports_ports(&sysctl::read("kernel/osrelease").unwrap_or_default()) {
+            true => users_of(&fs::read_to_string("/proc/self/uid_map").unwrap_or_default()),
             false => None,
         };
         Self { netlink: Netlink::open(), users, created: BTreeSet::new() }

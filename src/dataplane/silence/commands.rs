@@ -7,6 +7,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::model::{family_name, rule_family};
+
 /// Maximum number of ports in one command; iptables accepts 15.
 pub(super) const MAX_PORTS: usize = 8;
 
@@ -50,7 +52,8 @@ pub(super) fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
 /// Returns the command that makes a chain accept UDP to these ports, by a rule at its beginning.
 pub fn open_chain(chain: &str, ports: &[u16]) -> String {
     if let Some(insert) = ebtables_insert(chain) {
-        let open = |(ether, field): (&str, &str), ports: &str| {
+        let open = |ipv4: bool, ports: &str| {
+            let (ether, field) = (family_name(ipv4), rule_family(ipv4));
             format!("{insert} -p {ether} --{field}-proto udp --{field}-dport {ports} -j ACCEPT")
         };
         let ports = match ports {
@@ -59,9 +62,8 @@ pub fn open_chain(chain: &str, ports: &[u16]) -> String {
             }
             _ => ports.iter().map(u16::to_string).collect(),
         };
-        let families = [("IPv4", "ip"), ("IPv6", "ip6")];
-        let commands =
-            families.iter().flat_map(|family| ports.iter().map(|ports| open(*family, ports)));
+        let families = [true, false].into_iter();
+        let commands = families.flat_map(|ipv4| ports.iter().map(move |ports| open(ipv4, ports)));
         return commands.collect::<Vec<_>>().join("; ");
     }
     match iptables_insert(chain) {
@@ -98,7 +100,7 @@ fn may_be_of_iptables(chain: &str) -> bool {
 /// Returns the command that makes a chain accept packets of pods.
 pub(super) fn open_for_pods(chain: &str, overlay: IpNet) -> String {
     let is_ipv4 = overlay.addr().is_ipv4();
-    let family = if is_ipv4 { "ip" } else { "ip6" };
+    let family = rule_family(is_ipv4);
     if let Some(insert) = ebtables_insert_ip(chain, is_ipv4) {
         return format!("{insert} --{family}-src {overlay} -j ACCEPT");
     }
@@ -137,8 +139,7 @@ fn ebtables_insert(chain: &str) -> Option<String> {
 
 /// Returns the same for a rule about packets of an IP version.
 pub fn ebtables_insert_ip(chain: &str, ipv4: bool) -> Option<String> {
-    let ether = if ipv4 { "IPv4" } else { "IPv6" };
-    Some(format!("{} -p {ether}", ebtables_insert(chain)?))
+    Some(format!("{} -p {}", ebtables_insert(chain)?, family_name(ipv4)))
 }
 
 /// Returns the command that makes the kernel forget the connections of tunnel packets.

@@ -4,7 +4,7 @@ use super::{
     Cause, Diverted, Elsewhere, MAY_NOT_SEND, Pinned, Place, Suspect,
     commands::{MAX_PORTS, forget_connections, open_chain, open_for_answers, open_for_pods},
 };
-use crate::model::{Problem, ProblemCode};
+use crate::model::{Problem, ProblemCode, rule_family};
 
 /// Maximum number of peers named in one sentence.
 const MAX_NAMED_PEERS: usize = 3;
@@ -222,7 +222,7 @@ impl Cause {
                      ECT, or drop packets instead. Until then, on this host: nft 'add table inet \
                      unmark; add chain inet unmark in {{ type filter hook prerouting priority -300; }}; \
                      add rule inet unmark in udp dport {port} {} ecn set not-ect'",
-                    if local.is_ipv4() { "ip" } else { "ip6" }
+                    rule_family(local.is_ipv4())
                 ),
             ),
             Self::Unresolved { address, interface, is_gateway } => {

@@ -9,7 +9,7 @@ use rtnetlink::packet_route::route::RouteProtocol;
 use super::{Place, hop_limit::HopLimit, reason, refusal, refuser::Refuser};
 use crate::{
     dataplane::audit::likely_program,
-    model::{Ports, Problem, ProblemCode, Transport},
+    model::{Ports, Problem, ProblemCode, Transport, ip_command},
     netlink::{
         Netlink,
         link::Link,
@@ -271,7 +271,7 @@ impl Detour {
                     (if there.is_ipv4() { 4 } else { 6 }, underlay.replace('.', "/"));
                 let refuse = ["all", &underlay]
                     .map(|name| format!("net.ipv{family}.conf.{name}.accept_redirects=0"));
-                let flush = if there.is_ipv4() { "ip" } else { "ip -6" };
+                let flush = ip_command(there.is_ipv4());
                 let what = format!(
                     "an ICMP redirect leads tunnel packets to {name} ({there}) by {gateway}, and no answer \
                      arrives"
@@ -306,7 +306,7 @@ impl Detour {
 impl Lead {
     fn texts(&self, there: IpAddr, interface: &str, underlay: &str) -> (String, String) {
         let Self { table, rule, route, gateway, by_address } = self;
-        let family = if there.is_ipv4() { "ip" } else { "ip -6" };
+        let family = ip_command(there.is_ipv4());
         let program = likely_program(*table, interface);
         let Some((_, name)) = TABLES.iter().find(|(number, _)| number == table) else {
             let program = program.unwrap_or("another program, such as a VPN");

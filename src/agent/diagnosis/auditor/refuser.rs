@@ -8,7 +8,7 @@ use rtnetlink::packet_route::route::RouteProtocol;
 
 use crate::{
     dataplane::{audit::earlier_rule, desired::ROUTE_PROTOCOL},
-    model::{Ports, Transport},
+    model::{Ports, Transport, ip_command},
     netlink::{
         Netlink,
         route::{MAIN, Query, Refusal, Rule, local_priority},
@@ -61,7 +61,7 @@ impl Refuser {
 
     /// Returns what refuses packets to a host, and the command against it.
     pub fn texts(&self, there: IpAddr) -> (String, String) {
-        let family = if there.is_ipv4() { "ip" } else { "ip -6" };
+        let family = ip_command(there.is_ipv4());
         match self {
             Self::Route { destination, kind, table } => {
                 let (of_table, table) = match *table {

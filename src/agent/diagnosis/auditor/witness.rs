@@ -11,7 +11,7 @@ use crate::{
         audit::{Cause, Evidence, Expected, InterfaceState, Kind, Lookup, LookupResult},
         desired::{Desired, ROUTE_PROTOCOL},
     },
-    model::Condition,
+    model::{Condition, forwarding_sysctl, interface_forwarding_sysctl},
     netlink::{
         Netlink,
         link::Link,
@@ -185,11 +185,8 @@ impl<'a> Witness<'a> {
             rules,
             without_main: host_facts.without_main[family],
             refusals: others.map(|r| (r.destination, r.kind, r.table, r.condition)).collect(),
-            forwards: !sysctl::is_off(match query.to {
-                IpAddr::V4(_) => "net/ipv4/ip_forward",
-                IpAddr::V6(_) => "net/ipv6/conf/all/forwarding",
-            }),
-            default_off: sysctl::is_off("net/ipv4/conf/default/forwarding"),
+            forwards: !sysctl::is_off(forwarding_sysctl(query.to.is_ipv4())),
+            default_off: sysctl::is_off(&interface_forwarding_sysctl(true, "default")),
         })
     }
 }
@@ -224,7 +221,7 @@ impl HostFacts {
         Some(InterfaceState {
             name: name.clone(),
             vrf: vrf.map(|vrf| (vrf.name.clone(), vrf.vrf_table().unwrap_or_default())),
-            forwards: !sysctl::is_off(&format!("net/ipv4/conf/{name}/forwarding")),
+            forwards: !sysctl::is_off(&interface_forwarding_sysctl(true, name)),
             carrier: link.carrier,
             filters: sysctl::has_strict_rp_filter(name),
             without_ipv6: sysctl::number(&format!("net/ipv6/conf/{name}/disable_ipv6")) == Some(1),

@@ -24,7 +24,7 @@ use crate::{
         forwarding::{Direction, Transport, Way},
         silence::DroppingRule,
     },
-    model::{Problem, ProblemCode},
+    model::{Problem, ProblemCode, family_name, forwarding_sysctl, rule_family},
     netlink::{Netlink, link::Link},
     sysctl,
 };
@@ -236,14 +236,14 @@ fn finding(setting: &Setting, ipv4: bool) -> Problem {
 /// Returns whether packets between ports of the bridge pass the rules for forwarded packets, for IPv4
 /// and IPv6.
 pub fn go_through_rules(netlink: &mut Netlink, bridge: &str) -> [bool; 2] {
-    let by_all = [true, false].map(|ipv4| fs::read_to_string(bridge_sysctl(ipv4)));
+    let by_all = [true, false].map(|ipv4| sysctl::read(&bridge_sysctl(ipv4)));
     // Without br_netfilter these sysctls do not exist, and a bridge's own setting has no effect.
-    if by_all.iter().all(Result::is_err) {
+    if by_all.iter().all(Option::is_none) {
         return [false; 2];
     }
     let link = netlink.link(bridge).ok().flatten();
     let own = link.map(|link| own_filters(&link)).unwrap_or_default();
-    let by_all = by_all.map(|value| value.is_ok_and(|value| value.trim() != "0"));
+    let by_all = by_all.map(|value| value.is_some_and(|value| value != "0"));
     [by_all[0] || own[0], by_all[1] || own[1]]
 }
 
@@ -268,11 +268,7 @@ fn own_filters(link: &Link) -> [bool; 2] {
 }
 
 fn bridge_sysctl(ipv4: bool) -> String {
-    format!("/proc/sys/net/bridge/bridge-nf-call-{}", iptables(ipv4))
-}
-
-const fn family_name(ipv4: bool) -> &'static str {
-    if ipv4 { "IPv4" } else { "IPv6" }
+    format!("net/bridge/bridge-nf-call-{}", iptables(ipv4))
 }
 
 const fn iptables(ipv4: bool) -> &'static str {
@@ -282,7 +278,7 @@ const fn iptables(ipv4: bool) -> &'static str {
 /// Describes the setting that makes rules see bridged packets.
 fn bridged(setting: &Setting, ipv4: bool) -> String {
     let name = iptables(ipv4);
-    let is_for_all = fs::read_to_string(bridge_sysctl(ipv4)).is_ok_and(|value| value.trim() != "0");
+    let is_for_all = sysctl::read(&bridge_sysctl(ipv4)).is_some_and(|value| value != "0");
     let (what, command) = if is_for_all {
         let sysctl = format!("net.bridge.bridge-nf-call-{name}");
         (format!("{sysctl} is 1"), format!("sysctl -w {sysctl}=0"))
@@ -299,13 +295,12 @@ fn bridged(setting: &Setting, ipv4: bool) -> String {
 
 /// Describes chains that translate sources, and how to exempt the overlay.
 pub fn translating(setting: &Setting, ipv4: bool) -> String {
-    let family = if ipv4 { "ip" } else { "ip6" };
+    let family = rule_family(ipv4);
     let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
     let chains = ForeignTables::open().and_then(|mut tables| tables.translating_chains(ipv4));
     let exempt = |chain: &String| match (chain.as_str(), network) {
         ("ip nat POSTROUTING" | "ip6 nat POSTROUTING", Some(network)) => format!(
-            "chain {chain}: {}tables -t nat -I POSTROUTING -s {network} -d {network} -j ACCEPT",
-            if ipv4 { "ip" } else { "ip6" }
+            "chain {chain}: {family}tables -t nat -I POSTROUTING -s {network} -d {network} -j ACCEPT"
         ),
         (_, Some(network)) => format!(
             "chain {chain}: nft insert rule {chain} {family} saddr {network} {family} daddr {network} accept"
@@ -439,7 +434,7 @@ fn redirecting(networks: &[IpNet]) -> Vec<String> {
     let open = |network: &IpNet| {
         let ipv4 = network.addr().is_ipv4();
         let chains = ForeignTables::open().and_then(|mut tables| tables.redirecting_chains(ipv4));
-        let family = if ipv4 { "ip" } else { "ip6" };
+        let family = rule_family(ipv4);
         let sentence = |chain: String| {
             let fix = match chain.as_str() {
                 "ip nat PREROUTING" | "ip6 nat PREROUTING" => {
@@ -468,5 +463,5 @@ pub fn input(setting: &Setting) -> Vec<Problem> {
 
 /// Returns whether the host is known to forward no packets of a family.
 pub fn is_forwarding_off(ipv4: bool) -> bool {
-    sysctl::is_off(if ipv4 { "net/ipv4/ip_forward" } else { "net/ipv6/conf/all/forwarding" })
+    sysctl::is_off(forwarding_sysctl(ipv4))
 }

@@ -4,7 +4,7 @@
 //! the host's own requests for the pod also contain its MAC, and may arrive at any time.
 
 use std::{
-    fs, io,
+    io,
     net::{IpAddr, UdpSocket},
     time::{Duration, Instant},
 };
@@ -18,12 +18,13 @@ use crate::{
         foreign::ForeignTables,
         forwarding::{Direction, TrialResult, Way},
     },
-    model::{Problem, ProblemCode},
+    model::{Problem, ProblemCode, dotted},
     netlink::{Netlink, route::Query},
     pods::{
         gateway,
         standin::{Shape, StandIn},
     },
+    sysctl,
 };
 
 /// Time limit of an answer; longer than the second after which the kernel repeats its request.
@@ -159,11 +160,10 @@ fn causes(netlink: &mut Netlink, bridge: &str, ip: IpAddr, pod: IpAddr) -> io::R
         causes.push(format!("{bridge} does not have that address"));
     }
     let of = |family: &str, interface: &str, setting: &str| {
-        let path = format!("/proc/sys/net/{family}/conf/{interface}/{setting}");
-        fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+        sysctl::read(&format!("net/{family}/conf/{interface}/{setting}")).unwrap_or_default()
     };
     let key = |family: &str, interface: &str, setting: &str| {
-        format!("net.{family}.conf.{}.{setting}", interface.replace('.', "/"))
+        dotted(&format!("net/{family}/conf/{interface}/{setting}"))
     };
     if ip.is_ipv6() {
         if of("ipv6", bridge, "disable_ipv6") == "1" {

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use super::Setting;
 use crate::{
     dataplane::audit::{earlier_rule, likely_program},
-    model::Transport,
+    model::{Transport, ip_command, rule_family},
     netlink::{
         Netlink,
         link::Link,
@@ -146,10 +146,10 @@ fn because(rule: &Rule, mark: u32, ipv4: bool, marked_ipv4: bool) -> String {
     format!(
         "{} rule {} (fwmark {}) {leads}, and some rule gives pods' packets that mark (nft list ruleset, \
          {}tables -t mangle -S)",
-        family(ipv4),
+        ip_command(ipv4),
         rule.priority,
         shown(rule, mark),
-        if marked_ipv4 { "ip" } else { "ip6" }
+        rule_family(marked_ipv4)
     )
 }
 
@@ -157,10 +157,6 @@ fn because(rule: &Rule, mark: u32, ipv4: bool, marked_ipv4: bool) -> String {
 fn remedy_for_tunnels(setting: &Setting, rule: &Rule, local: u32) -> String {
     let selector = format!("ipproto udp dport {}", setting.port);
     earlier_rule(&selector, rule.priority, setting.local.is_ipv4(), local)
-}
-
-const fn family(ipv4: bool) -> &'static str {
-    if ipv4 { "ip" } else { "ip -6" }
 }
 
 /// Formats the mark, with its mask if it is partial.

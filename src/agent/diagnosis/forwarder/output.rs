@@ -10,7 +10,7 @@ use crate::{
         forwarding::{Direction, Way},
         silence::open_chain,
     },
-    model::{Problem, ProblemCode},
+    model::{Problem, ProblemCode, family_name, rule_family},
 };
 
 impl Reasons {
@@ -51,7 +51,7 @@ impl Reasons {
     /// Returns the problem of packets of pods that do not leave inside tunnel packets.
     pub fn carried(&self, closed: &[Way], port: u16) -> Option<Problem> {
         let ways = closed.iter().filter(|way| way.direction == Direction::Carried);
-        let families = ways.map(|way| if way.ipv4 { "IPv4" } else { "IPv6" });
+        let families = ways.map(|way| family_name(way.ipv4));
         let families = families.collect::<Vec<_>>().join(", ");
         if families.is_empty() {
             return None;
@@ -100,7 +100,7 @@ impl Reasons {
                 true => ("fragmentation needed", "destination-unreachable"),
                 false => ("packet too big", "packet-too-big"),
             };
-            let (program, icmp) = (format!("{}tables", family(*ipv4)), protocol(*ipv4));
+            let (program, icmp) = (format!("{}tables", rule_family(*ipv4)), protocol(*ipv4));
             let why = match self.silencing.get(ipv4) {
                 Some(by) => {
                     let chain = &by.chain;
@@ -117,7 +117,7 @@ impl Reasons {
                      net"
                 ),
             };
-            let family = if *ipv4 { "IPv4" } else { "IPv6" };
+            let family = family_name(*ipv4);
             let what = format!(
                 "pods do not learn that a packet is too large for the tunnel ({family}), so connections of \
                  pods with a larger MTU hang: this host's ICMP message \"{said}\" does not reach them"
@@ -125,10 +125,6 @@ impl Reasons {
             Problem::new(ProblemCode::TooLargeUnreported, family, what, why)
         })
     }
-}
-
-const fn family(ipv4: bool) -> &'static str {
-    if ipv4 { "ip" } else { "ip6" }
 }
 
 const fn protocol(ipv4: bool) -> &'static str {

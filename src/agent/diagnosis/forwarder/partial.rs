@@ -11,7 +11,7 @@ use crate::{
         foreign::{Act, ForeignRules, ForeignTables, Partial, Traffic, Way},
         silence::{ebtables_insert_ip, open_chain},
     },
-    model::{Problem, ProblemCode, Transport},
+    model::{Problem, ProblemCode, Transport, rule_family},
     netlink::{Netlink, link::Link, route::Query},
 };
 
@@ -268,7 +268,7 @@ pub fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
 
 /// Returns the command that exempts packets within the overlay from a base chain.
 fn both(base: &str, network: IpNet) -> String {
-    let family = family(network);
+    let family = rule_family(network.addr().is_ipv4());
     if let Some(insert) = ebtables_insert_ip(base, network.addr().is_ipv4()) {
         return format!("{insert} --{family}-src {network} --{family}-dst {network} -j ACCEPT");
     }
@@ -283,11 +283,17 @@ fn both(base: &str, network: IpNet) -> String {
 /// Returns the command that exempts packets to the overlay from a base chain.
 fn to(base: &str, network: IpNet) -> String {
     if let Some(insert) = ebtables_insert_ip(base, network.addr().is_ipv4()) {
-        return format!("{insert} --{}-dst {network} -j ACCEPT", family(network));
+        return format!(
+            "{insert} --{}-dst {network} -j ACCEPT",
+            rule_family(network.addr().is_ipv4())
+        );
     }
     match iptables(base) {
         Some(command) => format!("{command} -d {network} -j ACCEPT"),
-        None => format!("nft insert rule {base} {} daddr {network} accept", family(network)),
+        None => format!(
+            "nft insert rule {base} {} daddr {network} accept",
+            rule_family(network.addr().is_ipv4())
+        ),
     }
 }
 
@@ -308,12 +314,5 @@ fn iptables(base: &str) -> Option<String> {
             chain @ ("PREROUTING" | "POSTROUTING" | "FORWARD" | "INPUT" | "OUTPUT"),
         ] => Some(format!("{} -t {table} -I {chain}", program(family))),
         _ => None,
-    }
-}
-
-const fn family(network: IpNet) -> &'static str {
-    match network {
-        IpNet::V4(_) => "ip",
-        IpNet::V6(_) => "ip6",
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     agent::Agent,
     api::{CheckState, CheckStatus},
     dataplane::forwarding::{FAR_PORT, FarLoss, FarWay, Half, InwardWay, Kind, Sort},
-    model::{NodeId, PathState, Problem, ProblemCode},
+    model::{NodeId, PathState, Problem, ProblemCode, family_name},
 };
 
 /// Maximum number of peers named in one text.
@@ -75,8 +75,7 @@ impl Agent {
         let mut families: BTreeMap<NodeId, Vec<&str>> = BTreeMap::new();
         for InwardWay { node, ipv4 } in self.kernel.traffic.remote_pods.inward.iter().rev() {
             if !known.contains(node) {
-                let family = if *ipv4 { "IPv4" } else { "IPv6" };
-                families.entry(*node).or_default().push(family);
+                families.entry(*node).or_default().push(family_name(*ipv4));
             }
         }
         let mut alike: BTreeMap<Vec<&str>, Vec<NodeId>> = BTreeMap::new();
@@ -228,7 +227,7 @@ fn list(sorts: &[Sort]) -> String {
     let of_family = |ipv4: bool| {
         let kinds: Vec<Kind> =
             sorts.iter().filter(|sort| sort.ipv4 == ipv4).map(|sort| sort.kind).collect();
-        let family = if ipv4 { "IPv4" } else { "IPv6" };
+        let family = family_name(ipv4);
         // Lost large packets imply lost aggregates, and lost TCP segments imply lost data.
         let [has_large, has_first] = [Kind::Large, Kind::Segment].map(|kind| kinds.contains(&kind));
         let named = kinds.iter().filter_map(|kind| match kind {
