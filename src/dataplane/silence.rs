@@ -16,7 +16,9 @@ use crate::{
 
 pub use self::{
     cause::{Cause, Diverted, DroppingRule, Elsewhere, MAY_NOT_SEND, Pinned, Place},
-    commands::{ebtables_insert_ip, forget_connections, iptables_ports, open_chain},
+    commands::{
+        ebtables_insert_ip, forget_connections, iptables_insert, iptables_ports, open_chain,
+    },
     kept::Kept,
 };
 

@@ -5,7 +5,10 @@ use ipnet::IpNet;
 use super::{Examination, Finding, Verdict};
 use crate::{
     api::{CheckState, PathStatus},
-    dataplane::foreign::{ClosedPort, ForeignChains, ForeignTables, open_port},
+    dataplane::{
+        foreign::{ClosedPort, ForeignChains, ForeignTables},
+        silence::open_chain,
+    },
     model::{PathState, ProblemCode},
 };
 
@@ -37,7 +40,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
             "firewall",
             format!("chain {chain} drops UDP {port} above some rate"),
             "all traffic between pods of two hosts uses that port: under load many packets are lost",
-            open_port(chain, *port),
+            open_chain(chain, &[*port]),
         ));
     }
     closed.retain(|closed| !closed.limited);
@@ -45,7 +48,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         let works = if is_tunnel(*port) { tunnels_work } else { gossip_works };
         let what = if is_tunnel(*port) { "tunnel packets" } else { "gossip" };
         let seen = format!("chain {chain} drops UDP {port}");
-        let fix = open_port(chain, *port);
+        let fix = open_chain(chain, &[*port]);
         findings.push(if works && !by_port {
             let why =
                 format!("that is the port of {what}, according to its rules; so far they arrive");

@@ -172,19 +172,6 @@ fn may_concern(rule: &Object, port: u16) -> bool {
     true
 }
 
-/// Returns the command that accepts UDP to this port in a chain of [`closed_ports`].
-pub fn open_port(chain: &str, port: u16) -> String {
-    match chain.split(' ').collect::<Vec<_>>()[..] {
-        ["ip", "filter", chain @ ("INPUT" | "OUTPUT")] => {
-            format!("iptables -I {chain} -p udp --dport {port} -j ACCEPT")
-        }
-        ["ip6", "filter", chain @ ("INPUT" | "OUTPUT")] => {
-            format!("ip6tables -I {chain} -p udp --dport {port} -j ACCEPT")
-        }
-        _ => format!("nft insert rule {chain} udp dport {port} accept"),
-    }
-}
-
 /// Returns whether the chain drops packets to the port: `Some(true)` if by a rule that names the
 /// port. The first rule that concerns the port decides. If a rule leads to another chain, all rules
 /// of the table's other chains count: one that accepts the port, or else one that drops it by name.

@@ -111,12 +111,16 @@ pub(super) fn open_for_pods(chain: &str, overlay: IpNet) -> String {
 }
 
 /// Returns the beginning of a command that inserts a rule into a built-in chain of iptables; `None` for
-/// others.
-fn iptables_insert(chain: &str) -> Option<String> {
-    let [family @ ("ip" | "ip6"), table @ ("filter" | "nat" | "mangle" | "raw"), name] =
-        chain.split(' ').collect::<Vec<_>>()[..]
-    else {
-        return None;
+/// others. A chain of iptables-legacy has that program's name in place of a family.
+pub fn iptables_insert(chain: &str) -> Option<String> {
+    let (family, table, name) = match chain.split(' ').collect::<Vec<_>>()[..] {
+        [program @ ("iptables-legacy" | "ip6tables-legacy"), table, name] => {
+            return Some(format!("{program} -t {table} -I {name}"));
+        }
+        [family @ ("ip" | "ip6"), table @ ("filter" | "nat" | "mangle" | "raw"), name] => {
+            (family, table, name)
+        }
+        _ => return None,
     };
     let program = if family == "ip" { "iptables" } else { "ip6tables" };
     let table = if table == "filter" { String::new() } else { format!(" -t {table}") };

@@ -20,9 +20,9 @@ use crate::{
         host::{conntrack, fragments},
     },
     dataplane::{
-        foreign::{ClosedPort, ForeignTables, LostPackets, open_port},
+        foreign::{ClosedPort, ForeignTables, LostPackets},
         forwarding::{Direction, Transport, Way},
-        silence::DroppingRule,
+        silence::{DroppingRule, open_chain},
     },
     model::{Problem, ProblemCode, family_name, forwarding_sysctl, rule_family},
     netlink::{Netlink, link::Link},
@@ -456,7 +456,7 @@ pub fn input(setting: &Setting) -> Vec<Problem> {
     let closed = closed.unwrap_or_default();
     let problem = |ClosedPort { chain, port, .. }: &ClosedPort| {
         let what = format!("chain {chain} drops UDP {port}, so tunnel packets do not arrive");
-        Problem::new(ProblemCode::TunnelInput, chain, what, open_port(chain, *port))
+        Problem::new(ProblemCode::TunnelInput, chain, what, open_chain(chain, &[*port]))
     };
     closed.iter().filter(|closed| !closed.limited).map(problem).collect()
 }

@@ -9,7 +9,7 @@ use crate::{
     agent::diagnosis::iptables_legacy,
     dataplane::{
         foreign::{Act, ForeignRules, ForeignTables, Partial, Traffic, Way},
-        silence::{ebtables_insert_ip, open_chain},
+        silence::{ebtables_insert_ip, iptables_insert, open_chain},
     },
     model::{Problem, ProblemCode, Transport, rule_family},
     netlink::{Netlink, link::Link, route::Query},
@@ -223,17 +223,9 @@ fn notice_of_tunnels(setting: &Setting, partial: &Partial) -> Option<Problem> {
         ),
         act => fate(*act, "some tunnel packets")?,
     };
-    let fix = open_tunnels(base, port);
+    let fix = open_chain(base, &[port]);
     let what = format!("chain {chain} {fate}: {}", taken(partial));
     Some(of_rule(partial, what, format!("if that is not intended: {fix}")))
-}
-
-/// Returns the command that exempts tunnel packets from a base chain.
-pub fn open_tunnels(base: &str, port: u16) -> String {
-    match iptables(base) {
-        Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
-        None => open_chain(base, &[port]),
-    }
 }
 
 /// Describes what happens to the affected packets.
@@ -272,7 +264,7 @@ fn both(base: &str, network: IpNet) -> String {
     if let Some(insert) = ebtables_insert_ip(base, network.addr().is_ipv4()) {
         return format!("{insert} --{family}-src {network} --{family}-dst {network} -j ACCEPT");
     }
-    match iptables(base) {
+    match iptables_insert(base) {
         Some(command) => format!("{command} -s {network} -d {network} -j ACCEPT"),
         None => format!(
             "nft insert rule {base} {family} saddr {network} {family} daddr {network} accept"
@@ -288,31 +280,11 @@ fn to(base: &str, network: IpNet) -> String {
             rule_family(network.addr().is_ipv4())
         );
     }
-    match iptables(base) {
+    match iptables_insert(base) {
         Some(command) => format!("{command} -d {network} -j ACCEPT"),
         None => format!(
             "nft insert rule {base} {} daddr {network} accept",
             rule_family(network.addr().is_ipv4())
         ),
-    }
-}
-
-/// Returns the command that inserts a rule at the beginning of an iptables chain; `None` for other
-/// chains.
-fn iptables(base: &str) -> Option<String> {
-    let program = |family: &str| if family == "ip" { "iptables" } else { "ip6tables" };
-    match base.split(' ').collect::<Vec<_>>()[..] {
-        [program @ ("iptables-legacy" | "ip6tables-legacy"), table, chain] => {
-            Some(format!("{program} -t {table} -I {chain}"))
-        }
-        [family @ ("ip" | "ip6"), "filter", chain @ ("FORWARD" | "INPUT" | "OUTPUT")] => {
-            Some(format!("{} -I {chain}", program(family)))
-        }
-        [
-            family @ ("ip" | "ip6"),
-            table @ ("nat" | "mangle" | "raw"),
-            chain @ ("PREROUTING" | "POSTROUTING" | "FORWARD" | "INPUT" | "OUTPUT"),
-        ] => Some(format!("{} -t {table} -I {chain}", program(family))),
-        _ => None,
     }
 }

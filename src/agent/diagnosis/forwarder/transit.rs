@@ -21,7 +21,7 @@ use crate::{
     dataplane::{
         answers::PACKET_OUTGOING,
         foreign::{Act, ForeignTables, Partial, Traffic, Way},
-        silence::datagram,
+        silence::{datagram, open_chain},
     },
     model::{Problem, ProblemCode},
     netlink::{Netlink, link::Link, route::Query},
@@ -276,7 +276,7 @@ fn problem(by: &Partial, pairs: &BTreeSet<&Pair>, setting: &Setting) -> Problem 
         named.join(" and "),
         partial::taken(by)
     );
-    Problem::new(ProblemCode::Transit, chain, what, partial::open_tunnels(&by.base, port))
+    Problem::new(ProblemCode::Transit, chain, what, open_chain(&by.base, &[port]))
 }
 
 const fn verb(act: Act) -> &'static str {
