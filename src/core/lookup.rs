@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
 };
 
 use crate::model::{MemberRecord, NodeId};
@@ -32,8 +32,6 @@ struct Namesakes {
     all: usize,
     /// Those that are neither gone nor earlier identities of living members.
     present: usize,
-    /// Addresses of those that are alive and not gone.
-    alive_at: BTreeSet<SocketAddr>,
 }
 
 impl Node {
@@ -108,13 +106,13 @@ impl Node {
         }
     }
 
-    /// Returns a living member with the name and the address of another one. It is the same host,
-    /// installed again.
+    /// Returns the member that is the same host as another one, installed again, if gossip does not hold it
+    /// as down. Gossip may not have judged the earlier one yet; once it holds that as down, it is one of the
+    /// [`Labels::former_selves`].
     pub fn living_namesake(&self, node: NodeId) -> Option<NodeId> {
         let record = self.replica.directory.get(node)?;
         let is_namesake = |other: &&MemberRecord| {
-            other.address == record.address
-                && other.name == record.name
+            other.host() == record.host()
                 && other.node != node
                 && (other.node == self.replica.me.node || self.membership.is_active(other.node))
                 && !self.replica.is_gone(other.node)
@@ -128,13 +126,14 @@ impl Node {
         let is = |node: NodeId, liveness| opinions.get(&node) == Some(&liveness);
         let is_alive = |node| node == self.replica.me.node || is(node, Liveness::Alive);
         let mut by_name: BTreeMap<&str, Namesakes> = BTreeMap::new();
+        let mut alive = BTreeSet::new();
         for record in self.replica.directory.iter() {
             let same = by_name.entry(record.name.as_str()).or_default();
             same.all += 1;
             if !self.replica.is_gone(record.node) {
                 same.present += 1;
                 if is_alive(record.node) {
-                    same.alive_at.insert(record.address);
+                    alive.insert(record.host());
                 }
             }
         }
@@ -144,9 +143,8 @@ impl Node {
             if answers || self.replica.is_gone(record.node) {
                 continue;
             }
-            let same = by_name.entry(record.name.as_str()).or_default();
-            if same.alive_at.contains(&record.address) {
-                same.present -= 1;
+            if alive.contains(&record.host()) {
+                by_name.entry(record.name.as_str()).or_default().present -= 1;
                 former.insert(record.node);
             }
         }

@@ -68,6 +68,11 @@ impl MemberRecord {
     pub const fn has_left(&self) -> bool {
         self.left_to.is_some()
     }
+
+    /// Returns by what a host is recognized that was installed again: its name and address.
+    pub const fn host(&self) -> (&NodeName, SocketAddr) {
+        (&self.name, self.address)
+    }
 }
 
 /// Greatest length of a name, in characters.
