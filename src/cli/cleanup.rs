@@ -108,7 +108,7 @@ fn clean_up(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
     let left: Vec<Left> = agents.iter().map(RunningAgent::leave).collect::<anyhow::Result<_>>()?;
     let removed = match agents.is_empty() {
         true => remove(&places, Mode::Remove)?,
-        false => remove_after_leave(args)?,
+        false => remove_after_end(args)?,
     };
     let answer = Answer { dry_run: false, left: &left, removed: &removed };
     args.output.print_visible(&answer, |_| {
@@ -121,20 +121,25 @@ fn clean_up(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Removes what agents that have left did not remove themselves, once they have ended.
-fn remove_after_leave(args: &CleanupArgs) -> anyhow::Result<Removed> {
+/// Removes what agents that have ended did not remove themselves.
+///
+/// # Errors
+/// Fails if something cannot be removed for some seconds.
+pub(super) fn remove_after_end(args: &CleanupArgs) -> anyhow::Result<Removed> {
     let begun = Instant::now();
     loop {
-        match remove(&Places::find(args), Mode::Remove) {
-            // A process keeps the lock of its state directory for a moment longer than its socket.
-            Err(error)
-                if begun.elapsed() < END_TIMEOUT
-                    && matches!(error.downcast_ref(), Some(StoreError::InUse { .. })) =>
-            {
-                thread::sleep(RETRY_INTERVAL);
-            }
-            done => return done,
+        let error = match remove(&Places::find(args), Mode::Remove) {
+            Ok(removed) => return Ok(removed),
+            Err(error) => error,
+        };
+        // A process keeps the lock of its state directory for a moment longer than its socket.
+        let is_held = error
+            .downcast_ref::<StoreError>()
+            .is_none_or(|error| matches!(error, StoreError::InUse { .. }));
+        if !is_held || begun.elapsed() >= END_TIMEOUT {
+            return Err(error);
         }
+        thread::sleep(RETRY_INTERVAL);
     }
 }
 

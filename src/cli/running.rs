@@ -1,12 +1,15 @@
 //! Agents that run on this host, for commands that remove what agents have created.
 
 use std::{
+    io::ErrorKind,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
+use nix::sys::signal::{Signal, kill};
 
 use super::{RETRY_INTERVAL, block_on, confirm::loss_of_membership};
 use crate::api::{self, ClientError, Left, Membership};
@@ -62,19 +65,46 @@ impl RunningAgent {
     /// # Errors
     /// Fails if it refuses, or still runs after some seconds.
     pub fn leave(&self) -> anyhow::Result<Left> {
-        let answer: Result<Left, _> = block_on(api::post_as(&self.socket, "/v1/leave"))?;
-        let left = answer.context("this host cannot leave its cluster")?;
-        let begun = Instant::now();
-        while !self.has_ended() {
-            let socket = self.socket.display();
-            ensure!(begun.elapsed() < END_TIMEOUT, "the agent at {socket} still runs: stop it");
-            thread::sleep(RETRY_INTERVAL);
-        }
+        let left = self.request_leave()?.context("this host cannot leave its cluster")?;
+        self.wait_until_ended("stop it")?;
         Ok(left)
     }
 
-    fn has_ended(&self) -> bool {
-        let answer = block_on(api::get(&self.socket, "/v1/status"));
-        matches!(answer, Ok(Err(ClientError::NoAgent { .. })))
+    /// Asks it to leave its cluster, or to remove its state if it is in none. Returns its answer; it ends
+    /// after it has left.
+    ///
+    /// # Errors
+    /// Fails if the request cannot be made.
+    pub fn request_leave(&self) -> anyhow::Result<Result<Left, ClientError>> {
+        Ok(block_on(api::post_as(&self.socket, "/v1/leave"))?)
+    }
+
+    /// Asks it to stop.
+    ///
+    /// # Errors
+    /// Fails if it cannot be signalled.
+    pub fn request_stop(&self) -> anyhow::Result<()> {
+        let Some(pid) = api::listener_pid(&self.socket) else { return Ok(()) };
+        kill(pid, Signal::SIGTERM).with_context(|| format!("agent at {}", self.socket.display()))
+    }
+
+    /// Waits until it has ended. `remedy` says what to do if it does not.
+    ///
+    /// # Errors
+    /// Fails if it still runs after some seconds.
+    pub fn wait_until_ended(&self, remedy: &str) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        while !self.has_ended() {
+            let socket = self.socket.display();
+            ensure!(begun.elapsed() < END_TIMEOUT, "the agent at {socket} still runs: {remedy}");
+            thread::sleep(RETRY_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// Returns whether no program listens at its socket.
+    pub fn has_ended(&self) -> bool {
+        let connected = UnixStream::connect(&self.socket).map_err(|error| error.kind());
+        matches!(connected, Err(ErrorKind::NotFound | ErrorKind::ConnectionRefused))
     }
 }

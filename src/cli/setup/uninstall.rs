@@ -2,31 +2,26 @@
 
 use std::{
     fs,
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::ExitCode,
-    thread,
-    time::Instant,
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use clap::Args;
-use nix::sys::signal::{Signal, kill};
 
 use super::{Options, finish, say, systemd::Systemd};
 use crate::{
-    api::{self, ClientError, Left, Membership},
+    api::{self, Left, Membership},
     cli::{
-        RETRY_INTERVAL, block_on, cleanup,
+        block_on, cleanup,
         cleanup::{CleanupArgs, Mode, Places, Removed},
         cni,
-        confirm::{Consent, loss_of_membership},
+        confirm::Consent,
         output::write_stdout,
         podman,
-        running::END_TIMEOUT,
+        running::RunningAgent,
     },
     config::Instance,
-    store::StoreError,
 };
 
 /// File of dpkg that exists while the package is installed.
@@ -42,8 +37,7 @@ pub struct UninstallArgs {
 
 /// What was found on this host.
 struct Found {
-    /// Control sockets of running agents, and whether each is in a cluster.
-    agents: Vec<(PathBuf, bool)>,
+    agents: Vec<RunningAgent>,
     units: Vec<Systemd>,
     /// Settings and tokens.
     settings: Vec<PathBuf>,
@@ -80,15 +74,10 @@ impl Found {
     fn look(options: &Options) -> anyhow::Result<Self> {
         let cleanup = CleanupArgs::for_all(true);
         let places = Places::find(&cleanup);
-        let mut agents = Vec::new();
-        for socket in places.sockets.iter().filter(|_| options.root.is_none()) {
-            match block_on(api::get_as::<Membership>(socket, "/v1/status"))? {
-                Ok(membership) => agents.push((socket.clone(), membership.cluster.is_some())),
-                Err(ClientError::NoAgent { .. }) => {}
-                // Without its own `leave`, its subnets would stay leased.
-                Err(error) => bail!("{error}; stop that agent first, or let it leave"),
-            }
-        }
+        let sockets = places.sockets.iter().filter(|_| options.root.is_none());
+        // Without its own `leave`, the subnets of an agent would stay leased.
+        let agents = RunningAgent::find(sockets)
+            .map_err(|error| anyhow!("{error}; stop that agent first, or let it leave"))?;
         let mut instances = places.instances.clone();
         instances.extend(configured_instances(options));
         instances.sort();
@@ -118,10 +107,10 @@ impl Found {
     }
 
     fn list(&self) {
-        for (socket, in_cluster) in &self.agents {
-            match in_cluster {
-                true => say("leave", &loss_of_membership(socket)),
-                false => say("stop", &format_args!("the agent at {}", socket.display())),
+        for agent in &self.agents {
+            match agent.is_member() {
+                true => say("leave", &agent.costs()),
+                false => say("stop", &format_args!("the agent at {}", agent.socket().display())),
             }
         }
         self.units.iter().for_each(|unit| say("stop", &unit.unit()));
@@ -139,15 +128,15 @@ impl Found {
 
     fn remove(&self, options: &Options) -> anyhow::Result<()> {
         let mut agents = Vec::new();
-        for (socket, in_cluster) in &self.agents {
-            agents.push((socket, leave(socket, *in_cluster)?));
+        for agent in &self.agents {
+            agents.push((agent, leave(agent)?));
         }
         for unit in &self.units {
             unit.stop()?;
             say("stopped", &unit.unit());
         }
-        for (socket, ends) in agents {
-            stop(socket, ends)?;
+        for (agent, ends) in agents {
+            stop(agent, ends)?;
         }
         let plugins = cni::remove_installed(|path| options.place(path))?;
         let podman = podman::remove_installed(|path| options.place(path))?;
@@ -174,27 +163,13 @@ impl Found {
     /// Removes state and kernel entries.
     fn clean_up(&self) -> anyhow::Result<()> {
         let args = CleanupArgs::for_all(false);
-        let begun = Instant::now();
-        loop {
-            match cleanup::remove(&Places::find(&args), Mode::Remove) {
-                Ok(removed) => {
-                    removed.things().iter().for_each(|thing| say("removed", thing));
-                    removed.notes().iter().for_each(|note| say("note", note));
-                    return Ok(());
-                }
-                // A process keeps the lock of its state directory for a moment longer than its socket.
-                Err(error) => {
-                    let may_end = !self.agents.is_empty() && begun.elapsed() < END_TIMEOUT;
-                    let is_held = error
-                        .downcast_ref::<StoreError>()
-                        .is_none_or(|error| matches!(error, StoreError::InUse { .. }));
-                    if !may_end || !is_held {
-                        bail!(error);
-                    }
-                    thread::sleep(RETRY_INTERVAL);
-                }
-            }
-        }
+        let removed = match self.agents.is_empty() {
+            true => cleanup::remove(&Places::find(&args), Mode::Remove)?,
+            false => cleanup::remove_after_end(&args)?,
+        };
+        removed.things().iter().for_each(|thing| say("removed", thing));
+        removed.notes().iter().for_each(|note| say("note", note));
+        Ok(())
     }
 }
 
@@ -202,8 +177,9 @@ impl Found {
 ///
 /// # Errors
 /// Fails if the agent refuses to leave its cluster.
-fn leave(socket: &Path, was_in_cluster: bool) -> anyhow::Result<bool> {
-    let error = match block_on(api::post_as::<Left>(socket, "/v1/leave"))? {
+fn leave(agent: &RunningAgent) -> anyhow::Result<bool> {
+    let was_in_cluster = agent.is_member();
+    let error = match agent.request_leave()? {
         Ok(left) => {
             // A member may have admitted it since it was listed.
             if was_in_cluster || left.successor.is_some() {
@@ -213,7 +189,7 @@ fn leave(socket: &Path, was_in_cluster: bool) -> anyhow::Result<bool> {
         }
         Err(error) => error,
     };
-    let membership = block_on(api::get_as::<Membership>(socket, "/v1/status"))?;
+    let membership = block_on(api::get_as::<Membership>(agent.socket(), "/v1/status"))?;
     // An agent that waits to start cannot leave.
     let is_in_cluster = membership.is_ok_and(|membership| membership.cluster.is_some());
     ensure!(
@@ -228,23 +204,15 @@ fn leave(socket: &Path, was_in_cluster: bool) -> anyhow::Result<bool> {
 ///
 /// # Errors
 /// Fails if it still runs.
-fn stop(socket: &Path, ends: bool) -> anyhow::Result<()> {
-    let begun = Instant::now();
-    if UnixStream::connect(socket).is_err() {
+fn stop(agent: &RunningAgent, ends: bool) -> anyhow::Result<()> {
+    if agent.has_ended() {
         return Ok(());
     }
-    if !ends && let Some(pid) = api::listener_pid(socket) {
-        kill(pid, Signal::SIGTERM).with_context(|| format!("agent at {}", socket.display()))?;
+    if !ends {
+        agent.request_stop()?;
     }
-    while UnixStream::connect(socket).is_ok() {
-        ensure!(
-            begun.elapsed() < END_TIMEOUT,
-            "the agent at {} still runs: stop it, and run this command again",
-            socket.display()
-        );
-        thread::sleep(RETRY_INTERVAL);
-    }
-    say("stopped", &format_args!("the agent at {}", socket.display()));
+    agent.wait_until_ended("stop it, and run this command again")?;
+    say("stopped", &format_args!("the agent at {}", agent.socket().display()));
     Ok(())
 }
 
