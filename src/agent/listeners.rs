@@ -4,6 +4,9 @@
 //! opened at start, because any user may take a TCP port while no agent runs. The control socket is created
 //! again when its file is gone: cleaners of temporary files remove files that no process has opened for a
 //! long time.
+//!
+//! The `http` listener has a thread and a runtime of its own. Any user may read from it without end, and the
+//! answers of a large cluster are long: writing them must not delay gossip.
 
 use std::{
     collections::BTreeMap,
@@ -12,7 +15,7 @@ use std::{
     os::unix::net,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -27,12 +30,16 @@ use crate::{
     docker,
     http::{Socket, SocketError},
     model::{Problem, ProblemCode},
+    runtime,
+    worker::Thread,
 };
 
 /// Pause after the first failed attempt to open a listener. It doubles up to [`MAX_RETRY_PAUSE`].
 const FIRST_RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// Longest pause between attempts to open a listener.
 const MAX_RETRY_PAUSE: Duration = Duration::from_secs(30);
+/// Longest wait for the end of the thread that serves `http`.
+const HTTP_END_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time between checks that the file of the control socket exists.
 const SOCKET_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -47,6 +54,14 @@ pub(super) struct Listeners {
     problems: watch::Receiver<Problems>,
     /// Set to stop accepting requests of Docker.
     closing_plugin: watch::Sender<bool>,
+    http: Option<HttpThread>,
+}
+
+/// The thread that serves the `http` address.
+struct HttpThread {
+    thread: Thread,
+    /// Ends the thread when it is dropped.
+    _stop: oneshot::Sender<()>,
 }
 
 /// Why listeners are not open, updated while the agent runs.
@@ -116,22 +131,14 @@ impl Listeners {
             },
             (None, None) => None,
         };
-        if let Some(address) = config.http {
-            match listen(address, events) {
-                Ok(()) => {}
-                Err(error) if is_temporary(&error) => {
-                    let first = http_problem(address, &error);
-                    tokio::spawn(open_http(address, first, problems, events.clone()));
-                }
-                Err(error) => return Err(StartFailure::Http { address, error }),
-            }
-        }
+        let http = config.http.map(|address| HttpThread::start(address, problems, events));
         Ok(Self {
             _control: control,
             _plugin: plugin,
             _pending_plugin: pending_plugin,
             problems: reader,
             closing_plugin,
+            http: http.transpose()?,
         })
     }
 
@@ -139,6 +146,15 @@ impl Listeners {
     pub(super) async fn close_plugin(&self) {
         self.closing_plugin.send_replace(true);
         self.closing_plugin.closed().await;
+    }
+
+    /// Closes the listeners. The `http` address is free again afterwards, for an agent that starts again.
+    pub(super) async fn close(self) {
+        let Some(HttpThread { thread, _stop: stop }) = self.http else { return };
+        drop(stop);
+        if let Err(name) = thread.join(Instant::now() + HTTP_END_TIMEOUT).await {
+            tracing::warn!(thread = name, "thread has not ended");
+        }
     }
 
     /// Returns the reasons why listeners are not open, now and later.
@@ -163,9 +179,51 @@ fn docker_sender(
     move |request| report.send(LoopEvent::Docker(request)).is_ok()
 }
 
-fn listen(address: SocketAddr, events: &mpsc::UnboundedSender<LoopEvent>) -> std::io::Result<()> {
-    TcpListener::bind(address)
-        .and_then(|listener| api::serve_http(listener, request_sender(events)))
+impl HttpThread {
+    /// Listens at the address, now or in later attempts, and starts the thread.
+    ///
+    /// # Errors
+    /// Fails if the address may not be used, or if the system cannot create a thread.
+    fn start(
+        address: SocketAddr,
+        problems: watch::Sender<Problems>,
+        events: &mpsc::UnboundedSender<LoopEvent>,
+    ) -> Result<Self, StartFailure> {
+        let bound = match TcpListener::bind(address) {
+            Ok(listener) => Ok(listener),
+            Err(error) if is_temporary(&error) => Err(http_problem(address, &error)),
+            Err(error) => return Err(StartFailure::Http { address, error }),
+        };
+        let sender = request_sender(events);
+        let serve = async move {
+            let listener = match bound {
+                Ok(listener) => listener,
+                Err(first) => {
+                    let open = || {
+                        TcpListener::bind(address).map_err(|error| http_problem(address, &error))
+                    };
+                    retry_until_open("http", first, &problems, open).await
+                }
+            };
+            if let Err(error) = api::serve_http(listener, sender).await {
+                tracing::error!(%address, %error, "http listener failed");
+            }
+        };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let work = async move {
+            tokio::select! {
+                // No value is ever sent: the channel closes.
+                _ = stopped => {}
+                () = serve => {}
+            }
+        };
+        let run = move || {
+            if let Err(error) = runtime::block_on(work) {
+                tracing::error!(%address, %error, "http listener has no runtime");
+            }
+        };
+        Ok(Self { thread: Thread::start("http", run)?, _stop: stop })
+    }
 }
 
 /// Whether a later attempt may succeed: the port is in use, or the address is not on this host yet.
@@ -222,17 +280,6 @@ async fn keep_control(
             }
         }
     }
-}
-
-/// Repeats the attempt to listen at the `http` address until it succeeds.
-async fn open_http(
-    address: SocketAddr,
-    first: Problem,
-    problems: watch::Sender<Problems>,
-    events: mpsc::UnboundedSender<LoopEvent>,
-) {
-    let open = || listen(address, &events).map_err(|error| http_problem(address, &error));
-    retry_until_open("http", first, &problems, open).await;
 }
 
 /// Repeats the attempt to open the socket of the plugin until it succeeds.

@@ -1,6 +1,6 @@
 //! Requests to the agent's loop: what its operators and container runtimes can ask for.
 
-use std::{net::IpAddr, os::fd::OwnedFd};
+use std::{net::IpAddr, os::fd::OwnedFd, sync::Arc};
 
 use tokio::sync::oneshot::Sender;
 
@@ -18,11 +18,11 @@ use crate::{
 #[allow(missing_docs)]
 pub enum AgentRequest {
     /// The status now.
-    Status { reply: Sender<AgentStatus> },
+    Status { reply: Sender<Arc<AgentStatus>> },
     /// Checks whether the loop answers.
     Alive { reply: Sender<()> },
     /// The status once the node has converged with this many members, or after this many seconds.
-    Wait { seconds: u64, members: usize, reply: Sender<AgentStatus> },
+    Wait { seconds: u64, members: usize, reply: Sender<Arc<AgentStatus>> },
     /// The cluster's token; `None` while the node is joining.
     Token { reply: Sender<Option<String>> },
     /// Leaves the cluster. The answer is the successor's id, or why the node cannot leave.

@@ -80,11 +80,12 @@ pub fn serve(
     Ok(socket)
 }
 
-/// Serves dashboard, metrics and health over TCP. These requests change nothing and reveal no secrets.
+/// Serves dashboard, metrics and health over TCP, without end. These requests change nothing and reveal no
+/// secrets.
 ///
 /// # Errors
 /// Fails if the listener cannot be made asynchronous.
-pub fn serve_http(
+pub async fn serve_http(
     listener: TcpListener,
     submit_fn: impl Fn(AgentRequest) -> bool + Send + Sync + 'static,
 ) -> io::Result<()> {
@@ -100,7 +101,7 @@ pub fn serve_http(
             .route("/problems", get(dashboard::problem_codes))
             .with_state(submit_fn),
     );
-    tokio::spawn(http::serve(listener, Excess::Refused, router, |_| |_: &mut _| {}));
+    http::serve(listener, Excess::Refused, router, |_| |_: &mut _| {}).await;
     Ok(())
 }
 
@@ -117,7 +118,7 @@ fn read_only_routes() -> Router<SubmitFn> {
 
 async fn prometheus_metrics(State(submit_fn): State<SubmitFn>, headers: HeaderMap) -> Response {
     let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let render = |status: AgentStatus| {
+    let render = |status: Arc<AgentStatus>| {
         let Page { content_type, text } = metrics::page(&status, accept);
         ([(CONTENT_TYPE, content_type)], text).into_response()
     };
@@ -136,9 +137,9 @@ async fn healthz(State(submit_fn): State<SubmitFn>) -> Response {
 
 /// Reports whether the node has its subnet and its pods can be reached.
 async fn readyz(State(submit_fn): State<SubmitFn>) -> Response {
-    let render = |status: AgentStatus| match status.verdict.state {
+    let render = |status: Arc<AgentStatus>| match status.verdict.state {
         VerdictState::NotReady => {
-            ApiError::new(ApiErrorCode::NotReady, status.verdict.text).into_response()
+            ApiError::new(ApiErrorCode::NotReady, &*status.verdict.text).into_response()
         }
         _ => format!("{}\n", status.verdict).into_response(),
     };
@@ -207,7 +208,7 @@ async fn status(State(submit_fn): State<SubmitFn>, Query(query): Query<WaitQuery
         },
         None => AgentRequest::Status { reply },
     };
-    respond(&submit_fn, request, |status| Json(status).into_response()).await
+    respond(&submit_fn, request, |status| Json(&*status).into_response()).await
 }
 
 /// Returns the status without waiting, for clients over TCP.
@@ -215,7 +216,7 @@ async fn status_now(State(submit_fn): State<SubmitFn>) -> Response {
     respond(
         &submit_fn,
         |reply| AgentRequest::Status { reply },
-        |status| Json(status).into_response(),
+        |status| Json(&*status).into_response(),
     )
     .await
 }

@@ -1,171 +1,37 @@
 //! A faulty or malicious member, over the real protocol: other members continue to work, and report it.
 
+mod member;
+
 use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-    sync::mpsc,
+    io::{self, Write as _},
+    net::{IpAddr, Ipv4Addr, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
 use gossamer::{
-    lab::{Host, NetNs},
-    model::{
-        BootId, CallError, CallId, ClusterId, Identity, Incarnation, Mac, MemberRecord, NodeId,
-        Run, Slot, SlotRecord, SlotState, Version, Vtep,
-    },
-    transport::{Call, Credentials, NodeKey, Received, Transport},
-    wire::{Facts, Frame, GrantWish, Hello, Push, Refusal, Request, Response, Token},
+    model::{Identity, Incarnation, Mac, NodeId, Run, Slot, SlotRecord, SlotState, Version},
+    wire::{Facts, Refusal, Response},
 };
 use serde_json::Value;
 
-use crate::common::{
-    Cluster, TIMEOUT, eventually, has_problem, isolated, run, status_where, texts, tool, wait_until,
+use self::member::{HostileMember, Order};
+
+use crate::{
+    common::{
+        Cluster, TIMEOUT, eventually, has_problem, isolated, run, status_where, texts, tool,
+        wait_until,
+    },
+    metrics::PORT as HTTP,
 };
 
-const PORT: u16 = 8473;
 /// No answer of an agent takes longer, whatever a member sends; a machine may be busy.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A simulated member: a key, a certificate from the token, and no node.
-struct HostileMember {
-    orders: tokio::sync::mpsc::UnboundedSender<Order>,
-    cluster: ClusterId,
-    node: NodeId,
-    ip: IpAddr,
-    version: Version,
-    _thread: std::thread::JoinHandle<()>,
-}
-
-enum Order {
-    Ask(SocketAddr, Vec<u8>, mpsc::Sender<Result<(NodeId, Response), CallError>>),
-    Tell(NodeId, SocketAddr, Vec<u8>),
-    /// Every request is answered with these response bytes from now on.
-    AnswerWith(Vec<u8>),
-}
-
-impl HostileMember {
-    fn new(host: &Host, token: &str) -> anyhow::Result<Self> {
-        let token: Token = token.parse()?;
-        let key = NodeKey::from_seed([77; 32])?;
-        let credentials = Credentials::new(std::slice::from_ref(&token.secret), &key)?;
-        let ip = IpAddr::from(host.ip);
-        let (orders, inbox) = tokio::sync::mpsc::unbounded_channel();
-        let cluster = token.cluster;
-        let thread = in_namespace(&host.netns, move || {
-            serve((ip, PORT).into(), &credentials, cluster, inbox);
-        })?;
-        let version = Version { starts: 1, change: 0 };
-        Ok(Self { orders, cluster, node: key.id(), ip, version, _thread: thread })
-    }
-
-    /// Returns the record that an honest member with this key and address would send.
-    fn record(&self) -> MemberRecord {
-        MemberRecord {
-            node: self.node,
-            version: self.version,
-            boot: BootId::from_bytes([7; 8]),
-            name: "evil".parse().expect("a name"),
-            address: (self.ip, PORT).into(),
-            vtep: Vtep { mac: Mac::of_node(self.node), underlay: self.ip },
-            left_to: None,
-        }
-    }
-
-    fn identity(&self) -> Identity {
-        let incarnation = Incarnation { starts: self.version.starts, renewals: 0 };
-        Identity { node: self.node, incarnation }
-    }
-
-    fn ask(&self, host: &Host, request: Request) -> anyhow::Result<(NodeId, Response)> {
-        let (reply, answer) = mpsc::channel();
-        let bytes = Frame::Request(&request.encode()).encode(self.cluster);
-        self.order(Order::Ask((host.ip, PORT).into(), bytes, reply));
-        Ok(answer.recv_timeout(TIMEOUT)??)
-    }
-
-    fn greet(&self, host: &Host, member: MemberRecord) -> anyhow::Result<(NodeId, Response)> {
-        let (identity, settings) = (self.identity(), Default::default());
-        let grant = GrantWish::default();
-        self.ask(host, Request::Hello(Hello { member, identity, settings, grant }))
-    }
-
-    fn push(&self, to: NodeId, host: &Host, facts: Facts) {
-        let bytes = Frame::Push(&Push { facts }.encode()).encode(self.cluster);
-        self.order(Order::Tell(to, (host.ip, PORT).into(), bytes));
-    }
-
-    /// Pushes a changed version of its own record.
-    fn push_self(&mut self, to: NodeId, host: &Host, change: impl FnOnce(&mut MemberRecord)) {
-        self.version.change += 1;
-        let mut record = self.record();
-        change(&mut record);
-        self.push(to, host, Facts { members: vec![record], ..Facts::default() });
-    }
-
-    fn order(&self, order: Order) {
-        assert!(self.orders.send(order).is_ok(), "the hostile member has ended");
-    }
-}
-
-/// Starts a thread whose sockets belong to a namespace.
-fn in_namespace(
-    netns: &NetNs,
-    work: impl FnOnce() + Send + 'static,
-) -> io::Result<std::thread::JoinHandle<()>> {
-    let (started, thread) = mpsc::channel();
-    netns.run(move || {
-        // A thread inherits the namespace of the thread that starts it.
-        started.send(std::thread::spawn(work)).map_err(io::Error::other)
-    })?;
-    thread.recv().map_err(io::Error::other)
-}
-
-fn serve(
-    address: SocketAddr,
-    credentials: &Credentials,
-    cluster: ClusterId,
-    mut inbox: tokio::sync::mpsc::UnboundedReceiver<Order>,
-) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.expect("a runtime").block_on(async {
-        let (mut transport, mut events) = Transport::bind(address, credentials).expect("binds");
-        let mut waiting = std::collections::BTreeMap::new();
-        let mut answer = None;
-        let mut calls = 0;
-        loop {
-            tokio::select! {
-                order = inbox.recv() => match order {
-                    None => return,
-                    Some(Order::AnswerWith(bytes)) => answer = Some(bytes),
-                    Some(Order::Tell(to, address, bytes)) => transport.send(to, address, bytes),
-                    Some(Order::Ask(address, bytes, reply)) => {
-                        calls += 1;
-                        waiting.insert(CallId(calls), reply);
-                        transport.call_name(Call::Node(CallId(calls)), address.to_string(), bytes);
-                    }
-                },
-                Some(event) = events.recv() => match transport.handle(event) {
-                    Some(Received::Answer { call: Call::Node(call), result }) => {
-                        let read = |(from, bytes): (NodeId, Vec<u8>)| match Frame::decode(&bytes) {
-                            Ok((_, Frame::Response(payload))) => {
-                                (from, Response::decode(payload).expect("a response"))
-                            }
-                            other => panic!("no response: {other:?}"),
-                        };
-                        let reply = waiting.remove(&call).expect("asked");
-                        let _ = reply.send(result.map(read));
-                    }
-                    Some(Received::Request { reply, .. }) => {
-                        if let Some(payload) = &answer {
-                            transport.reply(reply, Frame::Response(payload).encode(cluster));
-                        }
-                    }
-                    _ => {}
-                },
-            }
-        }
-    });
-}
+/// Clients that read one agent's status without end.
+const READERS: usize = 32;
+/// Time for which they read: a member that does not gossip is called down earlier.
+const LOAD_TIME: Duration = Duration::from_secs(10);
 
 fn status(cluster: &mut Cluster, agent: usize) -> Value {
     let begun = Instant::now();
@@ -443,25 +309,7 @@ fn thousands_of_invented_members_of_one_name_stop_no_agent_and_fill_no_log() {
         let hostile = HostileMember::new(&host, &cluster.token)?;
         let (_, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
         assert!(matches!(answer, Response::Welcome(_)), "{answer:?}");
-        let invented = |number: u16| {
-            let [high, low] = number.to_be_bytes();
-            let node = NodeId::from_bytes([high, low, 7, 7, 7, 7, 7, 7]);
-            let underlay = IpAddr::from([10, 98, high, low]);
-            MemberRecord {
-                node,
-                name: "same".parse().expect("a name"),
-                address: (underlay, PORT).into(),
-                vtep: Vtep { mac: Mac::of_node(node), underlay },
-                ..hostile.record()
-            }
-        };
-        let members: Vec<_> = (1..=8_000).map(invented).collect();
-        let incarnation = Incarnation { starts: 1, renewals: 0 };
-        let active = members.iter().map(|record| Identity { node: record.node, incarnation });
-        let facts = Facts { active: active.collect(), members, ..Facts::default() };
-        let identity = hostile.identity();
-        let request = Request::Exchange { buckets: u32::MAX, identity, facts };
-        hostile.ask(&cluster.hosts[0], request)?;
+        hostile.invent(&cluster.hosts[0], 8_000)?;
         for agent in 0..2 {
             let named = |status: &Value| {
                 let members = status["members"].as_array().into_iter().flatten();
@@ -476,6 +324,56 @@ fn thousands_of_invented_members_of_one_name_stop_no_agent_and_fill_no_log() {
             let lines = log.lines().filter(|line| line.contains("name=same")).count();
             assert!(lines < 2_000, "{lines} lines");
         }
+        Ok(())
+    });
+}
+
+/// Regression: each reader of `/v1/status` had a status built, 64 in one turn of the loop, so that readers of
+/// a large cluster kept the agent from gossip until it was called down.
+#[test]
+fn readers_of_a_large_status_keep_no_agent_from_gossip() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start_with(lab, 2, &["--http", &format!("127.0.0.1:{HTTP}")])?;
+        let host = lab.host(9, "evil")?;
+        let hostile = HostileMember::new(&host, &cluster.token)?;
+        let (_, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
+        assert!(matches!(answer, Response::Welcome(_)), "{answer:?}");
+        hostile.invent(&cluster.hosts[0], 4_000)?;
+        let knows_them = |status: &Value| {
+            status["members"].as_array().is_some_and(|members| members.len() > 4_000)
+        };
+        for agent in &mut cluster.agents {
+            status_where(agent, knows_them);
+        }
+
+        let Cluster { hosts, agents, .. } = &mut cluster;
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..READERS {
+                scope.spawn(|| {
+                    while !is_over.load(Ordering::Relaxed) {
+                        // The listener may refuse a connection beyond its limit.
+                        let _ = hosts[0].netns.run(|| {
+                            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, HTTP))?;
+                            stream
+                                .write_all(b"GET /v1/status HTTP/1.0\r\nhost: 127.0.0.1\r\n\r\n")?;
+                            io::copy(&mut stream, &mut io::sink())
+                        });
+                    }
+                });
+            }
+            let (begun, mut slowest) = (Instant::now(), Duration::ZERO);
+            while begun.elapsed() < LOAD_TIME {
+                let asked = Instant::now();
+                agents[0].ask("/v1/status", TIMEOUT).expect("an answer");
+                slowest = slowest.max(asked.elapsed());
+            }
+            is_over.store(true, Ordering::Relaxed);
+            assert!(slowest < ANSWER_TIMEOUT, "the loop did not turn for {slowest:?}");
+        });
+        let log = cluster.agents[1].log();
+        let called_down = |line: &&str| line.contains("member down") && line.contains("name=n1");
+        assert_eq!(log.lines().find(called_down), None);
         Ok(())
     });
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -29,7 +30,7 @@ pub(in crate::agent) struct Waiter {
     /// When to answer regardless of convergence.
     pub(in crate::agent) deadline: Instant,
     /// Receives the status.
-    pub(in crate::agent) reply: oneshot::Sender<AgentStatus>,
+    pub(in crate::agent) reply: oneshot::Sender<Arc<AgentStatus>>,
 }
 
 /// A status that takes less time to build is never repeated.
@@ -39,7 +40,7 @@ const STATUS_SHARE: u32 = 8;
 
 /// The last status that was sent to a reader.
 pub(in crate::agent) struct RecentStatus {
-    status: AgentStatus,
+    status: Arc<AgentStatus>,
     /// When it is built again.
     until: Instant,
 }
@@ -47,14 +48,14 @@ pub(in crate::agent) struct RecentStatus {
 impl Agent {
     /// Returns the status, or the previous one while that is recent compared with the time to build it. Any
     /// user may request it without end, so it takes a limited share of the loop's time.
-    pub(in crate::agent) fn recent_status(&mut self) -> AgentStatus {
+    pub(in crate::agent) fn recent_status(&mut self) -> Arc<AgentStatus> {
         let begun = Instant::now();
         if let Some(recent) =
             self.requests.recent_status.as_ref().filter(|recent| begun < recent.until)
         {
             return recent.status.clone();
         }
-        let status = self.status();
+        let status = Arc::new(self.status());
         let took = begun.elapsed();
         self.requests.recent_status = (took >= MIN_COSTLY)
             .then(|| RecentStatus { status: status.clone(), until: begun + took * STATUS_SHARE });
@@ -66,7 +67,7 @@ impl Agent {
         if self.requests.waiters.len() < MAX_WAITERS {
             self.requests.waiters.push(waiter);
         } else {
-            let _ = waiter.reply.send(self.status());
+            let _ = waiter.reply.send(Arc::new(self.status()));
         }
     }
 
@@ -81,7 +82,7 @@ impl Agent {
         if !self.requests.waiters.iter().any(may_be_served) {
             return;
         }
-        let status = self.status();
+        let status = Arc::new(self.status());
         // The next status is not older than the answer.
         self.requests.recent_status = None;
         for waiter in std::mem::take(&mut self.requests.waiters) {

@@ -60,6 +60,7 @@ pub async fn run(
         Ok(Some(Prepared { agent, network, heard })) => {
             let arrivals = Arrivals { threads, network, icmp: heard };
             let ending = agent.run(signals, arrivals, read_settings, &listeners).await;
+            listeners.close().await;
             if ending == Ending::Restart {
                 state.new_identity(&random()?)?;
             }

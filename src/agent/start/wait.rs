@@ -8,6 +8,7 @@
 use std::{
     fmt::Display,
     future::Future,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -119,7 +120,7 @@ impl<'a> StartupWait<'a> {
             status.problems.extend(self.closed.problems());
             self.waiters.retain(|waiter| !waiter.reply.is_closed());
             for waiter in self.waiters.extract_if(.., |waiter| waiter.deadline <= now) {
-                let _ = waiter.reply.send(status.clone());
+                let _ = waiter.reply.send(Arc::new(status.clone()));
             }
             tokio::select! {
                 biased;
@@ -229,7 +230,7 @@ fn answer(request: AgentRequest, status: &AgentStatus) -> Option<Waiter> {
             let deadline = Instant::now() + Duration::from_secs(seconds);
             return Some(Waiter { members, deadline, reply });
         }
-        AgentRequest::Status { reply } => _ = reply.send(status.clone()),
+        AgentRequest::Status { reply } => _ = reply.send(Arc::new(status.clone())),
         AgentRequest::Alive { reply } => _ = reply.send(()),
         AgentRequest::Token { reply } => _ = reply.send(None),
         AgentRequest::Leave { reply } => _ = reply.send(Err(why())),
