@@ -9,7 +9,10 @@
 //!
 //! Liveness has one use: an operator may forget a node that appears alive only with `--force`.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use crate::{
     model::{Forget, MemberRecord, NodeId, Run, Slot, Time},
@@ -17,13 +20,18 @@ use crate::{
 };
 
 use super::{
-    Answer, Liveness, Node, Purpose, Stop, outbox::Outbox, rank::peer_score, replica::Replica,
+    Answer, Liveness, Node, Purpose, Stop, acknowledgements::Forgetting, outbox::Outbox,
+    rank::peer_score, replica::Replica,
 };
 
 /// Pause before missing acknowledgements are requested again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Limit of unanswered acknowledgement requests.
 const MAX_PENDING: usize = 16;
+/// Limit of forgotten nodes whose progress is listed.
+const MAX_LISTED: usize = 100;
+/// Limit of members named that have not acknowledged one forget record.
+const MAX_NAMED: usize = 20;
 
 /// The reason for which a node is not forgotten.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,13 +68,14 @@ pub enum CannotForget {
 pub struct Reclaiming {
     /// The forgotten node.
     pub node: NodeId,
-    /// Its label, see [`Node::label_of`].
+    /// Its label, see [`Labels::of`].
     pub name: String,
     /// The member that reclaims its slots.
     pub successor: NodeId,
     /// Number of slots not reclaimed yet.
     pub slots: u32,
-    /// Labels of members that have not acknowledged; `None` except on the successor.
+    /// Labels of members that have not acknowledged, up to [`MAX_NAMED`], and the number of the others; `None`
+    /// except on the successor.
     pub waits_for: Option<Vec<String>>,
 }
 
@@ -91,31 +100,41 @@ impl Replica {
         is_successor || is_keeper || self.owns_slots(node)
     }
 
-    /// Returns the nodes that have not acknowledged: members, and nodes that are known only as owners of
-    /// slots or as receivers of the records of a node that left. They may know grants that no other node
-    /// knows.
-    pub(super) fn missing_acknowledgements(&self, forget: &Forget) -> BTreeSet<NodeId> {
-        let acknowledged_by = self.forgetting.acknowledged.get(forget);
+    /// Returns the nodes that have to acknowledge a forget record: members, and nodes that are known only as
+    /// owners of slots or as receivers of the records of a node that left. They may know grants that no
+    /// other node knows.
+    fn acknowledgers(&self) -> BTreeSet<NodeId> {
         let members = self.directory.peers(self.me.node).map(|record| record.node);
         let keepers = self.directory.iter().filter_map(|record| record.left_to);
-        let runs = self.cluster_state.iter().flat_map(|cluster_state| cluster_state.slots.runs());
-        let owners: BTreeSet<NodeId> = runs.map(|run| run.record.owner).collect();
         members
             .chain(keepers)
-            .chain(owners)
+            .chain(self.owners())
             .filter(|node| *node != self.me.node && !self.is_gone(*node))
-            .filter(|node| {
-                acknowledged_by.is_none_or(|acknowledged_by| !acknowledged_by.contains(node))
-            })
             .collect()
     }
 
+    /// Returns those of `acknowledgers` that have not acknowledged a forget record.
+    fn missing<'a>(
+        &'a self,
+        acknowledgers: &'a BTreeSet<NodeId>,
+        forget: &Forget,
+    ) -> impl Iterator<Item = NodeId> + 'a {
+        let by = self.forgetting.acknowledged.get(forget);
+        acknowledgers.iter().filter(move |node| by.is_none_or(|by| !by.contains(node))).copied()
+    }
+
+    /// Returns the owners of slots.
+    fn owners(&self) -> BTreeSet<NodeId> {
+        let runs = self.cluster_state.iter().flat_map(|cluster_state| cluster_state.slots.runs());
+        runs.map(|run| run.record.owner).collect()
+    }
+
     /// Returns the forget records with this node as successor whose nodes still own slots.
-    pub(super) fn pending_reclaims(&self) -> impl Iterator<Item = Forget> + '_ {
-        self.directory
-            .forgets()
-            .filter(|forget| forget.successor == self.me.node && self.owns_slots(forget.node))
-            .copied()
+    fn pending_reclaims(&self) -> Vec<Forget> {
+        let owners = self.owners();
+        let is_pending =
+            |forget: &&Forget| forget.successor == self.me.node && owners.contains(&forget.node);
+        self.directory.forgets().filter(is_pending).copied().collect()
     }
 
     /// Merges the forget record of another node. Returns whether it was new.
@@ -208,17 +227,19 @@ impl Node {
             return;
         }
         self.adopt_orphans(now);
-        let mine: Vec<Forget> = self.replica.pending_reclaims().collect();
+        let mine = self.replica.pending_reclaims();
         if mine.is_empty() {
             return;
         }
         self.replica.forgetting.retry_at = Some(now + RETRY_INTERVAL);
+        let acknowledgers = self.replica.acknowledgers();
         for forget in &mine {
-            if self.replica.missing_acknowledgements(forget).is_empty() || forget.forced {
+            let is_complete = self.replica.missing(&acknowledgers, forget).next().is_none();
+            if is_complete || forget.forced {
                 self.reclaim(now, forget);
             }
         }
-        self.request_acknowledgements(&mine);
+        self.request_acknowledgements(&mine, &acknowledgers);
     }
 
     /// Makes the next step check pending reclaims, because something that they wait for may have changed.
@@ -253,13 +274,15 @@ impl Node {
         }
     }
 
-    fn request_acknowledgements(&mut self, mine: &[Forget]) {
-        let missing: BTreeSet<NodeId> =
-            mine.iter().flat_map(|forget| self.replica.missing_acknowledgements(forget)).collect();
-        for node in missing {
-            if self.replica.forgetting.pending.len() >= MAX_PENDING
-                || self.replica.forgetting.pending.contains(&node)
-            {
+    fn request_acknowledgements(&mut self, mine: &[Forget], acknowledgers: &BTreeSet<NodeId>) {
+        for node in acknowledgers {
+            let Forgetting { pending, acknowledged, .. } = &self.replica.forgetting;
+            if pending.len() >= MAX_PENDING {
+                return;
+            }
+            let has_acknowledged =
+                |forget: &Forget| acknowledged.get(forget).is_some_and(|by| by.contains(node));
+            if pending.contains(node) || mine.iter().all(has_acknowledged) {
                 continue;
             }
             let request = Request::Acknowledge {
@@ -267,8 +290,9 @@ impl Node {
                 buckets: Box::new(self.replica.buckets(&self.membership)),
             };
             let (forgets, era) = (mine.to_vec(), self.replica.forgetting.era);
-            if self.call_member(node, Purpose::Acknowledge { node, forgets, era }, &request) {
-                self.replica.forgetting.pending.insert(node);
+            let purpose = Purpose::Acknowledge { node: *node, forgets, era };
+            if self.call_member(*node, purpose, &request) {
+                self.replica.forgetting.pending.insert(*node);
             }
         }
     }
@@ -375,29 +399,36 @@ impl Node {
         }
     }
 
-    /// Returns the forgotten nodes whose slots are not reclaimed yet.
+    /// Returns forgotten nodes whose slots are not reclaimed yet, up to [`MAX_LISTED`]: a member may invent
+    /// thousands of members and of forget records.
     pub fn reclaiming(&self) -> Vec<Reclaiming> {
         let Some(cluster_state) = &self.replica.cluster_state else { return Vec::new() };
-        let labels = self.labels();
-        let name = |node: NodeId| labels.of(node);
-        let reclaiming = |forget: &Forget| {
-            let slots = cluster_state.slots.runs_of(forget.node).map(|run| run.len).sum();
+        let mut slots: BTreeMap<NodeId, u32> = BTreeMap::new();
+        for run in cluster_state.slots.runs() {
+            *slots.entry(run.record.owner).or_default() += run.len;
+        }
+        let forgets = self.replica.directory.forgets();
+        let owned = forgets.filter_map(|forget| Some((forget, *slots.get(&forget.node)?)));
+        let owned: Vec<(&Forget, u32)> = owned.take(MAX_LISTED).collect();
+        if owned.is_empty() {
+            return Vec::new();
+        }
+        let (labels, acknowledgers) = (self.labels(), self.replica.acknowledgers());
+        let reclaiming = |(forget, slots): (&Forget, u32)| {
             let waits_for = (forget.successor == self.replica.me.node).then(|| {
-                self.replica.missing_acknowledgements(forget).into_iter().map(name).collect()
+                let mut missing = self.replica.missing(&acknowledgers, forget);
+                let named = missing.by_ref().take(MAX_NAMED).map(|node| labels.of(node));
+                let mut named: Vec<String> = named.collect();
+                named.extend(
+                    Some(missing.count())
+                        .filter(|more| *more > 0)
+                        .map(|more| format!("{more} more")),
+                );
+                named
             });
-            Reclaiming {
-                node: forget.node,
-                name: name(forget.node),
-                successor: forget.successor,
-                slots,
-                waits_for,
-            }
+            let (node, successor) = (forget.node, forget.successor);
+            Reclaiming { node, name: labels.of(node), successor, slots, waits_for }
         };
-        self.replica
-            .directory
-            .forgets()
-            .map(reclaiming)
-            .filter(|reclaiming| reclaiming.slots > 0)
-            .collect()
+        owned.into_iter().map(reclaiming).collect()
     }
 }

@@ -2,10 +2,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
-use crate::model::{MemberRecord, NodeId};
+use crate::model::{MemberRecord, NodeId, NodeName};
 
 use super::{CannotForget, Liveness, Node};
 
@@ -24,6 +24,8 @@ pub struct Labels<'a> {
     opinions: BTreeMap<NodeId, Liveness>,
     /// Members that are earlier identities of living ones.
     former: BTreeSet<NodeId>,
+    /// Members that are not gone and that gossip does not consider down, by their host.
+    active: BTreeMap<(&'a NodeName, SocketAddr), Vec<NodeId>>,
 }
 
 /// Members of one name.
@@ -106,26 +108,13 @@ impl Node {
         }
     }
 
-    /// Returns the member that is the same host as another one, installed again, if gossip does not hold it
-    /// as down. Gossip may not have judged the earlier one yet; once it holds that as down, it is one of the
-    /// [`Labels::former_selves`].
-    pub fn living_namesake(&self, node: NodeId) -> Option<NodeId> {
-        let record = self.replica.directory.get(node)?;
-        let is_namesake = |other: &&MemberRecord| {
-            other.host() == record.host()
-                && other.node != node
-                && (other.node == self.replica.me.node || self.membership.is_active(other.node))
-                && !self.replica.is_gone(other.node)
-        };
-        self.replica.directory.iter().find(is_namesake).map(|record| record.node)
-    }
-
     /// Returns the labels of all members, for many uses at once.
     pub fn labels(&self) -> Labels<'_> {
         let opinions = self.membership.opinions();
         let is = |node: NodeId, liveness| opinions.get(&node) == Some(&liveness);
         let is_alive = |node| node == self.replica.me.node || is(node, Liveness::Alive);
         let mut by_name: BTreeMap<&str, Namesakes> = BTreeMap::new();
+        let mut active: BTreeMap<_, Vec<NodeId>> = BTreeMap::new();
         let mut alive = BTreeSet::new();
         for record in self.replica.directory.iter() {
             let same = by_name.entry(record.name.as_str()).or_default();
@@ -134,6 +123,9 @@ impl Node {
                 same.present += 1;
                 if is_alive(record.node) {
                     alive.insert(record.host());
+                }
+                if record.node == self.replica.me.node || self.membership.is_active(record.node) {
+                    active.entry(record.host()).or_default().push(record.node);
                 }
             }
         }
@@ -148,19 +140,27 @@ impl Node {
                 former.insert(record.node);
             }
         }
-        Labels { node: self, by_name, opinions, former }
-    }
-
-    /// Returns a name that every command understands, see [`Labels::of`].
-    pub fn label_of(&self, node: NodeId) -> String {
-        self.labels().of(node)
+        Labels { node: self, by_name, opinions, former, active }
     }
 }
 
 impl Labels<'_> {
+    /// Returns the state of each member according to gossip.
+    pub const fn opinions(&self) -> &BTreeMap<NodeId, Liveness> {
+        &self.opinions
+    }
+
     /// Returns the members that are earlier identities of living ones.
     pub const fn former_selves(&self) -> &BTreeSet<NodeId> {
         &self.former
+    }
+
+    /// Returns the member that is the same host as another one, installed again, if gossip does not consider
+    /// it down. Gossip may not have judged the earlier one yet; once it considers that one down, it is one of
+    /// the [`Self::former_selves`].
+    pub fn living_namesake(&self, node: NodeId) -> Option<NodeId> {
+        let record = self.node.replica.directory.get(node)?;
+        self.active.get(&record.host())?.iter().copied().find(|other| *other != node)
     }
 
     /// Returns whether a member is an earlier identity of another one: it does not answer, and a living

@@ -68,6 +68,7 @@ pub use counters::Counters;
 pub use forget::{CannotForget, Reclaiming};
 pub use gate::Gate;
 pub use io::{Command, Input, Output, Stop, Target};
+pub use lookup::Labels;
 pub use slots::Change;
 pub use status::{FreeRange, MemberStatus, NodeStatus, Phase, SlotCounts};
 

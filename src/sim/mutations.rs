@@ -80,7 +80,7 @@ pub const MUTATIONS: [Mutation; 25] = [
         defect: "a successor reclaims without waiting for acknowledgements",
         changes: &[change(
             "core/forget.rs",
-            "self.replica.missing_acknowledgements(forget).is_empty()",
+            "self.replica.missing(&acknowledgers, forget).next().is_none()",
             "true",
         )],
     },

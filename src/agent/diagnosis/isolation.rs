@@ -10,6 +10,7 @@ use std::{
 use super::join_log::JoinLog;
 use crate::{
     agent::{Agent, diagnosis::auditor::Detour},
+    core::Labels,
     model::{Liveness, NodeId, PathState, Problem, ProblemCode},
     transport::own_address_problem,
 };
@@ -94,7 +95,7 @@ impl Agent {
     }
 
     /// Whether no member has answered for [`MIN_ISOLATION`] although the underlay works.
-    fn is_isolated(&self) -> bool {
+    pub(in crate::agent) fn is_isolated(&self) -> bool {
         self.gossip.isolation.isolated_since.is_some_and(|since| since.elapsed() >= MIN_ISOLATION)
             && self.kernel.problems.underlay.is_none()
     }
@@ -139,6 +140,10 @@ impl Agent {
         let gossip = self.node.address_of(first)?.port();
         let tunnels = self.kernel.wanted.view.as_ref().map(|view| view.settings.vxlan_port);
         let ports = tunnels.map_or(gossip.to_string(), |port| format!("{port} and {gossip}"));
+        let what = format!(
+            "no other member answers this host: {} down",
+            self.named(unreported.into_iter())
+        );
         let address = self.node.address_of(first)?.ip();
         let dead_hop = self.kernel.traffic.routing.dead_hops.get(&address);
         let why = match state(first) {
@@ -170,10 +175,6 @@ impl Agent {
                  whether firewalls let UDP {ports} pass"
             ),
         };
-        let what = format!(
-            "no other member answers this host: {} down",
-            self.named(unreported.into_iter())
-        );
         Some(Problem::new(ProblemCode::Isolated, Problem::HOST, what, why))
     }
 
@@ -182,25 +183,22 @@ impl Agent {
         &self,
         known: &[Problem],
         of_paths: &BTreeMap<NodeId, Problem>,
+        labels: &Labels<'_>,
     ) -> Vec<Problem> {
         let of_all = [ProblemCode::Isolated, ProblemCode::AddressChanged, ProblemCode::NoUnderlay];
         if known.iter().any(|problem| of_all.contains(&problem.code)) {
             return Vec::new();
         }
-        let opinions = self.node.opinions();
-        let mut down: Vec<NodeId> =
-            self.node.peers().filter(|node| self.is_down(*node, &opinions)).collect();
-        if !down.is_empty() {
-            // A notice is about them.
-            let labels = self.node.labels();
-            down.retain(|node| !labels.former_selves().contains(node));
-        }
+        // A notice is about former selves.
+        let is_former = |node: &NodeId| labels.former_selves().contains(node);
+        let down = self.node.peers().filter(|node| self.is_down(*node, labels.opinions()));
+        let mut down: Vec<NodeId> = down.filter(|node| !is_former(node)).collect();
         let paths: BTreeMap<NodeId, PathState> =
             self.path_states().map(|(node, state, _)| (node, state)).collect();
         down.retain(|node| !of_paths.contains_key(node));
         let named = down.iter().take(MAX_DOWN_NAMED);
         let mut problems: Vec<Problem> =
-            named.map(|node| self.down_problem(*node, paths.get(node), &opinions)).collect();
+            named.map(|node| self.down_problem(*node, paths.get(node), labels)).collect();
         if let more @ 1.. = down.len().saturating_sub(MAX_DOWN_NAMED) {
             let what = format!("{more} more members are down");
             problems.push(Problem::new(
@@ -211,27 +209,6 @@ impl Agent {
             ));
         }
         problems
-    }
-
-    /// Returns a notice about earlier identities of living hosts.
-    pub(in crate::agent) fn former_selves_notice(&self) -> Option<Problem> {
-        let labels = self.node.labels();
-        let former = labels.former_selves();
-        if former.is_empty() {
-            return None;
-        }
-        let named: Vec<String> =
-            former.iter().take(MAX_DOWN_NAMED).map(|node| labels.of(*node)).collect();
-        let more = match former.len().saturating_sub(named.len()) {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        let what = format!(
-            "earlier identities of living hosts are still members and keep their subnets: {}{more}",
-            named.join(", ")
-        );
-        let fix = "gossamer forget --former-selves";
-        Some(Problem::new(ProblemCode::MemberDown, "former selves", what, fix).notice())
     }
 
     /// Whether gossip holds a member down. A member that it has not heard of counts as down once it had time
@@ -246,14 +223,9 @@ impl Agent {
         }
     }
 
-    fn down_problem(
-        &self,
-        node: NodeId,
-        path: Option<&PathState>,
-        opinions: &BTreeMap<NodeId, Liveness>,
-    ) -> Problem {
-        let name = self.node.label_of(node);
-        let state = match opinions.get(&node) {
+    fn down_problem(&self, node: NodeId, path: Option<&PathState>, labels: &Labels<'_>) -> Problem {
+        let name = labels.of(node);
+        let state = match labels.opinions().get(&node) {
             Some(_) => "is down",
             None => "has not been seen for a day, or since the agent started here",
         };
@@ -297,4 +269,24 @@ impl Agent {
         }
         named.join(", ")
     }
+}
+
+/// Returns a notice about earlier identities of living hosts.
+pub(in crate::agent) fn former_selves_notice(labels: &Labels<'_>) -> Option<Problem> {
+    let former = labels.former_selves();
+    if former.is_empty() {
+        return None;
+    }
+    let named: Vec<String> =
+        former.iter().take(MAX_DOWN_NAMED).map(|node| labels.of(*node)).collect();
+    let more = match former.len().saturating_sub(named.len()) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let what = format!(
+        "earlier identities of living hosts are still members and keep their subnets: {}{more}",
+        named.join(", ")
+    );
+    let fix = "gossamer forget --former-selves";
+    Some(Problem::new(ProblemCode::MemberDown, "former selves", what, fix).notice())
 }

@@ -54,7 +54,7 @@ impl Agent {
         Forgotten {
             node,
             name: self.node.name_of(node).to_owned(),
-            label: self.node.label_of(node),
+            label: self.node.labels().of(node),
             slots: reclaiming.as_ref().map_or(0, |reclaiming| reclaiming.slots),
             waits_for: reclaiming.and_then(|reclaiming| reclaiming.waits_for),
         }

@@ -9,6 +9,7 @@ use crate::{
         operator::ping::milliseconds,
     },
     api::PathStatus,
+    core::Labels,
     dataplane::{
         desired::{Underlay, Way, device_name},
         silence::Sign,
@@ -17,7 +18,9 @@ use crate::{
 };
 
 /// What is found about the paths to all peers.
-pub(super) struct PathFindings {
+pub(super) struct PathFindings<'a> {
+    /// The labels of all members. They are made once, because that takes a pass over all of them.
+    pub(super) labels: Labels<'a>,
     /// What is wrong with the paths to these peers.
     pub(super) problems: BTreeMap<NodeId, Problem>,
     /// What may be wrong without affecting any pod.
@@ -26,7 +29,7 @@ pub(super) struct PathFindings {
 
 impl Agent {
     /// Returns the status of the path to each peer.
-    pub(super) fn path_statuses(&self, found: &PathFindings) -> Vec<PathStatus> {
+    pub(super) fn path_statuses(&self, found: &PathFindings<'_>) -> Vec<PathStatus> {
         let status =
             |(node, state, round_trip): (NodeId, PathState, Option<Duration>)| PathStatus {
                 node,
@@ -91,12 +94,17 @@ impl Agent {
     }
 
     /// Returns what is wrong with each path.
-    pub(super) fn path_findings(&self) -> PathFindings {
-        let found = self.path_states();
-        let found =
-            found.filter_map(|(node, state, _)| Some((node, self.path_finding(node, state)?)));
+    pub(super) fn path_findings(&self) -> PathFindings<'_> {
+        let labels = self.node.labels();
+        let states: BTreeMap<NodeId, PathState> =
+            self.path_states().map(|(node, state, _)| (node, state)).collect();
+        let found = states
+            .iter()
+            .filter(|(node, state)| !self.is_superseded(**node, **state, &labels, &states));
+        let found = found
+            .filter_map(|(node, state)| Some((*node, self.path_finding(*node, *state, &labels)?)));
         let (problems, notices) = found.partition(|(_, found)| found.severity == Severity::Problem);
-        PathFindings { problems, notices }
+        PathFindings { labels, problems, notices }
     }
 
     /// Returns whether packets of pods reach a peer and return, although probes of its host are not
@@ -121,10 +129,7 @@ impl Agent {
 
     /// Returns what is wrong with a path.
     #[expect(clippy::too_many_lines, reason = "one text for each state of a path")]
-    fn path_finding(&self, node: NodeId, state: PathState) -> Option<Problem> {
-        if self.is_superseded(node, state) {
-            return None;
-        }
+    fn path_finding(&self, node: NodeId, state: PathState, labels: &Labels<'_>) -> Option<Problem> {
         let verdict = self.threads.monitors.silence_diagnosis.verdict(node);
         if self.is_passed_by_pods(node, state) {
             let is_of_flows = verdict.filter(|verdict| verdict.loses_flows);
@@ -168,7 +173,7 @@ impl Agent {
             return None;
         }
         if self.is_lost(state)
-            && let Some(problem) = self.undecided_problem(node)
+            && let Some(problem) = self.undecided_problem(node, labels)
         {
             return Some(problem);
         }

@@ -1,9 +1,10 @@
 //! Peers that send nothing: former selves of living hosts, and those that gossip has not judged yet.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use crate::{
     agent::Agent,
+    core::Labels,
     model::{NodeId, PathState, Problem, ProblemCode},
 };
 
@@ -13,12 +14,17 @@ const MIN_SILENCE: Duration = Duration::from_secs(3);
 impl Agent {
     /// Whether a peer that does not answer is an earlier identity of a living host. A notice names it, and
     /// the causes of silence do not apply to that host.
-    pub(super) fn is_superseded(&self, node: NodeId, state: PathState) -> bool {
+    pub(super) fn is_superseded(
+        &self,
+        node: NodeId,
+        state: PathState,
+        labels: &Labels<'_>,
+        states: &BTreeMap<NodeId, PathState>,
+    ) -> bool {
         let is_silent = self.is_lost(state) || !self.prober.paths.is_alive(node);
-        let successor = is_silent.then(|| self.node.living_namesake(node)).flatten();
+        let successor = is_silent.then(|| labels.living_namesake(node)).flatten();
         successor.is_some_and(|successor| {
-            let known = self.path_states().find(|(other, ..)| *other == successor);
-            let answers = known.is_some_and(|(_, state, _)| !self.is_lost(state));
+            let answers = states.get(&successor).is_some_and(|state| !self.is_lost(*state));
             answers || !self.node.is_active(node)
         })
     }
@@ -31,9 +37,9 @@ impl Agent {
     }
 
     /// Returns the problem of a peer that sends nothing, while gossip has not decided whether it is down.
-    pub(super) fn undecided_problem(&self, node: NodeId) -> Option<Problem> {
+    pub(super) fn undecided_problem(&self, node: NodeId, labels: &Labels<'_>) -> Option<Problem> {
         let silent = self.silent_span(node).filter(|_| self.node.is_active(node))?.as_secs();
-        let name = self.node.label_of(node);
+        let name = labels.of(node);
         let what =
             format!("{name} has not answered for {silent} s: neither its agent nor its kernel");
         let fix = "wait until gossip has decided whether it is down, or see whether that host runs";

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use super::path_status::PathFindings;
 use crate::{
-    agent::{Agent, PodCidrSource},
+    agent::{Agent, PodCidrSource, diagnosis::isolation::former_selves_notice},
     api::{AgentStatus, KernelStatus},
     core::Phase,
     dataplane::desired::device_name,
@@ -153,7 +153,7 @@ impl Agent {
     }
 
     /// Returns all problems, given those of paths.
-    pub(super) fn problems(&self, paths: &PathFindings) -> Vec<Problem> {
+    pub(super) fn problems(&self, paths: &PathFindings<'_>) -> Vec<Problem> {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
         problems
@@ -205,7 +205,7 @@ impl Agent {
             ));
         }
         problems.extend(paths.problems.values().cloned());
-        let down = self.down_members(&problems, &paths.problems);
+        let down = self.down_members(&problems, &paths.problems, &paths.labels);
         problems.extend(down);
         // One cause may concern several peers.
         let mut told = BTreeSet::new();
@@ -214,11 +214,11 @@ impl Agent {
     }
 
     /// Returns notices about losses of some packets or missing tests.
-    pub(super) fn notices(&self, paths: &PathFindings) -> Vec<Problem> {
+    pub(super) fn notices(&self, paths: &PathFindings<'_>) -> Vec<Problem> {
         let kernel = &self.kernel;
         let known = kernel.traffic.forwarding.notices.iter().chain(&kernel.traffic.answers.notices);
         let known = known.chain(&kernel.host.notices).chain(&self.pods.notices);
-        let former = self.former_selves_notice();
+        let former = former_selves_notice(&paths.labels);
         let known = known.chain(&former).chain(paths.notices.values());
         let known = known.cloned().chain(self.remote_pod_notices());
         let known = known.chain(log::notice(Instant::now()));

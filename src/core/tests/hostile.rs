@@ -284,3 +284,38 @@ fn departures_of_many_members_are_one_pass_over_them() {
     node.learn(now, &Facts { forgets, ..Facts::default() }, Some(from));
     assert!(node.replica.directory.forgotten(nodes[0]).is_some());
 }
+
+/// Regression: the members that had not acknowledged were collected, each with its label, for every forget
+/// record, also for those without slots to reclaim: one message stopped the loop for minutes.
+#[test]
+fn status_with_thousands_of_forgets_takes_one_pass_over_the_members() {
+    let mut world = World::with_members(2);
+    let mut records: Vec<_> = (0..12_000).map(absent).collect();
+    records.iter_mut().for_each(|record| record.name = "same".parse().expect("a name"));
+    let (me, from) = (world.hosts[0].key, world.hosts[1].key);
+    let now = world.now + seconds(1);
+    let node = world.node_mut(0);
+    let slots = node.replica.cluster_state.as_ref().expect("in a cluster").slots.runs_of(from);
+    let slots: Vec<Slot> = slots.flat_map(Run::slots).take(120).collect();
+    let lease = |(slot, record): (&Slot, &MemberRecord)| {
+        let owner = record.node;
+        let record = SlotRecord { epoch: 9, owner, state: SlotState::Leased, granter: from };
+        Run { start: *slot, len: 1, record }
+    };
+    let slots = slots.iter().zip(&records).map(lease).collect();
+    let forget = |record: &MemberRecord| Forget {
+        node: record.node,
+        round: 1,
+        forced: false,
+        successor: me,
+    };
+    let forgets = records.iter().take(6_000).map(forget).collect();
+    node.learn(now, &Facts { members: records, slots, ..Facts::default() }, Some(from));
+    node.learn(now, &Facts { forgets, ..Facts::default() }, Some(from));
+    let reclaiming = node.status().reclaiming;
+    assert_eq!(reclaiming.len(), 100, "of 120");
+    let waits_for = reclaiming[0].waits_for.as_ref().expect("this node is the successor");
+    assert_eq!((waits_for.len(), waits_for.last().map(String::as_str)), (21, Some("5981 more")));
+    node.handle(now + seconds(10), Input::Timeout);
+    assert!(node.replica.forgetting.pending.len() <= 16);
+}

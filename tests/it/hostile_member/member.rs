@@ -10,7 +10,7 @@ use gossamer::{
     lab::{Host, NetNs},
     model::{
         BootId, CallError, CallId, ClusterId, Identity, Incarnation, Mac, MemberRecord, NodeId,
-        Version, Vtep,
+        Run, Slot, SlotRecord, SlotState, Version, Vtep,
     },
     transport::{Call, Credentials, NodeKey, Received, Transport},
     wire::{Facts, Frame, GrantWish, Hello, Push, Request, Response, Token},
@@ -97,8 +97,15 @@ impl HostileMember {
         self.push(to, host, Facts { members: vec![record], ..Facts::default() });
     }
 
-    /// Tells an agent of further members, all of the name "same", and that they are active.
-    pub fn invent(&self, host: &Host, count: u16) -> anyhow::Result<()> {
+    /// Tells an agent of further members, all of the name "same". The first ones have a subnet in each of these
+    /// slots; all are active in gossip if `are_alive`.
+    pub fn invent(
+        &self,
+        host: &Host,
+        count: u16,
+        are_alive: bool,
+        slots: &[Slot],
+    ) -> anyhow::Result<()> {
         let invented = |number: u16| {
             let [high, low] = number.to_be_bytes();
             let node = NodeId::from_bytes([high, low, 7, 7, 7, 7, 7, 7]);
@@ -113,8 +120,15 @@ impl HostileMember {
         };
         let members: Vec<_> = (1..=count).map(invented).collect();
         let incarnation = Incarnation { starts: 1, renewals: 0 };
-        let active = members.iter().map(|record| Identity { node: record.node, incarnation });
-        let facts = Facts { active: active.collect(), members, ..Facts::default() };
+        let active = members.iter().filter(|_| are_alive);
+        let active = active.map(|record| Identity { node: record.node, incarnation }).collect();
+        let lease = |(slot, member): (&Slot, &MemberRecord)| {
+            let (owner, state) = (member.node, SlotState::Leased);
+            let record = SlotRecord { epoch: 9, owner, state, granter: self.node };
+            Run { start: *slot, len: 1, record }
+        };
+        let slots = slots.iter().zip(&members).map(lease).collect();
+        let facts = Facts { active, members, slots, ..Facts::default() };
         let request = Request::Exchange { buckets: u32::MAX, identity: self.identity(), facts };
         self.ask(host, request)?;
         Ok(())
