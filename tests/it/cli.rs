@@ -235,7 +235,7 @@ fn bash_completes_names_of_members() {
         assert_eq!(completed("gossamer forget --force n3")?, "n3");
         assert_eq!(completed("gossamer forget --for")?, "--former-selves --force");
         assert_eq!(completed("gossamer ping --output y")?, "yaml");
-        assert_eq!(completed("gossamer lea")?, "leases");
+        assert_eq!(completed("gossamer lease")?, "leases");
         assert!(completed("gossamer members --")?.contains("--all"));
         Ok(())
     });
