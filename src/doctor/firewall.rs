@@ -6,7 +6,7 @@ use super::{Examination, Finding, Verdict};
 use crate::{
     api::{CheckState, PathStatus},
     dataplane::{
-        foreign::{ClosedPort, ForeignChains, ForeignTables},
+        foreign::{ClosedPort, Extent, ForeignChains, ForeignTables},
         silence::open_chain,
     },
     model::{PathState, ProblemCode},
@@ -19,7 +19,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     let read = ForeignTables::open().and_then(|mut tables| {
         Ok((tables.chains(&numbers.networks)?, tables.closed_ports(&ports)?))
     });
-    let (chains, mut closed) = match read {
+    let (chains, closed) = match read {
         Ok(read) => read,
         Err(error) => {
             let seen = format!("nftables cannot be read: {error}");
@@ -33,36 +33,19 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     let is_open = |path: &PathStatus| path.state == PathState::Ok || path.pods_answer;
     let tunnels_work = paths().count() > 0 && paths().all(is_open);
     let gossip_works = examination.status().is_some_and(|status| status.connections > 0);
-    // Gossip sends so few packets that no rate limit affects it.
-    for limited in closed.iter().filter(|closed| closed.limited && is_tunnel(closed.port)) {
-        let ClosedPort { chain, port, .. } = limited;
-        findings.push(Finding::notice(
-            "firewall",
-            format!("chain {chain} drops UDP {port} above some rate"),
-            "all traffic between pods of two hosts uses that port: under load many packets are lost",
-            open_chain(chain, &[*port]),
-        ));
+    for closed in &closed {
+        let works = if is_tunnel(closed.port) { tunnels_work } else { gossip_works };
+        findings.extend(of_port(closed, is_tunnel(closed.port), works));
     }
-    closed.retain(|closed| !closed.limited);
-    for ClosedPort { chain, port, by_port, .. } in &closed {
-        let works = if is_tunnel(*port) { tunnels_work } else { gossip_works };
-        let what = if is_tunnel(*port) { "tunnel packets" } else { "gossip" };
-        let seen = format!("chain {chain} drops UDP {port}");
-        let fix = open_chain(chain, &[*port]);
-        findings.push(if works && !by_port {
-            let why =
-                format!("that is the port of {what}, according to its rules; so far they arrive");
-            Finding::notice("firewall", seen, why, fix)
-        } else {
-            let why = format!("that is the port of {what}: members do not reach this host");
-            Finding::problem("firewall", seen, why, fix)
-        });
-    }
-    if closed.is_empty() {
-        findings.push(Finding::ok(
-            "firewall",
-            format!("UDP {} and {} are accepted", ports[0], ports[1]),
-        ));
+    let some = closed.iter().find(|closed| closed.extent == Extent::Some);
+    if !findings.iter().any(|finding| finding.check == "firewall") {
+        let seen = some.map_or_else(
+            || format!("UDP {} and {} are accepted", ports[0], ports[1]),
+            |ClosedPort { chain, port, .. }| {
+                format!("packets of members arrive; chain {chain} drops some packets to UDP {port}")
+            },
+        );
+        findings.push(Finding::ok("firewall", seen));
     }
     let notices = examination.notices();
     let notices: Vec<Finding> =
@@ -74,6 +57,44 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     findings.extend(found.into_iter().filter(|finding| !is_told(finding)));
     findings.extend(notices);
     findings.extend(docker(examination, &chains));
+}
+
+/// Returns what a chain that drops packets to a port means. `works` is whether such packets of members are
+/// known to arrive.
+fn of_port(closed: &ClosedPort, is_tunnel: bool, works: bool) -> Option<Finding> {
+    let ClosedPort { chain, port, extent } = closed;
+    let fix = open_chain(chain, &[*port]);
+    let what = if is_tunnel { "tunnel packets" } else { "gossip" };
+    let finding = match extent {
+        Extent::All { by_port: false } if works => {
+            let why =
+                format!("that is the port of {what}, according to its rules; so far they arrive");
+            Finding::notice("firewall", format!("chain {chain} drops UDP {port}"), why, fix)
+        }
+        Extent::All { .. } => {
+            let why = format!("that is the port of {what}: members do not reach this host");
+            Finding::problem("firewall", format!("chain {chain} drops UDP {port}"), why, fix)
+        }
+        Extent::Some if works => return None,
+        Extent::Some => Finding::notice(
+            "firewall",
+            format!("chain {chain} drops some packets to UDP {port}"),
+            format!(
+                "that is the port of {what}, and no packet of a member is known to arrive: the rule may \
+                 match them by interface or address"
+            ),
+            fix,
+        ),
+        Extent::AboveRate if is_tunnel => Finding::notice(
+            "firewall",
+            format!("chain {chain} drops UDP {port} above some rate"),
+            "all traffic between pods of two hosts uses that port: under load many packets are lost",
+            fix,
+        ),
+        // Gossip sends so few packets that no rate limit affects it.
+        Extent::AboveRate => return None,
+    };
+    Some(finding)
 }
 
 /// Runs the check `docker`: the agent's result, or without an agent what the chains show.

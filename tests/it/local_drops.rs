@@ -1,7 +1,7 @@
 //! What a host itself does to answers for its next hops, and to tunnel packets that have arrived.
 
 use crate::{
-    common::{has_problem, isolated, run, skipped, tool, wait_until},
+    common::{client, has_problem, isolated, run, skipped, tool, wait_until},
     ip_families,
     silence_causes::{
         REPORT_TIMEOUT, mac_of, run_all, run_all_unprobed, start_pair, wait_for_path,
@@ -37,6 +37,37 @@ fn rule_that_drops_arp_answers_is_reported_and_the_advice_works() {
         wait_for_problem(&mut cluster.agents[1], &words);
         // The other host sees that the host with the rule is alive.
         wait_for_problem(&mut cluster.agents[0], &SEEN_BY_ARP);
+        tool(&host.netns, advice);
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+#[test]
+fn rule_that_drops_gossip_on_one_interface_is_named_by_status_and_doctor() {
+    isolated(|lab| {
+        let mut cluster = start_pair(lab)?;
+        let host = &cluster.hosts[1];
+        let rule = "nft add rule inet wall in iifname eth0 udp dport 8473 drop";
+        if !run(&host.netns, "nft add table inet wall").status.success() {
+            skipped(
+                "rule_that_drops_gossip_on_one_interface_is_named_by_status_and_doctor",
+                "it needs `nft` (Debian: nftables)",
+            );
+            return Ok(());
+        }
+        let chain = "nft add chain inet wall in { type filter hook input priority 0 ; }";
+        run_all(host, &[chain, rule]);
+        let advice = "nft insert rule inet wall in udp dport 8473 accept";
+        let words = ["chain inet wall in drops some packets to UDP 8473 on this host", advice];
+        wait_until("the rule is not named", REPORT_TIMEOUT, || {
+            words.iter().all(|words| has_problem(&mut cluster.agents[1], words))
+        });
+        let doctor = client(&cluster.agents[1], &["doctor"]).stdout;
+        let doctor = String::from_utf8(doctor)?;
+        let words = "NOTICE    firewall       chain inet wall in drops some packets to UDP 8473";
+        assert!(doctor.contains(words), "{doctor}");
+        assert!(!doctor.contains("UDP 8473 and 8472 are accepted"), "{doctor}");
         tool(&host.netns, advice);
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())

@@ -11,6 +11,10 @@ use super::join_log::JoinLog;
 use crate::{
     agent::{Agent, diagnosis::auditor::Detour},
     core::Labels,
+    dataplane::{
+        foreign::{ClosedPort, Extent},
+        silence::open_chain,
+    },
     model::{Liveness, NodeId, PathState, Problem, ProblemCode},
     transport::own_address_problem,
 };
@@ -144,6 +148,16 @@ impl Agent {
             "no other member answers this host: {} down",
             self.named(unreported.into_iter())
         );
+        if let Some(closed) = self.threads.monitors.silence_diagnosis.closed_gossip() {
+            let ClosedPort { chain, port, extent } = closed;
+            let (packets, advice) = match extent {
+                Extent::Some => ("some packets to ", "if these are packets of members"),
+                _ => ("", "members need this port"),
+            };
+            let what = format!("{what}; chain {chain} drops {packets}UDP {port} on this host");
+            let fix = format!("{advice}: {}", open_chain(chain, &[*port]));
+            return Some(Problem::new(ProblemCode::Isolated, Problem::HOST, what, fix));
+        }
         let address = self.node.address_of(first)?.ip();
         let dead_hop = self.kernel.traffic.routing.dead_hops.get(&address);
         let why = match state(first) {

@@ -29,7 +29,7 @@ use self::{
 use crate::{
     agent::diagnosis::tap::Tap,
     dataplane::{
-        foreign::trace::Trace,
+        foreign::{ClosedPort, Extent, ForeignTables, trace::Trace},
         silence::{Cause, Facts, IN, Place, Suspect, Verdict, Watch},
     },
     model::{Mac, NodeId, Problem},
@@ -73,6 +73,8 @@ pub struct Case {
     pub place: Place,
     /// Whether packets leave by the underlay's interface whatever the main routing table says.
     pub pinned: bool,
+    /// Whether no other member answers: the rules at the port of gossip are read.
+    pub isolated: bool,
     /// The silent peers.
     pub suspects: Vec<Suspect>,
 }
@@ -86,6 +88,8 @@ pub struct SilenceFindings {
     pub claim: Option<Problem>,
     /// Verdicts on the peers diagnosed last.
     pub verdicts: Verdicts,
+    /// Chains that drop packets to the port of gossip; read while no other member answers.
+    pub closed_gossip: Option<ClosedPort>,
 }
 
 /// The event loop's handle of the thread.
@@ -98,6 +102,27 @@ pub struct SilenceDiagnosis {
     findings: SilenceFindings,
     /// Peers with a verdict that are no longer silent, and since when.
     recovered: BTreeMap<NodeId, Instant>,
+}
+
+impl Case {
+    /// Whether there is something to find out.
+    const fn is_due(&self) -> bool {
+        self.isolated || !self.suspects.is_empty()
+    }
+
+    /// Returns a chain that drops packets to the port of gossip, preferably all of them, if no other member
+    /// answers.
+    fn closed_gossip(&self) -> Option<ClosedPort> {
+        if !self.isolated {
+            return None;
+        }
+        let read = |mut tables: ForeignTables| tables.closed_ports(&[self.place.gossip]);
+        let closed = ForeignTables::open().and_then(read);
+        let closed = closed.inspect_err(|error| tracing::debug!(%error, "nftables not read"));
+        let is_closed = |closed: &ClosedPort| closed.extent != Extent::AboveRate;
+        let closed = closed.ok()?.into_iter().filter(is_closed);
+        closed.min_by_key(|closed| closed.extent)
+    }
 }
 
 impl Order for Option<Case> {
@@ -123,6 +148,7 @@ impl SilenceDiagnosis {
             due: None,
             claim_due: None,
             claim: None,
+            closed_gossip: None,
             duplicates: BTreeMap::new(),
         };
         let worker = Worker::start("silence", move |orders| begin(orders).run())?;
@@ -156,6 +182,8 @@ struct Diagnoser<F> {
     claim_due: Option<Instant>,
     /// The sentence that another machine has it.
     claim: Option<Problem>,
+    /// A chain that drops packets to the port of gossip, if the last diagnosis read it.
+    closed_gossip: Option<ClosedPort>,
     /// Silent peers that were seen with a hardware address of this host.
     duplicates: BTreeMap<NodeId, Mac>,
 }
@@ -189,6 +217,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                     if place(&self.case) != before {
                         self.claim_due = self.case.is_some().then_some(now + CLAIM_FIRST_CHECK);
                     }
+                    let is_due = self.case.as_ref().is_some_and(Case::is_due);
                     let suspects = self.case.as_ref().map(|case| &case.suspects);
                     let is_silent = |node: &NodeId| {
                         suspects
@@ -196,7 +225,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                     };
                     self.duplicates.retain(|node, _| is_silent(node));
                     self.pause = FIRST_PAUSE;
-                    self.due = suspects.filter(|all| !all.is_empty()).map(|_| now + SETTLE_TIME);
+                    self.due = is_due.then(|| now + SETTLE_TIME);
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -215,13 +244,22 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         self.group = if count > MAX_DIAGNOSED { self.group + 1 } else { 0 };
         self.due = Some(now + self.pause);
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        match self.diagnose(&case, &diagnosed) {
-            Ok(Some(verdicts)) => {
-                (self.report)(SilenceFindings { claim: self.claim.clone(), verdicts })
-            }
+        self.closed_gossip = case.closed_gossip();
+        let verdicts = match diagnosed.is_empty() {
+            true => Ok(Some(Verdicts::new())),
+            false => self.diagnose(&case, &diagnosed),
+        };
+        match verdicts {
+            Ok(Some(verdicts)) => self.report(verdicts),
             Ok(None) => {}
             Err(error) => tracing::debug!(%error, "silent peers not diagnosed"),
         }
+    }
+
+    /// Reports new verdicts, and what is known of this host.
+    fn report(&self, verdicts: Verdicts) {
+        let (claim, closed_gossip) = (self.claim.clone(), self.closed_gossip.clone());
+        (self.report)(SilenceFindings { claim, verdicts, closed_gossip });
     }
 
     /// Checks whether another machine has this host's address: that can affect some packets and not others.
@@ -235,10 +273,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         let Some(neighbor_queries) = queries else { return };
         let before = self.claim.clone();
         match self.capture_claims(&place, &neighbors, &neighbor_queries) {
-            Ok(()) if self.claim != before => {
-                let claim = self.claim.clone();
-                (self.report)(SilenceFindings { claim, verdicts: BTreeMap::new() });
-            }
+            Ok(()) if self.claim != before => self.report(Verdicts::new()),
             Ok(()) => {}
             Err(error) => tracing::debug!(%error, "own address not checked"),
         }

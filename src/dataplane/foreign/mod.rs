@@ -23,7 +23,7 @@ use ipnet::IpNet;
 pub use self::{
     forward::{ClosingChain, ForeignChains, LostPackets, OwnHook},
     partial::{Act, ForeignRules, LegacyTable, Partial, Traffic, Way},
-    ports::ClosedPort,
+    ports::{ClosedPort, Extent},
 };
 use self::{
     forward::{redirecting_chains, translating_chains},

@@ -1,7 +1,7 @@
 //! UDP ports that foreign chains close. Chains are only read, to report them.
 //!
-//! Ports that are closed for some senders only are not reported: a rule that compares addresses or
-//! looks up a set is taken to be intended.
+//! A rule that drops packets of some senders or interfaces only may be intended. It is named with that
+//! extent.
 
 use std::{collections::BTreeSet, io};
 
@@ -43,6 +43,8 @@ enum Effect {
         /// Whether the rule names the port.
         by_port: bool,
     },
+    /// Drops some of them: the rule names the port, and has further conditions.
+    DropsSome,
     /// Drops those above a rate.
     Limits,
     /// Accepts those up to a rate, or returns with them from the chain.
@@ -67,10 +69,22 @@ pub struct ClosedPort {
     pub chain: String,
     /// The UDP port.
     pub port: u16,
-    /// Whether a rule names the port; otherwise it is dropped like the remaining packets.
-    pub by_port: bool,
-    /// Whether only packets above a rate are dropped.
-    pub limited: bool,
+    /// Which of the packets to the port are dropped.
+    pub extent: Extent,
+}
+
+/// Which packets to a port a chain drops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Extent {
+    /// All of them.
+    All {
+        /// Whether a rule names the port; otherwise it is dropped like the remaining packets.
+        by_port: bool,
+    },
+    /// Those that meet further conditions of a rule, such as an interface or a source.
+    Some,
+    /// Those above a rate.
+    AboveRate,
 }
 
 /// Returns the input base chains that drop packets to one of these ports, and the output base chains that
@@ -94,13 +108,17 @@ pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeS
         let (own, others): (Vec<_>, Vec<_>) =
             rules.iter().partition(|rule| name_of(rule, nfta::RULE_CHAIN) == name);
         for port in ports {
-            let closed_by = how_closed(&own, &others, *port, base.drops);
-            if let Some(by_port) = closed_by.filter(|_| base.hook == INPUT) {
+            let dropped = how_closed(&own, &others, *port, base.drops);
+            let dropped = dropped.filter(|_| base.hook == INPUT);
+            let is_limited = || limits(&own, &others, *port, base.drops, MAX_JUMPS) == Some(true);
+            let extent = match dropped {
+                Some(Extent::All { .. }) => dropped,
+                _ if is_limited() => Some(Extent::AboveRate),
+                _ => dropped,
+            };
+            if let Some(extent) = extent {
                 let chain = format!("{} {table} {name}", family_name(chain.family));
-                closed.insert(ClosedPort { chain, port: *port, by_port, limited: false });
-            } else if limits(&own, &others, *port, base.drops, MAX_JUMPS) == Some(true) {
-                let chain = format!("{} {table} {name}", family_name(chain.family));
-                closed.insert(ClosedPort { chain, port: *port, by_port: false, limited: true });
+                closed.insert(ClosedPort { chain, port: *port, extent });
             }
         }
     }
@@ -172,14 +190,15 @@ fn may_concern(rule: &Object, port: u16) -> bool {
     true
 }
 
-/// Returns whether the chain drops packets to the port: `Some(true)` if by a rule that names the
-/// port. The first rule that concerns the port decides. If a rule leads to another chain, all rules
-/// of the table's other chains count: one that accepts the port, or else one that drops it by name.
-fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) -> Option<bool> {
+/// Returns which packets to the port the chain drops. The first rule that decides on all of them decides. If a
+/// rule leads to another chain, all rules of the table's other chains count: one that accepts the port, or else
+/// one that drops it by name.
+fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) -> Option<Extent> {
+    let mut some = None;
     for rule in own {
         match effect(rule, port) {
-            Effect::Drops { by_port } => return Some(by_port),
-            Effect::Accepts | Effect::PassesUpToRate => return None,
+            Effect::Drops { by_port } => return Some(Extent::All { by_port }),
+            Effect::Accepts | Effect::PassesUpToRate => return some,
             Effect::Leads { .. } => {
                 let effects = || others.iter().map(|rule| effect(rule, port));
                 let accepts = |rule: &&Object| match effect(rule, port) {
@@ -188,18 +207,22 @@ fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) 
                     _ => false,
                 };
                 if others.iter().any(accepts) {
-                    return None;
+                    return some;
                 }
                 // Rules there that drop everything may belong to a chain that other packets are led
                 // to.
                 if effects().any(|effect| effect == Effect::Drops { by_port: true }) {
-                    return Some(true);
+                    return Some(Extent::All { by_port: true });
+                }
+                if effects().any(|effect| effect == Effect::DropsSome) {
+                    some = Some(Extent::Some);
                 }
             }
+            Effect::DropsSome => some = Some(Extent::Some),
             Effect::Limits | Effect::Returns | Effect::Nothing => {}
         }
     }
-    by_default.then_some(false)
+    if by_default { Some(Extent::All { by_port: false }) } else { some }
 }
 
 /// Returns whether a chain drops packets above a rate before any rule accepts them; `None` if it
@@ -228,7 +251,7 @@ fn limits(
                     return decided;
                 }
             }
-            Effect::Leads { .. } | Effect::Nothing => {}
+            Effect::Leads { .. } | Effect::DropsSome | Effect::Nothing => {}
         }
     }
     (by_default && is_rated).then_some(true)
@@ -281,6 +304,7 @@ fn effect(rule: &Object, port: u16) -> Effect {
         rules::Effect::Accepts if names_port || by_set || !narrowed && !limited => Effect::Accepts,
         rules::Effect::Drops if limited && takes_all => Effect::Limits,
         rules::Effect::Drops if takes_all => Effect::Drops { by_port: names_port },
+        rules::Effect::Drops if names_port && !limited => Effect::DropsSome,
         rules::Effect::Leads => Effect::Leads { all: takes_all && !limited },
         _ => Effect::Nothing,
     }
@@ -378,6 +402,29 @@ mod tests {
         assert!(!is_limited(&[jump(1), reject()], false), "all are dropped");
         assert!(!is_limited(&[jump(1), rated.clone()], false), "none are dropped");
         assert!(!is_limited(&[jump(1), rated, whole, reject()], false));
+    }
+
+    #[test]
+    fn drop_of_the_port_with_a_further_condition_closes_it_for_some_packets() {
+        let named = || cmp(0, &PORT.to_be_bytes());
+        let by_interface = || vec![out(), cmp(0, b"eth0\0"), named()];
+        let with = |mut conditions: Vec<Expression>, decision| {
+            conditions.push(verdict(decision, None));
+            rule("INPUT", conditions)
+        };
+        let extent = |rules: &[Object], by_default| {
+            how_closed(&rules.iter().collect::<Vec<_>>(), &[], PORT, by_default)
+        };
+        let dropped = with(by_interface(), rules::DROP);
+        let accepted = with(vec![named()], rules::ACCEPT);
+        let all = with(vec![named()], rules::DROP);
+        let other_port = with(vec![out(), cmp(0, b"eth0\0"), cmp(0, &[0, 80])], rules::DROP);
+        assert_eq!(extent(std::slice::from_ref(&dropped), false), Some(Extent::Some));
+        assert_eq!(extent(&[dropped.clone(), accepted.clone()], true), Some(Extent::Some));
+        let closed = Some(Extent::All { by_port: true });
+        assert_eq!(extent(&[dropped.clone(), all], false), closed);
+        assert_eq!(extent(&[accepted, dropped], false), None);
+        assert_eq!(extent(&[other_port], false), None);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::{
         host::{conntrack, fragments},
     },
     dataplane::{
-        foreign::{ClosedPort, ForeignTables, LostPackets},
+        foreign::{ClosedPort, Extent, ForeignTables, LostPackets},
         forwarding::{Direction, Transport, Way},
         silence::{DroppingRule, open_chain},
     },
@@ -458,7 +458,9 @@ pub fn input(setting: &Setting) -> Vec<Problem> {
         let what = format!("chain {chain} drops UDP {port}, so tunnel packets do not arrive");
         Problem::new(ProblemCode::TunnelInput, chain, what, open_chain(chain, &[*port]))
     };
-    closed.iter().filter(|closed| !closed.limited).map(problem).collect()
+    // The trace of a lost packet names a rule that drops some of them.
+    let is_closed = |closed: &&ClosedPort| matches!(closed.extent, Extent::All { .. });
+    closed.iter().filter(is_closed).map(problem).collect()
 }
 
 /// Returns whether the host is known to forward no packets of a family.

@@ -10,6 +10,7 @@ use crate::{
     agent::Agent,
     dataplane::{
         desired::{Way, device_name},
+        foreign::ClosedPort,
         silence::{Place, Suspect, Verdict},
     },
     model::{NodeId, PathState, Problem},
@@ -31,6 +32,11 @@ impl SilenceDiagnosis {
         self.findings.claim.as_ref()
     }
 
+    /// Returns a chain that drops packets to the port of gossip while no other member answers.
+    pub const fn closed_gossip(&self) -> Option<&ClosedPort> {
+        self.findings.closed_gossip.as_ref()
+    }
+
     /// Orders a case, if it has changed, and drops the verdicts on peers that recovered a while ago.
     fn set(&mut self, case: Option<Case>) {
         if self.ordered == case {
@@ -39,6 +45,9 @@ impl SilenceDiagnosis {
         let suspects = case.iter().flat_map(|case| &case.suspects);
         let silent: BTreeSet<NodeId> = suspects.map(|suspect| suspect.node).collect();
         let Self { findings, recovered, .. } = self;
+        if !case.as_ref().is_some_and(|case| case.isolated) {
+            findings.closed_gossip = None;
+        }
         let is_kept = |at: &Instant| at.elapsed() < VERDICT_LIFETIME;
         findings.verdicts.retain(|node, _| recovered.get(node).is_none_or(is_kept));
         recovered.retain(|node, _| !silent.contains(node) && findings.verdicts.contains_key(node));
@@ -60,7 +69,7 @@ impl Agent {
     /// Stores the findings about peers that are still silent, and logs new causes.
     pub(in crate::agent) fn on_silence_findings(
         &mut self,
-        SilenceFindings { claim, verdicts }: SilenceFindings,
+        SilenceFindings { claim, verdicts, closed_gossip }: SilenceFindings,
     ) {
         let ordered =
             self.threads.monitors.silence_diagnosis.ordered.iter().flat_map(|case| &case.suspects);
@@ -69,6 +78,7 @@ impl Agent {
         let mut new: Vec<Problem> = Vec::new();
         new.extend(claim.clone().filter(|_| known.claim != claim));
         known.claim = claim;
+        known.closed_gossip = closed_gossip;
         for (node, verdict) in verdicts.into_iter().filter(|(node, _)| silent.contains(node)) {
             let is_known = |cause: &Problem| {
                 known.claim.as_ref() == Some(cause)
@@ -128,6 +138,7 @@ impl Agent {
             overlay: view.settings.pool.network(),
         };
         let pinned = self.underlay.pinned;
-        Some(Case { place, pinned, suspects })
+        let isolated = self.is_isolated();
+        Some(Case { place, pinned, isolated, suspects })
     }
 }
