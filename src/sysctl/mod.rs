@@ -46,6 +46,11 @@ pub fn has_strict_rp_filter(interface: &str) -> bool {
     value("all").max(value(interface)) == Some(STRICT)
 }
 
+/// Returns whether the host is known to forward no packets of a family.
+pub fn is_forwarding_off(ipv4: bool) -> bool {
+    is_off(forwarding_sysctl(ipv4))
+}
+
 /// Returns the value of a numeric sysctl; `None` if it does not exist or cannot be read.
 pub fn number(name: &str) -> Option<u8> {
     read(name)?.parse().ok()

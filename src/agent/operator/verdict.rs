@@ -5,7 +5,7 @@ use crate::{
     api::Verdict,
     core::Phase,
     dataplane::forwarding::{Direction, Transport},
-    model::{Problem, ProblemCode, dotted, family_name, forwarding_sysctl, visible},
+    model::{Problem, ProblemCode, family_name, visible},
 };
 
 /// Problems that make the node not ready whatever else works.
@@ -36,7 +36,7 @@ impl Agent {
         let blocking = problems.iter().find(|problem| BLOCKING.contains(&problem.code));
         let blocking = blocking.map(|problem| problem.what.clone());
         let unfinished = || (!self.has_converged()).then(|| "it has not converged yet".to_owned());
-        blocking.or_else(|| self.cut_off_reason(problems)).or_else(unfinished)
+        blocking.or_else(|| self.cut_off_reason()).or_else(unfinished)
     }
 
     /// Returns why the node is not ready before a member has admitted it.
@@ -53,22 +53,17 @@ impl Agent {
     }
 
     /// Returns why packets of pods of all address families are dropped on this host.
-    fn cut_off_reason(&self, problems: &[Problem]) -> Option<String> {
+    fn cut_off_reason(&self) -> Option<String> {
         let networks = self.kernel.wanted.view.as_ref()?.settings.pool.networks();
-        let reasons =
-            networks.iter().map(|network| self.family_reason(network.addr().is_ipv4(), problems));
+        let reasons = networks.iter().map(|network| self.family_reason(network.addr().is_ipv4()));
         let reasons: Option<Vec<String>> = reasons.collect();
         reasons?.into_iter().next()
     }
 
     /// Returns why packets of pods of one address family are dropped on this host.
-    fn family_reason(&self, ipv4: bool, problems: &[Problem]) -> Option<String> {
-        let sysctl = dotted(forwarding_sysctl(ipv4));
-        let is_off = |problem: &&Problem| {
-            problem.code == ProblemCode::ForwardingOff && problem.subject == sysctl
-        };
-        if let Some(problem) = problems.iter().find(is_off) {
-            return Some(problem.what.clone());
+    fn family_reason(&self, ipv4: bool) -> Option<String> {
+        if let Some(reason) = self.kernel.host.forwarding_off.get(&ipv4) {
+            return Some(reason.clone());
         }
         let closed = &self.kernel.traffic.forwarding.closed;
         let is_closed =

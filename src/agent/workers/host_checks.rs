@@ -44,6 +44,9 @@ pub struct HostState {
     pub problems: Vec<Problem>,
     /// What could not be checked.
     pub notices: Vec<Problem>,
+    /// For each family that this host does not forward (IPv4: true), what is wrong, as one of the problems
+    /// says.
+    pub forwarding_off: BTreeMap<bool, String>,
     /// Whether the kernel's connection tracking table is full and drops packets, as one of the problems
     /// says.
     pub is_table_full: bool,
@@ -64,6 +67,7 @@ pub struct HostChecks {
     sysctls: HostSysctls,
     netlink: io::Result<Netlink>,
     problems: Vec<Problem>,
+    forwarding_off: BTreeMap<bool, String>,
     notices: Vec<Problem>,
     repaired: Vec<&'static str>,
     /// Repeated conflicts with other programs about entries, the table and sysctls.
@@ -157,6 +161,7 @@ impl HostChecks {
             sysctls: HostSysctls::new(mode, set_sysctls),
             netlink: Netlink::open(),
             problems: Vec::new(),
+            forwarding_off: BTreeMap::new(),
             notices: Vec::new(),
             repaired: Vec::new(),
             repair_conflicts: RepairConflicts::new(),
@@ -227,13 +232,14 @@ impl HostChecks {
         self.chains.read(&networks, desired);
         self.notices = sysctl::unreadable().into_iter().collect();
         self.problems = self.full_tables.check(&mut self.netlink);
-        let SysctlFindings { problems, open, repaired } = self.sysctls.check(
+        let SysctlFindings { problems, forwarding_off, open, repaired } = self.sysctls.check(
             &networks,
             [&desired.device.name, bridge, underlay],
             &mut self.netlink,
             self.repair_conflicts.is_under_way(Kind::Sysctls),
         );
         self.problems.extend(problems);
+        self.forwarding_off = forwarding_off;
         self.repaired.extend(repaired);
         if self.repaired.contains(&"sysctl") {
             self.repair_conflicts.note(Kind::Sysctls, "forwarding and what goes with it", None);
@@ -257,6 +263,7 @@ impl HostChecks {
         let state = HostState {
             problems: problems.collect(),
             notices: self.notices.clone(),
+            forwarding_off: self.forwarding_off.clone(),
             is_table_full: self.full_tables.connections.is_full(),
             refuses_routers: self.own_table.guarded,
             dropped: self.own_table.dropped,

@@ -11,7 +11,7 @@ use crate::{
         audit::{Cause, Evidence, Expected, InterfaceState, Kind, Lookup, LookupResult},
         desired::{Desired, ROUTE_PROTOCOL},
     },
-    model::{Condition, forwarding_sysctl, interface_forwarding_sysctl},
+    model::{Condition, interface_forwarding_sysctl},
     netlink::{
         Netlink,
         link::Link,
@@ -185,7 +185,7 @@ impl<'a> Witness<'a> {
             rules,
             without_main: host_facts.without_main[family],
             refusals: others.map(|r| (r.destination, r.kind, r.table, r.condition)).collect(),
-            forwards: !sysctl::is_off(forwarding_sysctl(query.to.is_ipv4())),
+            forwards: !sysctl::is_forwarding_off(query.to.is_ipv4()),
             default_off: sysctl::is_off(&interface_forwarding_sysctl(true, "default")),
         })
     }

@@ -24,7 +24,7 @@ use crate::{
         forwarding::{Direction, Transport, Way},
         silence::{DroppingRule, open_chain},
     },
-    model::{Problem, ProblemCode, family_name, forwarding_sysctl, rule_family},
+    model::{Problem, ProblemCode, family_name, rule_family},
     netlink::{Netlink, link::Link},
     sysctl,
 };
@@ -461,9 +461,4 @@ pub fn input(setting: &Setting) -> Vec<Problem> {
     // The trace of a lost packet names a rule that drops some of them.
     let is_closed = |closed: &&ClosedPort| matches!(closed.extent, Extent::All { .. });
     closed.iter().filter(is_closed).map(problem).collect()
-}
-
-/// Returns whether the host is known to forward no packets of a family.
-pub fn is_forwarding_off(ipv4: bool) -> bool {
-    sysctl::is_off(forwarding_sysctl(ipv4))
 }

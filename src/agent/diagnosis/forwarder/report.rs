@@ -1,10 +1,11 @@
 //! The verdict and the problems that the forwarder thread reports.
 
-use super::{ForwarderEvent, Forwarding, TrialRunner, explain};
+use super::{ForwarderEvent, Forwarding, TrialRunner};
 use crate::{
     api::{CheckState, CheckStatus},
     dataplane::forwarding::{Direction, Way, list},
     model::{Problem, ProblemCode},
+    sysctl,
 };
 
 impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
@@ -33,7 +34,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         // If forwarding is off, the sysctl's problem says so; and without a gateway no way leads out.
         let is_told = |way: &Way| {
             let has_gateway = !self.reasons.gateway.contains_key(&way.ipv4);
-            way.direction.is_through() && has_gateway && !explain::is_forwarding_off(way.ipv4)
+            way.direction.is_through() && has_gateway && !sysctl::is_forwarding_off(way.ipv4)
         };
         let reported_ways: Vec<Way> = closed.iter().copied().filter(is_told).collect();
         if !reported_ways.is_empty() {

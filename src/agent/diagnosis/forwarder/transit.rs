@@ -25,6 +25,7 @@ use crate::{
     },
     model::{Problem, ProblemCode},
     netlink::{Netlink, link::Link, route::Query},
+    sysctl,
 };
 
 /// Shortest time between two readings of unchanged rules.
@@ -206,7 +207,7 @@ fn closed(netlink: &mut Netlink, setting: &Setting) -> Vec<Closed> {
     let links = netlink.links().unwrap_or_default();
     let passes = |from: &Link, to: &Link| match from.index == to.index {
         true => from.kind == "bridge" && hosts[&from.index].len() > 1,
-        false => !explain::is_forwarding_off(ipv4),
+        false => !sysctl::is_forwarding_off(ipv4),
     };
     let on_the_way: Vec<&Link> =
         links.iter().filter(|link| hosts.contains_key(&link.index)).collect();

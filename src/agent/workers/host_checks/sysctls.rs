@@ -1,13 +1,18 @@
 //! The sysctls of the host that pods need, and forwarding that another program switches off.
 
-use std::{collections::BTreeSet, io, os::fd::BorrowedFd, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::BorrowedFd,
+    time::Instant,
+};
 
 use ipnet::IpNet;
 
 use crate::{
     dataplane::{
         desired::Mode,
-        kernel::required_sysctls,
+        kernel::required_sysctls::{self, Sysctl},
         toggled::{ForwardingChanges, Setting},
     },
     model::{Problem, Time},
@@ -46,6 +51,8 @@ struct ForwardingSwitches {
 pub(super) struct SysctlFindings {
     /// What is wrong and was not set.
     pub(super) problems: Vec<Problem>,
+    /// For each family that this host does not forward (IPv4: true), what is wrong.
+    pub(super) forwarding_off: BTreeMap<bool, String>,
     /// What lets members change this host's routes, which matters without the guard.
     pub(super) open: Vec<Problem>,
     /// One entry for each repair.
@@ -96,7 +103,7 @@ impl HostSysctls {
                 continue;
             };
             if !self.are_set {
-                findings.problems.push(problem);
+                findings.add(&setting, problem);
                 continue;
             }
             let was_correct = self.correct.remove(setting.name());
@@ -106,7 +113,7 @@ impl HostSysctls {
                     self.correct.insert(setting.name().to_owned());
                     findings.repaired.extend(was_correct.then_some("sysctl"));
                 }
-                Err(problem) => findings.problems.push(problem),
+                Err(problem) => findings.add(&setting, problem),
             }
         }
         let switched_off = self.switches.problems([device, bridge], netlink);
@@ -123,6 +130,15 @@ impl HostSysctls {
         self.was_closed = closed.problems.is_empty();
         findings.open = closed.problems;
         findings
+    }
+}
+
+impl SysctlFindings {
+    /// Adds the problem of a setting that keeps its wrong value.
+    fn add(&mut self, setting: &Sysctl, problem: Problem) {
+        let family = setting.forwards_ipv4();
+        self.forwarding_off.extend(family.map(|ipv4| (ipv4, problem.what.clone())));
+        self.problems.push(problem);
     }
 }
 
