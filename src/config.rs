@@ -8,7 +8,7 @@
 //! from elsewhere.
 
 use std::{
-    fs,
+    fs, io,
     net::{IpAddr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
@@ -144,6 +144,8 @@ pub struct ConfigError {
     pub field: String,
     /// What is wrong, and the remedy.
     pub problem: String,
+    /// Whether this user may not read the file.
+    pub is_refused: bool,
 }
 
 impl Config {
@@ -159,11 +161,11 @@ impl Config {
 /// Fails if the file cannot be read, is accessible to other users, or holds no valid token.
 pub fn read_token_file(path: &Path) -> Result<Token, ConfigError> {
     let field = format!("token_file {}", path.display());
-    let meta = fs::metadata(path).map_err(|error| bad(field.clone(), error))?;
+    let meta = fs::metadata(path).map_err(|error| unreadable(&field, &error))?;
     if meta.permissions().mode() & 0o077 != 0 {
         return Err(bad(field, "other users have access to it: run chmod 600 on it"));
     }
-    let text = files::read_text(path, files::SMALL).map_err(|error| bad(field.clone(), error))?;
+    let text = files::read_text(path, files::SMALL).map_err(|error| unreadable(&field, &error))?;
     parse_token(&field, &text)
 }
 
@@ -453,7 +455,12 @@ fn address(field: &str, text: &str) -> Result<(IpAddr, Option<u16>), ConfigError
 }
 
 fn bad(field: impl Into<String>, problem: impl std::fmt::Display) -> ConfigError {
-    ConfigError { field: field.into(), problem: problem.to_string() }
+    ConfigError { field: field.into(), problem: problem.to_string(), is_refused: false }
+}
+
+/// Returns the error of a file that cannot be read.
+fn unreadable(field: &str, error: &io::Error) -> ConfigError {
+    ConfigError { is_refused: error.kind() == io::ErrorKind::PermissionDenied, ..bad(field, error) }
 }
 
 /// Returns all settings of the shipped example as one file, as a sample for the fuzzer.

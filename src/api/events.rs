@@ -5,6 +5,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
+use super::MemberState;
+use crate::model::NodeId;
+
 /// A change that an operator may want to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -19,6 +22,21 @@ pub struct Event {
     pub level: EventLevel,
     /// Description for people.
     pub text: String,
+    /// The member whose state changed; `null` for other events.
+    #[serde(default)]
+    pub member: Option<MemberChange>,
+}
+
+/// The new state of a member.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct MemberChange {
+    /// Its identity.
+    pub node: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Its state from now on.
+    pub state: MemberState,
 }
 
 /// What an event is about.

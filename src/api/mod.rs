@@ -31,7 +31,8 @@ pub use client::{
 };
 pub use error::{ApiError, ApiErrorCode};
 pub use events::{
-    Event, EventFeed, EventKind, EventLevel, PastEvents, SAMPLE_INTERVAL, Sample, Samples,
+    Event, EventFeed, EventKind, EventLevel, MemberChange, PastEvents, SAMPLE_INTERVAL, Sample,
+    Samples,
 };
 pub use matrix::{EncodedMatrix, Matrix, MatrixPath, MatrixRow};
 pub use members::{FreeRange, Member, MemberState, Reclaiming, SlotCounts};

@@ -92,6 +92,7 @@ fn examination(args: &DoctorArgs) -> Examination {
         })
     };
     let response = block_on(async { tokio::time::timeout(QUERY_TIMEOUT, query).await });
+    let is_agent_refused = matches!(response, Ok(Ok(Err(ClientError::NotPermitted { .. }))));
     let (agent, agent_error) = match response {
         Ok(Ok(Ok(agent))) => (Some(agent), None),
         Ok(Ok(Err(error))) => (None, Some(error.to_string())),
@@ -99,7 +100,7 @@ fn examination(args: &DoctorArgs) -> Examination {
         Err(error) => (None, Some(error.to_string())),
     };
     let has_settings_file = config_file(args).is_some();
-    Examination { config, agent, agent_error, socket, has_settings_file }
+    Examination { config, agent, agent_error, is_agent_refused, socket, has_settings_file }
 }
 
 fn pluralized(count: usize, what: &str) -> String {

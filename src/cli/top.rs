@@ -369,6 +369,7 @@ mod tests {
             kind: api::EventKind::Path,
             level: EventLevel::Warn,
             text: "lost".to_owned(),
+            member: None,
         };
         Picture {
             status: Some(serde_json::from_value(status).expect("a status")),

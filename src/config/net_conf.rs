@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{ConfigError, Settings, bad};
+use super::{ConfigError, Settings, bad, unreadable};
 use crate::{
     dataplane::desired::{Mode, overhead},
     files,
@@ -16,7 +16,7 @@ use crate::{
 /// Reads the file and converts it to settings.
 pub(super) fn read(path: &Path) -> Result<Settings, ConfigError> {
     let field = format!("net_config {}", path.display());
-    let text = files::read_text(path, files::SMALL).map_err(|e| bad(field.clone(), e))?;
+    let text = files::read_text(path, files::SMALL).map_err(|e| unreadable(&field, &e))?;
     parse(&text).map_err(|problem| bad(field, problem))
 }
 

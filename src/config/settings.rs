@@ -8,7 +8,9 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{ConfigError, Instance, bad, choices, instance::DOCKER_PLUGINS, net_conf, unknown};
+use super::{
+    ConfigError, Instance, choices, instance::DOCKER_PLUGINS, net_conf, unknown, unreadable,
+};
 use crate::{
     dataplane::{demand::Program, desired::Mode},
     files,
@@ -238,7 +240,7 @@ impl Settings {
     /// Reads the TOML file alone, without environment and `net_config`.
     fn from_toml(path: &Path) -> Result<Self, ConfigError> {
         let text = files::read_text(path, files::SMALL);
-        Self::parse(path, &text.map_err(|e| bad(format!("config {}", path.display()), e))?)
+        Self::parse(path, &text.map_err(|e| unreadable(&format!("config {}", path.display()), &e))?)
     }
 
     /// Parses the text of a TOML file.

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use super::{Agent, Examination, Finding};
 use crate::{
     api::{
-        AgentStatus, EntryVerdict, Event, EventKind, KernelEntry, KernelStatus, Member, PathStatus,
-        VerdictState,
+        AgentStatus, EntryVerdict, Event, KernelEntry, KernelStatus, Member, MemberState,
+        PathStatus, VerdictState,
     },
-    model::{CallError, PathState, Problem, ProblemCode},
+    model::{CallError, PathState},
     runtime::block_on,
     store::read_token,
     transport::{check_seeds, is_own_address, own_address_problem},
@@ -26,16 +26,29 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         return;
     };
     let Agent { status, routes, events, .. } = agent;
-    let paths = paths(status);
-    let members = members(status, events);
-    let identity = identity(status);
-    let of_cluster = [&paths[..], &members, std::slice::from_ref(&identity)].concat();
-    findings.push(Finding::ok("seeds", format!("{} connections to members", status.connections)));
-    findings.extend(agent_problems(status, &[&of_cluster[..], findings].concat()));
-    findings.extend(members);
-    findings.extend(paths);
+    if !examination.has_told("seeds") {
+        let seen = format!("{} connections to members", status.connections);
+        findings.push(Finding::ok("seeds", seen));
+    }
+    let is_told = ["agent", "seeds"].iter().any(|check| examination.has_problem(check));
+    let mut of_agent = state_of_agent(status, is_told);
+    if of_agent.is_empty() && !examination.has_problem("agent") {
+        let subnet = status.subnet.map(|subnet| subnet.to_string()).unwrap_or_default();
+        of_agent.push(Finding::ok("agent", format!("converged, with {subnet}")));
+    }
+    findings.extend(of_agent);
+    let flapping = flapping(events);
+    if flapping.is_empty() && !examination.has_problem("members") {
+        findings.push(Finding::ok("members", format!("{} alive", status.members_alive())));
+    }
+    findings.extend(flapping);
+    if !examination.has_problem("paths") {
+        findings.push(paths(status));
+    }
     findings.extend(addresses(status));
-    findings.push(identity);
+    if !examination.has_told("identity") {
+        findings.push(Finding::ok("identity", format!("this node alone is {}", status.node)));
+    }
     findings.push(offload(&status.kernel));
     findings.push(tables(routes.as_deref()));
 }
@@ -50,23 +63,17 @@ fn no_agent(examination: &Examination) -> Finding {
         "its kernel entries keep working, but nothing is repaired and new members are not reached",
         "start it: systemctl start gossamer, or gossamer agent",
     )
+    .refused_if(examination.is_agent_refused)
 }
 
-/// Problems of the agent that a copied or restored state directory causes.
-const OF_IDENTITY: [ProblemCode; 3] =
-    [ProblemCode::DuplicateIdentity, ProblemCode::RolledBack, ProblemCode::OwnershipConflict];
-
-/// Returns the agent's problems that no other check has reported.
-fn agent_problems(status: &AgentStatus, findings: &[Finding]) -> Vec<Finding> {
-    let is_told = |problem: &&Problem| findings.iter().any(|finding| finding.reports(problem));
-    let untold = status.problems.iter().filter(|problem| !is_told(problem));
-    let mut agent_problems: Vec<Finding> =
-        untold.map(|problem| Finding::of("agent", problem)).collect();
-    if !status.converged && agent_problems.is_empty() {
+/// Returns what is wrong with the agent as a whole. `is_told`: it reports why it has not converged.
+fn state_of_agent(status: &AgentStatus, is_told: bool) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if !status.converged && !is_told {
         let is_ready = status.verdict.state != VerdictState::NotReady;
         // After a change, the agent of a ready node converges within a moment.
         let unfinished = if is_ready { Finding::notice } else { Finding::problem };
-        agent_problems.push(unfinished(
+        findings.push(unfinished(
             "agent",
             &format!("it has not converged (it is {})", status.phase.name()),
             "until then some members cannot reach its pods",
@@ -74,80 +81,57 @@ fn agent_problems(status: &AgentStatus, findings: &[Finding]) -> Vec<Finding> {
         ));
     }
     if status.version != env!("CARGO_PKG_VERSION") {
-        agent_problems.push(Finding::notice(
+        findings.push(Finding::notice(
             "agent",
             format!("it runs version {}, this is {}", status.version, env!("CARGO_PKG_VERSION")),
             "the program was replaced, and the agent still runs the old one",
             "restart it, which interrupts no traffic: systemctl restart gossamer",
         ));
     }
-    if agent_problems.is_empty() {
-        let subnet = status.subnet.map(|subnet| subnet.to_string()).unwrap_or_default();
-        agent_problems.push(Finding::ok("agent", format!("converged, with {subnet}")));
-    }
-    agent_problems
+    findings
 }
 
-fn members(status: &AgentStatus, events: &[Event]) -> Vec<Finding> {
-    let codes = [ProblemCode::MemberDown, ProblemCode::Isolated];
-    let problems = status.problems.iter().filter(|problem| codes.contains(&problem.code));
-    let mut findings: Vec<Finding> =
-        problems.map(|problem| Finding::of("members", problem)).collect();
+/// Returns a notice for each member that went down repeatedly.
+fn flapping(events: &[Event]) -> Vec<Finding> {
     let mut downs: BTreeMap<&str, usize> = BTreeMap::new();
-    for event in events.iter().filter(|event| event.kind == EventKind::Member) {
-        if let Some(name) = event.text.strip_suffix(" is down") {
-            *downs.entry(name).or_default() += 1;
-        }
+    let changes = events.iter().filter_map(|event| event.member.as_ref());
+    for change in changes.filter(|change| change.state == MemberState::Down) {
+        *downs.entry(&change.name).or_default() += 1;
     }
-    for (name, count) in downs.into_iter().filter(|(_, count)| *count >= DOWNS_UNTIL_FLAPPING) {
-        findings.push(Finding::notice(
+    let often = downs.into_iter().filter(|(_, count)| *count >= DOWNS_UNTIL_FLAPPING);
+    let finding = |(name, count)| {
+        Finding::notice(
             "members",
             format!("{name} was down {count} times"),
             "likely causes are a bad link, an overloaded host, or an agent that crashes",
             format!("gossamer events; on {name}: journalctl -u gossamer; gossamer ping {name}"),
-        ));
-    }
-    if findings.is_empty() {
-        findings.push(Finding::ok("members", format!("{} alive", status.members_alive())));
-    }
-    findings
+        )
+    };
+    often.map(finding).collect()
 }
 
-fn paths(status: &AgentStatus) -> Vec<Finding> {
-    let mut findings: Vec<Finding> = Vec::new();
-    for problem in status.paths.iter().filter_map(|path| path.problem.as_ref()) {
-        // One cause may concern several peers.
-        if !findings.iter().any(|finding| finding.seen == problem.what) {
-            findings.push(Finding::of("paths", problem));
+/// Returns how many paths work, if the agent reports none.
+fn paths(status: &AgentStatus) -> Finding {
+    // If packets of pods pass, only probes of that host are dropped, which affects no pod.
+    let is_ok = |path: &&PathStatus| path.state == PathState::Ok || path.pods_answer;
+    let is_bad = |path: &&PathStatus| !is_ok(path) && path.state != PathState::Unknown;
+    let ok = status.paths.iter().filter(is_ok).count();
+    let count = format!("{ok} of {} ok", status.paths.len());
+    // Another check has reported the cause.
+    let Some(path) = status.paths.iter().find(is_bad) else { return Finding::ok("paths", count) };
+    let member = status.members.iter().find(|member| member.node == path.node);
+    let name = member.map_or(&path.name, |member| &member.label);
+    let state = path.state.name();
+    let why = match path.state {
+        // Mixed modes may be intentional.
+        PathState::Asymmetric => {
+            "its answers arrive through the tunnel, packets to it go without one, as with several modes in \
+             one cluster. rp_filter, or a rule with rpfilter or fib, may drop that: set the same mode on \
+             all nodes"
         }
-    }
-    if findings.is_empty() {
-        // If packets of pods pass, only probes of that host are dropped, which affects no pod.
-        let is_ok = |path: &&PathStatus| path.state == PathState::Ok || path.pods_answer;
-        let is_bad = |path: &&PathStatus| !is_ok(path) && path.state != PathState::Unknown;
-        let ok = status.paths.iter().filter(is_ok).count();
-        let count = format!("{ok} of {} ok", status.paths.len());
-        findings.push(match status.paths.iter().find(is_bad) {
-            None => Finding::ok("paths", count),
-            // Another check has reported the cause.
-            Some(path) => {
-                let member = status.members.iter().find(|member| member.node == path.node);
-                let name = member.map_or(&path.name, |member| &member.label);
-                let state = path.state.name();
-                let why = match path.state {
-                    // Mixed modes may be intentional.
-                    PathState::Asymmetric => {
-                        "its answers arrive through the tunnel, packets to it go without one, as with \
-                         several modes in one cluster. rp_filter, or a rule with rpfilter or fib, may \
-                         drop that: set the same mode on all nodes"
-                    }
-                    _ => "see the other checks",
-                };
-                Finding::skipped("paths", format!("{count}, {name} is {state}: {why}"))
-            }
-        });
-    }
-    findings
+        _ => "see the other checks",
+    };
+    Finding::skipped("paths", format!("{count}, {name} is {state}: {why}"))
 }
 
 /// What members must not share: its name, and its value.
@@ -193,13 +177,6 @@ fn addresses(status: &AgentStatus) -> Vec<Finding> {
         findings.push(Finding::ok("addresses", "each member has its own address and name"));
     }
     findings
-}
-
-fn identity(status: &AgentStatus) -> Finding {
-    match status.problems.iter().find(|problem| OF_IDENTITY.contains(&problem.code)) {
-        Some(problem) => Finding::of("identity", problem),
-        None => Finding::ok("identity", format!("this node alone is {}", status.node)),
-    }
 }
 
 fn offload(kernel: &KernelStatus) -> Finding {
@@ -295,9 +272,9 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
 mod tests {
     use super::{super::Verdict, *};
     use crate::{
-        api::EventLevel,
+        api::{EventKind, EventLevel, MemberChange},
         core::NodeStatus,
-        model::{Liveness, NodeId},
+        model::{Liveness, NodeId, Problem, ProblemCode},
     };
 
     fn member(name: &str, address: &str) -> Member {
@@ -346,28 +323,22 @@ mod tests {
 
     #[test]
     fn flapping_member_is_reported() {
-        let status = status(vec![member("a", "192.0.2.1:8473")]);
+        let (name, state) = ("a".to_owned(), MemberState::Down);
         let down = Event {
             number: 1,
             at: 0.0,
             kind: EventKind::Member,
             level: EventLevel::Warn,
-            text: "a is down".to_owned(),
+            text: String::new(),
+            member: Some(MemberChange { node: NodeId::UNKNOWN, name, state }),
         };
-        let found = |count| members(&status, &vec![down.clone(); count]);
-        assert_eq!(found(DOWNS_UNTIL_FLAPPING - 1)[0].verdict, Verdict::Ok);
+        let found = |count| flapping(&vec![down.clone(); count]);
+        assert_eq!(found(DOWNS_UNTIL_FLAPPING - 1), []);
         assert!(is_bad(&found(DOWNS_UNTIL_FLAPPING)[0], "a was down 3 times"));
     }
 
     #[test]
-    fn duplicate_identity_bad_offload_and_wrong_entries_are_reported() {
-        let what = "this node's key is in use twice: its state directory was copied";
-        let problem = Problem::new(ProblemCode::DuplicateIdentity, "192.0.2.7:8473", what, "");
-        let status = AgentStatus { problems: vec![problem], ..status(Vec::new()) };
-        let found = identity(&status);
-        assert!(is_bad(&found, what));
-        let others = agent_problems(&status, &[found]);
-        assert!(!others.iter().any(|other| is_bad(other, what)), "it is reported once: {others:?}");
+    fn bad_offload_and_wrong_entries_are_reported() {
         let kernel = KernelStatus { checksum_offload_fails: true, ..KernelStatus::default() };
         assert!(is_bad(&offload(&kernel), "checksums"));
         let [table, key] = ["fdb", "aa"].map(str::to_owned);

@@ -2,14 +2,14 @@
 
 use ipnet::IpNet;
 
-use super::{Examination, Finding, Verdict};
+use super::{Examination, Finding};
 use crate::{
     api::{CheckState, PathStatus},
     dataplane::{
         foreign::{ClosedPort, Extent, ForeignChains, ForeignTables},
         silence::open_chain,
     },
-    model::{PathState, ProblemCode},
+    model::PathState,
 };
 
 /// Runs the checks `firewall`, `forwarding` and `docker`.
@@ -24,7 +24,8 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         Err(error) => {
             let seen = format!("nftables cannot be read: {error}");
             let checks = ["firewall", "forwarding", "docker"];
-            return findings.extend(checks.map(|check| Finding::skipped(check, &*seen)));
+            let skipped = |check| Finding::skipped(check, &*seen).refused_by(&error);
+            return findings.extend(checks.map(skipped));
         }
     };
     // If packets are known to arrive, the reading of the rules has missed one that accepts them.
@@ -33,12 +34,20 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     let is_open = |path: &PathStatus| path.state == PathState::Ok || path.pods_answer;
     let tunnels_work = paths().count() > 0 && paths().all(is_open);
     let gossip_works = examination.status().is_some_and(|status| status.connections > 0);
-    for closed in &closed {
+    // The agent reports chains that drop tunnel packets itself.
+    let is_told = |closed: &ClosedPort| {
+        let mut told = examination.told("firewall");
+        is_tunnel(closed.port) && told.any(|problem| problem.subject == closed.chain)
+    };
+    let mut reported = examination.has_told("firewall");
+    for closed in closed.iter().filter(|closed| !is_told(closed)) {
         let works = if is_tunnel(closed.port) { tunnels_work } else { gossip_works };
-        findings.extend(of_port(closed, is_tunnel(closed.port), works));
+        let finding = of_port(closed, is_tunnel(closed.port), works);
+        reported |= finding.is_some();
+        findings.extend(finding);
     }
-    let some = closed.iter().find(|closed| closed.extent == Extent::Some);
-    if !findings.iter().any(|finding| finding.check == "firewall") {
+    if !reported {
+        let some = closed.iter().find(|closed| closed.extent == Extent::Some);
         let seen = some.map_or_else(
             || format!("UDP {} and {} are accepted", ports[0], ports[1]),
             |ClosedPort { chain, port, .. }| {
@@ -47,15 +56,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         );
         findings.push(Finding::ok("firewall", seen));
     }
-    let notices = examination.notices();
-    let notices: Vec<Finding> =
-        notices.iter().map(|notice| Finding::of("forwarding", notice)).collect();
-    let found = forwarding(examination, &chains, &numbers.networks);
-    // The agent's notice already contains the reason and the likely cause.
-    let is_told =
-        |finding: &Finding| !notices.is_empty() && matches!(finding.verdict, Verdict::Notice);
-    findings.extend(found.into_iter().filter(|finding| !is_told(finding)));
-    findings.extend(notices);
+    findings.extend(forwarding(examination, &chains, &numbers.networks));
     findings.extend(docker(examination, &chains));
 }
 
@@ -99,9 +100,11 @@ fn of_port(closed: &ClosedPort, is_tunnel: bool, works: bool) -> Option<Finding>
 
 /// Runs the check `docker`: the agent's result, or without an agent what the chains show.
 fn docker(examination: &Examination, chains: &ForeignChains) -> Vec<Finding> {
+    if examination.has_told("docker") {
+        return Vec::new();
+    }
     let findings: Vec<Finding> = if examination.is_host_checked() {
-        let problems = examination.problems(&[ProblemCode::DockerDirectAccess]);
-        problems.map(|problem| Finding::of_sentence("docker", problem)).collect()
+        Vec::new()
     } else {
         let finding = |chain: &String| {
             Finding::problem(
@@ -119,51 +122,26 @@ fn docker(examination: &Examination, chains: &ForeignChains) -> Vec<Finding> {
     findings
 }
 
-/// Problems of the agent that its trials show.
-const OF_FORWARDING: [ProblemCode; 8] = [
-    ProblemCode::NotForwarding,
-    ProblemCode::GatewayUnresolved,
-    ProblemCode::PodsApart,
-    ProblemCode::TunnelOutput,
-    ProblemCode::TooLargeUnreported,
-    ProblemCode::SourceTranslated,
-    ProblemCode::RemotePods,
-    ProblemCode::PodSilent,
-];
-
 /// Returns the results of the agent's trials; without them, a guess from the chains.
 fn forwarding(
     examination: &Examination,
     chains: &ForeignChains,
     networks: &[IpNet],
 ) -> Vec<Finding> {
+    if examination.has_problem("forwarding") {
+        return Vec::new();
+    }
     let tried = examination.status().map(|status| &status.kernel.forwarding);
     let detail = tried.map_or("no agent tests it", |tried| &tried.detail);
     let detail = if detail.is_empty() { "not tested yet" } else { detail };
     match tried.map(|tried| tried.state) {
         Some(CheckState::Ok) => return vec![Finding::ok("forwarding", detail)],
         Some(CheckState::Failing) => {
-            let findings = examination.problems(&OF_FORWARDING).map(|problem| {
-                let why = match problem.code {
-                    ProblemCode::SourceTranslated => {
-                        "other containers identify a container by its address"
-                    }
-                    ProblemCode::TooLargeUnreported => {
-                        "small packets pass, but connections hang at the first large one"
-                    }
-                    _ => "pods here do not reach other pods, or other pods do not reach them",
-                };
-                Finding { why: Some(why.to_owned()), ..Finding::of("forwarding", problem) }
-            });
-            let findings: Vec<Finding> = findings.collect();
-            if findings.is_empty() {
-                return vec![Finding::skipped(
-                    "forwarding",
-                    format!("{detail}: see the other checks"),
-                )];
-            }
-            return findings;
+            let seen = format!("{detail}: see the other checks");
+            return vec![Finding::skipped("forwarding", seen)];
         }
+        // The agent's notice already contains the reason and the likely cause.
+        _ if examination.has_told("forwarding") => return Vec::new(),
         _ => {}
     }
     let guess = chains.guess().map(|chain| {

@@ -16,7 +16,6 @@ use crate::{
         firewall::Firewall,
         kernel::{FirewallTable, Kernel, overlaps, required_sysctls},
     },
-    model::ProblemCode,
     netlink::{Netlink, in_thread, link::Link},
     pods::{obstacle::obstacle, standin::OWN_ALIAS},
     sysctl, underlay,
@@ -51,7 +50,10 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
             findings.extend(bridge(examination, &links, &numbers));
             findings.extend(mtu(examination, &links, mode, underlay.as_deref()));
         }
-        Err(error) => findings.push(Finding::skipped("overlays", format!("netlink: {error}"))),
+        Err(error) => {
+            let skipped = Finding::skipped("overlays", format!("netlink: {error}"));
+            findings.push(skipped.refused_by(&error));
+        }
     }
     overlap(examination, &numbers, findings);
 }
@@ -147,13 +149,15 @@ fn kernel() -> Finding {
             "neither this check nor the agent's tests of forwarding are possible, so a firewall that drops \
              packets of pods can only be guessed",
             "sysctl user.max_net_namespaces user.max_user_namespaces, and raise what is 0",
-        ),
+        )
+        .refused_by(&error.into()),
         Err(error) => Finding::problem(
             "kernel",
             error.to_string(),
             "the overlay needs these",
             "load the module it names (modprobe), or install the kernel's extra modules",
-        ),
+        )
+        .refused_by(&error),
     }
 }
 
@@ -166,35 +170,38 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
     {
         // The agent reports problems of the underlay itself.
         let name = kernel.underlay_interface.clone();
-        findings.push(Finding::ok("underlay", format!("{address} on {name}")));
+        if !examination.has_told("underlay") {
+            findings.push(Finding::ok("underlay", format!("{address} on {name}")));
+        }
         return Some(name);
     }
     let config = examination.config.as_ref().ok()?;
-    let chosen = Netlink::open().map_err(|error| error.to_string()).and_then(|mut netlink| {
-        underlay::choose(&mut netlink, config, std::iter::empty())
-            .map_err(|error| error.to_string())
+    let chosen = Netlink::open().map(|mut netlink| {
+        let chosen = underlay::choose(&mut netlink, config, std::iter::empty());
+        chosen.map_err(|error| error.to_string())
     });
-    match chosen {
+    let is_refused = chosen.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
+    match chosen.unwrap_or_else(|error| Err(error.to_string())) {
         Ok(chosen) => {
-            let seen = format!("{} on {}", chosen.local, chosen.name);
-            findings.push(Finding::ok("underlay", seen));
+            if !examination.has_told("underlay") {
+                let seen = format!("{} on {}", chosen.local, chosen.name);
+                findings.push(Finding::ok("underlay", seen));
+            }
             Some(chosen.name)
         }
+        Err(_) if examination.has_told("underlay") => None,
         Err(error) => {
             findings.push(Finding::problem(
                 "underlay",
                 error,
                 "members reach this host by the address of that interface",
                 "name it: iface = \"eth0\" (a name, an address or a regex), or give the host a default route",
-            ));
+            )
+            .refused_if(is_refused));
             None
         }
     }
 }
-
-/// Problems of the agent about sysctls.
-const OF_SYSCTLS: [ProblemCode; 3] =
-    [ProblemCode::ForwardingOff, ProblemCode::Sysctl, ProblemCode::SysctlsUnreadable];
 
 fn sysctls(
     examination: &Examination,
@@ -203,14 +210,11 @@ fn sysctls(
     underlay: Option<&str>,
     findings: &mut Vec<Finding>,
 ) {
-    if examination.is_host_checked() {
-        let before = findings.len();
-        let problems = examination.problems(&OF_SYSCTLS);
-        findings.extend(problems.map(|problem| Finding::of_sentence("sysctls", problem)));
-        if findings.len() == before {
-            findings.push(Finding::ok("sysctls", "forwarding is on"));
-        }
+    if examination.has_told("sysctls") {
         return;
+    }
+    if examination.is_host_checked() {
+        return findings.push(Finding::ok("sysctls", "forwarding is on"));
     }
     let device = device_name(numbers.vni);
     let wanted =
@@ -292,9 +296,7 @@ fn bridge(examination: &Examination, links: &[Link], numbers: &Numbers) -> Optio
 
 /// Checks for interfaces whose networks overlap the overlay's.
 fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
-    if examination.is_host_checked() {
-        let problems = examination.problems(&[ProblemCode::Overlap]);
-        findings.extend(problems.map(|problem| Finding::of_sentence("overlays", problem)));
+    if examination.is_host_checked() || examination.has_told("overlays") {
         return;
     }
     // A host that joins learns the network from the cluster.
@@ -313,8 +315,7 @@ fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Find
     let pool = status.and_then(|status| status.settings).map(|settings| settings.pool);
     let problems = overlaps(&mut netlink, &numbers.networks, pool.as_ref(), &own, has_all_routes);
     let problems = problems.unwrap_or_default();
-    let findings_of = |problem| Finding::of_sentence("overlays", problem);
-    findings.extend(problems.iter().map(findings_of));
+    findings.extend(problems.iter().map(|problem| Finding::of("overlays", problem)));
 }
 
 /// Returns the bytes that a tunnel adds to each packet on this host's underlay; none without tunnels.
@@ -361,8 +362,6 @@ fn mtu(
             ),
         ));
     }
-    let ipv6_problems = examination.problems(&[ProblemCode::Ipv6LeftOut]);
-    findings.extend(ipv6_problems.map(|problem| Finding::of("mtu", problem)));
     let has_ipv6 = examination.numbers().networks.iter().any(|network| network.addr().is_ipv6());
     let is_unreported = examination.agent.is_none() && has_ipv6;
     if let Some(mtu) = own.filter(|mtu| is_unreported && *mtu < IPV6_MTU_MIN) {
@@ -396,7 +395,7 @@ fn mtu(
             )
         }));
     }
-    if findings.is_empty() {
+    if findings.is_empty() && !examination.has_told("mtu") {
         let seen = match (own, carrier) {
             (Some(mtu), Some(carrier)) => format!("{mtu} in {} of {}", carrier.mtu, carrier.name),
             _ => "no overlay device yet".to_owned(),

@@ -10,8 +10,9 @@ mod firewall;
 mod host;
 mod routing;
 mod state;
+mod told;
 
-use std::path::PathBuf;
+use std::{io, path::PathBuf};
 
 use nix::unistd::Pid;
 use serde::Serialize;
@@ -70,6 +71,9 @@ pub struct Finding {
     pub code: Option<ProblemCode>,
     /// What the agent's problem is about.
     pub subject: Option<String>,
+    /// The system refused to show something to this user.
+    #[serde(skip)]
+    is_refused: bool,
 }
 
 /// The severity of a finding.
@@ -90,7 +94,7 @@ impl Finding {
     fn ok(check: &'static str, seen: impl Into<String>) -> Self {
         let seen = seen.into();
         let (why, fix, code, subject) = (None, None, None, None);
-        Self { check, verdict: Verdict::Ok, seen, why, fix, code, subject }
+        Self { check, verdict: Verdict::Ok, seen, why, fix, code, subject, is_refused: false }
     }
 
     fn skipped(check: &'static str, seen: impl Into<String>) -> Self {
@@ -130,20 +134,14 @@ impl Finding {
         }
     }
 
-    /// Whether the finding reports this problem of the agent.
-    fn reports(&self, problem: &Problem) -> bool {
-        let is_same = self.code == Some(problem.code)
-            && self.subject.as_deref() == Some(problem.subject.as_str());
-        // A check of the host may have found the same.
-        let is_found = self.fix.is_some() && problem.what.starts_with(self.seen.as_str());
-        is_same || is_found || self.seen == problem.what
+    /// Returns the finding with the note whether the system refuses this user something.
+    fn refused_if(self, is_refused: bool) -> Self {
+        Self { is_refused, ..self }
     }
 
-    /// Returns a problem of the agent whose sentence has the cause and, after a colon, the consequence.
-    fn of_sentence(check: &'static str, problem: &Problem) -> Self {
-        let (seen, why) = problem.what.split_once(": ").unwrap_or((&problem.what, ""));
-        let (seen, why) = (seen.to_owned(), Some(why.to_owned()));
-        Self { seen, why, ..Self::of(check, problem) }
+    /// Returns the finding of an error of the system.
+    fn refused_by(self, error: &io::Error) -> Self {
+        self.refused_if(error.kind() == io::ErrorKind::PermissionDenied)
     }
 
     /// Returns a problem described by one sentence, which includes the remedy.
@@ -160,6 +158,8 @@ pub struct Examination {
     pub agent: Option<Agent>,
     /// Why no agent answers.
     pub agent_error: Option<String>,
+    /// Whether this user may not ask the agent.
+    pub is_agent_refused: bool,
     /// Path of the control socket.
     pub socket: PathBuf,
     /// Whether there is a settings file.
@@ -195,7 +195,7 @@ pub fn verdict(examination: &Examination, findings: &[Finding]) -> api::Verdict 
 
 /// Runs all checks. Must be called outside of a runtime. Takes a few seconds if a seed does not answer.
 pub fn examine(examination: &Examination) -> Vec<Finding> {
-    let mut findings = Vec::new();
+    let mut findings = told::findings(examination);
     state::configuration(examination, &mut findings);
     host::examine(examination, &mut findings);
     firewall::examine(examination, &mut findings);
@@ -213,10 +213,8 @@ pub fn examine(examination: &Examination) -> Vec<Finding> {
 /// Replaces findings that only say that this process is not root, and says so once.
 fn skip_what_needs_root(findings: &mut Vec<Finding>, agent_answers: bool) {
     let needs_root = |finding: &Finding| {
-        let refused = ["Permission denied", "not permitted"];
-        let is_refused = refused.iter().any(|words| finding.seen.contains(words));
         // The port of an agent that may not be queried is in use.
-        is_refused || !agent_answers && ["privileges", "ports"].contains(&finding.check)
+        finding.is_refused || !agent_answers && ["privileges", "ports"].contains(&finding.check)
     };
     let mut skipped = Vec::new();
     findings.retain(|finding| {
@@ -254,12 +252,6 @@ impl Examination {
         self.agent.as_ref().map(|agent| &agent.status)
     }
 
-    /// Returns the agent's problems of these codes.
-    fn problems(&self, codes: &[ProblemCode]) -> impl Iterator<Item = &Problem> {
-        let problems = self.status().into_iter().flat_map(|status| &status.problems);
-        problems.filter(|problem| codes.contains(&problem.code))
-    }
-
     /// Whether an agent answers that checks this host. It does so once it has a subnet.
     fn is_host_checked(&self) -> bool {
         self.status().is_some_and(|status| status.kernel.device.is_some())
@@ -275,11 +267,6 @@ impl Examination {
                 let joins = config.token.is_some() || !config.seeds.is_empty();
                 joins || config.create.is_some() || StateDir::is_known(&config.state_dir)
             })
-    }
-
-    /// Returns the agent's notices.
-    fn notices(&self) -> &[Problem] {
-        self.status().map_or(&[], |status| &status.notices)
     }
 
     /// Returns the id of the process that owns the control socket.
@@ -326,11 +313,12 @@ mod tests {
 
     #[test]
     fn skip_what_needs_root_leaves_one_warning_for_a_user() {
+        let refused = io::Error::from(io::ErrorKind::PermissionDenied);
         let mut findings = vec![
             Finding::problem("privileges", "CAP_NET_ADMIN is not held", "", ""),
             Finding::problem("ports", "UDP 8473: Address already in use (os error 98)", "", ""),
-            Finding::problem("token", "state/token: Permission denied (os error 13)", "", ""),
-            Finding::problem("agent", "not permitted to use gossamer.sock", "", ""),
+            Finding::problem("token", "state/token", "", "").refused_by(&refused),
+            Finding::problem("agent", "gossamer.sock", "", "").refused_if(true),
             Finding::problem("sysctls", "net.ipv4.ip_forward is 0", "", ""),
             Finding::ok("underlay", "eth0"),
         ];

@@ -6,7 +6,6 @@ use super::{Examination, Finding};
 use crate::{
     api::{CheckState, CheckStatus},
     dataplane::{desired::device_name, kernel::Kernel},
-    model::ProblemCode,
     netlink::{Netlink, route::Query},
     pods::gateway,
 };
@@ -21,16 +20,11 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     };
     let CheckStatus { state, detail } = &status.kernel.routing;
     match state {
+        _ if examination.has_told("routing") => {}
         CheckState::Ok => findings.push(Finding::ok("routing", detail)),
         CheckState::Failing => {
-            let problems = examination.problems(&[ProblemCode::Diverted]);
-            let problems: Vec<Finding> =
-                problems.map(|problem| Finding::of("routing", problem)).collect();
-            if problems.is_empty() {
-                let seen = format!("{detail}: see the other checks");
-                findings.push(Finding::skipped("routing", seen));
-            }
-            findings.extend(problems);
+            let seen = format!("{detail}: see the other checks");
+            findings.push(Finding::skipped("routing", seen));
         }
         _ if detail.is_empty() => {
             findings.push(Finding::skipped("routing", "not checked yet"));
@@ -66,7 +60,7 @@ fn without_agent(device: &str) -> Finding {
         Ok(Some((count, elsewhere)))
     });
     match checked {
-        Err(error) => Finding::skipped("routing", format!("netlink: {error}")),
+        Err(error) => Finding::skipped("routing", format!("netlink: {error}")).refused_by(&error),
         Ok(None | Some((0, _))) => Finding::skipped("routing", "there are no routes to peers"),
         Ok(Some((count, elsewhere))) if elsewhere.is_empty() => {
             Finding::ok("routing", format!("{count} subnets of peers have routes"))

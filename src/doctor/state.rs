@@ -16,7 +16,7 @@ use super::{Examination, Finding};
 use crate::{
     config::Config,
     random::random,
-    store::{Database, History, LoadedDatabase, node_key, read_token},
+    store::{Database, History, LoadedDatabase, StoreError, node_key, read_token},
     transport::NodeKey,
     wire::{Record, Token},
 };
@@ -32,7 +32,10 @@ const CLOCK_TOLERANCE_SECS: u64 = 300;
 pub fn configuration(examination: &Examination, findings: &mut Vec<Finding>) {
     findings.push(match &examination.config {
         Ok(_) => Finding::ok("configuration", "all settings are consistent"),
-        Err(error) => Finding::sentence("configuration", &error.to_string()),
+        Err(error) => {
+            let sentence = Finding::sentence("configuration", &error.to_string());
+            sentence.refused_if(error.is_refused)
+        }
     });
 }
 
@@ -48,13 +51,15 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     if examination.agent.is_none() && findings.len() == before {
         findings.extend(database(&config.state_dir));
     }
-    if findings.len() == before {
+    if findings.len() == before && !examination.has_told("state") {
         let (path, shown) = (&config.state_dir, config.state_dir.display());
         let all = AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK;
         findings.push(match (path.exists(), access(path, all)) {
             (false, _) => Finding::ok("state", format!("{shown} does not exist yet")),
             (true, Ok(())) => Finding::ok("state", format!("{shown} can be read and written")),
-            (true, Err(error)) => Finding::skipped("state", format!("{shown}: {error}")),
+            (true, Err(error)) => {
+                Finding::skipped("state", format!("{shown}: {error}")).refused_by(&error.into())
+            }
         });
     }
     findings.push(token(examination, config));
@@ -157,12 +162,15 @@ fn database(state_dir: &Path) -> Option<Finding> {
             "at its next start the agent requests all records from the members",
             "nothing, if another member is reachable; or restore a backup of the whole state directory",
         )),
-        Err(error) => Some(Finding::problem(
-            "state",
-            format!("the database {}: {error}", original.display()),
-            "the agent does not start without it",
-            "restore the state directory, or remove it to become a new node",
-        )),
+        Err(error) => Some(
+            Finding::problem(
+                "state",
+                format!("the database {}: {error}", original.display()),
+                "the agent does not start without it",
+                "restore the state directory, or remove it to become a new node",
+            )
+            .refused_by(&error),
+        ),
     }
 }
 
@@ -210,12 +218,15 @@ fn token(examination: &Examination, config: &Config) -> Finding {
     let saved = match saved {
         Ok(saved) => saved,
         Err(error) => {
+            let is_refused = matches!(&error, StoreError::Directory { error, .. }
+                if error.kind() == io::ErrorKind::PermissionDenied);
             return Finding::problem(
                 "token",
                 error.to_string(),
                 "without it a lost database cannot be restored from the members",
                 "write it again on another member (gossamer token), and pass it with --token-file",
-            );
+            )
+            .refused_if(is_refused);
         }
     };
     let in_cluster = examination.status().and_then(|status| status.cluster);

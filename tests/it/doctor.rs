@@ -235,7 +235,7 @@ fn doctor_reports_injected_faults_and_nothing_on_a_healthy_host() {
         assert_reported(
             &cluster.hosts[0],
             "",
-            "forwarding",
+            "paths",
             "UDP 8472 is closed on the way from 10.99.0.10 to 10.99.0.11",
         );
         cluster.agents[2].end(Signal::SIGKILL)?;

@@ -52,8 +52,9 @@ pub fn wait_for_problem(agent: &mut Agent, words: &[&str]) {
     wait_until(&what, REPORT_TIMEOUT, || words.iter().all(|words| has_problem(agent, words)));
     let doctor = String::from_utf8(client(agent, &["doctor"]).stdout).expect("UTF-8");
     // The path may have recovered by then, although the cause still exists.
-    let is_reported =
-        ["paths", "agent"].iter().any(|check| doctor.contains(&format!("PROBLEM   {check}")));
+    let is_reported = ["paths", "underlay", "agent"]
+        .iter()
+        .any(|check| doctor.contains(&format!("PROBLEM   {check}")));
     assert!(is_reported, "{doctor}");
 }
 

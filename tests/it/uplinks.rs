@@ -347,7 +347,7 @@ fn token_with_an_address_that_each_host_has_is_reported_with_a_remedy() {
             has_problem(&mut joiner, words) && has_problem(&mut joiner, "--join ADDRESS")
         });
         let doctor = String::from_utf8(client(&joiner, &["doctor"]).stdout)?;
-        assert!(doctor.contains("PROBLEM   agent          the token's address"), "{doctor}");
+        assert!(doctor.contains("PROBLEM   seeds          the token's address"), "{doctor}");
         assert!(!doctor.contains("no token"), "it has a token: {doctor}");
         joiner.end(Signal::SIGTERM)?;
         // The doctor detects it without an agent, too.

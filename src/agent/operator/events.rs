@@ -13,8 +13,8 @@ use tokio::sync::broadcast;
 use crate::{
     agent::Agent,
     api::{
-        ApiError, ApiErrorCode, Event, EventFeed, EventKind, EventLevel, Member, MemberState,
-        SAMPLE_INTERVAL, Sample,
+        ApiError, ApiErrorCode, Event, EventFeed, EventKind, EventLevel, Member, MemberChange,
+        MemberState, SAMPLE_INTERVAL, Sample,
     },
     model::{NodeId, PathState, Problem, ProblemKey, Severity},
     wire::visible,
@@ -51,6 +51,19 @@ pub(in crate::agent) struct Journal {
     snapshot: Snapshot,
 }
 
+/// What an event says.
+pub(in crate::agent) struct Note {
+    text: String,
+    /// The member whose state changed.
+    member: Option<MemberChange>,
+}
+
+impl From<String> for Note {
+    fn from(text: String) -> Self {
+        Self { text, member: None }
+    }
+}
+
 /// The state at the last comparison.
 #[derive(Default)]
 struct Snapshot {
@@ -85,10 +98,16 @@ impl Journal {
     }
 
     /// Adds an event.
-    pub(in crate::agent) fn note(&mut self, kind: EventKind, level: EventLevel, text: String) {
+    pub(in crate::agent) fn note(
+        &mut self,
+        kind: EventKind,
+        level: EventLevel,
+        note: impl Into<Note>,
+    ) {
+        let Note { text, member } = note.into();
         self.number += 1;
         let (number, at, text) = (self.number, wall_clock().as_secs_f64(), visible(&text));
-        let event = Event { number, at, kind, level, text };
+        let event = Event { number, at, kind, level, text, member };
         if self.events.len() >= MAX_EVENTS {
             self.events.pop_front();
         }
@@ -97,11 +116,16 @@ impl Journal {
         let _ = self.live.send(event);
     }
 
-    /// Adds an event for each text, up to [`MAX_SEPARATE_EVENTS`], and one for the rest.
-    pub(super) fn note_all(&mut self, kind: EventKind, level: EventLevel, texts: Vec<String>) {
-        let more = texts.len().saturating_sub(MAX_SEPARATE_EVENTS);
-        for text in texts.into_iter().take(MAX_SEPARATE_EVENTS) {
-            self.note(kind, level, text);
+    /// Adds an event for each note, up to [`MAX_SEPARATE_EVENTS`], and one for the rest.
+    pub(super) fn note_all(
+        &mut self,
+        kind: EventKind,
+        level: EventLevel,
+        notes: Vec<impl Into<Note>>,
+    ) {
+        let more = notes.len().saturating_sub(MAX_SEPARATE_EVENTS);
+        for note in notes.into_iter().take(MAX_SEPARATE_EVENTS) {
+            self.note(kind, level, note);
         }
         if more > 0 {
             self.note(kind, level, format!("and {more} more of this kind at the same moment"));
@@ -227,13 +251,15 @@ impl Agent {
                 continue;
             }
             let is_bad = matches!(state, MemberState::Suspect | MemberState::Down);
-            let texts = if is_bad { &mut bad } else { &mut good };
-            match state {
-                MemberState::Unknown => {}
-                MemberState::Forgotten => texts.push(format!("{name} was forgotten")),
-                MemberState::Left => texts.push(format!("{name} has left")),
-                state => texts.push(format!("{name} is {state}")),
-            }
+            let notes = if is_bad { &mut bad } else { &mut good };
+            let text = match state {
+                MemberState::Unknown => continue,
+                MemberState::Forgotten => format!("{name} was forgotten"),
+                MemberState::Left => format!("{name} has left"),
+                state => format!("{name} is {state}"),
+            };
+            let member = MemberChange { node: *node, name: visible(name), state: *state };
+            notes.push(Note { text, member: Some(member) });
         }
         self.journal.note_all(EventKind::Member, EventLevel::Info, good);
         self.journal.note_all(EventKind::Member, EventLevel::Warn, bad);
