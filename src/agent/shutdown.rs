@@ -7,11 +7,15 @@ use std::{
 };
 
 use crate::{
-    agent::{
-        Agent, SettingsReader, arrivals::Arrivals, ending::Ending, handlers::kernel::remove_traces,
-        listeners::Listeners,
-    },
+    agent::{Agent, SettingsReader, arrivals::Arrivals, ending::Ending, listeners::Listeners},
+    config::Config,
     core::{Command, Input, Stop},
+    dataplane::{
+        desired::device_name,
+        kernel::{Extent, Kernel},
+    },
+    model::Pool,
+    pods::wiring::Wiring,
     wire::visible,
     worker::Thread,
 };
@@ -150,4 +154,25 @@ async fn await_threads(threads: impl Iterator<Item = Thread>) {
             tracing::error!(thread = name, "thread did not end in time and was abandoned");
         }
     }
+}
+
+/// Removes what the overlay of a VNI has in the kernel, the pods' bridge with its veth pairs, and
+/// `subnet.env`.
+fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
+    let Some((vni, pool)) = traces else { return };
+    let device = device_name(vni);
+    let bridge = config.bridge_name(vni);
+    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));
+    if let Err(error) = removed {
+        tracing::error!(%error, "bridge not removed");
+    }
+    let extent = Extent::Overlay { device: &device, pool: &pool, with_pods: true };
+    let removed = Kernel::open().and_then(|mut kernel| {
+        let found = kernel.leftovers(extent)?;
+        kernel.sweep(found)
+    });
+    if let Err(error) = removed {
+        tracing::error!(%error, "not everything was removed from the kernel");
+    }
+    let _ = std::fs::remove_file(&config.subnet_file);
 }

@@ -28,10 +28,7 @@ use crate::{
     api::Left,
     cni::Spool,
     config::{Instance, NAME},
-    dataplane::{
-        desired::is_own_table,
-        kernel::{FirewallTable, Kernel, pod_tables::PodTables},
-    },
+    dataplane::kernel::{Extent, Kernel},
     model::visible_lines,
     pods::wiring::Wiring,
     store::{StateDir, StoreError},
@@ -233,20 +230,16 @@ pub(super) enum Mode {
 /// Fails if an agent uses a state directory, or if something cannot be read or removed.
 pub(super) fn remove(places: &Places, mode: Mode) -> anyhow::Result<Removed> {
     let mut kernel = Kernel::open()?;
-    let leftovers = kernel.leftovers()?;
+    let leftovers = kernel.leftovers(Extent::Everything)?;
     let mut wiring = Wiring::open()?;
-    let mut pod_tables = PodTables::open();
-    // A kernel without nftables has no tables to remove.
-    let mut firewall = FirewallTable::open().ok();
-    let tables = firewall.as_mut().and_then(|firewall| firewall.tables(is_own_table).ok());
     let mut removed = Removed {
         devices: leftovers.devices.clone(),
         routes: leftovers.routes.iter().map(|(subnet, _)| subnet.to_string()).collect(),
         rules: leftovers.rules.len(),
         neighbors: leftovers.neighbors.iter().map(|entry| entry.ip).collect(),
-        tables: tables.unwrap_or_default(),
+        tables: leftovers.tables.clone(),
         bridges: wiring.bridges()?,
-        bridge_tables: pod_tables.tables(is_own_table).unwrap_or_default(),
+        bridge_tables: leftovers.bridge_tables.clone(),
         ..Removed::default()
     };
     let files = || places.subnet_files.iter().chain(&places.sockets);
@@ -271,12 +264,8 @@ pub(super) fn remove(places: &Places, mode: Mode) -> anyhow::Result<Removed> {
     // Locks all state directories before removing anything.
     let opened = state_dirs().map(|path| Ok((StateDir::open(path)?, path)));
     let states: Vec<_> = opened.collect::<Result<_, StoreError>>()?;
-    kernel.sweep(leftovers)?;
     removed.bridges.iter().try_for_each(|bridge| wiring.remove(bridge))?;
-    if let Some(firewall) = &mut firewall {
-        removed.tables.iter().try_for_each(|table| firewall.remove(table))?;
-    }
-    removed.bridge_tables.iter().try_for_each(|table| pod_tables.remove(table))?;
+    kernel.sweep(leftovers)?;
     files().try_for_each(|path| remove_file(path))?;
     spools.iter().filter(|spool| spool.path().is_dir()).try_for_each(|spool| {
         spool.read().iter().for_each(|note| spool.drop(note));

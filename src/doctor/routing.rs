@@ -5,7 +5,10 @@ use ipnet::IpNet;
 use super::{Examination, Finding};
 use crate::{
     api::{CheckState, CheckStatus},
-    dataplane::{desired::device_name, kernel::Kernel},
+    dataplane::{
+        desired::device_name,
+        kernel::{Extent, Kernel},
+    },
     netlink::{Netlink, route::Query},
     pods::gateway,
 };
@@ -39,7 +42,7 @@ fn without_agent(device: &str) -> Finding {
     let checked = Kernel::open().and_then(|mut kernel| {
         let mut netlink = Netlink::open()?;
         let Some(link) = netlink.link(device)? else { return Ok(None) };
-        let routes = kernel.leftovers()?.routes;
+        let routes = kernel.leftovers(Extent::Everything)?.routes;
         let addresses = netlink.addresses()?;
         // An address of the bridge is in this host's own subnet.
         let is_own = |subnet: &IpNet| {

@@ -11,7 +11,7 @@ use gossamer::lab::{Agent, Host, Lab, Pod};
 use nix::sys::signal::Signal;
 
 /// Time until members that are gone are reported down, and until all members agree on that.
-const DOWN_TIMEOUT: Duration = Duration::from_secs(40);
+pub const DOWN_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// Drops all packets between two groups of hosts, in both directions. Returns false if `nft` is not
 /// installed.

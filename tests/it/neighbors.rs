@@ -10,10 +10,11 @@ use gossamer::lab::{Agent, Lab, NetNs, Pinger};
 use nix::sys::signal::Signal;
 
 use crate::{
+    agreement::DOWN_TIMEOUT,
     cni::{Runtime, namespaces},
     common::{
-        Cluster, TIMEOUT, client, eventually, has_problem, isolated, program, run, sh,
-        status_where, token_of, tool, wait_until,
+        Cluster, TIMEOUT, assert_logged, client, eventually, has_problem, isolated, program, run,
+        sh, status_where, token_of, tool, wait_until,
     },
 };
 
@@ -204,6 +205,28 @@ fn neighbor_entries_of_next_hops_and_gateways_persist_and_follow_mac_changes() {
         eventually(host, &show, |text| !text.contains("extern_learn"));
         let of_peer = format!("ip neigh show {} dev eth0 nud all", cluster.hosts[0].ip);
         eventually(peer, &of_peer, |text| !text.contains("extern_learn"));
+        Ok(())
+    });
+}
+
+/// No later process knows which next hops an earlier one has protected.
+#[test]
+fn forgotten_node_that_restarts_releases_neighbor_entries_that_an_earlier_process_protected() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        wait_until("n2 never went down", DOWN_TIMEOUT, || {
+            client(&cluster.agents[0], &["forget", "n2"]).status.success()
+        });
+        let host = &cluster.hosts[1];
+        let entry =
+            "10.99.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud stale extern_learn protocol 73";
+        tool(&host.netns, &format!("ip neigh replace {entry}"));
+        let show = "ip neigh show 10.99.0.77 dev eth0 nud all";
+        assert!(tool(&host.netns, show).contains("extern_learn"));
+        cluster.agents[1] = Agent::start(program(), host, &[])?;
+        eventually(&host.netns, show, |text| !text.contains("extern_learn"));
+        assert_logged(&cluster.agents[1], "this node was forgotten by the cluster");
         Ok(())
     });
 }

@@ -26,19 +26,14 @@ use crate::{
             subnet_env::SubnetFile,
         },
     },
-    config::Config,
     core::{Command, Input, Peer},
     dataplane::{
         desired::{Desired, Underlay, device_name},
         firewall::Firewall,
-        kernel::{
-            FirewallTable, Kernel, KernelError, RefusedEntry, pod_tables::PodTables,
-            users::UserRules,
-        },
+        kernel::{KernelError, RefusedEntry},
         plan::Op,
     },
-    model::{NodeId, Pool, Problem, ProblemCode},
-    pods::wiring::Wiring,
+    model::{NodeId, Problem, ProblemCode},
     underlay::{ChosenUnderlay, UnderlayError},
 };
 
@@ -394,33 +389,4 @@ fn concerns(op: &Op, peer: &Peer) -> bool {
         }
         _ => false,
     }
-}
-
-/// Removes the device of a VNI with all its entries, routes into the pool's networks, the pods' bridge
-/// with its veth pairs, and `subnet.env`.
-pub(in crate::agent) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
-    let Some((vni, pool)) = traces else { return };
-    let device = device_name(vni);
-    let removed = Kernel::open()
-        .map_err(KernelError::from)
-        .and_then(|mut kernel| kernel.remove(&device, &pool));
-    if let Err(error) = removed {
-        tracing::error!(%error, "device not removed");
-    }
-    let removed = FirewallTable::open().and_then(|mut table| table.remove(&device));
-    if let Err(error) = removed {
-        tracing::debug!(%error, "nftables table not removed");
-    }
-    if let Err(error) = UserRules::open().remove() {
-        tracing::error!(%error, "policy rules of the VXLAN port not removed");
-    }
-    if let Err(error) = PodTables::open().remove(&device) {
-        tracing::debug!(%error, "nftables tables of pods not removed");
-    }
-    let bridge = config.bridge_name(vni);
-    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));
-    if let Err(error) = removed {
-        tracing::error!(%error, "bridge not removed");
-    }
-    let _ = std::fs::remove_file(&config.subnet_file);
 }

@@ -274,15 +274,10 @@ impl HostChecks {
         news.then_some(state)
     }
 
-    /// Removes gossamer's table and policy rules.
-    ///
-    /// # Errors
-    /// Fails if the table cannot be removed.
-    pub fn remove(&mut self, table: &str) -> io::Result<()> {
-        if let Err(error) = self.blocked_users.rules.remove() {
-            tracing::error!(%error, "policy rules of the VXLAN port not removed");
-        }
-        self.own_table.remove(table)
+    /// Notes that gossamer's table and policy rules were removed.
+    pub fn forget_removed(&mut self) {
+        self.blocked_users.rules.forget();
+        self.own_table.forget();
     }
 }
 

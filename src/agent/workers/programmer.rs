@@ -8,7 +8,6 @@
 mod checks;
 
 use std::{
-    collections::BTreeSet,
     io,
     sync::mpsc::TryRecvError,
     thread,
@@ -29,7 +28,7 @@ use crate::{
         demand::Demand,
         desired::{self, Desired},
         firewall::Firewall,
-        kernel::{Kernel, KernelError, Recheck, Report, next_hops::NextHops},
+        kernel::{Extent, Kernel, KernelError, Recheck, Report, next_hops::NextHops},
         plan::{Actual, Op},
         repair_conflict::Kind,
     },
@@ -461,13 +460,13 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
                 }
             }
             Some(DesiredState { state: State::Nothing { device, pool }, .. }) => {
-                if let Err(error) = self.host_checks.remove(device) {
-                    tracing::error!(%error, "nftables table not removed");
-                }
-                if let Err(error) = self.next_hops.keep(&mut self.netlink, &BTreeSet::new()) {
-                    tracing::error!(%error, "neighbor entries of next hops not released");
-                }
-                self.kernel.remove(device, pool).map(|()| Report::default())
+                // The pods' rules stay as long as their bridge.
+                let extent = Extent::Overlay { device, pool, with_pods: false };
+                let found = self.kernel.leftovers(extent)?;
+                self.host_checks.forget_removed();
+                self.next_hops = NextHops::default();
+                self.kernel.sweep(found)?;
+                Ok(Report::default())
             }
             None => Ok(Report::default()),
         }

@@ -182,6 +182,11 @@ impl FirewallTable {
         Ok(members)
     }
 
+    /// Notes that the table was removed by other means.
+    pub fn forget(&mut self) {
+        self.written = None;
+    }
+
     /// Removes a table and everything in it. A missing table is no error.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
-//! Lists and removes what gossamer has left in a kernel, for any cluster.
+//! Lists and removes what gossamer has left in a kernel: of one overlay, or of any.
 //!
 //! Only objects that are recognizable without stored state are listed, and only listed ones are
-//! removed.
+//! removed. The pods' bridges are not part of it.
 
 use std::io;
 
@@ -9,12 +9,34 @@ use ipnet::IpNet;
 use rtnetlink::packet_route::{RouteNetlinkMessage, route::RouteMessage, rule::RuleMessage};
 
 use super::{
-    GONE, Kernel, is_overlay_device, messages::subnet_of, next_hops::restoring_request, users,
+    FirewallTable, GONE, Kernel, is_overlay_device,
+    messages::{our_route, subnet_of},
+    next_hops::restoring_request,
+    pod_tables::PodTables,
+    users,
 };
 use crate::{
-    dataplane::desired::ROUTE_PROTOCOL,
-    netlink::{Request, neighbour::Neighbor},
+    dataplane::desired::{ROUTE_PROTOCOL, Way, is_own_table, pods_table_name},
+    model::Pool,
+    netlink::{Request, link::Link, neighbour::Neighbor},
 };
+
+/// Which objects to list.
+#[derive(Clone, Copy, Debug)]
+pub enum Extent<'a> {
+    /// Those of every overlay.
+    Everything,
+    /// Those of one overlay, and what the agents of this host share: the policy rules and the protection
+    /// of neighbor entries. Other agents re-create both.
+    Overlay {
+        /// The name of the VXLAN device.
+        device: &'a str,
+        /// The cluster's pool.
+        pool: &'a Pool,
+        /// Whether to list the nftables tables for pods, too.
+        with_pods: bool,
+    },
+}
 
 /// Objects of gossamer in a kernel.
 #[derive(Debug, Default)]
@@ -27,42 +49,98 @@ pub struct Leftovers {
     pub rules: Vec<RuleMessage>,
     /// Neighbor entries of next hops that gossamer protects.
     pub neighbors: Vec<Neighbor>,
+    /// nftables tables of family `inet`.
+    pub tables: Vec<String>,
+    /// nftables tables of family `bridge`.
+    pub bridge_tables: Vec<String>,
 }
 
 impl Kernel {
-    /// Returns everything in this network namespace that is recognizable as made by gossamer.
+    /// Returns everything in this network namespace that is recognizable as made by gossamer. A kernel
+    /// without nftables has no tables.
     ///
     /// # Errors
     /// When a table of the kernel cannot be read.
-    pub fn leftovers(&mut self) -> io::Result<Leftovers> {
-        let links = self.netlink.links()?.into_iter();
+    pub fn leftovers(&mut self, extent: Extent<'_>) -> io::Result<Leftovers> {
+        let links = self.netlink.links()?;
         let entries = self.netlink.neighbors()?.into_iter();
         let with_subnet = |route| Some((subnet_of(&route)?, route));
+        let mut routes = self.main_routes(Some(ROUTE_PROTOCOL), with_subnet)?;
+        routes.retain(|(subnet, route)| extent.has_route(*subnet, route, &links));
+        let devices = links.into_iter().filter(is_overlay_device).map(|link| link.name);
+        let tables = FirewallTable::open()
+            .and_then(|mut firewall| firewall.tables(|table| extent.has_table(table)));
+        let bridge_tables = PodTables::open().tables(|table| extent.has_bridge_table(table));
         Ok(Leftovers {
-            devices: links.filter(is_overlay_device).map(|link| link.name).collect(),
-            routes: self.main_routes(Some(ROUTE_PROTOCOL), with_subnet)?,
+            devices: devices.filter(|device| extent.has_device(device)).collect(),
+            routes,
             rules: users::all_rules(&mut self.netlink)?,
             neighbors: entries.filter(|entry| restoring_request(entry).is_some()).collect(),
+            tables: tables.unwrap_or_default(),
+            bridge_tables: bridge_tables.unwrap_or_default(),
         })
     }
 
-    /// Removes what [`Kernel::leftovers`] found.
+    /// Removes what [`Kernel::leftovers`] found. A refusal does not prevent the other removals.
     ///
     /// # Errors
     /// When the kernel refuses to remove an object that exists.
     pub fn sweep(&mut self, leftovers: Leftovers) -> io::Result<()> {
-        for device in &leftovers.devices {
-            self.remove_device(device)?;
-        }
-        users::remove(&mut self.netlink, leftovers.rules)?;
-        let gone =
-            leftovers.routes.into_iter().map(|(_, route)| RouteNetlinkMessage::DelRoute(route));
+        let Leftovers { devices, routes, rules, neighbors, tables, bridge_tables } = leftovers;
+        let mut results: Vec<io::Result<()>> =
+            devices.iter().map(|device| self.remove_device(device)).collect();
+        results.push(users::remove(&mut self.netlink, rules));
+        let gone = routes.into_iter().map(|(_, route)| RouteNetlinkMessage::DelRoute(route));
         let gone = gone.map(|message| Request { message, flags: 0 });
-        let gone = gone.chain(leftovers.neighbors.iter().filter_map(restoring_request)).collect();
-        let refused = self.netlink.apply(gone)?;
-        match refused.iter().find(|refused| !GONE.contains(&refused.errno)) {
-            Some(refused) => Err(refused.to_io()),
-            None => Ok(()),
+        let gone = gone.chain(neighbors.iter().filter_map(restoring_request)).collect();
+        results.push(self.netlink.apply(gone).and_then(|refused| {
+            let refused = refused.iter().find(|refused| !GONE.contains(&refused.errno));
+            refused.map_or(Ok(()), |refused| Err(refused.to_io()))
+        }));
+        for table in tables {
+            results.push(FirewallTable::open().and_then(|mut firewall| firewall.remove(&table)));
+        }
+        let mut pod_tables = PodTables::open();
+        results.extend(bridge_tables.iter().map(|table| pod_tables.remove(table)));
+        results.into_iter().collect()
+    }
+}
+
+impl Extent<'_> {
+    fn has_device(&self, name: &str) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::Overlay { device, .. } => name == *device,
+        }
+    }
+
+    /// Whether a route of gossamer's belongs to it. Another overlay on this host may use a part of the
+    /// networks.
+    fn has_route(&self, subnet: IpNet, route: &RouteMessage, links: &[Link]) -> bool {
+        let Self::Overlay { device, pool, .. } = self else { return true };
+        let index = links.iter().find(|link| link.name == *device).map(|link| link.index);
+        let is_of_other =
+            |index| links.iter().any(|link| link.index == index && is_overlay_device(link));
+        match our_route(route, index).map(|(_, hop)| hop.way) {
+            Some(Way::Overlay(_) | Way::Device) => true,
+            Some(Way::Direct { link, .. }) if is_of_other(link) => false,
+            _ => pool.networks().iter().any(|network| network.contains(&subnet)),
+        }
+    }
+
+    fn has_table(&self, name: &str) -> bool {
+        match self {
+            Self::Everything => is_own_table(name),
+            Self::Overlay { device, with_pods, .. } => {
+                name == *device || *with_pods && name == pods_table_name(device)
+            }
+        }
+    }
+
+    fn has_bridge_table(&self, name: &str) -> bool {
+        match self {
+            Self::Everything => is_own_table(name),
+            Self::Overlay { device, with_pods, .. } => *with_pods && name == *device,
         }
     }
 }

@@ -39,7 +39,7 @@ use rtnetlink::{
 pub use self::{
     error::KernelError,
     firewall::{FirewallTable, TRIAL_MARK, Verification},
-    leftovers::Leftovers,
+    leftovers::{Extent, Leftovers},
     observe::overlaps,
     watch::{ForeignRoutes, Recheck},
 };
@@ -253,19 +253,6 @@ impl Kernel {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Removes gossamer's device with its entries, and other routes of gossamer into the pool's
-    /// networks.
-    ///
-    /// # Errors
-    /// When the kernel refuses a removal.
-    pub fn remove(&mut self, name: &str, pool: &Pool) -> Result<(), KernelError> {
-        self.remove_device(name)?;
-        let routes = self.our_routes(None, Some(pool))?.into_iter();
-        let ops: Vec<Op> = routes.map(|(subnet, hop)| Op::RemoveRoute(subnet, hop)).collect();
-        self.netlink.apply(requests(&ops, 0))?;
-        Ok(())
     }
 
     /// Removes the VXLAN device with this name, if there is one.

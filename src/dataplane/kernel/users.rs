@@ -121,6 +121,11 @@ impl UserRules {
         Ok(repaired)
     }
 
+    /// Notes that the rules were removed by other means.
+    pub fn forget(&mut self) {
+        self.created.clear();
+    }
+
     /// Removes the rules of all overlays on this host; the other agents re-create theirs.
     ///
     /// # Errors

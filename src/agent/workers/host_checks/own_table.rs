@@ -107,13 +107,11 @@ impl OwnTable {
         counted.inspect_err(|error| tracing::debug!(%error, "packets of members not read")).ok()
     }
 
-    /// Removes the table.
-    pub(super) fn remove(&mut self, table: &str) -> io::Result<()> {
+    /// Notes that the table was removed.
+    pub(super) fn forget(&mut self) {
         self.guarded = false;
-        match &mut self.table {
-            Ok(tables) => tables.remove(table),
-            // Without a socket, the table cannot have been written.
-            Err(_) => Ok(()),
+        if let Ok(table) = &mut self.table {
+            table.forget();
         }
     }
 
