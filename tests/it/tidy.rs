@@ -50,6 +50,28 @@ const PANICKING: [&str; 4] =
 /// Parts that no agent runs.
 const NO_AGENT: [&str; 4] = ["src/bin/", "src/cli/", "src/lab/", "src/sim/"];
 
+/// The parts of the agent that run in its event loop.
+const EVENT_LOOP: [&str; 3] = ["src/agent/handlers", "src/agent/operator", "src/agent/pods"];
+/// What may block: it belongs to the threads in `src/agent/workers`.
+const BLOCKING: [&str; 16] = [
+    "netlink::",
+    "Netlink::",
+    "Kernel::open",
+    "FirewallTable",
+    "PodTables",
+    "UserRules",
+    "Wiring::",
+    "sysctl::",
+    "files::",
+    "fs::read",
+    "fs::write",
+    "fs::remove",
+    "fs::create",
+    "fs::metadata",
+    "File::open",
+    "File::create",
+];
+
 /// Returns all Rust files of the project, with their paths below the project's root.
 pub(crate) fn sources() -> Vec<(String, String)> {
     fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
@@ -179,6 +201,22 @@ fn agent_creates_threads_only_by_calls_that_do_not_panic() {
             found.extend(panicking.map(|word| format!("{name}:{number}: {word}")));
         }
     }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn event_loop_leaves_netlink_sysctls_and_files_to_threads() {
+    let mut found = Vec::new();
+    let mut looked_at = 0;
+    let of_loop = |name: &String| EVENT_LOOP.iter().any(|part| name.starts_with(part));
+    for (name, text) in sources().into_iter().filter(|(name, _)| of_loop(name)) {
+        looked_at += 1;
+        for (number, line) in code(&text) {
+            let blocking = BLOCKING.iter().filter(|word| line.contains(**word));
+            found.extend(blocking.map(|word| format!("{name}:{number}: {word}")));
+        }
+    }
+    assert!(looked_at > 20, "the event loop was not found");
     assert!(found.is_empty(), "{found:#?}");
 }
 

@@ -120,6 +120,9 @@ impl Agent {
             KernelEvent::Host(state) => self.on_host(state),
             KernelEvent::Demand(state) => self.on_demand(state),
             KernelEvent::Counted(counted) => self.on_packet_counts(counted),
+            KernelEvent::PathForgotten { host, told, result } => {
+                self.on_path_forgotten(host, told, &result);
+            }
         }
     }
 
@@ -142,7 +145,8 @@ impl Agent {
                 self.note_kernel_failures(&report.failed);
                 self.report_kernel_subnet();
                 if self.kernel.wanted.withdrawn {
-                    let _ = std::fs::remove_file(&self.config.subnet_file);
+                    let path = self.config.subnet_file.clone();
+                    self.storage.archive.save(SavedFile::Subnet(path, None));
                     return;
                 }
                 if !self.kernel.progress.programmed_once {
@@ -369,7 +373,7 @@ impl Agent {
         let subnets = self.underlay.subnets_of_pods(view.own.subnets);
         let (mtu, masquerade) = (self.underlay.mtu, self.config.firewall.masquerade);
         let file = SubnetFile::new(networks, subnets, mtu, masquerade);
-        self.storage.archive.save(SavedFile::Subnet(self.config.subnet_file.clone(), file));
+        self.storage.archive.save(SavedFile::Subnet(self.config.subnet_file.clone(), Some(file)));
     }
 }
 

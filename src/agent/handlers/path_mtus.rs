@@ -11,8 +11,6 @@ use crate::{
     core::Peer,
     dataplane::{desired::overhead, path_mtu_reports::Action},
     model::NodeId,
-    netlink::Netlink,
-    sysctl,
 };
 
 /// Smallest MTU, in bytes, that is set on a route: no IPv4 path carries less (RFC 791 requires hosts to
@@ -76,25 +74,26 @@ impl Agent {
             let Some(node) = self.prober.paths.holder(host) else { continue };
             match action {
                 Action::SendFullSize(_) => self.fill_underlay(node),
-                Action::DropReport(_, told) => self.forget_path_mtus(node, host, told),
+                Action::DropReport(_, told) => self.threads.programmer.forget_path(host, told),
             }
         }
     }
 
-    /// Makes the kernel forget a wrong path MTU. For IPv4 the kernel can only forget all of them;
-    /// routers report the correct ones again.
-    fn forget_path_mtus(&mut self, node: NodeId, host: IpAddr, told: u32) {
+    /// Reports that the kernel has forgotten the wrong path MTU `told` of a router, or why it has not.
+    pub(super) fn on_path_forgotten(
+        &mut self,
+        host: IpAddr,
+        told: u32,
+        forgotten: &Result<(), String>,
+    ) {
+        let Some(node) = self.prober.paths.holder(host) else { return };
         // If the report keeps coming back, the status already has it as a problem.
         let is_told = self.prober.reports.recurring_false_mtu(host).is_some();
-        let forgotten = match host {
-            IpAddr::V4(_) => sysctl::write("net/ipv4/route/flush", "1"),
-            IpAddr::V6(host) => Netlink::open().and_then(|mut netlink| netlink.forget_path(host)),
-        };
         let text = format!(
             "a router reported that the path to {} ({host}) carries {told} bytes, which is wrong: packets of \
              full size arrive; {}",
             self.node.name_of(node),
-            match &forgotten {
+            match forgotten {
                 Ok(()) => "the kernel has dropped the report".to_owned(),
                 Err(error) => format!("the kernel could not drop the report: {error}"),
             }

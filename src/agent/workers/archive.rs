@@ -53,8 +53,8 @@ pub(in crate::agent) enum SavedFile {
     Token(Token),
     /// The underlay address of this host, and the MTU of its overlay in bytes.
     Underlay(IpAddr, u32),
-    /// The subnet file (`subnet.env`).
-    Subnet(PathBuf, SubnetFile),
+    /// The subnet file (`subnet.env`). `None`: it must not exist.
+    Subnet(PathBuf, Option<SubnetFile>),
     /// The boot of this host that the pod records belong to.
     Boot,
 }
@@ -95,7 +95,7 @@ pub(in crate::agent) struct Archive {
     pub(in crate::agent) worker: Worker<Job>,
     shared: Arc<Shared>,
     /// The path and content last ordered for the subnet file.
-    subnet: Option<(PathBuf, SubnetFile)>,
+    subnet: Option<(PathBuf, Option<SubnetFile>)>,
 }
 
 /// State shared by the handle and the thread.
@@ -142,8 +142,13 @@ impl Archive {
             SavedFile::Underlay(address, mtu) => {
                 state.save_underlay(*address, *mtu).map_err(|error| error.to_string())
             }
-            SavedFile::Subnet(path, file) => subnet_env::write(path, file)
-                .map_err(|error| format!("{}: {error}", path.display())),
+            SavedFile::Subnet(path, file) => {
+                let kept = match file {
+                    Some(file) => subnet_env::write(path, file),
+                    None => subnet_env::remove(path),
+                };
+                kept.map_err(|error| format!("{}: {error}", path.display()))
+            }
             SavedFile::Boot => state.note_boot().map_err(|error| error.to_string()),
         };
         Self::start_with(history, save, keep_secrets, report)
@@ -341,6 +346,30 @@ mod tests {
         assert!(written.len() <= 2 && written.last() == Some(&1_000), "{written:?}");
     }
 
+    /// A file that is written after its removal would name a subnet that this host has given back.
+    #[tokio::test]
+    async fn subnet_file_removal_replaces_a_write_that_waits() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (release, released) = mpsc::channel::<()>();
+        let (report, reported) = mpsc::channel();
+        let save = move |saved: &SavedFile| {
+            let _ = released.recv();
+            if let SavedFile::Subnet(_, file) = saved {
+                let _ = report.send(file.is_some());
+            }
+            Ok(())
+        };
+        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, |_| ())
+            .expect("a thread");
+        archive.save(underlay(1_450));
+        archive.save(SavedFile::Subnet(PathBuf::new(), Some(SubnetFile::default())));
+        archive.save(SavedFile::Subnet(PathBuf::new(), None));
+        drop(release);
+        let thread = archive.end();
+        assert_eq!(thread.join(Instant::now() + Duration::from_secs(60)).await, Ok(()));
+        assert_eq!(reported.iter().last(), Some(false));
+    }
+
     #[test]
     fn failed_write_is_repeated_until_it_succeeds() {
         let dir = tempfile::tempdir().expect("tempdir");
@@ -354,7 +383,7 @@ mod tests {
         let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, |_| ())
             .expect("a thread");
         archive.save(underlay(1_450));
-        archive.save(SavedFile::Subnet(PathBuf::new(), SubnetFile::default()));
+        archive.save(SavedFile::Subnet(PathBuf::new(), Some(SubnetFile::default())));
         assert!(!archive.is_subnet_file_current());
         let wait = || reported.recv_timeout(Duration::from_secs(60));
         assert_eq!([wait(), wait()], [Ok(1), Ok(2)]);
@@ -388,7 +417,7 @@ mod tests {
             let subnets =
                 Subnets { first: "10.42.1.0/24".parse().expect("a network"), second: None };
             let file = SubnetFile::new(subnets, subnets, mtu, true);
-            archive.save(SavedFile::Subnet(PathBuf::new(), file));
+            archive.save(SavedFile::Subnet(PathBuf::new(), Some(file)));
             archive.is_subnet_file_current()
         };
         let finish = || {

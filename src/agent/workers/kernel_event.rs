@@ -32,6 +32,15 @@ pub enum KernelEvent {
     Host(HostState),
     /// The number of tunnel packets from each member's underlay address, where the kernel counts them.
     Counted(BTreeMap<IpAddr, u64>),
+    /// The kernel has forgotten the path MTU that a router reported, or why it has not.
+    PathForgotten {
+        /// The underlay address at the end of the path.
+        host: IpAddr,
+        /// The reported MTU in bytes.
+        told: u32,
+        /// The outcome.
+        result: Result<(), String>,
+    },
 }
 
 /// Kernel requests for missing entries since the start, and the peers in use.

@@ -9,6 +9,7 @@ mod checks;
 
 use std::{
     io,
+    net::IpAddr,
     sync::mpsc::TryRecvError,
     thread,
     time::{Duration, Instant},
@@ -73,6 +74,8 @@ pub(in crate::agent) enum Task {
     TableRequest(TableRequest),
     /// Read the packet counters of members.
     Count,
+    /// Forget a wrong path MTU to this underlay address, in bytes.
+    ForgetPath(IpAddr, u32),
 }
 
 impl Order for Task {
@@ -165,6 +168,11 @@ impl Programmer {
     /// Reads the number of tunnel packets from each member.
     pub fn count(&self) {
         self.worker.order(Task::Count);
+    }
+
+    /// Makes the kernel forget the wrong path MTU `told` to an underlay address.
+    pub fn forget_path(&self, host: IpAddr, told: u32) {
+        self.worker.order(Task::ForgetPath(host, told));
     }
 
     /// Ends the thread after the current pass. Afterwards nothing changes the kernel.
@@ -290,6 +298,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             match self.orders.take() {
                 Ok(Task::TableRequest(then)) => self.table_requests.push(then),
                 Ok(Task::Count) => self.count = true,
+                Ok(Task::ForgetPath(host, told)) => self.forget_path(host, told),
                 Ok(Task::DesiredState(desired_state)) => {
                     let had_peers = self.underlays().next().is_some();
                     self.desired_state = Some(desired_state);

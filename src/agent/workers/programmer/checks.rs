@@ -6,6 +6,7 @@ use super::{DesiredState, MIN_CHECK_INTERVAL, RETRY_INTERVAL, Reconciler, State}
 use crate::{
     agent::{diagnosis::auditor::Place, workers::kernel_event::KernelEvent},
     dataplane::{kernel::overlaps, repair_conflict::Kind},
+    sysctl,
     underlay::recheck,
 };
 
@@ -103,6 +104,17 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         {
             tracing::debug!(%error, "neighbor entries of next hops not updated");
         }
+    }
+
+    /// Makes the kernel forget a wrong path MTU. For IPv4 the kernel can only forget all of them; routers
+    /// report the correct ones again.
+    pub(super) fn forget_path(&mut self, host: IpAddr, told: u32) {
+        let forgotten = match host {
+            IpAddr::V4(_) => sysctl::write("net/ipv4/route/flush", "1"),
+            IpAddr::V6(host) => self.netlink.forget_path(host),
+        };
+        let result = forgotten.map_err(|error| error.to_string());
+        (self.tell)(KernelEvent::PathForgotten { host, told, result });
     }
 
     /// Reports the packet counters of members.
