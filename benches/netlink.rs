@@ -138,7 +138,7 @@ fn send_encoded(desired: &Desired) -> io::Result<Duration> {
         unreceived: BTreeSet::new(),
     };
     let there = Actual { device: Some(found), ..Actual::default() };
-    let mut changes = requests(&plan(desired, &there), index).into_iter();
+    let mut changes = requests(&plan(desired, &there).entries, index).into_iter();
     let mut batches = Vec::new();
     loop {
         let some: Vec<Request> = changes.by_ref().take(128).collect();

@@ -16,7 +16,7 @@ use ipnet::IpNet;
 
 use super::{
     desired::{Desired, Hop, Way},
-    plan::Op,
+    plan::EntryOp,
 };
 use crate::model::{Mac, Slot};
 
@@ -88,11 +88,11 @@ impl Demand {
     }
 
     /// Returns the operations that answer a miss; empty if it concerns no peer.
-    pub fn answer(&mut self, all: &Desired, miss: Miss) -> Vec<Op> {
+    pub fn answer(&mut self, all: &Desired, miss: Miss) -> Vec<EntryOp> {
         let ops = match miss {
             Miss::Tunnel(mac) => all.tables.fdb.get(&mac).map(|underlay| {
                 self.mark_in_use(mac);
-                vec![Op::SetFdb(mac, *underlay)]
+                vec![EntryOp::SetFdb(mac, *underlay)]
             }),
             Miss::Address(address) => self.entries_for(all, address),
         };
@@ -121,7 +121,7 @@ impl Demand {
 
     /// Returns all entries of the peer that owns `address`, and a temporary neighbor entry that releases the
     /// waiting packet.
-    fn entries_for(&mut self, all: &Desired, address: IpAddr) -> Option<Vec<Op>> {
+    fn entries_for(&mut self, all: &Desired, address: IpAddr) -> Option<Vec<EntryOp>> {
         let tables = &all.tables;
         let slot: Slot = all.pool.slot_of(address)?;
         let mut ops = Vec::new();
@@ -133,15 +133,15 @@ impl Demand {
                 continue;
             };
             let underlay = tables.fdb.get(mac)?;
-            ops.extend([Op::SetFdb(*mac, *underlay), Op::SetNeighbor(vtep, *mac)]);
+            ops.extend([EntryOp::SetFdb(*mac, *underlay), EntryOp::SetNeighbor(vtep, *mac)]);
             if self.program == Program::OnDemand {
                 let to_gateway = tables.routes.get_key_value(&IpNet::from(vtep));
                 let routes = to_gateway.into_iter().chain([(&subnet, hop)]);
-                ops.extend(routes.map(|(to, hop)| Op::AddRoute(*to, *hop)));
+                ops.extend(routes.map(|(to, hop)| EntryOp::AddRoute(*to, *hop)));
             }
             self.mark_in_use(*mac);
             if subnet.contains(&address) && vtep != address && hop.way == Way::Overlay(vtep) {
-                answer = Some(Op::Resolve(address, *mac));
+                answer = Some(EntryOp::Resolve(address, *mac));
             }
         }
         ops.extend(answer);
@@ -156,7 +156,7 @@ mod tests {
         desired::Tables,
         fake::FakeKernel,
         plan::{
-            plan,
+            Op, Plan, plan,
             tests::{underlay, view},
         },
     };
@@ -176,9 +176,9 @@ mod tests {
         assert_eq!(demand.select(&all), all);
         let vtep = address("10.42.8.0");
         let mac = all.tables.neighbors[&vtep];
-        let fdb = Op::SetFdb(mac, all.tables.fdb[&mac]);
+        let fdb = EntryOp::SetFdb(mac, all.tables.fdb[&mac]);
         assert_eq!(demand.answer(&all, Miss::Tunnel(mac)), std::slice::from_ref(&fdb));
-        let both = [fdb, Op::SetNeighbor(vtep, mac)];
+        let both = [fdb, EntryOp::SetNeighbor(vtep, mac)];
         assert_eq!(demand.answer(&all, Miss::Address(vtep)), both);
         let unknown =
             [Miss::Address(address("10.42.200.5")), Miss::Tunnel(Mac::from_bytes([2; 6]))];
@@ -198,13 +198,17 @@ mod tests {
         );
         let pod = address("10.42.8.17");
         for op in demand.answer(&all, Miss::Address(pod)) {
-            kernel.apply(&op).expect("possible");
+            kernel.apply(&Op::Entry(op)).expect("possible");
         }
         assert!(kernel.neighbors.contains_key(&pod), "the waiting packet is released");
         assert!(kernel.forward("10.42.8.0/24".parse().expect("subnet")).is_some());
         // Later packets use the peer's own entries.
-        kernel.apply(&Op::RemoveNeighbor(pod)).expect("possible");
-        assert_eq!(plan(&demand.select(&all), &kernel.dump()), [], "no further operation");
+        kernel.apply(&Op::Entry(EntryOp::RemoveNeighbor(pod))).expect("possible");
+        assert_eq!(
+            plan(&demand.select(&all), &kernel.dump()),
+            Plan::default(),
+            "no further operation"
+        );
 
         // A new process adopts the peer and removes it only when it is idle.
         demand = Demand::new(Program::OnDemand);

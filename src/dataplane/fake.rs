@@ -14,7 +14,7 @@ use ipnet::IpNet;
 
 use super::{
     desired::{Desired, Hop, Tables, Way},
-    plan::{Actual, Found, Op, full_len, plan},
+    plan::{Actual, DeviceOp, EntryOp, Found, Op, full_len, plan},
 };
 use crate::model::Mac;
 
@@ -58,67 +58,82 @@ impl FakeKernel {
     /// # Errors
     /// The kernel would refuse the operation, for example because the device is down or the route exists.
     pub fn apply(&mut self, op: &Op) -> Result<(), RefusedOp> {
-        let refused = |why| Err(RefusedOp { op: op.clone(), why });
-        let is_absent = self.device.is_none();
+        let done = match op {
+            Op::Device(op) => self.apply_to_device(op),
+            Op::Entry(op) => self.apply_to_entry(op),
+        };
+        done.map_err(|why| RefusedOp { op: op.clone(), why })
+    }
+
+    fn apply_to_device(&mut self, op: &DeviceOp) -> Result<(), &'static str> {
+        if let DeviceOp::CreateDevice(device) = op {
+            if self.device.is_some() {
+                return Err("File exists");
+            }
+            self.device = Some(Found {
+                up: false,
+                is_port: false,
+                device: (**device).clone(),
+                foreign: false,
+                addresses: Vec::new(),
+                unreceived: BTreeSet::new(),
+            });
+            return Ok(());
+        }
+        if *op == DeviceOp::DeleteDevice {
+            self.routes.retain(|_, hop| !matches!(hop.way, Way::Overlay(_) | Way::Device));
+            *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
+            return Ok(());
+        }
+        let Some(found) = &mut self.device else { return Err("No such device") };
         match op.clone() {
-            Op::CreateDevice(_) if !is_absent => return refused("File exists"),
-            Op::CreateDevice(device) => {
-                let found = Found {
-                    up: false,
-                    is_port: false,
-                    device: *device,
-                    foreign: false,
-                    addresses: Vec::new(),
-                    unreceived: BTreeSet::new(),
-                };
-                self.device = Some(found);
+            DeviceOp::CreateDevice(_) | DeviceOp::DeleteDevice => {}
+            DeviceOp::SetMac(mac) => {
+                found.device.mac = mac;
+                self.neighbors.clear();
             }
-            Op::DeleteDevice => {
-                self.routes.retain(|_, hop| !matches!(hop.way, Way::Overlay(_) | Way::Device));
-                *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
+            DeviceOp::SetMtu(mtu) => found.device.mtu = mtu,
+            DeviceOp::SetAlias(alias) => found.device.alias = alias,
+            DeviceOp::SetChecksumOffload(on) => found.device.checksum_offload = Some(on),
+            DeviceOp::Release => found.is_port = false,
+            DeviceOp::SetUp => found.up = true,
+            DeviceOp::AddAddress(address) => found.addresses.push((address, full_len(address))),
+            DeviceOp::AddLocalRoute(address) => _ = found.unreceived.remove(&address),
+            DeviceOp::RemoveAddress(address, len) => {
+                found.addresses.retain(|known| *known != (address, len));
             }
-            Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
-            Op::RemoveNeighbor(address) => _ = self.neighbors.remove(&address),
-            Op::RemoveFdb(mac, underlay) => _ = self.fdb.remove(&(mac, underlay)),
-            Op::SetFdb(mac, underlay) if !is_absent => {
+        }
+        Ok(())
+    }
+
+    fn apply_to_entry(&mut self, op: &EntryOp) -> Result<(), &'static str> {
+        let is_absent = self.device.is_none();
+        match *op {
+            EntryOp::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
+            EntryOp::RemoveNeighbor(address) => _ = self.neighbors.remove(&address),
+            EntryOp::RemoveFdb(mac, underlay) => _ = self.fdb.remove(&(mac, underlay)),
+            EntryOp::SetFdb(..) | EntryOp::SetNeighbor(..) | EntryOp::Resolve(..) if is_absent => {
+                return Err("No such device");
+            }
+            EntryOp::SetFdb(mac, underlay) => {
                 // The kernel replaces the first destination of the MAC.
                 if let Some(first) = self.fdb.iter().find(|(known, _)| *known == mac).copied() {
                     self.fdb.remove(&first);
                 }
                 self.fdb.insert((mac, underlay));
             }
-            Op::SetNeighbor(address, mac) | Op::Resolve(address, mac) if !is_absent => {
+            EntryOp::SetNeighbor(address, mac) | EntryOp::Resolve(address, mac) => {
                 _ = self.neighbors.insert(address, mac)
             }
-            Op::AddRoute(subnet, hop) | Op::ReplaceRoute(subnet, hop) => {
+            EntryOp::AddRoute(subnet, hop) | EntryOp::ReplaceRoute(subnet, hop) => {
                 if !self.device.as_ref().is_some_and(|found| found.up) {
-                    return refused("Network is down");
+                    return Err("Network is down");
                 }
                 let taken = self.routes.contains_key(&(subnet, hop.metric));
                 match (op, taken) {
-                    (Op::AddRoute(..), true) => return refused("File exists"),
-                    (Op::ReplaceRoute(..), false) => return refused("No such process"),
+                    (EntryOp::AddRoute(..), true) => return Err("File exists"),
+                    (EntryOp::ReplaceRoute(..), false) => return Err("No such process"),
                     _ => _ = self.routes.insert((subnet, hop.metric), hop),
-                }
-            }
-            on_device => {
-                let Some(found) = &mut self.device else { return refused("No such device") };
-                match on_device {
-                    Op::SetMac(mac) => {
-                        found.device.mac = mac;
-                        self.neighbors.clear();
-                    }
-                    Op::SetMtu(mtu) => found.device.mtu = mtu,
-                    Op::SetAlias(alias) => found.device.alias = alias,
-                    Op::SetChecksumOffload(on) => found.device.checksum_offload = Some(on),
-                    Op::Release => found.is_port = false,
-                    Op::SetUp => found.up = true,
-                    Op::AddAddress(address) => found.addresses.push((address, full_len(address))),
-                    Op::AddLocalRoute(address) => _ = found.unreceived.remove(&address),
-                    Op::RemoveAddress(address, len) => {
-                        found.addresses.retain(|known| *known != (address, len));
-                    }
-                    _ => {}
                 }
             }
         }
@@ -127,8 +142,8 @@ impl FakeKernel {
 
     /// Applies the whole plan for `desired`. Returns the refused operations; the others take effect.
     pub fn settle(&mut self, desired: &Desired) -> Vec<RefusedOp> {
-        let ops = plan(desired, &self.dump());
-        ops.iter().filter_map(|op| self.apply(op).err()).collect()
+        let ops = plan(desired, &self.dump()).into_ops();
+        ops.filter_map(|op| self.apply(&op).err()).collect()
     }
 
     /// Returns whether the tables hold exactly these entries.

@@ -19,6 +19,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::desired::{Desired, Device, Hop, Tables, Way};
+pub use super::op::{DeviceOp, EntryOp, Op, Plan};
 use crate::model::Mac;
 
 /// The gossamer entries found by a dump. The kernel allows several FDB entries of one MAC and several routes
@@ -52,90 +53,28 @@ pub struct Found {
     pub unreceived: BTreeSet<IpAddr>,
 }
 
-/// One change to the kernel. All are idempotent: "already exists" and "already gone" count as success.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Op {
-    /// Delete the VXLAN device and, with it, all entries on it.
-    DeleteDevice,
-    /// Create the VXLAN device, down and without addresses.
-    CreateDevice(Box<Device>),
-    /// Set the device's MAC. The kernel then drops the device's neighbor entries.
-    SetMac(Mac),
-    /// Set the device's MTU in bytes.
-    SetMtu(u32),
-    /// Set the device's alias.
-    SetAlias(String),
-    /// Turn checksum offload of the device on or off.
-    SetChecksumOffload(bool),
-    /// Remove the device from the bridge or bond that it is a port of.
-    Release,
-    /// Set the interface up.
-    SetUp,
-    /// Add a single address (/32 or /128) to the device.
-    AddAddress(IpAddr),
-    /// Add the route of an address of the device to the table `local`.
-    AddLocalRoute(IpAddr),
-    /// Remove an address with this prefix length from the device.
-    RemoveAddress(IpAddr, u8),
-    /// Add or replace the FDB entry of a MAC.
-    SetFdb(Mac, IpAddr),
-    /// Add or replace a permanent neighbor entry.
-    SetNeighbor(IpAddr, Mac),
-    /// Add a neighbor entry that is not permanent; it releases packets that wait for the address.
-    Resolve(IpAddr, Mac),
-    /// Add a route, unless another program has one with the same destination and metric.
-    AddRoute(IpNet, Hop),
-    /// Replace a gossamer route with the same destination and metric.
-    ReplaceRoute(IpNet, Hop),
-    /// Remove a route.
-    RemoveRoute(IpNet, Hop),
-    /// Remove a neighbor entry.
-    RemoveNeighbor(IpAddr),
-    /// Remove an FDB entry.
-    RemoveFdb(Mac, IpAddr),
-}
-
-impl Op {
-    /// Returns what the operation changes, as a label for counters.
-    pub const fn kind(&self) -> &'static str {
-        match self {
-            Self::DeleteDevice | Self::CreateDevice(_) => "device",
-            Self::SetMac(_)
-            | Self::SetMtu(_)
-            | Self::SetAlias(_)
-            | Self::SetChecksumOffload(_)
-            | Self::Release
-            | Self::SetUp => "device attribute",
-            Self::AddAddress(_) | Self::AddLocalRoute(_) | Self::RemoveAddress(..) => "address",
-            Self::SetFdb(..) | Self::RemoveFdb(..) => "FDB entry",
-            Self::SetNeighbor(..) | Self::Resolve(..) | Self::RemoveNeighbor(_) => "neighbor",
-            Self::AddRoute(..) | Self::ReplaceRoute(..) | Self::RemoveRoute(..) => "route",
-        }
-    }
-}
-
 /// Returns the operations that turn `actual` into `desired`; empty if they are equal.
-pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
-    let mut ops = Vec::new();
+pub fn plan(desired: &Desired, actual: &Actual) -> Plan {
+    let Plan { mut device, entries: mut ops } = Plan::default();
     let mut actual = actual.clone();
-    let is_kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
+    let is_kept = plan_device(&desired.device, actual.device.as_ref(), &mut device);
     if !is_kept {
         // A re-created device has lost all entries on it, including routes.
         let elsewhere = |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_) | Way::Device);
         let routes = actual.routes.into_iter().filter(elsewhere).collect();
         actual = Actual { routes, ..Actual::default() };
     }
-    if ops.iter().any(|op| matches!(op, Op::SetMac(_))) {
+    if device.iter().any(|op| matches!(op, DeviceOp::SetMac(_))) {
         // The kernel drops the neighbor entries of a device whose MAC changes.
         actual.neighbors.clear();
     }
     plan_additions(&desired.tables, &actual, &mut ops);
     plan_removals(desired, &actual, &mut ops);
-    ops
+    Plan { device, entries: ops }
 }
 
 /// Plans the changes to the device. Returns whether the existing device is kept.
-fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> bool {
+fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<DeviceOp>) -> bool {
     let Some(found) = found else {
         create_device(wanted, ops);
         return false;
@@ -143,46 +82,46 @@ fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> boo
     let is = &found.device;
     let fixed = |device: &Device| (device.vni, device.port, device.local, device.link);
     if found.foreign || fixed(is) != fixed(wanted) {
-        ops.push(Op::DeleteDevice);
+        ops.push(DeviceOp::DeleteDevice);
         create_device(wanted, ops);
         return false;
     }
     if is.mac != wanted.mac {
-        ops.push(Op::SetMac(wanted.mac));
+        ops.push(DeviceOp::SetMac(wanted.mac));
     }
     if is.mtu != wanted.mtu {
-        ops.push(Op::SetMtu(wanted.mtu));
+        ops.push(DeviceOp::SetMtu(wanted.mtu));
     }
     if is.alias != wanted.alias {
-        ops.push(Op::SetAlias(wanted.alias.clone()));
+        ops.push(DeviceOp::SetAlias(wanted.alias.clone()));
     }
     if is.checksum_offload != wanted.checksum_offload {
-        ops.extend(wanted.checksum_offload.map(Op::SetChecksumOffload));
+        ops.extend(wanted.checksum_offload.map(DeviceOp::SetChecksumOffload));
     }
     if found.is_port {
-        ops.push(Op::Release);
+        ops.push(DeviceOp::Release);
     }
     if !found.up {
-        ops.push(Op::SetUp);
+        ops.push(DeviceOp::SetUp);
     }
     let there = |wanted: &&IpAddr| found.addresses.contains(&(**wanted, full_len(**wanted)));
     let missing = wanted.addresses.iter().filter(|address| !there(address));
-    ops.extend(missing.map(|address| Op::AddAddress(*address)));
+    ops.extend(missing.map(|address| DeviceOp::AddAddress(*address)));
     let present = wanted.addresses.iter().filter(there);
     let unreceived = present.filter(|address| found.unreceived.contains(address));
-    ops.extend(unreceived.map(|address| Op::AddLocalRoute(*address)));
+    ops.extend(unreceived.map(|address| DeviceOp::AddLocalRoute(*address)));
     let ours = |(ip, len): &(IpAddr, u8)| wanted.addresses.contains(ip) && *len == full_len(*ip);
     let others = found.addresses.iter().filter(|address| !ours(address));
-    ops.extend(others.map(|(address, len)| Op::RemoveAddress(*address, *len)));
+    ops.extend(others.map(|(address, len)| DeviceOp::RemoveAddress(*address, *len)));
     true
 }
 
-fn create_device(wanted: &Device, ops: &mut Vec<Op>) {
-    let alias = Op::SetAlias(wanted.alias.clone());
-    ops.extend([Op::CreateDevice(Box::new(wanted.clone())), alias]);
-    ops.extend(wanted.checksum_offload.map(Op::SetChecksumOffload));
-    ops.push(Op::SetUp);
-    ops.extend(wanted.addresses.iter().map(|address| Op::AddAddress(*address)));
+fn create_device(wanted: &Device, ops: &mut Vec<DeviceOp>) {
+    let alias = DeviceOp::SetAlias(wanted.alias.clone());
+    ops.extend([DeviceOp::CreateDevice(Box::new(wanted.clone())), alias]);
+    ops.extend(wanted.checksum_offload.map(DeviceOp::SetChecksumOffload));
+    ops.push(DeviceOp::SetUp);
+    ops.extend(wanted.addresses.iter().map(|address| DeviceOp::AddAddress(*address)));
 }
 
 /// Returns the prefix length of a single address: 32 or 128.
@@ -190,15 +129,15 @@ pub const fn full_len(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 
-fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
+fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<EntryOp>) {
     for (mac, underlay) in &wanted.fdb {
         if !is.fdb.contains(&(*mac, *underlay)) {
-            ops.push(Op::SetFdb(*mac, *underlay));
+            ops.push(EntryOp::SetFdb(*mac, *underlay));
         }
     }
     for (address, mac) in &wanted.neighbors {
         if is.neighbors.get(address) != Some(mac) {
-            ops.push(Op::SetNeighbor(*address, *mac));
+            ops.push(EntryOp::SetNeighbor(*address, *mac));
         }
     }
     // More specific routes first: the route to a gateway precedes routes over it.
@@ -211,13 +150,13 @@ fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
             continue;
         }
         ops.push(match metrics.contains(&(*subnet, hop.metric)) {
-            true => Op::ReplaceRoute(*subnet, *hop),
-            false => Op::AddRoute(*subnet, *hop),
+            true => EntryOp::ReplaceRoute(*subnet, *hop),
+            false => EntryOp::AddRoute(*subnet, *hop),
         });
     }
 }
 
-fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<Op>) {
+fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<EntryOp>) {
     let wanted = &desired.tables;
     let mut routes: Vec<_> = is.routes.iter().collect();
     routes.sort_by_key(|(subnet, _)| subnet.prefix_len());
@@ -227,7 +166,7 @@ fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<Op>) {
         }
         // An old route with the metric of the wanted one has been replaced by it.
         if wanted.routes.get(subnet).is_none_or(|new| new.metric != hop.metric) {
-            ops.push(Op::RemoveRoute(*subnet, *hop));
+            ops.push(EntryOp::RemoveRoute(*subnet, *hop));
         }
     }
     let unwanted = |address: &IpAddr| !wanted.neighbors.contains_key(address);
@@ -236,13 +175,13 @@ fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<Op>) {
         .iter()
         .filter(|(address, _)| unwanted(address))
         .partition(|(address, _)| desired.is_retained(**address));
-    ops.extend(gone.into_iter().map(|(address, _)| Op::RemoveNeighbor(*address)));
+    ops.extend(gone.into_iter().map(|(address, _)| EntryOp::RemoveNeighbor(*address)));
     // For a wanted MAC, `SetFdb` replaced the first wrong entry; removing it again is no error.
     let gone = is.fdb.iter().filter(|(mac, underlay)| match wanted.fdb.get(mac) {
         Some(wanted) => wanted != underlay,
         None => !stay.iter().any(|(_, is_retained)| *is_retained == mac),
     });
-    ops.extend(gone.map(|(mac, underlay)| Op::RemoveFdb(*mac, *underlay)));
+    ops.extend(gone.map(|(mac, underlay)| EntryOp::RemoveFdb(*mac, *underlay)));
 }
 
 #[cfg(test)]
@@ -320,17 +259,18 @@ pub(super) mod tests {
             wanted.tables.routes.insert(subnet, Hop::new(Way::Overlay(address.into()), 8));
             actual.routes.insert((subnet, Hop::new(Way::Unreachable, 8)));
         }
-        let ops = plan(&wanted, &actual);
-        let replaced = ops.iter().filter(|op| matches!(op, Op::ReplaceRoute(..)));
+        let ops = plan(&wanted, &actual).entries;
+        let replaced = ops.iter().filter(|op| matches!(op, EntryOp::ReplaceRoute(..)));
         assert_eq!(replaced.count(), 60_000);
     }
 
     #[test]
     fn empty_kernel_gets_device_first_then_fdb_neighbor_and_route() {
-        let ops = plan(&desired(&[(1, 9), (2, 7)]), &Actual::default());
-        let kinds: Vec<String> = ops
-            .iter()
-            .map(|op| format!("{op:?}").split(['(', '{', ' ']).next().expect("name").to_owned())
+        let Plan { device, entries } = plan(&desired(&[(1, 9), (2, 7)]), &Actual::default());
+        let texts = device.iter().map(|op| format!("{op:?}"));
+        let texts = texts.chain(entries.iter().map(|op| format!("{op:?}")));
+        let kinds: Vec<String> = texts
+            .map(|text| text.split(['(', '{', ' ']).next().expect("name").to_owned())
             .collect();
         assert_eq!(
             kinds,
@@ -352,7 +292,7 @@ pub(super) mod tests {
         let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7), (3, 8)]));
         let unconfirmed = Desired { unconfirmed: vec![8..9, 50..60], ..desired(&[(1, 9), (2, 7)]) };
-        assert_eq!(plan(&unconfirmed, &kernel.dump()), []);
+        assert_eq!(plan(&unconfirmed, &kernel.dump()), Plan::default());
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         assert_eq!(kernel.routes.len(), 2, "one of the peer, one of this node");
     }
@@ -364,14 +304,16 @@ pub(super) mod tests {
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         let withdrawn = Desired::new(&view, &underlay(), &view.peers.keys().copied().collect());
         let subnet: IpNet = "10.42.7.0/24".parse().expect("subnet");
-        let replaced = |ops: &[Op]| {
-            ops.iter().any(|op| matches!(op, Op::ReplaceRoute(to, _) if *to == subnet))
+        let replaced = |plan: &Plan| {
+            plan.entries
+                .iter()
+                .any(|op| matches!(op, EntryOp::ReplaceRoute(to, _) if *to == subnet))
         };
         assert!(replaced(&plan(&withdrawn, &kernel.dump())));
         kernel.settle(&withdrawn);
         assert_eq!(kernel.forward(subnet), None);
         // A re-created device, while the unreachable route, which is on no device, still exists.
-        kernel.apply(&Op::DeleteDevice).expect("there is one");
+        kernel.apply(&Op::Device(DeviceOp::DeleteDevice)).expect("there is one");
         kernel.settle(&withdrawn);
         assert!(kernel.holds(&withdrawn.tables));
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
@@ -384,10 +326,10 @@ pub(super) mod tests {
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         let mut moved = desired(&[(1, 9), (2, 7)]);
         moved.device.local = [192, 0, 2, 99].into();
-        let ops = plan(&moved, &kernel.dump());
-        assert!(matches!(ops[..2], [Op::DeleteDevice, Op::CreateDevice(_)]));
+        let ops = plan(&moved, &kernel.dump()).device;
+        assert!(matches!(ops[..2], [DeviceOp::DeleteDevice, DeviceOp::CreateDevice(_)]));
         kernel.settle(&moved);
-        assert_eq!(plan(&moved, &kernel.dump()), []);
+        assert_eq!(plan(&moved, &kernel.dump()), Plan::default());
         assert!(kernel.forward("10.42.7.0/24".parse().expect("subnet")).is_some());
     }
 
@@ -401,7 +343,7 @@ pub(super) mod tests {
         found.device.mac = Mac::from_bytes([2; 6]);
         found.addresses.push(([169, 254, 1, 1].into(), 16));
         kernel.settle(&wanted);
-        assert_eq!(plan(&wanted, &kernel.dump()), []);
+        assert_eq!(plan(&wanted, &kernel.dump()), Plan::default());
         assert!(
             kernel.holds(&wanted.tables),
             "the neighbor entries dropped with the old MAC are restored"
@@ -421,7 +363,7 @@ pub(super) mod tests {
         for last in [3, 200] {
             kernel.fdb.insert((*mac, [192, 0, 2, last].into()));
         }
-        let ops = plan(&wanted, &kernel.dump());
+        let ops = plan(&wanted, &kernel.dump()).entries;
         assert_eq!(ops.len(), 4, "{ops:?}");
         kernel.settle(&wanted);
         assert!(kernel.holds(&wanted.tables));
@@ -448,7 +390,7 @@ pub(super) mod tests {
             let wanted = desired(&after);
             kernel.settle(&wanted);
             prop_assert!(kernel.holds(&wanted.tables));
-            prop_assert_eq!(plan(&wanted, &kernel.dump()), []);
+            prop_assert_eq!(plan(&wanted, &kernel.dump()), Plan::default());
         }
 
         #[test]
@@ -463,7 +405,7 @@ pub(super) mod tests {
                 let mac = tables.neighbors.get(&vtep)?;
                 tables.fdb.get(mac).copied()
             };
-            for op in plan(&after, &kernel.dump()) {
+            for op in plan(&after, &kernel.dump()).into_ops() {
                 kernel.apply(&op).expect("nothing in its way");
                 for subnet in before.tables.routes.keys() {
                     let (old, new) = (ends(&before.tables, subnet), ends(&after.tables, subnet));

@@ -15,7 +15,7 @@ use crate::{
     core::{CallError, CallId, Input, Output, ReplyId, Stop, Target},
     dataplane::{
         fake::RefusedOp,
-        plan::{Op, plan},
+        plan::{DeviceOp, Op, plan},
     },
     model::NodeId,
     wire::Key,
@@ -298,9 +298,11 @@ impl World {
         }
         let Some(desired_state) = process.desired_state.take() else { return };
         let host = &self.hosts[index];
-        let ops = match &desired_state {
-            DesiredState::Overlay(view) => plan(&host.desired(view), &host.kernel.dump()),
-            DesiredState::Nothing => vec![Op::DeleteDevice],
+        let ops: Vec<Op> = match &desired_state {
+            DesiredState::Overlay(view) => {
+                plan(&host.desired(view), &host.kernel.dump()).into_ops().collect()
+            }
+            DesiredState::Nothing => vec![Op::Device(DeviceOp::DeleteDevice)],
         };
         let mut retry_after = None;
         // One pass in eight stops at a random operation.

@@ -108,7 +108,7 @@ pub const MUTATIONS: [Mutation; 25] = [
         changes: &[change(
             "dataplane/plan.rs",
             "plan_additions(&desired.tables, &actual, &mut ops)",
-            "{ ops.extend(actual.routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)));
+            "{ ops.extend(actual.routes.iter().map(|(subnet, hop)| EntryOp::RemoveRoute(*subnet, *hop)));
                actual.routes.clear();
                plan_additions(&desired.tables, &actual, &mut ops) }",
         )],

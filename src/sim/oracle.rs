@@ -20,7 +20,7 @@ use ipnet::IpNet;
 
 use crate::{
     core::Output,
-    dataplane::plan::Op,
+    dataplane::plan::{EntryOp, Op},
     model::{MemberRecord, NodeId, Pool, Run, SlotRecord, SlotState},
     wire::{Facts, Frame, Key, Push, Record, Request, Response},
 };
@@ -296,7 +296,7 @@ impl Oracle {
     /// Checks D4 before `host` applies an operation. `is_in_use` returns whether the route delivers packets
     /// to the given host, which uses the subnet and is not departing.
     pub fn on_kernel_op(&mut self, host: usize, op: &Op, is_in_use: impl Fn(usize, IpNet) -> bool) {
-        let Op::RemoveRoute(subnet, _) = op else { return };
+        let Op::Entry(EntryOp::RemoveRoute(subnet, _)) = op else { return };
         let user = self.user_of(*subnet).filter(|user| *user != host && is_in_use(*user, *subnet));
         if let Some(user) = user {
             self.report_unless_lenient(|| {

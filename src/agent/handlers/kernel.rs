@@ -31,7 +31,7 @@ use crate::{
         desired::{Desired, Underlay, device_name},
         firewall::Firewall,
         kernel::{KernelError, RefusedEntry},
-        plan::Op,
+        plan::EntryOp,
     },
     model::{NodeId, Problem, ProblemCode},
     underlay::{ChosenUnderlay, UnderlayError},
@@ -378,19 +378,18 @@ impl Agent {
 }
 
 /// Returns whether the operation concerns an entry of this peer.
-fn concerns(op: &Op, peer: &Peer) -> bool {
+fn concerns(op: &EntryOp, peer: &Peer) -> bool {
     let contains = |address: IpAddr| {
         let mut subnets = peer.leases.iter().flat_map(|(_, subnets)| subnets.iter());
         subnets.any(|subnet| subnet.contains(&address))
     };
     match op {
-        Op::SetFdb(mac, _) | Op::RemoveFdb(mac, _) => *mac == peer.vtep.mac,
-        Op::SetNeighbor(address, _) | Op::Resolve(address, _) | Op::RemoveNeighbor(address) => {
-            contains(*address)
-        }
-        Op::AddRoute(subnet, _) | Op::ReplaceRoute(subnet, _) | Op::RemoveRoute(subnet, _) => {
-            contains(subnet.network())
-        }
-        _ => false,
+        EntryOp::SetFdb(mac, _) | EntryOp::RemoveFdb(mac, _) => *mac == peer.vtep.mac,
+        EntryOp::SetNeighbor(address, _)
+        | EntryOp::Resolve(address, _)
+        | EntryOp::RemoveNeighbor(address) => contains(*address),
+        EntryOp::AddRoute(subnet, _)
+        | EntryOp::ReplaceRoute(subnet, _)
+        | EntryOp::RemoveRoute(subnet, _) => contains(subnet.network()),
     }
 }

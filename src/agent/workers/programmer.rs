@@ -30,7 +30,7 @@ use crate::{
         desired::{self, Desired},
         firewall::Firewall,
         kernel::{Extent, Kernel, KernelError, Recheck, Report, next_hops::NextHops},
-        plan::{Actual, Op},
+        plan::{Actual, EntryOp},
         repair_conflict::Kind,
     },
     model::{Pool, Problem},
@@ -333,7 +333,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         if heard.misses.is_empty() {
             return Ok(());
         }
-        let ops: Vec<Op> =
+        let ops: Vec<EntryOp> =
             heard.misses.into_iter().flat_map(|miss| self.demand.answer(all, miss)).collect();
         let answered = self.kernel.answer(&ops);
         self.choose_part();
@@ -396,8 +396,8 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.demand.remove_idle(idle.into_iter());
         // Removes neighbor entries for first packets and for unknown addresses: a pod that tries all
         // addresses must not fill the kernel's table.
-        let passing: Vec<Op> =
-            self.kernel.temporary_neighbors()?.into_iter().map(Op::RemoveNeighbor).collect();
+        let passing: Vec<EntryOp> =
+            self.kernel.temporary_neighbors()?.into_iter().map(EntryOp::RemoveNeighbor).collect();
         self.kernel.answer(&passing)?;
         self.choose_part();
         self.report_demand();

@@ -16,7 +16,7 @@ use crate::{
     dataplane::{
         desired::{Hop, Way},
         kernel::{FirewallTable, Kernel},
-        plan::{Actual, Op},
+        plan::{Actual, EntryOp},
     },
     lab::{Host, Pinger, Pod, tables},
     model::Mac,
@@ -153,24 +153,26 @@ impl Fault {
 
     /// Returns the operations of a fault that concerns entries, for all peers alike: this function does
     /// not know which peer the pod pings.
-    fn entry_operations(self, actual: &Actual) -> Option<Vec<Op>> {
+    fn entry_operations(self, actual: &Actual) -> Option<Vec<EntryOp>> {
         let wrong_mac = Mac::from_bytes([2, 0, 0, 0, 0, 0x99]);
         let (fdb, neighbors, routes) = (&actual.fdb, &actual.neighbors, &actual.routes);
         Some(match self {
-            Self::DeleteFdb => fdb.iter().map(|(mac, to)| Op::RemoveFdb(*mac, *to)).collect(),
+            Self::DeleteFdb => fdb.iter().map(|(mac, to)| EntryOp::RemoveFdb(*mac, *to)).collect(),
             Self::WrongFdb => {
-                fdb.iter().map(|(mac, _)| Op::SetFdb(*mac, [10, 99, 255, 1].into())).collect()
+                fdb.iter().map(|(mac, _)| EntryOp::SetFdb(*mac, [10, 99, 255, 1].into())).collect()
             }
-            Self::DeleteNeighbor => neighbors.keys().map(|ip| Op::RemoveNeighbor(*ip)).collect(),
+            Self::DeleteNeighbor => {
+                neighbors.keys().map(|ip| EntryOp::RemoveNeighbor(*ip)).collect()
+            }
             Self::WrongNeighbor => {
-                neighbors.keys().map(|ip| Op::SetNeighbor(*ip, wrong_mac)).collect()
+                neighbors.keys().map(|ip| EntryOp::SetNeighbor(*ip, wrong_mac)).collect()
             }
             Self::DeleteRoute => {
-                routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)).collect()
+                routes.iter().map(|(subnet, hop)| EntryOp::RemoveRoute(*subnet, *hop)).collect()
             }
             Self::ForeignRoute => {
                 let nowhere = |hop: &Hop| Hop::new(Way::Unreachable, hop.metric);
-                routes.iter().map(|(net, hop)| Op::ReplaceRoute(*net, nowhere(hop))).collect()
+                routes.iter().map(|(net, hop)| EntryOp::ReplaceRoute(*net, nowhere(hop))).collect()
             }
             _ => return None,
         })

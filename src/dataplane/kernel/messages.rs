@@ -26,7 +26,7 @@ use rtnetlink::{
 
 use super::super::{
     desired::{Device, Hop, ROUTE_PROTOCOL, Way},
-    plan::Op,
+    plan::EntryOp,
 };
 use crate::{
     model::Mac,
@@ -109,41 +109,37 @@ pub(super) fn fixed_attributes(link: &Link) -> ((u32, u16), IpAddr, u32, bool) {
 }
 
 /// Returns the request for an operation on entries of the device with this index.
-///
-/// # Panics
-/// If it is an operation on the device itself.
-pub(super) fn request(op: &Op, index: u32) -> Request {
+pub(super) fn request(op: &EntryOp, index: u32) -> Request {
     let replace = NLM_F_CREATE | NLM_F_REPLACE;
     let (message, flags) = match op {
-        Op::SetFdb(mac, underlay) => {
+        EntryOp::SetFdb(mac, underlay) => {
             (RouteNetlinkMessage::NewNeighbour(fdb_message(index, *mac, *underlay)), replace)
         }
-        Op::RemoveFdb(mac, underlay) => {
+        EntryOp::RemoveFdb(mac, underlay) => {
             (RouteNetlinkMessage::DelNeighbour(fdb_message(index, *mac, *underlay)), 0)
         }
-        Op::SetNeighbor(address, mac) => (
+        EntryOp::SetNeighbor(address, mac) => (
             RouteNetlinkMessage::NewNeighbour(neighbor_message(index, *address, Some(*mac))),
             replace,
         ),
-        Op::Resolve(address, mac) => {
+        EntryOp::Resolve(address, mac) => {
             let mut message = neighbor_message(index, *address, Some(*mac));
             message.header.state = NeighbourState::Reachable;
             (RouteNetlinkMessage::NewNeighbour(message), replace)
         }
-        Op::RemoveNeighbor(address) => {
+        EntryOp::RemoveNeighbor(address) => {
             (RouteNetlinkMessage::DelNeighbour(neighbor_message(index, *address, None)), 0)
         }
-        Op::AddRoute(subnet, hop) => (
+        EntryOp::AddRoute(subnet, hop) => (
             RouteNetlinkMessage::NewRoute(route_message(index, *subnet, *hop)),
             NLM_F_CREATE | NLM_F_EXCL,
         ),
-        Op::ReplaceRoute(subnet, hop) => {
+        EntryOp::ReplaceRoute(subnet, hop) => {
             (RouteNetlinkMessage::NewRoute(route_message(index, *subnet, *hop)), NLM_F_REPLACE)
         }
-        Op::RemoveRoute(subnet, hop) => {
+        EntryOp::RemoveRoute(subnet, hop) => {
             (RouteNetlinkMessage::DelRoute(route_message(index, *subnet, *hop)), 0)
         }
-        _ => unreachable!("{op:?} is an operation on the device"),
     };
     Request { message, flags }
 }

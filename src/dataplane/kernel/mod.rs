@@ -50,7 +50,7 @@ use self::{
 use super::{
     demand::Miss,
     desired::{Desired, Device, Hop, is_device_name, networks_in_alias},
-    plan::{Op, full_len, plan},
+    plan::{DeviceOp, EntryOp, Plan, full_len, plan},
 };
 use crate::{
     model::Pool,
@@ -113,7 +113,7 @@ pub struct Report {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RefusedEntry {
     /// The operation.
-    pub op: Op,
+    pub op: EntryOp,
     /// The kernel's error number.
     pub errno: i32,
 }
@@ -199,7 +199,7 @@ impl Kernel {
     ///
     /// # Errors
     /// When the messages cannot be sent.
-    pub fn answer(&mut self, ops: &[Op]) -> io::Result<()> {
+    pub fn answer(&mut self, ops: &[EntryOp]) -> io::Result<()> {
         let Some(index) = self.device.filter(|_| !ops.is_empty()) else { return Ok(()) };
         self.netlink.apply(requests(ops, index)).map(drop)
     }
@@ -310,8 +310,8 @@ impl Kernel {
     }
 
     /// Executes the operations; those on the device first, each of which must succeed.
-    fn apply(&mut self, desired: &Desired, ops: Vec<Op>) -> Result<Report, KernelError> {
-        let (device_ops, entry_ops): (Vec<_>, Vec<_>) = ops.into_iter().partition(Op::is_of_device);
+    fn apply(&mut self, desired: &Desired, plan: Plan) -> Result<Report, KernelError> {
+        let Plan { device: device_ops, entries: entry_ops } = plan;
         let mut report = Report::default();
         for op in device_ops {
             self.apply_to_device(&desired.device, &op)
@@ -338,10 +338,10 @@ impl Kernel {
         Ok(report)
     }
 
-    fn apply_to_device(&mut self, device: &Device, op: &Op) -> io::Result<()> {
+    fn apply_to_device(&mut self, device: &Device, op: &DeviceOp) -> io::Result<()> {
         let name = &device.name;
         match op {
-            Op::CreateDevice(device) => {
+            DeviceOp::CreateDevice(device) => {
                 self.netlink.create_link(device_message(device))?;
                 // A device with a link-local IPv6 address would send router solicitations into the
                 // tunnel. A kernel without IPv6 has nothing to turn off.
@@ -350,23 +350,23 @@ impl Kernel {
                 interface::close(name, Ipv6::Unchanged);
                 Ok(())
             }
-            Op::DeleteDevice => {
+            DeviceOp::DeleteDevice => {
                 let index = self.netlink.index_of(name)?;
                 self.netlink.delete_link(index)
             }
-            Op::SetMac(mac) => self.set(name, |link| link.address(mac.as_bytes().to_vec())),
-            Op::SetMtu(mtu) => self.set(name, |link| link.mtu(*mtu)),
-            Op::SetAlias(alias) => {
+            DeviceOp::SetMac(mac) => self.set(name, |link| link.address(mac.as_bytes().to_vec())),
+            DeviceOp::SetMtu(mtu) => self.set(name, |link| link.mtu(*mtu)),
+            DeviceOp::SetAlias(alias) => {
                 let alias = LinkAttribute::IfAlias(alias.clone());
                 self.set(name, |link| link.append_extra_attribute(alias))
             }
-            Op::SetChecksumOffload(on) => {
+            DeviceOp::SetChecksumOffload(on) => {
                 let index = self.netlink.index_of(name)?;
                 self.ethtool.as_mut().map_or(Ok(()), |tool| tool.set(index, TX_CHECKSUM, *on))
             }
-            Op::Release => self.set(name, |link| link.nocontroller()),
-            Op::SetUp => self.set(name, |link| link.up()),
-            Op::AddAddress(address) => {
+            DeviceOp::Release => self.set(name, |link| link.nocontroller()),
+            DeviceOp::SetUp => self.set(name, |link| link.up()),
+            DeviceOp::AddAddress(address) => {
                 if address.is_ipv6() {
                     // New devices may have IPv6 disabled. If this fails, adding the address reports
                     // it.
@@ -375,16 +375,15 @@ impl Kernel {
                 let index = self.netlink.index_of(name)?;
                 self.netlink.add_address(index, *address, full_len(*address))
             }
-            Op::AddLocalRoute(address) => {
+            DeviceOp::AddLocalRoute(address) => {
                 let index = self.netlink.index_of(name)?;
                 let Request { message, flags } = local_route(index, *address);
                 self.netlink.apply_one(message, flags)
             }
-            Op::RemoveAddress(address, len) => {
+            DeviceOp::RemoveAddress(address, len) => {
                 let index = self.netlink.index_of(name)?;
                 self.netlink.remove_address(index, *address, *len)
             }
-            _ => Ok(()),
         }
     }
 
@@ -400,10 +399,10 @@ impl Kernel {
 
     /// Finds the cause behind the kernel's error number. Removes a device that could not be brought
     /// up.
-    fn explain(&mut self, desired: &Desired, op: &Op, error: io::Error) -> KernelError {
+    fn explain(&mut self, desired: &Desired, op: &DeviceOp, error: io::Error) -> KernelError {
         let Device { name, vni, port, .. } = &desired.device;
         match error.raw_os_error() {
-            _ if matches!(op, Op::AddAddress(IpAddr::V6(_))) => {
+            _ if matches!(op, DeviceOp::AddAddress(IpAddr::V6(_))) => {
                 KernelError::NoIpv6 { name: name.clone() }
             }
             Some(EPERM) => KernelError::NotPermitted,
@@ -429,10 +428,7 @@ impl Kernel {
 }
 
 /// Returns the requests for operations on entries of the device with this index.
-///
-/// # Panics
-/// If one of them is an operation on the device itself.
-pub fn requests(ops: &[Op], index: u32) -> Vec<Request> {
+pub fn requests(ops: &[EntryOp], index: u32) -> Vec<Request> {
     ops.iter().map(|op| request(op, index)).collect()
 }
 
@@ -446,33 +442,10 @@ fn is_overlay_device(link: &Link) -> bool {
     link.kind == "vxlan" && is_device_name(&link.name)
 }
 
-impl Op {
-    fn is_of_device(&self) -> bool {
-        matches!(
-            self,
-            Self::DeleteDevice
-                | Self::CreateDevice(_)
-                | Self::SetMac(_)
-                | Self::SetMtu(_)
-                | Self::SetAlias(_)
-                | Self::SetChecksumOffload(_)
-                | Self::Release
-                | Self::SetUp
-                | Self::AddAddress(_)
-                | Self::AddLocalRoute(_)
-                | Self::RemoveAddress(..)
-        )
-    }
-
-    fn is_removal(&self) -> bool {
-        matches!(self, Self::RemoveRoute(..) | Self::RemoveNeighbor(_) | Self::RemoveFdb(..))
-    }
-}
-
 impl fmt::Display for RefusedEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.op {
-            Op::AddRoute(subnet, Hop { metric, .. }) if self.errno == EEXIST => write!(
+            EntryOp::AddRoute(subnet, Hop { metric, .. }) if self.errno == EEXIST => write!(
                 f,
                 "another program has a route to {subnet} with metric {metric}: remove it \
                  (ip route show {subnet})"
