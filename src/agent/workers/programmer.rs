@@ -6,6 +6,7 @@
 //! counts: older ones that queue up behind a slow kernel are skipped.
 
 mod checks;
+mod schedule;
 
 use std::{
     io,
@@ -15,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use self::schedule::{Changes, RepairSchedule};
 use crate::{
     agent::{
         diagnosis::auditor::Auditor,
@@ -39,19 +41,10 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// Interval of comparisons of the kernel with the desired state, for up to [`RECONCILE_ROUTES`] routes. The
-/// interval grows in proportion to further routes.
-const RECONCILE_INTERVAL: Duration = Duration::from_secs(10);
-/// Number of routes up to which the interval is [`RECONCILE_INTERVAL`].
-const RECONCILE_ROUTES: f64 = 250.0;
-/// Longest interval of comparisons.
-const RECONCILE_MAX_INTERVAL: Duration = Duration::from_secs(60);
 /// Time until the next attempt after a failure.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Shortest time between two checks of the interfaces: many containers may start at once.
 const MIN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
-/// Shortest time between two repairs, so that endless changes cannot use a whole CPU.
-const MIN_REPAIR_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A state to establish in the kernel.
 pub struct DesiredState {
@@ -149,8 +142,7 @@ impl Programmer {
             overlaps: Vec::new(),
             auditor: Auditor::new(Instant::now()),
             next_hops: NextHops::default(),
-            due: None,
-            last_repair: None,
+            schedule: RepairSchedule::default(),
         };
         Ok(Self { worker: Worker::start("kernel", move |orders| begin(orders).run())? })
     }
@@ -223,10 +215,7 @@ struct Reconciler<F> {
     overlaps: Vec<Problem>,
     auditor: Auditor,
     next_hops: NextHops,
-    /// When to compare next.
-    due: Option<Instant>,
-    /// Time of the last repair.
-    last_repair: Option<Instant>,
+    schedule: RepairSchedule,
 }
 
 impl<F: Fn(KernelEvent)> Reconciler<F> {
@@ -244,15 +233,13 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             if self.underlay_due(now).is_some_and(|due| due <= now) {
                 self.check_underlay(now);
             }
-            let is_due = self.due.is_some_and(|due| due <= now);
-            let may_repair = |kind| self.repair_at(kind).is_none_or(|at| now >= at);
-            let firewall_touched = self.table_touched || self.recheck.rules;
-            let verify = firewall_touched && may_repair(Kind::Firewall) || is_due && self.reached;
-            let may_repair = may_repair(Kind::Entries);
+            let due = self.schedule.due(now, self.changes());
+            let is_due = due.comparison;
+            let verify = due.table || is_due && self.reached;
             if is_due || verify {
                 self.update_table(verify);
             }
-            if is_due || (self.recheck.ours && may_repair) {
+            if is_due || due.entries {
                 self.reconcile();
             }
             if is_due && self.host_checks.is_table_unread() {
@@ -271,10 +258,14 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
     }
 
-    /// Returns the earliest time of the next repair of this kind.
-    fn repair_at(&self, kind: Kind) -> Option<Instant> {
-        let gap = MIN_REPAIR_INTERVAL.max(self.host_checks.repair_conflicts.pause(kind));
-        self.last_repair.map(|last_repair| last_repair + gap)
+    /// Returns the changes by other programs that are not repaired yet.
+    fn changes(&self) -> Changes {
+        let pause = |kind| self.host_checks.repair_conflicts.pause(kind);
+        let is_table_changed = self.table_touched || self.recheck.rules;
+        Changes {
+            entries: self.recheck.ours.then(|| pause(Kind::Entries)),
+            table: is_table_changed.then(|| pause(Kind::Firewall)),
+        }
     }
 
     /// Answers the requests for the tables.
@@ -306,7 +297,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
                     self.recheck.underlay |= !had_peers && self.underlays().next().is_some();
                     self.choose_part();
                     self.reached = false;
-                    self.due = Some(Instant::now());
+                    self.schedule.compare_now(Instant::now());
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -419,7 +410,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
         self.recheck.rules = false;
         self.host_checks.block_users(firewall);
-        self.last_repair = Some(Instant::now());
+        self.schedule.on_repair(Instant::now());
         self.report_host();
     }
 
@@ -428,18 +419,14 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         self.recheck.ours = false;
         let result = self.adopt().and_then(|()| self.program_kernel());
         let now = Instant::now();
-        self.last_repair = Some(now);
+        self.schedule.on_repair(now);
         let Some(DesiredState { number, state }) = &self.desired_state else { return };
         let clean = result.as_ref().is_ok_and(|report| report.failed.is_empty());
         let routes = match state {
             State::Overlay(all, _) => self.part.as_ref().unwrap_or(all).tables.routes.len(),
             State::Nothing { .. } => 0,
         };
-        let pause = RECONCILE_INTERVAL.mul_f64(routes as f64 / RECONCILE_ROUTES);
-        let pause = pause.clamp(RECONCILE_INTERVAL, RECONCILE_MAX_INTERVAL);
-        let next = now + if clean { pause } else { RETRY_INTERVAL };
-        // Consecutive repairs must not postpone the checks that only the timer starts.
-        self.due = Some(self.due.filter(|due| *due > now).map_or(next, |due| due.min(next)));
+        self.schedule.on_comparison(now, routes, clean);
         // A change of the needed part is not a change by another program.
         let repair = self.reached && !std::mem::take(&mut self.part_is_new);
         self.recheck.routing |= !self.reached;
@@ -483,12 +470,8 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
 
     fn wait(&mut self) {
         let now = Instant::now();
-        let entries = self.recheck.ours.then(|| self.repair_at(Kind::Entries));
-        let firewall_touched = self.table_touched || self.recheck.rules;
-        let table = firewall_touched.then(|| self.repair_at(Kind::Firewall));
-        let repairs = entries.into_iter().chain(table).flatten();
         let checks = self.host_check_due().into_iter().chain(self.underlay_due(now));
-        let until = self.due.into_iter().chain(repairs).chain(checks);
+        let until = self.schedule.next(now, self.changes()).into_iter().chain(checks);
         let until = until.chain(self.overruns.due(now)).chain([self.auditor.due()]).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
         let changes = [self.host_checks.changes(), self.host_checks.switches()];
