@@ -37,8 +37,8 @@ pub struct CniArgs {
 
 #[derive(Debug, Subcommand)]
 enum CniCommand {
-    /// Link this program into the plugin directory, also as loopback if that is missing, and write the
-    /// network configuration
+    /// Link this program into the plugin directory and write the network configuration; if the plugin
+    /// loopback is missing, also create a link of that name
     Install(InstallArgs),
     /// Remove what install created, and nothing else
     Uninstall(UninstallArgs),

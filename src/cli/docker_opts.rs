@@ -13,7 +13,8 @@ use crate::{config::Instance, files};
 #[derive(Debug, Args)]
 pub struct DockerOptsArgs {
     /// Name of the overlay, if this host has several
-    #[arg(long, env = "GOSSAMER_INSTANCE", default_value_t, value_name = "NAME")]
+    #[arg(long, env = "GOSSAMER_INSTANCE", default_value_t, hide_default_value = true)]
+    #[arg(value_name = "NAME")]
     instance: Instance,
     /// File that the agent writes [default: /run/gossamer/subnet.env]
     #[arg(long, env = "GOSSAMER_SUBNET_FILE", value_name = "FILE")]

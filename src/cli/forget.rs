@@ -95,11 +95,11 @@ fn outcome(Forgotten { label: node, slots, waits_for, .. }: &Forgotten) -> Strin
     match (slots, waits) {
         (0, _) => format!("{node} is forgotten; it owned no subnets\n"),
         (_, []) => {
-            format!("{node} is forgotten; this node reclaims its {slots} subnets now\n")
+            format!("{node} is forgotten. This node takes over the {slots} subnets of {node} now\n")
         }
         _ => format!(
-            "{node} is forgotten; this node reclaims its {slots} subnets when all other members have \
-             acknowledged that. Asked: {}. `gossamer status` shows who has not acknowledged\n",
+            "{node} is forgotten. This node takes over the {slots} subnets of {node} when all other members \
+             have acknowledged. Asked: {}. `gossamer status` lists the members that have not acknowledged\n",
             waits.join(", ")
         ),
     }

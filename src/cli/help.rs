@@ -27,7 +27,7 @@ const GROUPS: [(&str, &[(&str, Examples)]); 5] = [
             (
                 "join",
                 [
-                    ("Join with the token that a member printed", "gossamer join gsm1...."),
+                    ("Join with the token that a member printed", "gossamer join gsm1..."),
                     (
                         "Join with a token file, through two other members",
                         "gossamer join --token-file token 10.0.0.2 10.0.0.3",

@@ -40,7 +40,7 @@ pub struct MembersArgs {
 
 #[derive(Debug, Args)]
 pub struct PeersArgs {
-    /// Name, id, beginning of the id, or address of a member; all members if left out
+    /// Name, id, beginning of the id, or address of a member [default: list the other members]
     node: Option<String>,
     #[command(flatten)]
     client: Client,

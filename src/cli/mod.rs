@@ -70,9 +70,9 @@ pub struct Cli {
 enum Command {
     /// Set up this host as the first of a new cluster
     Init(Box<setup::InitArgs>),
-    /// Set up this host as a further member of a cluster
+    /// Set up this host as another member of a cluster
     Join(Box<setup::JoinArgs>),
-    /// Leave the cluster, and remove all of gossamer from this host but the program
+    /// Leave the cluster, and remove everything except the program from this host
     Uninstall(setup::UninstallArgs),
     /// Run the agent on this host
     Agent(Box<agent::AgentArgs>),
@@ -80,7 +80,7 @@ enum Command {
     Status(status::StatusArgs),
     /// List the members of the cluster
     Members(members::MembersArgs),
-    /// List the subnets and who owns them
+    /// List the subnets and their owners
     Leases(leases::LeasesArgs),
     /// Show everything known about one member
     Peers(members::PeersArgs),
@@ -100,19 +100,19 @@ enum Command {
     Cni(cni::CniArgs),
     /// Install or remove the Podman network plugin
     Podman(podman::PodmanArgs),
-    /// Print the dockerd options that give Docker's own bridge this node's subnet
+    /// Print the dockerd options with which Docker's own bridge uses this node's subnet
     DockerOpts(docker_opts::DockerOptsArgs),
     /// Print the token with which other hosts join
     Token(token::TokenArgs),
     /// Replace the cluster's secret in three steps, without interrupting the cluster
     Secret(secret::SecretArgs),
-    /// Leave the cluster for good, and remove everything but the settings from this host
+    /// Leave the cluster for good, and remove gossamer's objects and state from this host
     Leave(leave::LeaveArgs),
     /// Remove a member that is gone for good, and reclaim its subnets
     Forget(forget::ForgetArgs),
     /// Make this host a new node of its cluster, for example after it was cloned
     ResetIdentity(reset::ResetArgs),
-    /// Remove everything that gossamer created on a host whose agent no longer runs
+    /// Remove devices, routes, tables and state that a stopped agent left on this host
     Cleanup(cleanup::CleanupArgs),
     /// Run a demo cluster in private namespaces on this machine, without root
     Demo(demo::DemoArgs),

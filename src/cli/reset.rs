@@ -76,7 +76,7 @@ fn reset(args: &ResetArgs) -> anyhow::Result<()> {
     let has_identity = StateDir::peek_node_key(&state_dir)?.is_some();
     if !has_identity || read_token(&state_dir)?.is_none() {
         anyhow::bail!(
-            "state_dir: {} is of no node of a cluster, so there is no identity to replace",
+            "state_dir: {} contains no identity of a cluster member, so there is nothing to replace",
             state_dir.display()
         );
     }

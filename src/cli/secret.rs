@@ -58,7 +58,7 @@ struct AddArgs {
 struct ChangeArgs {
     /// Name of the secret, see `gossamer secret list`
     secret: String,
-    /// Proceed although not all members are ready; those can return only with a new token
+    /// Proceed although some members are not ready; they then need a new token to return
     #[arg(long)]
     force: bool,
     #[command(flatten)]

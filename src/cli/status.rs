@@ -40,8 +40,8 @@ pub struct StatusArgs {
     /// Also wait until COUNT members are alive, including this one (implies --wait)
     #[arg(long, value_name = "COUNT")]
     members: Option<usize>,
-    /// For probes: exit with 0 unless the node is not ready. A problem, or a peer that is down, does not
-    /// count
+    /// Exit with 0 if the verdict is healthy or degraded, and with 3 if it is not ready (for readiness
+    /// probes)
     #[arg(long, conflicts_with_all = ["wait", "members"])]
     ready: bool,
     #[command(flatten)]
@@ -103,7 +103,7 @@ fn unmet(status: &AgentStatus, members: usize) -> Option<String> {
     } else if alive < members {
         format!("{alive} of {members} members are alive")
     } else if !status.kernel.in_sync {
-        "not converged: the kernel does not equal this node's view".to_owned()
+        "not converged: the kernel differs from the desired state".to_owned()
     } else if !status.settled {
         "not converged: the state differs from that of other members".to_owned()
     } else {

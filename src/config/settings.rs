@@ -85,7 +85,7 @@ pub struct Settings {
     #[arg(long, env = "GOSSAMER_PREFER_SUBNET", value_name = "IP")]
     pub prefer_subnet: Option<IpAddr>,
     /// How nodes get their subnets: from each other, or from Kubernetes [default: gossip]
-    #[arg(long, env = "GOSSAMER_LEASE_SOURCE", value_enum, value_name = "WHO")]
+    #[arg(long, env = "GOSSAMER_LEASE_SOURCE", value_enum, value_name = "SOURCE")]
     pub lease_source: Option<LeaseSource>,
     /// With podcidr: this node's subnet, or CIDR,CIDR with one of each family [default: spec.podCIDRs of
     /// the node, read from the API]
@@ -105,8 +105,8 @@ pub struct Settings {
     #[arg(long, env = "GOSSAMER_VOTERS", value_delimiter = ',', value_name = "NAME,NAME")]
     #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "text_or_list")]
     pub voters: Vec<String>,
-    /// Make a peer's subnet unreachable by route when gossip considers the peer down and its kernel has
-    /// not answered for this time, or "never" [default: 10s]
+    /// Replace the route to a peer's subnet by an unreachable route when gossip considers the peer down and
+    /// its kernel has not answered for this time; "never" keeps the route [default: 10s]
     #[arg(long, env = "GOSSAMER_WITHDRAW_AFTER", value_name = "SPAN")]
     pub withdraw_after: Option<String>,
     /// How packets reach peers: always by tunnel, directly where the underlay allows it, or always
@@ -119,16 +119,16 @@ pub struct Settings {
     /// With on-demand: remove the entries of a peer that was not used for this time [default: 5m]
     #[arg(long, env = "GOSSAMER_IDLE_AFTER", value_name = "SPAN")]
     pub idle_after: Option<String>,
-    /// Accept tunnel packets from members only, by an nftables table [default: true]
+    /// Accept tunnel packets from members only, with an nftables table [default: true]
     #[arg(long, env = "GOSSAMER_GUARD", num_args = 0..=1, default_missing_value = "true")]
     pub guard: Option<bool>,
-    /// Masquerade packets from pods to addresses outside the overlay, by the same table [default: false]
+    /// Masquerade packets from pods to addresses outside the overlay, with the same table [default: false]
     #[arg(long, env = "GOSSAMER_IP_MASQ", num_args = 0..=1, default_missing_value = "true")]
     pub ip_masq: Option<bool>,
-    /// Restrict pods to their assigned addresses and MAC, by an nftables table [default: true]
+    /// Restrict pods to their assigned addresses and MAC, with an nftables table [default: true]
     #[arg(long, env = "GOSSAMER_ANTI_SPOOFING", num_args = 0..=1, default_missing_value = "true")]
     pub anti_spoofing: Option<bool>,
-    /// Set sysctls that block packets, instead of only reporting them [default: false]
+    /// Correct sysctls whose values block packets, instead of only reporting them [default: false]
     #[arg(long, env = "GOSSAMER_SET_SYSCTLS", num_args = 0..=1, default_missing_value = "true")]
     pub set_sysctls: Option<bool>,
     /// VXLAN network identifier [default: 1]

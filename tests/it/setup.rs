@@ -282,7 +282,7 @@ fn destructive_commands_ask_on_a_terminal_and_do_nothing_unless_confirmed() {
             one.run("gossamer cleanup --dry-run").status.success()
         });
         let said = one.refused("mkdir -p /var/lib/gossamer; gossamer reset-identity");
-        assert_contains(&said, &["no identity to replace"]);
+        assert_contains(&said, &["contains no identity of a cluster member"]);
         Ok(())
     });
 }

@@ -44,7 +44,7 @@ struct Options {
     /// Print what would be done, and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Set up the system in this directory, such as an image, and start nothing
+    /// Work on the system in this directory, such as an image, and neither start nor stop a service
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
 }
@@ -167,7 +167,8 @@ impl Setup {
         if let (Some(systemd), Some(_)) = (&systemd, &running) {
             ensure!(
                 systemd.is_active(),
-                "an agent runs on this host already, and not as {}: stop it first (its packets keep flowing)",
+                "an agent runs on this host already, and not as {}: stop it first (the kernel keeps \
+                 forwarding)",
                 systemd.unit()
             );
         }

@@ -1,4 +1,4 @@
-//! `gossamer uninstall`: removes gossamer from this host, all but the program.
+//! `gossamer uninstall`: removes gossamer from this host, except the program.
 
 use std::{
     fs,
