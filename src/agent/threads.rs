@@ -104,7 +104,7 @@ impl MonitorThread {
     const fn task(self) -> &'static str {
         match self {
             Self::Forwarding => "whether this host forwards packets of pods",
-            Self::RemotePods => "whether packets of pods come to pods of other hosts",
+            Self::RemotePods => "whether packets of pods reach pods of other hosts",
             Self::PodAnswers => "whether pods of this host answer",
             Self::Silence => "why peers are silent",
         }
@@ -232,8 +232,8 @@ impl Agent {
         ];
         if let Some((name, _)) = essential.iter().find(|(_, has_ended)| *has_ended) {
             self.lifetime.ending.get_or_insert(Ending::Broken(format!(
-                "the thread {name:?} has ended by an error in this program, and without it the agent \
-                 cannot work: start it again (packets of pods pass meanwhile), and report what the log says"
+                "the thread {name:?} has ended because of a bug, and the agent cannot work without it: start \
+                 the agent again (the kernel keeps forwarding), and report the log"
             )));
         }
         for (thread, response) in self.threads.monitors.check(now) {

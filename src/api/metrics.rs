@@ -42,7 +42,7 @@ fn node(text: &mut Text, status: &AgentStatus) {
     text.gauge("build_info", "Version of the agent.", [("version", status.version.as_str(), 1.0)]);
     text.number(
         "converged",
-        "Node has its subnet, equals a peer, and the kernel equals its view.",
+        "The node has its subnet, its state equals a peer's, and the kernel equals the desired state.",
         status.converged,
     );
     text.number("has_subnet", "Node leases a subnet.", status.subnet.is_some());
@@ -131,7 +131,7 @@ fn problems(text: &mut Text, status: &AgentStatus) {
 
 fn kernel(text: &mut Text, status: &AgentStatus) {
     let kernel = &status.kernel;
-    text.number("kernel_in_sync", "The kernel equals this node's view.", kernel.in_sync);
+    text.number("kernel_in_sync", "The kernel equals the desired state.", kernel.in_sync);
     text.total("kernel_operations", "Changes made to the kernel.", kernel.operations);
     let repairs = kernel.repairs.iter().map(|(kind, count)| ("kind", kind.as_str(), *count as f64));
     text.counter("kernel_repairs", "Repairs of changes by other programs.", repairs);

@@ -26,7 +26,7 @@ pub struct AgentStatus {
     pub version: String,
     /// The verdict on the node.
     pub verdict: Verdict,
-    /// Whether the node has its subnet, its state equals a peer's, and the kernel equals its view.
+    /// Whether the node has its subnet, its state equals a peer's, and the kernel equals the desired state.
     pub converged: bool,
     /// Id of this node.
     pub node: NodeId,

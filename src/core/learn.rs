@@ -261,7 +261,7 @@ impl Node {
         self.replica.me.version.starts = starts.saturating_add(1);
         tracing::warn!(
             starts = self.replica.me.version.starts,
-            "peers know a later start of this node than its state directory, publishing a higher one"
+            "start counter in the state directory is lower than the peers', publishing a higher one"
         );
         self.outbox.mark_identity();
         let mut identity = self.membership.identity();

@@ -65,11 +65,13 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
 fn of_port(closed: &ClosedPort, is_tunnel: bool, works: bool) -> Option<Finding> {
     let ClosedPort { chain, port, extent } = closed;
     let fix = open_chain(chain, &[*port]);
-    let what = if is_tunnel { "tunnel packets" } else { "gossip" };
+    let (what, arrive) =
+        if is_tunnel { ("tunnel packets", "arrive") } else { ("gossip", "arrives") };
     let finding = match extent {
         Extent::All { by_port: false } if works => {
-            let why =
-                format!("that is the port of {what}, according to its rules; so far they arrive");
+            let why = format!(
+                "according to its rules it drops the port of {what}, but {what} still {arrive}"
+            );
             Finding::notice("firewall", format!("chain {chain} drops UDP {port}"), why, fix)
         }
         Extent::All { .. } => {
@@ -153,7 +155,8 @@ fn forwarding(
         Finding::notice(
             "forwarding",
             format!("{chain}, and no rule in it seems to accept packets of pods"),
-            "a guess from its rules: each chain must accept a packet",
+            "this follows from the rules alone; no packet was tested. A packet passes only if every chain \
+             accepts it",
             fix,
         )
     });

@@ -230,8 +230,12 @@ fn skip_what_needs_root(findings: &mut Vec<Finding>, agent_answers: bool) {
     findings.extend(skipped.iter().map(|check| Finding::skipped(check, "needs root")));
     findings.push(Finding::notice(
         "privileges",
-        format!("this is not root: {} of {} checks need it", skipped.len(), CHECKS.len()),
-        "what they would find is missing here",
+        format!(
+            "the doctor does not run as root: {} of {} checks were skipped",
+            skipped.len(),
+            CHECKS.len()
+        ),
+        "faults that these checks detect are not reported",
         "sudo gossamer doctor",
     ));
     findings.retain(|finding| finding.check != "privileges" || finding.verdict != Verdict::Skipped);

@@ -96,7 +96,7 @@ pub(crate) fn fit(cidrs: &[IpNet], pool: &Pool) -> Result<IpAddr, String> {
     if !pool.subnets(slot).iter().eq(found.iter().copied()) {
         let wanted: Vec<IpNet> = pool.subnets(slot).iter().collect();
         return Err(format!(
-            "the podCIDRs {} are at different places in their networks, and gossamer leases {} together: \
+            "the podCIDRs {} have different offsets in their networks, and gossamer leases {} together: \
              delete the Node object, and restart its kubelet for a new pair",
             listed(&found),
             listed(&wanted)
@@ -200,7 +200,7 @@ mod tests {
             (&["10.42.3.0/25", "fd00:42:0:3::/64"], "10.42.3.0/25 is no subnet of length 24"),
             (&["10.43.3.0/24", "fd00:42:0:3::/64"], "no subnet of length 24 of 10.42.0.0/16"),
             (&["10.42.3.9/24", "fd00:42:0:3::/64"], "10.42.3.9/24 is no subnet"),
-            (&["10.42.3.0/24", "fd00:42:0:4::/64"], "different places"),
+            (&["10.42.3.0/24", "fd00:42:0:4::/64"], "different offsets"),
         ] {
             let error = fit(&nets(cidrs), &dual).expect_err("no slot");
             assert!(error.contains(why), "{error}");

@@ -175,7 +175,7 @@ codes! {
     InvalidFacts = "invalid-facts",
     /// The state of a member differs from this node's after several comparisons.
     StateDiffers = "state-differs",
-    /// A voter does not count.
+    /// The vote of a voter does not count: its settings differ, or no single member has its name.
     Voting = "voting",
     /// The state directory cannot be written.
     Disk = "disk",
@@ -187,7 +187,7 @@ codes! {
     Listener = "listener",
     /// A monitoring thread of the agent has ended.
     ThreadEnded = "thread-ended",
-    /// Hosts that are no members flood the gossip port.
+    /// Non-members flood the gossip port.
     HandshakeFlood = "handshake-flood",
     /// A program uses up the capacity for handshakes.
     HandshakeOverload = "handshake-overload",
@@ -269,7 +269,7 @@ codes! {
     PathAsymmetric = "path-asymmetric",
     /// Packets of some flows to a peer are lost.
     PathPartlyLost = "path-partly-lost",
-    /// Large packets to a peer are lost, or become small.
+    /// Large packets to a peer are lost, or the kernel assumes a path MTU that is too small.
     PathMtu = "path-mtu",
     /// The mode of this host has no way to a peer.
     PathUnreachable = "path-unreachable",

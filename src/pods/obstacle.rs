@@ -30,7 +30,7 @@ pub fn obstacle(link: &Link, subnets: Option<Subnets>) -> Option<Problem> {
     (link.kind != "bridge" || !is_ours).then(|| {
         let name = &link.name;
         let what =
-            format!("no pod can be connected: an interface {name} is there and is not gossamer's");
+            format!("no pod can be connected: the interface {name} belongs to another program");
         let fix = "choose another name for the pods' bridge (the setting bridge)";
         Problem::new(ProblemCode::PodsRefused, name, what, fix)
     })

@@ -334,19 +334,20 @@ fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_notice() {
 const HOP_LIMIT_RULES: [(&str, &str, &str); 3] = [
     (
         "iptables-legacy -t mangle -A POSTROUTING -o gossamer.1 -j TTL --ttl-set 1",
-        "chain POSTROUTING of iptables-legacy's table mangle leaves packets between pods 1 hop",
+        "chain POSTROUTING of iptables-legacy's table mangle lowers the TTL or hop limit of packets between \
+         pods to 1",
         "iptables-legacy -t mangle -I POSTROUTING -s 10.42.0.0/16 -d 10.42.0.0/16 -j ACCEPT",
     ),
     (
         "iptables-nft -t mangle -A POSTROUTING -j TTL --ttl-set 1",
-        "chain ip mangle POSTROUTING leaves packets between pods 1 hop (TTL or hop limit 1)",
+        "chain ip mangle POSTROUTING lowers the TTL or hop limit of packets between pods to 1",
         "iptables -t mangle -I POSTROUTING -s 10.42.0.0/16 -d 10.42.0.0/16 -j ACCEPT",
     ),
     (
         "nft add table ip hops && \
          nft add chain ip hops f { type filter hook forward priority mangle ; } && \
          nft add rule ip hops f ip ttl set 1",
-        "chain ip hops f leaves packets between pods 1 hop (TTL or hop limit 1)",
+        "chain ip hops f lowers the TTL or hop limit of packets between pods to 1",
         "nft insert rule ip hops f ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
     ),
 ];

@@ -129,9 +129,7 @@ fn permanent_neighbor_entry_with_a_wrong_mac_is_reported() {
                 &format!("ip neigh replace 10.99.0.10 lladdr {old} dev eth0 nud {state}"),
             );
             let advice = "ip neigh del 10.99.0.10 dev eth0";
-            let entry = format!(
-                "to the hardware address {old}, which a permanent entry has for 10.99.0.10"
-            );
+            let entry = format!("gives 10.99.0.10 the MAC {old}");
             let words = [&entry, &format!("{mac} answers for that address"), advice];
             wait_for_problem(&mut cluster.agents[1], &words);
             wait_for_problem(&mut cluster.agents[0], &SEEN_BY_ARP);
@@ -153,8 +151,7 @@ fn permanent_ipv6_neighbor_entry_with_a_wrong_mac_is_reported() {
         let entry = format!("ip neigh replace fd99::1 lladdr {old} dev eth0 nud permanent");
         tool(&hosts[1].netns, &entry);
         let advice = "ip neigh del fd99::1 dev eth0";
-        let entry =
-            format!("to the hardware address {old}, which a permanent entry has for fd99::1");
+        let entry = format!("gives fd99::1 the MAC {old}");
         let words = [&entry, &format!("{mac} answers for that address"), advice];
         wait_for_problem(&mut agents[1], &words);
         tool(&hosts[1].netns, advice);

@@ -141,7 +141,11 @@ fn several_next_hops_to_a_peer_are_no_problem() {
         let begun = std::time::Instant::now();
         // Longer than a report takes.
         while begun.elapsed() < std::time::Duration::from_secs(8) {
-            assert!(!has_problem(agent, "by another way"), "{}", agent.ask("/v1/status", TIMEOUT)?);
+            assert!(
+                !has_problem(agent, "tunnel packets that carry packets of pods"),
+                "{}",
+                agent.ask("/v1/status", TIMEOUT)?
+            );
             std::thread::sleep(std::time::Duration::from_millis(200));
         }
         Ok(())

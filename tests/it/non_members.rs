@@ -96,7 +96,7 @@ fn non_members_with_stalled_handshakes_block_no_joiner() {
         cluster.join(lab, 2)?;
         cluster.agents[1].wait_converged(2, TIMEOUT)?;
         println!("joined after {:?}", begun.elapsed());
-        let is_reported = has_problem(&mut cluster.agents[0], "find no place or lose it");
+        let is_reported = has_problem(&mut cluster.agents[0], "are refused or ended early");
         let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert!(is_reported, "{:#}", status["problems"]);
         assert!(status["handshakes"]["refused"].as_u64() > Some(100), "{}", status["handshakes"]);
@@ -134,7 +134,7 @@ fn stalled_handshakes_of_a_user_are_reported_by_other_members() {
         let own = cluster.hosts[1].ip.into();
         let _silence = StalledHandshakes::start(&cluster.hosts[1].netns, target.into(), vec![own])?;
         wait_until("it is not reported", TIMEOUT, || {
-            has_problem(&mut cluster.agents[0], "find no place or lose it")
+            has_problem(&mut cluster.agents[0], "are refused or ended early")
         });
         Ok(())
     });
@@ -179,7 +179,7 @@ fn replayed_proof_of_a_user_does_not_delay_the_join_of_its_host() {
         let handshakes = assert_joins_soon(begun, &mut cluster.agents[0], &mut agent)?;
         assert!(handshakes["begun"].as_u64() < Some(50), "{handshakes}");
         assert!(handshakes["repeated"].as_u64() > Some(500), "{handshakes}");
-        let is_reported = has_problem(&mut cluster.agents[0], "find no place or lose it");
+        let is_reported = has_problem(&mut cluster.agents[0], "are refused or ended early");
         assert!(is_reported, "replayed packets are not reported");
         Ok(())
     });

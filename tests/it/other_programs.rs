@@ -68,7 +68,7 @@ fn bpf_program_on_an_overlay_interface_is_warned_of_until_removed() {
                 format!("{device} has eBPF programs on its egress (bpf): tc filter show dev");
             wait_for_notice(
                 &mut cluster.agents[1],
-                &["some packets of pods may be dropped", &words],
+                &["eBPF programs may drop packets of pods that no test sends", &words],
             );
             sh(&host.netns, &format!("tc qdisc del dev {device} clsact"));
             status_where(&mut cluster.agents[1], is_healthy);

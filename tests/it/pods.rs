@@ -323,10 +323,10 @@ fn foreign_bridge_is_unchanged_and_own_bridge_can_be_renamed() {
             |bridge: &str| Agent::start(program(), &cluster.hosts[0], &["--bridge", bridge]);
         cluster.agents[0] = start("br0")?;
         status_where(&mut cluster.agents[0], |status| {
-            status["pods_refused"].to_string().contains("not gossamer's")
+            status["pods_refused"].to_string().contains("belongs to another program")
         });
         let (code, why) = Runtime::new(&cluster.agents[0]).refused("ADD", "b", &json!({}));
-        assert!(code == 5 && why.contains("not gossamer's"), "{code} {why}");
+        assert!(code == 5 && why.contains("belongs to another program"), "{code} {why}");
         assert_eq!(pods(&mut cluster.agents[0]), 1);
         let host = &cluster.hosts[0].netns;
         assert!(!tool(host, "ip addr show br0").contains("10.42."));
@@ -355,7 +355,7 @@ fn foreign_interface_with_the_bridges_name_is_reported_everywhere_until_removed(
         for name in ["mine", "other", "eth0"] {
             cluster.agents[0].end(Signal::SIGTERM)?;
             cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--bridge", name])?;
-            let why = format!("an interface {name} is there and is not gossamer's");
+            let why = format!("the interface {name} belongs to another program");
             // Before any pod is requested.
             let status = status_where(&mut cluster.agents[0], |status| {
                 assert!(status["converged"] == false, "{status:#}");
@@ -405,7 +405,7 @@ fn doctor_without_an_agent_reports_an_interface_in_place_of_the_bridge() {
             format!("{} doctor --state-dir {state} --socket {socket}", program().display());
         let said = String::from_utf8(run(&host.netns, &doctor).stdout)?;
         let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
-        assert!(said.contains("an interface gsm0 is there and is not gossamer's"), "{said}");
+        assert!(said.contains("the interface gsm0 belongs to another program"), "{said}");
         Ok(())
     });
 }

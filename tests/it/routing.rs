@@ -227,12 +227,12 @@ const HIDDEN_ROUTE_FAULTS: [(&str, &str, &str); 10] = [
         "ip route del throw 10.42.2.64/28",
     ),
     (
-        "has the MTU 600, the overlay 1450: remove it (ip route del 10.42.2.0/25 metric 0)",
+        "has that MTU, the overlay has 1450: remove it (ip route del 10.42.2.0/25 metric 0)",
         "ip route add 10.42.2.0/25 via 10.42.2.0 dev gossamer.1 onlink mtu lock 600",
         "ip route del 10.42.2.0/25 metric 0",
     ),
     (
-        "packets of pods to 10.42.2.128/25 have to be small",
+        "packets of pods to 10.42.2.128/25 are limited to 1000 bytes",
         "ip route add 10.42.2.128/25 via 10.42.2.0 dev gossamer.1 onlink mtu 1000",
         "ip route del 10.42.2.128/25",
     ),

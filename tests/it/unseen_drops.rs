@@ -134,7 +134,7 @@ fn member_that_gossip_calls_down_while_its_packets_arrive_is_a_problem_with_the_
              nft add rule inet wall in iifname eth0 udp sport 8473 drop",
         );
         let agent = &mut cluster.agents[0];
-        let words = "n2 is down for gossip, but its packets arrive: the way to it, from 10.99.0.10 to \
+        let words = "gossip considers n2 down, but its packets arrive: the way to it, from 10.99.0.10 to \
                      10.99.0.11, is closed for UDP 8472 and 8473";
         wait_until(words, TIMEOUT, || has_problem(agent, words));
         let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;

@@ -161,9 +161,9 @@ impl Agent {
         let address = self.node.address_of(first)?.ip();
         let dead_hop = self.kernel.traffic.routing.dead_hops.get(&address);
         let why = match state(first) {
-            _ if dead_hop.is_some() => "a next hop of the route to it does not answer, which a problem of \
-                                        its own names; if that is mended, its own status may name the \
-                                        cause (there: gossamer status)"
+            _ if dead_hop.is_some() => "a next hop of the route to it does not answer (see the separate \
+                                        problem). If it is still silent after that is repaired, its status \
+                                        may name the cause (there: gossamer status)"
                 .to_owned(),
             Some(
                 PathState::Ok

@@ -186,8 +186,8 @@ impl Agent {
             let first = pod.addresses.first;
             self.release_pod(&attachment);
             let why = format!(
-                "{} and {first}: the addresses of a container have the same place in both subnets: set \
-                 both --ip and --ip6, or neither",
+                "{} and {first}: the addresses of a container have the same offset in both subnets: set both \
+                 --ip and --ip6, or neither",
                 address.unwrap_or(first)
             );
             return Err(PodError::new(PodErrorKind::Address, why).into());

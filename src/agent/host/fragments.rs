@@ -13,7 +13,7 @@ use crate::{
 const HOLD_CHECKS: u32 = 3;
 /// Usage in percent from which the memory counts as full: one packet uses some thousand bytes.
 const FULL_PERCENT: u64 = 90;
-/// Limit in bytes below which fragments of a few simultaneous packets may find no room.
+/// Limit in bytes below which fragments of a few simultaneous packets may not fit.
 const SMALL_LIMIT: u64 = 256 << 10;
 /// The kernel's default limit in bytes.
 const DEFAULT_LIMIT: u64 = 4 << 20;
@@ -48,7 +48,7 @@ impl Fragments {
         let is_scarce = |new| memory.is_full() || memory.is_small() && new > 0;
         let count = recent.update(memory.refused, HOLD_CHECKS, is_scarce)?;
         let problem = memory.problem();
-        let what = format!("{}; {count} found no room at the last count", problem.what);
+        let what = format!("{}; {count} did not fit at the last count", problem.what);
         Some(Problem { what, ..problem })
     }
 }
@@ -160,7 +160,7 @@ mod tests {
             "{problem}"
         );
         assert!(problem.contains("ipfrag_high_thresh=16777216"), "{problem}");
-        assert!(problem.contains("5 found no room"), "{problem}");
+        assert!(problem.contains("5 did not fit"), "{problem}");
         for _ in 0..HOLD_CHECKS {
             assert!(update(true, 9, DEFAULT_LIMIT, 12).is_some());
         }

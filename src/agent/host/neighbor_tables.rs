@@ -37,9 +37,9 @@ impl NeighborTables {
         let wanted = most.saturating_mul(4);
         let name = family_name(is_ipv4);
         let what = format!(
-            "the kernel's table of {name} neighbors was full, so hosts and pods without an entry cannot \
-             be reached ({count} neighbors found no room at the last count; {entries} entries now, at \
-             most {most})"
+            "the kernel's table of {name} neighbors was full, so hosts and pods without an entry cannot be \
+             reached ({count} neighbors did not fit at the last count; {entries} entries now, at most \
+             {most})"
         );
         let fix = format!(
             "raise the limit on this host: sysctl -w net.{family}.neigh.default.gc_thresh3={wanted} \
@@ -74,7 +74,7 @@ mod tests {
         assert_eq!(update(true, 7), None);
         let problem = update(true, 12).expect("full");
         assert!(
-            problem.contains("IPv4") && problem.contains("5 neighbors found no room"),
+            problem.contains("IPv4") && problem.contains("5 neighbors did not fit"),
             "{problem}"
         );
         assert!(problem.contains("net.ipv4.neigh.default.gc_thresh3=4096"), "{problem}");

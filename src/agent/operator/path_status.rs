@@ -61,8 +61,8 @@ impl Agent {
         };
         match seen.filter(is_translated) {
             Some(seen) => format!(
-                "; packets of its agent come from {seen}: an address translator changes {there}, and \
-                 tunnels need advertise = an address there that UDP passes to unchanged"
+                "; packets of its agent come from {seen}: an address translator changes {there}. Set \
+                 advertise on that host to an address that UDP packets reach without translation"
             ),
             None => String::new(),
         }
@@ -371,7 +371,7 @@ fn closed_way_problem(
         ProblemCode::PathLost,
         name,
         format!(
-            "{name} is down for gossip, but its packets arrive: the way to it, from {here} to {there}, is \
+            "gossip considers {name} down, but its packets arrive: the way to it, from {here} to {there}, is \
              closed for UDP {port} and {gossip}"
         ),
         format!(

@@ -20,8 +20,9 @@ use crate::{
 type Reply = Sender<Result<Secrets, ApiError>>;
 
 /// Refusal of secret changes with subnets assigned from outside.
-const REFUSED_WITH_POD_CIDR: &str = "with lease_source = \"podcidr\" the cluster's id follows \
-                        from its secret: change it where all agents get it from, and restart them together";
+const REFUSED_WITH_POD_CIDR: &str = "with lease_source = \"podcidr\" the cluster id is derived from the \
+                                     secret: change the secret at its source, and restart all agents \
+                                     together";
 
 /// Maximum number of saved seeds: configured seeds first, then members.
 const MAX_SAVED_SEEDS: usize = 8;

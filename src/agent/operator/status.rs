@@ -236,7 +236,7 @@ impl Agent {
                 "non-members send {packets} first packets of handshakes a minute to UDP {port}, one of them \
                  from {example} (which may be forged), and prove no address: joins may take longer"
             ),
-            format!("let a firewall drop UDP {port} of hosts that are no members"),
+            format!("let a firewall drop UDP {port} from non-members"),
         ))
     }
 
@@ -248,13 +248,13 @@ impl Agent {
             ProblemCode::HandshakeOverload,
             format!("UDP {port}"),
             format!(
-                "{packets} handshakes a minute on UDP {port} find no place or lose it, some of them \
-                 from {example}: earlier ones are not finished, or a first packet is repeated. They \
-                 take CPU time here. Handshakes of hosts with the cluster's secret come first"
+                "{packets} handshakes a minute on UDP {port} are refused or ended early, some of them from \
+                 {example}: earlier ones are not finished, or a first packet is repeated. They take CPU time \
+                 here. Handshakes of hosts with the cluster's secret come first"
             ),
             format!(
                 "see which program at {example} sends to UDP {port} (ss -unp), and let a firewall drop UDP \
-                 {port} of hosts that are no members"
+                 {port} from non-members"
             ),
         ))
     }

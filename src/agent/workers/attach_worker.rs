@@ -157,7 +157,7 @@ impl AttachWorker {
             thread::scope(|scope| {
                 let work = || remove_veth_pairs(reaper, reaping, &report);
                 if let Err(error) = thread::Builder::new().spawn_scoped(scope, work) {
-                    return tracing::error!(%error, "no thread that removes veth pairs");
+                    return tracing::error!(%error, "thread that removes veth pairs not started");
                 }
                 let worker = PodWorker {
                     wiring,

@@ -206,8 +206,8 @@ impl Cause {
                     if *table == MAIN { String::new() } else { format!(" table {table}") };
                 (
                     format!(
-                        "packets of pods to {destination}{condition} have to be small: another program's \
-                         route has the MTU {mtu}, the overlay {carried}"
+                        "packets of pods to {destination}{condition} are limited to {mtu} bytes: another \
+                         program's route has that MTU, the overlay has {carried}"
                     ),
                     format!(
                         "remove it (ip{} route del {destination}{condition} metric {metric}{of_table})",

@@ -170,8 +170,8 @@ impl Cause {
                 let answering: Vec<String> = answering.iter().map(ToString::to_string).collect();
                 (
                     format!(
-                        "this host sends packets to {peers} to the hardware address {mac}, which a \
-                         permanent entry has for {address} on {interface}, and {} answers for that address",
+                        "a fixed neighbor entry on {interface} gives {address} the MAC {mac}, but {} answers \
+                         for that address, so packets to {peers} go to the wrong machine",
                         answering.join(", ")
                     ),
                     format!(

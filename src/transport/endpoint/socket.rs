@@ -76,8 +76,8 @@ impl ReceiveBuffer {
         RECEIVE_BUFFER_BYTES
     }
 
-    /// Returns the number of packets that found no room since the socket was opened; `None` if
-    /// unknown.
+    /// Returns the number of packets that did not fit into the receive buffer since the socket was opened;
+    /// `None` if unknown.
     pub fn dropped(&self) -> Option<u64> {
         let table = if self.is_ipv4 { "/proc/self/net/udp" } else { "/proc/self/net/udp6" };
         dropped(BufReader::new(File::open(table).ok()?), self.inode?)

@@ -345,7 +345,7 @@ impl Lead {
         }
         if *by_address {
             return (
-                format!("the network {route} of {interface} takes in {there} (table {name})"),
+                format!("the network {route} of {interface} includes {there} (table {name})"),
                 format!(
                     "if that host is not there, give {interface} another network (where Docker made it: \
                      docker network rm, and create it with another --subnet), or add a narrower route \
@@ -413,7 +413,7 @@ mod tests {
     fn detour_names_interface_network_or_default_route() {
         let network = said(254, Some("10.99.0.8/29"), true);
         assert!(
-            network.contains("the network 10.99.0.8/29 of up1 takes in 10.99.0.12"),
+            network.contains("the network 10.99.0.8/29 of up1 includes 10.99.0.12"),
             "{network}"
         );
         let default = said(254, None, false);

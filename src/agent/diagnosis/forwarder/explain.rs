@@ -288,7 +288,7 @@ fn bridged(setting: &Setting, ipv4: bool) -> String {
         (format!("{key} of {bridge} is 1"), format!("ip link set {bridge} type bridge {key} 0"))
     };
     format!(
-        "{what}, so the rules for forwarded packets see them too; let them pass there, or turn that off \
+        "{what}, so the rules for forwarded packets apply to them too; let them pass there, or turn that off \
          where nothing needs it (Kubernetes does: {command})"
     )
 }

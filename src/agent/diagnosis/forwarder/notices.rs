@@ -65,7 +65,7 @@ pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<Problem> {
         let link = netlink.link(name).ok().flatten();
         let found = link.map(|link| hooks::programs(netlink, &link)).unwrap_or_default();
         notices.extend(found.into_iter().map(|program| {
-            let what = "some packets of pods may be dropped where no trial shows it";
+            let what = "eBPF programs may drop packets of pods that no test sends";
             Problem::new(ProblemCode::ForeignProgram, name, what, program).notice()
         }));
     }

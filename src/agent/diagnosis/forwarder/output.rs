@@ -61,15 +61,15 @@ impl Reasons {
         };
         if !self.leading.is_empty() {
             let what = format!(
-                "packets of pods leave this host inside tunnel packets by another way than those of its own \
-                 programs, or not at all ({families})"
+                "tunnel packets that carry packets of pods leave this host by another interface than those \
+                 of its own programs, or not at all ({families})"
             );
             return Some(problem(what, self.leading.join("; ")));
         }
         if let Some(interface) = &self.stray {
             let what = format!(
-                "packets of pods leave this host inside tunnel packets by another way than those of its own \
-                 programs ({families}): by {interface}"
+                "tunnel packets that carry packets of pods leave this host by {interface}, those of its own \
+                 programs by another interface ({families})"
             );
             let fix = "no policy rule was found that says so; look at nft list ruleset, ip rule, tc filter \
                        show dev INTERFACE egress, and bpftool net";

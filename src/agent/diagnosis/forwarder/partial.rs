@@ -187,9 +187,8 @@ fn notice(
     let done = match act {
         Act::Shortens(ttl) => {
             let what = format!(
-                "chain {chain} leaves packets between pods {} (TTL or hop limit {ttl}), so they do not \
-                 arrive: {what}",
-                hops(*ttl)
+                "chain {chain} lowers the TTL or hop limit of packets between pods to {ttl}, so they do not \
+                 arrive: {what}"
             );
             return Some(of_rule(partial, what, both(base, network)));
         }
@@ -217,9 +216,8 @@ fn notice_of_tunnels(setting: &Setting, partial: &Partial) -> Option<Problem> {
     let port = setting.port;
     let fate = match act {
         Act::Shortens(ttl) => format!(
-            "leaves tunnel packets to hosts behind a router {} (TTL or hop limit {ttl}), so they do not \
-             arrive",
-            hops(*ttl)
+            "lowers the TTL or hop limit of tunnel packets to {ttl}, so they do not arrive at hosts behind a \
+             router"
         ),
         act => fate(*act, "some tunnel packets")?,
     };
@@ -238,10 +236,6 @@ fn fate(act: Act, packets: &str) -> Option<String> {
         )),
         Act::Redirects(_) | Act::Marks(_) | Act::Translates | Act::Shortens(_) => None,
     }
-}
-
-fn hops(ttl: u8) -> String {
-    if ttl == 1 { "1 hop".to_owned() } else { format!("{ttl} hops") }
 }
 
 /// Describes which packets the rule affects, and identifies the rule.

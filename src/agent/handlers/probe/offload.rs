@@ -30,7 +30,7 @@ impl Agent {
         if wanted != before {
             tracing::info!(
                 ?wanted,
-                "checksum offload changed on trial: echoes returned, datagrams did not"
+                "checksum offload changed for a test: echoes returned, datagrams did not"
             );
             self.program();
         }
