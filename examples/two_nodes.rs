@@ -106,7 +106,7 @@ impl Network {
             Output::Call { call, to, bytes, .. } => {
                 let peer = match to {
                     Target::Member { node, .. } => of(node),
-                    // The only configured seed is the first node. A call of the own address fails.
+                    // The only configured seed is the first node. A call of a node's own address fails.
                     Target::Seed(_) => Some(0).filter(|seed| *seed != index),
                 };
                 let reply = ReplyId(self.requests.len() as u64);

@@ -82,7 +82,7 @@ mod tests {
     use crate::probe_packet::{SIZE, probe_packet};
 
     #[test]
-    fn filter_passes_only_answers_with_the_own_identifier() {
+    fn filter_passes_only_answers_with_the_probers_identifier() {
         let socket = open(Family::Inet, 7).expect("a socket");
         let to = (Ipv4Addr::LOCALHOST, socket.local_addr().expect("an address").port());
         let identity =

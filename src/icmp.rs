@@ -64,11 +64,12 @@ pub struct IcmpEvent {
 pub enum IcmpKind {
     /// An echo request of another prober.
     Request,
-    /// The reply to the own echo request with this sequence number.
+    /// The reply to this prober's echo request with this sequence number.
     Answer(u16),
-    /// An agent's answer to the own datagram with this number.
+    /// An agent's answer to this prober's datagram with this number.
     Arrival(u16),
-    /// A "port unreachable" error about the own datagram with this number: it arrived, and no agent runs.
+    /// A "port unreachable" error about this prober's datagram with this number: it arrived, and no agent
+    /// runs.
     Refusal(u16),
 }
 
@@ -231,8 +232,8 @@ impl Family {
         Some(IcmpEvent { from, interface, kind })
     }
 
-    /// Returns the number of the own datagram that an ICMP error quotes. `None` if the datagram is another
-    /// prober's or was not sent to `to`.
+    /// Returns the number of this prober's datagram that an ICMP error quotes. `None` if the datagram is
+    /// another prober's or was not sent to `to`.
     fn refused(self, quoted: &[u8], to: IpAddr, identity: ProbeIdentity) -> Option<u16> {
         let (protocol, destination, length) = match self {
             Self::Inet => (9, 16..20, usize::from(quoted.first()? & 0x0f) * 4),
@@ -358,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn only_complete_replies_with_the_own_identifier_are_answers() {
+    fn only_complete_replies_with_the_probers_identifier_are_answers() {
         let ip_header = [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 42, 7, 0, 10, 42, 9, 0];
         for (family, header, reply) in
             [(Family::Inet, &ip_header[..], 0), (Family::Inet6, &[][..], 129)]

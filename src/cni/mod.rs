@@ -3,7 +3,7 @@
 //! The plugin is this program, called with `CNI_COMMAND` in its environment. It reads the request, sends it
 //! to the agent over the control socket, and prints the answer in the format of the runtime's version. The
 //! agent does the work. If no agent answers, the plugin stores a request that ends a pod in the [`Spool`].
-//! Called as `loopback`, the program sets up a pod's `lo_state` without the agent.
+//! Called as `loopback`, the program sets up a pod's `lo` without the agent.
 
 mod config;
 mod error;

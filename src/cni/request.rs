@@ -14,7 +14,7 @@ use crate::{api::AttachmentName, config::Instance, model::Attachment};
 
 /// Supported versions of the specification, oldest first.
 pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
-/// Name of the plugin that sets up a pod's `lo_state`. It is this program under another name.
+/// Name of the plugin that sets up a pod's `lo`. It is this program under another name.
 pub const LOOPBACK: &str = "loopback";
 
 /// Environment variables by name.

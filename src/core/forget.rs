@@ -168,7 +168,7 @@ impl Node {
         let node = self.member_named(whom)?;
         let gone = match self.membership.opinions().get(&node) {
             Some(liveness) => *liveness == Liveness::Down,
-            // After a start liveness is unknown until a member has sent the identities that it holds as
+            // After a start liveness is unknown until a member has sent the identities that it considers
             // alive.
             None => self.replica.sync.has_confirmed(),
         };

@@ -31,13 +31,13 @@ fn queue<T>(waiting: &mut VecDeque<T>, more: Vec<T>) {
 }
 
 impl Node {
-    /// Queues members that a vetted peer holds as alive, and passes the first batch to gossip.
+    /// Queues members that a vetted peer considers alive, and passes the first batch to gossip.
     pub(super) fn introduce(&mut self, now: Time, identities: Vec<Identity>) {
         queue(&mut self.introductions.alive, identities);
         self.step_introductions(now);
     }
 
-    /// Queues members that a peer holds as down, and passes the first batch to gossip.
+    /// Queues members that a peer considers down, and passes the first batch to gossip.
     pub(super) fn suspect(&mut self, now: Time, suspicions: Vec<Suspicion>) {
         queue(&mut self.introductions.down, suspicions);
         self.step_introductions(now);

@@ -253,7 +253,7 @@ impl Node {
         }
     }
 
-    /// Stops the node: the cluster holds it as left or forgotten.
+    /// Stops the node: the cluster considers it left or forgotten.
     pub(super) fn stop_if_expelled(&mut self, refusal: &Refusal) {
         let successor = match refusal {
             _ if self.lifecycle.is_leaving() => return,

@@ -242,7 +242,7 @@ impl Node {
         self.publish_later_start(now, record.version.starts);
     }
 
-    /// Makes this node's incarnation exceed the one under which a peer holds it as down. A renewal suffices
+    /// Makes this node's incarnation exceed the one under which a peer considers it down. A renewal suffices
     /// unless gossip knows a later start of another process with this node's key.
     pub(super) fn exceed_incarnation(&mut self, now: Time, theirs: Incarnation) {
         let is_possible =

@@ -2,8 +2,8 @@
 //!
 //! A member without a lease, for example because its seed had no free slot, leases one of its own free slots.
 //! If it has none, it requests grants from the owners of free slots until one succeeds; owners with many free
-//! slots come first. A donor that does not answer delays the search only briefly. A member with several
-//! leases (several donors answered) keeps the one in use and turns the others into free slots.
+//! slots come first. A granter that does not answer delays the search only briefly. A member with several
+//! leases (several granters answered) keeps the one in use and turns the others into free slots.
 
 use std::{collections::BTreeSet, ops::Range, time::Duration};
 
@@ -19,11 +19,11 @@ use super::{Answer, Change, KernelSubnet, Node, NodeConfig, Purpose, SlotTable, 
 const ASSIGNED_CLAIM_DELAY: Duration = Duration::from_secs(3);
 /// Interval at which a claim is retried.
 const CLAIM_RETRY_INTERVAL: Duration = Duration::from_millis(200);
-/// Pause after no donor has granted a slot.
-const DONOR_PAUSE: Duration = Duration::from_secs(2);
-/// A request to another donor starts in parallel if the last one has not answered within this time. Gossip
+/// Pause after no granter has granted a slot.
+const GRANTER_PAUSE: Duration = Duration::from_secs(2);
+/// A request to another granter starts in parallel if the last one has not answered within this time. Gossip
 /// may take longer to detect that it is dead.
-const NEXT_DONOR_AFTER: Duration = Duration::from_millis(500);
+const NEXT_GRANTER_AFTER: Duration = Duration::from_millis(500);
 /// Time within which a call has ended, with or without an answer.
 const ANSWERED_BY: Duration = Duration::from_secs(6);
 /// Limit of unanswered grant requests.
@@ -31,7 +31,7 @@ const MAX_OPEN_GRANTS: usize = 4;
 
 /// A member's search for a lease.
 pub(super) struct LeaseSearch {
-    /// The preferred slot; reset when its owner does not answer or no donor is left.
+    /// The preferred slot; reset when its owner does not answer or no granter is left.
     prefer: Option<Slot>,
     /// Whether `prefer` was assigned from outside: no other slot may be used.
     assigned: bool,
@@ -41,11 +41,11 @@ pub(super) struct LeaseSearch {
     since: Time,
     /// A living member that leases the subnet assigned to this node.
     pub(super) rival: Option<NodeId>,
-    /// Donors that got a request since the last pause.
+    /// Granters that got a request since the last pause.
     tried: BTreeSet<NodeId>,
     /// Number of unanswered grant requests.
     open: usize,
-    /// When a request to another donor may start in parallel.
+    /// When a request to another granter may start in parallel.
     next_request: Time,
     pub(super) next_try: Option<Time>,
     /// The lease that this node uses.
@@ -214,20 +214,20 @@ impl Node {
             .and_then(|slot| cluster_state.slots.record(slot))
             .filter(|record| record.state == SlotState::Free && untried(&record.owner));
         let candidates = || {
-            let donors = free_slots.iter().map(|(node, count)| (*node, *count));
-            donors.filter(|(node, _)| untried(node))
+            let granters = free_slots.iter().map(|(node, count)| (*node, *count));
+            granters.filter(|(node, _)| untried(node))
         };
-        let donor = wanted.map(|record| record.owner).or_else(|| {
-            best_donor(me, candidates().filter(|(node, _)| active.contains_key(node)))
-                .or_else(|| best_donor(me, candidates()))
+        let granter = wanted.map(|record| record.owner).or_else(|| {
+            best_granter(me, candidates().filter(|(node, _)| active.contains_key(node)))
+                .or_else(|| best_granter(me, candidates()))
         });
-        let Some(donor) = donor else {
+        let Some(granter) = granter else {
             if search.open > 0 {
                 return;
             }
             search.tried.clear();
             search.prefer = None;
-            let pause = self.jittered(DONOR_PAUSE);
+            let pause = self.jittered(GRANTER_PAUSE);
             if let Some(search) = &mut self.lifecycle.search {
                 search.next_try = Some(now + pause);
             }
@@ -237,23 +237,23 @@ impl Node {
         let pool = cluster_state.cluster.settings.pool;
         let prefer = search.prefer.map(|slot| pool.subnet(slot).network());
         let request = Request::Grant(GrantWish { prefer });
-        search.tried.insert(donor);
-        let called = self.call_member(donor, Purpose::Grant { donor }, &request);
+        search.tried.insert(granter);
+        let called = self.call_member(granter, Purpose::Grant { granter }, &request);
         let Some(search) = &mut self.lifecycle.search else { return };
         if called {
             search.open += 1;
-            // A known free slot can be granted only by its owner, so no other donor gets a request in
+            // A known free slot can be granted only by its owner, so no other granter gets a request in
             // parallel.
             search.next_request =
-                now + if wanted.is_some() { ANSWERED_BY } else { NEXT_DONOR_AFTER };
+                now + if wanted.is_some() { ANSWERED_BY } else { NEXT_GRANTER_AFTER };
             search.next_try = Some(search.next_request);
         } else {
-            // The donor has no record: it has not arrived yet, or it was lost with a database.
+            // The granter has no record: it has not arrived yet, or it was lost with a database.
             search.next_try = Some(now);
         }
     }
 
-    pub(super) fn handle_grant_answer(&mut self, now: Time, donor: NodeId, answer: Answer) {
+    pub(super) fn handle_grant_answer(&mut self, now: Time, granter: NodeId, answer: Answer) {
         let (Some(search), Some(cluster_state)) =
             (&mut self.lifecycle.search, &mut self.replica.cluster_state)
         else {
@@ -263,32 +263,32 @@ impl Node {
         search.next_request = now;
         search.next_try = Some(now);
         match answer {
-            Ok((_, Response::Granted(facts))) => _ = self.learn(now, &facts, Some(donor)),
+            Ok((_, Response::Granted(facts))) => _ = self.learn(now, &facts, Some(granter)),
             Ok((_, Response::Refused(refusal))) => search.refusal = Some(refusal),
             Ok((from, _)) => self.note_malformed(from, &"unexpected response to a grant request"),
             Err(error) => {
-                tracing::debug!(%donor, %error, "donor did not answer");
+                tracing::debug!(%granter, %error, "granter did not answer");
                 let wanted = search.prefer.and_then(|slot| cluster_state.slots.record(slot));
-                if wanted.is_some_and(|record| record.owner == donor) {
-                    // Donors that refused because of the preferred slot may grant any other one.
+                if wanted.is_some_and(|record| record.owner == granter) {
+                    // Granters that refused because of the preferred slot may grant any other one.
                     search.prefer = None;
-                    search.tried = BTreeSet::from([donor]);
+                    search.tried = BTreeSet::from([granter]);
                 }
             }
         }
     }
 }
 
-/// Returns the donor that `me` requests a grant from first. Candidates are the donors that can serve at
+/// Returns the granter that `me` requests a grant from first. Candidates are the granters that can serve at
 /// least half as many joiners as the one with the most free slots; among them the highest rendezvous score
-/// decides. This spreads the requests, and donors that other joiners may have emptied come late.
-fn best_donor(me: NodeId, donors: impl Iterator<Item = (NodeId, u32)>) -> Option<NodeId> {
-    // Each grant takes half of the donor's free slots, so the number of joiners is logarithmic.
-    let serves = donors.map(|(node, free_slots)| (node, u32::BITS - free_slots.leading_zeros()));
+/// decides. This spreads the requests, and granters that other joiners may have emptied come late.
+fn best_granter(me: NodeId, granters: impl Iterator<Item = (NodeId, u32)>) -> Option<NodeId> {
+    // Each grant takes half of the granter's free slots, so the number of joiners is logarithmic.
+    let serves = granters.map(|(node, free_slots)| (node, u32::BITS - free_slots.leading_zeros()));
     let serves: Vec<(NodeId, u32)> = serves.collect();
     let most = serves.iter().map(|(_, count)| *count).max()?;
     let large = serves.iter().filter(|(_, count)| count * 2 >= most);
-    large.map(|(node, _)| *node).max_by_key(|donor| peer_score(me, *donor))
+    large.map(|(node, _)| *node).max_by_key(|granter| peer_score(me, *granter))
 }
 
 /// Returns the slot that the operator or Kubernetes wants for this node.
@@ -304,23 +304,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn donors_with_few_free_slots_come_after_those_with_many() {
-        let donor = |index: u8| NodeId::from_bytes([index; 8]);
-        // Free slots of the donors after eight joins through one seed.
+    fn granters_with_few_free_slots_come_after_those_with_many() {
+        let granter = |index: u8| NodeId::from_bytes([index; 8]);
+        // Free slots of the granters after eight joins through one seed.
         let free_slots = [127, 63, 31, 15, 7, 3, 1];
-        let donors = || (1..).map(donor).zip(free_slots);
+        let granters = || (1..).map(granter).zip(free_slots);
         let mut chosen = BTreeSet::new();
         for number in 0..500_u64 {
             let me = NodeId::from_bytes((number << 16).to_be_bytes());
-            chosen.extend(best_donor(me, donors()));
+            chosen.extend(best_granter(me, granters()));
         }
         assert_eq!(
             chosen,
-            (1..=4).map(donor).collect(),
-            "all of the large donors, and no small one"
+            (1..=4).map(granter).collect(),
+            "all of the large granters, and no small one"
         );
-        let only_small = donors().skip(6);
-        assert_eq!(best_donor(donor(9), only_small), Some(donor(7)));
-        assert_eq!(best_donor(donor(9), donors().take(0)), None);
+        let only_small = granters().skip(6);
+        assert_eq!(best_granter(granter(9), only_small), Some(granter(7)));
+        assert_eq!(best_granter(granter(9), granters().take(0)), None);
     }
 }

@@ -58,9 +58,9 @@ pub enum Notice {
     Up(NodeId),
     /// This node's own probe of a member failed. The member will be down unless it refutes the suspicion.
     Suspect(Suspicion),
-    Down(NodeId),
     /// A member is down.
-    /// A peer held this node as down; it continues under this identity.
+    Down(NodeId),
+    /// A peer considered this node down; it continues under this identity.
     Renewed(Identity),
 }
 
@@ -78,7 +78,7 @@ pub struct Membership {
     /// The refutation count of this node, as last sent; foca calls it the incarnation.
     refutation: u16,
     notices: VecDeque<Notice>,
-    /// Members held as alive or suspect, without this node. A lookup in foca would be linear.
+    /// Members considered alive or suspect, without this node. A lookup in foca would be linear.
     active: BTreeMap<NodeId, Identity>,
     /// Hashes of the buckets, kept consistent with `active`.
     hashes: [u64; Buckets::COUNT],
@@ -112,7 +112,7 @@ impl Membership {
         self.collect(now, "packet", result);
     }
 
-    /// Adds members that a vetted peer holds as alive, or that have sent a message to this node.
+    /// Adds members that a vetted peer considers alive, or that have sent a message to this node.
     pub fn introduce(&mut self, now: Time, identities: impl Iterator<Item = Identity>) {
         let me = self.identity().node;
         let members: Vec<_> = identities.filter(|id| id.node != me).map(Member::alive).collect();
@@ -120,12 +120,12 @@ impl Membership {
         self.collect(now, "introduce", result);
     }
 
-    /// Returns whether `identity` is of another node and not the one held as active.
+    /// Returns whether `identity` is of another node and not the one considered active.
     pub fn is_new(&self, identity: &Identity) -> bool {
         identity.node != self.identity().node && self.active.get(&identity.node) != Some(identity)
     }
 
-    /// Returns whether the member is held as active in exactly this identity.
+    /// Returns whether the member is considered active in exactly this identity.
     pub fn holds_alive(&self, identity: &Identity) -> bool {
         self.active.get(&identity.node) == Some(identity)
     }
@@ -179,7 +179,7 @@ impl Membership {
             .collect()
     }
 
-    /// Marks members that a peer holds as down as suspects. They go down unless they refute it.
+    /// Marks members that a peer considers down as suspects. They go down unless they refute it.
     pub fn suspect(&mut self, now: Time, suspicions: impl Iterator<Item = Suspicion>) {
         let suspect = |suspicion: Suspicion| {
             Member::new(suspicion.identity, suspicion.refutation, State::Suspect)
@@ -193,7 +193,7 @@ impl Membership {
     pub fn clear_suspicion(&mut self, now: Time, alive: &Suspicion) {
         let member = Member::new(alive.identity, alive.refutation, State::Alive);
         let result = self.foca.apply_many([member].into_iter(), true, &mut self.runtime);
-        self.collect(now, "absolve", result);
+        self.collect(now, "clear suspicion", result);
     }
 
     /// Announces that this node leaves.

@@ -134,7 +134,7 @@ enum Purpose {
         with: NodeId,
     },
     Grant {
-        donor: NodeId,
+        granter: NodeId,
     },
     /// To ask a suspect whether it is alive.
     AreYouThere {
@@ -262,7 +262,7 @@ impl Node {
         });
         match purpose {
             Purpose::Hello { seed } => self.handle_hello_answer(now, seed, answer),
-            Purpose::Grant { donor } => self.handle_grant_answer(now, donor, answer),
+            Purpose::Grant { granter } => self.handle_grant_answer(now, granter, answer),
             Purpose::Compare { partner } => self.handle_compare_answer(now, partner, answer),
             Purpose::Exchange { partner, with } => {
                 self.handle_exchange_answer(now, partner, with, answer);
@@ -396,7 +396,7 @@ impl Node {
         self.replica.directory.peers(self.replica.me.node).map(|record| record.address)
     }
 
-    /// Counts the members that gossip holds as alive or suspect, this node included.
+    /// Counts the members that gossip considers alive or suspect, this node included.
     pub fn active_count(&self) -> usize {
         self.membership.others().count() + 1
     }

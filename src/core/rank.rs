@@ -9,8 +9,8 @@ use siphasher::sip::SipHasher13;
 
 use crate::model::{NodeId, Slot};
 
-/// Returns the preference of a node for a slot. A donor offers the free slot with the highest score, so nodes
-/// that join through different donors rarely get the same slot.
+/// Returns the preference of a node for a slot. A granter offers the free slot with the highest score, so
+/// nodes that join through different granters rarely get the same slot.
 pub fn slot_score(node: NodeId, slot: Slot) -> u64 {
     let mut hasher = hasher(1);
     hasher.write(node.as_bytes());
@@ -18,7 +18,7 @@ pub fn slot_score(node: NodeId, slot: Slot) -> u64 {
     hasher.finish()
 }
 
-/// Returns the preference of a node for a peer as donor or successor; spreads requests over the cluster.
+/// Returns the preference of a node for a peer as granter or successor; spreads requests over the cluster.
 pub fn peer_score(node: NodeId, peer: NodeId) -> u64 {
     let mut hasher = hasher(2);
     hasher.write(node.as_bytes());

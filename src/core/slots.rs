@@ -276,16 +276,16 @@ impl SlotTable {
     fn grant_half(&mut self, me: NodeId, to: NodeId) -> Vec<Change> {
         let free_slots: Vec<Run> = self.free_slots_of(me).collect();
         let mut left = free_slots.iter().map(|run| run.len).sum::<u32>() / 2;
-        let mut donated = Vec::new();
+        let mut granted = Vec::new();
         for run in free_slots.iter().rev() {
             let len = run.len.min(left);
             if len == 0 {
                 break;
             }
             left -= len;
-            donated.push(self.rewrite(Slot(run.end() - len), len, me, to, SlotState::Free));
+            granted.push(self.rewrite(Slot(run.end() - len), len, me, to, SlotState::Free));
         }
-        donated
+        granted
     }
 
     /// Writes the next record of a run of slots that `me` owns and that share one record.

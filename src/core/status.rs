@@ -151,12 +151,12 @@ impl NodeStatus {
 }
 
 impl Node {
-    /// Returns whether gossip holds a member as alive or suspect.
+    /// Returns whether gossip considers a member alive or suspect.
     pub fn is_active(&self, node: NodeId) -> bool {
         self.membership.is_active(node)
     }
 
-    /// Returns whether gossip holds any other member as alive or suspect.
+    /// Returns whether gossip considers any other member alive or suspect.
     pub fn has_active_peer(&self) -> bool {
         self.membership.others().next().is_some()
     }

@@ -1,7 +1,7 @@
 //! Comparison of states with one peer at a time, which finds every missed fact.
 //!
-//! A round sends three hashes to a random member, also one held as down, or to a seed that is not an active
-//! member. So a partition that has healed is always noticed. Only the differing buckets are exchanged;
+//! A round sends three hashes to a random member, also one considered down, or to a seed that is not an
+//! active member. So a partition that has healed is always noticed. Only the differing buckets are exchanged;
 //! without a difference a round costs three hashes.
 
 use std::collections::BTreeMap;
@@ -126,8 +126,8 @@ impl Node {
 
     /// Chooses the partner of a round. Two of four rounds prefer members that can verify memory, or else
     /// unconfirmed ones; the other two take any, because the preferred ones may be unreachable for long.
-    /// Three of four rounds take active members, the fourth also ones held as down. Every second round takes
-    /// a seed, if one is not an active member.
+    /// Three of four rounds take active members, the fourth also ones considered down. Every second round
+    /// takes a seed, if one is not an active member.
     fn choose_partner(&mut self, now: Time, rounds: u64) -> Option<Target> {
         let me = self.replica.me.node;
         let absent_seeds: Vec<usize> = (0..self.replica.sync.seeds.len())

@@ -104,7 +104,7 @@ impl Replica {
 }
 
 impl Node {
-    /// Returns which members that a peer holds as alive are to be added to gossip: those that are not active
+    /// Returns which members that a peer considers alive are to be added to gossip: those that are not active
     /// here, not gone, and credible.
     pub(super) fn credible_identities(
         &mut self,
@@ -118,7 +118,7 @@ impl Node {
         news.into_iter().filter(|identity| self.replica.is_credible(now, *identity)).collect()
     }
 
-    /// Returns which members that a peer holds as down are to be suspected: those that are active here in
+    /// Returns which members that a peer considers down are to be suspected: those that are active here in
     /// the same incarnation, and credible.
     pub(super) fn credible_suspicions(&mut self, now: Time, down: &[Suspicion]) -> Vec<Suspicion> {
         let credible_suspicions =

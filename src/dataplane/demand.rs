@@ -194,7 +194,7 @@ mod tests {
         assert_eq!(
             (kernel.routes.len(), kernel.fdb.len()),
             (2, 0),
-            "the pool's and the own subnet's"
+            "the pool's and this node's subnet's"
         );
         let pod = address("10.42.8.17");
         for op in demand.answer(&all, Miss::Address(pod)) {

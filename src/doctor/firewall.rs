@@ -1,4 +1,4 @@
-//! Checks of other programs' chains: what they drop at gossamer's ports, and of packets of pods.
+//! Checks of other programs' chains: which packets to gossamer's ports, and which packets of pods, they drop.
 
 use ipnet::IpNet;
 

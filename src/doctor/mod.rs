@@ -63,7 +63,8 @@ pub struct Finding {
     pub verdict: Verdict,
     /// What was seen.
     pub seen: String,
-    /// Why it matters; `None` for results without a problem, and for sentences of the agent.
+    /// Why it matters; `None` for results without a problem, and for problems whose text already contains the
+    /// reason.
     pub why: Option<String>,
     /// The remedy: a command or a setting; `None` as above.
     pub fix: Option<String>,
@@ -144,7 +145,7 @@ impl Finding {
         self.refused_if(error.kind() == io::ErrorKind::PermissionDenied)
     }
 
-    /// Returns a problem described by one sentence, which includes the remedy.
+    /// Returns a problem whose text already contains the reason and the remedy.
     fn sentence(check: &'static str, sentence: &str) -> Self {
         Self { verdict: Verdict::Problem, ..Self::ok(check, sentence) }
     }

@@ -1,4 +1,4 @@
-//! What gossip holds of a member.
+//! The state of a member according to gossip.
 
 use serde::{Deserialize, Serialize};
 

@@ -214,14 +214,14 @@ fn entry(dimensions: &[Dimension], element: &[u8]) -> Option<Entry> {
 
 /// Lists a set, or all sets. Tries the protocol versions in order.
 fn list(name: Option<&str>, flags: u32, mut each: impl FnMut(&[u8])) -> io::Result<()> {
-    let mut unicast_route = Ok(());
+    let mut listed = Ok(());
     for version in VERSIONS {
-        unicast_route = list_by(version, name, flags, &mut each);
-        if unicast_route.is_ok() {
+        listed = list_by(version, name, flags, &mut each);
+        if listed.is_ok() {
             break;
         }
     }
-    unicast_route
+    listed
 }
 
 fn list_by(

@@ -131,7 +131,7 @@ fn at_size(nodes: usize) -> Vec<Figure> {
     figures
 }
 
-/// Counts how often living members are held as down in ten minutes at 10 % loss.
+/// Counts how often living members are considered down in ten minutes at 10 % loss.
 fn lossy(nodes: usize) -> Figure {
     let mut world = cluster(nodes);
     until(&mut world, Duration::from_secs(60), |world| settled(world, nodes));

@@ -68,7 +68,7 @@ pub const MUTATIONS: [Mutation; 25] = [
     },
     Mutation {
         name: "DownFreesSlots",
-        defect: "a member that gossip holds as down loses its slots",
+        defect: "a member that gossip considers down loses its slots",
         changes: &[change(
             "core/mod.rs",
             "self.replace_predecessor(now)",

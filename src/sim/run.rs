@@ -211,9 +211,9 @@ fn replace_dead_seeds(world: &mut World) {
     }
 }
 
-/// Acts as an operator: forgets every departed identity that the issuer does not hold as left or forgotten.
+/// Acts as an operator: forgets every departed identity that the issuer does not consider left or forgotten.
 ///
-/// A member that gossip still holds as alive is retried in the next round. A member that left is included,
+/// A member that gossip still considers alive is retried in the next round. A member that left is included,
 /// because all hosts that recorded its leave may be gone.
 fn forget_departed_members(world: &mut World) {
     let gone = |host: &Host| {

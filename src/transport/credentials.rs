@@ -106,8 +106,8 @@ pub enum CredentialError {
 }
 
 impl Credentials {
-    /// Creates the configuration. Peers with any of the secrets are accepted; the first is used for
-    /// the own certificate.
+    /// Creates the configuration. Peers with any of the secrets are accepted; the first is used for this
+    /// node's certificate.
     ///
     /// # Errors
     /// When `secrets` is empty or a cryptographic library fails.

@@ -54,7 +54,7 @@ impl Unfinished {
         Ok((unfinished, packet))
     }
 
-    /// Returns the packet that proves the own address, if `answer` is a Retry.
+    /// Returns the packet that proves this endpoint's address, if `answer` is a Retry.
     pub fn prove(&mut self, from: SocketAddr, answer: &[u8]) -> Option<Vec<u8>> {
         // Form and type of a Retry (RFC 9000, 17.2.5). Other packets are not processed: the
         // handshake would continue or end.

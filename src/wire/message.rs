@@ -25,7 +25,7 @@ pub struct Facts {
     /// Slot records.
     #[serde(deserialize_with = "bounded::runs")]
     pub slots: Vec<Run>,
-    /// Members that the sender holds as alive, with the incarnations it knows.
+    /// Members that the sender considers alive, with the incarnations it knows.
     #[serde(deserialize_with = "bounded::members")]
     pub active: Vec<Identity>,
     /// Forgets.
@@ -106,7 +106,7 @@ pub enum Response {
     Facts {
         /// Facts that the requester lacks.
         facts: Facts,
-        /// Members that the requester holds as alive and the responder as down.
+        /// Members that the requester considers alive and the responder down.
         #[serde(deserialize_with = "bounded::members")]
         down: Vec<Suspicion>,
         /// Set if the responder does not hold the requester as alive: the newest incarnation it knows of the

@@ -109,7 +109,7 @@ fn network_around_node_subnets_is_reported_with_its_effect_by_status_and_doctor(
 /// For example a leftover bridge of flannel, or Docker's with the same subnet, while pods are on
 /// gossamer's bridge.
 #[test]
-fn second_bridge_in_the_own_subnet_is_reported_with_the_removal_command() {
+fn second_bridge_in_a_nodes_own_subnet_is_reported_with_the_removal_command() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let agent = &mut cluster.agents[1];
@@ -183,7 +183,7 @@ fn interface_in_a_peers_subnet_is_reported_as_the_only_cause() {
 }
 
 #[test]
-fn route_in_the_own_subnet_does_not_move_a_node_with_pods() {
+fn route_in_a_nodes_own_subnet_does_not_move_a_node_with_pods() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
@@ -201,7 +201,7 @@ fn route_in_the_own_subnet_does_not_move_a_node_with_pods() {
 }
 
 #[test]
-fn container_bridge_in_the_own_subnet_is_no_overlap() {
+fn container_bridge_in_a_nodes_own_subnet_is_no_overlap() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let pods = cluster.pods()?;

@@ -313,7 +313,7 @@ fn policy_rule_behind_many_others_is_reported_with_the_number_of_skipped_ones() 
 }
 
 #[test]
-fn diverted_part_of_the_own_subnet_is_reported_until_removed() {
+fn diverted_part_of_a_nodes_own_subnet_is_reported_until_removed() {
     isolated(|lab| check_faults_are_reported(lab, &LOCAL_FAULTS, "10.42.1.", 0));
 }
 

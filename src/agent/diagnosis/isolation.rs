@@ -225,8 +225,8 @@ impl Agent {
         problems
     }
 
-    /// Whether gossip holds a member down. A member that it has not heard of counts as down once it had time
-    /// to answer.
+    /// Whether gossip considers a member down. A member that it has not heard of counts as down once it had
+    /// time to answer.
     fn is_down(&self, node: NodeId, opinions: &BTreeMap<NodeId, Liveness>) -> bool {
         match opinions.get(&node) {
             Some(liveness) => *liveness == Liveness::Down,

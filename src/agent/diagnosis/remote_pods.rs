@@ -417,8 +417,8 @@ impl Agent {
         let underlay = self.current_underlay();
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
             // Firewalls may drop probes of a host, but pass packets of its pods.
-            let is_suspect = matches!(state, PathState::Unanswered | PathState::OneWay);
-            let is_usable = is_suspect
+            let is_unresponsive = matches!(state, PathState::Unanswered | PathState::OneWay);
+            let is_usable = is_unresponsive
                 || matches!(state, PathState::Ok | PathState::Asymmetric | PathState::MtuTooLarge);
             // Peers in use that are alive are not probed, so their state may be unknown.
             let is_usable = is_usable || in_use.is_some() && state == PathState::Unknown;
@@ -435,7 +435,7 @@ impl Agent {
                 addresses: last_addresses(*subnets),
                 carried: narrow.unwrap_or(self.underlay.tunnel_mtu),
                 takes_large: state != PathState::MtuTooLarge || narrow.is_some(),
-                is_suspect,
+                is_unresponsive,
             };
             (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
         };

@@ -2,8 +2,8 @@
 //! accept.
 //!
 //! One survey for operators and one for tests of packets between pods run at a time. A few members are
-//! queried simultaneously, each once and with a time limit. Members that gossip does not hold as alive
-//! are not queried.
+//! queried simultaneously, each once and with a time limit. Members that gossip does not consider alive are
+//! not queried.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},

@@ -98,8 +98,8 @@ fn exhausted_pool_is_refused_with_its_slot_counts() {
         if seed == 1 {
             table.lease_own(node(1), None).expect("three slots");
         } else {
-            let donor = *table.census().free.keys().next().expect("free left");
-            table.grant(donor, node(seed), None).expect("free left");
+            let granter = *table.census().free.keys().next().expect("free left");
+            table.grant(granter, node(seed), None).expect("free left");
         }
     }
     let refusal = table.grant(node(1), node(9), None).expect_err("full");
@@ -223,14 +223,14 @@ proptest! {
     }
 
     #[test]
-    fn joins_in_any_order_never_share_a_slot(donors in prop::collection::vec(0_usize..8, 1..60)) {
+    fn joins_in_any_order_never_share_a_slot(granters in prop::collection::vec(0_usize..8, 1..60)) {
         let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(0));
         table.lease_own(node(0), None);
         let mut members = vec![node(0)];
-        for (seed, donor) in donors.into_iter().enumerate() {
+        for (seed, granter) in granters.into_iter().enumerate() {
             let joiner = node(u8::try_from(seed).expect("60 at most") + 1);
-            let donor = members[donor % members.len()];
-            if table.grant(donor, joiner, None).is_ok() {
+            let granter = members[granter % members.len()];
+            if table.grant(granter, joiner, None).is_ok() {
                 members.push(joiner);
             }
         }

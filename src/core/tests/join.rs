@@ -65,7 +65,7 @@ fn timeout_is_never_due_in_the_past() {
 #[test]
 fn lost_grant_response_loses_no_slot() {
     let mut world = World::with_members(3);
-    // Its request arrives; the response, which waits for the donor's disk, does not.
+    // Its request arrives; the response, which waits for the granter's disk, does not.
     let joiner = world.join();
     while world.leased(0) < 4 {
         world.run_for(Duration::from_micros(100));
@@ -104,7 +104,7 @@ fn join_after_the_death_of(killed: Range<usize>, prefers: impl Fn(&World) -> Opt
 }
 
 #[test]
-fn recently_dead_donors_do_not_delay_joiners() {
+fn recently_dead_granters_do_not_delay_joiners() {
     (1..4).for_each(|last| join_after_the_death_of(1..last + 1, |_| None));
 }
 

@@ -56,8 +56,8 @@ const CLOSED_ROUND_INTERVAL: Duration = Duration::from_secs(3);
 const CLOSED_ROUND_INTERVAL_PER_PEER: Duration = Duration::from_millis(100);
 /// Number of peers per round.
 const PEERS_PER_ROUND: usize = 3;
-/// Number of suspect peers per round while other peers wait.
-const SUSPECTS_PER_ROUND: usize = 2;
+/// Number of unresponsive peers per round while other peers wait.
+const UNRESPONSIVE_PER_ROUND: usize = 2;
 /// The interval of trials with a peer without a pod doubles up to this many times.
 const MAX_DOUBLINGS: u32 = 5;
 
@@ -73,7 +73,7 @@ pub struct FarPeer {
     /// Large packets to the peer are not already known to be lost.
     pub takes_large: bool,
     /// The peer's host does not answer probes, so whether its pods answer must be known soon.
-    pub is_suspect: bool,
+    pub is_unresponsive: bool,
 }
 
 /// The trials with all peers.
@@ -116,10 +116,10 @@ impl FarPods {
         for info in peers_to_try {
             let known = before.remove(&info.node);
             let known = known.filter(|peer| peer.info.addresses == info.addresses);
-            let was_suspect = known.as_ref().is_some_and(|peer| peer.info.is_suspect);
-            let is_new_suspect = info.is_suspect && !was_suspect;
-            let known = known.filter(|_| !is_new_suspect);
-            if is_new_suspect {
+            let was_unresponsive = known.as_ref().is_some_and(|peer| peer.info.is_unresponsive);
+            let is_newly_unresponsive = info.is_unresponsive && !was_unresponsive;
+            let known = known.filter(|_| !is_newly_unresponsive);
+            if is_newly_unresponsive {
                 // Earlier results say nothing about the present state.
                 self.trials.retain(|way| way.node != info.node);
                 self.round.iter_mut().for_each(|round| _ = round.targets.remove(&info.node));
@@ -363,7 +363,7 @@ impl FarPods {
         nodes.sort_unstable();
         let (first, others): (Vec<NodeId>, Vec<NodeId>) =
             nodes.into_iter().map(|(_, node)| node).partition(|node| lossy.contains(node));
-        let (first, rest) = first.split_at(first.len().min(SUSPECTS_PER_ROUND));
+        let (first, rest) = first.split_at(first.len().min(UNRESPONSIVE_PER_ROUND));
         let chosen = first.iter().chain(&others).chain(rest).take(PEERS_PER_ROUND);
         let mut targets = BTreeMap::new();
         for node in chosen {
@@ -451,8 +451,8 @@ impl FarPods {
         let is_known = |way: &&FarWay| closed.binary_search(way).is_ok();
         let answering = self.answering();
         let is_untried_suspect = |peer: &Peer| {
-            let FarPeer { node, is_suspect, .. } = &peer.info;
-            *is_suspect
+            let FarPeer { node, is_unresponsive, .. } = &peer.info;
+            *is_unresponsive
                 && peer.next_trial <= now
                 && !answering.contains(node)
                 && peer.last_round == 0

@@ -13,7 +13,7 @@ use crate::{
     wire::Arrivals,
 };
 
-/// Age of the own pod, in milliseconds, from which missing packets count as lost.
+/// Age of the agent's own pod, in milliseconds, from which missing packets count as lost.
 const MIN_POD_AGE_MS: u32 = 15_000;
 /// Time without a request after which a member's losses are forgotten.
 const REQUEST_VALIDITY: Duration = Duration::from_secs(120);

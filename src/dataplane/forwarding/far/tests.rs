@@ -15,7 +15,7 @@ fn far_peer(number: u8) -> FarPeer {
         addresses: Addresses { first, second: None },
         carried: 1450,
         takes_large: true,
-        is_suspect: false,
+        is_unresponsive: false,
     }
 }
 
@@ -377,7 +377,7 @@ fn new_suspect_is_tried_at_once_and_judged_only_by_new_results() {
     world.rounds(3);
     assert_eq!(world.far.answering().len(), 9);
     let suspects: Vec<FarPeer> =
-        (1..=9).map(|number| FarPeer { is_suspect: true, ..far_peer(number) }).collect();
+        (1..=9).map(|number| FarPeer { is_unresponsive: true, ..far_peer(number) }).collect();
     world.far.update(&suspects, &[]);
     assert!(world.far.answering().is_empty(), "earlier results do not count");
     assert!(world.far.next_due() <= Some(world.now));
