@@ -195,7 +195,7 @@ impl Monitors {
             MonitorThread::Forwarding => self.forwarder = start_forwarder(news)?,
             MonitorThread::RemotePods => {
                 let mut started = start_remote_pods(news)?;
-                started.set_room(self.remote_pods.room());
+                started.set_namespace(self.remote_pods.namespace());
                 self.remote_pods = started;
             }
             MonitorThread::PodAnswers => self.answer_check = start_answer_check(news)?,
@@ -254,7 +254,7 @@ impl Agent {
                 let detail = "the thread that tries it has ended".to_owned();
                 let status = CheckStatus { state: CheckState::Skipped, detail };
                 let nothing = Forwarding { status, ..Forwarding::default() };
-                self.on_forwarding(ForwarderEvent::Room(None));
+                self.on_forwarding(ForwarderEvent::PodNamespace(None));
                 self.on_forwarding(ForwarderEvent::State(nothing));
             }
             MonitorThread::RemotePods => {

@@ -17,7 +17,7 @@ use crate::{
         kernel::{FirewallTable, Kernel, overlaps, required_sysctls},
     },
     netlink::{Netlink, in_thread, link::Link},
-    pods::{obstacle::obstacle, standin::OWN_ALIAS},
+    pods::{agent_pod::OWN_ALIAS, obstacle::obstacle},
     sysctl, underlay,
 };
 

@@ -16,13 +16,13 @@ use rtnetlink::{
 };
 
 use super::{
+    agent_pod,
     desired::{ALIAS, Bridge, ReadyBridge, RepairReport, Tenants},
     gateway, mac_at,
     names::{is_link_name, loose_end},
     neighbors, obstacle, port,
     renamed::restore_names,
     requests::{address_request, without_address},
-    standin,
 };
 use crate::{
     model::is_link_local,
@@ -155,11 +155,11 @@ fn remove_stale(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<()> {
 }
 
 /// Returns whether a port of the bridge belongs to another program. Veth pairs of pods that are gone and
-/// those of the agent's stand-in pods do not.
+/// those of the agent's own pods do not.
 pub(super) fn is_foreign(link: &Link, bridge: u32, ports: &Tenants) -> bool {
     let is_ours = || {
         let name = &link.name;
-        ports.contains_key(name) || is_link_name(name) || standin::is_link_name(name)
+        ports.contains_key(name) || is_link_name(name) || agent_pod::is_link_name(name)
     };
     link.is_plugged_into(bridge) && !is_ours()
 }

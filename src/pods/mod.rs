@@ -13,6 +13,8 @@ use ipnet::IpNet;
 use crate::model::{Addresses, Attachment, Mac, Pod, Subnets, Time, family_name};
 
 #[cfg(feature = "agent")]
+pub mod agent_pod;
+#[cfg(feature = "agent")]
 mod alias;
 #[cfg(feature = "agent")]
 mod announce;
@@ -36,8 +38,6 @@ pub mod port;
 mod renamed;
 #[cfg(feature = "agent")]
 mod requests;
-#[cfg(feature = "agent")]
-pub mod standin;
 #[cfg(test)]
 mod tests;
 #[cfg(feature = "agent")]

@@ -1,7 +1,7 @@
 //! The thread that tests whether this host forwards packets of pods, and determines what drops them if
 //! not.
 //!
-//! It has its own pod on the bridge (`pods::standin`) while there are pods.
+//! It has its own pod on the bridge (`pods::agent_pod`) while there are pods.
 //! [`crate::dataplane::forwarding`] draws the conclusions. Nothing waits for this thread, and each step
 //! has a time limit.
 
@@ -21,7 +21,7 @@ mod pod;
 mod report;
 mod resolution;
 mod setting;
-mod stage;
+mod test_pods;
 mod transit;
 mod trial;
 
@@ -38,7 +38,7 @@ use self::{
     explain::Reasons,
     no_trial::{NoTrial, no_trial_reason},
     setting::{Peer, Setting},
-    stage::Stage,
+    test_pods::TestPods,
     transit::Transit,
     trial::{Outcome, Trial},
 };
@@ -47,7 +47,7 @@ use crate::{
     dataplane::forwarding::{Direction, TrialResult, Trials, Way},
     model::{Problem, Transport},
     netlink::{Netlink, nftables::Changes, route::Query},
-    pods::standin::Room,
+    pods::agent_pod::PodNamespace,
     worker::{Order, Orders, Thread, Worker},
 };
 
@@ -94,7 +94,7 @@ pub enum ForwarderEvent {
     /// The results have changed.
     State(Forwarding),
     /// Its pod was created or removed.
-    Room(Option<Room>),
+    PodNamespace(Option<PodNamespace>),
 }
 
 /// Handle of the thread.
@@ -125,7 +125,7 @@ impl Forwarder {
             tell,
             setting: None,
             is_new: false,
-            stage: None,
+            test_pods: None,
             trials: Trials::default(),
             translated: BTreeMap::new(),
             arriving: BTreeMap::new(),
@@ -170,7 +170,7 @@ struct TrialRunner<F> {
     setting: Option<Setting>,
     /// Whether the setting has changed since the last trial.
     is_new: bool,
-    stage: Option<Stage>,
+    test_pods: Option<TestPods>,
     trials: Trials,
     /// Source address that replaces the pod's in outgoing packets, by whether it is IPv4.
     translated: BTreeMap<bool, IpAddr>,
@@ -216,7 +216,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             let changes = self.changes.as_ref().map(|changes| changes.as_fd());
             self.orders.sleeper.wait(changes, Some(pause));
         }
-        self.remove_stage();
+        self.remove_test_pods();
     }
 
     /// Takes all queued settings. Returns `false` once the agent has ended.
@@ -230,7 +230,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
                     let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
                     if shape.is_none() {
                         // Another pod has the address.
-                        self.remove_stage();
+                        self.remove_test_pods();
                     }
                 }
                 Err(TryRecvError::Empty) => return true,
@@ -252,7 +252,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     fn run_due(&mut self, now: Instant) {
         self.is_new = false;
         let Some(mut setting) = self.setting.clone() else {
-            self.remove_stage();
+            self.remove_test_pods();
             self.transit = Transit::default();
             self.discard_results("this node has no subnet in use".to_owned());
             self.due = now + RETRY_INTERVAL;
@@ -287,7 +287,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             self.due = now;
             return;
         }
-        if let Some(bridge) = foreign.filter(|_| self.stage.is_none()) {
+        if let Some(bridge) = foreign.filter(|_| self.test_pods.is_none()) {
             (setting.bridge, setting.has_pods) = (bridge, true);
         }
         self.last_trial = Some(now);
@@ -339,14 +339,14 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             ))));
         };
         if setting.peers.is_empty() && !setting.has_pods && foreign.is_none() {
-            self.remove_stage();
+            self.remove_test_pods();
             return Err(idle("there are no pods, and no peer to test with"));
         }
         let between = explain::are_bridged_filtered(&mut self.netlink, setting);
-        let with_mate = between.contains(&true);
-        let mut stage = self.take_stage(shape, with_mate, foreign)?;
+        let with_second_pod = between.contains(&true);
+        let mut test_pods = self.take_test_pods(shape, with_second_pod, foreign)?;
         self.turn = self.turn.wrapping_add(1);
-        let found = stage.gateway.find(|pause| self.wait(&[], pause));
+        let found = test_pods.gateway.find(|pause| self.wait(&[], pause));
         // Without a gateway, nothing else can be tested.
         let has_gateway =
             found.is_empty() || found.iter().any(|(_, seen)| *seen != TrialResult::Lost);
@@ -361,7 +361,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             Direction::Gateway | Direction::ToHost | Direction::FromHost(_) => true,
         });
         if has_gateway && !self.is_new {
-            let seen = stage.own_host.run(|fds, pause| self.wait(fds, pause));
+            let seen = test_pods.own_host.run(|fds, pause| self.wait(fds, pause));
             let seen = seen.inspect_err(
                 |error| tracing::debug!(%error, "packets between pods and this host not tested"),
             );
@@ -370,13 +370,13 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         }
         let mut tried = Ok(());
         if has_gateway && !self.is_new {
-            tried = self.try_peers(setting, &stage, between);
+            tried = self.try_peers(setting, &test_pods, between);
         }
         let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
         let is_wanted = shape.is_some();
-        self.stage = Some(stage);
+        self.test_pods = Some(test_pods);
         if !is_wanted {
-            self.remove_stage();
+            self.remove_test_pods();
         }
         tried?;
         self.skipped.clear();
@@ -387,12 +387,12 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     fn try_peers(
         &mut self,
         setting: &Setting,
-        stage: &Stage,
+        test_pods: &TestPods,
         between: [bool; 2],
     ) -> io::Result<()> {
         let mut trace = self.reasons.trace(setting, &self.trials.closed());
         let (turn, spread) = (self.turn, self.spread(setting));
-        let trial = Trial { setting, sockets: &stage.sockets, between, turn, spread };
+        let trial = Trial { setting, sockets: &test_pods.sockets, between, turn, spread };
         let mut tried = Ok(());
         match trial.run(|fds, pause| self.wait(fds, pause)) {
             Ok(Some(Outcome { seen, translated, arriving, stray })) => {
@@ -446,10 +446,10 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     }
 
     /// Removes the pods and sockets of the trials.
-    fn remove_stage(&mut self) {
-        if let Some(stage) = self.stage.take() {
-            (self.tell)(ForwarderEvent::Room(None));
-            stage.remove(&mut self.netlink);
+    fn remove_test_pods(&mut self) {
+        if let Some(test_pods) = self.test_pods.take() {
+            (self.tell)(ForwarderEvent::PodNamespace(None));
+            test_pods.remove(&mut self.netlink);
         }
     }
 
@@ -472,7 +472,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         if is_well || is_early {
             return;
         }
-        let port = self.stage.as_ref().map(Stage::port);
+        let port = self.test_pods.as_ref().map(TestPods::port);
         self.reasons =
             self.reasons.read_again(&mut self.netlink, setting, port, &closed, translated);
         if setting.unanswered {

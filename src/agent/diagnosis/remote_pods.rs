@@ -19,7 +19,7 @@ use std::{
 use ipnet::IpNet;
 
 pub use self::setting::Setting;
-use self::sockets::{RoomSockets, SocketEvent};
+use self::sockets::{NamespaceSockets, SocketEvent};
 use crate::{
     agent::{Agent, clock::Clock, diagnosis::packet_filter::Sources},
     core::{Peer, ReplyId},
@@ -30,7 +30,7 @@ use crate::{
         },
     },
     model::{NodeId, PathState, Subnets},
-    pods::{gateway, last_addresses, standin::Room},
+    pods::{agent_pod::PodNamespace, gateway, last_addresses},
     random::random,
     wire::{Arrivals, Inquiry, Report},
     worker::{Order, Orders, Thread, Worker},
@@ -71,7 +71,7 @@ pub enum RemotePodsEvent {
 /// An order for the thread.
 pub(in crate::agent) enum Command {
     /// The agent's own pod has changed.
-    Room(Option<Room>),
+    PodNamespace(Option<PodNamespace>),
     /// The peers have changed.
     Setting(Setting),
     /// A member queries the arrivals of this round.
@@ -84,7 +84,7 @@ impl Order for Command {
     fn supersedes(&self, earlier: &Self) -> bool {
         matches!(
             (self, earlier),
-            (Self::Room(_), Self::Room(_)) | (Self::Setting(_), Self::Setting(_))
+            (Self::PodNamespace(_), Self::PodNamespace(_)) | (Self::Setting(_), Self::Setting(_))
         )
     }
 }
@@ -96,7 +96,7 @@ pub struct RemotePods {
     /// The last setting that was passed to the thread.
     reported: Setting,
     /// The pod that has the sockets.
-    room: Option<Room>,
+    namespace: Option<PodNamespace>,
 }
 
 impl RemotePods {
@@ -118,18 +118,18 @@ impl RemotePods {
             };
             runner.run();
         })?;
-        Ok(Self { worker, reported: Setting::default(), room: None })
+        Ok(Self { worker, reported: Setting::default(), namespace: None })
     }
 
     /// Sets the pod in which the thread has its sockets.
-    pub fn set_room(&mut self, room: Option<Room>) {
-        self.room.clone_from(&room);
-        self.worker.order(Command::Room(room));
+    pub fn set_namespace(&mut self, namespace: Option<PodNamespace>) {
+        self.namespace.clone_from(&namespace);
+        self.worker.order(Command::PodNamespace(namespace));
     }
 
     /// Returns the pod in which the thread has its sockets.
-    pub fn room(&self) -> Option<Room> {
-        self.room.clone()
+    pub fn namespace(&self) -> Option<PodNamespace> {
+        self.namespace.clone()
     }
 
     /// Queues the answer to a member that queries the arrivals of a round.
@@ -157,7 +157,7 @@ impl RemotePods {
 
 /// The sockets, and what has arrived there.
 struct Place {
-    sockets: RoomSockets,
+    sockets: NamespaceSockets,
     witness: ArrivalLog,
 }
 
@@ -192,7 +192,7 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
     fn take_orders(&mut self) -> bool {
         loop {
             match self.orders.take() {
-                Ok(Command::Room(room)) => self.set_pod(room),
+                Ok(Command::PodNamespace(namespace)) => self.set_pod(namespace),
                 Ok(Command::Setting(setting)) => {
                     self.setting = setting;
                     self.update();
@@ -227,12 +227,12 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
     }
 
     /// Moves to another pod. Results of the previous one are discarded.
-    fn set_pod(&mut self, room: Option<Room>) {
+    fn set_pod(&mut self, namespace: Option<PodNamespace>) {
         self.place = None;
         (self.remote_pods, self.inward) = (FarPods::default(), InwardLosses::default());
         self.update();
-        let Some(room) = room else { return };
-        match RoomSockets::open(room, &self.setting.sources) {
+        let Some(namespace) = namespace else { return };
+        match NamespaceSockets::open(namespace, &self.setting.sources) {
             Ok(sockets) => {
                 self.place = Some(Place { sockets, witness: ArrivalLog::new(self.clock.now()) });
             }

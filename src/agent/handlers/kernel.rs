@@ -164,7 +164,9 @@ impl Agent {
     pub(in crate::agent) fn on_forwarding(&mut self, news: ForwarderEvent) {
         let state = match news {
             ForwarderEvent::State(state) => state,
-            ForwarderEvent::Room(room) => return self.threads.monitors.remote_pods.set_room(room),
+            ForwarderEvent::PodNamespace(namespace) => {
+                return self.threads.monitors.remote_pods.set_namespace(namespace);
+            }
         };
         let before = &self.kernel.traffic.forwarding;
         let of = |state: &Forwarding| {

@@ -10,8 +10,8 @@ use crate::{
     docker::{self, mac_of},
     model::{Attachment, Mac, Pod},
     pods::{
-        NoAddress, PodRequest, desired::Bridge, is_address_mac, last_addresses, mac_at,
-        standin::mate_mac, wiring::WiringError,
+        NoAddress, PodRequest, agent_pod::second_pod_mac, desired::Bridge, is_address_mac,
+        last_addresses, mac_at, wiring::WiringError,
     },
 };
 
@@ -59,7 +59,7 @@ impl Agent {
         }
         // The trial of forwarding uses the MAC of the address that pods are assigned last.
         let view = self.kernel.wanted.view.as_ref();
-        if view.is_some_and(|view| mate_mac(last_addresses(view.own.subnets)) == mac) {
+        if view.is_some_and(|view| second_pod_mac(last_addresses(view.own.subnets)) == mac) {
             return Err(NoAddress::MacOfHost(mac));
         }
         let others = self.pods.table.iter().filter(|pod| pod.attachment != *attachment);

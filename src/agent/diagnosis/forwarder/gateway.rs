@@ -21,8 +21,8 @@ use crate::{
     model::{Problem, ProblemCode, dotted},
     netlink::{Netlink, route::Query},
     pods::{
+        agent_pod::{AgentPod, Shape},
         gateway,
-        standin::{Shape, StandIn},
     },
     sysctl,
 };
@@ -55,9 +55,9 @@ impl Gateway {
     ///
     /// # Errors
     /// Fails if a socket cannot be opened inside the pod's namespace.
-    pub fn open(standin: &StandIn, shape: &Shape) -> io::Result<Self> {
-        let (netlink, link) = standin.netlink()?;
-        let addresses = standin.inside(|| {
+    pub fn open(agent_pod: &AgentPod, shape: &Shape) -> io::Result<Self> {
+        let (netlink, link) = agent_pod.netlink()?;
+        let addresses = agent_pod.inside(|| {
             let pairs = shape.addresses.iter().zip(shape.subnets.iter());
             let opened = pairs.map(|(ip, subnet)| Ok((gateway(subnet), UdpSocket::bind((ip, 0))?)));
             opened.collect()

@@ -26,8 +26,8 @@ use crate::{
     },
     icmp::{Family, IcmpKind, ProbeIdentity, SMALL},
     pods::{
+        agent_pod::{AgentPod, Shape},
         gateway,
-        standin::{Shape, StandIn},
     },
     random::random,
 };
@@ -70,9 +70,9 @@ struct Check<'a> {
 
 impl HostTrial {
     /// Opens the sockets. A family whose gateway address is missing is skipped.
-    pub fn open(standin: &StandIn, shape: &Shape) -> Self {
+    pub fn open(agent_pod: &AgentPod, shape: &Shape) -> Self {
         let pairs = shape.addresses.iter().zip(shape.subnets.iter());
-        let opened = pairs.map(|(pod, subnet)| HostSockets::open(standin, pod, gateway(subnet)));
+        let opened = pairs.map(|(pod, subnet)| HostSockets::open(agent_pod, pod, gateway(subnet)));
         let logged = opened.map(|host_sockets| {
             host_sockets.inspect_err(
                 |error| tracing::debug!(%error, "packets between pods and this host not tested"),
@@ -107,7 +107,7 @@ impl HostTrial {
 }
 
 impl HostSockets {
-    fn open(standin: &StandIn, pod: IpAddr, gateway: IpAddr) -> io::Result<Self> {
+    fn open(agent_pod: &AgentPod, pod: IpAddr, gateway: IpAddr) -> io::Result<Self> {
         let family = Family::of(pod);
         let datagrams = |address: IpAddr| {
             let socket = UdpSocket::bind((address, 0))?;
@@ -118,7 +118,7 @@ impl HostSockets {
         // Without this filter the socket would receive every segment sent to this host.
         receive_only(&sender, FilterInput::raw(gateway), &[])?;
         let outside = datagrams(gateway)?;
-        standin.inside(|| {
+        agent_pod.inside(|| {
             let echo = family.open()?;
             echo.set_nonblocking(true)?;
             let any = match pod {

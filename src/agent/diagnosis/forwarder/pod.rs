@@ -23,7 +23,7 @@ use crate::{
         silence::MAY_NOT_SEND,
     },
     icmp::{Family, disable_fragmentation},
-    pods::standin::StandIn,
+    pods::agent_pod::AgentPod,
 };
 
 /// Bytes read of a packet of a trial.
@@ -50,7 +50,7 @@ impl PodSockets {
     ///
     /// # Errors
     /// Fails if a socket cannot be opened inside the pod's namespace.
-    pub fn open(pod: &StandIn, address: IpAddr) -> io::Result<Self> {
+    pub fn open(pod: &AgentPod, address: IpAddr) -> io::Result<Self> {
         pod.inside(|| {
             let segments = raw_tcp::open(address)?;
             let any: IpAddr = match address {

@@ -13,7 +13,7 @@ use crate::{
     agent::diagnosis::packet_filter::{step, when},
     frames::{self, ARP, IPV6, packet_socket, sender_at},
     model::Mac,
-    pods::standin::{INNER, StandIn, mate_mac},
+    pods::agent_pod::{AgentPod, INNER, second_pod_mac},
 };
 
 /// Number of frames: one to all stations, one to the second pod.
@@ -33,9 +33,9 @@ impl Resolution {
     ///
     /// # Errors
     /// Fails if a socket cannot be opened, or if the addresses are of different families.
-    pub fn open(first: &StandIn, mate: &StandIn, from: IpAddr, to: IpAddr) -> io::Result<Self> {
+    pub fn open(first: &AgentPod, second: &AgentPod, from: IpAddr, to: IpAddr) -> io::Result<Self> {
         let (sender, mac) = first.inside(|| sender_at(INNER))?;
-        let to_mac = mate_mac(first.addresses());
+        let to_mac = second_pod_mac(first.addresses());
         let (frames, protocol) = match (from, to) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 let all = frames::arp(mac, None, from, from);
@@ -47,7 +47,7 @@ impl Resolution {
             }
             _ => return Err(io::ErrorKind::InvalidInput.into()),
         };
-        let receiver = mate.inside(|| packet_socket(Type::RAW, protocol))?;
+        let receiver = second.inside(|| packet_socket(Type::RAW, protocol))?;
         receiver.attach_filter(&comes_from(mac))?;
         Ok(Self { sender, receiver, frames })
     }

@@ -14,8 +14,8 @@ use crate::{
     },
     model::{Mac, PathState, Subnets},
     pods::{
+        agent_pod::{Shape, link_name},
         last_addresses, last_but_one,
-        standin::{Shape, link_name},
     },
 };
 
@@ -113,7 +113,7 @@ impl Agent {
             bridge: bridge.clone(),
             subnets,
             addresses,
-            mate: last_but_one(subnets),
+            second_pod: last_but_one(subnets),
             mtu: (self.underlay.tunnel_mtu + MTU_EXCESS).min(MAX_MTU),
             route_mtu: self.underlay.tunnel_mtu,
         });

@@ -27,7 +27,7 @@ use crate::{
     },
     icmp::{Family, IcmpKind, ProbeIdentity},
     model::Addresses,
-    pods::standin::{Shape, StandIn},
+    pods::agent_pod::{AgentPod, Shape},
     random::random,
 };
 
@@ -50,7 +50,7 @@ struct FamilySockets {
     /// Sends this host's own echo requests.
     home: Socket,
     /// A second pod, to which the first one sends packets and address resolution frames.
-    mate: Option<(PodSockets, Resolution)>,
+    second: Option<(PodSockets, Resolution)>,
 }
 
 /// The input of one trial.
@@ -94,7 +94,7 @@ struct Check<'a> {
     /// Packets to all chosen peers.
     outgoing: Vec<Probe>,
     /// Packets to the second pod; empty if those are not tested.
-    to_mate: Vec<Probe>,
+    to_second: Vec<Probe>,
     /// Whether a peer has answered this host's own echo request.
     answered: bool,
     /// A packet that just fits into the tunnel to a peer, with its size in bytes.
@@ -112,9 +112,9 @@ struct Check<'a> {
     /// Incoming packets that arrived at the pod.
     arrived: BTreeSet<Transport>,
     /// Packets that arrived at the second pod.
-    arrived_at_mate: BTreeSet<Transport>,
+    arrived_at_second: BTreeSet<Transport>,
     /// Address resolution frames that arrived at the second pod.
-    resolved_at_mate: [bool; 2],
+    resolved_at_second: [bool; 2],
     /// Source address that replaced the pod's.
     translated: Option<IpAddr>,
     /// Source address that replaced the sender's.
@@ -128,19 +128,19 @@ impl Sockets {
     ///
     /// # Errors
     /// Fails if a socket cannot be opened.
-    pub fn open(standin: &StandIn, mate: Option<&StandIn>, shape: &Shape) -> io::Result<Self> {
+    pub fn open(first: &AgentPod, second: Option<&AgentPod>, shape: &Shape) -> io::Result<Self> {
         let open = |address: IpAddr| {
             let family = Family::of(address);
-            let pod = PodSockets::open(standin, address)?;
+            let pod = PodSockets::open(first, address)?;
             let home = family.open()?;
             home.set_nonblocking(true)?;
             let of_family = |ip: &IpAddr| ip.is_ipv4() == address.is_ipv4();
-            let to_mate = shape.mate.into_iter().flat_map(Addresses::iter).find(of_family);
-            let mate = mate.zip(to_mate).map(|(mate, to)| {
-                let resolution = Resolution::open(standin, mate, address, to)?;
-                io::Result::Ok((PodSockets::open(mate, to)?, resolution))
+            let to_second = shape.second_pod.into_iter().flat_map(Addresses::iter).find(of_family);
+            let second = second.zip(to_second).map(|(second, to)| {
+                let resolution = Resolution::open(first, second, address, to)?;
+                io::Result::Ok((PodSockets::open(second, to)?, resolution))
             });
-            Ok(FamilySockets { family, pod, home, mate: mate.transpose()? })
+            Ok(FamilySockets { family, pod, home, second: second.transpose()? })
         };
         shape.addresses.iter().map(open).collect::<io::Result<_>>().map(Self)
     }
@@ -208,12 +208,12 @@ impl Trial<'_> {
         let random = || random::<NONCE_LEN>().map_err(io::Error::other);
         let mut checks = Vec::new();
         for sockets in &self.sockets.0 {
-            let FamilySockets { family, pod, home, mate } = sockets;
+            let FamilySockets { family, pod, home, second } = sockets;
             let is_ipv4 = pod.address.is_ipv4();
             let tries_between = self.between[usize::from(!is_ipv4)];
-            let mate = mate.as_ref().filter(|_| tries_between);
+            let second = second.as_ref().filter(|_| tries_between);
             let chosen = self.chosen_peers(is_ipv4, is_tunnelled);
-            if chosen.is_empty() && mate.is_none() {
+            if chosen.is_empty() && second.is_none() {
                 continue;
             }
             let [a, b, ..] = random()?;
@@ -222,7 +222,7 @@ impl Trial<'_> {
             let (inwards, outwards, sideways) = (random()?, random()?, random()?);
             let (whole, own) = (random()?, random()?);
             pod.await_only(inwards, &[outwards, sideways])?;
-            mate.map_or(Ok(()), |(mate, _)| mate.await_only(sideways, &[]))?;
+            second.map_or(Ok(()), |(second, _)| second.await_only(sideways, &[]))?;
             // A different source port each time, as new connections have.
             let fresh = u16::from_ne_bytes([a, b]) | 0x8000;
             let probe =
@@ -247,9 +247,9 @@ impl Trial<'_> {
                 let ports = [[pod.port, UNUSED_OUT], [fresh, UNUSED_OUT]];
                 of_each(pod.address, *vtep, ports, outwards)
             });
-            let to_mate = mate.into_iter().flat_map(|(mate, _)| {
-                let ports = [[pod.port, mate.port], [fresh, UNUSED]];
-                of_each(pod.address, mate.address, ports, sideways)
+            let to_second = second.into_iter().flat_map(|(second, _)| {
+                let ports = [[pod.port, second.port], [fresh, UNUSED]];
+                of_each(pod.address, second.address, ports, sideways)
             });
             checks.push(Check {
                 sockets,
@@ -258,7 +258,7 @@ impl Trial<'_> {
                 asked: chosen.iter().map(|(_, vtep)| *vtep).collect(),
                 incoming: incoming.collect(),
                 outgoing: outgoing.collect(),
-                to_mate: to_mate.collect(),
+                to_second: to_second.collect(),
                 answered: false,
                 fitting: through.map(|(peer, vtep)| {
                     let ports = [pod.port, UNUSED_OUT];
@@ -270,8 +270,8 @@ impl Trial<'_> {
                 left: BTreeSet::new(),
                 captured_in: BTreeSet::new(),
                 arrived: BTreeSet::new(),
-                arrived_at_mate: BTreeSet::new(),
-                resolved_at_mate: [false; 2],
+                arrived_at_second: BTreeSet::new(),
+                resolved_at_second: [false; 2],
                 translated: None,
                 arriving: None,
                 carried: through.map(|_| Carried {
@@ -310,8 +310,8 @@ impl Trial<'_> {
 impl Check<'_> {
     /// Sends all packets of the trial except the injected ones.
     fn send(&self) -> io::Result<()> {
-        let FamilySockets { family, pod, home, mate } = self.sockets;
-        if let (Some((_, resolution)), [_, ..]) = (mate, &self.to_mate[..]) {
+        let FamilySockets { family, pod, home, second } = self.sockets;
+        if let (Some((_, resolution)), [_, ..]) = (second, &self.to_second[..]) {
             resolution.send();
         }
         for (number, to) in self.asked.iter().enumerate() {
@@ -320,7 +320,7 @@ impl Check<'_> {
             let packet = family.request_with(self.asker.identifier, number as u16, &payload);
             let _ = home.send_to(&packet, &SocketAddr::new(*to, 0).into());
         }
-        self.outgoing.iter().chain(&self.to_mate).try_for_each(|probe| pod.send(probe))?;
+        self.outgoing.iter().chain(&self.to_second).try_for_each(|probe| pod.send(probe))?;
         if let Some((probe, size)) = &self.fitting {
             send_unfragmented(&pod.fitting, probe.to, *size, &Probe::payload(probe.nonce));
         }
@@ -340,16 +340,16 @@ impl Check<'_> {
     }
 
     fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let FamilySockets { pod, home, mate, .. } = self.sockets;
-        let pods = [pod].into_iter().chain(mate.as_ref().map(|(mate, _)| mate));
+        let FamilySockets { pod, home, second, .. } = self.sockets;
+        let pods = [pod].into_iter().chain(second.as_ref().map(|(second, _)| second));
         let inside = pods.flat_map(|pod| [pod.datagrams.as_fd(), pod.segments.as_fd()]);
-        let resolution = mate.iter().map(|(_, resolution)| resolution.socket().as_fd());
+        let resolution = second.iter().map(|(_, resolution)| resolution.socket().as_fd());
         inside.chain(resolution).chain([pod.large.as_fd(), home.as_fd()])
     }
 
     /// Records what has arrived at the pods and what has answered this host.
     fn receive(&mut self) {
-        let FamilySockets { family, pod, home, mate } = self.sockets;
+        let FamilySockets { family, pod, home, second } = self.sockets;
         while let Ok(heard) = family.receive(home, self.asker) {
             self.answered |= heard.is_some_and(|heard| matches!(heard.kind, IcmpKind::Answer(_)));
         }
@@ -365,14 +365,14 @@ impl Check<'_> {
             if accepts(&self.outgoing, segment, from) {
                 self.left.insert(Transport::Tcp);
             }
-            if accepts(&self.to_mate, segment, from) {
-                self.arrived_at_mate.insert(Transport::Tcp);
+            if accepts(&self.to_second, segment, from) {
+                self.arrived_at_second.insert(Transport::Tcp);
             }
         });
         self.arriving = self.arriving.or(arriving);
-        if let Some((mate, resolution)) = mate {
-            mate.receive(self.to_mate.iter(), &mut self.arrived_at_mate, |_, _| {});
-            resolution.receive(&mut self.resolved_at_mate);
+        if let Some((second, resolution)) = second {
+            second.receive(self.to_second.iter(), &mut self.arrived_at_second, |_, _| {});
+            resolution.receive(&mut self.resolved_at_second);
         }
     }
 
@@ -430,8 +430,8 @@ impl Check<'_> {
             && (self.fitting.is_none() || self.fitting_left)
             && (self.outgoing.is_empty() || all(&self.left))
             && (self.incoming.is_empty() || all(&self.arrived))
-            && (self.to_mate.is_empty()
-                || all(&self.arrived_at_mate) && self.resolved_at_mate == [true; 2])
+            && (self.to_second.is_empty()
+                || all(&self.arrived_at_second) && self.resolved_at_second == [true; 2])
     }
 
     /// Returns the verdicts.
@@ -460,8 +460,8 @@ impl Check<'_> {
         if let Some(carried) = &self.carried {
             note(Direction::Carried, carried.seen());
         }
-        if !self.to_mate.is_empty() {
-            let is_found = self.resolved_at_mate == [true; 2];
+        if !self.to_second.is_empty() {
+            let is_found = self.resolved_at_second == [true; 2];
             note(
                 Direction::NeighborDiscovery,
                 if is_found { TrialResult::Passed } else { TrialResult::Lost },
@@ -488,8 +488,8 @@ impl Check<'_> {
                 };
                 note(Direction::In(transport), comes);
             }
-            if !self.to_mate.is_empty() {
-                let has_arrived = self.arrived_at_mate.contains(&transport);
+            if !self.to_second.is_empty() {
+                let has_arrived = self.arrived_at_second.contains(&transport);
                 let between = if has_arrived { TrialResult::Passed } else { TrialResult::Lost };
                 note(Direction::Between(transport), between);
             }

@@ -28,7 +28,7 @@ use crate::{
         FAR_DATA_PORT, FAR_PORT, Field, IS_MESSAGE, Kind, MessageType, NONCE_LEN, Probe, Segment,
         Sort, Transport, answer, answers_segment, far_segment, is_of_round, question, read,
     },
-    pods::standin::Room,
+    pods::agent_pod::PodNamespace,
 };
 
 /// Buffer size in bytes, larger than any datagram.
@@ -58,8 +58,8 @@ pub enum SocketEvent {
 }
 
 /// Sockets of the pod, which has an address of each family.
-pub struct RoomSockets {
-    room: Room,
+pub struct NamespaceSockets {
+    namespace: PodNamespace,
     families: Vec<FamilySockets>,
     /// Addresses from which probes are accepted.
     sources: Vec<Sources>,
@@ -94,12 +94,12 @@ struct BufferUse {
     limit: usize,
 }
 
-impl RoomSockets {
+impl NamespaceSockets {
     /// Opens the sockets. The kernel drops probes from addresses other than `sources`.
     ///
     /// # Errors
     /// Fails if a socket cannot be opened or configured.
-    pub fn open(room: Room, sources: &[Sources]) -> io::Result<Self> {
+    pub fn open(namespace: PodNamespace, sources: &[Sources]) -> io::Result<Self> {
         let open = |address: IpAddr| {
             let (echoes, segments) = (datagrams(address, FAR_PORT)?, segments(address)?);
             Ok(FamilySockets {
@@ -114,11 +114,16 @@ impl RoomSockets {
                 incoming: IncomingStreams::listen(address)?,
             })
         };
-        let addresses = room.addresses;
+        let addresses = namespace.addresses;
         let families =
-            room.inside(|| addresses.iter().map(open).collect::<io::Result<Vec<_>>>())?;
-        let mut opened =
-            Self { room, families, sources: Vec::new(), round: None, buffer: vec![0; BUFFER_LEN] };
+            namespace.inside(|| addresses.iter().map(open).collect::<io::Result<Vec<_>>>())?;
+        let mut opened = Self {
+            namespace,
+            families,
+            sources: Vec::new(),
+            round: None,
+            buffer: vec![0; BUFFER_LEN],
+        };
         opened.admit(sources)?;
         Ok(opened)
     }
@@ -137,9 +142,9 @@ impl RoomSockets {
     /// # Errors
     /// Fails if a socket cannot be opened or configured.
     pub fn start_round(&mut self, round: u32) -> io::Result<()> {
-        let Self { room, families, .. } = self;
+        let Self { namespace, families, .. } = self;
         self.round = Some(round);
-        room.inside(|| {
+        namespace.inside(|| {
             for sockets in families {
                 sockets.outgoing.forget();
                 sockets.asking = datagrams(sockets.address, 0)?;
@@ -180,13 +185,13 @@ impl RoomSockets {
         round: u32,
         size: Option<usize>,
     ) -> io::Result<()> {
-        let Self { room, families, .. } = self;
+        let Self { namespace, families, .. } = self;
         let of_family = |sockets: &&mut FamilySockets| sockets.address.is_ipv4() == to.is_ipv4();
         let Some(sockets) = families.iter_mut().find(of_family) else { return Ok(()) };
         let from = sockets.address;
         let sent = match size {
             Some(size) if kind == Kind::Data => {
-                let open = || room.inside(|| streams::open_outgoing(from));
+                let open = || namespace.inside(|| streams::open_outgoing(from));
                 sockets.outgoing.begin(to, round, size, open)
             }
             Some(size) => {

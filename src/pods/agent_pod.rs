@@ -1,10 +1,10 @@
-//! A stand-in pod: a pod of the agent's own, to test whether the host forwards pods' packets. It is an
+//! An agent pod: a pod of the agent's own, to test whether the host forwards pods' packets. It is an
 //! unnamed network namespace on the pods' bridge.
 //!
 //! The kernel removes the namespace and its veth pair when the last file descriptor on it is closed, so a
-//! killed agent leaves nothing behind. The stand-in pod has the last address of the subnet, which no other
+//! killed agent leaves nothing behind. The agent pod has the last address of the subnet, which no other
 //! pod gets. A pod may have it from an earlier version, or because the subnet has no other. Then there is no
-//! stand-in pod.
+//! agent pod.
 
 use std::{
     fs::File,
@@ -35,16 +35,16 @@ use crate::{
     netlink::{Netlink, Request, in_thread, inside, link::no_ipv6_address},
 };
 
-/// Alias of the stand-in pod's end on this host.
+/// Alias of the agent pod's end on this host.
 pub const OWN_ALIAS: &str = "gossamer forwarding trial";
 /// Prefix of the name of its end on this host; the VNI follows.
 const PREFIX: &str = "gsp.";
-/// Suffix of the name of the second stand-in pod's end on this host.
+/// Suffix of the name of the second agent pod's end on this host.
 const SECOND_SUFFIX: &str = "b";
-/// Name of the interface inside the stand-in pod.
+/// Name of the interface inside the agent pod.
 pub const INNER: &str = "eth0";
 
-/// The desired state of a stand-in pod.
+/// The desired state of an agent pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// Name of its end on this host.
@@ -53,19 +53,19 @@ pub struct Shape {
     pub bridge: String,
     /// This node's subnets.
     pub subnets: Subnets,
-    /// Addresses of the first stand-in pod.
+    /// Addresses of the first agent pod.
     pub addresses: Addresses,
     /// Addresses of a second one, for packets between two pods. `None` if the subnet is too small.
-    pub mate: Option<Addresses>,
+    pub second_pod: Option<Addresses>,
     /// MTU of the interface, in bytes.
     pub mtu: u32,
     /// MTU of its default route, in bytes. As in pods, larger packets are fragmented.
     pub route_mtu: u32,
 }
 
-/// A stand-in pod. It exists until this value is dropped.
+/// An agent pod. It exists until this value is dropped.
 #[derive(Debug)]
-pub struct StandIn {
+pub struct AgentPod {
     netns: Arc<File>,
     shape: Shape,
     link: String,
@@ -75,39 +75,39 @@ pub struct StandIn {
     port: u32,
 }
 
-/// The namespace of a stand-in pod, for code that opens sockets there. Does not keep the end on this host.
+/// The namespace of an agent pod, for code that opens sockets there. Does not keep the end on this host.
 #[derive(Clone, Debug)]
-pub struct Room {
+pub struct PodNamespace {
     netns: Arc<File>,
-    /// Addresses of the first stand-in pod.
+    /// Addresses of the first agent pod.
     pub addresses: Addresses,
 }
 
-/// One of the two stand-in pods.
+/// One of the two agent pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     /// The one that is configured like a pod.
     First,
     /// The one that exchanges packets with the first across the bridge only. It answers no ARP and only the
     /// first knows its MAC, because a pod may have its address.
-    Mate,
+    Second,
 }
 
-/// Returns the name of a stand-in pod's end on this host, in the overlay of this VNI. Differs from the names
+/// Returns the name of an agent pod's end on this host, in the overlay of this VNI. Differs from the names
 /// of pods' ends.
 pub fn link_name(vni: u32) -> String {
     format!("{PREFIX}{vni}")
 }
 
-/// Returns whether an interface name is that of a stand-in pod's end.
+/// Returns whether an interface name is that of an agent pod's end.
 pub fn is_link_name(name: &str) -> bool {
     let vni =
         name.strip_prefix(PREFIX).map(|rest| rest.strip_suffix(SECOND_SUFFIX).unwrap_or(rest));
     vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
 }
 
-impl StandIn {
-    /// Creates a stand-in pod on the pods' bridge. Returns `None` if the bridge does not exist.
+impl AgentPod {
+    /// Creates an agent pod on the pods' bridge. Returns `None` if the bridge does not exist.
     ///
     /// # Errors
     /// If the kernel refuses the namespace, the veth pair, an address or a route.
@@ -117,12 +117,12 @@ impl StandIn {
         Self::plugged_into(bridge.index, netlink, shape, Role::First).map(Some)
     }
 
-    /// Creates a second stand-in pod, with the addresses in `mate` of the shape.
+    /// Creates a second agent pod, with the addresses in `second_pod` of the shape.
     ///
     /// # Errors
-    /// As for [`StandIn::make`].
-    pub fn make_mate(&self, netlink: &mut Netlink) -> io::Result<Self> {
-        Self::plugged_into(self.bridge, netlink, &self.shape, Role::Mate)
+    /// As for [`AgentPod::make`].
+    pub fn make_second_pod(&self, netlink: &mut Netlink) -> io::Result<Self> {
+        Self::plugged_into(self.bridge, netlink, &self.shape, Role::Second)
     }
 
     fn plugged_into(
@@ -133,7 +133,9 @@ impl StandIn {
     ) -> io::Result<Self> {
         let (link, mac) = match role {
             Role::First => (shape.link.clone(), mac_at(shape.addresses.first)),
-            Role::Mate => (format!("{}{SECOND_SUFFIX}", shape.link), mate_mac(shape.addresses)),
+            Role::Second => {
+                (format!("{}{SECOND_SUFFIX}", shape.link), second_pod_mac(shape.addresses))
+            }
         };
         remove_stale(netlink, &link)?;
         let netns = in_thread(|| {
@@ -164,7 +166,7 @@ impl StandIn {
         Ok(made)
     }
 
-    /// Returns whether the stand-in pod is complete and has this shape.
+    /// Returns whether the agent pod is complete and has this shape.
     ///
     /// # Errors
     /// If the kernel's interfaces cannot be read.
@@ -185,8 +187,8 @@ impl StandIn {
     }
 
     /// Returns the namespace, for sockets there.
-    pub fn room(&self) -> Room {
-        Room { netns: self.netns.clone(), addresses: self.shape.addresses }
+    pub fn namespace(&self) -> PodNamespace {
+        PodNamespace { netns: self.netns.clone(), addresses: self.shape.addresses }
     }
 
     /// Opens a netlink socket inside. Returns it with the index of the interface there.
@@ -206,12 +208,12 @@ impl StandIn {
         self.port
     }
 
-    /// Returns the addresses of the first stand-in pod, also if this is the second one.
+    /// Returns the addresses of the first agent pod, also if this is the second one.
     pub const fn addresses(&self) -> Addresses {
         self.shape.addresses
     }
 
-    /// Removes the stand-in pod at once. After a drop, the kernel removes it later.
+    /// Removes the agent pod at once. After a drop, the kernel removes it later.
     pub fn remove(self, netlink: &mut Netlink) {
         // An error means that the interface is already gone.
         let _ = netlink.delete_link(self.port);
@@ -219,20 +221,26 @@ impl StandIn {
 
     /// Sets up the interface inside, with addresses, routes and neighbor entries.
     fn configure(&self, role: Role) -> io::Result<()> {
-        let Shape { addresses, subnets, mate, route_mtu, .. } = &self.shape;
+        let Shape { addresses, subnets, second_pod, route_mtu, .. } = &self.shape;
         self.inside(|| {
             let mut netlink = Netlink::open()?;
             let index = netlink.index_of(INNER)?;
             let quiet = LinkUnspec::new_with_index(index);
             let _ = netlink.set_link(quiet.append_extra_attribute(no_ipv6_address()));
             let up = LinkUnspec::new_with_index(index).up();
-            netlink.set_link(if role == Role::Mate { up.arp(false) } else { up })?;
-            let mates = mate.iter().copied().flat_map(Addresses::iter);
+            netlink.set_link(if role == Role::Second { up.arp(false) } else { up })?;
+            let second_addresses = second_pod.iter().copied().flat_map(Addresses::iter);
             let (own, other, mac): (Vec<_>, Vec<_>, _) = match role {
-                Role::First => (addresses.iter().collect(), mates.collect(), mate_mac(*addresses)),
-                Role::Mate => {
-                    (mates.collect(), addresses.iter().collect(), mac_at(addresses.first))
-                }
+                Role::First => (
+                    addresses.iter().collect(),
+                    second_addresses.collect(),
+                    second_pod_mac(*addresses),
+                ),
+                Role::Second => (
+                    second_addresses.collect(),
+                    addresses.iter().collect(),
+                    mac_at(addresses.first),
+                ),
             };
             for (ip, subnet) in own.into_iter().zip(subnets.iter()) {
                 let Request { message, flags } = address_request(index, ip, subnet.prefix_len());
@@ -249,7 +257,7 @@ impl StandIn {
     }
 }
 
-impl Room {
+impl PodNamespace {
     /// Runs `work` in the namespace. Sockets that it opens stay there.
     ///
     /// # Errors
@@ -259,9 +267,9 @@ impl Room {
     }
 }
 
-/// Returns the MAC of the second stand-in pod, from the addresses of the first. No pod has it: it does not
+/// Returns the MAC of the second agent pod, from the addresses of the first. No pod has it: it does not
 /// follow from an address, and a pod that requests it is refused.
-pub fn mate_mac(of_first: Addresses) -> Mac {
+pub fn second_pod_mac(of_first: Addresses) -> Mac {
     let [_, rest @ ..] = *mac_at(of_first.first).as_bytes();
     let [a, b, c, d, e] = rest;
     Mac::from_bytes([0x0e, a, b, c, d, e])
