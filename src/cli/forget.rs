@@ -1,12 +1,16 @@
 //! `gossamer forget`: removes members that are gone for good and reclaims their subnets.
 
-use std::process::ExitCode;
+use std::{net::IpAddr, process::ExitCode, time::Duration};
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{Client, block_on, confirm::Consent, fail, percent_encoded, query_and_print};
-use crate::api::{self, AgentStatus, ClientError, Forgotten, Member};
+use crate::{
+    api::{self, AgentStatus, ClientError, Forgotten, Member, PathStatus},
+    core::sign_of_host,
+    model::PathState,
+};
 
 #[derive(Debug, Args)]
 pub struct ForgetArgs {
@@ -17,7 +21,8 @@ pub struct ForgetArgs {
     /// address of a living member
     #[arg(long, conflicts_with_all = ["node", "force"])]
     former_selves: bool,
-    /// Do not wait for the other members, and also forget a member that looks alive. Two nodes may get the
+    /// Do not wait for the other members, and also forget a member that looks alive or whose kernel answers.
+    /// Two nodes may get the
     /// same subnet if that member still runs, or has granted a subnet to a node that this node does not know
     #[arg(long)]
     force: bool,
@@ -42,9 +47,11 @@ pub fn run(args: &ForgetArgs) -> ExitCode {
 
 fn forget_one(args: &ForgetArgs, node: &str) -> ExitCode {
     let costs = || {
+        let warning = args.force.then(|| running_host(&args.client, node)).flatten();
         format!(
-            "{node} is removed for good, and its subnets go to this node. If that host returns, it joins as \
-             a new node, and its pods lose their addresses."
+            "{}{node} is removed for good, and its subnets go to this node. If that host returns, it joins \
+             as a new node, and its pods lose their addresses.",
+            warning.unwrap_or_default()
         )
     };
     if let Err(code) = args.consent.obtain(costs) {
@@ -53,6 +60,31 @@ fn forget_one(args: &ForgetArgs, node: &str) -> ExitCode {
     let query = forget(&args.client, node, args.force);
     query_and_print(&args.client, query, |answer, _| outcome(answer))
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
+}
+
+/// Warns of a member whose host runs, as its packets or the answers of its kernel show.
+fn running_host(client: &Client, whom: &str) -> Option<String> {
+    let status: AgentStatus = block_on(api::get_as(&client.socket(), "/v1/status")).ok()?.ok()?;
+    let is_meant = |member: &&Member| {
+        let names =
+            [&member.name, &member.label, &member.node.to_string()].contains(&&whom.to_owned());
+        names || whom.parse().is_ok_and(|ip: IpAddr| member.address.ip() == ip)
+    };
+    let members: Vec<&Member> = status.members.iter().filter(is_meant).collect();
+    let is_path = |path: &&PathStatus| members.iter().any(|member| member.node == path.node);
+    let sign = status.paths.iter().filter(is_path).find_map(sign_of_path)?;
+    Some(format!(
+        "{whom} still runs: {sign}. If it has pods, two hosts get one subnet, and packets to its pods are \
+         lost. Stop that host first.\n"
+    ))
+}
+
+/// Returns what shows that a host runs.
+fn sign_of_path(path: &PathStatus) -> Option<String> {
+    let round_trip = path.round_trip_ms.filter(|_| path.state.shows_life());
+    let round_trip = round_trip.filter(|_| path.state != PathState::OneWay);
+    let sign = || sign_of_host(round_trip.map(|time| Duration::from_secs_f64(time / 1_000.0)));
+    (path.state.shows_life() || path.pods_answer).then(sign)
 }
 
 async fn forget(client: &Client, node: &str, force: bool) -> Result<Forgotten, ClientError> {

@@ -17,7 +17,7 @@ use crate::{
 };
 
 use super::{
-    ClusterState, Counters, KernelSubnet, Membership, Node, SlotTable,
+    ClusterState, Counters, KernelSubnet, Membership, Node, RunningHosts, SlotTable,
     acknowledgements::Forgetting,
     comparisons::{NeededWitnesses, SyncRound},
     directory::Directory,
@@ -192,6 +192,7 @@ impl Node {
             notes: Notes::default(),
             introductions: Introductions::default(),
             voting: Voting::new(now),
+            running_hosts: RunningHosts::default(),
             may_write_before: false,
             config,
             rng,

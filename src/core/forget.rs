@@ -7,7 +7,8 @@
 //! learns of this way have to acknowledge as well. Once all have acknowledged, the successor knows every
 //! grant, and it alone reclaims the remaining slots. A node that left counts as gone without a forget record.
 //!
-//! Liveness has one use: an operator may forget a node that appears alive only with `--force`.
+//! Liveness has one use: an operator may forget a node that appears alive only with `--force`. The same
+//! holds for a node whose kernel answers the agent's probes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,8 +21,8 @@ use crate::{
 };
 
 use super::{
-    Answer, Liveness, Node, Purpose, Stop, acknowledgements::Forgetting, outbox::Outbox,
-    rank::peer_score, replica::Replica,
+    Answer, Liveness, Node, Purpose, RunningHosts, Stop, acknowledgements::Forgetting,
+    outbox::Outbox, rank::peer_score, replica::Replica,
 };
 
 /// Pause before missing acknowledgements are requested again.
@@ -55,6 +56,13 @@ pub enum CannotForget {
          as well"
     )]
     Alive(String),
+    /// The member is down, but its host runs: the member, and what shows it.
+    #[error(
+        "{0} is down for gossip, but {1}: that host runs, and its pods use its subnet. Stop the host, or \
+         start its agent there and run `gossamer leave`. If its pods are stopped and stay stopped, use \
+         --force; otherwise two hosts get one subnet"
+    )]
+    Runs(String, String),
     /// This node is in no cluster.
     #[error("this node is in no cluster yet")]
     NoCluster,
@@ -77,6 +85,14 @@ pub struct Reclaiming {
     /// Labels of members that have not acknowledged, up to [`MAX_NAMED`], and the number of the others; `None`
     /// except on the successor.
     pub waits_for: Option<Vec<String>>,
+}
+
+/// Says what shows that the host of a silent agent runs.
+pub fn sign_of_host(round_trip: Option<Duration>) -> String {
+    match round_trip {
+        Some(time) => format!("its kernel answers ({:.1} ms)", time.as_secs_f64() * 1_000.0),
+        None => "its packets arrive".to_owned(),
+    }
 }
 
 impl Replica {
@@ -156,8 +172,8 @@ impl Node {
     /// acknowledgements.
     ///
     /// # Errors
-    /// Fails if no or several members match, if the member appears alive and `force` is false, or if this
-    /// node is leaving or in no cluster.
+    /// Fails if no or several members match, if the member appears alive or its host runs and `force` is
+    /// false, or if this node is leaving or in no cluster.
     pub fn forget(&mut self, now: Time, whom: &str, force: bool) -> Result<NodeId, CannotForget> {
         if self.replica.cluster_state.is_none() {
             return Err(CannotForget::NoCluster);
@@ -175,9 +191,17 @@ impl Node {
         if !gone && !force {
             return Err(CannotForget::Alive(self.name_of(node).to_owned()));
         }
+        if let Some(round_trip) = self.running_hosts.get(&node).filter(|_| !force) {
+            return Err(CannotForget::Runs(self.labels().of(node), sign_of_host(*round_trip)));
+        }
         self.declare_gone(now, node, force);
         self.advance(now);
         Ok(node)
+    }
+
+    /// Returns the members whose hosts run, as last reported.
+    pub const fn running_hosts(&self) -> &RunningHosts {
+        &self.running_hosts
     }
 
     /// Returns whether a node was forgotten.

@@ -1,6 +1,10 @@
 //! The core's interface: inputs to a node, and outputs that the agent or the simulator carries out.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use ipnet::IpNet;
 
@@ -47,9 +51,16 @@ pub enum Input {
         /// The new address.
         underlay: IpAddr,
     },
+    /// The members that gossip does not hold as active although their hosts run, in place of those of the
+    /// last such input.
+    RunningHosts(RunningHosts),
     /// A command of the operator or of the agent.
     Command(Command),
 }
+
+/// Members whose hosts run: their kernels have just answered probes, after the round trip given, or at least
+/// their packets arrive (`None`). Their pods use their subnets, whatever gossip says.
+pub type RunningHosts = BTreeMap<NodeId, Option<Duration>>;
 
 /// A command of the operator or of the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

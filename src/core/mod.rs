@@ -65,9 +65,9 @@ use rand::{RngExt as _, rngs::StdRng};
 
 pub use boot::{Bootstrap, NodeConfig, StartError};
 pub use counters::Counters;
-pub use forget::{CannotForget, Reclaiming};
+pub use forget::{CannotForget, Reclaiming, sign_of_host};
 pub use gate::Gate;
-pub use io::{Command, Input, Output, Stop, Target};
+pub use io::{Command, Input, Output, RunningHosts, Stop, Target};
 pub use lookup::Labels;
 pub use slots::Change;
 pub use status::{FreeRange, MemberStatus, NodeStatus, Phase, SlotCounts};
@@ -108,6 +108,8 @@ pub struct Node {
     key_use: KeyUse,
     notes: Notes,
     voting: Voting,
+    /// Members whose hosts run although gossip does not hold them as active.
+    running_hosts: RunningHosts,
     outbox: Outbox,
     /// Value of [`Node::may_write`] after the previous input.
     may_write_before: bool,
@@ -172,6 +174,7 @@ impl Node {
             Input::Answer { call, result } => self.handle_answer(now, call, result),
             Input::KernelSubnet(subnet) => self.record_kernel_subnet(now, subnet),
             Input::UnderlayChanged { underlay } => self.change_underlay(now, underlay),
+            Input::RunningHosts(hosts) => self.running_hosts = hosts,
             Input::Timeout => self.membership.handle_timeout(now),
             Input::Command(Command::Leave) => self.start_leaving(),
             Input::Command(Command::Sync) => self.replica.sync.hasten(now),

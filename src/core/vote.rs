@@ -6,6 +6,7 @@
 //!
 //! - A restarted voter starts to measure from zero.
 //! - A voter that was frozen does not count that time.
+//! - A member whose kernel answers this voter is not missing, even if its agent is silent.
 //! - A voter that does not hold a majority of voters as alive is cut off itself and counts nothing.
 //!
 //! Two parts of a partitioned cluster never forget each other's members, because only one of them can have a
@@ -74,9 +75,8 @@ impl Node {
 
         let alive = self.voters(&quorum).filter(|voter| self.is_alive(*voter)).count();
         let peers = self.replica.directory.peers(self.replica.me.node).map(|record| record.node);
-        let missing: BTreeSet<NodeId> = peers
-            .filter(|node| alive >= quorum.majority() && !self.membership.is_active(*node))
-            .collect();
+        let missing: BTreeSet<NodeId> =
+            peers.filter(|node| alive >= quorum.majority() && self.misses(*node)).collect();
         self.voting.missing.retain(|node, _| missing.contains(node));
         for node in missing {
             let absence = self.voting.missing.entry(node).or_default();
@@ -133,10 +133,7 @@ impl Node {
     fn count_votes(&mut self, now: Time, node: NodeId) {
         let Some((quorum, _)) = self.voting_rule() else { return };
         let votes = self.voting.missing.get(&node).map_or(0, |absence| absence.votes.len());
-        if votes >= quorum.majority()
-            && !self.lifecycle.is_leaving()
-            && !self.membership.is_active(node)
-        {
+        if votes >= quorum.majority() && !self.lifecycle.is_leaving() && self.misses(node) {
             let name = self.name_of(node);
             tracing::warn!(%node, name, votes, ?quorum, "majority of voters missed a member for too long");
             self.counters.voted_gone += 1;
@@ -159,6 +156,12 @@ impl Node {
 
     fn is_alive(&self, node: NodeId) -> bool {
         node == self.replica.me.node || self.membership.is_active(node)
+    }
+
+    /// Returns whether neither the agent nor the kernel of a member answers. A kernel that forwards without
+    /// an agent still serves the member's pods, so their subnet is in use.
+    fn misses(&self, node: NodeId) -> bool {
+        !self.membership.is_active(node) && !self.running_hosts.contains_key(&node)
     }
 
     /// Returns the one current member with a voter's name.

@@ -13,6 +13,7 @@
 mod flows;
 mod path;
 mod replies;
+mod running;
 mod size_search;
 
 use std::{

@@ -142,7 +142,16 @@ fn forgotten_member_that_restarts_joins_as_a_new_node() {
             "{said}"
         );
 
+        // Without its agent, its kernel still forwards packets of its pods.
         cluster.agents[2].end(Signal::SIGKILL)?;
+        let runs = "n3 is down for gossip, but its kernel answers (";
+        wait_until("a member that forwards was not refused", DOWN_TIMEOUT, || {
+            let refused = client(&cluster.agents[0], &["forget", "n3"]);
+            let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+            assert!(!refused.status.success(), "{said}");
+            said.contains(runs) && said.contains("that host runs")
+        });
+        tool(&cluster.hosts[2].netns, "ip link set eth0 down");
         wait_until("n3 never went down", DOWN_TIMEOUT, || {
             client(&cluster.agents[0], &["forget", "n3"]).status.success()
         });
@@ -156,7 +165,8 @@ fn forgotten_member_that_restarts_joins_as_a_new_node() {
         let history = String::from_utf8(history.stdout)?;
         assert!(history.contains("n3") && history.contains(&lost), "{history}");
 
-        // The forgotten member was still alive: it learns that it was forgotten, and joins as a new node.
+        // The forgotten member returns: it learns that it was forgotten, and joins as a new node.
+        tool(&cluster.hosts[2].netns, "ip link set eth0 up");
         cluster.agents[2] = Agent::start(program(), &cluster.hosts[2], &[])?;
         assert_all_reach_all(&mut cluster)?;
         assert_logged(&cluster.agents[2], "this node was forgotten by the cluster");

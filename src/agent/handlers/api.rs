@@ -35,6 +35,7 @@ impl Agent {
                 self.input(Input::Command(Command::Leave));
             }
             AgentRequest::Forget { node, force, reply } => {
+                self.report_running_hosts();
                 let forgotten = self.node.forget(self.clock.now(), &node, force);
                 let _ = reply.send(match forgotten {
                     Ok(id) => Ok(self.forget_progress(id)),

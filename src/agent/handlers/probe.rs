@@ -259,6 +259,7 @@ impl Agent {
             self.update_paths();
             self.update_proven_ways();
             self.check_other_signs_of_life();
+            self.update_running_hosts();
             self.update_offload();
             self.check_path_mtu_reports();
         }

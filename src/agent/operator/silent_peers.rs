@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use crate::{
     agent::Agent,
-    core::Labels,
+    core::{Input, Labels, RunningHosts},
     model::{NodeId, PathState, Problem, ProblemCode},
 };
 
@@ -27,6 +27,41 @@ impl Agent {
             let answers = states.get(&successor).is_some_and(|state| !self.is_lost(*state));
             answers || !self.node.is_active(node)
         })
+    }
+
+    /// Passes the members whose hosts run although their agents are silent to the core: their subnets are in
+    /// use. An earlier identity of a living host is none of them.
+    pub(in crate::agent) fn report_running_hosts(&mut self) {
+        let hosts = self.running_hosts();
+        self.input(Input::RunningHosts(hosts));
+    }
+
+    /// Does the same if they are not those that were passed last.
+    pub(in crate::agent) fn update_running_hosts(&mut self) {
+        let hosts = self.running_hosts();
+        if !hosts.keys().eq(self.node.running_hosts().keys()) {
+            self.input(Input::RunningHosts(hosts));
+        }
+    }
+
+    fn running_hosts(&self) -> RunningHosts {
+        let is_silent = |node| !self.node.is_active(node) && !self.node.is_forgotten(node);
+        let mut hosts: RunningHosts = self
+            .prober
+            .paths
+            .running(self.clock.now())
+            .filter(|(node, _)| is_silent(*node))
+            .collect();
+        for (node, state, _) in self.path_states() {
+            if is_silent(node) && self.is_passed_by_pods(node, state) {
+                hosts.entry(node).or_insert(None);
+            }
+        }
+        if !hosts.is_empty() {
+            let labels = self.node.labels();
+            hosts.retain(|node, _| !labels.former_selves().contains(node));
+        }
+        hosts
     }
 
     /// Returns for how long neither agent nor kernel of a peer has sent anything, if that is long enough to

@@ -54,6 +54,19 @@ fn forgotten_member_loses_its_slots_and_is_in_no_view() {
 }
 
 #[test]
+fn member_whose_kernel_answers_is_forgotten_only_by_force() {
+    let mut world = World::with_members(3);
+    let lost = world.lose(2);
+    let now = world.now;
+    let hosts = [(lost, Some(Duration::from_micros(300)))].into();
+    world.node_mut(0).handle(now, Input::RunningHosts(hosts));
+    let refused = world.forget_by_name(0, "n2").expect_err("it runs").to_string();
+    let said = "n2 is down for gossip, but its kernel answers (0.3 ms): that host runs";
+    assert!(refused.starts_with(said), "{refused}");
+    assert_eq!(world.node_mut(0).forget(now, "n2", true), Ok(lost));
+}
+
+#[test]
 fn slots_are_reclaimed_only_after_every_member_has_acknowledged() {
     let mut world = World::with_members(4);
     let lost = world.lose(3);

@@ -36,6 +36,28 @@ fn member_missed_by_most_voters_is_forgotten() {
 }
 
 #[test]
+fn voter_does_not_miss_a_member_whose_kernel_answers_it() {
+    let mut world = world();
+    let lost = world.lose(4);
+    let runs = |node: &mut Node, now, hosts: &[NodeId]| {
+        let hosts = hosts.iter().map(|host| (*host, None)).collect();
+        node.handle(now, Input::RunningHosts(hosts));
+    };
+    // Two of the three voters reach its kernel.
+    let now = world.now;
+    (0..2).for_each(|voter| runs(world.node_mut(voter), now, &[lost]));
+    world.run_for(FORGET_AFTER * 3);
+    assert_eq!(world.leased(0), 5, "its pods use its subnet");
+    let now = world.now;
+    (0..2).for_each(|voter| runs(world.node_mut(voter), now, &[]));
+    world.run_for(FORGET_AFTER - seconds(10));
+    assert_eq!(world.leased(0), 5, "the absence counts from then on");
+    world.run_for(seconds(60));
+    assert_eq!(world.leased(0), 4);
+    world.assert_converged_and_safe();
+}
+
+#[test]
 fn minority_of_voters_forgets_no_member() {
     let mut world = world();
     // The other part has most of the members, but only one voter.

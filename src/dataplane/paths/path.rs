@@ -67,7 +67,7 @@ pub(super) struct Path {
     /// When the probe was sent that was answered last.
     pub(super) answered_probe: Option<Time>,
     /// The last answer or packet of any kind.
-    last_sign_of_life: Time,
+    pub(super) last_sign_of_life: Time,
     /// Since when probes are unanswered and no packet arrives.
     silent_since: Option<Time>,
     /// When a packet of the peer's agent arrived last while probes were unanswered.
