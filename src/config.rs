@@ -149,6 +149,12 @@ pub struct ConfigError {
 }
 
 impl Config {
+    /// Returns the address of this host to which gossip is bound, if `listen` names one.
+    pub fn bound_address(&self) -> Option<IpAddr> {
+        let listen = self.listen.map(|listen| listen.ip());
+        listen.filter(|ip| !ip.is_unspecified() && !ip.is_loopback())
+    }
+
     /// Returns the name of the pods' bridge in an overlay with this VNI.
     pub fn bridge_name(&self, vni: u32) -> String {
         self.bridge.clone().unwrap_or_else(|| bridge_name(vni))

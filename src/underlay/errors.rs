@@ -25,6 +25,30 @@ impl Host {
         }
     }
 
+    /// Returns an error if the setting `listen` names an address that no interface has.
+    pub(super) fn listen_error(&self, config: &Config) -> Option<UnderlayError> {
+        let listen = config.bound_address()?;
+        if self.addresses.iter().any(|address| address.ip == listen) {
+            return None;
+        }
+        let candidates = self.candidate_names();
+        Some(UnderlayError::NoListenAddress { listen, candidates })
+    }
+
+    /// Returns the candidates with their interfaces.
+    fn candidate_names(&self) -> String {
+        let list: Vec<_> = self
+            .candidates
+            .iter()
+            .filter_map(|address| self.interface_and_address(address))
+            .collect();
+        if list.is_empty() { "none".to_owned() } else { list.join(", ") }
+    }
+
+    fn interface_and_address(&self, address: &Address) -> Option<String> {
+        self.link(address.link).map(|link| format!("{} ({})", link.name, address.ip))
+    }
+
     /// Returns an error if the named interface has an address but is a port of another one.
     pub(super) fn port_error(&self, choice: &IfaceChoice) -> Option<UnderlayError> {
         let IfaceChoice::Name(name) = choice else { return None };
@@ -56,11 +80,8 @@ impl Host {
                     .to_owned()
             }
         };
-        let named = |address: &Address| {
-            self.link(address.link).map(|link| format!("{} ({})", link.name, address.ip))
-        };
-        let list: Vec<_> = self.candidates.iter().filter_map(named).collect();
-        let mut candidates = if list.is_empty() { "none".to_owned() } else { list.join(", ") };
+        let named = |address: &Address| self.interface_and_address(address);
+        let mut candidates = self.candidate_names();
         let unused = self.addresses.iter().filter(|address| is_reachable(address.ip));
         let unused = unused.filter_map(|address| {
             let named = named(address)?;
@@ -123,7 +144,7 @@ impl Host {
             [] => format!("no {family} address"),
             others => others.join(", "),
         };
-        let awaited = match (&config.iface, config.listen.filter(|at| !at.ip().is_unspecified())) {
+        let awaited = match (&config.iface, config.bound_address()) {
             (IfaceChoice::Default, None) => {
                 format!("an interface with a default route has an {family} address")
             }

@@ -77,6 +77,14 @@ impl Host {
         Ok(host)
     }
 
+    /// Drops all candidates but the address to which gossip is bound, if peers use this host's own address:
+    /// the socket receives only packets to that one.
+    pub(super) fn keep_bound(&mut self, config: &Config) {
+        if let (Some(bound), None) = (config.bound_address(), config.advertise) {
+            self.candidates.retain(|candidate| candidate.ip == bound);
+        }
+    }
+
     /// Returns the interface with this index.
     pub(super) fn link(&self, index: u32) -> Option<&Link> {
         self.links.iter().find(|link| link.index == index)
@@ -128,7 +136,7 @@ impl Host {
             IfaceChoice::Regex(regex) => by_regex(regex),
             IfaceChoice::CanReach(ip) => self.by_route(netlink, *ip),
             IfaceChoice::Default => match self.by_default(netlink, config, present)? {
-                None => self.only_candidate(),
+                None if config.bound_address().is_none() => self.only_candidate(),
                 found => found,
             },
         })
@@ -158,8 +166,8 @@ impl Host {
         config: &Config,
         present: Option<&ChosenUnderlay>,
     ) -> io::Result<Option<Address>> {
-        if let Some(listen) = config.listen.filter(|listen| !listen.ip().is_unspecified()) {
-            return Ok(self.find(|address| address.ip == listen.ip()));
+        if let Some(bound) = config.bound_address() {
+            return Ok(self.find(|address| address.ip == bound));
         }
         if let Some((ip, _)) = config.advertise
             && let Some(found) = self.find(|address| address.ip == ip)

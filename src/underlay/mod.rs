@@ -92,6 +92,13 @@ pub enum UnderlayError {
     /// No interface fits the settings.
     #[error("iface: {what}; interfaces with addresses are: {candidates}")]
     NoMatch { what: String, candidates: String },
+    /// This host does not have the address that the setting `listen` names. The socket is bound to it all the
+    /// same, and works as soon as the address appears.
+    #[error(
+        "listen: this host has no address {listen}; it has {candidates}. Add the address, or correct \
+         listen (--listen) and restart the agent"
+    )]
+    NoListenAddress { listen: IpAddr, candidates: String },
     /// The setting `mtu` is too large.
     #[error(
         "mtu: {mtu} does not fit interface {iface} with MTU {underlay}: use at most {most} \
@@ -142,7 +149,11 @@ pub fn choose(
     config: &Config,
     peers: impl Iterator<Item = IpAddr>,
 ) -> Result<ChosenUnderlay, UnderlayError> {
-    let host = Host::read(netlink, config, peers)?;
+    let mut host = Host::read(netlink, config, peers)?;
+    if let Some(error) = host.listen_error(config) {
+        return Err(error);
+    }
+    host.keep_bound(config);
     match host.by_config(netlink, config, None)? {
         Some(found) => host.chosen(netlink, found, config),
         None => Err(host.port_error(&config.iface).unwrap_or_else(|| host.no_match(&config.iface))),
@@ -172,11 +183,9 @@ pub fn recheck(
     let check = |netlink: &mut Netlink| -> Result<(ChosenUnderlay, bool), UnderlayError> {
         let mut host = Host::read(netlink, config, peers)?;
         host.candidates.retain(|candidate| candidate.ip.is_ipv4() == present.local.is_ipv4());
-        // A socket bound to one address receives only packets to that address.
-        let bound = config.listen.map(|listen| listen.ip()).filter(|ip| !ip.is_unspecified());
-        if let (Some(bound), None) = (bound, config.advertise) {
-            host.candidates.retain(|candidate| candidate.ip == bound);
-        }
+        // The vanished address of the underlay is usually this one, which is reported as such.
+        let unbound = host.listen_error(config);
+        host.keep_bound(config);
         let held = host.held(present, &config.iface);
         let best = host.by_config(netlink, config, Some(present))?;
         let found = match (held, best) {
@@ -187,9 +196,13 @@ pub fn recheck(
                 let moved_error = host.moved_error(present, config);
                 moved_error
                     .or_else(|| host.vanished_error(present, config))
+                    .or_else(|| unbound.clone())
                     .unwrap_or_else(|| host.no_match(&config.iface))
             })?,
         };
+        if let Some(unbound) = unbound {
+            return Err(unbound);
+        }
         if let Some(link) = host.link(found.link).filter(|link| !link.carrier) {
             return Err(host.no_carrier(link));
         }

@@ -224,6 +224,8 @@ fn refused_join_or_init_writes_nothing_and_names_the_cause() {
         let words = ["this host has no interface nosuch0", "eth0"];
         assert_refused(&two, "gossamer init --iface nosuch0", &words);
         assert_refused(&two, &format!("gossamer join {token} h --iface 10.99.7.7"), &["10.99.7.7"]);
+        let words = ["listen: this host has no address 10.99.0.88; it has 10.99.0.11"];
+        assert_refused(&two, "gossamer init --listen 10.99.0.88", &words);
         Ok(())
     });
 }

@@ -308,6 +308,30 @@ fn new_node_without_network_reports_the_reason_and_joins_later() {
 }
 
 #[test]
+fn listen_address_that_is_absent_is_reported_until_it_appears() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--listen", "10.99.0.88"])?;
+        let absent = "listen: this host has no address 10.99.0.88; it has eth0 (10.99.0.10)";
+        let waits = status_where(&mut agent, |status| texts(&status["problems"]).contains(absent));
+        assert_eq!(waits["phase"], "waiting");
+        tool(&host.netns, "ip addr add 10.99.0.88/16 dev eth0");
+        agent.wait_converged(1, TIMEOUT)?;
+        assert!(is_on(&mut agent, "eth0", "10.99.0.88"));
+
+        // A member serves its pods meanwhile.
+        agent.end(Signal::SIGTERM)?;
+        tool(&host.netns, "ip addr del 10.99.0.88/16 dev eth0");
+        let mut agent = Agent::start(program(), &host, &["--listen", "10.99.0.88"])?;
+        status_where(&mut agent, |status| texts(&status["problems"]).contains(absent));
+        tool(&host.netns, "ip addr add 10.99.0.88/16 dev eth0");
+        status_where(&mut agent, |status| texts(&status["problems"]).is_empty());
+        assert!(is_on(&mut agent, "eth0", "10.99.0.88"));
+        Ok(())
+    });
+}
+
+#[test]
 fn address_that_the_kernel_does_not_use_as_source_is_not_selected() {
     isolated(|lab| {
         // A floating address next to one from DHCP, as keepalived adds it.

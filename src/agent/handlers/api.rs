@@ -24,7 +24,12 @@ impl Agent {
                 self.add_waiter(Waiter { members, deadline, reply });
             }
             AgentRequest::Token { reply } => {
-                let seeds = vec![self.node.address().to_string()];
+                let mut address = self.node.address();
+                // Until the host has that address, members know it by an earlier one.
+                if let (Some(bound), None) = (self.config.bound_address(), self.config.advertise) {
+                    address.set_ip(bound);
+                }
+                let seeds = vec![address.to_string()];
                 let _ = reply.send(self.token(seeds).map(|token| token.to_string()));
             }
             AgentRequest::Leave { reply } if self.requests.leave_reply.is_some() => {

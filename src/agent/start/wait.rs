@@ -148,7 +148,11 @@ impl<'a> StartupWait<'a> {
         loop {
             match underlay::choose(&mut netlink, config, std::iter::empty()) {
                 Ok(chosen) => return Ok(Some(chosen)),
-                Err(error @ (UnderlayError::NoMatch { .. } | UnderlayError::Netlink(_))) => {
+                Err(
+                    error @ (UnderlayError::NoMatch { .. }
+                    | UnderlayError::NoListenAddress { .. }
+                    | UnderlayError::Netlink(_)),
+                ) => {
                     self.report_problem(format!("waiting for the network: {error}"));
                 }
                 Err(error) => return Err(error.into()),

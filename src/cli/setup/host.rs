@@ -8,6 +8,7 @@ use crate::{
         kernel::{Kernel, KernelError},
         overlap,
     },
+    model::is_link_local,
     netlink::Netlink,
 };
 
@@ -18,6 +19,7 @@ use crate::{
 /// Also fails if the kernel does not answer.
 pub(super) fn require_usable(config: &Config, is_new: bool) -> anyhow::Result<()> {
     require_interface(config)?;
+    require_listen_address(config)?;
     // A host that joins learns the pool from the cluster.
     let Some(settings) = config.create.filter(|_| is_new) else { return Ok(()) };
     let foreign = Kernel::open().and_then(|mut kernel| kernel.foreign_networks());
@@ -47,4 +49,17 @@ fn require_interface(config: &Config) -> anyhow::Result<()> {
     let names: Vec<&str> =
         links.iter().map(|link| link.name.as_str()).filter(|name| *name != "lo").collect();
     bail!("iface: this host has no interface {wanted}; it has {}", names.join(", "))
+}
+
+/// Fails if gossip is to listen at an address that this host does not have.
+fn require_listen_address(config: &Config) -> anyhow::Result<()> {
+    let Some(listen) = config.bound_address() else { return Ok(()) };
+    let addresses = Netlink::open()?.addresses()?;
+    if addresses.iter().any(|address| address.ip == listen) {
+        return Ok(());
+    }
+    let others = addresses.iter().map(|address| address.ip);
+    let others = others.filter(|ip| !ip.is_loopback() && !is_link_local(*ip));
+    let others: Vec<String> = others.map(|ip| ip.to_string()).collect();
+    bail!("listen: this host has no address {listen}; it has {}", others.join(", "))
 }
