@@ -39,6 +39,11 @@ fn former_self_is_hidden_named_with_its_id_and_forgotten_by_one_command() {
         let of_living = |text: &&String| text.contains("n3") && !text.contains("n3~");
         let wrong: Vec<&String> = told.iter().filter(of_living).collect();
         assert!(wrong.is_empty(), "{wrong:#?}");
+        // The host itself is healthy.
+        status_where(&mut cluster.agents[2], |status| {
+            let is_told = texts(&status["notices"]).contains("earlier identities of living hosts");
+            is_told && status["problems"].as_array().is_some_and(Vec::is_empty)
+        });
         let both = members_named(&status, "n3");
         assert_eq!(both.len(), 2, "{status:#}");
         let label = |former: bool| {

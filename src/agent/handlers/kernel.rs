@@ -327,7 +327,8 @@ impl Agent {
         self.kernel.problems.programming = problem;
     }
 
-    /// Returns the problems of peers whose underlay addresses this host cannot send to.
+    /// Returns the problems of peers whose underlay addresses this host cannot send to. An earlier identity
+    /// of this host has its address; a notice names it.
     pub(in crate::agent) fn unusable_peers(&self) -> Vec<Problem> {
         let underlay = self.current_underlay();
         let peers = self.kernel.wanted.view.iter().flat_map(|view| &view.peers);
@@ -337,9 +338,14 @@ impl Agent {
             let name = self.node.name_of(*node);
             let what = format!("packets to {name}: its tunnels end at {address}, {why}");
             let fix = "correct its underlay address";
-            Some(Problem::new(ProblemCode::UnusableAddress, name, what, fix))
+            Some((*node, Problem::new(ProblemCode::UnusableAddress, name, what, fix)))
         };
-        peers.filter_map(problem).collect()
+        let mut problems: Vec<(NodeId, Problem)> = peers.filter_map(problem).collect();
+        if !problems.is_empty() {
+            let labels = self.node.labels();
+            problems.retain(|(node, _)| !labels.former_selves().contains(node));
+        }
+        problems.into_iter().map(|(_, problem)| problem).collect()
     }
 
     /// Handles a kernel error. Before the first success this host cannot be a member, so the agent ends
