@@ -27,8 +27,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     };
     let Agent { status, routes, events, .. } = agent;
     if !examination.has_told("seeds") {
-        let seen = format!("{} connections to members", status.connections);
-        findings.push(Finding::ok("seeds", seen));
+        findings.push(connections(status));
     }
     let is_told = ["agent", "seeds"].iter().any(|check| examination.has_problem(check));
     let mut of_agent = state_of_agent(status, is_told);
@@ -64,6 +63,14 @@ fn no_agent(examination: &Examination) -> Finding {
         "start it: systemctl start gossamer, or gossamer agent",
     )
     .refused_if(examination.is_agent_refused)
+}
+
+/// Says how many members this host is connected to. Why no seed admits it is a problem of the agent.
+fn connections(status: &AgentStatus) -> Finding {
+    match status.cluster {
+        Some(_) => Finding::ok("seeds", format!("{} connections to members", status.connections)),
+        None => Finding::skipped("seeds", "no member has admitted this host yet"),
+    }
 }
 
 /// Returns what is wrong with the agent as a whole. `is_told`: it reports why it has not converged.
@@ -241,14 +248,18 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
     let reached = answers.iter().filter(|(_, answer)| answer.is_ok()).count();
     for (seed, answer) in answers {
         let Err(error) = answer else { continue };
-        let is_token = matches!(error, CallError::Rejected(_));
-        let (why, fix) = if is_token {
-            ("it has another secret", "copy the token again: on a member, gossamer token")
-        } else {
-            (
+        let (why, fix) = match error {
+            CallError::Rejected(_) => {
+                ("it has another secret", "copy the token again: on a member, gossamer token")
+            }
+            CallError::Unresolved { .. } => (
+                "a host needs one reachable member to join",
+                "check DNS or /etc/hosts (getent ahosts NAME), or name a member by its address",
+            ),
+            CallError::Unreachable(_) | CallError::Myself => (
                 "a host needs one reachable member to join",
                 "see that its agent runs and that UDP is open there: allow the port in both firewalls",
-            )
+            ),
         };
         if is_own_address(&seed) {
             let of_token = token.seeds.contains(&seed);

@@ -21,6 +21,14 @@ pub enum CallError {
     /// No connection, no answer in time, or an answer that cannot be used.
     #[error("no answer: {0}")]
     Unreachable(String),
+    /// The name of the host has no address.
+    #[error("the name {name} does not resolve ({why}): check DNS or /etc/hosts")]
+    Unresolved {
+        /// The name.
+        name: String,
+        /// What the resolver says.
+        why: String,
+    },
     /// The TLS handshake failed on a certificate of either side: the secrets differ.
     #[error("the handshake was refused: {0}")]
     Rejected(String),

@@ -27,6 +27,7 @@ use ipnet::IpNet;
 use quinn::{Connection, Endpoint, SendStream, VarInt};
 use tokio::sync::mpsc;
 
+pub(super) use self::names::in_time;
 use self::{
     accept::accept,
     admission::SharedAdmissions,

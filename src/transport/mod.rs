@@ -18,4 +18,4 @@ pub use connection::{Call, Event, Received};
 pub use credentials::{CredentialError, Credentials, NodeKey};
 pub use endpoint::{BindError, Flood, Handshakes, ReceiveBuffer, Transport};
 pub use first_packet::{Unfinished, first_packets};
-pub use seed_check::{check_seeds, is_own_address, own_address_problem};
+pub use seed_check::{check_name, check_seeds, is_own_address, own_address_problem};

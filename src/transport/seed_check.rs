@@ -2,16 +2,23 @@
 //!
 //! The check uses a newly drawn node key, so that no member mistakes it for a known node.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
 
 use nix::ifaddrs::getifaddrs;
 
 use crate::{
     model::{CallError, CallId, ClusterId, Problem, ProblemCode},
     random::random,
-    transport::{Call, Credentials, NodeKey, Received, Transport},
+    transport::{Call, Credentials, NodeKey, Received, Transport, endpoint::in_time},
     wire::{Frame, Request, Roots, Secret},
+    worker::resolve,
 };
+
+/// Time in which a name must resolve before it is reported.
+const NAME_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Sends a request to each seed. Returns, sorted by seed, nothing or why the seed gave no answer. Takes at
 /// most ten seconds.
@@ -45,6 +52,14 @@ pub async fn check_seeds(
     transport.close().await;
     answers.sort_by(|(a, _), (b, _)| a.cmp(b));
     Ok(answers)
+}
+
+/// Looks up the name of a seed, `HOST:PORT`.
+///
+/// # Errors
+/// Fails if the name does not resolve within two seconds.
+pub async fn check_name(seed: &str) -> Result<(), CallError> {
+    in_time(seed, NAME_PATIENCE, resolve(seed.to_owned())).await.map(drop)
 }
 
 /// Whether a seed is an address of this host. False for a name that is not an address.

@@ -231,6 +231,24 @@ fn refused_join_or_init_writes_nothing_and_names_the_cause() {
 }
 
 #[test]
+fn join_names_a_host_that_does_not_resolve_at_once() {
+    isolated(|lab| {
+        let one = Own::new(lab, 1)?;
+        let token = one.ok("gossamer token --new");
+        let said = one.ok(&format!("gossamer join {} host.invalid", token.trim()));
+        assert!(said.contains("the name host.invalid does not resolve ("), "{said}");
+        one.host.netns.spawn(&mut enter(&one.keeper, "gossamer agent > log 2>&1 &"))?.wait()?;
+        wait_until("the status does not name it", TIMEOUT, || {
+            let said = both(&one.run("gossamer status --wait=1"));
+            said.contains("the name host.invalid does not resolve (") && !said.contains("firewalls")
+        });
+        let said = both(&one.run("gossamer doctor"));
+        assert!(!said.contains("0 connections to members"), "{said}");
+        Ok(())
+    });
+}
+
+#[test]
 fn second_join_corrects_the_address_and_says_whether_to_restart() {
     isolated(|lab| {
         let one = Own::new(lab, 1)?;

@@ -26,7 +26,9 @@ use super::{
 use crate::{
     api::{self, AgentStatus, ClientError, Membership},
     config::{Instance, Settings, check_environment, parse_token, read_token_file},
+    model::visible,
     store::{PRIVATE, StateDir, StoreError, read_token, replace},
+    transport::check_name,
     wire::Token,
 };
 
@@ -185,6 +187,7 @@ impl Setup {
         if self.options.root.is_none() {
             let is_new = running.is_none() && !StateDir::is_known(&config.state_dir);
             host::require_usable(&config, is_new)?;
+            warn_of_names(&config.seeds);
         }
 
         let mut changed = self.write(&path, &file)?;
@@ -344,6 +347,15 @@ impl Setup {
 
     fn journal(&self) -> String {
         format!("`journalctl -u {}` may say why", self.instance.unit())
+    }
+}
+
+/// Warns of names of members that do not resolve. They may resolve once the network is up.
+fn warn_of_names(seeds: &[String]) {
+    for seed in seeds {
+        if let Ok(Err(why)) = block_on(check_name(seed)) {
+            say("warning", &visible(&why.to_string()));
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Dials a seed by name. A name may have several addresses, some of them unreachable.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr, time::Duration};
 
 use quinn::{Connection, VarInt};
 use tokio::task::JoinSet;
@@ -13,6 +13,8 @@ use crate::{
 
 /// Upper limit of the addresses of one name that are tried.
 const MAX_ADDRESSES: usize = 8;
+/// Longest wait for name servers: a resolver asks the second one after five seconds (resolv.conf(5)).
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(6);
 /// Delay until the next address is tried if the previous one has not answered (RFC 8305, 5).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
@@ -29,9 +31,7 @@ impl Dialer {
         turn: usize,
     ) -> Result<(NodeId, Connection), CallError> {
         let ipv4_only = self.endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
-        let mut resolved = resolve(name.to_owned())
-            .await
-            .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?;
+        let mut resolved = in_time(name, RESOLVE_TIMEOUT, resolve(name.to_owned())).await?;
         resolved.retain(|address| address.is_ipv4() || !ipv4_only);
         let mut attempts = JoinSet::new();
         for (place, address) in order_for_turn(resolved, turn).into_iter().enumerate() {
@@ -65,6 +65,23 @@ impl Dialer {
     }
 }
 
+/// Returns the addresses of a name. A resolver whose name servers are silent takes long to fail.
+pub(in crate::transport) async fn in_time(
+    name: &str,
+    limit: Duration,
+    resolved: impl Future<Output = io::Result<Vec<SocketAddr>>>,
+) -> Result<Vec<SocketAddr>, CallError> {
+    let why = match tokio::time::timeout(limit, resolved).await {
+        Ok(Ok(addresses)) if !addresses.is_empty() => return Ok(addresses),
+        Ok(Ok(_)) => "it has no address".to_owned(),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no name server has answered for {} s", limit.as_secs()),
+    };
+    // All seeds have a port.
+    let host = name.rsplit_once(':').map_or(name, |(host, _)| host);
+    Err(CallError::Unresolved { name: host.to_owned(), why })
+}
+
 /// Returns the addresses in the order of this turn: families alternate (RFC 8305, 4), and each turn
 /// starts with the next address.
 fn order_for_turn(addresses: Vec<SocketAddr>, turn: usize) -> Vec<SocketAddr> {
@@ -87,6 +104,21 @@ fn order_for_turn(addresses: Vec<SocketAddr>, turn: usize) -> Vec<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn name_that_does_not_resolve_is_named_with_what_the_resolver_says() {
+        let failed = async { Err(io::Error::other("Name or service not known")) };
+        let error =
+            in_time("host.invalid:8473", RESOLVE_TIMEOUT, failed).await.expect_err("it failed");
+        assert_eq!(
+            error.to_string(),
+            "the name host.invalid does not resolve (Name or service not known): check DNS or /etc/hosts"
+        );
+        let silent = in_time("host.invalid:8473", Duration::ZERO, std::future::pending());
+        let error = silent.await.expect_err("no answer").to_string();
+        let said = "the name host.invalid does not resolve (no name server has answered for 0 s)";
+        assert!(error.starts_with(said), "{error}");
+    }
 
     #[test]
     fn addresses_of_a_name_alternate_families_and_take_turns() {
