@@ -80,6 +80,12 @@ impl Arrivals {
         }
     }
 
+    /// Makes later requests fail at once, because the agent ends and answers none of them.
+    pub(super) fn refuse_requests(&mut self) {
+        self.threads.close();
+        while self.threads.try_recv().is_ok() {}
+    }
+
     /// Takes at most one waiting input of each source.
     pub(super) fn take(&mut self) -> impl Iterator<Item = Arrival> + use<> {
         let arrivals = [
@@ -93,11 +99,27 @@ impl Arrivals {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::oneshot::error::TryRecvError;
+
     use super::*;
     use crate::{
         model::{CallError, CallId},
         transport::Call,
     };
+
+    #[test]
+    fn request_to_an_ending_agent_fails_at_once() {
+        let (to_threads, threads) = mpsc::unbounded_channel();
+        let ((_to_network, network), (_to_icmp, icmp)) = (mpsc::channel(1), mpsc::channel(1));
+        let mut arrivals = Arrivals { threads, network, icmp };
+        let (reply, mut waiting) = tokio::sync::oneshot::channel();
+        let status = LoopEvent::Api(AgentRequest::Status { reply });
+        assert!(to_threads.send(status).is_ok());
+        arrivals.refuse_requests();
+        assert!(waiting.try_recv().is_err_and(|error| error == TryRecvError::Closed));
+        let (reply, _) = tokio::sync::oneshot::channel();
+        assert!(to_threads.send(LoopEvent::Api(AgentRequest::Alive { reply })).is_err());
+    }
 
     #[test]
     fn take_all_sources_busy_returns_one_input_of_each() {

@@ -136,6 +136,7 @@ impl Agent {
         if self.lifetime.ending == Some(Ending::Stopped) {
             self.answer_docker_to_the_end(&mut arrivals, read_settings, listeners).await;
         }
+        arrivals.refuse_requests();
         self.finish().await
     }
 

@@ -54,13 +54,16 @@ impl ApiError {
     pub fn unanswered() -> Self {
         Self::new(
             ApiErrorCode::Unanswered,
-            "the agent did not answer: it restarts its work or is overloaded; try again",
+            "the agent did not answer: it is ending, restarts its work, or is overloaded; try again",
         )
     }
 
     /// Returns the error of a request to an agent that is ending.
     pub fn stopping() -> Self {
-        Self::new(ApiErrorCode::Stopping, "the agent is stopping; try again once it has started")
+        Self::new(
+            ApiErrorCode::Stopping,
+            "the agent is ending; try again once it has started again",
+        )
     }
 }
 

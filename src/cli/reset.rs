@@ -50,7 +50,7 @@ pub fn run(args: &ResetArgs) -> ExitCode {
         Err(error) => return fail(error),
     };
     let message = match response {
-        Ok(true) => "this host is joining its cluster as a new node",
+        Ok(true) => "this host joins its cluster as a new node",
         Ok(false) => {
             return fail("this host is in no cluster yet, so it has no identity to replace");
         }
@@ -60,7 +60,11 @@ pub fn run(args: &ResetArgs) -> ExitCode {
         },
         Err(error) => return fail(error),
     };
-    args.client.output.print(&IdentityReset { reset: true }, |_, _| format!("{message}\n"));
+    let text = format!(
+        "{message}\nIts former self stays a member and keeps its subnet until you run, on any member: \
+         gossamer forget --former-selves\n"
+    );
+    args.client.output.print(&IdentityReset { reset: true }, |_, _| text);
     ExitCode::SUCCESS
 }
 

@@ -193,7 +193,8 @@ fn copied_state_directory_is_reported_on_both_hosts_and_one_gets_a_new_identity(
             });
         }
         let reset = client(&cluster.agents[3], &["reset-identity"]);
-        assert!(reset.status.success(), "{reset:?}");
+        let said = String::from_utf8_lossy(&reset.stdout).into_owned();
+        assert!(reset.status.success() && said.contains("forget --former-selves"), "{reset:?}");
         wait_until("still one identity", TIMEOUT, || {
             let status = [2, 3].map(|n: usize| cluster.agents[n].ask("/v1/status", TIMEOUT));
             matches!(&status, [Ok(one), Ok(other)] if one["node"] != other["node"])

@@ -247,19 +247,14 @@ impl Agent {
         let before = std::mem::replace(&mut self.journal.snapshot.members, now);
         let (mut good, mut bad) = (Vec::new(), Vec::new());
         for (node, (name, state)) in &self.journal.snapshot.members {
-            if before.get(node).is_some_and(|(_, before)| before == state) {
-                continue;
-            }
             let is_bad = matches!(state, MemberState::Suspect | MemberState::Down);
             let notes = if is_bad { &mut bad } else { &mut good };
-            let text = match state {
-                MemberState::Unknown => continue,
-                MemberState::Forgotten => format!("{name} was forgotten"),
-                MemberState::Left => format!("{name} has left"),
-                state => format!("{name} is {state}"),
+            let before = before.get(node).map(|(_, state)| *state);
+            let note = |text| {
+                let member = MemberChange { node: *node, name: visible(name), state: *state };
+                Note { text, member: Some(member) }
             };
-            let member = MemberChange { node: *node, name: visible(name), state: *state };
-            notes.push(Note { text, member: Some(member) });
+            notes.extend(member_event(name, before, *state).map(note));
         }
         self.journal.note_all(EventKind::Member, EventLevel::Info, good);
         self.journal.note_all(EventKind::Member, EventLevel::Warn, bad);
@@ -341,6 +336,19 @@ impl Agent {
     }
 }
 
+/// Describes the change of a member's state, if it is an event. A member that was gone when this node learned
+/// of it is none.
+fn member_event(name: &str, before: Option<MemberState>, now: MemberState) -> Option<String> {
+    match now {
+        _ if before == Some(now) => None,
+        MemberState::Unknown => None,
+        MemberState::Forgotten | MemberState::Left if before.is_none() => None,
+        MemberState::Forgotten => Some(format!("{name} was forgotten")),
+        MemberState::Left => Some(format!("{name} has left")),
+        now => Some(format!("{name} is {now}")),
+    }
+}
+
 /// Returns the time since 1970. For operators only: no decision depends on it.
 pub(super) fn wall_clock() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
@@ -368,6 +376,18 @@ mod tests {
         let past = journal.feed().expect("a feed").past;
         assert_eq!(past.len(), MAX_EVENTS);
         assert_eq!(past[MAX_EVENTS - 1].number, (MAX_EVENTS + MAX_SEPARATE_EVENTS + 1) as u64);
+    }
+
+    #[test]
+    fn member_that_was_gone_before_it_was_known_is_no_event() {
+        for gone in [MemberState::Left, MemberState::Forgotten] {
+            assert_eq!(member_event("n1", None, gone), None);
+            assert_eq!(member_event("n1", Some(gone), gone), None);
+        }
+        let told = |before, now| member_event("n1", before, now);
+        assert_eq!(told(None, MemberState::Alive).as_deref(), Some("n1 is alive"));
+        let left = told(Some(MemberState::Alive), MemberState::Left);
+        assert_eq!(left.as_deref(), Some("n1 has left"));
     }
 
     #[test]
