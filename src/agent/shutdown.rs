@@ -96,6 +96,11 @@ impl Agent {
         let cluster = self.node.cluster().map(|known| (known.settings.vni, known.settings.pool));
         let has_kernel_state = self.may_have_kernel_state();
         let pods = self.present_pods();
+        // The next start names them, see `pods::lost`.
+        let lost_pods = match ending {
+            Ending::Restart if has_kernel_state => self.losing_pods(),
+            _ => std::mem::take(&mut self.pods.lost),
+        };
         self.transport.close().await;
         let threads = [
             self.threads.programmer.end(),
@@ -111,6 +116,9 @@ impl Agent {
                 tracing::warn!(count, pods, "pods lose their interfaces: restart them");
             }
             remove_traces(cluster, &self.config);
+        }
+        if let Err(error) = self.storage.directory.save_lost_pods(&lost_pods) {
+            tracing::warn!(%error, "pods without network not noted");
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.storage.directory.wipe()

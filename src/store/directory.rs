@@ -13,6 +13,7 @@ use std::{
 use data_encoding::HEXLOWER;
 use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg, OFlag};
+use serde::{Deserialize, Serialize};
 
 use super::{
     Essentials, History, StoreError, history, holder,
@@ -31,8 +32,18 @@ const BOOT: &str = "boot";
 const LOCK: &str = "lock";
 const POD_CIDR: &str = "pod-cidr";
 const UNDERLAY: &str = "underlay";
+const LOST_PODS: &str = "lost-pods";
 const DATABASE: &str = "db";
 const ESSENTIALS: &str = "essentials";
+
+/// A pod that lost its network when this host became a new node.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LostPod {
+    /// Id of the container.
+    pub container: String,
+    /// Path of its network namespace.
+    pub netns: String,
+}
 
 /// The state directory, locked by this process. Only its owner can enter it.
 #[derive(Debug)]
@@ -183,6 +194,26 @@ impl StateDir {
         self.save(UNDERLAY, &format!("{address} {mtu}\n"))
     }
 
+    /// Returns the pods that lost their network when this host became a new node.
+    ///
+    /// # Errors
+    /// If the file cannot be read. A damaged file counts as absent.
+    pub fn lost_pods(&self) -> Result<Vec<LostPod>, StoreError> {
+        let parse = |text: &str| serde_json::from_str(text).ok();
+        Ok(self.read_rebuildable(LOST_PODS, parse)?.unwrap_or_default())
+    }
+
+    /// Stores the pods that lose their network.
+    ///
+    /// # Errors
+    /// If the file cannot be read or written.
+    pub fn save_lost_pods(&self, pods: &[LostPod]) -> Result<(), StoreError> {
+        if self.lost_pods()? == pods {
+            return Ok(());
+        }
+        self.save(LOST_PODS, &format!("{}\n", serde_json::json!(pods)))
+    }
+
     /// Returns whether the host has not rebooted since [`Self::note_boot`]. True if that is unknown, for
     /// example if the file is damaged.
     pub fn is_same_boot(&self) -> bool {
@@ -300,7 +331,8 @@ pub fn node_key(directory: &Path) -> Result<Option<[u8; 32]>, StoreError> {
 fn is_own_file(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     let name = name.strip_suffix(".new").unwrap_or(name);
-    let files = [KEY, TOKEN, SECRETS, LOCK, BOOT, POD_CIDR, UNDERLAY, DATABASE, ESSENTIALS];
+    let files =
+        [KEY, TOKEN, SECRETS, LOCK, BOOT, POD_CIDR, UNDERLAY, LOST_PODS, DATABASE, ESSENTIALS];
     files.contains(&name)
         || [history::FILE, history::OLDER].contains(&name)
         || name.starts_with("db.damaged-")

@@ -9,6 +9,7 @@
 //! - `boot`: id of the host's boot to which the stored pods belong
 //! - `pod-cidr`: the subnet that Kubernetes assigned to this node, for starts without the API server
 //! - `underlay`: the last known underlay address and MTU
+//! - `lost-pods`: pods that lost their network when this host became a new node
 //! - `history`: changes of ownership, for people
 //! - `lock`: locked while a process uses the directory
 //! - `db/`: sled, with the records of [`crate::wire::Record`]
@@ -25,7 +26,7 @@ mod replace;
 mod writer;
 
 pub use database::{Database, LoadedDatabase, StoreError};
-pub use directory::{StateDir, node_key, read_token};
+pub use directory::{LostPod, StateDir, node_key, read_token};
 pub use essentials::{Essentials, EssentialsContent, EssentialsCopy};
 pub use history::History;
 pub use replace::{PRIVATE, PUBLIC, replace};

@@ -3,11 +3,14 @@
 
 use std::{fs, path::Path, process::Command, time::Duration};
 
-use crate::common::{
-    Cluster, TIMEOUT, assert_logged, client, isolated, program, run, status_where, texts, tool,
-    wait_until,
+use crate::{
+    cni::Runtime,
+    common::{
+        Cluster, TIMEOUT, assert_logged, client, isolated, program, run, status_where, texts, tool,
+        wait_until,
+    },
 };
-use gossamer::lab::{Agent, Host, Lab, Pod};
+use gossamer::lab::{Agent, Host, Lab, NetNs, Pod};
 use nix::sys::signal::Signal;
 
 /// Time until members that are gone are reported down, and until all members agree on that.
@@ -142,6 +145,8 @@ fn forgotten_member_that_restarts_joins_as_a_new_node() {
             "{said}"
         );
 
+        let netns = NetNs::new("c1")?;
+        Runtime::new(&cluster.agents[2]).add("c1");
         // Without its agent, its kernel still forwards packets of its pods.
         cluster.agents[2].end(Signal::SIGKILL)?;
         let runs = "n3 is down for gossip, but its kernel answers (";
@@ -170,6 +175,15 @@ fn forgotten_member_that_restarts_joins_as_a_new_node() {
         cluster.agents[2] = Agent::start(program(), &cluster.hosts[2], &[])?;
         assert_all_reach_all(&mut cluster)?;
         assert_logged(&cluster.agents[2], "this node was forgotten by the cluster");
+        // Its pod has no network until it is restarted, also after a restart of the agent.
+        let lost = "1 pod lost its network when this host became a new node: c1";
+        for _ in 0..2 {
+            status_where(&mut cluster.agents[2], |status| texts(&status["notices"]).contains(lost));
+            cluster.agents[2].end(Signal::SIGTERM)?;
+            cluster.agents[2] = Agent::start(program(), &cluster.hosts[2], &[])?;
+        }
+        drop(netns);
+        status_where(&mut cluster.agents[2], |status| !texts(&status["notices"]).contains(lost));
         Ok(())
     });
 }

@@ -219,7 +219,8 @@ impl Agent {
         let known = kernel.traffic.forwarding.notices.iter().chain(&kernel.traffic.answers.notices);
         let known = known.chain(&kernel.host.notices).chain(&self.pods.notices);
         let former = former_selves_notice(&paths.labels);
-        let known = known.chain(&former).chain(paths.notices.values());
+        let lost_pods = self.lost_pods_notice();
+        let known = known.chain(&former).chain(&lost_pods).chain(paths.notices.values());
         let known = known.cloned().chain(self.remote_pod_notices());
         let known = known.chain(log::notice(Instant::now()));
         known.map(Problem::visible).collect()

@@ -6,6 +6,7 @@
 pub(super) mod address;
 mod bridge;
 pub(super) mod disk_stall;
+pub(super) mod lost;
 mod queries;
 pub(super) mod vanished;
 
@@ -46,7 +47,7 @@ use crate::{
         wiring::{ConnectedPod, End, link_name},
         with_length,
     },
-    store::Writer,
+    store::{LostPod, Writer},
     wire::{Key, Record},
 };
 
@@ -65,6 +66,8 @@ pub(super) struct PodState {
     pub(super) open: Vec<Problem>,
     /// Notices about ports of other programs on the bridge.
     pub(super) notices: Vec<Problem>,
+    /// Pods that lost their network when this host became a new node.
+    pub(super) lost: Vec<LostPod>,
     /// Since when addresses are reserved for containers of Docker that have not come yet.
     pub(super) reserved: BTreeMap<Attachment, Time>,
     /// Requests of Docker that wait for this node's subnet, and since when.

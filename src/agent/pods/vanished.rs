@@ -90,6 +90,7 @@ impl Agent {
     /// Carries out what the CNI plugin noted while no agent answered it.
     pub(in crate::agent) fn apply_notes(&mut self) {
         self.pods.next_notes_check = Some(Instant::now() + NOTES_INTERVAL);
+        self.check_lost_pods();
         let spool = Spool::beside(&self.config.socket);
         let mut notes = spool.read();
         notes.retain(|note| !self.pods.applied_notes.values().flatten().any(|other| other == note));

@@ -19,7 +19,7 @@ use crate::{
     config::Config,
     model::NodeId,
     random::random,
-    store::{Database, EssentialsContent, LoadedDatabase, StateDir, StoreError},
+    store::{Database, EssentialsContent, LoadedDatabase, LostPod, StateDir, StoreError},
     transport::NodeKey,
     wire::{Key, Keyring, Record, Token},
     worker::Thread,
@@ -49,6 +49,8 @@ pub(in crate::agent) struct Memory {
     pub(in crate::agent) underlay: Option<(IpAddr, u32)>,
     /// Whether the host has not been restarted since the last run.
     pub(super) is_same_boot: bool,
+    /// Pods that lost their network when this host became a new node.
+    pub(super) lost_pods: Vec<LostPod>,
     /// The database and its records.
     pub(in crate::agent) stored: StoredRecords,
 }
@@ -153,7 +155,9 @@ fn read_node(
     let stored = open_database(&state, key.id(), config, saved.as_ref())?;
     let (keyring, underlay) = (state.keyring()?, state.underlay()?);
     let is_same_boot = state.is_same_boot();
-    Ok(Memory { state, key, is_fresh, saved, keyring, underlay, is_same_boot, stored })
+    // A reboot ends all pods.
+    let lost_pods = if is_same_boot { state.lost_pods()? } else { Vec::new() };
+    Ok(Memory { state, key, is_fresh, saved, keyring, underlay, is_same_boot, lost_pods, stored })
 }
 
 /// The records that a node starts with.

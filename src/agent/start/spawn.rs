@@ -58,6 +58,7 @@ impl Ready {
         let (waiters, early_requests) = waiting.into_requests();
         let mut pods = self.restore_pods();
         pods.early_requests = early_requests;
+        pods.lost = std::mem::take(&mut self.memory.lost_pods);
         let node = self.node_config(&pods)?;
         let isolation = self.isolation();
         let Self { config, memory, identity, host, transport } = self;
