@@ -265,8 +265,8 @@ impl Agent {
                 ),
                 format!(
                     "either UDP {port} is closed on the way between {here} and {there}, or the firewall \
-                     of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no \
-                     pod{translated}. {where_to_look}"
+                     of {name} drops ICMP and UDP {gossip} on its tunnel device, and pods are not \
+                     affected{translated}. {where_to_look}"
                 ),
             )),
             PathState::OneWay => Some(self.unanswered(
@@ -276,9 +276,9 @@ impl Agent {
                     "no probe of {name} through the tunnel is answered, though its packets arrive"
                 ),
                 format!(
-                    "either UDP {port} is closed on the way from {here} to {there}, or the firewall of \
-                     {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no \
-                     pod{translated}. {where_to_look}"
+                    "either UDP {port} is closed on the way from {here} to {there}, and packets of pods to \
+                     {name} are lost, or the firewall of {name} drops ICMP and UDP {gossip} on its \
+                     tunnel device. It is not known yet which{translated}. {where_to_look}"
                 ),
             )),
             PathState::Asymmetric => Some(Problem::new(
