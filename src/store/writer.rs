@@ -286,6 +286,7 @@ impl<R: Fn(WriteEvent)> Disk<R> {
             Database::open(&self.path, self.copy.node()).map_err(|error| error.to_string())?;
         let is_empty = opened.quarantined.is_some() || opened.records.is_empty();
         if is_empty && !std::mem::replace(&mut self.is_emptied, true) {
+            tracing::error!("database lost, rewriting it");
             (self.report)(WriteEvent::Emptied);
         }
         opened.database.raise_batches(self.copy.batches());

@@ -184,6 +184,7 @@ fn forgotten_member_that_restarts_joins_as_a_new_node() {
         }
         drop(netns);
         status_where(&mut cluster.agents[2], |status| !texts(&status["notices"]).contains(lost));
+        assert_no_database_was_lost(&cluster, 2);
         Ok(())
     });
 }
@@ -213,8 +214,17 @@ fn copied_state_directory_is_reported_on_both_hosts_and_one_gets_a_new_identity(
             let status = [2, 3].map(|n: usize| cluster.agents[n].ask("/v1/status", TIMEOUT));
             matches!(&status, [Ok(one), Ok(other)] if one["node"] != other["node"])
         });
+        assert_no_database_was_lost(&cluster, 3);
         Ok(())
     });
+}
+
+/// A new identity begins with an empty database, and nothing was damaged.
+fn assert_no_database_was_lost(cluster: &Cluster, number: usize) {
+    assert_logged(&cluster.agents[number], "new identity: the database begins empty");
+    let log = cluster.agents[number].log();
+    assert!(!log.contains("database lost") && !log.contains("database missing"), "{log}");
+    assert!(!cluster.hosts[number].dir.join("state/db.damaged-1").exists());
 }
 
 fn copy_directory(from: &Path, to: &Path) -> std::io::Result<()> {

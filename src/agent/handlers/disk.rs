@@ -26,7 +26,6 @@ impl Agent {
                 self.storage.failure = None;
             }
             WriteEvent::Emptied => {
-                tracing::error!("database lost, rewriting it");
                 self.input(Input::Command(Command::SaveAll));
                 self.save_pods();
             }

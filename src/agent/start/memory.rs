@@ -17,7 +17,7 @@ use crate::{
         start::wait::{PREDECESSOR_TIMEOUT, StartupWait},
     },
     config::Config,
-    model::NodeId,
+    model::{ClusterId, NodeId},
     random::random,
     store::{Database, EssentialsContent, LoadedDatabase, LostPod, StateDir, StoreError},
     transport::NodeKey,
@@ -181,6 +181,7 @@ fn open_database(
     saved: Option<&Token>,
 ) -> Result<StoredRecords, StoreError> {
     let path = state.database();
+    let is_absent = !path.exists();
     let copied = state.essentials().read();
     let opened = match Database::open(&path, me) {
         // Otherwise the key may be the one that belongs to another node.
@@ -219,7 +220,10 @@ fn open_database(
         }
         return Ok(StoredRecords { database, records, is_new });
     };
-    if !is_new {
+    if is_absent {
+        log_absent_database(me, cluster, &copied);
+        is_new = true;
+    } else if !is_new {
         let (empty, aside) = database.set_aside(&path)?;
         (database, is_new) = (empty, true);
         tracing::error!(%cluster, moved_to = %aside.display(), "database lost records, moved aside");
@@ -240,10 +244,28 @@ fn open_database(
     Ok(StoredRecords { database, records, is_new })
 }
 
+/// Logs that a member of a cluster has no database. A new identity starts without one, and then the second
+/// copy is that of the node which this host was before.
+fn log_absent_database(me: NodeId, cluster: ClusterId, copied: &io::Result<EssentialsContent>) {
+    match copied.as_ref().ok().and_then(writer_of) {
+        Some(before) if before != me => {
+            tracing::info!(%cluster, %before, "new identity: the database begins empty");
+        }
+        _ => tracing::error!(%cluster, "database missing"),
+    }
+}
+
 /// Returns whether a second copy has this node's own record.
 fn is_copy_of(me: NodeId, copied: &io::Result<EssentialsContent>) -> bool {
-    let is_own = |record: &Record| matches!(record, Record::Member(member) if member.node == me);
-    copied.as_ref().is_ok_and(|copied| copied.records.iter().any(|(_, record)| is_own(record)))
+    copied.as_ref().ok().and_then(writer_of) == Some(me)
+}
+
+/// Returns the node that wrote a second copy: the only member in it.
+fn writer_of(copied: &EssentialsContent) -> Option<NodeId> {
+    copied.records.iter().find_map(|(_, record)| match record {
+        Record::Member(member) => Some(member.node),
+        _ => None,
+    })
 }
 
 /// Adds to the database and to `records` the lost changes that the copy contains.
