@@ -32,6 +32,7 @@ use crate::{
 mod choices;
 mod instance;
 mod net_conf;
+mod preferred;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -256,17 +257,10 @@ impl Settings {
         };
         let advertise = self.advertise.as_deref().map(|text| address("advertise", text));
         let quorum = quorum(self.forget_after.as_deref(), &self.voters)?;
-        if let (Some(address), true) = (self.prefer_subnet, init || self.network.is_some()) {
-            let networks = settings.pool.networks();
-            if !networks.iter().any(|network| network.contains(&address)) {
-                let networks: Vec<String> =
-                    networks.iter().map(|network| network.to_string()).collect();
-                let problem = format!(
-                    "{address} is outside the network {}: use an address in it, or leave it out",
-                    networks.join(" and ")
-                );
-                return Err(bad("prefer_subnet", problem));
-            }
+        if let Some(address) = self.prefer_subnet {
+            // A host that joins learns the pool from the cluster, unless it is given.
+            let is_known = init || self.network.is_some();
+            preferred::check(address, is_known.then_some(&settings.pool))?;
         }
         let (mode, program) = (self.mode.unwrap_or_default(), self.program.unwrap_or_default());
         if program == Program::OnDemand && mode != Mode::Vxlan {

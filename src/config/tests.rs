@@ -59,6 +59,11 @@ fn check_invalid_setting_error_names_it() {
         voters: voters.iter().map(ToString::to_string).collect(),
         ..base()
     };
+    let preferring = |text: &str, init| Settings {
+        prefer_subnet: text.parse().ok(),
+        init: Some(init),
+        ..base()
+    };
     let seed = |text: &str| Settings { join: vec![text.to_owned()], ..base() };
     for (settings, words) in [
         (Settings { init: Some(true), ..seed("a") }, "use only one of the two"),
@@ -83,6 +88,10 @@ fn check_invalid_setting_error_names_it() {
             },
             "set only one of",
         ),
+        (preferring("10.42.1.5", true), "not the first address of a subnet: use 10.42.1.0"),
+        (preferring("10.42.0.0", true), "use 10.42.1.0 to 10.42.255.0"),
+        (preferring("10.43.1.0", true), "10.43.1.0 is outside the network 10.42.0.0/16"),
+        (preferring("10.42.1.5", false), "10.42.1.5 is the first address of no subnet"),
         (Settings { token: Some("hunter2".to_owned()), ..base() }, "gossamer token"),
         (seed("a:b:c"), "a:b:c"),
         (seed(":1"), "HOST:PORT"),

@@ -41,6 +41,7 @@ mod malformed;
 mod membership;
 mod outbox;
 mod partners;
+mod preferred;
 mod push;
 mod rank;
 mod records;

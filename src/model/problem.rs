@@ -153,6 +153,8 @@ codes! {
     OwnAddressSeed = "own-address-seed",
     /// The node has no subnet.
     NoSubnet = "no-subnet",
+    /// The node has another subnet than the preferred one.
+    PreferredSubnet = "preferred-subnet",
     /// A subnet was assigned to two nodes.
     SubnetAssignedTwice = "subnet-assigned-twice",
     /// Kubernetes assigns this node no usable subnet, or does not list the nodes.

@@ -142,6 +142,11 @@ impl Journal {
         self.snapshot.has_converged
     }
 
+    /// Whether a problem or notice was recorded at the last comparison.
+    pub(super) fn knows(&self, key: &ProblemKey) -> bool {
+        self.snapshot.problems.contains_key(key)
+    }
+
     /// Returns these problems with the time at which each was first recorded.
     pub(super) fn dated(&self, mut problems: Vec<Problem>) -> Vec<Problem> {
         for problem in &mut problems {
@@ -202,6 +207,7 @@ impl Agent {
         self.log_join(now);
         self.record_member_changes();
         self.record_path_changes();
+        self.record_missed_preference();
         self.record_problem_changes();
         if self.journal.sample_at <= now {
             self.journal.sample_at = now + SAMPLE_INTERVAL;

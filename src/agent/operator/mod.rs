@@ -6,6 +6,7 @@ pub(super) mod inquiries;
 mod lease_audit;
 mod path_status;
 pub(super) mod ping;
+mod preferred;
 pub(super) mod requests;
 mod routes;
 pub(super) mod secrets;

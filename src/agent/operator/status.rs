@@ -222,6 +222,7 @@ impl Agent {
         let lost_pods = self.lost_pods_notice();
         let known = known.chain(&former).chain(&lost_pods).chain(paths.notices.values());
         let known = known.cloned().chain(self.remote_pod_notices());
+        let known = known.chain(self.node.missed_preference());
         let known = known.chain(log::notice(Instant::now()));
         known.map(Problem::visible).collect()
     }

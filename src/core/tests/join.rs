@@ -384,3 +384,23 @@ fn restarted_node_whose_subnet_is_routed_elsewhere_leases_a_free_slot() {
     assert_ne!(world.subnet(2), Some(before));
     world.assert_converged_and_safe();
 }
+
+#[test]
+fn preferred_subnet_of_another_member_is_a_notice() {
+    let mut world = World::with_members(2);
+    let taken = world.subnet(0).expect("a subnet");
+    let second = world.subnet(1).expect("a subnet");
+    let joiner = world.add_joiner(&[1]);
+    world.hosts[joiner].prefers = Some(taken.addr());
+    world.start(joiner);
+    world.run_for(seconds(5));
+    let own = world.subnet(joiner).expect("a subnet");
+    let notice = world.node(joiner).missed_preference().expect("a notice").what;
+    assert_eq!(notice, format!("preferred {taken} belongs to n0: this node has {own}"));
+    assert_eq!(world.node(0).missed_preference(), None, "it prefers none");
+    // The owner keeps its subnet at later starts too.
+    world.hosts[1].prefers = Some(second.addr());
+    world.restart(1);
+    world.run_for(seconds(5));
+    assert_eq!(world.node(1).missed_preference(), None);
+}

@@ -1,0 +1,38 @@
+//! The preferred subnet that this node did not get. A node keeps its subnet, so the preference counts only at
+//! its first start.
+
+use crate::model::{Problem, ProblemCode, SlotState};
+
+use super::Node;
+
+impl Node {
+    /// Returns a notice if this node has another subnet than the preferred one.
+    pub fn missed_preference(&self) -> Option<Problem> {
+        let wanted = self.config.prefer_subnet.filter(|_| self.config.assigned.is_none())?;
+        let slots = &self.replica.cluster_state.as_ref()?.slots;
+        let own = self.lifecycle.own_subnets(&self.replica)?;
+        if own.iter().any(|subnet| subnet.network() == wanted) {
+            return None;
+        }
+        let pool = self.replica.cluster_state.as_ref()?.cluster.settings.pool;
+        let instead = format!("this node has {}", own.first);
+        let what = match pool.slot_at(wanted) {
+            None => format!("preferred {wanted} begins no subnet of this cluster: {instead}"),
+            Some(slot) => {
+                let subnets = pool.subnets(slot);
+                let subnet = subnets.iter().find(|subnet| subnet.network() == wanted);
+                let subnet = subnet.unwrap_or(subnets.first);
+                match slots.record(slot) {
+                    Some(record) if record.state == SlotState::Leased => {
+                        let owner = self.name_of(record.owner);
+                        format!("preferred {subnet} belongs to {owner}: {instead}")
+                    }
+                    _ => format!("preferred {subnet} was not free: {instead}"),
+                }
+            }
+        };
+        let fix = "remove prefer_subnet, or set another one (gossamer leases --free) and give this one up \
+                   (gossamer leave; its pods lose their addresses)";
+        Some(Problem::new(ProblemCode::PreferredSubnet, wanted, what, fix).notice())
+    }
+}
