@@ -31,7 +31,9 @@ use crate::{
 
 mod choices;
 mod instance;
+mod log_filter;
 mod net_conf;
+mod planned;
 mod preferred;
 mod settings;
 #[cfg(test)]
@@ -39,6 +41,7 @@ mod tests;
 mod unknown;
 
 pub use instance::{BadInstance, Instance, NAME};
+pub use log_filter::log_filter;
 pub use settings::{LeaseSource, LogFormat, NO_FILE, Settings};
 pub use unknown::{check_environment, example};
 
@@ -169,6 +172,9 @@ impl Config {
 pub fn read_token_file(path: &Path) -> Result<Token, ConfigError> {
     let field = format!("token_file {}", path.display());
     let meta = fs::metadata(path).map_err(|error| unreadable(&field, &error))?;
+    if !meta.is_file() {
+        return Err(bad(field, "not a regular file"));
+    }
     if meta.permissions().mode() & 0o077 != 0 {
         return Err(bad(field, "other users have access to it: run chmod 600 on it"));
     }
@@ -201,6 +207,7 @@ impl Settings {
             .unwrap_or_default()
             .parse()
             .map_err(|error| bad("instance", error))?;
+        log_filter(self.log.as_deref())?;
         let token = self.read_token()?;
         let wish = SettingsWish {
             network: self.network,

@@ -8,12 +8,11 @@ use std::{
 use clap::Args;
 use listenfd::ListenFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tracing_subscriber::filter::Targets;
 
 use super::block_on;
 use crate::{
     agent::{self, Ending, SettingsReader},
-    config::{Settings, check_environment},
+    config::{Settings, check_environment, log_filter},
     log,
     model::visible,
 };
@@ -83,7 +82,8 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
         Ok(settings) => settings,
         Err(error) => return fail(error),
     };
-    let started = filter(settings.log.as_deref())
+    let started = log_filter(settings.log.as_deref())
+        .map_err(|error| error.to_string())
         .and_then(|f| log::subscribe(f, settings.log_format.unwrap_or_default()));
     let set_filter = match started {
         Ok(set_filter) => set_filter,
@@ -99,7 +99,7 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
     let read_settings: Arc<SettingsReader> = Arc::new(Box::new(move || {
         let settings = args.settings.clone().complete(file.as_deref());
         let settings = settings.map_err(|error| error.to_string())?;
-        let filter = filter(settings.log.as_deref())?;
+        let filter = log_filter(settings.log.as_deref()).map_err(|error| error.to_string())?;
         let config = settings.check().map_err(|error| error.to_string())?;
         set_filter(filter)?;
         Ok(config)
@@ -158,14 +158,4 @@ fn allow_many_files() -> Result<(), String> {
             Ok(())
         }
     }
-}
-
-/// Parses the log filter. A bare level applies to gossamer; libraries then log only warnings and errors.
-fn filter(text: Option<&str>) -> Result<Targets, String> {
-    let text = text.unwrap_or("info");
-    let filter = match text.contains([',', '=']) {
-        true => text.to_owned(),
-        false => format!("warn,gossamer={text}"),
-    };
-    filter.parse().map_err(|error| format!("log: {filter:?} is not a valid filter: {error}"))
 }

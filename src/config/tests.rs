@@ -88,6 +88,10 @@ fn check_invalid_setting_error_names_it() {
             },
             "set only one of",
         ),
+        (
+            Settings { log: Some("verbose".to_owned()), ..base() },
+            "log: \"verbose\" is not a valid filter: use error, warn, info, debug or trace",
+        ),
         (preferring("10.42.1.5", true), "not the first address of a subnet: use 10.42.1.0"),
         (preferring("10.42.0.0", true), "use 10.42.1.0 to 10.42.255.0"),
         (preferring("10.43.1.0", true), "10.43.1.0 is outside the network 10.42.0.0/16"),
@@ -125,4 +129,9 @@ fn read_token_file_accessible_to_others_is_rejected() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("chmod");
     let error = problem(Settings { token_file: Some(path), ..Settings::default() });
     assert!(error.contains("chmod 600"), "{error}");
+    // chmod 600 would make a directory unusable.
+    let path = dir.path().to_owned();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
+    let error = problem(Settings { token_file: Some(path), ..Settings::default() });
+    assert!(error.ends_with(": not a regular file"), "{error}");
 }

@@ -9,16 +9,19 @@ use std::{
 use nix::sched::{CloneFlags, unshare};
 use rtnetlink::{LinkBridge, LinkVeth, LinkVxlan};
 
-use super::{Examination, Finding, Numbers};
+use super::{Examination, Finding, Numbers, Verdict};
 use crate::{
     dataplane::{
         desired::{IPV6_MTU_MIN, Mode, device_name, overhead},
         firewall::Firewall,
-        kernel::{FirewallTable, Kernel, overlaps, required_sysctls},
+        kernel::{FirewallTable, Kernel, KernelError, overlaps, required_sysctls},
     },
+    model::{Pool, PoolSpec, ProblemCode},
     netlink::{Netlink, in_thread, link::Link},
     pods::{agent_pod::OWN_ALIAS, obstacle::obstacle},
-    sysctl, underlay,
+    store::StateDir,
+    sysctl,
+    underlay::{self, UnderlayError},
 };
 
 /// Prefixes of device names of other overlays, with the program.
@@ -43,12 +46,15 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     let mode = examination.config.as_ref().map_or(Mode::Vxlan, |config| config.mode);
     let underlay = underlay(examination, findings);
     sysctls(examination, &numbers, mode, underlay.as_deref(), findings);
-    ports(examination, &numbers, findings);
+    let conflict = conflict(examination, &numbers, underlay.as_deref());
+    ports(examination, &numbers, conflict.as_ref(), findings);
     match Netlink::open().and_then(|mut netlink| netlink.links()) {
         Ok(links) => {
             findings.extend(overlays(&links, &numbers));
             findings.extend(bridge(examination, &links, &numbers));
-            findings.extend(mtu(examination, &links, mode, underlay.as_deref()));
+            if !findings.iter().any(|finding| finding.check == "mtu") {
+                findings.extend(mtu(examination, &links, mode, underlay.as_deref()));
+            }
         }
         Err(error) => {
             let skipped = Finding::skipped("overlays", format!("netlink: {error}"));
@@ -56,6 +62,36 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         }
     }
     overlap(examination, &numbers, findings);
+    let is_told =
+        |finding: &Finding| finding.check == "overlays" && finding.verdict == Verdict::Problem;
+    if let Some(conflict @ KernelError::Overlap { .. }) = conflict
+        && !findings.iter().any(is_told)
+    {
+        findings.push(Finding::sentence("overlays", &conflict.to_string()));
+    }
+}
+
+/// Returns why the agent would refuse to start on this host. A running one has started.
+fn conflict(
+    examination: &Examination,
+    numbers: &Numbers,
+    underlay: Option<&str>,
+) -> Option<KernelError> {
+    let config = examination.config.as_ref().ok().filter(|_| examination.agent.is_none())?;
+    let mut kernel = Kernel::open().map_err(KernelError::from);
+    let local = Netlink::open().ok().zip(underlay).and_then(|(mut netlink, name)| {
+        let link = netlink.link(name).ok()??;
+        let all = netlink.addresses().ok()?;
+        all.iter().find(|address| address.link == link.index).map(|address| address.ip)
+    });
+    let mut plan = config.planned_overlay(None, local);
+    // The settings of the cluster of a known node are in its database.
+    if StateDir::is_known(&config.state_dir) {
+        (plan.creates, plan.pool) = (false, None);
+    } else if plan.pool.is_none() && !numbers.are_networks_assumed {
+        plan.pool = config.wish.network.and_then(|network| Pool::new(&PoolSpec::of(network)).ok());
+    }
+    kernel.as_mut().ok()?.refuse_conflicts(&plan).err()
 }
 
 /// Required capabilities: number in linux/capability.h, name, and what fails without it.
@@ -176,12 +212,18 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
         return Some(name);
     }
     let config = examination.config.as_ref().ok()?;
-    let chosen = Netlink::open().map(|mut netlink| {
-        let chosen = underlay::choose(&mut netlink, config, std::iter::empty());
-        chosen.map_err(|error| error.to_string())
-    });
-    let is_refused = chosen.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
-    match chosen.unwrap_or_else(|error| Err(error.to_string())) {
+    let chosen = Netlink::open()
+        .map_err(UnderlayError::from)
+        .and_then(|mut netlink| underlay::choose(&mut netlink, config, std::iter::empty()));
+    let is_refused = matches!(&chosen,
+        Err(UnderlayError::Netlink(error)) if error.kind() == io::ErrorKind::PermissionDenied);
+    match chosen {
+        Err(error @ UnderlayError::Mtu { .. }) => {
+            findings.push(Finding::sentence("mtu", &error.to_string()));
+            let UnderlayError::Mtu { iface, .. } = error else { return None };
+            findings.push(Finding::ok("underlay", iface.as_str()));
+            Some(iface)
+        }
         Ok(chosen) => {
             if !examination.has_told("underlay") {
                 let seen = format!("{} on {}", chosen.local, chosen.name);
@@ -193,7 +235,7 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
         Err(error) => {
             findings.push(Finding::problem(
                 "underlay",
-                error,
+                error.to_string(),
                 "members reach this host by the address of that interface",
                 "name it: iface = \"eth0\" (a name, an address or a regex), or give the host a default route",
             )
@@ -235,7 +277,12 @@ fn sysctls(
 }
 
 /// Checks the ports. With an agent, both ports are its own.
-fn ports(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
+fn ports(
+    examination: &Examination,
+    numbers: &Numbers,
+    conflict: Option<&KernelError>,
+    findings: &mut Vec<Finding>,
+) {
     let before = findings.len();
     if examination.agent.is_none() {
         if let Err(error) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, numbers.gossip_port)) {
@@ -249,11 +296,8 @@ fn ports(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Findin
                 ),
             ));
         }
-        let name = device_name(numbers.vni);
-        let free = Kernel::open()
-            .map_err(Into::into)
-            .and_then(|mut kernel| kernel.preflight(&name, numbers.vni, numbers.vxlan_port));
-        if let Err(error) = free {
+        if let Some(error) = conflict.filter(|error| !matches!(error, KernelError::Overlap { .. }))
+        {
             findings.push(Finding::sentence("ports", &error.to_string()));
         }
     }

@@ -10,7 +10,7 @@ use super::{
     wait::StartupWait,
 };
 use crate::{
-    config::{Config, DEFAULT_VXLAN_PORT},
+    config::Config,
     model::NodeId,
     netlink::Netlink,
     underlay::{self, ChosenUnderlay, UnderlayError},
@@ -44,21 +44,10 @@ impl Preflight {
             None => waiting.wait_for_underlay(config).await?,
         };
         let Some(underlay) = chosen else { return Ok(None) };
-        let (vni, port) = match identity.known_cluster {
-            Some(cluster) => (cluster.settings.vni, cluster.settings.vxlan_port),
-            None => (config.vni, config.wish.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT)),
-        };
-        let creates = identity.known_cluster.is_none() && identity.assigned.is_none();
-        let bridge = config.bridge_name(vni);
-        let plan = host_view::PlannedOverlay {
-            vni,
-            port,
-            underlay: underlay.local,
-            settings: identity.known_cluster.map(|cluster| cluster.settings).or(config.create),
-            created: config.create.filter(|_| creates).map(|settings| settings.pool),
-            bridge: &bridge,
-        };
-        let view = waiting.retry_kernel(|| host_view::inspect(&plan)).await?;
+        let known = identity.known_cluster.map(|cluster| cluster.settings);
+        let plan = config.planned_overlay(known, Some(underlay.local));
+        let bridge = config.bridge_name(plan.vni);
+        let view = waiting.retry_kernel(|| host_view::inspect(&plan, &bridge)).await?;
         Ok(view.map(|view| Self { underlay, bridge, view }))
     }
 }

@@ -1,34 +1,56 @@
 //! What `init` and `join` check on this host before they write settings.
 
-use anyhow::{Context as _, bail};
+use std::{io::ErrorKind, path::Path};
+
+use anyhow::bail;
 
 use crate::{
     config::{Config, IfaceChoice},
-    dataplane::{
-        kernel::{Kernel, KernelError},
-        overlap,
-    },
+    dataplane::kernel::{Kernel, KernelError},
     model::is_link_local,
     netlink::Netlink,
+    store::{StateDir, StoreError},
+    underlay::{self, UnderlayError},
 };
 
-/// Fails if this host has no such interface, or, for a new node that creates a cluster, if its networks
-/// overlap with the pool.
+/// Fails if the agent would refuse these settings on this host. `is_new`: no agent runs here, and none has
+/// run. `is_trial`: this process may lack rights that the agent has.
 ///
 /// # Errors
 /// Also fails if the kernel does not answer.
-pub(super) fn require_usable(config: &Config, is_new: bool) -> anyhow::Result<()> {
+pub(super) fn require_usable(config: &Config, is_new: bool, is_trial: bool) -> anyhow::Result<()> {
     require_interface(config)?;
     require_listen_address(config)?;
-    // A host that joins learns the pool from the cluster.
-    let Some(settings) = config.create.filter(|_| is_new) else { return Ok(()) };
-    let foreign = Kernel::open().and_then(|mut kernel| kernel.foreign_networks());
-    let foreign = foreign.context("the networks of this host")?;
-    if let Some((network, found)) = overlap::find_forbidding(&foreign, &settings.pool) {
-        let (what, interface) = (found.network, found.interface.clone());
-        bail!(KernelError::Overlap { network, what, interface });
+    // The agent waits for a network.
+    let chosen = match underlay::choose(&mut Netlink::open()?, config, std::iter::empty()) {
+        Err(error @ UnderlayError::Mtu { .. }) => bail!(error),
+        chosen => chosen.ok(),
+    };
+    if !is_new {
+        return Ok(());
     }
-    Ok(())
+    require_state_dir(&config.state_dir, is_trial)?;
+    let plan = config.planned_overlay(None, chosen.map(|chosen| chosen.local));
+    match Kernel::open()
+        .map_err(KernelError::from)
+        .and_then(|mut kernel| kernel.refuse_conflicts(&plan))
+    {
+        Err(KernelError::NotPermitted) if is_trial => Ok(()),
+        Err(KernelError::Netlink(error)) => {
+            Err(anyhow::Error::new(error).context("the networks of this host"))
+        }
+        checked => Ok(checked.map(drop)?),
+    }
+}
+
+/// Fails if another program uses the state directory.
+fn require_state_dir(path: &Path, is_trial: bool) -> anyhow::Result<()> {
+    match StateDir::peek_node_key(path) {
+        Err(StoreError::Directory { error, .. }) if error.kind() == ErrorKind::NotFound => Ok(()),
+        // Only root can look into it.
+        Err(StoreError::Directory { .. }) if is_trial => Ok(()),
+        peeked => Ok(peeked.map(drop)?),
+    }
 }
 
 /// Fails if the settings name an interface or an address that this host does not have.

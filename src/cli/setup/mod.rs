@@ -186,7 +186,7 @@ impl Setup {
         }
         if self.options.root.is_none() {
             let is_new = running.is_none() && !StateDir::is_known(&config.state_dir);
-            host::require_usable(&config, is_new)?;
+            host::require_usable(&config, is_new, self.options.dry_run)?;
             warn_of_names(&config.seeds);
         }
 

@@ -13,6 +13,7 @@ mod messages;
 pub mod next_hops;
 mod observe;
 pub mod pod_tables;
+mod preflight;
 pub mod required_sysctls;
 mod shape;
 mod spoofing;
@@ -41,6 +42,7 @@ pub use self::{
     firewall::{FirewallTable, TRIAL_MARK, Verification},
     leftovers::{Extent, Leftovers},
     observe::overlaps,
+    preflight::PlannedOverlay,
     watch::{ForeignRoutes, Recheck},
 };
 use self::{
@@ -225,7 +227,7 @@ impl Kernel {
     ///
     /// # Errors
     /// The reason why it cannot.
-    pub fn preflight(&mut self, name: &str, vni: u32, port: u16) -> Result<(), KernelError> {
+    fn preflight(&mut self, name: &str, vni: u32, port: u16) -> Result<(), KernelError> {
         // The kernel checks permissions before it looks for the changes, of which there are none.
         let lo = self.netlink.index_of("lo")?;
         if let Err(error) = self.netlink.set_link(LinkUnspec::new_with_index(lo))
@@ -284,7 +286,7 @@ impl Kernel {
     ///
     /// # Errors
     /// When one does, or the kernel's tables cannot be read.
-    pub fn refuse_overlap(
+    fn refuse_overlap(
         &mut self,
         name: &str,
         underlay: IpAddr,
