@@ -25,7 +25,7 @@ pub struct Verdict {
     /// The state.
     pub state: VerdictState,
     /// The verdict in words: "healthy", "degraded: 2 problems", or "not ready: " and the reason. The doctor
-    /// also says "not set up: " and what to run.
+    /// also says "not set up: " and what to run, or "incomplete: " and how many checks need root.
     pub text: String,
 }
 
@@ -61,6 +61,13 @@ impl Verdict {
         let text = "not set up: run `gossamer init` to create a cluster, or `gossamer join TOKEN` to \
                     join one (`gossamer token` on a member prints that command)";
         Self { state: VerdictState::NotReady, text: text.to_owned() }
+    }
+
+    /// Returns the verdict of a doctor that lacks the rights for some checks and has found no problem with the
+    /// others.
+    pub fn incomplete(skipped: usize, checks: usize) -> Self {
+        let text = format!("incomplete: {skipped} of {checks} checks need root");
+        Self { state: VerdictState::NotReady, text }
     }
 
     /// Returns the exit code of commands that show the verdict.

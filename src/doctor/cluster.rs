@@ -1,6 +1,6 @@
 //! Checks of the cluster as the agent sees it; without an agent, whether its members could be joined.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use super::{Agent, Examination, Finding};
 use crate::{
@@ -10,9 +10,9 @@ use crate::{
     },
     model::{CallError, PathState},
     runtime::block_on,
-    store::read_token,
+    store::{StateDir, read_keyring, read_token},
     transport::{check_seeds, is_own_address, own_address_problem},
-    wire::visible,
+    wire::{Keyring, Token, visible},
 };
 
 /// A member with this many "down" events among the stored ones is reported as flapping.
@@ -56,10 +56,19 @@ fn no_agent(examination: &Examination) -> Finding {
     if !examination.is_set_up() {
         return Finding::skipped("agent", "none was set up on this host");
     }
+    let has_run = examination
+        .config
+        .as_ref()
+        .map_or(true, |config| StateDir::is_known(&config.state_dir));
     Finding::problem(
         "agent",
         examination.agent_error.clone().unwrap_or_else(|| "no agent answers".to_owned()),
-        "its kernel entries keep working, but nothing is repaired and new members are not reached",
+        match has_run {
+            true => {
+                "its kernel entries keep working, but nothing is repaired and new members are not reached"
+            }
+            false => "this host has no subnet until an agent has started, so no pod can be connected",
+        },
         "start it: systemctl start gossamer, or gossamer agent",
     )
     .refused_if(examination.is_agent_refused)
@@ -239,7 +248,8 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
     let Some(token) = config.token.as_ref().or(saved.as_ref()) else {
         return vec![Finding::skipped("seeds", "without a token none of them answers")];
     };
-    let answers = match block_on(check_seeds(&seeds, &token.secret)) {
+    let secrets = secrets(&config.state_dir, token);
+    let answers = match block_on(check_seeds(&seeds, secrets.accepted())) {
         Ok(Ok(answers)) => answers,
         Ok(Err(error)) => return vec![Finding::skipped("seeds", error.to_string())],
         Err(error) => return vec![Finding::skipped("seeds", error.to_string())],
@@ -279,13 +289,23 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
     findings
 }
 
+/// Returns the secrets with which the agent would start: the saved ones, which a rotation changes, and the
+/// token's unless it is outdated.
+fn secrets(state_dir: &Path, token: &Token) -> Keyring {
+    let saved = read_keyring(state_dir).ok().flatten();
+    let mut secrets = saved.unwrap_or_else(|| Keyring::new(token.secret.clone()));
+    secrets.adopt(&token.secret);
+    secrets
+}
+
 #[cfg(test)]
 mod tests {
     use super::{super::Verdict, *};
     use crate::{
         api::{EventKind, EventLevel, MemberChange},
         core::NodeStatus,
-        model::{Liveness, NodeId, Problem, ProblemCode},
+        model::{ClusterId, Liveness, NodeId, Problem, ProblemCode},
+        wire::{Secret, SecretOrder},
     };
 
     fn member(name: &str, address: &str) -> Member {
@@ -316,6 +336,21 @@ mod tests {
 
     fn is_bad(finding: &Finding, words: &str) -> bool {
         finding.verdict > Verdict::Skipped && finding.seen.contains(words)
+    }
+
+    #[test]
+    fn secrets_are_those_of_the_state_directory_after_a_rotation() {
+        let directory = tempfile::tempdir().expect("tempdir");
+        let of = |byte| Secret::new(vec![byte; 32]).expect("long enough");
+        let token = Token { cluster: ClusterId::UNKNOWN, secret: of(1), seeds: Vec::new() };
+        let used = |token| secrets(directory.path(), token).in_use().id();
+        assert_eq!(used(&token), of(1).id());
+        let mut rotated = Keyring::new(of(1));
+        rotated.apply(&SecretOrder::Add(of(2))).expect("added");
+        rotated.apply(&SecretOrder::Use(of(2).id())).expect("used");
+        let path = directory.path().join("secrets");
+        std::fs::write(path, rotated.to_string()).expect("written");
+        assert_eq!(used(&token), of(2).id(), "the token file is older");
     }
 
     #[test]

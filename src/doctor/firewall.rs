@@ -1,5 +1,7 @@
 //! Checks of other programs' chains: which packets to gossamer's ports, and which packets of pods, they drop.
 
+use std::path::Path;
+
 use ipnet::IpNet;
 
 use super::{Examination, Finding};
@@ -11,6 +13,9 @@ use crate::{
     },
     model::PathState,
 };
+
+/// Sockets of Docker's daemon.
+const DOCKER_SOCKETS: [&str; 2] = ["/run/docker.sock", "/var/run/docker.sock"];
 
 /// Runs the checks `firewall`, `forwarding` and `docker`.
 pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
@@ -119,7 +124,10 @@ fn docker(examination: &Examination, chains: &ForeignChains) -> Vec<Finding> {
         chains.dropping.iter().map(finding).collect()
     };
     if findings.is_empty() {
-        return vec![Finding::ok("docker", "containers are reachable directly")];
+        return vec![match DOCKER_SOCKETS.iter().any(|socket| Path::new(socket).exists()) {
+            true => Finding::ok("docker", "containers are reachable directly"),
+            false => Finding::skipped("docker", "no Docker runs on this host"),
+        }];
     }
     findings
 }

@@ -9,7 +9,7 @@ use std::{
 use nix::sched::{CloneFlags, unshare};
 use rtnetlink::{LinkBridge, LinkVeth, LinkVxlan};
 
-use super::{Examination, Finding, Numbers, Verdict};
+use super::{Examination, Finding, NEEDS_ROOT, Numbers, Verdict};
 use crate::{
     dataplane::{
         desired::{IPV6_MTU_MIN, Mode, device_name, overhead},
@@ -41,7 +41,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     if missing_capabilities(effective_capabilities("self")).is_empty() {
         findings.push(kernel());
     } else {
-        findings.push(Finding::skipped("kernel", "needs root"));
+        findings.push(Finding::skipped("kernel", NEEDS_ROOT));
     }
     let mode = examination.config.as_ref().map_or(Mode::Vxlan, |config| config.mode);
     let underlay = underlay(examination, findings);
@@ -271,6 +271,9 @@ fn sysctls(
         if !examination.is_set_up() {
             return Finding::notice("sysctls", seen, why, "gossamer init and gossamer join set it");
         }
+        if examination.config.as_ref().is_ok_and(|config| config.set_sysctls) {
+            return Finding::notice("sysctls", seen, why, "the agent sets it when it starts");
+        }
         let fix = format!("{command} (and a file in /etc/sysctl.d), or set_sysctls = true");
         Finding::problem("sysctls", seen, why, fix)
     }));
@@ -442,7 +445,8 @@ fn mtu(
     if findings.is_empty() && !examination.has_told("mtu") {
         let seen = match (own, carrier) {
             (Some(mtu), Some(carrier)) => format!("{mtu} in {} of {}", carrier.mtu, carrier.name),
-            _ => "no overlay device yet".to_owned(),
+            (Some(mtu), None) => format!("the overlay carries {mtu}; its underlay is not known"),
+            (None, _) => "no overlay device yet".to_owned(),
         };
         findings.push(Finding::ok("mtu", seen));
     }

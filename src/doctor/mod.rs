@@ -12,7 +12,7 @@ mod routing;
 mod state;
 mod told;
 
-use std::{io, path::PathBuf};
+use std::{collections::BTreeSet, io, path::PathBuf};
 
 use nix::unistd::Pid;
 use serde::Serialize;
@@ -53,6 +53,9 @@ pub const CHECKS: [(&str, &str); 23] = [
     ("offload", "checksums that the network card gets wrong"),
     ("tables", "kernel entries that differ from the desired ones"),
 ];
+
+/// What a check says that was skipped because this process is not root.
+const NEEDS_ROOT: &str = "needs root";
 
 /// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -190,8 +193,19 @@ pub fn verdict(examination: &Examination, findings: &[Finding]) -> api::Verdict 
             api::Verdict::new(None, status.problems.len() + found_here)
         }
         None if !examination.is_set_up() => api::Verdict::not_set_up(),
-        None => api::Verdict::new(None, problems.count()),
+        None => match (problems.count(), skipped_for_root(findings)) {
+            (0, skipped @ 1..) => api::Verdict::incomplete(skipped, CHECKS.len()),
+            (problems, _) => api::Verdict::new(None, problems),
+        },
     }
+}
+
+/// Returns the number of checks that were skipped because this process is not root.
+fn skipped_for_root(findings: &[Finding]) -> usize {
+    let is_skipped =
+        |finding: &&Finding| finding.verdict == Verdict::Skipped && finding.seen == NEEDS_ROOT;
+    let checks: BTreeSet<_> = findings.iter().filter(is_skipped).map(|found| found.check).collect();
+    checks.len()
 }
 
 /// Runs all checks. Must be called outside of a runtime. Takes a few seconds if a seed does not answer.
@@ -225,21 +239,21 @@ fn skip_what_needs_root(findings: &mut Vec<Finding>, agent_answers: bool) {
         }
         keep
     });
-    if skipped.is_empty() {
+    skipped.retain(|check| *check != "privileges");
+    findings.extend(skipped.iter().map(|check| Finding::skipped(check, NEEDS_ROOT)));
+    let count = skipped_for_root(findings);
+    if count == 0 {
         return;
     }
-    findings.extend(skipped.iter().map(|check| Finding::skipped(check, "needs root")));
     findings.push(Finding::notice(
         "privileges",
         format!(
-            "the doctor does not run as root: {} of {} checks were skipped",
-            skipped.len(),
+            "the doctor does not run as root: {count} of {} checks were skipped",
             CHECKS.len()
         ),
         "faults that these checks detect are not reported",
         "sudo gossamer doctor",
     ));
-    findings.retain(|finding| finding.check != "privileges" || finding.verdict != Verdict::Skipped);
 }
 
 /// Numbers and networks to check: those of the cluster if it is known, otherwise those of the settings.
@@ -315,6 +329,7 @@ impl Examination {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Settings;
 
     #[test]
     fn skip_what_needs_root_leaves_one_warning_for_a_user() {
@@ -325,6 +340,7 @@ mod tests {
             Finding::problem("token", "state/token", "", "").refused_by(&refused),
             Finding::problem("agent", "gossamer.sock", "", "").refused_if(true),
             Finding::problem("sysctls", "net.ipv4.ip_forward is 0", "", ""),
+            Finding::skipped("kernel", NEEDS_ROOT),
             Finding::ok("underlay", "eth0"),
         ];
         skip_what_needs_root(&mut findings, false);
@@ -334,8 +350,29 @@ mod tests {
         };
         assert_eq!(of(Verdict::Problem), ["sysctls"]);
         assert_eq!(of(Verdict::Notice), ["privileges"]);
-        assert_eq!(of(Verdict::Skipped), ["ports", "token", "agent"]);
+        assert_eq!(of(Verdict::Skipped), ["kernel", "ports", "token", "agent"]);
         let seen = findings.iter().find(|finding| finding.verdict == Verdict::Notice);
         assert!(seen.is_some_and(|finding| finding.seen.contains("4 of 23")), "{findings:?}");
+    }
+
+    #[test]
+    fn checks_that_need_root_make_the_verdict_incomplete() {
+        let examination = Examination {
+            config: Settings::default().check(),
+            agent: None,
+            agent_error: None,
+            socket: "/nowhere/gossamer.sock".into(),
+            has_settings_file: true,
+        };
+        let mut findings = vec![Finding::ok("underlay", "eth0")];
+        assert_eq!(verdict(&examination, &findings).text, "healthy");
+        findings.extend(["agent", "token"].map(|check| Finding::skipped(check, NEEDS_ROOT)));
+        let said = verdict(&examination, &findings);
+        assert_eq!(
+            (said.text.as_str(), said.exit_code()),
+            ("incomplete: 2 of 23 checks need root", 3)
+        );
+        findings.push(Finding::problem("sysctls", "net.ipv4.ip_forward is 0", "", ""));
+        assert_eq!(verdict(&examination, &findings).text, "degraded: 1 problem");
     }
 }

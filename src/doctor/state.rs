@@ -12,7 +12,7 @@ use nix::{
     unistd::{AccessFlags, access},
 };
 
-use super::{Examination, Finding};
+use super::{Examination, Finding, NEEDS_ROOT};
 use crate::{
     config::Config,
     random::random,
@@ -41,9 +41,13 @@ pub fn configuration(examination: &Examination, findings: &mut Vec<Finding>) {
 
 /// Runs the checks `clock`, `state` and `token`.
 pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
-    let Ok(config) = &examination.config else {
-        let seen = "the settings are invalid";
-        return findings.extend(["clock", "state", "token"].map(|c| Finding::skipped(c, seen)));
+    let config = match &examination.config {
+        Ok(config) => config,
+        Err(error) => {
+            let is_refused = error.problem.contains("Permission denied");
+            let seen = if is_refused { NEEDS_ROOT } else { "the settings are invalid" };
+            return findings.extend(["clock", "state", "token"].map(|c| Finding::skipped(c, seen)));
+        }
     };
     findings.push(clock(&config.state_dir));
     let before = findings.len();

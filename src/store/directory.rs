@@ -138,9 +138,7 @@ impl StateDir {
     /// # Errors
     /// If the file cannot be read or is damaged.
     pub fn keyring(&self) -> Result<Option<Keyring>, StoreError> {
-        let path = self.path.join(SECRETS);
-        let Some(text) = read_if_there(&path)? else { return Ok(None) };
-        text.parse().map(Some).map_err(|why| StoreError::Secrets { path, why })
+        read_keyring(&self.path)
     }
 
     /// Stores the secrets that this node accepts.
@@ -370,6 +368,16 @@ pub fn read_token(state_dir: &Path) -> Result<Option<Token>, StoreError> {
     let path = state_dir.join(TOKEN);
     let Some(text) = read_if_there(&path)? else { return Ok(None) };
     text.parse().map(Some).map_err(|error| StoreError::Token { path, error })
+}
+
+/// Returns the secrets in a state directory, also while an agent uses it.
+///
+/// # Errors
+/// If the file cannot be read or is damaged.
+pub fn read_keyring(state_dir: &Path) -> Result<Option<Keyring>, StoreError> {
+    let path = state_dir.join(SECRETS);
+    let Some(text) = read_if_there(&path)? else { return Ok(None) };
+    text.parse().map(Some).map_err(|why| StoreError::Secrets { path, why })
 }
 
 /// Reads a file; `None` if it does not exist. Replaces invalid UTF-8, so that the file's parser refuses it

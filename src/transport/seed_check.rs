@@ -20,17 +20,17 @@ use crate::{
 /// Time in which a name must resolve before it is reported.
 const NAME_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Sends a request to each seed. Returns, sorted by seed, nothing or why the seed gave no answer. Takes at
+/// Sends a request to each seed, with secrets of which the first is in use. Returns, sorted by seed, nothing or
+/// why the seed gave no answer. Takes at
 /// most ten seconds.
 ///
 /// # Errors
 /// Fails when the system gives no random bytes, or no UDP socket can be bound.
 pub async fn check_seeds(
     seeds: &[String],
-    secret: &Secret,
+    secrets: &[Secret],
 ) -> anyhow::Result<Vec<(String, Result<(), CallError>)>> {
-    let credentials =
-        Credentials::new(std::slice::from_ref(secret), &NodeKey::from_seed(random()?)?)?;
+    let credentials = Credentials::new(secrets, &NodeKey::from_seed(random()?)?)?;
     let any: SocketAddr = (Ipv6Addr::UNSPECIFIED, 0).into();
     let bound = Transport::bind(any, &credentials);
     let bound = bound.or_else(|_| Transport::bind(([0, 0, 0, 0], 0).into(), &credentials));
