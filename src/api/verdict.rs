@@ -63,7 +63,7 @@ impl Verdict {
         Self { state: VerdictState::NotReady, text: text.to_owned() }
     }
 
-    /// Returns the verdict of a doctor that lacks the rights for some checks and has found no problem with the
+    /// Returns the verdict of a doctor that lacks the rights for some checks, and found no problem with the
     /// others.
     pub fn incomplete(skipped: usize, checks: usize) -> Self {
         let text = format!("incomplete: {skipped} of {checks} checks need root");

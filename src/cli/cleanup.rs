@@ -31,8 +31,9 @@ use crate::{
     dataplane::kernel::{Extent, Kernel},
     model::visible_lines,
     pods::wiring::Wiring,
-    store::{StateDir, StoreError},
+    store::{StateDir, StoreError, read_token},
     transport::NodeKey,
+    wire::Token,
 };
 
 #[derive(Debug, Args)]
@@ -250,8 +251,10 @@ pub(super) fn remove(places: &Places, mode: Mode) -> anyhow::Result<Removed> {
     let state_dirs = || places.state_dirs.iter().filter(|path| path.exists());
     for path in state_dirs() {
         match StateDir::peek_node_key(path) {
-            Ok(Some(seed)) => removed.nodes.push(NodeKey::from_seed(seed)?.id().to_string()),
-            Ok(None) => {}
+            Ok(Some(seed)) if may_be_member(path) => {
+                removed.nodes.push(NodeKey::from_seed(seed)?.id().to_string());
+            }
+            Ok(_) => {}
             Err(StoreError::InUse { .. }) if mode == Mode::ListBesideAgents => {}
             // The directory may belong to another program.
             Err(error) => return Err(error.into()),
@@ -278,6 +281,13 @@ pub(super) fn remove(places: &Places, mode: Mode) -> anyhow::Result<Removed> {
         let _ = fs::remove_dir(path);
     }
     Ok(removed)
+}
+
+/// Whether the node of a state directory has joined a cluster: it then has a token that names the cluster.
+/// True if that cannot be determined.
+fn may_be_member(state_dir: &Path) -> bool {
+    read_token(state_dir)
+        .map_or(true, |token| token.as_ref().and_then(Token::known_cluster).is_some())
 }
 
 fn remove_file(path: &Path) -> io::Result<()> {
@@ -331,5 +341,24 @@ impl Removed {
             )
         };
         self.nodes.iter().map(note).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{model::ClusterId, wire::Secret};
+
+    #[test]
+    fn node_without_a_token_of_a_cluster_need_not_be_forgotten() {
+        let directory = tempfile::tempdir().expect("tempdir");
+        let state = StateDir::open(directory.path()).expect("opens");
+        assert!(!may_be_member(directory.path()));
+        let secret = Secret::new(vec![7; 32]).expect("long enough");
+        let token = |cluster| Token { cluster, secret: secret.clone(), seeds: Vec::new() };
+        state.save_token(&token(ClusterId::UNKNOWN)).expect("saved");
+        assert!(!may_be_member(directory.path()), "it waits to join");
+        state.save_token(&token(ClusterId::from_bytes([7; 8]))).expect("saved");
+        assert!(may_be_member(directory.path()));
     }
 }

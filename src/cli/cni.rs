@@ -16,6 +16,7 @@ use super::{
     fail, output,
     placed::{
         PLUGIN_NAME, Removal, expect_directory, is_removable, place, place_program, remove_program,
+        with_remedy,
     },
 };
 use crate::{
@@ -85,7 +86,7 @@ pub fn run(args: &CniArgs) -> ExitCode {
             lines.iter().for_each(|line| _ = output::write_stdout(&format!("{line}\n")));
             ExitCode::SUCCESS
         }
-        Err(error) => fail(format_args!("{error:#}")),
+        Err(error) => fail(with_remedy(&error)),
     }
 }
 

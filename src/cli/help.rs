@@ -2,7 +2,10 @@
 
 use std::fmt::Write as _;
 
-use clap::{Command, CommandFactory as _, FromArgMatches as _};
+use clap::{
+    Arg, Command, CommandFactory as _, FromArgMatches as _,
+    builder::{OsStr, Resettable},
+};
 
 use super::Cli;
 
@@ -287,8 +290,21 @@ const BOLD: &str = "\x1b[1m";
 /// # Errors
 /// The error, or the help if that was asked for.
 pub fn parse() -> Result<Cli, clap::Error> {
-    let matches = command().try_get_matches()?;
+    let matches = without_empty_variables(command()).try_get_matches()?;
     Cli::from_arg_matches(&matches)
+}
+
+/// Makes empty variables count as unset: a file of a set-up with containers can only empty them.
+fn without_empty_variables(command: Command) -> Command {
+    let is_empty = |argument: &Arg| {
+        let value = argument.get_env().and_then(std::env::var_os);
+        value.is_some_and(|value| value.is_empty())
+    };
+    let unset = move |argument: Arg| match is_empty(&argument) {
+        true => argument.env(Resettable::<OsStr>::Reset),
+        false => argument,
+    };
+    command.mut_args(unset).mut_subcommands(without_empty_variables)
 }
 
 /// Returns the command line with its help.

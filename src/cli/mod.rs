@@ -54,7 +54,7 @@ pub use self::help::parse;
 use self::output::{Format, query_and_print};
 use crate::{
     api::{self, ClientError},
-    config::{Instance, example},
+    config::{Instance, check_environment, example},
     runtime::block_on,
 };
 
@@ -194,6 +194,21 @@ pub fn run(cli: Cli) -> ExitCode {
     );
     if changes_files && let Err(why) = demo::refuse_changes_of_files() {
         return fail(why);
+    }
+    // The others report it themselves, or read no variable.
+    let reads_variables = !matches!(
+        cli.command,
+        Command::Init(_)
+            | Command::Join(_)
+            | Command::Agent(_)
+            | Command::Doctor(_)
+            | Command::Completions(_)
+            | Command::Man(_)
+            | Command::Demo(_)
+            | Command::Lab(_)
+    );
+    if reads_variables && let Err(error) = check_environment() {
+        return fail(error);
     }
     match cli.command {
         Command::Init(args) => setup::init(*args),

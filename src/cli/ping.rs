@@ -23,6 +23,7 @@ pub struct PingArgs {
     node: String,
     /// Number of rounds
     #[arg(short, long, default_value_t = 3, value_name = "NUMBER")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     count: u32,
     /// Time between the starts of two rounds
     #[arg(short, long, default_value = "1s", value_parser = humantime::parse_duration, value_name = "SPAN")]
@@ -44,7 +45,7 @@ pub fn run(args: &PingArgs) -> ExitCode {
     let socket = args.client.socket();
     let is_text = args.client.output.is_text();
     let mut rounds: Vec<PingReport> = Vec::new();
-    for number in 1..=args.count.max(1) {
+    for number in 1..=args.count {
         let begun = Instant::now();
         let round: PingReport = match block_on(api::get_as(&socket, &target)) {
             Ok(Ok(round)) => round,

@@ -59,6 +59,16 @@ fn is_version_of_this_program(program: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
+/// Returns the text of an error, with the remedy if this user may not write to the system.
+pub(super) fn with_remedy(error: &anyhow::Error) -> String {
+    let is_refused = error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<io::Error>();
+        cause.is_some_and(|cause| cause.kind() == io::ErrorKind::PermissionDenied)
+    });
+    let remedy = if is_refused { ": run it as root" } else { "" };
+    format!("{error:#}{remedy}")
+}
+
 /// Installs the program unless another file has its path. `force` replaces that file.
 pub(super) fn place_program(
     program: &Path,

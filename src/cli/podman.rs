@@ -4,7 +4,7 @@
 use std::{
     fmt::Write as _,
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{Command, ExitCode, Output},
 };
 
 use anyhow::Context as _;
@@ -13,9 +13,12 @@ use clap::{Args, Subcommand};
 use super::{
     fail,
     output::write_stdout,
-    placed::{Removal, expect_directory, is_removable, place_program, remove_program},
+    placed::{Removal, expect_directory, is_removable, place_program, remove_program, with_remedy},
 };
 use crate::netavark::DRIVER;
+
+/// First version of Podman that uses network plugins.
+const FIRST_VERSION: u32 = 5;
 
 /// Default plugin directories of Podman, in order of precedence.
 const DEFAULT_PLUGIN_DIRS: [&str; 4] = [
@@ -72,7 +75,7 @@ pub fn run(args: &PodmanArgs) -> ExitCode {
             write_stdout(&text);
             ExitCode::SUCCESS
         }
-        Err(error) => fail(format_args!("{error:#}")),
+        Err(error) => fail(with_remedy(&error)),
     }
 }
 
@@ -95,8 +98,24 @@ fn install(args: &InstallArgs) -> anyhow::Result<String> {
              [network], set netavark_plugin_dirs = [{dir:?}]"
         )?;
     }
-    writeln!(text, "next, as root: podman network create --driver {DRIVER} web")?;
+    let shown = Command::new("podman").arg("--version").output().ok();
+    match shown.as_ref().and_then(too_old) {
+        Some(version) => writeln!(
+            text,
+            "next: update Podman: this host has {version}, and only Podman {FIRST_VERSION} or later knows \
+             the driver {DRIVER}"
+        )?,
+        None => writeln!(text, "next, as root: podman network create --driver {DRIVER} web")?,
+    }
     Ok(text)
+}
+
+/// Returns Podman's version if it has no network plugins. `shown`: the output of `podman --version`.
+fn too_old(shown: &Output) -> Option<String> {
+    let text = String::from_utf8_lossy(&shown.stdout);
+    let version = text.split_whitespace().last().filter(|_| shown.status.success())?;
+    let major: u32 = version.split('.').next()?.parse().ok()?;
+    (major < FIRST_VERSION).then(|| version.to_owned())
 }
 
 fn uninstall(UninstallArgs { dir, force }: &UninstallArgs) -> anyhow::Result<String> {
@@ -127,4 +146,23 @@ pub(super) fn remove_installed(place: impl Fn(&Path) -> PathBuf) -> anyhow::Resu
     let dir = plugin.parent().map(Path::to_owned).unwrap_or_default();
     let text = uninstall(&UninstallArgs { dir, force: false })?;
     Ok(text.lines().map(str::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::process::ExitStatusExt as _, process::ExitStatus};
+
+    use super::*;
+
+    #[test]
+    fn too_old_is_podman_4_and_no_later_or_unknown_version() {
+        let of = |text: &str| {
+            let stdout = text.as_bytes().to_vec();
+            too_old(&Output { status: ExitStatus::from_raw(0), stdout, stderr: Vec::new() })
+        };
+        assert_eq!(of("podman version 4.9.3\n").as_deref(), Some("4.9.3"));
+        for usable in ["podman version 5.4.2\n", "podman version 10.0.0-dev\n", "unknown\n", ""] {
+            assert_eq!(of(usable), None, "{usable}");
+        }
+    }
 }

@@ -56,10 +56,8 @@ fn no_agent(examination: &Examination) -> Finding {
     if !examination.is_set_up() {
         return Finding::skipped("agent", "none was set up on this host");
     }
-    let has_run = examination
-        .config
-        .as_ref()
-        .map_or(true, |config| StateDir::is_known(&config.state_dir));
+    let has_run =
+        examination.config.as_ref().map_or(true, |config| StateDir::is_known(&config.state_dir));
     Finding::problem(
         "agent",
         examination.agent_error.clone().unwrap_or_else(|| "no agent answers".to_owned()),
@@ -67,7 +65,9 @@ fn no_agent(examination: &Examination) -> Finding {
             true => {
                 "its kernel entries keep working, but nothing is repaired and new members are not reached"
             }
-            false => "this host has no subnet until an agent has started, so no pod can be connected",
+            false => {
+                "this host has no subnet until an agent has started, so no pod can be connected"
+            }
         },
         "start it: systemctl start gossamer, or gossamer agent",
     )

@@ -16,7 +16,7 @@ use crate::{
         firewall::Firewall,
         kernel::{FirewallTable, Kernel, KernelError, overlaps, required_sysctls},
     },
-    model::{Pool, PoolSpec, ProblemCode},
+    model::{Pool, PoolSpec},
     netlink::{Netlink, in_thread, link::Link},
     pods::{agent_pod::OWN_ALIAS, obstacle::obstacle},
     store::StateDir,
@@ -213,11 +213,9 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
     }
     let config = examination.config.as_ref().ok()?;
     let chosen = Netlink::open()
-        .map_err(UnderlayError::from)
-        .and_then(|mut netlink| underlay::choose(&mut netlink, config, std::iter::empty()));
-    let is_refused = matches!(&chosen,
-        Err(UnderlayError::Netlink(error)) if error.kind() == io::ErrorKind::PermissionDenied);
-    match chosen {
+        .map(|mut netlink| underlay::choose(&mut netlink, config, std::iter::empty()));
+    let is_refused = chosen.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
+    match chosen.unwrap_or_else(|error| Err(error.into())) {
         Err(error @ UnderlayError::Mtu { .. }) => {
             findings.push(Finding::sentence("mtu", &error.to_string()));
             let UnderlayError::Mtu { iface, .. } = error else { return None };

@@ -247,10 +247,7 @@ fn skip_what_needs_root(findings: &mut Vec<Finding>, agent_answers: bool) {
     }
     findings.push(Finding::notice(
         "privileges",
-        format!(
-            "the doctor does not run as root: {count} of {} checks were skipped",
-            CHECKS.len()
-        ),
+        format!("the doctor does not run as root: {count} of {} checks were skipped", CHECKS.len()),
         "faults that these checks detect are not reported",
         "sudo gossamer doctor",
     ));
@@ -361,6 +358,7 @@ mod tests {
             config: Settings::default().check(),
             agent: None,
             agent_error: None,
+            is_agent_refused: false,
             socket: "/nowhere/gossamer.sock".into(),
             has_settings_file: true,
         };

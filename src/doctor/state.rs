@@ -44,8 +44,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     let config = match &examination.config {
         Ok(config) => config,
         Err(error) => {
-            let is_refused = error.problem.contains("Permission denied");
-            let seen = if is_refused { NEEDS_ROOT } else { "the settings are invalid" };
+            let seen = if error.is_refused { NEEDS_ROOT } else { "the settings are invalid" };
             return findings.extend(["clock", "state", "token"].map(|c| Finding::skipped(c, seen)));
         }
     };

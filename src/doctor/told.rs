@@ -45,6 +45,7 @@ pub(super) const fn check_of(code: ProblemCode) -> &'static str {
         Code::DockerDirectAccess => "docker",
         Code::Starting
         | Code::NoSubnet
+        | Code::PreferredSubnet
         | Code::SubnetAssignedTwice
         | Code::Kubernetes
         | Code::ForgedRecords

@@ -84,8 +84,8 @@ pub fn rerun_inside(arguments: &[String]) -> Option<ExitCode> {
     }))
 }
 
-/// Waits for the command. A signal to this process kills the command, and with it, as the first process
-/// of its namespaces, everything inside.
+/// Waits for the command, and returns its exit code. A signal to this process kills the command, and with it,
+/// as the first process of its namespaces, everything inside. The code is then that of the signal.
 fn wait(mut child: std::process::Child) -> io::Result<u8> {
     use nix::sys::signal::{SigSet, Signal, kill};
     let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
@@ -94,14 +94,19 @@ fn wait(mut child: std::process::Child) -> io::Result<u8> {
         signals.add(signal);
     }
     signals.thread_block()?;
+    let mut received = None;
     loop {
         if let Some(status) = child.try_wait()? {
-            let code = status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+            let signal = received.map(|signal| signal as i32).or(status.signal());
+            let code = status.code().or(signal.map(|signal| 128 + signal)).unwrap_or(1);
             return Ok(u8::try_from(code).unwrap_or(1));
         }
         match signals.wait()? {
             Signal::SIGCHLD => {}
-            _ => kill(pid, Signal::SIGKILL)?,
+            signal => {
+                received = Some(signal);
+                kill(pid, Signal::SIGKILL)?;
+            }
         }
     }
 }

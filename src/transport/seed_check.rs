@@ -20,9 +20,8 @@ use crate::{
 /// Time in which a name must resolve before it is reported.
 const NAME_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Sends a request to each seed, with secrets of which the first is in use. Returns, sorted by seed, nothing or
-/// why the seed gave no answer. Takes at
-/// most ten seconds.
+/// Sends a request to each seed, with secrets of which the first is in use. Returns, sorted by seed, nothing
+/// or why the seed gave no answer. Takes at most ten seconds.
 ///
 /// # Errors
 /// Fails when the system gives no random bytes, or no UDP socket can be bound.

@@ -8,6 +8,10 @@ use crate::{
     cni::{Runtime, namespaces},
     common::{Cluster, TIMEOUT, isolated, program, status_where, tool, wait_until},
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 fn client(cluster: &Cluster, n: usize, arguments: &[&str]) -> Output {
@@ -298,8 +302,10 @@ fn demo_that_is_kept_leaves_every_host_healthy() {
         let status = text(&Command::new(program()).args(status).output()?);
         assert_eq!(subnet(&pod), subnet(&bridge));
         assert!(status.contains(&format!("subnet    {}.0/24", subnet(&pod))), "{status} {pod}");
-        demo.kill()?;
-        demo.wait()?;
+        kill(Pid::from_raw(demo.id().cast_signed()), Signal::SIGINT)?;
+        assert_eq!(demo.wait()?.code(), Some(130));
+        let last = lines.last().expect("a line")?;
+        assert!(last.contains("The demo has ended"), "{last}");
         Ok(())
     });
 }

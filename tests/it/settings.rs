@@ -25,6 +25,8 @@ fn misspelt_settings_are_refused_with_the_one_that_is_meant() {
         ("netwrok = \"10.0.0.0/8\"", "line 1: there is no setting netwrok: did you mean network?"),
         ("network = \"10.42.0.0\"", "write it as in network = \"10.42.0.0/16\""),
         ("init = true\nprefer_subnet = \"192.168.0.0\"", "192.168.0.0 is outside the network"),
+        ("init = true\nprefer_subnet = \"10.42.1.5\"", "use 10.42.1.0"),
+        ("log = \"verbose\"", "\"verbose\" is not a valid filter: use error, warn, info"),
         ("init = true\nidle_after = \"1m\"", "idle_after: it has no effect without program"),
     ] {
         std::fs::write(&file, text).expect("written");
@@ -38,6 +40,21 @@ fn misspelt_settings_are_refused_with_the_one_that_is_meant() {
     assert!(said.contains("Example: --network 10.42.0.0/16"), "{said}");
     let said = refused(&agent(&["--http", "9473"], &[]), 2);
     assert!(said.contains("Example: --http 127.0.0.1:9473"), "{said}");
+}
+
+#[test]
+fn commands_refuse_a_misspelt_variable_and_ignore_an_empty_one() {
+    let status = |variables: &[(&str, &str)]| {
+        let mut command = Command::new(program());
+        command.args(["status", "--socket", "/nowhere"]).envs(variables.iter().copied());
+        command.output().expect("gossamer runs")
+    };
+    let said = refused(&status(&[("GOSSAMER_SOKET", "/x")]), 1);
+    assert!(said.contains("did you mean GOSSAMER_SOCKET?"), "{said}");
+    let empty = ["GOSSAMER_HTTP", "GOSSAMER_MTU", "GOSSAMER_INIT", "GOSSAMER_MODE"];
+    let empty = empty.map(|name| (name, ""));
+    let said = refused(&agent(&["--config", "/dev/null", "--vni", "0"], &empty), 1);
+    assert!(said.contains("vni: 0 is out of range"), "{said}");
 }
 
 #[test]

@@ -343,3 +343,45 @@ fn token_out_writes_a_private_file() {
     assert_eq!(mode & 0o777, 0o600);
     assert!(fs::read_to_string(&path).expect("text").starts_with("gsm1."));
 }
+
+/// What an agent would refuse at its start is refused before settings are written.
+#[test]
+fn init_refuses_what_the_agent_would_refuse() {
+    isolated(|lab| {
+        let one = Own::new(lab, 1)?;
+        one.ok("mkdir /var/lib/theirs && touch /var/lib/theirs/file");
+        for (options, prepare, undo, words) in [
+            ("--log verbose", "true", "true", "\"verbose\" is not a valid filter"),
+            ("--mtu 9000", "true", "true", "mtu: 9000 does not fit interface"),
+            ("--state-dir /var/lib/theirs", "true", "true", "is in use by something else"),
+            ("--prefer-subnet 10.42.0.0", "true", "true", "in no subnet that may be leased"),
+            (
+                "",
+                "ip link add flannel.1 type vxlan id 1 dstport 8472",
+                "ip link del flannel.1",
+                "VNI 1 on UDP port 8472 is in use by device flannel.1",
+            ),
+        ] {
+            one.ok(prepare);
+            assert_contains(&one.refused(&format!("gossamer init {options}")), &[words]);
+            one.ok("! test -e /etc/gossamer/gossamer.toml");
+            // The doctor says the same.
+            let said = both(&one.run(&format!("gossamer doctor --init {options}")));
+            assert_contains(&said, &[words]);
+            assert!(!said.contains("name it: iface"), "{said}");
+            one.ok(undo);
+        }
+        one.ok("gossamer init");
+        one.host.netns.spawn(&mut enter(&one.keeper, "gossamer agent > log 2>&1 &"))?.wait()?;
+        one.ok("gossamer status --wait=30");
+        let blue = "--instance blue2 --network 10.42.64.0/18";
+        let said = one.refused(&format!("gossamer init {blue}"));
+        assert_contains(&said, &["of the overlay and", "overlap"]);
+        let said = both(&one.run(&format!("gossamer doctor {blue}")));
+        assert_contains(&said, &["of the overlay and", "overlap"]);
+        one.ok("! test -e /etc/gossamer/blue2.toml");
+        let done = one.ok("gossamer init --instance blue2 --network 10.60.0.0/18");
+        assert_contains(&done, &["gossamer status --instance blue2 --wait"]);
+        Ok(())
+    });
+}

@@ -97,7 +97,12 @@ fn enter(args: &DemoArgs) -> ExitCode {
         }
     }
     match lab::enter(&mut command) {
-        Ok(code) => code,
+        Ok(code) => {
+            if args.story.keep {
+                println!("\nThe demo has ended; nothing of it is left on this machine.");
+            }
+            code
+        }
         Err(error) => fail(format_args!("demo: {error:#}")),
     }
 }

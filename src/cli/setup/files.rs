@@ -44,6 +44,11 @@ impl SettingsFile {
         self.settings.set_sysctls
     }
 
+    /// Returns whether the file created a cluster before settings were added.
+    pub(super) fn created(&self) -> bool {
+        self.settings.init == Some(true)
+    }
+
     /// Fails if the file creates a cluster and the host is to join one, or the other way around.
     pub(super) fn require_same_purpose(&self, wanted: &Settings) -> anyhow::Result<()> {
         let (file, path) = (&self.settings, self.path.display());

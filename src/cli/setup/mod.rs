@@ -190,6 +190,7 @@ impl Setup {
             warn_of_names(&config.seeds);
         }
 
+        self.say_if_init_is_late(&file, &config.state_dir);
         let mut changed = self.write(&path, &file)?;
         if let Some(token) = &self.token {
             changed |= self.write_token(token)?;
@@ -227,6 +228,22 @@ impl Setup {
             );
         }
         Ok(Some(membership))
+    }
+
+    /// Says that `init` creates no cluster on a host that is a member of one.
+    fn say_if_init_is_late(&self, file: &SettingsFile, state_dir: &Path) {
+        let is_new = self.settings.init == Some(true) && !file.created();
+        let saved = read_token(&self.options.place(state_dir)).ok().flatten();
+        if let Some(cluster) = saved.as_ref().and_then(Token::known_cluster).filter(|_| is_new) {
+            say(
+                "note",
+                &format_args!(
+                    "{} holds the state of a member of cluster {cluster}: this host stays in it, and init \
+                     creates no other (to create one, run `gossamer uninstall` first)",
+                    state_dir.display()
+                ),
+            );
+        }
     }
 
     /// Writes the settings file. Returns whether it has changed.
@@ -304,7 +321,13 @@ impl Setup {
             false => {
                 say("next", &"this host has no systemd: let its init system run, as root,");
                 say("", &command);
-                say("", &"then `gossamer status --wait` shows whether this host is a member");
+                let flag = self.flag();
+                say(
+                    "",
+                    &format_args!(
+                        "then `gossamer status{flag} --wait` shows whether this host is a member"
+                    ),
+                );
             }
         }
         ExitCode::SUCCESS
@@ -322,8 +345,7 @@ impl Setup {
             Ok(Err(_)) => return fail(format_args!("no agent answers: {}", self.journal())),
             Err(error) => return fail(error),
         };
-        let flag = self.settings.instance.as_ref();
-        let flag = flag.map_or_else(String::new, |name| format!(" --instance {name}"));
+        let flag = self.flag();
         if !status.converged {
             let patience = MEMBER_TIMEOUT.as_secs();
             let verdict = &status.verdict.text;
@@ -343,6 +365,12 @@ impl Setup {
             &format_args!("`gossamer token{flag}` prints the command with which hosts join"),
         );
         ExitCode::SUCCESS
+    }
+
+    /// Returns the option that selects this instance in other commands.
+    fn flag(&self) -> String {
+        let name = self.settings.instance.as_ref();
+        name.map_or_else(String::new, |name| format!(" --instance {name}"))
     }
 
     fn journal(&self) -> String {

@@ -27,6 +27,9 @@ use crate::{
 /// File of dpkg that exists while the package is installed.
 const PACKAGE_MARK: &str = "/var/lib/dpkg/info/gossamer.list";
 
+/// Socket of Docker's daemon.
+const DOCKER_SOCKET: &str = "/run/docker.sock";
+
 #[derive(Debug, Args)]
 pub struct UninstallArgs {
     #[command(flatten)]
@@ -124,6 +127,25 @@ impl Found {
                 traces.notes().iter().for_each(|note| say("note", note));
             }
         }
+        self.what_stays().iter().for_each(|note| say("note", note));
+    }
+
+    /// Says what of gossamer this command does not find, and how to remove it.
+    fn what_stays(&self) -> Vec<&'static str> {
+        let mut notes = Vec::new();
+        if !self.plugins.is_empty() {
+            notes.push(
+                "configurations in other directories stay: `gossamer cni uninstall --conf-dir DIR` removes \
+                 what `cni install --conf-dir DIR` wrote",
+            );
+        }
+        if Path::new(DOCKER_SOCKET).exists() {
+            notes.push(
+                "Docker's networks of the driver gossamer stay: `docker network ls --filter \
+                 driver=gossamer` lists them, `docker network rm` removes them",
+            );
+        }
+        notes
     }
 
     fn remove(&self, options: &Options) -> anyhow::Result<()> {
@@ -152,6 +174,7 @@ impl Found {
         }
         // Fails if the administrator keeps other files in it.
         let _ = fs::remove_dir(options.place(Path::new("/etc/gossamer")));
+        self.what_stays().iter().for_each(|note| say("note", note));
         let program = std::env::current_exe().context("the path of this program")?;
         match options.place(Path::new(PACKAGE_MARK)).exists() {
             true => say("next", &"apt purge gossamer    # removes the program"),
