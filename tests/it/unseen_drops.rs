@@ -1,6 +1,8 @@
 //! Packets that a host drops where none of its own test packets passes: those of other hosts that arrive
 //! without a tunnel, and those that it passes on between other hosts.
 
+use std::process::Command;
+
 use gossamer::lab::Agent;
 
 use crate::{
@@ -141,6 +143,27 @@ fn member_that_gossip_calls_down_while_its_packets_arrive_is_a_problem_with_the_
         assert!(!doctor.contains("gossamer forget"), "{doctor}");
         sh(&cluster.hosts[1].netns, "nft delete table inet wall");
         status_where(&mut cluster.agents[0], |status| status["problems"] == serde_json::json!([]));
+        Ok(())
+    });
+}
+
+/// As with ports of a switch that are isolated from each other, or a macvlan guest and its host.
+#[test]
+fn peer_that_only_other_members_reach_is_reported_with_its_cause() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        for port in ["port1", "port2"] {
+            let mut isolate = Command::new("bridge");
+            let isolated = isolate.args(["link", "set", "dev", port, "isolated", "on"]).status()?;
+            assert!(isolated.success());
+        }
+        let words = [
+            "no machine on eth0 answers ARP for 10.99.0.11, so packets to n2 (10.99.0.11) do not leave this \
+             host",
+            "gossip still gets there through other members",
+        ];
+        wait_for_problem(&mut cluster.agents[0], &words);
         Ok(())
     });
 }

@@ -172,14 +172,15 @@ impl Agent {
         if (lost || is_partly) && self.kernel.host.is_table_full {
             return None;
         }
+        let found = verdict.filter(|_| is_silent || is_partly);
+        let cause = found.and_then(|found| found.cause.as_ref());
         if self.is_lost(state)
-            && let Some(problem) = self.undecided_problem(node, labels)
+            && let Some(problem) = self.undecided_problem(node, cause, labels)
         {
             return Some(problem);
         }
-        let found = verdict.filter(|_| is_silent || is_partly);
-        if let Some(cause) = found.and_then(|found| found.cause.clone()) {
-            return Some(cause);
+        if let Some(cause) = cause {
+            return Some(cause.clone());
         }
         let is_gone = self.is_lost(state) && !self.prober.paths.is_alive(node);
         let is_unanswered = is_gone && state != PathState::OneWay;

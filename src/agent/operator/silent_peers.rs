@@ -11,6 +11,10 @@ use crate::{
 /// A peer whose packets are lost on one way only sends a probe each second, in a large cluster more rarely.
 const MIN_SILENCE: Duration = Duration::from_secs(3);
 
+/// How long a peer is silent before a cause is named although gossip counts it as alive. Gossip reports a
+/// dead host as down in less than this time.
+const MAX_DECISION: Duration = Duration::from_secs(20);
+
 impl Agent {
     /// Whether a peer that does not answer is an earlier identity of a living host. A notice names it, and
     /// the causes of silence do not apply to that host.
@@ -71,13 +75,79 @@ impl Agent {
         (span >= MIN_SILENCE).then_some(span)
     }
 
-    /// Returns the problem of a peer that sends nothing, while gossip has not decided whether it is down.
-    pub(super) fn undecided_problem(&self, node: NodeId, labels: &Labels<'_>) -> Option<Problem> {
-        let silent = self.silent_span(node).filter(|_| self.node.is_active(node))?.as_secs();
-        let name = labels.of(node);
-        let what =
-            format!("{name} has not answered for {silent} s: neither its agent nor its kernel");
-        let fix = "wait until gossip has decided whether it is down, or see whether that host runs";
-        Some(Problem::new(ProblemCode::PathLost, name, what, fix))
+    /// Returns the problem of a peer that sends nothing although gossip counts it as alive. A cause found for
+    /// its silence is named only once gossip would have reported a dead host as down.
+    pub(super) fn undecided_problem(
+        &self,
+        node: NodeId,
+        cause: Option<&Problem>,
+        labels: &Labels<'_>,
+    ) -> Option<Problem> {
+        let silent = self.silent_span(node).filter(|_| self.node.is_active(node))?;
+        let is_other = |(other, state, _): (NodeId, PathState, _)| {
+            other != node && self.node.is_active(other) && !self.is_lost(state)
+        };
+        let has_others = self.path_states().any(is_other);
+        let is_decided = silent >= MAX_DECISION;
+        Some(silent_problem(
+            labels.of(node),
+            silent,
+            cause.filter(|_| is_decided),
+            has_others && is_decided,
+        ))
+    }
+}
+
+/// Describes a peer that sends nothing. `is_reached` says that gossip reaches it through other members.
+fn silent_problem(
+    name: String,
+    silent: Duration,
+    cause: Option<&Problem>,
+    is_reached: bool,
+) -> Problem {
+    let others = "gossip still gets there through other members";
+    if let Some(cause) = cause {
+        let mut problem = cause.clone();
+        if is_reached {
+            problem.what = format!("{}; {others}", problem.what);
+        }
+        return problem;
+    }
+    let silent = silent.as_secs();
+    let what = format!("{name} has not answered for {silent} s: neither its agent nor its kernel");
+    let (what, fix) = match is_reached {
+        true => (
+            format!("{what}; {others}, so that host runs"),
+            "look at the network between the two hosts (isolated ports, private VLAN, a macvlan guest and \
+             its host, a firewall on the way), and at the other host (there: gossamer status)",
+        ),
+        false => (
+            what,
+            "wait until gossip has decided whether it is down, or see whether that host runs",
+        ),
+    };
+    Problem::new(ProblemCode::PathLost, name, what, fix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silent_peer_that_others_reach_has_the_cause_found_or_a_place_to_look() {
+        let cause = Problem::new(ProblemCode::PathLost, "n2", "no machine answers ARP", "cable?");
+        let of = |seconds, cause, is_reached| {
+            let silent = Duration::from_secs(seconds);
+            silent_problem("n2".to_owned(), silent, cause, is_reached).to_string()
+        };
+        let undecided = of(5, None, false);
+        assert!(undecided.contains("for 5 s") && undecided.contains("wait until gossip"));
+        let reached = "gossip still gets there through other members";
+        let unexplained = of(30, None, true);
+        assert!(unexplained.contains(reached) && unexplained.contains("private VLAN"));
+        assert!(!unexplained.contains("wait until"), "{unexplained}");
+        let explained = of(30, Some(&cause), true);
+        assert!(explained.contains(&format!("answers ARP; {reached}")), "{explained}");
+        assert!(!of(30, Some(&cause), false).contains(reached));
     }
 }
