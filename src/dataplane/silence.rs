@@ -155,6 +155,8 @@ pub struct Facts {
     pub entered: bool,
     /// The kernel cannot resolve the MAC of this next hop on this interface.
     pub unresolved: Option<(IpAddr, String)>,
+    /// The route to it has several next hops, of which the kernel chooses one for each flow.
+    pub is_shared: bool,
     /// This host drops the answers for that next hop; the inner value is the rule, if known.
     pub refused: Option<Option<DroppingRule>>,
     /// A permanent neighbor entry gives the next hop another MAC than the one that answers for it.

@@ -95,6 +95,18 @@ impl Netlink {
         self.apply_one(RouteNetlinkMessage::NewNeighbour(wanted), NLM_F_CREATE)
     }
 
+    /// Lets the kernel verify a MAC that it has resolved: unless the machine answers within 3 s, the entry
+    /// fails. Entries that are never verified, or that the kernel verifies already, are left alone.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn verify_neighbor(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
+        match self.entry(link, ip)?.and_then(|found| verification(&found, ip)) {
+            Some(wanted) => self.apply_one(RouteNetlinkMessage::NewNeighbour(wanted), 0),
+            None => Ok(()),
+        }
+    }
+
     /// Returns the state of an entry; `None` if there is no entry.
     ///
     /// # Errors
@@ -173,6 +185,22 @@ pub fn protected_entry(link: u32, ip: IpAddr, mac: Option<Mac>, protocol: u8) ->
 /// Returns a request to remove the protection of [`protected_entry`].
 pub fn unprotected_entry(link: u32, ip: IpAddr, mac: Mac) -> Request {
     learned(message(link, ip), Some(mac))
+}
+
+/// Returns a message that lets the kernel verify an entry; `None` if it needs none.
+fn verification(found: &NeighbourMessage, ip: IpAddr) -> Option<NeighbourMessage> {
+    use NeighbourState::{Delay, Reachable, Stale};
+    // The kernel would take a flag away that the message does not repeat.
+    let has_more = |of: &NeighbourAttribute| matches!(of, NeighbourAttribute::ExtFlags(_));
+    let is_verifiable = matches!(found.header.state, Reachable | Stale | Delay);
+    if !is_verifiable || found.attributes.iter().any(has_more) {
+        return None;
+    }
+    let mut wanted = message(found.header.ifindex, ip);
+    wanted.header.state = NeighbourState::Probe;
+    wanted.header.flags =
+        found.header.flags & (NeighbourFlags::ExtLearned | NeighbourFlags::Router);
+    Some(wanted)
 }
 
 /// Returns a request for an entry whose MAC the kernel verifies.

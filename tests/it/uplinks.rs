@@ -241,6 +241,19 @@ fn next_hop_that_answers_no_arp_is_reported_and_the_advice_works() {
         let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
         silence_causes::wait_for_path(agent);
         tool(&host.netns, "sysctl -qw net.ipv4.fib_multipath_hash_policy=1");
+        // A next hop of the other family (RFC 5549).
+        let route = "10.99.0.10/32 nexthop dev eth0 nexthop via inet6 fe80::77 dev eth0";
+        tool(&host.netns, &format!("ip route add {route}"));
+        let words =
+            "next hop fe80::77 on eth0 of the route to 10.99.0.10 answers no neighbor discovery";
+        wait_until(words, REPORT_TIMEOUT, || has_problem(agent, words));
+        assert!(has_problem(agent, "(ip route get fibmatch 10.99.0.10)"));
+        assert!(
+            !has_problem(agent, "one of several next hops"),
+            "the problem of the route says it"
+        );
+        tool(&host.netns, &format!("ip route del {route}"));
+        silence_causes::wait_for_path(agent);
         tool(
             &host.netns,
             "ip route add 10.99.0.10/32 nexthop dev eth0 nexthop via 10.99.0.77 dev eth0",

@@ -217,12 +217,12 @@ impl Auditor {
             Err(error) => tracing::debug!(%error, "routes not looked up"),
         }
         let rest = (begun.elapsed() * TIME_SHARE).min(MAX_PAUSE);
-        let pause =
-            if self.audit.is_unfinished() { UNCERTAIN_PASS_INTERVAL } else { PASS_INTERVAL };
-        self.not_before = begun + rest.max(UNCERTAIN_PASS_INTERVAL);
-        self.due = begun + pause.max(rest);
         self.look_up_paths(netlink, desired, place);
         self.dead_hops.check(begun, netlink);
+        let is_uncertain = self.audit.is_unfinished() || self.dead_hops.is_undecided();
+        let pause = if is_uncertain { UNCERTAIN_PASS_INTERVAL } else { PASS_INTERVAL };
+        self.not_before = begun + rest.max(UNCERTAIN_PASS_INTERVAL);
+        self.due = begun + pause.max(rest);
         let mut problems = self.audit.problems(desired.pool.networks(), local_priorities(netlink));
         problems.extend(self.dead_hops.problems(netlink));
         let (state, detail) = match (self.audit.subjects(), problems.as_slice()) {

@@ -325,6 +325,9 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         else {
             return Ok(None);
         };
+        routes.verify_hops(&mut self.netlink, diagnosed, |hop| {
+            watch.answered_at(hop).next().is_some()
+        });
         self.duplicates.extend(watch.duplicates());
         self.claim = watch.claim().map(|mac| claim_problem(mac, place));
         let after = counted_packets(case);
@@ -342,10 +345,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                 sent: sent.past_device.contains(&suspect.node),
                 entered: sent.into_device.contains(&suspect.node)
                     && routes.routes_to_device(&mut self.netlink, place, suspect.vtep),
-                unresolved: routes.unresolved(&mut self.netlink, suspect.address),
                 filtered: routes.filtered(&mut self.netlink, place, suspect.address, &traces.came),
-                pinned: routes
-                    .pinned(&mut self.netlink, suspect.address, |hop| watch.answering(hop)),
                 congested: errors.is_some_and(|(before, after)| after > before),
                 elsewhere: routes.elsewhere(&mut self.netlink, case, suspect.address, &traces.left),
                 xdp: routes.has_xdp(place),
@@ -355,7 +355,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                     true => ipsec_policies::ipsec_policies(place, IN, Some(suspect.address)),
                     false => Vec::new(),
                 },
-                ..Facts::default()
+                ..routes.hop_facts(&mut self.netlink, suspect.address, &watch)
             };
             facts.insert(suspect.node, known);
         }

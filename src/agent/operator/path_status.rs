@@ -131,13 +131,17 @@ impl Agent {
     #[expect(clippy::too_many_lines, reason = "one text for each state of a path")]
     fn path_finding(&self, node: NodeId, state: PathState, labels: &Labels<'_>) -> Option<Problem> {
         let verdict = self.threads.monitors.silence_diagnosis.verdict(node);
-        if self.is_passed_by_pods(node, state) {
-            let is_of_flows = verdict.filter(|verdict| verdict.loses_flows);
-            return is_of_flows.and_then(|verdict| verdict.cause.clone());
-        }
         let view = self.kernel.wanted.view.as_ref()?;
         let peer = view.peers.get(&node)?;
         let (there, here) = (peer.vtep.underlay, view.own.vtep.underlay);
+        let of_flows = verdict.filter(|verdict| verdict.loses_flows);
+        // A next hop that loses some flows is reported once for all peers behind it.
+        let is_known =
+            of_flows.is_some() && self.kernel.traffic.routing.dead_hops.contains_key(&there);
+        if self.is_passed_by_pods(node, state) {
+            let cause = of_flows.filter(|_| !is_known);
+            return cause.and_then(|verdict| verdict.cause.clone());
+        }
         let (port, name) = (view.settings.vxlan_port, self.node.name_of(node));
         let gossip = self.node.address_of(node)?.port();
         let (_, subnets) = peer.leases.first()?;
@@ -178,6 +182,9 @@ impl Agent {
             && let Some(problem) = self.undecided_problem(node, cause, labels)
         {
             return Some(problem);
+        }
+        if is_known && found.is_some() {
+            return None;
         }
         if let Some(cause) = cause {
             return Some(cause.clone());

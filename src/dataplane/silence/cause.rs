@@ -157,6 +157,8 @@ pub enum Cause {
         interface: String,
         /// The next hop is not the peer itself.
         is_gateway: bool,
+        /// It is one of several, and only the flows that the kernel gives it are lost.
+        is_one_of_several: bool,
     },
     /// Tunnel packets are sent but do not leave by any interface.
     NotLeaving {
@@ -247,7 +249,8 @@ impl Cause {
         }
         if let Some((address, interface)) = facts.unresolved.clone() {
             let is_gateway = address != suspect.address;
-            return Some(Self::Unresolved { address, interface, is_gateway });
+            let is_one_of_several = facts.is_shared;
+            return Some(Self::Unresolved { address, interface, is_gateway, is_one_of_several });
         }
         if facts.sent && !has_left {
             return Some(Self::NotLeaving { hints: facts.hints[OUT].clone() });
@@ -274,7 +277,12 @@ impl Cause {
     /// Returns whether the cause concerns single flows, so that others may pass: connections that began while
     /// a translation was in force.
     pub(super) const fn loses_flows(&self) -> bool {
-        matches!(self, Self::Kept(_) | Self::Translated { chain: None, legacy: None, .. })
+        matches!(
+            self,
+            Self::Kept(_)
+                | Self::Translated { chain: None, legacy: None, .. }
+                | Self::Unresolved { is_one_of_several: true, .. }
+        )
     }
 }
 

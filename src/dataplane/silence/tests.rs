@@ -274,6 +274,19 @@ fn unresolved_next_hop_is_reported_as_peer_or_gateway() {
 }
 
 #[test]
+fn unresolved_hop_of_several_concerns_its_flows_and_is_named_before_the_device() {
+    let facts = Facts {
+        sent: true,
+        entered: true,
+        is_shared: true,
+        unresolved: Some(("fe80::1".parse().expect("an address"), "eth2".to_owned())),
+        ..Facts::default()
+    };
+    let parts = ["eth2 answers neighbor discovery for fe80::1, one of several next hops, so flows"];
+    assert_cause(&watch(), facts, &parts);
+}
+
+#[test]
 fn cause_of_several_peers_is_reported_once() {
     let (first, second) = (
         suspect(),

@@ -225,13 +225,19 @@ impl Cause {
                     rule_family(local.is_ipv4())
                 ),
             ),
-            Self::Unresolved { address, interface, is_gateway } => {
+            Self::Unresolved { address, interface, is_gateway, is_one_of_several } => {
                 let asked = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
-                let of = if *is_gateway { ", the gateway" } else { "" };
+                let (of, packets) = match (is_one_of_several, is_gateway) {
+                    (true, _) => {
+                        (", one of several next hops", "flows that the kernel sends by it")
+                    }
+                    (false, true) => (", the gateway", "packets"),
+                    (false, false) => ("", "packets"),
+                };
                 (
                     format!(
-                        "no machine on {interface} answers {asked} for {address}{of}, so packets to {peers} \
-                         do not leave this host"
+                        "no machine on {interface} answers {asked} for {address}{of}, so {packets} to \
+                         {peers} do not leave this host"
                     ),
                     format!(
                         "is it off, or in another network segment (cable, VLAN, port security)? (ip neigh \

@@ -49,12 +49,11 @@ impl DeadHops {
 
     /// Reads the neighbor entries of the next hops. The kernel is told to query those without one.
     pub(super) fn check(&mut self, now: Instant, netlink: &mut Netlink) {
-        // With this setting, the kernel does not use such a next hop.
+        // With this setting, the kernel does not use such a next hop of an IPv4 route.
         let avoids = sysctl::number("net/ipv4/fib_multipath_use_neigh");
         let is_avoided = avoids == Some(1);
-        let hops: BTreeSet<Hop> = self.hops.values().flatten().copied().collect();
-        let used: BTreeSet<Hop> =
-            hops.into_iter().filter(|(_, hop)| !(is_avoided && hop.is_ipv4())).collect();
+        let routes = self.hops.iter().filter(|(host, _)| !(is_avoided && host.is_ipv4()));
+        let used: BTreeSet<Hop> = routes.flat_map(|(_, hops)| hops).copied().collect();
         self.failing.retain(|hop, _| used.contains(hop));
         for hop in used {
             let (link, address) = hop;
@@ -69,6 +68,11 @@ impl DeadHops {
         let is_dead = |since: &Instant| now.saturating_duration_since(*since) >= MIN_FAILURE;
         let dead = self.failing.iter().filter(|(_, since)| is_dead(since));
         self.dead = dead.map(|(hop, _)| *hop).collect();
+    }
+
+    /// Whether a next hop does not answer, and it is not yet certain that it is dead.
+    pub(super) fn is_undecided(&self) -> bool {
+        self.failing.keys().any(|hop| !self.dead.contains(hop))
     }
 
     /// Records the state of a next hop's entry. An entry that is missing shows nothing.
@@ -108,8 +112,10 @@ impl DeadHops {
 }
 
 fn problem(hop: IpAddr, interface: &str, hosts: &[IpAddr]) -> Problem {
-    let (asked, family) =
-        if hop.is_ipv4() { ("ARP", "ip") } else { ("neighbor discovery", "ip -6") };
+    let asked = if hop.is_ipv4() { "ARP" } else { "neighbor discovery" };
+    // An IPv4 route can have next hops of IPv6 (RFC 5549).
+    let of_ipv4 = hosts.first().map_or(hop.is_ipv4(), IpAddr::is_ipv4);
+    let family = if of_ipv4 { "ip" } else { "ip -6" };
     let first = hosts.first().map_or_else(String::new, ToString::to_string);
     let more = match hosts.len() {
         0 | 1 => String::new(),
@@ -119,7 +125,7 @@ fn problem(hop: IpAddr, interface: &str, hosts: &[IpAddr]) -> Problem {
         "next hop {hop} on {interface} of the route to {first}{more} answers no {asked}: this route has \
          several next hops, and the flows of pods and agents that the kernel sends by {hop} are lost"
     );
-    let avoid = match hop.is_ipv4() {
+    let avoid = match of_ipv4 {
         true => {
             ", or let the kernel use only those that answer: sysctl -w \
                  net.ipv4.fib_multipath_use_neigh=1 (and a file in /etc/sysctl.d), then ip route flush cache"
@@ -162,5 +168,9 @@ mod tests {
         let words =
             "next hop 10.99.1.3 on eth0 of the route to 10.99.2.2 and 1 more answers no ARP";
         assert!(said.contains(words) && said.contains("fib_multipath_use_neigh=1"), "{said}");
+        let hop = "fe80::1".parse().expect("an address");
+        let said = problem(hop, "eth0", &hosts).to_string();
+        assert!(said.contains("answers no neighbor discovery"), "{said}");
+        assert!(said.contains("(ip route get fibmatch 10.99.2.2)"), "{said}");
     }
 }

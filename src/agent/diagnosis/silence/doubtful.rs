@@ -29,7 +29,8 @@ pub(super) fn suspects(
     let is_doubtful = |suspect: &&Suspect| {
         let (traces, facts) = (&watch.traces[&suspect.node], &facts[&suspect.node]);
         let is_translated = traces.left.iter().any(|(_, from)| *from != place.source);
-        let is_known = facts.unresolved.is_some() || facts.filtered.is_some();
+        let is_unresolved = facts.unresolved.is_some() && !facts.is_shared;
+        let is_known = is_unresolved || facts.filtered.is_some();
         let is_known = is_known || facts.pinned.is_some();
         let is_lost_here = facts.sent && traces.left.is_empty() || is_translated;
         let is_lost_here = is_lost_here || sent.forbidden.contains(&suspect.node);

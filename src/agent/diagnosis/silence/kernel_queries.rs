@@ -1,5 +1,7 @@
 //! Kernel queries about the packets of a silent peer, and the sender of test packets.
 
+mod hops;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
@@ -22,8 +24,7 @@ use crate::{
         foreign::ForeignTables,
         kernel::FirewallTable,
         silence::{
-            Diverted, DroppingRule, Elsewhere, OUT, Pinned, Place, Suspect, forget_connections,
-            open_chain,
+            Diverted, DroppingRule, Elsewhere, OUT, Place, Suspect, forget_connections, open_chain,
         },
     },
     model::{Mac, NodeId, Transport},
@@ -126,6 +127,8 @@ pub struct PeerRoutes {
     links: Vec<Link>,
     /// Routes by underlay address of the peer.
     routes: BTreeMap<IpAddr, RouteLookup>,
+    /// Interface and next hop of each way of those routes that have several.
+    shared: BTreeMap<IpAddr, Vec<(u32, IpAddr)>>,
 }
 
 impl PeerRoutes {
@@ -141,7 +144,7 @@ impl PeerRoutes {
         suspects: &[Suspect],
     ) -> io::Result<Self> {
         let links = netlink.links()?;
-        let mut routes = BTreeMap::new();
+        let (mut routes, mut shared) = (BTreeMap::new(), BTreeMap::new());
         for Suspect { address, .. } in suspects {
             let output = pinned.then_some(place.link);
             let (from, transport) = (Some(place.source), Some(Transport::udp_to(place.port)));
@@ -149,8 +152,13 @@ impl PeerRoutes {
             if let Ok(route) = netlink.route(&query) {
                 routes.insert(*address, route);
             }
+            let hops = netlink.entry_hops(&query).unwrap_or_default().into_iter();
+            let hops: Vec<_> = hops.map(|(link, hop)| (link, hop.unwrap_or(*address))).collect();
+            if hops.len() > 1 {
+                shared.insert(*address, hops);
+            }
         }
-        Ok(Self { links, routes })
+        Ok(Self { links, routes, shared })
     }
 
     /// Returns the underlay's interface and those that carry its packets: the ports of a bridge or bond, and
@@ -179,55 +187,6 @@ impl PeerRoutes {
     pub fn own_macs(&self) -> BTreeSet<Mac> {
         let macs = self.links.iter().filter(|link| !link.loopback).filter_map(|link| link.mac);
         macs.filter(|mac| mac.as_bytes() != &[0; 6]).collect()
-    }
-
-    /// Returns the next hop to a peer, and its interface.
-    fn hop(&self, address: IpAddr) -> Option<(IpAddr, &Link)> {
-        let route = self.routes.get(&address)?;
-        let link = self.links.iter().find(|link| link.index == route.link)?;
-        Some((route.gateway.unwrap_or(address), link))
-    }
-
-    /// Returns the next hops to all peers on the underlay's interface.
-    pub fn hops(&self, place: &Place) -> BTreeSet<IpAddr> {
-        let hops = self.routes.keys().filter_map(|address| self.hop(*address));
-        hops.filter(|(_, link)| link.index == place.link).map(|(hop, _)| hop).collect()
-    }
-
-    /// Whether one of these interfaces is that of the next hop to a peer, or a port of it.
-    pub fn has_next_hop_at(
-        &self,
-        address: IpAddr,
-        mut interfaces: impl Iterator<Item = u32>,
-    ) -> bool {
-        let Some((_, wanted)) = self.hop(address) else { return false };
-        let is_match =
-            |link: &Link| link.index == wanted.index || link.controller() == Some(wanted.index);
-        interfaces.any(|index| self.links.iter().any(|link| link.index == index && is_match(link)))
-    }
-
-    /// Returns the fixed neighbor entry of the next hop to a peer, if other hardware addresses answer for
-    /// that hop.
-    pub fn pinned(
-        &self,
-        netlink: &mut Netlink,
-        address: IpAddr,
-        answering: impl Fn(IpAddr) -> BTreeSet<Mac>,
-    ) -> Option<Pinned> {
-        let (address, link) = self.hop(address)?;
-        let answering = answering(address);
-        let mac = netlink.fixed_neighbor(link.index, address).ok()??;
-        let is_other = !answering.is_empty() && !answering.contains(&mac);
-        let interface = link.name.clone();
-        is_other.then_some(Pinned { address, interface, mac, answering })
-    }
-
-    /// Returns the next hop to a peer and its interface, if the kernel cannot resolve its hardware address.
-    pub fn unresolved(&self, netlink: &mut Netlink, address: IpAddr) -> Option<(IpAddr, String)> {
-        let (hop, link) = self.hop(address)?;
-        let state = netlink.neighbour(link.index, hop).ok()??;
-        let is_unresolved = matches!(state, NeighbourState::Incomplete | NeighbourState::Failed);
-        is_unresolved.then(|| (hop, link.name.clone()))
     }
 
     /// Returns the interface at which the reverse path filter drops packets from a peer. Considers the
@@ -297,8 +256,11 @@ impl PeerRoutes {
         left: &BTreeSet<(u32, IpAddr)>,
     ) -> Option<Elsewhere> {
         let usual = self.routes.get(&address)?.link;
+        // Each next hop of a route with several is a usual way.
+        let ways: BTreeSet<u32> =
+            self.all_hops(address).into_iter().map(|(link, _)| link).chain([usual]).collect();
         let others: BTreeSet<u32> =
-            left.iter().map(|(link, _)| *link).filter(|link| *link != usual).collect();
+            left.iter().map(|(link, _)| *link).filter(|link| !ways.contains(link)).collect();
         let name = |index: u32| {
             let link = self.links.iter().find(|link| link.index == index)?;
             Some(link.name.clone())
@@ -312,7 +274,7 @@ impl PeerRoutes {
             });
         }
         // Interfaces below the usual one, such as the port of a bridge, carry the same packets.
-        let all_elsewhere = left.iter().all(|(link, _)| *link != usual);
+        let all_elsewhere = left.iter().all(|(link, _)| !ways.contains(link));
         let link = *others.first().filter(|_| all_elsewhere)?;
         Some(Elsewhere { interface: name(link)?, usual: name(usual)?, rule: None })
     }
