@@ -142,6 +142,10 @@ pub struct Watch {
     claimed: BTreeMap<Mac, BTreeSet<IpAddr>>,
     /// Answers by ARP or neighbor discovery for each next hop: the interface index and the answered MAC.
     answers: BTreeMap<IpAddr, BTreeSet<(u32, Option<Mac>)>>,
+    /// The MAC in the last answer for each next hop on each interface.
+    last_answers: BTreeMap<(IpAddr, u32), Mac>,
+    /// Next hops for which several machines answer in turn.
+    contested: BTreeSet<IpAddr>,
 }
 
 /// What is known about one peer from sources other than the capture.
@@ -155,6 +159,8 @@ pub struct Facts {
     pub entered: bool,
     /// The kernel cannot resolve the MAC of this next hop on this interface.
     pub unresolved: Option<(IpAddr, String)>,
+    /// The router to it on the underlay interface, and the MACs that answer in turn for its address.
+    pub contested: Option<(IpAddr, BTreeSet<Mac>)>,
     /// The route to it has several next hops, of which the kernel chooses one for each flow.
     pub is_shared: bool,
     /// This host drops the answers for that next hop; the inner value is the rule, if known.
@@ -211,6 +217,8 @@ impl Watch {
             claims: BTreeSet::new(),
             claimed: BTreeMap::new(),
             answers: BTreeMap::new(),
+            last_answers: BTreeMap::new(),
+            contested: BTreeSet::new(),
         }
     }
 
@@ -229,7 +237,25 @@ impl Watch {
         self.answers.get(&hop).into_iter().flatten().filter_map(|(_, mac)| *mac).collect()
     }
 
+    /// Returns the MACs of the machines that answer in turn for an address. A machine that has taken it over
+    /// from another one, such as a router of a pair (VRRP), is the only one that answers afterwards.
+    pub fn contestants(&self, address: IpAddr) -> BTreeSet<Mac> {
+        match self.contested.contains(&address) {
+            true => self.answering(address),
+            false => BTreeSet::new(),
+        }
+    }
+
     fn note_answer(&mut self, hop: IpAddr, link: u32, mac: Option<Mac>) {
+        let known = self.answers.get(&hop);
+        if let Some((mac, known)) = mac.zip(known) {
+            let last = self.last_answers.insert((hop, link), mac);
+            let is_back = known.contains(&(link, Some(mac))) && last != Some(mac);
+            let is_balanced = is_of_glbp(mac) && last.is_some_and(is_of_glbp);
+            if is_back && !is_balanced {
+                self.contested.insert(hop);
+            }
+        }
         if let Some(answers) = self.answers.get_mut(&hop).filter(|answers| answers.len() < MAX_MACS)
         {
             answers.insert((link, mac));
@@ -421,6 +447,11 @@ impl std::fmt::Display for Sign {
             Self::Tunnel => "its tunnel packets were seen here",
         })
     }
+}
+
+/// Whether a MAC is of routers that share one address on purpose, and answer for it in turn (GLBP of Cisco).
+fn is_of_glbp(mac: Mac) -> bool {
+    mac.as_bytes().starts_with(&[0x00, 0x07, 0xb4, 0x00])
 }
 
 /// Parses a UDP datagram: source, destination, and UDP header with payload. Fragments are not recognized.

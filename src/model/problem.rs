@@ -203,7 +203,7 @@ codes! {
     GossipMtu = "gossip-mtu",
     /// The MTU is too small for IPv6 in the overlay.
     Ipv6LeftOut = "ipv6-left-out",
-    /// Another machine has the address of this host.
+    /// Another machine has the address of this host, or of its router.
     AddressTaken = "address-taken",
     /// The kernel refused entries, or cannot be programmed.
     KernelRefused = "kernel-refused",

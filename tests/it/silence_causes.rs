@@ -367,6 +367,29 @@ fn gateway_to_an_on_link_peer_and_unresolved_peer_are_reported() {
     });
 }
 
+/// As with a home router that is plugged in with its factory address.
+#[test]
+fn gateway_whose_address_another_machine_has_is_named() {
+    isolated(|lab| {
+        let mut cluster = start_pair(lab)?;
+        let (router, other) = (lab.host(3, "n3")?, lab.host(4, "n4")?);
+        for machine in [&router, &other] {
+            tool(&machine.netns, "ip addr add 10.99.0.77/16 dev eth0");
+        }
+        tool(&router.netns, "sysctl -qw net.ipv4.ip_forward=0");
+        tool(&cluster.hosts[1].netns, "ip route add 10.99.0.10 via 10.99.0.77 dev eth0");
+        tool(&other.netns, "sysctl -qw net.ipv4.ip_forward=0");
+        let [first, second] = [mac_of(&router, "eth0"), mac_of(&other, "eth0")];
+        let words =
+            ["several machines answer ARP for 10.99.0.77, the gateway, on eth0: ", &first, &second];
+        let agent = &mut cluster.agents[1];
+        wait_until("the gateway is not named", REPORT_TIMEOUT, || {
+            words.iter().all(|words| has_problem(agent, words))
+        });
+        Ok(())
+    });
+}
+
 /// As with an external address of a service that is an address of a node (kube-proxy with IPVS).
 #[test]
 fn address_of_a_peer_on_this_host_is_reported_with_the_command_that_removes_it() {

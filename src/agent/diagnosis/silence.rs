@@ -64,7 +64,9 @@ const CLAIMED_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// limit drops its packets only under load.
 const VERDICT_LIFETIME: Duration = Duration::from_secs(60);
 /// How long to wait for an answer to the check: a host answers at once.
-const CLAIM_CAPTURE_TIME: Duration = Duration::from_millis(500);
+const CLAIM_CAPTURE_TIME: Duration = Duration::from_millis(250);
+/// Number of queries of one such check.
+const CLAIM_QUERIES: usize = 2;
 
 /// The input of a diagnosis.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,6 +152,7 @@ impl SilenceDiagnosis {
             claim: None,
             closed_gossip: None,
             duplicates: BTreeMap::new(),
+            gateways: BTreeSet::new(),
         };
         let worker = Worker::start("silence", move |orders| begin(orders).run())?;
         Ok(Self {
@@ -186,6 +189,8 @@ struct Diagnoser<F> {
     closed_gossip: Option<ClosedPort>,
     /// Silent peers that were seen with a hardware address of this host.
     duplicates: BTreeMap<NodeId, Mac>,
+    /// IPv4 routers to the peers diagnosed last. Another machine may have the address of one.
+    gateways: BTreeSet<IpAddr>,
 }
 
 impl<F: Fn(SilenceFindings)> Diagnoser<F> {
@@ -268,7 +273,9 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             if self.claim.is_some() { CLAIMED_CHECK_INTERVAL } else { CLAIM_CHECK_INTERVAL };
         self.claim_due = Some(now + pause);
         let Some(Case { place, .. }) = self.case.clone() else { return };
-        let neighbors = neighbors(&mut self.netlink, place.link);
+        let mut neighbors: BTreeSet<IpAddr> =
+            neighbors(&mut self.netlink, place.link).into_iter().collect();
+        neighbors.extend(&self.gateways);
         let queries = NeighborQueries::new(&place, neighbors.iter().copied());
         let Some(neighbor_queries) = queries else { return };
         let before = self.claim.clone();
@@ -283,14 +290,26 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
     fn capture_claims(
         &mut self,
         place: &Place,
-        neighbors: &[IpAddr],
+        neighbors: &BTreeSet<IpAddr>,
         neighbor_queries: &NeighborQueries,
     ) -> io::Result<()> {
         let routes = PeerRoutes::find(&mut self.netlink, place, false, &[])?;
         let mut watch = Watch::new(place.local, place.port, routes.own_macs(), &[]);
         watch.expect_answers(neighbors.iter().copied());
         let tap = Tap::of_arp()?;
-        neighbor_queries.send();
+        // Two machines that have the same address both answer each query.
+        for _ in 0..CLAIM_QUERIES {
+            neighbor_queries.send();
+            if !self.read_answers(&tap, &mut watch)? {
+                return Ok(());
+            }
+        }
+        self.claim = self.claim_in(&watch, place);
+        Ok(())
+    }
+
+    /// Reads the answers to queries. Returns false once the agent has ended.
+    fn read_answers(&mut self, tap: &Tap, watch: &mut Watch) -> io::Result<bool> {
         let begun = Instant::now();
         while begun.elapsed() < CLAIM_CAPTURE_TIME {
             let mut packets = 0;
@@ -300,11 +319,21 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             let remaining = CLAIM_CAPTURE_TIME.saturating_sub(begun.elapsed());
             self.orders.sleeper.wait([tap.as_fd()], Some(remaining));
             if !self.apply_orders() {
-                return Ok(());
+                return Ok(false);
             }
         }
-        self.claim = watch.claim().map(|mac| claim_problem(mac, place));
-        Ok(())
+        Ok(true)
+    }
+
+    /// Returns the problem that another machine has this host's address or that of a router to a peer.
+    fn claim_in(&self, watch: &Watch, place: &Place) -> Option<Problem> {
+        let own = watch.claim().map(|mac| Cause::AddressTaken { mac });
+        let contested = self.gateways.iter().find_map(|gateway| {
+            let macs = watch.contestants(*gateway);
+            let gateway = *gateway;
+            (!macs.is_empty()).then_some(Cause::GatewayClaimed { gateway, macs })
+        });
+        own.or(contested).map(|cause| cause.problem(&[], place))
     }
 
     /// Runs one diagnosis. Returns `None` if the case changed or the agent ended meanwhile.
@@ -329,7 +358,10 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             watch.answered_at(hop).next().is_some()
         });
         self.duplicates.extend(watch.duplicates());
-        self.claim = watch.claim().map(|mac| claim_problem(mac, place));
+        let gateway = |suspect: &Suspect| routes.gateway(place, suspect.address);
+        // The later checks ask by ARP.
+        self.gateways = diagnosed.iter().filter_map(gateway).filter(IpAddr::is_ipv4).collect();
+        self.claim = self.claim_in(&watch, place);
         let after = counted_packets(case);
         let errors = errors.zip(congested(&mut self.netlink, &place.device));
         let refuses =
@@ -355,7 +387,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                     true => ipsec_policies::ipsec_policies(place, IN, Some(suspect.address)),
                     false => Vec::new(),
                 },
-                ..routes.hop_facts(&mut self.netlink, suspect.address, &watch)
+                ..routes.hop_facts(&mut self.netlink, place, suspect.address, &watch)
             };
             facts.insert(suspect.node, known);
         }
@@ -470,9 +502,4 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             }
         }
     }
-}
-
-/// Returns the problem that another machine has this host's address.
-fn claim_problem(mac: Mac, place: &Place) -> Problem {
-    Cause::AddressTaken { mac }.problem(&[], place)
 }

@@ -134,6 +134,13 @@ pub enum Cause {
         /// The MACs.
         macs: BTreeSet<Mac>,
     },
+    /// Several machines answer in turn for the address of a router.
+    GatewayClaimed {
+        /// The router's address.
+        gateway: IpAddr,
+        /// The MACs.
+        macs: BTreeSet<Mac>,
+    },
     /// A permanent neighbor entry has the wrong MAC.
     Pinned(Pinned),
     /// This host drops the answers for the next hop.
@@ -244,8 +251,8 @@ impl Cause {
         if let (Some(seen), true) = (traces.came_as, traces.came.is_empty()) {
             return Some(Self::UnknownSender { seen });
         }
-        if traces.macs.len() > 1 {
-            return Some(Self::Claimed { macs: traces.macs.clone() });
+        if let Some(cause) = Self::of_claims(traces, facts) {
+            return Some(cause);
         }
         if let Some((address, interface)) = facts.unresolved.clone() {
             let is_gateway = address != suspect.address;
@@ -272,6 +279,15 @@ impl Cause {
             return Some(Self::LostInDevice { hints: facts.device_hints[IN].clone() });
         }
         (has_left && traces.came.is_empty() && facts.xdp).then_some(Self::LostToXdp)
+    }
+
+    /// Returns the cause that several machines have the address of the peer or of the router to it.
+    fn of_claims(traces: &Traces, facts: &Facts) -> Option<Self> {
+        if traces.macs.len() > 1 {
+            return Some(Self::Claimed { macs: traces.macs.clone() });
+        }
+        let (gateway, macs) = facts.contested.clone()?;
+        Some(Self::GatewayClaimed { gateway, macs })
     }
 
     /// Returns whether the cause concerns single flows, so that others may pass: connections that began while

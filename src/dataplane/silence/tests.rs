@@ -287,6 +287,32 @@ fn unresolved_hop_of_several_concerns_its_flows_and_is_named_before_the_device()
 }
 
 #[test]
+fn gateway_that_two_machines_answer_for_in_turn_is_named_and_a_takeover_is_not() {
+    const GATEWAY: [u8; 4] = [192, 0, 2, 254];
+    let contestants = |macs: &[Mac]| {
+        let mut watch = watch();
+        watch.expect_answers([GATEWAY.into()]);
+        for mac in macs {
+            on_packet(&mut watch, PACKET_HOST, ARP, &arp(*mac, GATEWAY));
+        }
+        watch.contestants(GATEWAY.into())
+    };
+    let [router, other] = [mac(5), mac(6)];
+    assert!(contestants(&[router, router]).is_empty(), "one machine");
+    assert!(contestants(&[router, router, other, other]).is_empty(), "a takeover");
+    let shared = |last| Mac::from_bytes([0x00, 0x07, 0xb4, 0x00, 0x01, last]);
+    assert!(contestants(&[shared(1), shared(2), shared(1)]).is_empty(), "GLBP");
+    let macs = contestants(&[router, other, router, other]);
+    assert_eq!(macs, BTreeSet::from([router, other]));
+    let facts = Facts { contested: Some((GATEWAY.into(), macs)), ..Facts::default() };
+    let parts = [
+        "several machines answer ARP for 192.0.2.254, the gateway, on eth0: ",
+        "02:00:00:00:00:05, 02:00:00:00:00:06",
+    ];
+    assert_cause(&watch(), facts, &parts);
+}
+
+#[test]
 fn cause_of_several_peers_is_reported_once() {
     let (first, second) = (
         suspect(),

@@ -16,6 +16,9 @@ impl Cause {
         let (what, fix) = self.texts(suspects, place);
         let (code, subject) = match self {
             Self::AddressTaken { .. } => (ProblemCode::AddressTaken, place.interface.clone()),
+            Self::GatewayClaimed { gateway, .. } => {
+                (ProblemCode::AddressTaken, gateway.to_string())
+            }
             _ => (ProblemCode::PathLost, names.join(", ")),
         };
         Problem::new(code, subject, what, fix)
@@ -163,6 +166,21 @@ impl Cause {
                     ),
                     "either another machine has that address, too, or that host has two cards in this \
                      network (there: sysctl -w net.ipv4.conf.all.arp_ignore=1)"
+                        .to_owned(),
+                )
+            }
+            Self::GatewayClaimed { gateway, macs } => {
+                let macs: Vec<String> = macs.iter().map(ToString::to_string).collect();
+                let asked = if gateway.is_ipv4() { "ARP" } else { "neighbor discovery" };
+                (
+                    format!(
+                        "several machines answer {asked} for {gateway}, the gateway, on {underlay}: {}. \
+                         Packets to other networks reach any of them",
+                        macs.join(", ")
+                    ),
+                    "only one of them is the router: find the other at the switch by its MAC, and change its \
+                     address (a router in its factory settings, or two routers of a pair that are both \
+                     active)"
                         .to_owned(),
                 )
             }

@@ -32,12 +32,16 @@ impl PeerRoutes {
     pub fn hop_facts(
         &self,
         netlink: &mut Netlink,
+        place: &Place,
         address: IpAddr,
         watch: &Watch,
     ) -> Facts {
+        let contested = self.gateway(place, address);
+        let contested = contested.map(|gateway| (gateway, watch.contestants(gateway)));
         Facts {
             unresolved: self.unresolved(netlink, address),
             pinned: self.pinned(netlink, address, |hop| watch.answering(hop)),
+            contested: contested.filter(|(_, macs)| !macs.is_empty()),
             is_shared: self.shared.contains_key(&address),
             ..Facts::default()
         }
@@ -64,6 +68,12 @@ impl PeerRoutes {
     pub fn hops(&self, place: &Place) -> BTreeSet<IpAddr> {
         let hops = self.routes.keys().filter_map(|address| self.hop(*address));
         hops.filter(|(_, link)| link.index == place.link).map(|(hop, _)| hop).collect()
+    }
+
+    /// Returns the router to a peer on the underlay's interface.
+    pub fn gateway(&self, place: &Place, address: IpAddr) -> Option<IpAddr> {
+        let (hop, link) = self.hop(address)?;
+        (hop != address && link.index == place.link).then_some(hop)
     }
 
     /// Whether one of these interfaces is that of the next hop to a peer, or a port of it.
