@@ -208,8 +208,6 @@ COMMIT
 -A FORWARD -i docker0 -o docker0 -j ACCEPT
 -A FORWARD ! -i docker0 -o docker0 -j DROP
 -A FORWARD -m set --match-set crowdsec src -j DROP
--A FORWARD -p tcp -m tcp --dport 80 --tcp-flags FIN,SYN,RST,ACK SYN -m hashlimit \
-    --hashlimit-above 100/sec --hashlimit-mode srcip --hashlimit-name syn -j DROP
 -A DOCKER-USER -i eth0 -p tcp -m tcp --dport 5432 -j DROP
 -A DOCKER-USER -j RETURN
 -A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
@@ -315,6 +313,12 @@ fn rules_of_firewalls_and_kubernetes_on_healthy_hosts_cause_no_notice() {
                 );
             }
         }
+        // Its counter shows that it has dropped nothing; rules of iptables-legacy are read without counters.
+        run(
+            host,
+            "iptables-nft -A FORWARD -p tcp --syn --dport 80 -m hashlimit --hashlimit-above 100/sec \
+             --hashlimit-mode srcip --hashlimit-name syn -j DROP",
+        );
         // The agent reads all rules at once: when it reports this one, it has read the others, too.
         sh(
             host,

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Chain of a table, rules, the warning, and the advice.
-const PARTIAL_RULES: [(&str, &str, &str, &str); 8] = [
+const PARTIAL_RULES: [(&str, &str, &str, &str); 9] = [
     (
         "ip crowd f { type filter hook forward priority -10 ; }",
         "ip saddr { 10.42.3.3, 203.0.113.9 } drop",
@@ -48,6 +48,13 @@ const PARTIAL_RULES: [(&str, &str, &str, &str); 8] = [
         "nft insert rule inet jumbo i udp dport 8472 accept",
     ),
     (
+        "ip flood f { type filter hook forward priority 0 ; }",
+        "tcp flags & (fin|syn|rst|ack) == syn limit rate over 60/second burst 20 packets drop",
+        "chain ip flood f drops some packets between pods: those that begin connections above a certain \
+         rate (rule with handle",
+        "nft insert rule ip flood f ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
+    ),
+    (
         "ip egress s { type nat hook postrouting priority 90 ; }",
         "ip saddr 10.42.3.3 snat to 192.0.2.9",
         "chain ip egress s gives some packets between pods another source address",
@@ -81,9 +88,9 @@ table inet hard {
         udp dport 33434-33534 reject
         ip daddr 10.43.0.0/16 tcp dport 443 drop
         fib daddr type local tcp dport 443 drop
-        tcp flags syn tcp dport 80 limit rate over 100/second drop
+        tcp flags syn tcp dport 80 limit rate over 100/second counter drop
         tcp dport 22 limit rate 10/minute accept
-        tcp dport 22 drop
+        tcp dport 22 counter drop
         tcp dport 9 meta mark set 0x99
         ip saddr 10.42.0.0/16 accept
         tcp dport 443 drop

@@ -100,6 +100,8 @@ pub struct Partial {
     pub rule: Option<String>,
     /// What the first rule matches.
     pub what: String,
+    /// How many packets the first rule has dropped, if it drops those above a rate and counts them.
+    pub counted: Option<u64>,
     /// Number of further rules.
     pub more: usize,
     /// Whether packets pass the chain before routing.
@@ -264,6 +266,8 @@ impl ForeignRules {
                     left: &mut left,
                     passes_established: 0,
                     accepts_new: 0,
+                    accepts_new_at_any_rate: 0,
+                    rated: Vec::new(),
                     found: &mut found,
                 };
                 walk.base_chain(ways);

@@ -148,6 +148,23 @@ pub fn is_conditional(rule: &Object) -> bool {
         .any(|(name, data)| CONDITIONS.contains(&name) && text_of(data) != Some(COMMENT))
 }
 
+/// Returns how many packets have matched all conditions of a rule, if it counts them.
+pub fn counted(rule: &Object) -> Option<u64> {
+    let mut counted = None;
+    for (name, data) in expressions(rule) {
+        match name {
+            "counter" => {
+                let packets = attributes::find(data, nfta::COUNTER_PACKETS);
+                counted = packets.and_then(|packets| packets.first_chunk().copied());
+            }
+            // The counter precedes a condition.
+            _ if CONDITIONS.contains(&name) => counted = None,
+            _ => {}
+        }
+    }
+    counted.map(u64::from_be_bytes)
+}
+
 /// Returns the name of a target or match of iptables.
 pub fn text_of(data: &[u8]) -> Option<&str> {
     attributes::find(data, nfta::TARGET_NAME).map(attributes::text)

@@ -239,7 +239,9 @@ fn fate(act: Act, packets: &str) -> Option<String> {
 }
 
 /// Describes which packets the rule affects, and identifies the rule.
-pub fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
+pub fn taken(Partial { rule, what, more, counted, .. }: &Partial) -> String {
+    let dropped =
+        counted.map_or_else(String::new, |count| format!(", which has matched {count} packets"));
     let more = match more {
         0 => String::new(),
         1 => ", and 1 more rule does the same".to_owned(),
@@ -247,7 +249,7 @@ pub fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
     };
     let what = if what.is_empty() { "all".to_owned() } else { format!("those {what}") };
     match rule {
-        Some(rule) => format!("{what} (rule {rule}{more})"),
+        Some(rule) => format!("{what} (rule {rule}{dropped}{more})"),
         None => format!("{what} (by its policy{more})"),
     }
 }

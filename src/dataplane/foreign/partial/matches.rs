@@ -128,7 +128,7 @@ pub fn recent(
     let set = (context.sets)(&SetName::Recent(list.to_owned()));
     set.limit(context.traffic, taken, &[to], is_inverted)?;
     if is_counted {
-        taken.limit_rate(false);
+        taken.limit_rate(!is_inverted);
     }
     Some(())
 }

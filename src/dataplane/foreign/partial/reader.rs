@@ -175,7 +175,7 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
             }
             "objref" if get(nfta::OBJREF_IMM_TYPE) == Some(COUNTER) => {}
             "limit" => taken.limit_rate(is_above(data)),
-            "quota" | "objref" => taken.limit_rate(false),
+            "quota" | "objref" => taken.limit_otherwise(),
             "immediate" | "counter" | "log" | "redir" | "nat" | "masq" | "tproxy" | "target"
             | "reject" | "notrack" | "queue" | "last" | "dup" => {}
             _ => return None,

@@ -124,8 +124,10 @@ pub struct MarkedPackets {
 pub struct Selection {
     /// Whether it selects only some packets, by something else than the connection's state.
     pub is_partial: bool,
-    /// Whether it selects packets up to a rate.
+    /// Whether it selects packets up to a rate or an amount, or by something unknown.
     pub is_limited: bool,
+    /// Whether it selects packets up to a rate, so that all other packets are those above it.
+    pub is_rated: bool,
     /// Whether it selects packets above a rate.
     pub is_above: bool,
     /// Whether it selects only packets that no connection begins with.
@@ -145,6 +147,7 @@ impl Default for Selection {
         Self {
             is_partial: false,
             is_limited: false,
+            is_rated: false,
             is_above: false,
             is_late: false,
             port: None,
@@ -167,6 +170,7 @@ impl Selection {
         let mut both = self.clone();
         both.is_partial |= other.is_partial;
         both.is_limited |= other.is_limited;
+        both.is_rated |= other.is_rated;
         both.is_above |= other.is_above;
         both.is_late |= other.is_late;
         both.port = other.port.or(self.port);
@@ -218,6 +222,7 @@ impl Selection {
             // Which of the selections applies depends on the packet.
             any.is_partial = true;
             any.is_limited |= other.is_limited;
+            any.is_rated &= other.is_rated;
             any.is_above |= other.is_above;
             any.is_late &= other.is_late;
             any.port = any.port.filter(|port| other.port == Some(*port));
@@ -408,7 +413,23 @@ impl Selection {
     pub(super) const fn limit_rate(&mut self, is_above: bool) {
         self.is_partial = true;
         self.is_limited |= !is_above;
+        self.is_rated |= !is_above;
         self.is_above |= is_above;
+    }
+
+    /// Narrows the selection to some packets, and nothing says that the others are lost.
+    pub(super) const fn limit_otherwise(&mut self) {
+        self.is_partial = true;
+        self.is_limited = true;
+    }
+
+    /// Returns the packets that `self` selects up to a rate and `dropped`, a later selection, selects
+    /// without one: those that are above the rate.
+    pub(super) fn above_rate(&self, dropped: &Self) -> Option<Self> {
+        let is_same = self.what.is_empty() || self.what == dropped.what;
+        let rest = Self { is_limited: false, is_rated: false, what: Vec::new(), ..self.clone() };
+        let rest = rest.and(dropped).filter(|_| is_same && !dropped.is_limited)?;
+        Some(Self { is_above: true, ..rest })
     }
 
     /// Narrows the selection to packets at some times.

@@ -2,6 +2,7 @@
 
 mod policies;
 mod programs;
+mod rates;
 
 use std::rc::Rc;
 
@@ -161,6 +162,8 @@ fn found_of(
         left: &mut left,
         passes_established: 0,
         accepts_new: 0,
+        accepts_new_at_any_rate: 0,
+        rated: Vec::new(),
         found: &mut found,
     };
     walk.base_chain(base.place.ways(traffic));
@@ -241,8 +244,6 @@ fn rule_that_does_not_match_packets_between_pods_is_not_found() {
     assert!(one(&[&states(1), &port(443), &drop()]).is_empty(), "invalid");
     let uplink = [("meta", Attributes::new().be32(1, 1).be32(2, 6)), cmp(0, b"eth0\0")];
     assert!(one(&[&uplink, &port(443), &drop()]).is_empty());
-    let limit = [("limit", Attributes::new().be32(5, 1))];
-    assert!(one(&[&states(8), &port(443), &limit, &drop()]).is_empty(), "new connections");
     let traceroute =
         [payload(2, 2, 2), cmp(5, &33434u16.to_be_bytes()), cmp(3, &33534u16.to_be_bytes())];
     assert!(one(&[&traceroute, &drop()]).is_empty());
@@ -265,8 +266,6 @@ fn rule_after_an_accepting_one_is_found_only_if_packets_reach_it() {
     assert_eq!(after(rule("base", &[&pods(), &accept()])), 0);
     assert_eq!(after(rule("base", &[&states(6), &accept()])), 1, "not new ones");
     assert_eq!(after(rule("base", &[&port(443), &accept()])), 0);
-    let limit = || [("limit", Attributes::new().be32(5, 0))];
-    assert_eq!(after(rule("base", &[&port(443), &limit(), &accept()])), 0, "a limit of a rate");
     let amount = || rule("base", &[&of_iptables("connbytes", &[]), &drop()]);
     let established = rule("base", &[&states(6), &accept()]);
     assert_eq!(found(&[amount()], FORWARD).len(), 1);
@@ -335,19 +334,6 @@ fn set_of_addresses_with_ports_is_read_part_by_part() {
 }
 
 #[test]
-fn limit_on_packets_is_found_and_limit_on_new_connections_is_not() {
-    let limit = [("limit", Attributes::new().be32(5, 1))];
-    assert_eq!(one(&[&limit, &drop()]), ["Drops above a certain rate +0"]);
-    assert_eq!(one(&[&port(443), &limit, &drop()]), ["Drops to port 443 above a certain rate +0"]);
-    let below = [("limit", Attributes::new().be32(5, 0))];
-    assert!(one(&[&port(443), &below, &drop()]).is_empty());
-    let above = "-A base -m hashlimit --hashlimit-above 9/sec --hashlimit-name h -j DROP";
-    assert_eq!(found_in_lines(&[above], FORWARD), ["Drops above a certain rate +0"]);
-    let new = "-A base -p tcp -m state --state NEW -m hashlimit --hashlimit-above 9/sec -j DROP";
-    assert!(found_in_lines(&[new], FORWARD).is_empty());
-}
-
-#[test]
 fn mark_is_followed_from_the_setting_rule_to_the_dropping_rule() {
     let set = |mark: u32| {
         let value = Attributes::new().nest(2, &Attributes::new().put(1, &mark.to_ne_bytes()));
@@ -407,6 +393,10 @@ fn rule_of_iptables_legacy_is_read_by_its_options() {
             "-m recent --rcheck --name bans --mask 255.255.255.255 --rsource -j DROP",
             "Drops from 10.42.1.2 +0",
         ),
+        (
+            "-m recent --update --seconds 60 --hitcount 9 --name bans --rsource -j DROP",
+            "Drops from 10.42.1.2 above a certain rate +0",
+        ),
         ("-m iprange --dst-range 10.42.2.2-10.42.2.9 -j DROP", "Drops to 10.42.2.2-10.42.2.9 +0"),
         (
             "-m string --string \"-j ACCEPT\" --algo bm --to 65535 -j DROP",
@@ -435,7 +425,6 @@ fn rule_of_iptables_legacy_is_read_by_its_options() {
         "-p tcp -m tcp --dport 80 -j LOG",
         "-m set ! --match-set others src -j DROP",
         "-m recent --rcheck --name others --rsource -j DROP",
-        "-m recent --update --seconds 60 --hitcount 9 --name bans --rsource -j DROP",
         "-p tcp -m tcp --dport 80 -m recent --set --name bans --rsource",
     ] {
         assert!(lines(&[&format!("-A base {line}")]).is_empty(), "{line}");

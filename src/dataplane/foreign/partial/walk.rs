@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
+    super::rules::counted,
     Act, Base, Key, POSTROUTING, PREROUTING, Partial, Place, lines, reader,
     reading::{Change, Context, Marks, Reading, Verdict},
     selection::{ESTABLISHED, MarkedPackets, NEW, Selection, Traffic},
@@ -15,6 +16,8 @@ use crate::netlink::{
 
 /// Upper limit of nested chains.
 const MAX_DEPTH: usize = 8;
+/// What a limit of a rate says about the packets that it does not let pass.
+const ABOVE_RATE: &str = "above a certain rate";
 
 /// The rules of one table, by chain.
 pub enum Rules<'a> {
@@ -42,6 +45,10 @@ pub struct Walk<'a> {
     pub passes_established: u8,
     /// Ways, as bits, of which a rule has accepted some first packets of connections.
     pub accepts_new: u8,
+    /// The same, without the rules that accept them up to a rate only.
+    pub accepts_new_at_any_rate: u8,
+    /// Packets that a rule accepts up to a rate.
+    pub rated: Vec<Selection>,
     /// The findings.
     pub found: &'a mut BTreeMap<Key, Partial>,
 }
@@ -51,14 +58,53 @@ impl Walk<'_> {
     pub fn base_chain(&mut self, ways: u8) {
         let base = self.base;
         let ways = self.chain(&base.name, MAX_DEPTH, &Selection::of_ways(ways));
+        let all = Selection::of_ways(ways);
         // If rules accept some connections, only trials show whether the policy takes all others. Chains
         // that close a host without trials are reported as a whole.
         let ways = ways & !self.accepts_new;
         let is_unknown = self.traffic.tunnel.is_none() && !self.traffic.is_tested();
-        if base.drops && ways != 0 && !is_unknown {
+        if !base.drops || is_unknown {
+            return;
+        }
+        if ways != 0 {
             for act in self.acts(&Verdict::Drop, &[], &Selection::of_ways(ways)) {
                 self.add_finding(act, (&base.name, None));
             }
+        }
+        if let Some(above) = self.above_rate(&[], &Verdict::Drop, &all) {
+            for act in self.acts(&Verdict::Drop, &[], &above) {
+                self.add_finding(act, (&base.name, None));
+            }
+        }
+    }
+
+    /// Returns those of the dropped packets that earlier rules let pass up to a rate. `rated` are the rules
+    /// of the same chain.
+    fn above_rate(
+        &self,
+        rated: &[Selection],
+        verdict: &Verdict,
+        dropped: &Selection,
+    ) -> Option<Selection> {
+        let is_loss = matches!(verdict, Verdict::Drop | Verdict::Reject) && dropped.ways != 0;
+        let is_loss = is_loss && self.traffic.tunnel.is_none();
+        // A rule of another chain may have accepted the others.
+        let mut open = dropped.clone();
+        open.ways &= !self.accepts_new_at_any_rate;
+        let here = rated.iter().filter(|_| is_loss).find_map(|rated| rated.above_rate(dropped));
+        here.or_else(|| {
+            let is_loss = is_loss && open.ways != 0;
+            self.rated.iter().filter(|_| is_loss).find_map(|rated| rated.above_rate(&open))
+        })
+    }
+
+    /// Notes that a rule accepts these packets.
+    fn note_accepted(&mut self, accepted: &Selection) {
+        let ways = if accepted.takes(NEW) { accepted.ways } else { 0 };
+        self.accepts_new |= ways;
+        match accepted.is_rated {
+            true => self.rated.push(accepted.clone()),
+            false => self.accepts_new_at_any_rate |= ways,
         }
     }
 
@@ -74,6 +120,8 @@ impl Walk<'_> {
         // Ways of which no packet of an established connection continues, of those that reach this
         // chain.
         let mut settled_here = 0;
+        // Packets that return up to a rate.
+        let mut rated: Vec<Selection> = Vec::new();
         for at in 0..count {
             if *self.left == 0 {
                 return 0;
@@ -88,8 +136,9 @@ impl Walk<'_> {
                 let Some(all) = into.and(&own) else { continue };
                 let settled = self.passes_established | settled_here;
                 let has_passed = all.is_late && all.ways & !settled == 0;
+                let above = self.above_rate(&rated, &verdict, &all);
                 if !has_passed && !ended.contains(&own.what) {
-                    for act in self.acts(&verdict, &changes, &all) {
+                    for act in self.acts(&verdict, &changes, above.as_ref().unwrap_or(&all)) {
                         self.add_finding(act, (name, Some(at)));
                     }
                     self.store_marks(&changes, &all);
@@ -107,15 +156,20 @@ impl Walk<'_> {
                         into.ways &= !whole;
                     }
                     Verdict::Jump(_) | Verdict::Goto(_) => {}
+                    Verdict::Return if all.is_rated => rated.push(all),
                     Verdict::Return => {
                         back |= whole;
                         into.ways &= !whole;
                         settled_here |= own.settled();
                         ended.extend(own.takes(NEW).then_some(own.what));
                     }
+                    Verdict::Accept if all.is_rated => {
+                        self.note_accepted(&all);
+                        rated.push(all);
+                    }
                     Verdict::Accept => {
                         settled_here |= own.settled();
-                        self.accepts_new |= if all.takes(NEW) { all.ways } else { 0 };
+                        self.note_accepted(&all);
                         if !all.is_partial && own.takes(ESTABLISHED) {
                             self.passes_established |= all.ways;
                         } else {
@@ -137,12 +191,19 @@ impl Walk<'_> {
     fn add_finding(&mut self, (act, what): (Act, Vec<String>), (name, at): (&str, Option<usize>)) {
         let base = self.base;
         let (label, chain) = (base.label(&base.name), base.shown(name));
+        let is_of_rate = what.last().is_some_and(|what| what.ends_with(ABOVE_RATE));
+        let counted = at.and_then(|at| self.rules.counted(name, at)).filter(|_| is_of_rate);
+        // Usual limits are far above what pods send.
+        if counted == Some(0) {
+            return;
+        }
         let new = || Partial {
             act,
             base: label.clone(),
             chain: chain.clone(),
             rule: at.map(|at| self.rules.identify(name, at)),
             what: what.join(" "),
+            counted,
             more: 0,
             is_early: base.place.is_early(),
         };
@@ -186,12 +247,13 @@ impl Walk<'_> {
                 _ => {}
             }
         }
-        let is_ordinary = taken.is_limited || taken.is_above && taken.is_of_beginnings();
-        if is_ordinary {
+        let is_of_beginnings = taken.is_above && taken.is_of_beginnings();
+        if taken.is_limited || is_of_beginnings && !is_of_pods {
             return acts;
         }
         if taken.is_above {
-            what.push("above a certain rate".to_owned());
+            let of = if is_of_beginnings { "that begin connections " } else { "" };
+            what.push(format!("{of}{ABOVE_RATE}"));
         }
         let of_verdict = match verdict {
             Verdict::Drop => Some(Act::Drops),
@@ -248,6 +310,14 @@ impl Rules<'_> {
                 let line = chains.get(chain)?.get(at)?;
                 lines::read(context, line, |name| chains.contains_key(name))
             }
+        }
+    }
+
+    /// Returns how many packets a rule has matched, if it counts them.
+    fn counted(&self, chain: &str, at: usize) -> Option<u64> {
+        match self {
+            Self::Nft(chains) => counted(chains.get(chain)?.get(at)?),
+            Self::Legacy(_) => None,
         }
     }
 
