@@ -343,13 +343,17 @@ impl Lead {
                 format!("remove it ({remove})"),
             );
         }
+        let is_of_host = route.prefix_len() == route.max_prefix_len();
+        let other = match is_of_host {
+            true => format!("replace it ({})", beside.replacen(" add ", " replace ", 1)),
+            false => format!("add a narrower route ({beside})"),
+        };
         if *by_address {
             return (
                 format!("the network {route} of {interface} includes {there} (table {name})"),
                 format!(
                     "if that host is not there, give {interface} another network (where Docker made it: \
-                     docker network rm, and create it with another --subnet), or add a narrower route \
-                     ({beside})"
+                     docker network rm, and create it with another --subnet), or {other}"
                 ),
             );
         }
@@ -357,7 +361,7 @@ impl Lead {
         let program =
             program.map(|program| format!(", probably of {program},")).unwrap_or_default();
         let of_table = if *name == "main" { String::new() } else { format!(" table {name}") };
-        let narrower = match route.prefix_len() == route.max_prefix_len() {
+        let narrower = match is_of_host {
             true => String::new(),
             false => format!(", or, where it is needed, add a narrower one ({beside})"),
         };
@@ -416,6 +420,9 @@ mod tests {
             network.contains("the network 10.99.0.8/29 of up1 includes 10.99.0.12"),
             "{network}"
         );
+        let client = said_of("ppp0", 254, Some("10.99.0.12/32"), true);
+        assert!(client.contains("ip route replace 10.99.0.12 dev eth0"), "{client}");
+        assert!(!client.contains("ip route add"), "{client}");
         let default = said(254, None, false);
         assert!(default.contains("the default route of table main leads them there"), "{default}");
     }
