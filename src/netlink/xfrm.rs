@@ -20,6 +20,14 @@ use super::{
 
 /// `XFRM_MSG_GETPOLICY`.
 const GET_POLICY: u16 = 0x15;
+/// `XFRM_MSG_GETDEFAULT`.
+const GET_DEFAULT: u16 = 0x28;
+/// Bytes of a `struct nlmsghdr`, and of one with a `struct xfrm_userpolicy_default`: a byte for each of `in`,
+/// `fwd` and `out`.
+const HEADER: usize = 16;
+const DEFAULTS: u32 = 16 + 3;
+/// `XFRM_USERPOLICY_BLOCK`.
+const BLOCK: u8 = 1;
 /// Bytes of a `struct nlmsghdr` with a `struct xfrm_userpolicy_id`.
 const REQUEST: u32 = 16 + 64;
 /// Bytes of `struct xfrm_userpolicy_info`, which precedes the attributes.
@@ -29,6 +37,8 @@ const SELECTOR: usize = 56;
 /// `XFRMA_TMPL`: the transformations of matching packets.
 const TEMPLATE: u16 = 5;
 const AF_INET: u16 = 2;
+/// The directions of a `struct xfrm_userpolicy_default`, in its order.
+const DEFAULT_DIRECTIONS: [&str; 3] = ["in", "fwd", "out"];
 /// Names of `XFRM_POLICY_IN`, `XFRM_POLICY_OUT` and `XFRM_POLICY_FWD`.
 const DIRECTIONS: [&str; 3] = ["in", "out", "fwd"];
 
@@ -84,6 +94,36 @@ pub fn policies() -> io::Result<Vec<Policy>> {
     }
 }
 
+/// Returns the directions (`in`, `fwd`, `out`) in which packets that no policy matches are dropped. Requires
+/// Linux 5.15.
+///
+/// # Errors
+/// If the kernel refuses or does not answer.
+pub fn blocked_by_default() -> io::Result<Vec<&'static str>> {
+    let socket = open_socket(NETLINK_XFRM)?;
+    let mut request = Vec::new();
+    request.extend(DEFAULTS.to_ne_bytes());
+    request.extend(GET_DEFAULT.to_ne_bytes());
+    request.extend(NLM_F_REQUEST.to_ne_bytes());
+    request.resize((DEFAULTS as usize).next_multiple_of(4), 0);
+    send_all(&socket, &request)?;
+    let mut buffer = Vec::with_capacity(RECEIVE_BUFFER_BYTES);
+    receive(&socket, &mut buffer)?;
+    match defaults(&buffer) {
+        Some(blocked) => Ok(blocked),
+        None => Err(io::Error::from(io::ErrorKind::Unsupported)),
+    }
+}
+
+/// Parses the answer; `None` if it is an error.
+fn defaults(answer: &[u8]) -> Option<Vec<&'static str>> {
+    let kind = u16::from_ne_bytes(*answer.get(4..)?.first_chunk()?);
+    let actions: [u8; 3] = *answer.get(HEADER..)?.first_chunk()?;
+    let directions = DEFAULT_DIRECTIONS.into_iter().zip(actions);
+    let blocked = directions.filter(|(_, action)| *action == BLOCK);
+    (kind == GET_DEFAULT).then(|| blocked.map(|(direction, _)| direction).collect())
+}
+
 /// Parses a `struct xfrm_userpolicy_info` with its attributes.
 fn policy(bytes: &[u8]) -> Option<Policy> {
     let family = u16::from_ne_bytes(*bytes.get(40..)?.first_chunk()?);
@@ -123,4 +163,21 @@ fn protocol_and_ports(selector: &[u8]) -> String {
         }
     }
     words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directions_with_the_default_to_block_are_read_and_an_error_has_none() {
+        let answer = |kind: u16, actions: [u8; 3]| {
+            let header = [&19_u32.to_ne_bytes()[..], &kind.to_ne_bytes(), &[0; 10]].concat();
+            [header, actions.to_vec()].concat()
+        };
+        assert_eq!(defaults(&answer(GET_DEFAULT, [1, 2, 1])), Some(vec!["in", "out"]));
+        assert_eq!(defaults(&answer(GET_DEFAULT, [2, 2, 0])), Some(Vec::new()));
+        assert_eq!(defaults(&answer(2, [1, 1, 1])), None);
+        assert_eq!(defaults(&[]), None);
+    }
 }

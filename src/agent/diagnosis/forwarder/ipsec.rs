@@ -13,13 +13,32 @@ const NAMED: usize = 3;
 
 /// Describes the policies that may match all packets between pods, with remedies.
 pub fn taking(networks: &[IpNet]) -> Vec<String> {
-    sentences_of_taking(policies().iter(), networks)
+    let mut sentences = sentences_of_taking(policies().iter(), networks);
+    sentences.extend(blocking_defaults(&["fwd", "out"]));
+    sentences
+}
+
+/// Describes the default policies of these directions that drop packets, with remedies.
+pub fn blocking_defaults(directions: &[&str]) -> Vec<String> {
+    // Kernels before 5.15 have no default policies.
+    let blocked = xfrm::blocked_by_default().unwrap_or_default().into_iter();
+    blocked.filter(|direction| directions.contains(direction)).map(blocking_default).collect()
+}
+
+fn blocking_default(direction: &str) -> String {
+    format!(
+        "IPsec drops packets that no policy matches (ip xfrm policy getdefault: {direction} block): ip xfrm \
+         policy setdefault {direction} accept, or add policies that let them pass"
+    )
 }
 
 /// The same for packets that leave by the VXLAN device.
 pub fn taking_out(network: IpNet) -> Vec<String> {
     let policies = policies();
-    sentences_of_taking(policies.iter().filter(|policy| policy.direction == "out"), &[network])
+    let leaving = policies.iter().filter(|policy| policy.direction == "out");
+    let mut sentences = sentences_of_taking(leaving, &[network]);
+    sentences.extend(blocking_defaults(&["out"]));
+    sentences
 }
 
 fn sentences_of_taking<'a>(
@@ -105,6 +124,13 @@ mod tests {
     const BLOCK: (bool, bool) = (true, false);
     const PASS: (bool, bool) = (false, false);
     const TUNNEL: (bool, bool) = (false, true);
+
+    #[test]
+    fn default_that_drops_packets_comes_with_both_commands() {
+        let said = blocking_default("fwd");
+        assert!(said.contains("(ip xfrm policy getdefault: fwd block)"), "{said}");
+        assert!(said.contains(": ip xfrm policy setdefault fwd accept"), "{said}");
+    }
 
     #[test]
     fn policy_for_some_pod_packets_is_reported_unless_earlier_policy_exempts_them() {

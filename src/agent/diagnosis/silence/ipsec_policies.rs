@@ -3,6 +3,7 @@
 use std::{fs, net::IpAddr};
 
 use crate::{
+    agent::diagnosis::forwarder::ipsec,
     dataplane::silence::{OUT, Place},
     netlink::xfrm::{self, Policy},
 };
@@ -49,7 +50,8 @@ pub fn ipsec_policies(place: &Place, way: usize, peer: Option<IpAddr>) -> Vec<St
             place.port
         )
     };
-    concerned.take(MAX_NAMED).map(sentence).collect()
+    let named = concerned.take(MAX_NAMED).map(sentence);
+    named.chain(ipsec::blocking_defaults(&[direction])).collect()
 }
 
 #[cfg(test)]
