@@ -24,7 +24,7 @@ use ipnet::IpNet;
 pub use self::parse::condition;
 use self::parse::{any, gateway, ip, refusal, rule, unicast_route, via_ip};
 use super::{Netlink, local};
-use crate::model::{Condition, Selector, Transport};
+use crate::model::{Condition, Ports, Selector, Transport};
 
 /// A packet whose route is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +147,29 @@ impl Rule {
         let is_any = |network: Option<IpNet>| network.is_none_or(|to| to.prefix_len() == 0);
         let is_selective = self.inverted || self.input.is_some() || self.mark.is_some();
         is_any(from) && is_any(to) && transport.is_none() && tos == 0 && !is_selective
+    }
+
+    /// Returns whether it matches the packet of a lookup, as far as that is known. `input` is the name of the
+    /// interface by which the packet comes in; `None` for packets of this host.
+    pub fn takes(&self, query: &Query, input: Option<&str>) -> bool {
+        let Selector { from, to, protocol, source, destination, tos, .. } = self.selector;
+        // The kernel compares a source address that is not chosen yet as the unspecified one.
+        let source_ip = query.from.unwrap_or_else(|| any(query.to.is_ipv4()));
+        let contains =
+            |network: Option<IpNet>, ip: IpAddr| network.is_none_or(|of| of.contains(&ip));
+        let of = query.transport;
+        let is_in = |ports: Option<Ports>, port: Option<u16>| {
+            ports.is_none_or(|of| port.is_some_and(|port| of.first <= port && port <= of.last))
+        };
+        let is_selected = contains(from, source_ip)
+            && contains(to, query.to)
+            && protocol.is_none_or(|number| of.is_some_and(|of| of.protocol == number))
+            && is_in(source, of.and_then(|of| of.source))
+            && is_in(destination, of.and_then(|of| of.destination))
+            && (tos == 0 || tos == query.tos)
+            && self.mark.is_none_or(|(mark, mask)| query.mark.unwrap_or(0) & mask == mark)
+            && self.input.as_deref().is_none_or(|name| name == input.unwrap_or("lo"));
+        is_selected != self.inverted
     }
 }
 
@@ -421,6 +444,44 @@ impl Netlink {
         match self.get(RouteNetlinkMessage::GetRoute(message))? {
             RouteNetlinkMessage::NewRoute(found) => Ok(found),
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no route in the answer")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rules of sing-box.
+    #[test]
+    fn rule_takes_packets_by_destination_port_and_interface() {
+        let rule = |selector: Selector, input: Option<&str>, inverted| Rule {
+            priority: 9_000,
+            selector,
+            inverted,
+            input: input.map(str::to_owned),
+            table: 2_022,
+            refuses: false,
+            mark: None,
+            protocol: None,
+        };
+        let net = |text: &str| Some(text.parse::<IpNet>().expect("a network"));
+        let to = Selector { to: net("172.19.0.0/30"), ..Selector::default() };
+        let port = Ports { first: 53, last: 53 };
+        let port = Selector { destination: Some(port), ..Selector::default() };
+        let unspecified = Selector { from: net("0.0.0.0/32"), ..Selector::default() };
+        let query = Query::to([10, 42, 2, 2].into());
+        let dns = Query { transport: Some(Transport::udp_to(53)), ..query };
+        for (rule, takes) in [
+            (rule(Selector::default(), None, false), [true; 3]),
+            (rule(to, None, false), [false; 3]),
+            (rule(port, None, true), [true, false, true]),
+            (rule(Selector::default(), Some("lo"), true), [false, false, true]),
+            (rule(unspecified, Some("lo"), false), [true, true, false]),
+        ] {
+            let found = [rule.takes(&query, None), rule.takes(&dns, None)];
+            let arriving = rule.takes(&query, Some("gsm0"));
+            assert_eq!([found[0], found[1], arriving], takes, "{rule:?}");
         }
     }
 }

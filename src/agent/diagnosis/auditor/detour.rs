@@ -205,7 +205,8 @@ fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
     // Kernels before 4.17 do not support this lookup.
     let entry = netlink.route_entry(query).ok().filter(|entry| entry.table == found.table);
     let rules = netlink.rules(query.to.is_ipv4()).unwrap_or_default();
-    let rule = rules.iter().find(|rule| rule.table == found.table);
+    let mut of_table = rules.iter().filter(|rule| rule.table == found.table);
+    let rule = of_table.clone().find(|rule| rule.takes(query, None)).or_else(|| of_table.next());
     Lead {
         table: found.table,
         rule: rule.map(|rule| rule.priority),

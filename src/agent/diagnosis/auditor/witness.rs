@@ -32,8 +32,8 @@ struct HostFacts {
     links: Vec<Link>,
     /// Addresses of this host.
     has: Vec<IpAddr>,
-    /// Priority, table and whether it refuses, of each rule, for IPv4 and IPv6.
-    rules: [Vec<(u32, u32, bool)>; 2],
+    /// The rules for IPv4 and IPv6, without those of gossamer.
+    rules: [Vec<Rule>; 2],
     /// Whether no policy rule leads all packets to the main table.
     without_main: [bool; 2],
     /// Rejecting routes.
@@ -161,12 +161,16 @@ impl<'a> Witness<'a> {
             let is_end = refusal.kind != THROW || refusal.table == MAIN;
             !is_ours && is_end && refusal.condition.takes(query.from, query.tos)
         });
-        // The rule whose packets are tested has led them there, not another rule with the same table.
+        let input = query.input.and_then(|index| host_facts.of(index)).map(|input| input.name);
+        // The rule whose packets are tested, or one that matches the packet, has led them there, not another
+        // rule with the same table.
         let mut rules = host_facts.rules[family].clone();
-        rules.sort_by_key(|(priority, ..)| {
+        rules.sort_by_key(|rule| {
             let of_rule = question.selector.and_then(|selector| selector.priority);
-            of_rule.is_some_and(|of_rule| of_rule != *priority)
+            let is_other = of_rule.is_some_and(|of_rule| of_rule != rule.priority);
+            (is_other, !rule.takes(query, input.as_deref()))
         });
+        let rules = rules.iter().map(|rule| (rule.priority, rule.table, rule.refuses)).collect();
         Ok(Evidence {
             input: query.input.and_then(|index| host_facts.of(index)),
             output: output.and_then(|index| host_facts.of(index)),
@@ -203,10 +207,6 @@ impl HostFacts {
         // Without any rule, the rules could not be read.
         let without_main =
             rules.each_ref().map(|rules| !rules.is_empty() && !rules.iter().any(leads));
-        let rules = rules.map(|rules| {
-            let short = |rule: Rule| (rule.priority, rule.table, rule.refuses);
-            rules.into_iter().map(short).collect()
-        });
         let mut refusals = |ipv4| netlink.refusals(ipv4).unwrap_or_default();
         let refusals = [refusals(true), refusals(false)];
         let has = netlink.addresses()?.into_iter().map(|address| address.ip).collect();
