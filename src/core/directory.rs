@@ -22,8 +22,11 @@ const MAX_STRAY: usize = 1 << 10;
 #[derive(Clone, Debug, Default)]
 pub struct Directory {
     records: BTreeMap<NodeId, MemberRecord>,
-    /// Forgotten nodes: all with a member record, and at most `MAX_STRAY` others.
+    /// Forgotten nodes: all with a member record, and at most [`MAX_STRAY`] others.
     forgets: BTreeMap<NodeId, Forget>,
+    /// Forgotten nodes without a member record, by rank. Those of the lowest ranks are kept, so that members
+    /// which learn of more than fit, in any order, keep the same ones.
+    stray: BTreeSet<(u64, NodeId)>,
     /// Nodes whose member record says that they have left.
     left: BTreeSet<NodeId>,
     /// Hashes of the buckets, kept consistent with `records` and `forgets`.
@@ -39,6 +42,7 @@ impl Directory {
             Entry::Vacant(entry) => {
                 self.hashes[Buckets::of_node(record.node)] ^= member_hash(record);
                 entry.insert(record.clone());
+                self.stray.remove(&stray_rank(record.node));
                 true
             }
             Entry::Occupied(mut entry) => {
@@ -96,29 +100,32 @@ impl Directory {
 
     /// Takes a forget record over unless a greater one is known. Returns whether it was new.
     pub fn merge_forget(&mut self, forget: &Forget) -> bool {
-        // Nodes without a member record have a limit of their own, to leave room for those with one.
-        let has_record = self.records.contains_key(&forget.node);
-        let full = !has_record && self.forgets.len() >= MAX_STRAY && {
-            let stray = |node: &&NodeId| !self.records.contains_key(node);
-            self.forgets.keys().filter(stray).count() >= MAX_STRAY
-        };
-        match self.forgets.entry(forget.node) {
-            Entry::Vacant(_) if full => false,
-            Entry::Vacant(entry) => {
-                self.hashes[Buckets::of_node(forget.node)] ^= forget_hash(forget);
-                entry.insert(*forget);
-                true
+        if let Some(known) = self.forgets.get(&forget.node).copied() {
+            let newer = *forget > known;
+            if newer {
+                self.forgets.insert(forget.node, *forget);
+                self.hashes[Buckets::of_node(forget.node)] ^=
+                    forget_hash(&known) ^ forget_hash(forget);
             }
-            Entry::Occupied(mut entry) => {
-                let newer = forget > entry.get();
-                if newer {
-                    let before = entry.insert(*forget);
-                    self.hashes[Buckets::of_node(forget.node)] ^=
-                        forget_hash(&before) ^ forget_hash(forget);
-                }
-                newer
-            }
+            return newer;
         }
+        // Nodes without a member record have a limit of their own, to leave room for those with one.
+        if !self.records.contains_key(&forget.node) {
+            let rank = stray_rank(forget.node);
+            if self.stray.len() >= MAX_STRAY {
+                let Some(last) = self.stray.last().copied().filter(|last| rank < *last) else {
+                    return false;
+                };
+                self.stray.remove(&last);
+                if let Some(dropped) = self.forgets.remove(&last.1) {
+                    self.hashes[Buckets::of_node(dropped.node)] ^= forget_hash(&dropped);
+                }
+            }
+            self.stray.insert(rank);
+        }
+        self.hashes[Buckets::of_node(forget.node)] ^= forget_hash(forget);
+        self.forgets.insert(forget.node, *forget);
+        true
     }
 
     /// Returns a node's forget record.
@@ -145,6 +152,11 @@ impl Directory {
     pub const fn hashes(&self) -> [u64; Buckets::COUNT] {
         self.hashes
     }
+}
+
+/// Returns the place of a node among forgotten nodes without a member record.
+fn stray_rank(node: NodeId) -> (u64, NodeId) {
+    (state_hash(node.as_bytes()), node)
 }
 
 fn member_hash(record: &MemberRecord) -> u64 {
@@ -189,6 +201,30 @@ mod tests {
         assert!(directory.merge(&record(1, 2, 0, true)));
         assert!(!directory.merge(&record(1, 1, 0, false)));
         assert_eq!(directory.peers(NodeId::of_public_key(&[9; 32])).count(), 0);
+    }
+
+    #[test]
+    fn forgets_of_unknown_nodes_beyond_the_limit_are_the_same_ones_in_any_order() {
+        let forget = |number: u32| {
+            let node =
+                NodeId::of_public_key(&[number.to_le_bytes(); 8].concat().try_into().expect("32"));
+            Forget { node, round: 1, forced: false, successor: node }
+        };
+        let forgets: Vec<Forget> = (0..40_000).map(forget).collect();
+        let (mut forth, mut back) = (Directory::default(), Directory::default());
+        forgets.iter().for_each(|forget| _ = forth.merge_forget(forget));
+        forgets.iter().rev().for_each(|forget| _ = back.merge_forget(forget));
+        assert_eq!(forth.forgets.len(), MAX_STRAY);
+        assert_eq!((&forth.forgets, forth.hashes()), (&back.forgets, back.hashes()));
+
+        // A node with a member record is none of them.
+        let known = record(1, 1, 0, false);
+        assert!(forth.merge(&known));
+        assert!(forth.merge_forget(&Forget { node: known.node, ..forgets[0] }));
+        assert_eq!((forth.forgets.len(), forth.stray.len()), (MAX_STRAY + 1, MAX_STRAY));
+        let stray = *forth.stray.first().expect("there are some");
+        assert!(forth.merge(&MemberRecord { node: stray.1, ..known }));
+        assert_eq!(forth.stray.len(), MAX_STRAY - 1);
     }
 
     proptest! {

@@ -29,6 +29,8 @@ use super::{
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Limit of unanswered acknowledgement requests.
 const MAX_PENDING: usize = 16;
+/// Limit of nodes that one step reclaims from, or declares gone.
+const MAX_PER_STEP: usize = 64;
 /// Limit of forgotten nodes whose progress is listed.
 const MAX_LISTED: usize = 100;
 /// Limit of members named that have not acknowledged one forget record.
@@ -82,8 +84,8 @@ pub struct Reclaiming {
     pub successor: NodeId,
     /// Number of slots not reclaimed yet.
     pub slots: u32,
-    /// Labels of members that have not acknowledged, up to [`MAX_NAMED`], and the number of the others; `None`
-    /// except on the successor.
+    /// Labels of members that have not acknowledged, up to [`MAX_NAMED`], and the number of the others;
+    /// `None` except on the successor.
     pub waits_for: Option<Vec<String>>,
 }
 
@@ -257,11 +259,21 @@ impl Node {
         }
         self.replica.forgetting.retry_at = Some(now + RETRY_INTERVAL);
         let acknowledgers = self.replica.acknowledgers();
+        let mut reclaimed: Vec<(NodeId, u32)> = Vec::new();
         for forget in &mine {
             let is_complete = self.replica.missing(&acknowledgers, forget).next().is_none();
             if is_complete || forget.forced {
-                self.reclaim(now, forget);
+                reclaimed.extend(self.reclaim(now, forget).map(|slots| (forget.node, slots)));
             }
+            if reclaimed.len() == MAX_PER_STEP {
+                self.replica.forgetting.retry_at = Some(now);
+                break;
+            }
+        }
+        if let Some((first, _)) = reclaimed.first() {
+            let (nodes, slots) =
+                (reclaimed.len(), reclaimed.iter().map(|(_, slots)| slots).sum::<u32>());
+            tracing::info!(nodes, %first, slots, "reclaimed the slots of forgotten nodes");
         }
         self.request_acknowledgements(&mine, &acknowledgers);
     }
@@ -290,11 +302,13 @@ impl Node {
             return;
         }
         let active = self.active();
-        for node in orphans {
-            let best = active.keys().max_by_key(|successor| peer_score(node, **successor));
-            if best == Some(&self.replica.me.node) {
-                self.declare_gone(now, node, false);
-            }
+        let is_mine = |node: &NodeId| {
+            let best = active.keys().max_by_key(|successor| peer_score(*node, **successor));
+            best == Some(&self.replica.me.node)
+        };
+        let mine: Vec<NodeId> = orphans.into_iter().filter(is_mine).take(MAX_PER_STEP).collect();
+        for node in mine {
+            self.declare_gone(now, node, false);
         }
     }
 
@@ -349,8 +363,9 @@ impl Node {
         }
     }
 
-    /// Reclaims the slots of the forgotten node.
-    fn reclaim(&mut self, now: Time, forget: &Forget) {
+    /// Reclaims the slots of the forgotten node, and returns their number; `None` while this node may not
+    /// write.
+    fn reclaim(&mut self, now: Time, forget: &Forget) -> Option<u32> {
         let me = self.replica.me.node;
         // A node with an assigned subnet needs no other.
         let replaces = self.config.replace_by_name
@@ -361,9 +376,7 @@ impl Node {
                 .get(forget.node)
                 .is_some_and(|record| record.name == self.replica.me.name);
         let may_write = self.may_write();
-        let Some(cluster_state) = self.replica.cluster_state.as_mut().filter(|_| may_write) else {
-            return;
-        };
+        let cluster_state = self.replica.cluster_state.as_mut().filter(|_| may_write)?;
         let leased: Option<Slot> = cluster_state.slots.leased_by(forget.node).next();
         let mut changes = cluster_state.slots.reclaim(me, forget.node, forget.round);
         if let Some(slot) = leased.filter(|_| replaces) {
@@ -374,11 +387,10 @@ impl Node {
                 search.prefer_from_now(slot);
             }
         }
-        let slots: u32 = changes.iter().map(|(run, _)| run.len).sum();
-        tracing::info!(node = %forget.node, slots, "reclaimed the slots of a forgotten node");
         self.counters.reclaims += 1;
         self.replica.forgetting.acknowledged.remove(forget);
         self.note_own_change(now, &changes);
+        Some(changes.iter().map(|(run, _)| run.len).sum())
     }
 
     /// Passes slots that a forgotten node granted to this one on to the successor. This node had acknowledged

@@ -319,3 +319,26 @@ fn status_with_thousands_of_forgets_takes_one_pass_over_the_members() {
     node.handle(now + seconds(10), Input::Timeout);
     assert!(node.replica.forgetting.pending.len() <= 16);
 }
+
+/// Regression: each forget record of a node without a member record counted all such records again: one
+/// message with 16,384 of them stopped the loop for half a minute.
+#[test]
+fn forgets_of_thousands_of_unknown_nodes_are_one_pass_over_them() {
+    let mut world = World::with_members(2);
+    let records: Vec<_> = (0..15_000).map(absent).collect();
+    let (me, from) = (world.hosts[0].key, world.hosts[1].key);
+    let forget = |node| Forget { node, round: 1, forced: false, successor: me };
+    let known = records.iter().map(|record| forget(record.node)).collect();
+    let unknown = |number: u32| {
+        let [a, b, c, d] = number.to_be_bytes();
+        forget(NodeId::from_bytes([0xee, a, b, c, d, 0, 0, 0]))
+    };
+    let now = world.now + seconds(1);
+    let node = world.node_mut(0);
+    node.learn(now, &Facts { members: records, ..Facts::default() }, Some(from));
+    node.learn(now, &Facts { forgets: known, ..Facts::default() }, Some(from));
+    let unknown = (0..16_384).map(unknown).collect();
+    node.learn(now, &Facts { forgets: unknown, ..Facts::default() }, Some(from));
+    let forgets = node.replica.directory.forgets().count();
+    assert_eq!(forgets, 15_000 + 1_024);
+}
