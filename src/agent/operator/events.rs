@@ -137,6 +137,11 @@ impl Journal {
         self.events.iter().cloned().collect()
     }
 
+    /// Returns the events that are kept, oldest first.
+    pub(super) fn events(&self) -> impl Iterator<Item = &Event> {
+        self.events.iter()
+    }
+
     /// Whether the node had converged at one of the comparisons.
     pub(in crate::agent) const fn has_converged(&self) -> bool {
         self.snapshot.has_converged

@@ -3,6 +3,7 @@
 
 pub(super) mod events;
 pub(super) mod inquiries;
+mod interruptions;
 mod lease_audit;
 mod path_status;
 pub(super) mod ping;

@@ -220,7 +220,9 @@ impl Agent {
         let known = known.chain(&kernel.host.notices).chain(&self.pods.notices);
         let former = former_selves_notice(&paths.labels);
         let lost_pods = self.lost_pods_notice();
-        let known = known.chain(&former).chain(&lost_pods).chain(paths.notices.values());
+        let interruptions = self.interruptions_notice();
+        let known = known.chain(&former).chain(&lost_pods).chain(&interruptions);
+        let known = known.chain(paths.notices.values());
         let known = known.cloned().chain(self.remote_pod_notices());
         let known = known.chain(self.node.missed_preference());
         let known = known.chain(log::notice(Instant::now()));
