@@ -266,6 +266,10 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
                 "a host needs one reachable member to join",
                 "check DNS or /etc/hosts (getent ahosts NAME), or name a member by its address",
             ),
+            CallError::NoRoute { .. } => (
+                "a host needs one reachable member to join",
+                "give this host an address of that family, or join by an address of its own family",
+            ),
             CallError::Unreachable(_) | CallError::Myself => (
                 "a host needs one reachable member to join",
                 "see that its agent runs and that UDP is open there: allow the port in both firewalls",

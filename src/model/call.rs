@@ -29,6 +29,17 @@ pub enum CallError {
         /// What the resolver says.
         why: String,
     },
+    /// This host has no way to the address.
+    #[error(
+        "this host has no route to {address} ({why}): it needs an address and a route of that family, as all \
+         members of a cluster use one family"
+    )]
+    NoRoute {
+        /// The address, or the name with addresses of another family.
+        address: String,
+        /// What the kernel says.
+        why: String,
+    },
     /// The TLS handshake failed on a certificate of either side: the secrets differ.
     #[error("the handshake was refused: {0}")]
     Rejected(String),

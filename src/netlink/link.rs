@@ -54,6 +54,8 @@ pub struct Link {
     pub carrier: bool,
     /// Whether it is a loopback interface.
     pub loopback: bool,
+    /// Whether it resolves no addresses of neighbors (flag `NOARP`).
+    pub no_arp: bool,
     /// The whole message of the kernel.
     pub message: LinkMessage,
 }
@@ -409,6 +411,7 @@ impl From<LinkMessage> for Link {
             up: message.header.flags.contains(LinkFlags::Up),
             carrier: message.header.flags.contains(LinkFlags::LowerUp),
             loopback: message.header.flags.contains(LinkFlags::Loopback),
+            no_arp: message.header.flags.contains(LinkFlags::Noarp),
             message: LinkMessage::default(),
         };
         for attribute in &message.attributes {

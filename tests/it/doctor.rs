@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Runs the doctor on a host, with the host's own files, and returns its findings.
-fn examine(host: &Host, more: &str) -> Vec<Value> {
+pub fn examine(host: &Host, more: &str) -> Vec<Value> {
     let (socket, state) = (host.dir.join("gossamer.sock"), host.dir.join("state"));
     let state = if more.contains("--state-dir") {
         String::new()

@@ -1,8 +1,8 @@
 //! What a host itself does to answers for its next hops, and to tunnel packets that have arrived.
 
 use crate::{
-    common::{client, has_problem, isolated, run, skipped, tool, wait_until},
-    ip_families,
+    common::{has_problem, isolated, run, skipped, tool, wait_until},
+    doctor, ip_families,
     silence_causes::{
         REPORT_TIMEOUT, mac_of, run_all, run_all_unprobed, start_pair, wait_for_path,
         wait_for_problem,
@@ -43,6 +43,22 @@ fn rule_that_drops_arp_answers_is_reported_and_the_advice_works() {
     });
 }
 
+/// As `ifconfig eth0:0 ADDRESS -arp` of guides to LVS leaves it.
+#[test]
+fn interface_without_arp_is_reported_and_the_advice_works() {
+    isolated(|lab| {
+        let mut cluster = start_pair(lab)?;
+        let host = &cluster.hosts[1];
+        run_all(host, &["ip link set eth0 arp off", "ip neigh flush dev eth0"]);
+        let advice = "ip link set eth0 arp on";
+        let words = ["eth0 resolves no addresses (it has the flag NOARP)", advice];
+        wait_for_problem(&mut cluster.agents[1], &words);
+        tool(&host.netns, advice);
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
 #[test]
 fn rule_that_drops_gossip_on_one_interface_is_named_by_status_and_doctor() {
     isolated(|lab| {
@@ -63,11 +79,11 @@ fn rule_that_drops_gossip_on_one_interface_is_named_by_status_and_doctor() {
         wait_until("the rule is not named", REPORT_TIMEOUT, || {
             words.iter().all(|words| has_problem(&mut cluster.agents[1], words))
         });
-        let doctor = client(&cluster.agents[1], &["doctor"]).stdout;
-        let doctor = String::from_utf8(doctor)?;
-        let words = "NOTICE    firewall       chain inet wall in drops some packets to UDP 8473";
-        assert!(doctor.contains(words), "{doctor}");
-        assert!(!doctor.contains("UDP 8473 and 8472 are accepted"), "{doctor}");
+        let found = doctor::examine(&cluster.hosts[1], "");
+        let firewall =
+            found.iter().find(|finding| finding["check"] == "firewall").expect("a result");
+        let seen = "chain inet wall in drops some packets to UDP 8473";
+        assert_eq!((&firewall["verdict"], &firewall["seen"]), (&"notice".into(), &seen.into()));
         tool(&host.netns, advice);
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())

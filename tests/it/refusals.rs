@@ -9,7 +9,9 @@ use std::{
 use gossamer::lab::{Agent, Host, Lab};
 use nix::{sys::stat::Mode, unistd::mkfifo};
 
-use crate::common::{Cluster, TIMEOUT, has_problem, isolated, program, run, tool, wait_until};
+use crate::common::{
+    Cluster, TIMEOUT, has_problem, isolated, program, run, texts, tool, wait_until,
+};
 
 /// Runs an agent that must end by itself with code 1. Checks its message, and that nothing is left.
 fn refused(host: &Host, arguments: &[&str], words: &[&str]) -> anyhow::Result<()> {
@@ -249,4 +251,19 @@ fn wrong_usage_exits_with_2_and_an_unknown_key_is_reported_with_its_line() {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("line 2") && said.contains("subnetlen"), "{said}");
+}
+
+#[test]
+fn seed_without_a_route_is_named_as_such_and_no_firewall_is_blamed() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let host = lab.host(2, "n2")?;
+        let join = ["--join", "[2001:db8::1]:8473", "--token", &cluster.token];
+        let mut agent = Agent::start(program(), &host, &join)?;
+        let words = "[2001:db8::1]:8473 (it is IPv6, and this host's underlay is IPv4)";
+        wait_until("the route is not named", TIMEOUT, || has_problem(&mut agent, words));
+        let status = agent.ask("/v1/status", TIMEOUT)?;
+        assert!(!texts(&status["problems"]).contains("firewalls"), "{status:#}");
+        Ok(())
+    });
 }

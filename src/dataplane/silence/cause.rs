@@ -80,6 +80,8 @@ pub struct Pinned {
     pub mac: Mac,
     /// MACs that answer for the address.
     pub answering: BTreeSet<Mac>,
+    /// The interface resolves no address (flag `NOARP`): the kernel makes the entry itself.
+    pub no_arp: bool,
 }
 
 /// Why no packets arrive from a peer.

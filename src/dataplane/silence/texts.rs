@@ -184,7 +184,17 @@ impl Cause {
                         .to_owned(),
                 )
             }
-            Self::Pinned(Pinned { address, interface, mac, answering }) => {
+            Self::Pinned(Pinned { interface, no_arp: true, .. }) => (
+                format!(
+                    "{interface} resolves no addresses (it has the flag NOARP), so packets to {peers} go to \
+                     this host's own hardware address"
+                ),
+                format!(
+                    "ip link set {interface} arp on (and find what turns it off: ifconfig -arp, a script for \
+                     a virtual address)"
+                ),
+            ),
+            Self::Pinned(Pinned { address, interface, mac, answering, .. }) => {
                 let answering: Vec<String> = answering.iter().map(ToString::to_string).collect();
                 (
                     format!(

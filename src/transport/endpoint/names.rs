@@ -1,6 +1,10 @@
 //! Dials a seed by name. A name may have several addresses, some of them unreachable.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    io::{self, ErrorKind},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    time::Duration,
+};
 
 use quinn::{Connection, VarInt};
 use tokio::task::JoinSet;
@@ -33,16 +37,22 @@ impl Dialer {
         let ipv4_only = self.endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
         let mut resolved = in_time(name, RESOLVE_TIMEOUT, resolve(name.to_owned())).await?;
         resolved.retain(|address| address.is_ipv4() || !ipv4_only);
+        if resolved.is_empty() {
+            let why = "it is IPv6, and this host's underlay is IPv4".to_owned();
+            return Err(CallError::NoRoute { address: name.to_owned(), why });
+        }
         let mut attempts = JoinSet::new();
         for (place, address) in order_for_turn(resolved, turn).into_iter().enumerate() {
             let dialer = self.clone();
             let delay = NEXT_ADDRESS_AFTER * u32::try_from(place).unwrap_or(u32::MAX);
             attempts.spawn(async move {
                 tokio::time::sleep(delay).await;
-                dialer.connect(address).await
+                let local = dialer.endpoint.local_addr().ok().map(|local| local.ip());
+                let connected = dialer.connect(address).await;
+                connected.map_err(|error| reason(error, local, address))
             });
         }
-        let mut last = CallError::Unreachable(format!("{name} has no usable address"));
+        let mut last = CallError::Unreachable(format!("{name} does not answer"));
         while let Some(attempt) = attempts.join_next().await {
             match attempt {
                 Ok(Ok((peer, connection))) if peer == self.me => {
@@ -62,6 +72,25 @@ impl Dialer {
             }
         }
         Err(last)
+    }
+}
+
+/// Returns the reason for a failed call: that this host has no route, if the kernel says so.
+fn reason(error: CallError, local: Option<IpAddr>, address: SocketAddr) -> CallError {
+    let any: IpAddr = match address {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    // Rules may choose a route by the source.
+    let source = local.filter(|local| local.is_ipv4() == address.is_ipv4()).unwrap_or(any);
+    let is_routeless = |error: &io::Error| {
+        matches!(error.kind(), ErrorKind::NetworkUnreachable | ErrorKind::AddrNotAvailable)
+    };
+    match UdpSocket::bind((source, 0)).and_then(|socket| socket.connect(address)) {
+        Err(why) if is_routeless(&why) && matches!(error, CallError::Unreachable(_)) => {
+            CallError::NoRoute { address: address.to_string(), why: why.to_string() }
+        }
+        _ => error,
     }
 }
 

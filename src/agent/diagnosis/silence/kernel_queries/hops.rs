@@ -112,6 +112,6 @@ impl PeerRoutes {
         let mac = netlink.fixed_neighbor(link.index, address).ok()??;
         let is_other = !answering.is_empty() && !answering.contains(&mac);
         let interface = link.name.clone();
-        is_other.then_some(Pinned { address, interface, mac, answering })
+        is_other.then_some(Pinned { address, interface, mac, answering, no_arp: link.no_arp })
     }
 }
