@@ -78,7 +78,7 @@ pub enum CannotForget {
 pub struct Reclaiming {
     /// The forgotten node.
     pub node: NodeId,
-    /// Its label, see [`Labels::of`].
+    /// Its label, see [`super::Labels::of`].
     pub name: String,
     /// The member that reclaims its slots.
     pub successor: NodeId,

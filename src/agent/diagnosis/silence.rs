@@ -21,6 +21,7 @@ use std::{
 };
 
 use self::{
+    hints::closed_gossip,
     kernel_queries::{
         PeerRoutes, SendOutcome, SentPackets, TestSender, congested, counted_packets,
     },
@@ -29,7 +30,7 @@ use self::{
 use crate::{
     agent::diagnosis::tap::Tap,
     dataplane::{
-        foreign::{ClosedPort, Extent, ForeignTables, trace::Trace},
+        foreign::{ClosedPort, trace::Trace},
         silence::{Cause, Facts, IN, Place, Suspect, Verdict, Watch},
     },
     model::{Mac, NodeId, Problem},
@@ -110,20 +111,6 @@ impl Case {
     /// Whether there is something to find out.
     const fn is_due(&self) -> bool {
         self.isolated || !self.suspects.is_empty()
-    }
-
-    /// Returns a chain that drops packets to the port of gossip, preferably all of them, if no other member
-    /// answers.
-    fn closed_gossip(&self) -> Option<ClosedPort> {
-        if !self.isolated {
-            return None;
-        }
-        let read = |mut tables: ForeignTables| tables.closed_ports(&[self.place.gossip]);
-        let closed = ForeignTables::open().and_then(read);
-        let closed = closed.inspect_err(|error| tracing::debug!(%error, "nftables not read"));
-        let is_closed = |closed: &ClosedPort| closed.extent != Extent::AboveRate;
-        let closed = closed.ok()?.into_iter().filter(is_closed);
-        closed.min_by_key(|closed| closed.extent)
     }
 }
 
@@ -249,7 +236,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         self.group = if count > MAX_DIAGNOSED { self.group + 1 } else { 0 };
         self.due = Some(now + self.pause);
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        self.closed_gossip = case.closed_gossip();
+        self.closed_gossip = if case.isolated { closed_gossip(&case.place) } else { None };
         let verdicts = match diagnosed.is_empty() {
             true => Ok(Some(Verdicts::new())),
             false => self.diagnose(&case, &diagnosed),

@@ -33,7 +33,7 @@ use crate::{
     },
     api::{
         AttachRequest, Attached, AttachedAddress, AttachedRoute, AttachmentName, EventKind,
-        EventLevel, PodError, PodErrorKind, PodStatus,
+        EventLevel, PodError, PodErrorKind,
     },
     cni::Note,
     core::View,
@@ -480,19 +480,6 @@ impl Agent {
         let records = self.pods.table.iter().map(record).collect();
         let number = self.pods.next();
         self.storage.writer.save(records, number);
-    }
-}
-
-/// Returns the status of a pod without the kernel's part.
-pub(super) fn status_of(pod: &Pod) -> PodStatus {
-    PodStatus {
-        container: pod.attachment.container().to_owned(),
-        interface: pod.attachment.interface().to_owned(),
-        owner: pod.owner.clone(),
-        addresses: pod.addresses.iter().collect(),
-        link: link_name(&pod.attachment),
-        netns: pod.netns.clone(),
-        orphan: false,
     }
 }
 

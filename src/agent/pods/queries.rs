@@ -5,10 +5,11 @@ use std::{fs::File, net::IpAddr, os::fd::OwnedFd};
 use tokio::sync::oneshot::Sender;
 
 use crate::{
-    agent::{Agent, pods::status_of, workers::attach_worker::Job},
+    agent::{Agent, workers::attach_worker::Job},
     api::{AttachmentName, PodError, PodErrorKind, PodStatus},
     docker::mac_of,
-    model::Attachment,
+    model::{Attachment, Pod},
+    pods::wiring::link_name,
 };
 
 impl Agent {
@@ -40,5 +41,18 @@ impl Agent {
     pub(in crate::agent) fn list_pods(&self, reply: Sender<Vec<PodStatus>>) {
         let pods = self.pods.table.iter().map(status_of).collect();
         self.threads.attach_worker.ask(Job::List { pods, reply });
+    }
+}
+
+/// Returns the status of a pod without the kernel's part.
+pub(super) fn status_of(pod: &Pod) -> PodStatus {
+    PodStatus {
+        container: pod.attachment.container().to_owned(),
+        interface: pod.attachment.interface().to_owned(),
+        owner: pod.owner.clone(),
+        addresses: pod.addresses.iter().collect(),
+        link: link_name(&pod.attachment),
+        netns: pod.netns.clone(),
+        orphan: false,
     }
 }

@@ -18,7 +18,7 @@ use tokio::sync::oneshot::Sender;
 use crate::{
     agent::{
         Agent,
-        pods::{address::AddressError, status_of},
+        pods::{address::AddressError, queries::status_of},
         workers::attach_worker::{GonePods, Job, Suspect},
     },
     api::{AttachRequest, Attached, AttachmentName, PodError, PodErrorKind, PodStatus},

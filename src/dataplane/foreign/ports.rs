@@ -190,9 +190,9 @@ fn may_concern(rule: &Object, port: u16) -> bool {
     true
 }
 
-/// Returns which packets to the port the chain drops. The first rule that decides on all of them decides. If a
-/// rule leads to another chain, all rules of the table's other chains count: one that accepts the port, or else
-/// one that drops it by name.
+/// Returns which packets to the port the chain drops. The first rule that decides on all of them decides.
+/// If a rule leads to another chain, all rules of the table's other chains count: one that accepts the
+/// port, or else one that drops it by name.
 fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) -> Option<Extent> {
     let mut some = None;
     for rule in own {

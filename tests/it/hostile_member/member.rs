@@ -97,8 +97,8 @@ impl HostileMember {
         self.push(to, host, Facts { members: vec![record], ..Facts::default() });
     }
 
-    /// Tells an agent of further members, all of the name "same". The first ones have a subnet in each of these
-    /// slots; all are active in gossip if `are_alive`.
+    /// Tells an agent of further members, all of the name "same". The first ones have a subnet in each of
+    /// these slots; all are active in gossip if `are_alive`.
     pub fn invent(
         &self,
         host: &Host,

@@ -1,11 +1,14 @@
-//! Evidence beyond captured packets and the kernel's trace: hooks of the VXLAN device, and tracked
-//! connections.
+//! Evidence beyond captured packets and the kernel's trace: hooks of the VXLAN device, rules at the port of
+//! gossip, and tracked connections.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
 use super::{Diagnoser, SilenceFindings, kernel_queries};
 use crate::{
-    dataplane::silence::{Facts, IN, Kept, OUT, Place, Suspect, Watch},
+    dataplane::{
+        foreign::{ClosedPort, Extent, ForeignTables},
+        silence::{Facts, IN, Kept, OUT, Place, Suspect, Watch},
+    },
     model::NodeId,
     netlink::conntrack::{self, Translated},
 };
@@ -33,6 +36,15 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             }
         }
     }
+}
+
+/// Returns a chain that drops packets to the port of gossip, preferably all of them.
+pub fn closed_gossip(place: &Place) -> Option<ClosedPort> {
+    let read = |mut tables: ForeignTables| tables.closed_ports(&[place.gossip]);
+    let closed = ForeignTables::open().and_then(read);
+    let closed = closed.inspect_err(|error| tracing::debug!(%error, "nftables not read"));
+    let is_closed = |closed: &ClosedPort| closed.extent != Extent::AboveRate;
+    closed.ok()?.into_iter().filter(is_closed).min_by_key(|closed| closed.extent)
 }
 
 /// Returns connections of tunnel packets whose addresses are translated.
