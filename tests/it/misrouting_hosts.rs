@@ -120,6 +120,32 @@ fn mark_that_diverts_packets_of_pods_is_reported_and_the_advice_works() {
     });
 }
 
+/// Rules for a transparent proxy: TCP of pods is delivered to this host.
+#[test]
+fn transparent_proxy_that_intercepts_pods_is_reported_and_the_advice_works() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1];
+        sh(
+            &host.netns,
+            "ip route add local default dev lo table 99 && ip rule add fwmark 7 lookup 99 pref 1000 && \
+             iptables -t mangle -A PREROUTING -i gsm0 -p tcp -j TPROXY --on-port 9999 --tproxy-mark 7",
+        );
+        let words = "packets with mark 0x7 are delivered to this host, because ip rule 1000";
+        let agent = &mut cluster.agents[1];
+        wait_until(words, TIMEOUT, || has_problem(agent, words));
+        let problems = texts(&agent.ask("/v1/status", TIMEOUT)?["problems"]);
+        let problem =
+            problems.lines().find(|problem| problem.contains(words)).expect("the problem");
+        let (_, advice) = problem.rsplit_once("in iptables, ").expect("an advice");
+        tool(&host.netns, advice);
+        status_where(agent, is_healthy);
+        Ok(())
+    });
+}
+
 /// Packets of the two pods leave by any of several uplinks.
 #[test]
 fn several_next_hops_to_a_peer_are_no_problem() {

@@ -2,7 +2,7 @@
 //!
 //! A tunnel packet inherits the mark of the inner packet, so one rule may match either or both.
 
-use std::net::IpAddr;
+use std::{fmt, net::IpAddr};
 
 use ipnet::IpNet;
 
@@ -22,12 +22,17 @@ pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<
     let ipv4 = network.addr().is_ipv4();
     let Some(ways) = ways_of_pods(netlink, setting, network) else { return Vec::new() };
     let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32, local: u32| {
-        let elsewhere = led(netlink, &ways, mark)?;
+        let diversion = led(netlink, &ways, mark)?;
         let of_pods = earlier_rule(&format!("to {network}"), rule.priority, ipv4, local);
         let of_tunnels = remedy_for_tunnels(setting, rule, local);
+        let remedy = match diversion.is_to_host {
+            true => remedy_for_interception(network),
+            false => {
+                format!("give the overlay and its tunnels precedence: {of_pods}; {of_tunnels}")
+            }
+        };
         Some(format!(
-            "packets with mark {0} {elsewhere}, because {1}: give the overlay and its tunnels precedence: \
-             {of_pods}; {of_tunnels}",
+            "packets with mark {0} {diversion}, because {1}: {remedy}",
             shown(rule, mark),
             because(rule, mark, ipv4, ipv4)
         ))
@@ -41,9 +46,9 @@ pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     let Some(way) = way_of_tunnels(netlink, setting) else { return Vec::new() };
     let inside_ipv4 = setting.networks.first.addr().is_ipv4();
     let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32, local: u32| {
-        let elsewhere = led(netlink, &[way], mark)?;
+        let diversion = led(netlink, &[way], mark)?;
         Some(format!(
-            "tunnel packets with mark {} {elsewhere}, because {}, which tunnel packets inherit: give \
+            "tunnel packets with mark {} {diversion}, because {}, which tunnel packets inherit: give \
              them precedence: {}",
             shown(rule, mark),
             because(rule, mark, ipv4, inside_ipv4),
@@ -63,9 +68,9 @@ pub fn leads(
 ) -> Option<String> {
     let of_pods = ways_of_pods(netlink, setting, network).filter(|_| is_early);
     let inside = of_pods.and_then(|ways| led(netlink, &ways, mark));
-    inside.or_else(|| {
+    inside.map(|diversion| diversion.to_string()).or_else(|| {
         let way = way_of_tunnels(netlink, setting)?;
-        led(netlink, &[way], mark).map(|elsewhere| format!("inside tunnel packets {elsewhere}"))
+        led(netlink, &[way], mark).map(|diversion| format!("inside tunnel packets {diversion}"))
     })
 }
 
@@ -99,7 +104,7 @@ fn way_of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Option<Wanted> {
 }
 
 /// Returns where the first of these packets goes that leaves by another interface if it has this mark.
-fn led(netlink: &mut Netlink, ways: &[Wanted], mark: u32) -> Option<String> {
+fn led(netlink: &mut Netlink, ways: &[Wanted], mark: u32) -> Option<Diversion> {
     ways.iter().find_map(|(query, wanted)| {
         elsewhere(netlink, &Query { mark: Some(mark), ..*query }, *wanted)
     })
@@ -121,17 +126,48 @@ fn each(
     marked.filter_map(|(rule, mark)| sentence(netlink, rule, mark, local)).collect()
 }
 
+/// Where the kernel sends a packet that should leave by another interface.
+struct Diversion {
+    /// Completes "packets with that mark".
+    way: String,
+    /// Whether this host itself receives the packet, as rules for a transparent proxy have it.
+    is_to_host: bool,
+}
+
+impl fmt::Display for Diversion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.way)
+    }
+}
+
 /// Returns where the kernel sends a packet, unless it leaves by the wanted interface.
-fn elsewhere(netlink: &mut Netlink, query: &Query, wanted: u32) -> Option<String> {
+fn elsewhere(netlink: &mut Netlink, query: &Query, wanted: u32) -> Option<Diversion> {
+    let lost = |way| Some(Diversion { way, is_to_host: false });
     match netlink.route(query) {
         Ok(found) if found.link == wanted => None,
         Ok(found) => {
             let links = netlink.links().unwrap_or_default();
-            let link: Option<&Link> = links.iter().find(|link| link.index == found.link);
-            Some(link.map_or("find no way".to_owned(), |link| format!("leave by {}", link.name)))
+            match links.iter().find(|link: &&Link| link.index == found.link) {
+                Some(link) if link.loopback => Some(Diversion {
+                    way: "are delivered to this host".to_owned(),
+                    is_to_host: true,
+                }),
+                Some(link) => lost(format!("leave by {}", link.name)),
+                None => lost("find no way".to_owned()),
+            }
         }
-        Err(error) => Some(format!("find no way ({error})")),
+        Err(error) => lost(format!("find no way ({error})")),
     }
+}
+
+/// Returns how to exempt the overlay from a rule that passes packets to a transparent proxy. A policy rule
+/// has no effect: the kernel forwards no packet that a TPROXY rule has given to a socket.
+fn remedy_for_interception(network: IpNet) -> String {
+    let family = rule_family(network.addr().is_ipv4());
+    format!(
+        "exempt the overlay from the rule for a transparent proxy: in nftables, {family} daddr {network} \
+         return before it; in iptables, {family}tables -t mangle -I PREROUTING -d {network} -j RETURN"
+    )
 }
 
 /// Describes what the rule does with the mark.
