@@ -1,10 +1,10 @@
-//! Reading and opening text files that other programs may have written or replaced.
+//! Reading, opening and removing files that other programs may have written, replaced or removed.
 //!
 //! Opening a pipe without a writer would block the reader without limit, and reading a device or a file of
 //! the wrong kind could exhaust its memory. These functions accept regular files of bounded length only.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read as _},
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
@@ -14,6 +14,17 @@ use nix::fcntl::OFlag;
 
 /// Greatest length of a settings, secret or state file, in bytes.
 pub const SMALL: u64 = 1 << 20;
+
+/// Removes the file if it exists.
+///
+/// # Errors
+/// If the file cannot be removed.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
 
 /// Reads a regular file of at most `most` bytes as UTF-8. Follows symbolic links.
 ///

@@ -7,7 +7,10 @@ use std::{
 };
 
 use crate::{
-    agent::{Agent, SettingsReader, arrivals::Arrivals, ending::Ending, listeners::Listeners},
+    agent::{
+        Agent, SettingsReader, arrivals::Arrivals, ending::Ending, listeners::Listeners,
+        workers::archive::SavedFile,
+    },
     config::Config,
     core::{Command, Input, Stop},
     dataplane::{
@@ -101,6 +104,7 @@ impl Agent {
             Ending::Restart if has_kernel_state => self.losing_pods(),
             _ => std::mem::take(&mut self.pods.lost),
         };
+        self.storage.archive.save(SavedFile::LostPods(lost_pods));
         self.transport.close().await;
         let threads = [
             self.threads.programmer.end(),
@@ -116,9 +120,6 @@ impl Agent {
                 tracing::warn!(count, pods, "pods lose their interfaces: restart them");
             }
             remove_traces(cluster, &self.config);
-        }
-        if let Err(error) = self.storage.directory.save_lost_pods(&lost_pods) {
-            tracing::warn!(%error, "pods without network not noted");
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.storage.directory.wipe()

@@ -1,7 +1,7 @@
 //! Pods that lost their network when this host became a new node.
 //!
 //! Such a host gets another subnet, and the interfaces of its pods are removed. The pods run on without a
-//! network until somebody restarts them, so the status names them as long as they exist.
+//! network until they are restarted, so the status names them as long as they exist.
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
-//! The thread that writes the small files: token, secrets, underlay, boot, history and `subnet.env`.
+//! The thread that writes the small files: token, secrets, underlay, boot, lost pods, history and
+//! `subnet.env`.
 //!
 //! A disk that hangs blocks this thread, not the event loop. A newer write replaces a waiting write of the
 //! same file. A failed write is repeated until it succeeds or a newer one replaces it. Secrets are written
@@ -22,8 +23,9 @@ use tokio::sync::oneshot;
 use crate::{
     agent::workers::subnet_env::{self, SubnetFile},
     api::ApiError,
+    files,
     model::{OwnerChange, Problem, ProblemCode},
-    store::{History, StateDir},
+    store::{History, LostPod, StateDir},
     wire::{Keyring, Token},
     worker::{Order, Orders, Thread, Worker},
 };
@@ -57,6 +59,8 @@ pub(in crate::agent) enum SavedFile {
     Subnet(PathBuf, Option<SubnetFile>),
     /// The boot of this host that the pod records belong to.
     Boot,
+    /// Pods that lose their network.
+    LostPods(Vec<LostPod>),
 }
 
 impl SavedFile {
@@ -70,6 +74,7 @@ impl SavedFile {
             Self::Underlay(..) => "underlay",
             Self::Subnet(..) => "subnet file",
             Self::Boot => "boot",
+            Self::LostPods(_) => "lost pods",
         }
     }
 }
@@ -145,11 +150,14 @@ impl Archive {
             SavedFile::Subnet(path, file) => {
                 let kept = match file {
                     Some(file) => subnet_env::write(path, file),
-                    None => subnet_env::remove(path),
+                    None => files::remove(path),
                 };
                 kept.map_err(|error| format!("{}: {error}", path.display()))
             }
             SavedFile::Boot => state.note_boot().map_err(|error| error.to_string()),
+            SavedFile::LostPods(pods) => {
+                state.save_lost_pods(pods).map_err(|error| error.to_string())
+            }
         };
         Self::start_with(history, save, keep_secrets, report)
     }

@@ -1,6 +1,6 @@
 //! `subnet.env`, in flannel's format: other programs read this host's subnet from it.
 
-use std::{fs, io, path::Path};
+use std::{io, path::Path};
 
 use crate::{
     files,
@@ -32,17 +32,6 @@ pub fn write(path: &Path, SubnetFile(text): &SubnetFile) -> io::Result<()> {
     replace(path, text, PUBLIC)
 }
 
-/// Removes the file if it exists.
-///
-/// # Errors
-/// Fails if the file cannot be removed.
-pub fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
-}
-
 fn contents(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> String {
     let pairs = networks.iter().zip(subnets.iter());
     let lines: String = pairs
@@ -57,6 +46,8 @@ fn contents(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> 
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
