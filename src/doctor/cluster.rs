@@ -296,10 +296,7 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
 /// Returns the secrets with which the agent would start: the saved ones, which a rotation changes, and the
 /// token's unless it is outdated.
 fn secrets(state_dir: &Path, token: &Token) -> Keyring {
-    let saved = read_keyring(state_dir).ok().flatten();
-    let mut secrets = saved.unwrap_or_else(|| Keyring::new(token.secret.clone()));
-    secrets.adopt(&token.secret);
-    secrets
+    Keyring::with_token(read_keyring(state_dir).ok().flatten(), &token.secret)
 }
 
 #[cfg(test)]

@@ -110,19 +110,17 @@ fn docker(examination: &Examination, chains: &ForeignChains) -> Vec<Finding> {
     if examination.has_told("docker") {
         return Vec::new();
     }
-    let findings: Vec<Finding> = if examination.is_host_checked() {
-        Vec::new()
-    } else {
-        let finding = |chain: &String| {
-            Finding::problem(
-                "docker",
-                format!("chain {chain} drops what other hosts send to containers"),
-                "Docker 28 and later let only their own bridge reach a container's address",
-                "start dockerd with --allow-direct-routing, or make the network with -d gossamer",
-            )
-        };
-        chains.dropping.iter().map(finding).collect()
+    let finding = |chain: &String| {
+        Finding::problem(
+            "docker",
+            format!("chain {chain} drops what other hosts send to containers"),
+            "Docker 28 and later let only their own bridge reach a container's address",
+            "start dockerd with --allow-direct-routing, or make the network with -d gossamer",
+        )
     };
+    // The agent reports such chains itself.
+    let dropping = chains.dropping.iter().filter(|_| !examination.is_host_checked());
+    let findings: Vec<Finding> = dropping.map(finding).collect();
     if findings.is_empty() {
         return vec![match DOCKER_SOCKETS.iter().any(|socket| Path::new(socket).exists()) {
             true => Finding::ok("docker", "containers are reachable directly"),

@@ -44,15 +44,17 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         findings.push(Finding::skipped("kernel", NEEDS_ROOT));
     }
     let mode = examination.config.as_ref().map_or(Mode::Vxlan, |config| config.mode);
+    let before = findings.len();
     let underlay = underlay(examination, findings);
+    let is_mtu_refused = findings[before..].iter().any(|finding| finding.check == "mtu");
     sysctls(examination, &numbers, mode, underlay.as_deref(), findings);
-    let conflict = conflict(examination, &numbers, underlay.as_deref());
+    let conflict = conflict(examination, underlay.as_deref());
     ports(examination, &numbers, conflict.as_ref(), findings);
     match Netlink::open().and_then(|mut netlink| netlink.links()) {
         Ok(links) => {
             findings.extend(overlays(&links, &numbers));
             findings.extend(bridge(examination, &links, &numbers));
-            if !findings.iter().any(|finding| finding.check == "mtu") {
+            if !is_mtu_refused {
                 findings.extend(mtu(examination, &links, mode, underlay.as_deref()));
             }
         }
@@ -72,13 +74,8 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
 }
 
 /// Returns why the agent would refuse to start on this host. A running one has started.
-fn conflict(
-    examination: &Examination,
-    numbers: &Numbers,
-    underlay: Option<&str>,
-) -> Option<KernelError> {
+fn conflict(examination: &Examination, underlay: Option<&str>) -> Option<KernelError> {
     let config = examination.config.as_ref().ok().filter(|_| examination.agent.is_none())?;
-    let mut kernel = Kernel::open().map_err(KernelError::from);
     let local = Netlink::open().ok().zip(underlay).and_then(|(mut netlink, name)| {
         let link = netlink.link(name).ok()??;
         let all = netlink.addresses().ok()?;
@@ -88,10 +85,10 @@ fn conflict(
     // The settings of the cluster of a known node are in its database.
     if StateDir::is_known(&config.state_dir) {
         (plan.creates, plan.pool) = (false, None);
-    } else if plan.pool.is_none() && !numbers.are_networks_assumed {
+    } else if plan.pool.is_none() {
         plan.pool = config.wish.network.and_then(|network| Pool::new(&PoolSpec::of(network)).ok());
     }
-    kernel.as_mut().ok()?.refuse_conflicts(&plan).err()
+    Kernel::open().ok()?.refuse_conflicts(&plan).err()
 }
 
 /// Required capabilities: number in linux/capability.h, name, and what fails without it.
@@ -216,11 +213,10 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
         .map(|mut netlink| underlay::choose(&mut netlink, config, std::iter::empty()));
     let is_refused = chosen.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
     match chosen.unwrap_or_else(|error| Err(error.into())) {
-        Err(error @ UnderlayError::Mtu { .. }) => {
+        Err(ref error @ UnderlayError::Mtu { ref iface, .. }) => {
             findings.push(Finding::sentence("mtu", &error.to_string()));
-            let UnderlayError::Mtu { iface, .. } = error else { return None };
             findings.push(Finding::ok("underlay", iface.as_str()));
-            Some(iface)
+            Some(iface.clone())
         }
         Ok(chosen) => {
             if !examination.has_told("underlay") {

@@ -16,7 +16,9 @@ use super::{Examination, Finding, NEEDS_ROOT};
 use crate::{
     config::Config,
     random::random,
-    store::{Database, History, LoadedDatabase, StateDir, StoreError, node_key, read_token},
+    store::{
+        Database, History, LoadedDatabase, StoreError, node_key, read_token, require_state_dir,
+    },
     transport::NodeKey,
     wire::{Record, Token},
 };
@@ -51,7 +53,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     findings.push(clock(&config.state_dir));
     let before = findings.len();
     directory(&config.state_dir, findings);
-    if let Err(error @ StoreError::NotOurs { .. }) = StateDir::peek_node_key(&config.state_dir) {
+    if let Err(error @ StoreError::NotOurs { .. }) = require_state_dir(&config.state_dir) {
         findings.push(Finding::sentence("state", &error.to_string()));
     }
     if examination.agent.is_none() && findings.len() == before {

@@ -76,9 +76,7 @@ pub(super) const fn check_of(code: ProblemCode) -> &'static str {
 
 /// Returns a finding for each problem and notice of the agent.
 pub(super) fn findings(examination: &Examination) -> Vec<Finding> {
-    let status = examination.status().into_iter();
-    let told = status.flat_map(|status| status.problems.iter().chain(&status.notices));
-    told.map(finding).collect()
+    examination.all_told().map(finding).collect()
 }
 
 fn finding(problem: &Problem) -> Finding {
@@ -104,11 +102,15 @@ fn finding(problem: &Problem) -> Finding {
 }
 
 impl Examination {
+    /// Returns all that the agent reports.
+    fn all_told(&self) -> impl Iterator<Item = &Problem> {
+        let status = self.status().into_iter();
+        status.flat_map(|status| status.problems.iter().chain(&status.notices))
+    }
+
     /// Returns what the agent reports that this check shows.
     pub(super) fn told<'a>(&'a self, check: &'a str) -> impl Iterator<Item = &'a Problem> {
-        let status = self.status().into_iter();
-        let told = status.flat_map(|status| status.problems.iter().chain(&status.notices));
-        told.filter(move |problem| check_of(problem.code) == check)
+        self.all_told().filter(move |problem| check_of(problem.code) == check)
     }
 
     /// Whether the agent reports a problem, and not only notices, that this check shows.

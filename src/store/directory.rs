@@ -297,7 +297,10 @@ impl StateDir {
 
 /// Checks that the directory is a state directory: empty except for files of a first start, or with a node's
 /// key.
-fn require_state_dir(path: &Path) -> Result<(), StoreError> {
+///
+/// # Errors
+/// If the directory cannot be read, or another program uses it.
+pub fn require_state_dir(path: &Path) -> Result<(), StoreError> {
     let names: Vec<_> = fs::read_dir(path)
         .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
         .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;

@@ -26,7 +26,7 @@ mod replace;
 mod writer;
 
 pub use database::{Database, LoadedDatabase, StoreError};
-pub use directory::{LostPod, StateDir, node_key, read_keyring, read_token};
+pub use directory::{LostPod, StateDir, node_key, read_keyring, read_token, require_state_dir};
 pub use essentials::{Essentials, EssentialsContent, EssentialsCopy};
 pub use history::History;
 pub use replace::{PRIVATE, PUBLIC, replace};

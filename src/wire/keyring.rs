@@ -75,6 +75,13 @@ impl Keyring {
         self.in_use().id() != id && !self.former.contains(&id) && !self.has_dropped(id)
     }
 
+    /// Returns the saved secrets together with that of an operator's token.
+    pub fn with_token(saved: Option<Self>, secret: &Secret) -> Self {
+        let mut keyring = saved.unwrap_or_else(|| Self::new(secret.clone()));
+        keyring.adopt(secret);
+        keyring
+    }
+
     /// Makes the secret of an operator's token the one in use, unless the token is outdated.
     pub fn adopt(&mut self, secret: &Secret) {
         let id = secret.id();
