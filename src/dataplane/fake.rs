@@ -66,41 +66,42 @@ impl FakeKernel {
     }
 
     fn apply_to_device(&mut self, op: &DeviceOp) -> Result<(), &'static str> {
-        if let DeviceOp::CreateDevice(device) = op {
-            if self.device.is_some() {
-                return Err("File exists");
+        match (op, &mut self.device) {
+            (DeviceOp::CreateDevice(_), Some(_)) => return Err("File exists"),
+            (DeviceOp::CreateDevice(device), none) => {
+                *none = Some(Found {
+                    up: false,
+                    is_port: false,
+                    device: (**device).clone(),
+                    foreign: false,
+                    addresses: Vec::new(),
+                    unreceived: BTreeSet::new(),
+                });
             }
-            self.device = Some(Found {
-                up: false,
-                is_port: false,
-                device: (**device).clone(),
-                foreign: false,
-                addresses: Vec::new(),
-                unreceived: BTreeSet::new(),
-            });
-            return Ok(());
-        }
-        if *op == DeviceOp::DeleteDevice {
-            self.routes.retain(|_, hop| !matches!(hop.way, Way::Overlay(_) | Way::Device));
-            *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
-            return Ok(());
-        }
-        let Some(found) = &mut self.device else { return Err("No such device") };
-        match op.clone() {
-            DeviceOp::CreateDevice(_) | DeviceOp::DeleteDevice => {}
-            DeviceOp::SetMac(mac) => {
-                found.device.mac = mac;
+            (DeviceOp::DeleteDevice, _) => {
+                self.routes.retain(|_, hop| !matches!(hop.way, Way::Overlay(_) | Way::Device));
+                *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
+            }
+            (_, None) => return Err("No such device"),
+            (DeviceOp::SetMac(mac), Some(found)) => {
+                found.device.mac = *mac;
                 self.neighbors.clear();
             }
-            DeviceOp::SetMtu(mtu) => found.device.mtu = mtu,
-            DeviceOp::SetAlias(alias) => found.device.alias = alias,
-            DeviceOp::SetChecksumOffload(on) => found.device.checksum_offload = Some(on),
-            DeviceOp::Release => found.is_port = false,
-            DeviceOp::SetUp => found.up = true,
-            DeviceOp::AddAddress(address) => found.addresses.push((address, full_len(address))),
-            DeviceOp::AddLocalRoute(address) => _ = found.unreceived.remove(&address),
-            DeviceOp::RemoveAddress(address, len) => {
-                found.addresses.retain(|known| *known != (address, len));
+            (DeviceOp::SetMtu(mtu), Some(found)) => found.device.mtu = *mtu,
+            (DeviceOp::SetAlias(alias), Some(found)) => found.device.alias.clone_from(alias),
+            (DeviceOp::SetChecksumOffload(on), Some(found)) => {
+                found.device.checksum_offload = Some(*on);
+            }
+            (DeviceOp::Release, Some(found)) => found.is_port = false,
+            (DeviceOp::SetUp, Some(found)) => found.up = true,
+            (DeviceOp::AddAddress(address), Some(found)) => {
+                found.addresses.push((*address, full_len(*address)));
+            }
+            (DeviceOp::AddLocalRoute(address), Some(found)) => {
+                _ = found.unreceived.remove(address);
+            }
+            (DeviceOp::RemoveAddress(address, len), Some(found)) => {
+                found.addresses.retain(|known| *known != (*address, *len));
             }
         }
         Ok(())

@@ -40,7 +40,7 @@ pub mod forwarding;
 #[cfg(feature = "agent")]
 pub mod kernel;
 pub mod offload;
-pub mod op;
+mod op;
 pub mod overlap;
 pub mod path_mtu_reports;
 pub mod paths;

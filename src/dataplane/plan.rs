@@ -55,22 +55,22 @@ pub struct Found {
 
 /// Returns the operations that turn `actual` into `desired`; empty if they are equal.
 pub fn plan(desired: &Desired, actual: &Actual) -> Plan {
-    let Plan { mut device, entries: mut ops } = Plan::default();
+    let mut plan = Plan::default();
     let mut actual = actual.clone();
-    let is_kept = plan_device(&desired.device, actual.device.as_ref(), &mut device);
+    let is_kept = plan_device(&desired.device, actual.device.as_ref(), &mut plan.device);
     if !is_kept {
         // A re-created device has lost all entries on it, including routes.
         let elsewhere = |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_) | Way::Device);
         let routes = actual.routes.into_iter().filter(elsewhere).collect();
         actual = Actual { routes, ..Actual::default() };
     }
-    if device.iter().any(|op| matches!(op, DeviceOp::SetMac(_))) {
+    if plan.device.iter().any(|op| matches!(op, DeviceOp::SetMac(_))) {
         // The kernel drops the neighbor entries of a device whose MAC changes.
         actual.neighbors.clear();
     }
-    plan_additions(&desired.tables, &actual, &mut ops);
-    plan_removals(desired, &actual, &mut ops);
-    Plan { device, entries: ops }
+    plan_additions(&desired.tables, &actual, &mut plan.entries);
+    plan_removals(desired, &actual, &mut plan.entries);
+    plan
 }
 
 /// Plans the changes to the device. Returns whether the existing device is kept.

@@ -1,5 +1,7 @@
 //! Words for address families in texts and commands, and names of sysctls that differ by family.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 /// Returns the name of an address family.
 pub const fn family_name(ipv4: bool) -> &'static str {
     if ipv4 { "IPv4" } else { "IPv6" }
@@ -14,6 +16,16 @@ pub const fn rule_family(ipv4: bool) -> &'static str {
 /// Returns the `ip` command for an address family.
 pub const fn ip_command(ipv4: bool) -> &'static str {
     if ipv4 { "ip" } else { "ip -6" }
+}
+
+/// Returns the protocol that resolves addresses of neighbors.
+pub const fn resolution_name(ipv4: bool) -> &'static str {
+    if ipv4 { "ARP" } else { "neighbor discovery" }
+}
+
+/// Returns the unspecified address of a family.
+pub const fn unspecified(ipv4: bool) -> IpAddr {
+    if ipv4 { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) }
 }
 
 /// Returns the sysctl that lets a host forward packets of a family, as a path below `/proc/sys`.

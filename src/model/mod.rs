@@ -29,7 +29,8 @@ mod vtep;
 pub use call::{CallError, CallId, InquiryId, ReplyId, WriteSeq};
 pub use cluster::{ClusterRecord, ClusterSettings, Difference, SettingsWish};
 pub use family::{
-    dotted, family_name, forwarding_sysctl, interface_forwarding_sysctl, ip_command, rule_family,
+    dotted, family_name, forwarding_sysctl, interface_forwarding_sysctl, ip_command,
+    resolution_name, rule_family, unspecified,
 };
 pub use forget::Forget;
 pub use id::{BootId, ClusterId, IdError, NodeId};

@@ -248,6 +248,11 @@ pub fn counter() -> Attributes {
     Attributes::new().text(nfta::EXPR_NAME, "counter").nest(nfta::EXPR_DATA, &counts)
 }
 
+/// Returns the packets of a counter expression.
+pub fn counter_packets(counter: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(*attributes::find(counter, nfta::COUNTER_PACKETS)?.first_chunk()?))
+}
+
 /// Returns a base chain with the policy `accept`.
 pub fn base_chain(table: &str, name: &str, kind: &str, hook: u32, priority: i32) -> Attributes {
     let hook = Attributes::new()

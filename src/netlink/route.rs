@@ -22,9 +22,9 @@ use rtnetlink::packet_route::{
 use ipnet::IpNet;
 
 pub use self::parse::condition;
-use self::parse::{any, gateway, ip, refusal, rule, unicast_route, via_ip};
+use self::parse::{gateway, ip, refusal, rule, unicast_route, via_ip};
 use super::{Netlink, local};
-use crate::model::{Condition, Ports, Selector, Transport};
+use crate::model::{Condition, Ports, Selector, Transport, unspecified};
 
 /// A packet whose route is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +154,7 @@ impl Rule {
     pub fn takes(&self, query: &Query, input: Option<&str>) -> bool {
         let Selector { from, to, protocol, source, destination, tos, .. } = self.selector;
         // The kernel compares a source address that is not chosen yet as the unspecified one.
-        let source_ip = query.from.unwrap_or_else(|| any(query.to.is_ipv4()));
+        let source_ip = query.from.unwrap_or_else(|| unspecified(query.to.is_ipv4()));
         let contains =
             |network: Option<IpNet>, ip: IpAddr| network.is_none_or(|of| of.contains(&ip));
         let of = query.transport;
@@ -262,7 +262,7 @@ impl Netlink {
                 _ => None,
             });
             let is_default = route.header.destination_prefix_length == 0;
-            let to = to.or_else(|| is_default.then(|| any(ipv4)));
+            let to = to.or_else(|| is_default.then(|| unspecified(ipv4)));
             let to = to.filter(|to| !is_own && to.is_ipv4() == ipv4)?;
             let network = IpNet::new(to, route.header.destination_prefix_length).ok()?;
             Some(Destination { network, condition: condition(&route), protocol })

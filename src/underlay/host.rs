@@ -80,7 +80,7 @@ impl Host {
     /// Drops all candidates but the address to which gossip is bound, if peers use this host's own address:
     /// the socket receives only packets to that one.
     pub(super) fn keep_bound(&mut self, config: &Config) {
-        if let (Some(bound), None) = (config.bound_address(), config.advertise) {
+        if let Some(bound) = config.bound_peer_address() {
             self.candidates.retain(|candidate| candidate.ip == bound);
         }
     }
@@ -135,10 +135,7 @@ impl Host {
             IfaceChoice::Address(ip) => self.find(|address| address.ip == *ip),
             IfaceChoice::Regex(regex) => by_regex(regex),
             IfaceChoice::CanReach(ip) => self.by_route(netlink, *ip),
-            IfaceChoice::Default => match self.by_default(netlink, config, present)? {
-                None if config.bound_address().is_none() => self.only_candidate(),
-                found => found,
-            },
+            IfaceChoice::Default => self.by_default(netlink, config, present)?,
         })
     }
 
@@ -199,7 +196,7 @@ impl Host {
             return Ok(Some(found));
         }
         let mut targets = DISTANT.into_iter().chain(self.peers.iter().map(|(peer, _)| *peer));
-        Ok(targets.find_map(|to| self.by_route(netlink, to)))
+        Ok(targets.find_map(|to| self.by_route(netlink, to)).or_else(|| self.only_candidate()))
     }
 
     /// Chooses among several uplinks by the peers that they lead to. A VPN or a mobile uplink may have

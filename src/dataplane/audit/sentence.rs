@@ -156,7 +156,7 @@ impl Cause {
                 ),
                 format!(
                     "sysctl -w net.ipv4.conf.{}.rp_filter=2 (and a file in /etc/sysctl.d)",
-                    slashed(interface)
+                    dotted(interface)
                 ),
             ),
             Self::Forwarding { interface, by_default: false } => (
@@ -178,7 +178,7 @@ impl Cause {
             Self::NoForwarding | Self::Address { .. } | Self::Selected { .. } => return None,
             Self::NoIpv6 { interface } => (
                 format!("{packets} have no route, because IPv6 is turned off on {interface}"),
-                format!("sysctl -w net.ipv6.conf.{}.disable_ipv6=0", slashed(interface)),
+                format!("sysctl -w net.ipv6.conf.{}.disable_ipv6=0", dotted(interface)),
             ),
             Self::Refused { destination, kind, table, priority, condition } => {
                 let of_rule = match priority {
@@ -284,13 +284,9 @@ const fn is_ipv4(network: &IpNet) -> bool {
     matches!(network, IpNet::V4(_))
 }
 
-/// Returns the interface's name as `sysctl` takes it: with slashes for dots.
+/// Returns the sysctl that lets this host forward what an interface receives, as `sysctl` takes it.
 fn forwarding_of(interface: &str) -> String {
     dotted(&interface_forwarding_sysctl(true, interface))
-}
-
-fn slashed(interface: &str) -> String {
-    interface.replace('.', "/")
 }
 
 #[cfg(test)]

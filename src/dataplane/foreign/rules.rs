@@ -3,7 +3,7 @@
 
 use crate::netlink::{
     attributes,
-    nftables::{Object, nfta},
+    nftables::{Object, counter_packets, nfta},
 };
 
 /// Verdict codes (linux/netfilter.h, `linux/netfilter/nf_tables.h`). Negative codes lead to another
@@ -153,16 +153,13 @@ pub fn counted(rule: &Object) -> Option<u64> {
     let mut counted = None;
     for (name, data) in expressions(rule) {
         match name {
-            "counter" => {
-                let packets = attributes::find(data, nfta::COUNTER_PACKETS);
-                counted = packets.and_then(|packets| packets.first_chunk().copied());
-            }
+            "counter" => counted = counter_packets(data),
             // The counter precedes a condition.
             _ if CONDITIONS.contains(&name) => counted = None,
             _ => {}
         }
     }
-    counted.map(u64::from_be_bytes)
+    counted
 }
 
 /// Returns the name of a target or match of iptables.

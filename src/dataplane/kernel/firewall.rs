@@ -23,7 +23,7 @@ use crate::{
     netlink::{
         attributes::{self, Attributes},
         nftables::{
-            INET, Kind, Nftables, Object, Step, is_missing, name_of, nfta,
+            INET, Kind, Nftables, Object, Step, counter_packets, is_missing, name_of, nfta,
             sets::{self, Elements},
             steps::{create_table, delete_table},
         },
@@ -377,11 +377,6 @@ fn read_members(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpA
 fn matched_packets(element: &[u8]) -> Option<u64> {
     let expression = attributes::find(element, nfta::SET_ELEM_EXPR)?;
     counter_packets(attributes::find(expression, nfta::EXPR_DATA)?)
-}
-
-/// Returns the packets of a counter expression.
-fn counter_packets(counter: &[u8]) -> Option<u64> {
-    Some(u64::from_be_bytes(*attributes::find(counter, nfta::COUNTER_PACKETS)?.first_chunk()?))
 }
 
 /// Returns the named attributes of an object, concatenated.

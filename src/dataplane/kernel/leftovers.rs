@@ -10,13 +10,13 @@ use rtnetlink::packet_route::{RouteNetlinkMessage, route::RouteMessage, rule::Ru
 
 use super::{
     FirewallTable, GONE, Kernel, is_overlay_device,
-    messages::{our_route, subnet_of},
+    messages::{is_of_overlay, our_route, subnet_of},
     next_hops::restoring_request,
     pod_tables::PodTables,
     users,
 };
 use crate::{
-    dataplane::desired::{ROUTE_PROTOCOL, Way, is_own_table, pods_table_name},
+    dataplane::desired::{ROUTE_PROTOCOL, is_own_table, pods_table_name},
     model::Pool,
     netlink::{Request, link::Link, neighbour::Neighbor},
 };
@@ -66,8 +66,16 @@ impl Kernel {
         let entries = self.netlink.neighbors()?.into_iter();
         let with_subnet = |route| Some((subnet_of(&route)?, route));
         let mut routes = self.main_routes(Some(ROUTE_PROTOCOL), with_subnet)?;
-        routes.retain(|(subnet, route)| extent.has_route(*subnet, route, &links));
-        let devices = links.into_iter().filter(is_overlay_device).map(|link| link.name);
+        let devices: Vec<Link> = links.into_iter().filter(is_overlay_device).collect();
+        if let Extent::Overlay { device, pool, .. } = extent {
+            let index = devices.iter().find(|link| link.name == device).map(|link| link.index);
+            let indices: Vec<u32> = devices.iter().map(|link| link.index).collect();
+            routes.retain(|(subnet, route)| {
+                let way = our_route(route, index).map(|(_, hop)| hop.way);
+                is_of_overlay(subnet, way, Some(pool), &indices)
+            });
+        }
+        let devices = devices.into_iter().map(|link| link.name);
         let tables = FirewallTable::open()
             .and_then(|mut firewall| firewall.tables(|table| extent.has_table(table)));
         let bridge_tables = PodTables::open().tables(|table| extent.has_bridge_table(table));
@@ -97,8 +105,13 @@ impl Kernel {
             let refused = refused.iter().find(|refused| !GONE.contains(&refused.errno));
             refused.map_or(Ok(()), |refused| Err(refused.to_io()))
         }));
-        for table in tables {
-            results.push(FirewallTable::open().and_then(|mut firewall| firewall.remove(&table)));
+        if !tables.is_empty() {
+            match FirewallTable::open() {
+                Ok(mut firewall) => {
+                    results.extend(tables.iter().map(|table| firewall.remove(table)));
+                }
+                Err(error) => results.push(Err(error)),
+            }
         }
         let mut pod_tables = PodTables::open();
         results.extend(bridge_tables.iter().map(|table| pod_tables.remove(table)));
@@ -111,20 +124,6 @@ impl Extent<'_> {
         match self {
             Self::Everything => true,
             Self::Overlay { device, .. } => name == *device,
-        }
-    }
-
-    /// Whether a route of gossamer's belongs to it. Another overlay on this host may use a part of the
-    /// networks.
-    fn has_route(&self, subnet: IpNet, route: &RouteMessage, links: &[Link]) -> bool {
-        let Self::Overlay { device, pool, .. } = self else { return true };
-        let index = links.iter().find(|link| link.name == *device).map(|link| link.index);
-        let is_of_other =
-            |index| links.iter().any(|link| link.index == index && is_overlay_device(link));
-        match our_route(route, index).map(|(_, hop)| hop.way) {
-            Some(Way::Overlay(_) | Way::Device) => true,
-            Some(Way::Direct { link, .. }) if is_of_other(link) => false,
-            _ => pool.networks().iter().any(|network| network.contains(&subnet)),
         }
     }
 

@@ -29,7 +29,7 @@ use super::super::{
     plan::EntryOp,
 };
 use crate::{
-    model::Mac,
+    model::{Mac, Pool},
     netlink::{Request, attributes, link::Link},
 };
 
@@ -241,6 +241,23 @@ pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(Ip
         _ => return None,
     };
     Some((subnet_of(route)?, Hop { mtu: mtu_of(route), ..Hop::new(way, metric_of(route)) }))
+}
+
+/// Returns whether a route of gossamer's belongs to the overlay of a pool. Another overlay on this host may
+/// use a part of the pool's networks. `devices` are the indices of all overlay devices.
+pub(super) fn is_of_overlay(
+    subnet: &IpNet,
+    way: Option<Way>,
+    pool: Option<&Pool>,
+    devices: &[u32],
+) -> bool {
+    match way {
+        Some(Way::Overlay(_) | Way::Device) => true,
+        Some(Way::Direct { link, .. }) if devices.contains(&link) => false,
+        _ => {
+            pool.is_some_and(|pool| pool.networks().iter().any(|network| network.contains(subnet)))
+        }
+    }
 }
 
 fn gateway_of(attribute: &RouteAttribute) -> Option<IpAddr> {

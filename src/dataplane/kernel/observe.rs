@@ -18,7 +18,7 @@ use rtnetlink::packet_route::{
 
 use super::{
     Kernel, KernelError, is_overlay_device,
-    messages::{destination, fixed_attributes, lladdr, our_route, subnet_of},
+    messages::{destination, fixed_attributes, is_of_overlay, lladdr, our_route, subnet_of},
 };
 use crate::{
     dataplane::{
@@ -246,27 +246,16 @@ impl Kernel {
         pool: Option<&Pool>,
     ) -> io::Result<BTreeSet<(IpNet, Hop)>> {
         let found = self.main_routes(Some(ROUTE_PROTOCOL), |route| our_route(&route, device))?;
-        let inside = |subnet: &IpNet| {
-            pool.is_some_and(|pool| pool.networks().iter().any(|network| network.contains(subnet)))
+        let is_direct = |(_, hop): &(IpNet, Hop)| matches!(hop.way, Way::Direct { .. });
+        let links = match found.iter().any(is_direct) {
+            true => self.netlink.links()?,
+            false => Vec::new(),
         };
-        let mut routes: BTreeSet<(IpNet, Hop)> = found
-            .into_iter()
-            .filter(|(subnet, hop)| {
-                matches!(hop.way, Way::Overlay(_) | Way::Device) || inside(subnet)
-            })
-            .collect();
-        if routes.iter().any(|(_, hop)| matches!(hop.way, Way::Direct { .. })) {
-            let links = self.netlink.links()?;
-            let others: Vec<u32> = links
-                .iter()
-                .filter(|link| is_overlay_device(link))
-                .map(|link| link.index)
-                .collect();
-            routes.retain(
-                |(_, hop)| !matches!(hop.way, Way::Direct { link, .. } if others.contains(&link)),
-            );
-        }
-        Ok(routes)
+        let devices: Vec<u32> =
+            links.iter().filter(|link| is_overlay_device(link)).map(|link| link.index).collect();
+        let is_ours =
+            |(subnet, hop): &(IpNet, Hop)| is_of_overlay(subnet, Some(hop.way), pool, &devices);
+        Ok(found.into_iter().filter(is_ours).collect())
     }
 
     /// Returns neighbors on gossamer's device that are not permanent: outdated answers, and

@@ -18,8 +18,6 @@ use crate::{
 pub struct Sysctl {
     /// Path below `/proc/sys`.
     name: String,
-    /// The code of its problem.
-    code: ProblemCode,
     /// The family that the host forwards only with the required value; `None` for other settings.
     forwards_ipv4: Option<bool>,
     value: &'static str,
@@ -36,7 +34,6 @@ pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> V
     let families = || networks.iter().map(|network| network.addr().is_ipv4());
     let forwarding = |ipv4| Sysctl {
         name: forwarding_sysctl(ipv4).to_owned(),
-        code: ProblemCode::ForwardingOff,
         forwards_ipv4: Some(ipv4),
         value: "1",
         all: None,
@@ -52,7 +49,6 @@ pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> V
     // request has left by.
     let loose = |interface: &str| Sysctl {
         name: format!("net/ipv4/conf/{interface}/rp_filter"),
-        code: ProblemCode::Sysctl,
         forwards_ipv4: None,
         value: "2",
         all: Some("net/ipv4/conf/all/rp_filter".to_owned()),
@@ -78,11 +74,19 @@ impl Sysctl {
         self.forwards_ipv4
     }
 
+    /// Returns the code of the problem.
+    const fn code(&self) -> ProblemCode {
+        match self.forwards_ipv4 {
+            Some(_) => ProblemCode::ForwardingOff,
+            None => ProblemCode::Sysctl,
+        }
+    }
+
     /// Returns the problem; `None` if the setting is right or does not exist.
     pub fn problem(&self) -> Option<Problem> {
         let (is, consequence, command) = self.wrong()?;
         Some(Problem::new(
-            self.code,
+            self.code(),
             dotted(&self.name),
             format!("{is}: {consequence}"),
             format!("run {command}, or set set_sysctls = true here"),
@@ -110,7 +114,7 @@ impl Sysctl {
     /// When the setting or a setting for router advertisements cannot be written.
     pub fn set(&self) -> Result<BTreeSet<String>, Problem> {
         let name = dotted(&self.name);
-        let failed = |what: String| Problem::new(self.code, &name, what, "");
+        let failed = |what: String| Problem::new(self.code(), &name, what, "");
         let left = |why: String| failed(format!("{name} was not changed: {why}"));
         let kept = match self.advertised() {
             Ok(found) => found.keep().map_err(left)?,

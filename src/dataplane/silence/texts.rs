@@ -1,10 +1,12 @@
 //! Describes causes of missing packets as problems with advice.
 
+use std::collections::BTreeSet;
+
 use super::{
     Cause, Diverted, Elsewhere, MAY_NOT_SEND, Pinned, Place, Suspect,
     commands::{MAX_PORTS, forget_connections, open_chain, open_for_answers, open_for_pods},
 };
-use crate::model::{Problem, ProblemCode, rule_family};
+use crate::model::{Mac, Problem, ProblemCode, resolution_name, rule_family};
 
 /// Maximum number of peers named in one sentence.
 const MAX_NAMED_PEERS: usize = 3;
@@ -157,26 +159,22 @@ impl Cause {
                     ),
                 )
             }
-            Self::Claimed { macs } => {
-                let macs: Vec<String> = macs.iter().map(ToString::to_string).collect();
-                (
-                    format!(
-                        "several cards answer for the address of {peers} on {underlay}: {}",
-                        macs.join(", ")
-                    ),
-                    "either another machine has that address, too, or that host has two cards in this \
+            Self::Claimed { macs } => (
+                format!(
+                    "several cards answer for the address of {peers} on {underlay}: {}",
+                    list_macs(macs)
+                ),
+                "either another machine has that address, too, or that host has two cards in this \
                      network (there: sysctl -w net.ipv4.conf.all.arp_ignore=1)"
-                        .to_owned(),
-                )
-            }
+                    .to_owned(),
+            ),
             Self::GatewayClaimed { gateway, macs } => {
-                let macs: Vec<String> = macs.iter().map(ToString::to_string).collect();
-                let asked = if gateway.is_ipv4() { "ARP" } else { "neighbor discovery" };
+                let asked = resolution_name(gateway.is_ipv4());
                 (
                     format!(
                         "several machines answer {asked} for {gateway}, the gateway, on {underlay}: {}. \
                          Packets to other networks reach any of them",
-                        macs.join(", ")
+                        list_macs(macs)
                     ),
                     "only one of them is the router: find the other at the switch by its MAC, and change its \
                      address (a router in its factory settings, or two routers of a pair that are both \
@@ -194,23 +192,20 @@ impl Cause {
                      a virtual address)"
                 ),
             ),
-            Self::Pinned(Pinned { address, interface, mac, answering, .. }) => {
-                let answering: Vec<String> = answering.iter().map(ToString::to_string).collect();
-                (
-                    format!(
-                        "a fixed neighbor entry on {interface} gives {address} the MAC {mac}, but {} answers \
+            Self::Pinned(Pinned { address, interface, mac, answering, .. }) => (
+                format!(
+                    "a fixed neighbor entry on {interface} gives {address} the MAC {mac}, but {} answers \
                          for that address, so packets to {peers} go to the wrong machine",
-                        answering.join(", ")
-                    ),
-                    format!(
-                        "ip neigh del {address} dev {interface} (and remove it where it is set: a script, \
+                    list_macs(answering)
+                ),
+                format!(
+                    "ip neigh del {address} dev {interface} (and remove it where it is set: a script, \
                          /etc/ethers, [Neighbor] of systemd-networkd)"
-                    ),
-                )
-            }
+                ),
+            ),
             Self::Refused { gateway, interface, by, passthru } => {
                 let ipv4 = local.is_ipv4();
-                let asked = if ipv4 { "ARP" } else { "neighbor discovery" };
+                let asked = resolution_name(ipv4);
                 let (of, hops) = match gateway {
                     Some(gateway) => (format!("the gateway {gateway}"), vec![*gateway]),
                     None => {
@@ -254,7 +249,7 @@ impl Cause {
                 ),
             ),
             Self::Unresolved { address, interface, is_gateway, is_one_of_several } => {
-                let asked = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
+                let asked = resolution_name(address.is_ipv4());
                 let (of, packets) = match (is_one_of_several, is_gateway) {
                     (true, _) => {
                         (", one of several next hops", "flows that the kernel sends by it")
@@ -317,6 +312,11 @@ impl Cause {
             ),
         }
     }
+}
+
+/// Lists hardware addresses.
+fn list_macs(macs: &BTreeSet<Mac>) -> String {
+    macs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn list_names(suspects: &[&Suspect]) -> String {

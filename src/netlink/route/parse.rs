@@ -10,7 +10,7 @@ use rtnetlink::packet_route::{
 };
 
 use super::{Refusal, Rule, UnicastRoute};
-use crate::model::{Condition, Ports, Selector};
+use crate::model::{Condition, Ports, Selector, unspecified};
 
 /// Parses a policy rule.
 pub(super) fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
@@ -62,7 +62,7 @@ pub(super) fn unicast_route(route: &RouteMessage, ipv4: bool) -> Option<UnicastR
     if route.header.kind != RouteType::Unicast {
         return None;
     }
-    let mut network = any(ipv4);
+    let mut network = unspecified(ipv4);
     let (mut metric, mut table) = (0, u32::from(route.header.table));
     let (mut gateways, mut link) = (Vec::new(), None);
     for attribute in &route.attributes {
@@ -93,7 +93,7 @@ pub(super) const fn gateway(attribute: &RouteAttribute) -> Option<IpAddr> {
 
 /// Parses a route that drops packets.
 pub(super) fn refusal(route: &RouteMessage, kind: &'static str, ipv4: bool) -> Option<Refusal> {
-    let mut network = any(ipv4);
+    let mut network = unspecified(ipv4);
     let mut table = u32::from(route.header.table);
     for attribute in &route.attributes {
         match attribute {
@@ -115,11 +115,6 @@ pub fn condition(route: &RouteMessage) -> Condition {
         _ => None,
     });
     Condition { from: from.filter(|_| length > 0), tos: route.header.tos }
-}
-
-/// Returns the unspecified address of a family.
-pub(super) fn any(ipv4: bool) -> IpAddr {
-    if ipv4 { [0; 4].into() } else { [0; 16].into() }
 }
 
 /// Returns the address if it is one of IPv4 or IPv6.

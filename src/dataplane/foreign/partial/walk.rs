@@ -66,13 +66,10 @@ impl Walk<'_> {
         if !base.drops || is_unknown {
             return;
         }
-        if ways != 0 {
-            for act in self.acts(&Verdict::Drop, &[], &Selection::of_ways(ways)) {
-                self.add_finding(act, (&base.name, None));
-            }
-        }
-        if let Some(above) = self.above_rate(&[], &Verdict::Drop, &all) {
-            for act in self.acts(&Verdict::Drop, &[], &above) {
+        let whole = (ways != 0).then(|| Selection::of_ways(ways));
+        let above = self.above_rate(&[], &Verdict::Drop, &all);
+        for dropped in whole.into_iter().chain(above) {
+            for act in self.acts(&Verdict::Drop, &[], &dropped) {
                 self.add_finding(act, (&base.name, None));
             }
         }
@@ -86,15 +83,15 @@ impl Walk<'_> {
         verdict: &Verdict,
         dropped: &Selection,
     ) -> Option<Selection> {
-        let is_loss = matches!(verdict, Verdict::Drop | Verdict::Reject) && dropped.ways != 0;
-        let is_loss = is_loss && self.traffic.tunnel.is_none();
-        // A rule of another chain may have accepted the others.
-        let mut open = dropped.clone();
-        open.ways &= !self.accepts_new_at_any_rate;
-        let here = rated.iter().filter(|_| is_loss).find_map(|rated| rated.above_rate(dropped));
-        here.or_else(|| {
-            let is_loss = is_loss && open.ways != 0;
-            self.rated.iter().filter(|_| is_loss).find_map(|rated| rated.above_rate(&open))
+        let is_loss = matches!(verdict, Verdict::Drop | Verdict::Reject);
+        if !is_loss || self.traffic.tunnel.is_some() {
+            return None;
+        }
+        rated.iter().find_map(|rated| rated.above_rate(dropped)).or_else(|| {
+            // A rule of another chain may have accepted the others.
+            let mut open = dropped.clone();
+            open.ways &= !self.accepts_new_at_any_rate;
+            self.rated.iter().find_map(|rated| rated.above_rate(&open))
         })
     }
 
