@@ -159,6 +159,11 @@ impl Config {
         listen.filter(|ip| !ip.is_unspecified() && !ip.is_loopback())
     }
 
+    /// Returns the address of this host to which gossip is bound, if peers use this host's own address.
+    pub fn bound_peer_address(&self) -> Option<IpAddr> {
+        self.bound_address().filter(|_| self.advertise.is_none())
+    }
+
     /// Returns the name of the pods' bridge in an overlay with this VNI.
     pub fn bridge_name(&self, vni: u32) -> String {
         self.bridge.clone().unwrap_or_else(|| bridge_name(vni))

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeSet,
     ffi::OsString,
-    fs, io,
+    fs,
     net::IpAddr,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -29,6 +29,7 @@ use crate::{
     cni::Spool,
     config::{Instance, NAME},
     dataplane::kernel::{Extent, Kernel},
+    files,
     model::visible_lines,
     pods::wiring::Wiring,
     store::{StateDir, StoreError, read_token},
@@ -243,8 +244,8 @@ pub(super) fn remove(places: &Places, mode: Mode) -> anyhow::Result<Removed> {
         bridge_tables: leftovers.bridge_tables.clone(),
         ..Removed::default()
     };
-    let files = || places.subnet_files.iter().chain(&places.sockets);
-    removed.files.extend(files().filter(|path| path.exists()).cloned());
+    let left = || places.subnet_files.iter().chain(&places.sockets);
+    removed.files.extend(left().filter(|path| path.exists()).cloned());
     let spools: Vec<Spool> = places.sockets.iter().map(|socket| Spool::beside(socket)).collect();
     let noted = spools.iter().map(Spool::path).filter(|path| path.is_dir());
     removed.files.extend(noted.map(Path::to_owned));
@@ -269,7 +270,7 @@ pub(super) fn remove(places: &Places, mode: Mode) -> anyhow::Result<Removed> {
     let states: Vec<_> = opened.collect::<Result<_, StoreError>>()?;
     removed.bridges.iter().try_for_each(|bridge| wiring.remove(bridge))?;
     kernel.sweep(leftovers)?;
-    files().try_for_each(|path| remove_file(path))?;
+    left().try_for_each(|path| files::remove(path))?;
     spools.iter().filter(|spool| spool.path().is_dir()).try_for_each(|spool| {
         spool.read().iter().for_each(|note| spool.drop(note));
         fs::remove_dir(spool.path())
@@ -288,13 +289,6 @@ pub(super) fn remove(places: &Places, mode: Mode) -> anyhow::Result<Removed> {
 fn may_be_member(state_dir: &Path) -> bool {
     read_token(state_dir)
         .map_or(true, |token| token.as_ref().and_then(Token::known_cluster).is_some())
-}
-
-fn remove_file(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
 }
 
 fn text(removed: &Removed, dry_run: bool) -> String {

@@ -65,10 +65,12 @@ fn forget_one(args: &ForgetArgs, node: &str) -> ExitCode {
 /// Warns of a member whose host runs, as its packets or the answers of its kernel show.
 fn running_host(client: &Client, whom: &str) -> Option<String> {
     let status: AgentStatus = block_on(api::get_as(&client.socket(), "/v1/status")).ok()?.ok()?;
+    let ip: Option<IpAddr> = whom.parse().ok();
     let is_meant = |member: &&Member| {
-        let names =
-            [&member.name, &member.label, &member.node.to_string()].contains(&&whom.to_owned());
-        names || whom.parse().is_ok_and(|ip: IpAddr| member.address.ip() == ip)
+        member.name == whom
+            || member.label == whom
+            || member.node.to_string() == whom
+            || ip == Some(member.address.ip())
     };
     let members: Vec<&Member> = status.members.iter().filter(is_meant).collect();
     let is_path = |path: &&PathStatus| members.iter().any(|member| member.node == path.node);
@@ -81,10 +83,13 @@ fn running_host(client: &Client, whom: &str) -> Option<String> {
 
 /// Returns what shows that a host runs.
 fn sign_of_path(path: &PathStatus) -> Option<String> {
-    let round_trip = path.round_trip_ms.filter(|_| path.state.shows_life());
-    let round_trip = round_trip.filter(|_| path.state != PathState::OneWay);
-    let sign = || sign_of_host(round_trip.map(|time| Duration::from_secs_f64(time / 1_000.0)));
-    (path.state.shows_life() || path.pods_answer).then(sign)
+    let shows_life = path.state.shows_life();
+    if !shows_life && !path.pods_answer {
+        return None;
+    }
+    let answers = shows_life && path.state != PathState::OneWay;
+    let round_trip = path.round_trip_ms.filter(|_| answers);
+    Some(sign_of_host(round_trip.map(|time| Duration::from_secs_f64(time / 1_000.0))))
 }
 
 async fn forget(client: &Client, node: &str, force: bool) -> Result<Forgotten, ClientError> {

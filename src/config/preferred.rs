@@ -43,11 +43,10 @@ pub(super) fn check(address: IpAddr, pool: Option<&Pool>) -> Result<(), ConfigEr
         return refuse(format!("{address} is not the first address of a subnet: use {first}"));
     }
     let (first, last) = pool.slots().into_inner();
-    let [first, last] = [first, last].map(|slot| pool.subnets(Slot(slot)));
-    let is_second = first.first.addr().is_ipv4() != address.is_ipv4();
-    let [first, last] = [first, last].map(|subnets| match (is_second, subnets.second) {
-        (true, Some(second)) => second.network(),
-        _ => subnets.first.network(),
+    let [first, last] = [first, last].map(|slot| {
+        let subnets = pool.subnets(Slot(slot));
+        let same = subnets.iter().find(|subnet| subnet.addr().is_ipv4() == address.is_ipv4());
+        same.unwrap_or(subnets.first).network()
     });
     refuse(format!(
         "{address} is in no subnet that may be leased: use {first} to {last}, or change subnet_min and \

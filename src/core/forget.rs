@@ -455,11 +455,9 @@ impl Node {
                 let mut missing = self.replica.missing(&acknowledgers, forget);
                 let named = missing.by_ref().take(MAX_NAMED).map(|node| labels.of(node));
                 let mut named: Vec<String> = named.collect();
-                named.extend(
-                    Some(missing.count())
-                        .filter(|more| *more > 0)
-                        .map(|more| format!("{more} more")),
-                );
+                if let more @ 1.. = missing.count() {
+                    named.push(format!("{more} more"));
+                }
                 named
             });
             let (node, successor) = (forget.node, forget.successor);

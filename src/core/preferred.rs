@@ -9,12 +9,12 @@ impl Node {
     /// Returns a notice if this node has another subnet than the preferred one.
     pub fn missed_preference(&self) -> Option<Problem> {
         let wanted = self.config.prefer_subnet.filter(|_| self.config.assigned.is_none())?;
-        let slots = &self.replica.cluster_state.as_ref()?.slots;
+        let cluster_state = self.replica.cluster_state.as_ref()?;
         let own = self.lifecycle.own_subnets(&self.replica)?;
         if own.iter().any(|subnet| subnet.network() == wanted) {
             return None;
         }
-        let pool = self.replica.cluster_state.as_ref()?.cluster.settings.pool;
+        let pool = cluster_state.cluster.settings.pool;
         let instead = format!("this node has {}", own.first);
         let what = match pool.slot_at(wanted) {
             None => format!("preferred {wanted} begins no subnet of this cluster: {instead}"),
@@ -22,7 +22,7 @@ impl Node {
                 let subnets = pool.subnets(slot);
                 let subnet = subnets.iter().find(|subnet| subnet.network() == wanted);
                 let subnet = subnet.unwrap_or(subnets.first);
-                match slots.record(slot) {
+                match cluster_state.slots.record(slot) {
                     Some(record) if record.state == SlotState::Leased => {
                         let owner = self.name_of(record.owner);
                         format!("preferred {subnet} belongs to {owner}: {instead}")

@@ -98,7 +98,11 @@ pub const MUTATIONS: [Mutation; 25] = [
         defect: "states are never compared with down members, nor with a seed whose node is known",
         changes: &[
             change("core/sync.rs", "rounds.is_multiple_of(4)", "false"),
-            change("core/sync.rs", "if preferred.is_empty() { &all } else { &preferred }", "&preferred"),
+            change(
+                "core/sync.rs",
+                "if preferred.is_empty() { &all } else { &preferred }",
+                "&preferred",
+            ),
             change("core/sync.rs", "!absent_seeds.is_empty()", "false"),
         ],
     },
@@ -107,10 +111,11 @@ pub const MUTATIONS: [Mutation; 25] = [
         defect: "any difference in the kernel removes all entries before the wanted ones are added",
         changes: &[change(
             "dataplane/plan.rs",
-            "plan_additions(&desired.tables, &actual, &mut ops)",
-            "{ ops.extend(actual.routes.iter().map(|(subnet, hop)| EntryOp::RemoveRoute(*subnet, *hop)));
+            "plan_additions(&desired.tables, &actual, &mut plan.entries)",
+            "{ let routes = actual.routes.iter();
+               plan.entries.extend(routes.map(|(subnet, hop)| EntryOp::RemoveRoute(*subnet, *hop)));
                actual.routes.clear();
-               plan_additions(&desired.tables, &actual, &mut ops) }",
+               plan_additions(&desired.tables, &actual, &mut plan.entries) }",
         )],
     },
     Mutation {
@@ -143,11 +148,7 @@ pub const MUTATIONS: [Mutation; 25] = [
     Mutation {
         name: "LeaseWhileLeaving",
         defect: "a leaving node continues its search for a lease",
-        changes: &[change(
-            "core/lifecycle.rs",
-            "!self.is_leaving()",
-            "true",
-        )],
+        changes: &[change("core/lifecycle.rs", "!self.is_leaving()", "true")],
     },
     Mutation {
         name: "ReleaseLeaseInUse",

@@ -82,10 +82,11 @@ impl Agent {
     pub(in crate::agent) fn isolation_problem(
         &self,
         of_paths: &BTreeMap<NodeId, Problem>,
+        states: &BTreeMap<NodeId, PathState>,
     ) -> Option<Problem> {
         self.own_seeds_problem()
             .or_else(|| self.moved_problem())
-            .or_else(|| self.alone_problem(of_paths))
+            .or_else(|| self.alone_problem(of_paths, states))
     }
 
     /// Returns the problem that seeds are addresses of this host.
@@ -131,13 +132,14 @@ impl Agent {
 
     /// Returns the problem that no member answers. The likely causes follow from the state of the path to the
     /// first member.
-    fn alone_problem(&self, of_paths: &BTreeMap<NodeId, Problem>) -> Option<Problem> {
+    fn alone_problem(
+        &self,
+        of_paths: &BTreeMap<NodeId, Problem>,
+        states: &BTreeMap<NodeId, PathState>,
+    ) -> Option<Problem> {
         if !self.is_isolated() {
             return None;
         }
-        let paths: Vec<_> = self.path_states().map(|(node, state, _)| (node, state)).collect();
-        let state =
-            |node: NodeId| paths.iter().find(|(of, _)| *of == node).map(|(_, state)| *state);
         let unreported: Vec<NodeId> =
             self.node.peers().filter(|node| !of_paths.contains_key(node)).collect();
         let first = *unreported.first()?;
@@ -160,7 +162,7 @@ impl Agent {
         }
         let address = self.node.address_of(first)?.ip();
         let dead_hop = self.kernel.traffic.routing.dead_hops.get(&address);
-        let why = match state(first) {
+        let why = match states.get(&first) {
             _ if dead_hop.is_some() => "a next hop of the route to it does not answer (see the separate \
                                         problem). If it is still silent after that is repaired, its status \
                                         may name the cause (there: gossamer status)"
@@ -197,6 +199,7 @@ impl Agent {
         &self,
         known: &[Problem],
         of_paths: &BTreeMap<NodeId, Problem>,
+        states: &BTreeMap<NodeId, PathState>,
         labels: &Labels<'_>,
     ) -> Vec<Problem> {
         let of_all = [ProblemCode::Isolated, ProblemCode::AddressChanged, ProblemCode::NoUnderlay];
@@ -204,15 +207,13 @@ impl Agent {
             return Vec::new();
         }
         // A notice is about former selves.
-        let is_former = |node: &NodeId| labels.former_selves().contains(node);
+        let is_told =
+            |node: &NodeId| labels.former_selves().contains(node) || of_paths.contains_key(node);
         let down = self.node.peers().filter(|node| self.is_down(*node, labels.opinions()));
-        let mut down: Vec<NodeId> = down.filter(|node| !is_former(node)).collect();
-        let paths: BTreeMap<NodeId, PathState> =
-            self.path_states().map(|(node, state, _)| (node, state)).collect();
-        down.retain(|node| !of_paths.contains_key(node));
+        let down: Vec<NodeId> = down.filter(|node| !is_told(node)).collect();
         let named = down.iter().take(MAX_DOWN_NAMED);
         let mut problems: Vec<Problem> =
-            named.map(|node| self.down_problem(*node, paths.get(node), labels)).collect();
+            named.map(|node| self.down_problem(*node, states.get(node), labels)).collect();
         if let more @ 1.. = down.len().saturating_sub(MAX_DOWN_NAMED) {
             let what = format!("{more} more members are down");
             problems.push(Problem::new(

@@ -26,7 +26,7 @@ impl Agent {
             AgentRequest::Token { reply } => {
                 let mut address = self.node.address();
                 // Until the host has that address, members know it by an earlier one.
-                if let (Some(bound), None) = (self.config.bound_address(), self.config.advertise) {
+                if let Some(bound) = self.config.bound_peer_address() {
                     address.set_ip(bound);
                 }
                 let seeds = vec![address.to_string()];

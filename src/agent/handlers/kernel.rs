@@ -26,7 +26,7 @@ use crate::{
             subnet_env::SubnetFile,
         },
     },
-    core::{Command, Input, Peer},
+    core::{Command, Input, Labels, Peer},
     dataplane::{
         desired::{Desired, Underlay, device_name},
         firewall::Firewall,
@@ -329,23 +329,21 @@ impl Agent {
 
     /// Returns the problems of peers whose underlay addresses this host cannot send to. An earlier identity
     /// of this host has its address; a notice names it.
-    pub(in crate::agent) fn unusable_peers(&self) -> Vec<Problem> {
+    pub(in crate::agent) fn unusable_peers(&self, labels: &Labels<'_>) -> Vec<Problem> {
         let underlay = self.current_underlay();
         let peers = self.kernel.wanted.view.iter().flat_map(|view| &view.peers);
         let problem = |(node, peer): (&NodeId, &Peer)| {
             let address = peer.vtep.underlay;
             let why = underlay.unusable_peer_reason(address)?;
+            if labels.former_selves().contains(node) {
+                return None;
+            }
             let name = self.node.name_of(*node);
             let what = format!("packets to {name}: its tunnels end at {address}, {why}");
             let fix = "correct its underlay address";
-            Some((*node, Problem::new(ProblemCode::UnusableAddress, name, what, fix)))
+            Some(Problem::new(ProblemCode::UnusableAddress, name, what, fix))
         };
-        let mut problems: Vec<(NodeId, Problem)> = peers.filter_map(problem).collect();
-        if !problems.is_empty() {
-            let labels = self.node.labels();
-            problems.retain(|(node, _)| !labels.former_selves().contains(node));
-        }
-        problems.into_iter().map(|(_, problem)| problem).collect()
+        peers.filter_map(problem).collect()
     }
 
     /// Handles a kernel error. Before the first success this host cannot be a member, so the agent ends

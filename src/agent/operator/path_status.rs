@@ -14,13 +14,15 @@ use crate::{
         desired::{Underlay, Way, device_name},
         silence::Sign,
     },
-    model::{NodeId, PathState, Problem, ProblemCode, Severity, is_link_local},
+    model::{NodeId, PathState, Problem, ProblemCode, Severity, ip_command, is_link_local},
 };
 
 /// What is found about the paths to all peers.
 pub(super) struct PathFindings<'a> {
     /// The labels of all members. They are made once, because that takes a pass over all of them.
     pub(super) labels: Labels<'a>,
+    /// The state of each path.
+    pub(super) states: BTreeMap<NodeId, PathState>,
     /// What is wrong with the paths to these peers.
     pub(super) problems: BTreeMap<NodeId, Problem>,
     /// What may be wrong without affecting any pod.
@@ -104,7 +106,7 @@ impl Agent {
         let found = found
             .filter_map(|(node, state)| Some((*node, self.path_finding(*node, *state, &labels)?)));
         let (problems, notices) = found.partition(|(_, found)| found.severity == Severity::Problem);
-        PathFindings { labels, problems, notices }
+        PathFindings { labels, states, problems, notices }
     }
 
     /// Returns whether packets of pods reach a peer and return, although probes of its host are not
@@ -416,9 +418,10 @@ fn unreachable_problem(
 
 /// Describes a wrong path MTU report that keeps coming back.
 fn wrong_mtu_problem(name: &str, there: IpAddr, told: u32, carried: u32) -> Problem {
-    let (family, icmp) = match there {
-        IpAddr::V4(_) => ("ip", "ICMP type 3 code 4"),
-        IpAddr::V6(_) => ("ip -6", "ICMPv6 packet too big"),
+    let family = ip_command(there.is_ipv4());
+    let icmp = match there {
+        IpAddr::V4(_) => "ICMP type 3 code 4",
+        IpAddr::V6(_) => "ICMPv6 packet too big",
     };
     let what = format!(
         "this host's kernel assumes that the path to {name} ({there}) carries {told} bytes ({family} \

@@ -142,16 +142,17 @@ impl Agent {
     /// Replies to the rounds that are over, with the state of the path.
     pub(in crate::agent) fn finish_pings(&mut self) {
         let now = Instant::now();
-        for mut round in
-            self.requests.ping_rounds.extract_if(.., |round| round.is_over(now)).collect::<Vec<_>>()
-        {
-            let node = round.report.node;
-            let path = self
-                .path_statuses(&self.path_findings())
-                .into_iter()
-                .find(|path| path.node == node);
-            round.report.path = path.as_ref().map(|path| path.state);
-            round.report.problem = path.and_then(|path| path.problem);
+        let over: Vec<PingRound> =
+            self.requests.ping_rounds.extract_if(.., |round| round.is_over(now)).collect();
+        // Each turn of the event loop comes here.
+        if over.is_empty() {
+            return;
+        }
+        let paths = self.path_statuses(&self.path_findings());
+        for mut round in over {
+            let path = paths.iter().find(|path| path.node == round.report.node);
+            round.report.path = path.map(|path| path.state);
+            round.report.problem = path.and_then(|path| path.problem.clone());
             let _ = round.reply.send(Ok(round.report));
         }
     }

@@ -87,14 +87,10 @@ impl Agent {
         let is_other = |(other, state, _): (NodeId, PathState, _)| {
             other != node && self.node.is_active(other) && !self.is_lost(state)
         };
-        let has_others = self.path_states().any(is_other);
         let is_decided = silent >= MAX_DECISION;
-        Some(silent_problem(
-            labels.of(node),
-            silent,
-            cause.filter(|_| is_decided),
-            has_others && is_decided,
-        ))
+        let is_reached = is_decided && self.path_states().any(is_other);
+        let cause = cause.filter(|_| is_decided);
+        Some(silent_problem(labels.of(node), silent, cause, is_reached))
     }
 }
 

@@ -159,14 +159,16 @@ impl Agent {
         problems
             .extend(kernel.problems.programming.iter().chain(&kernel.problems.underlay).cloned());
         problems.extend(self.requests.listener_problems.problems());
-        problems.extend(self.isolation_problem(&paths.problems));
+        problems.extend(self.isolation_problem(&paths.problems, &paths.states));
         problems.extend(self.threads.monitors.problems());
         problems.extend(self.threads.monitors.silence_diagnosis.claim().cloned());
         problems.extend(self.flood_problem().into_iter().chain(self.handshake_problem()));
         let capped = self.transport.receive_buffer().capped;
         problems.extend(self.gossip.receive_drops.problem(self.node.address().port(), capped));
         problems.extend(kernel.problems.flapping.clone());
-        problems.extend(kernel.problems.of_peers.iter().cloned().chain(self.unusable_peers()));
+        problems.extend(
+            kernel.problems.of_peers.iter().cloned().chain(self.unusable_peers(&paths.labels)),
+        );
         problems.extend(underlay::limits(
             &self.underlay,
             self.node.cluster().map(|cluster| cluster.settings.pool).as_ref(),
@@ -205,7 +207,7 @@ impl Agent {
             ));
         }
         problems.extend(paths.problems.values().cloned());
-        let down = self.down_members(&problems, &paths.problems, &paths.labels);
+        let down = self.down_members(&problems, &paths.problems, &paths.states, &paths.labels);
         problems.extend(down);
         // One cause may concern several peers.
         let mut told = BTreeSet::new();
@@ -290,9 +292,8 @@ impl Agent {
     /// Returns whether the kernel equals the desired state.
     fn is_in_sync(&self) -> bool {
         let kernel = &self.kernel;
-        kernel.wanted.view.is_some()
+        kernel.programmed_view().is_some()
             && kernel.progress.is_complete()
-            && kernel.progress.programmed_once
             && kernel.problems.programming.is_none()
             // Pods are part of the desired state.
             && self.takes_pods()

@@ -36,7 +36,6 @@ use crate::{
         EventLevel, PodError, PodErrorKind,
     },
     cni::Note,
-    core::View,
     docker::{self, mac_of},
     model::{Attachment, Pod, Problem, Time},
     pods::{
@@ -268,19 +267,14 @@ impl Agent {
         if let Some(error) = self.disk_error() {
             return Err(error);
         }
-        let view = self.subnet_in_use();
+        let view = self.kernel.programmed_view();
         let view = view.ok_or_else(|| not_ready("this node has no subnet in use yet".to_owned()));
         view.map(|view| self.bridge(view))
     }
 
-    /// Returns the view, once the kernel has been programmed with it.
-    fn subnet_in_use(&self) -> Option<&View> {
-        self.kernel.programmed_view()
-    }
-
     /// Whether this node uses its subnet.
     pub(super) fn has_subnet_in_use(&self) -> bool {
-        self.subnet_in_use().is_some()
+        self.kernel.programmed_view().is_some()
     }
 
     /// Handles a DEL request.

@@ -107,7 +107,7 @@ fn secret(
 
 /// Returns the saved secrets together with this one.
 fn keyring(config: &Config, saved: Option<Keyring>, secret: &Secret) -> Keyring {
-    let mut keyring = saved.unwrap_or_else(|| Keyring::new(secret.clone()));
+    let keyring = Keyring::with_token(saved, secret);
     if let Some(given) =
         config.token.as_ref().filter(|token| keyring.has_dropped(token.secret.id()))
     {
@@ -117,7 +117,6 @@ fn keyring(config: &Config, saved: Option<Keyring>, secret: &Secret) -> Keyring 
              (gossamer token)"
         );
     }
-    keyring.adopt(secret);
     keyring
 }
 

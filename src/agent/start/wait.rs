@@ -118,9 +118,10 @@ impl<'a> StartupWait<'a> {
             }
             let mut status = status(&self.name, self.node, self.activity.clone());
             status.problems.extend(self.closed.problems());
+            let status = Arc::new(status);
             self.waiters.retain(|waiter| !waiter.reply.is_closed());
             for waiter in self.waiters.extract_if(.., |waiter| waiter.deadline <= now) {
-                let _ = waiter.reply.send(Arc::new(status.clone()));
+                let _ = waiter.reply.send(status.clone());
             }
             tokio::select! {
                 biased;
@@ -222,7 +223,7 @@ fn status(name: &NodeName, node: NodeId, activity: String) -> AgentStatus {
 }
 
 /// Answers a request. Returns a request that waits for convergence to the caller.
-fn answer(request: AgentRequest, status: &AgentStatus) -> Option<Waiter> {
+fn answer(request: AgentRequest, status: &Arc<AgentStatus>) -> Option<Waiter> {
     let why = || {
         let why = status.problems.first().map(Problem::to_string).unwrap_or_default();
         ApiError::new(ApiErrorCode::NotReady, why)
@@ -234,7 +235,7 @@ fn answer(request: AgentRequest, status: &AgentStatus) -> Option<Waiter> {
             let deadline = Instant::now() + Duration::from_secs(seconds);
             return Some(Waiter { members, deadline, reply });
         }
-        AgentRequest::Status { reply } => _ = reply.send(Arc::new(status.clone())),
+        AgentRequest::Status { reply } => _ = reply.send(status.clone()),
         AgentRequest::Alive { reply } => _ = reply.send(()),
         AgentRequest::Token { reply } => _ = reply.send(None),
         AgentRequest::Leave { reply } => _ = reply.send(Err(why())),

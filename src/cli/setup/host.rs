@@ -19,10 +19,11 @@ use crate::{
 /// # Errors
 /// Also fails if the kernel does not answer.
 pub(super) fn require_usable(config: &Config, is_new: bool, is_trial: bool) -> anyhow::Result<()> {
-    require_interface(config)?;
-    require_listen_address(config)?;
+    let mut netlink = Netlink::open()?;
+    require_interface(&mut netlink, config)?;
+    require_listen_address(&mut netlink, config)?;
     // The agent waits for a network.
-    let chosen = match underlay::choose(&mut Netlink::open()?, config, std::iter::empty()) {
+    let chosen = match underlay::choose(&mut netlink, config, std::iter::empty()) {
         Err(error @ UnderlayError::Mtu { .. }) => bail!(error),
         chosen => chosen.ok(),
     };
@@ -54,8 +55,7 @@ fn require_state_dir(path: &Path, is_trial: bool) -> anyhow::Result<()> {
 }
 
 /// Fails if the settings name an interface or an address that this host does not have.
-fn require_interface(config: &Config) -> anyhow::Result<()> {
-    let mut netlink = Netlink::open()?;
+fn require_interface(netlink: &mut Netlink, config: &Config) -> anyhow::Result<()> {
     let links = netlink.links()?;
     let wanted = match &config.iface {
         IfaceChoice::Name(name) if !links.iter().any(|link| link.is_called(name)) => name.clone(),
@@ -74,9 +74,9 @@ fn require_interface(config: &Config) -> anyhow::Result<()> {
 }
 
 /// Fails if gossip is to listen at an address that this host does not have.
-fn require_listen_address(config: &Config) -> anyhow::Result<()> {
+fn require_listen_address(netlink: &mut Netlink, config: &Config) -> anyhow::Result<()> {
     let Some(listen) = config.bound_address() else { return Ok(()) };
-    let addresses = Netlink::open()?.addresses()?;
+    let addresses = netlink.addresses()?;
     if addresses.iter().any(|address| address.ip == listen) {
         return Ok(());
     }

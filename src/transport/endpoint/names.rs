@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, ErrorKind},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, UdpSocket},
     time::Duration,
 };
 
@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::{Event, dial::Dialer};
 use crate::{
-    model::{CallError, NodeId},
+    model::{CallError, NodeId, unspecified},
     worker::resolve,
 };
 
@@ -34,7 +34,8 @@ impl Dialer {
         name: &str,
         turn: usize,
     ) -> Result<(NodeId, Connection), CallError> {
-        let ipv4_only = self.endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
+        let local = self.endpoint.local_addr().ok().map(|local| local.ip());
+        let ipv4_only = local.is_some_and(|local| local.is_ipv4());
         let mut resolved = in_time(name, RESOLVE_TIMEOUT, resolve(name.to_owned())).await?;
         resolved.retain(|address| address.is_ipv4() || !ipv4_only);
         if resolved.is_empty() {
@@ -47,7 +48,6 @@ impl Dialer {
             let delay = NEXT_ADDRESS_AFTER * u32::try_from(place).unwrap_or(u32::MAX);
             attempts.spawn(async move {
                 tokio::time::sleep(delay).await;
-                let local = dialer.endpoint.local_addr().ok().map(|local| local.ip());
                 let connected = dialer.connect(address).await;
                 connected.map_err(|error| reason(error, local, address))
             });
@@ -77,12 +77,9 @@ impl Dialer {
 
 /// Returns the reason for a failed call: that this host has no route, if the kernel says so.
 fn reason(error: CallError, local: Option<IpAddr>, address: SocketAddr) -> CallError {
-    let any: IpAddr = match address {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
     // Rules may choose a route by the source.
-    let source = local.filter(|local| local.is_ipv4() == address.is_ipv4()).unwrap_or(any);
+    let of_family = local.filter(|local| local.is_ipv4() == address.is_ipv4());
+    let source = of_family.unwrap_or_else(|| unspecified(address.is_ipv4()));
     let is_routeless = |error: &io::Error| {
         matches!(error.kind(), ErrorKind::NetworkUnreachable | ErrorKind::AddrNotAvailable)
     };

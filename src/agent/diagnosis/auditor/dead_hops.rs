@@ -11,7 +11,7 @@ use rtnetlink::packet_route::neighbour::NeighbourState;
 
 use crate::{
     dataplane::kernel::next_hops::Hop,
-    model::{Problem, ProblemCode},
+    model::{Problem, ProblemCode, ip_command, resolution_name},
     netlink::{Netlink, neighbour::is_resolved},
     sysctl,
 };
@@ -112,10 +112,10 @@ impl DeadHops {
 }
 
 fn problem(hop: IpAddr, interface: &str, hosts: &[IpAddr]) -> Problem {
-    let asked = if hop.is_ipv4() { "ARP" } else { "neighbor discovery" };
+    let asked = resolution_name(hop.is_ipv4());
     // An IPv4 route can have next hops of IPv6 (RFC 5549).
     let of_ipv4 = hosts.first().map_or(hop.is_ipv4(), IpAddr::is_ipv4);
-    let family = if of_ipv4 { "ip" } else { "ip -6" };
+    let family = ip_command(of_ipv4);
     let first = hosts.first().map_or_else(String::new, ToString::to_string);
     let more = match hosts.len() {
         0 | 1 => String::new(),

@@ -9,7 +9,7 @@ use rtnetlink::packet_route::route::RouteProtocol;
 use super::{Place, hop_limit::HopLimit, reason, refusal, refuser::Refuser};
 use crate::{
     dataplane::audit::likely_program,
-    model::{Ports, Problem, ProblemCode, Transport, ip_command},
+    model::{Ports, Problem, ProblemCode, Transport, dotted, ip_command},
     netlink::{
         Netlink,
         link::Link,
@@ -268,10 +268,10 @@ impl Detour {
                 return lost(what, format!("{fix} ({get})"));
             }
             Self::Redirected { gateway } => {
-                let (family, underlay) =
-                    (if there.is_ipv4() { 4 } else { 6 }, underlay.replace('.', "/"));
-                let refuse = ["all", &underlay]
-                    .map(|name| format!("net.ipv{family}.conf.{name}.accept_redirects=0"));
+                let family = if there.is_ipv4() { 4 } else { 6 };
+                let refuse = ["all", underlay].map(|name| {
+                    dotted(&format!("net/ipv{family}/conf/{name}/accept_redirects")) + "=0"
+                });
                 let flush = ip_command(there.is_ipv4());
                 let what = format!(
                     "an ICMP redirect leads tunnel packets to {name} ({there}) by {gateway}, and no answer \

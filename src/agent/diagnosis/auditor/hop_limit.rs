@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::{
+    model::{dotted, ip_command},
     netlink::{
         Netlink,
         route::{Query, RouteLookup},
@@ -49,16 +50,11 @@ impl HopLimit {
             let route = entry.and_then(|entry| entry.network());
             return Self::small(limit, Origin::Route(route));
         }
-        let (path, name) = match query.to {
-            IpAddr::V4(_) => {
-                ("net/ipv4/ip_default_ttl".to_owned(), "net.ipv4.ip_default_ttl".to_owned())
-            }
-            IpAddr::V6(_) => (
-                format!("net/ipv6/conf/{underlay}/hop_limit"),
-                format!("net.ipv6.conf.{}.hop_limit", underlay.replace('.', "/")),
-            ),
+        let path = match query.to {
+            IpAddr::V4(_) => "net/ipv4/ip_default_ttl".to_owned(),
+            IpAddr::V6(_) => format!("net/ipv6/conf/{underlay}/hop_limit"),
         };
-        Self::small(sysctl::number(&path)?.into(), Origin::Sysctl(name))
+        Self::small(sysctl::number(&path)?.into(), Origin::Sysctl(dotted(&path)))
     }
 
     fn small(limit: u32, origin: Origin) -> Option<Self> {
@@ -68,7 +64,8 @@ impl HopLimit {
     /// Describes the limit as a part of a sentence, and returns the command against it.
     pub fn texts(&self, there: IpAddr) -> (String, String) {
         let Self { limit, origin } = self;
-        let (kind, family) = if there.is_ipv4() { ("TTL", "ip") } else { ("hop limit", "ip -6") };
+        let kind = if there.is_ipv4() { "TTL" } else { "hop limit" };
+        let family = ip_command(there.is_ipv4());
         let fate = match limit {
             1 => "the first router drops them".to_owned(),
             limit => format!("they pass at most {} routers", limit - 1),

@@ -161,18 +161,19 @@ impl<'a> Witness<'a> {
             let is_end = refusal.kind != THROW || refusal.table == MAIN;
             !is_ours && is_end && refusal.condition.takes(query.from, query.tos)
         });
-        let input = query.input.and_then(|index| host_facts.of(index)).map(|input| input.name);
+        let input = query.input.and_then(|index| host_facts.of(index));
+        let name = input.as_ref().map(|input| input.name.as_str());
         // The rule whose packets are tested, or one that matches the packet, has led them there, not another
         // rule with the same table.
-        let mut rules = host_facts.rules[family].clone();
+        let mut rules: Vec<&Rule> = host_facts.rules[family].iter().collect();
         rules.sort_by_key(|rule| {
             let of_rule = question.selector.and_then(|selector| selector.priority);
             let is_other = of_rule.is_some_and(|of_rule| of_rule != rule.priority);
-            (is_other, !rule.takes(query, input.as_deref()))
+            (is_other, !rule.takes(query, name))
         });
         let rules = rules.iter().map(|rule| (rule.priority, rule.table, rule.refuses)).collect();
         Ok(Evidence {
-            input: query.input.and_then(|index| host_facts.of(index)),
+            input,
             output: output.and_then(|index| host_facts.of(index)),
             wanted: match question.expected {
                 Expected::Way { link, .. } => host_facts.of(link),

@@ -24,7 +24,7 @@ use crate::{
         forwarding::{Direction, Transport, Way},
         silence::{DroppingRule, open_chain},
     },
-    model::{Problem, ProblemCode, family_name, rule_family},
+    model::{Problem, ProblemCode, family_name, resolution_name, rule_family},
     netlink::{Netlink, link::Link},
     sysctl,
 };
@@ -217,7 +217,7 @@ fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
 
 /// Returns the problem of pods of this host that cannot resolve each other's addresses, with possible causes.
 fn finding(setting: &Setting, ipv4: bool) -> Problem {
-    let question = if ipv4 { "ARP" } else { "neighbor discovery" };
+    let question = resolution_name(ipv4);
     let mut causes = chains_between(setting, ipv4);
     if causes.is_empty() {
         causes.push(format!(

@@ -18,7 +18,7 @@ use crate::{
         foreign::ForeignTables,
         forwarding::{Direction, TrialResult, Way},
     },
-    model::{Problem, ProblemCode, dotted},
+    model::{Problem, ProblemCode, dotted, resolution_name},
     netlink::{Netlink, route::Query},
     pods::{
         agent_pod::{AgentPod, Shape},
@@ -126,7 +126,7 @@ pub fn problem(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<P
     let subnet = shape.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == ipv4)?;
     let pod = shape.addresses.iter().find(|ip| ip.is_ipv4() == ipv4)?;
     let (bridge, ip) = (&shape.bridge, gateway(subnet));
-    let question = if ipv4 { "ARP" } else { "neighbor discovery" };
+    let question = resolution_name(ipv4);
     let mut causes = causes(netlink, bridge, ip, pod).unwrap_or_default();
     let chains = ForeignTables::open().and_then(|mut tables| tables.chains_around_gateway(subnet));
     causes.extend(chains.iter().flatten().map(|chain| format!("{chain}: {}", chain.fix(subnet))));

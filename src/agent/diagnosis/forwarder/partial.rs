@@ -256,8 +256,9 @@ pub fn taken(Partial { rule, what, more, counted, .. }: &Partial) -> String {
 
 /// Returns the command that exempts packets within the overlay from a base chain.
 fn both(base: &str, network: IpNet) -> String {
-    let family = rule_family(network.addr().is_ipv4());
-    if let Some(insert) = ebtables_insert_ip(base, network.addr().is_ipv4()) {
+    let ipv4 = network.addr().is_ipv4();
+    let family = rule_family(ipv4);
+    if let Some(insert) = ebtables_insert_ip(base, ipv4) {
         return format!("{insert} --{family}-src {network} --{family}-dst {network} -j ACCEPT");
     }
     match iptables_insert(base) {
@@ -270,17 +271,13 @@ fn both(base: &str, network: IpNet) -> String {
 
 /// Returns the command that exempts packets to the overlay from a base chain.
 fn to(base: &str, network: IpNet) -> String {
-    if let Some(insert) = ebtables_insert_ip(base, network.addr().is_ipv4()) {
-        return format!(
-            "{insert} --{}-dst {network} -j ACCEPT",
-            rule_family(network.addr().is_ipv4())
-        );
+    let ipv4 = network.addr().is_ipv4();
+    let family = rule_family(ipv4);
+    if let Some(insert) = ebtables_insert_ip(base, ipv4) {
+        return format!("{insert} --{family}-dst {network} -j ACCEPT");
     }
     match iptables_insert(base) {
         Some(command) => format!("{command} -d {network} -j ACCEPT"),
-        None => format!(
-            "nft insert rule {base} {} daddr {network} accept",
-            rule_family(network.addr().is_ipv4())
-        ),
+        None => format!("nft insert rule {base} {family} daddr {network} accept"),
     }
 }

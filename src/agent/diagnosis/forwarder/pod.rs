@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
 };
 
@@ -23,6 +23,7 @@ use crate::{
         silence::MAY_NOT_SEND,
     },
     icmp::{Family, disable_fragmentation},
+    model::unspecified,
     pods::agent_pod::AgentPod,
 };
 
@@ -53,10 +54,7 @@ impl PodSockets {
     pub fn open(pod: &AgentPod, address: IpAddr) -> io::Result<Self> {
         pod.inside(|| {
             let segments = raw_tcp::open(address)?;
-            let any: IpAddr = match address {
-                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-            };
+            let any = unspecified(address.is_ipv4());
             let whole = || {
                 let socket = UdpSocket::bind((any, 0))?;
                 socket.set_nonblocking(true)?;

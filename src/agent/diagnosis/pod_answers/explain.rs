@@ -13,7 +13,7 @@ use super::{PodRoster, RosterPod};
 use crate::{
     agent::diagnosis::hooks::{self, Side},
     dataplane::answers::QueryLoss,
-    model::{Problem, ProblemCode},
+    model::{Problem, ProblemCode, resolution_name},
     netlink::{Netlink, link::Link},
     pods::wiring::{Wiring, WiringError},
 };
@@ -72,7 +72,7 @@ fn problem(
         (_, Some(Err(WiringError::Incomplete(what)))) => what,
         _ => causes(netlink, roster, [&link, &bridge], address, loss).join("; "),
     };
-    let protocol = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
+    let protocol = resolution_name(address.is_ipv4());
     let interface = pod.attachment.interface();
     let place = match loss {
         QueryLoss::Query => format!("the query does not leave this host by {port}"),

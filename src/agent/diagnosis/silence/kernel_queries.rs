@@ -27,7 +27,7 @@ use crate::{
             Diverted, DroppingRule, Elsewhere, OUT, Place, Suspect, forget_connections, open_chain,
         },
     },
-    model::{Mac, NodeId, Transport},
+    model::{Mac, NodeId, Transport, ip_command, rule_family},
     netlink::{
         Netlink,
         link::Link,
@@ -311,11 +311,12 @@ impl PeerRoutes {
                 })
             };
             let is_way = others.contains(&link) || is_held && link != usual && waits();
-            let (ip, tables) = if ipv4 { ("ip", "iptables") } else { ("ip -6", "ip6tables") };
+            let (ip, family) = (ip_command(ipv4), rule_family(ipv4));
             let priority = rule.priority;
             let why = format!(
                 "{ip} rule {priority} (fwmark {mark:#x}) leads packets with that mark there, and a rule of \
-                 this host gives it to them (nft list ruleset, {tables} -t mangle -S OUTPUT)"
+                 this host gives it to them (nft list ruleset, {family}tables -t mangle -S \
+                 OUTPUT)"
             );
             let fix = earlier_rule(&format!("to {address}"), priority, ipv4, local);
             is_way.then_some((link, (why, format!("give packets to it precedence: {fix}"))))
