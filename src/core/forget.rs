@@ -30,7 +30,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Limit of unanswered acknowledgement requests.
 const MAX_PENDING: usize = 16;
 /// Limit of nodes that one step reclaims from, or declares gone.
-const MAX_PER_STEP: usize = 64;
+pub(super) const MAX_PER_STEP: usize = 64;
 /// Limit of forgotten nodes whose progress is listed.
 const MAX_LISTED: usize = 100;
 /// Limit of members named that have not acknowledged one forget record.
@@ -137,8 +137,10 @@ impl Replica {
         acknowledgers: &'a BTreeSet<NodeId>,
         forget: &Forget,
     ) -> impl Iterator<Item = NodeId> + 'a {
-        let by = self.forgetting.acknowledged.get(forget);
-        acknowledgers.iter().filter(move |node| by.is_none_or(|by| !by.contains(node))).copied()
+        let forget = *forget;
+        let has_acknowledged =
+            move |node: &NodeId| self.forgetting.has_acknowledged(&forget, *node);
+        acknowledgers.iter().filter(move |node| !has_acknowledged(node)).copied()
     }
 
     /// Returns the owners of slots.
@@ -157,12 +159,16 @@ impl Replica {
 
     /// Merges the forget record of another node. Returns whether it was new.
     fn merge_forget(&mut self, outbox: &mut Outbox, now: Time, forget: &Forget) -> bool {
+        let was_gone = self.is_gone(forget.node);
         let new = self.directory.merge_forget(forget);
         if new {
             outbox.mark(Key::Forget(forget.node));
             outbox.invalidate_view();
             self.forgetting.retry_at = Some(now);
-            self.note_departure(forget.node);
+            self.forgetting.drop_acknowledgements(forget.node);
+            if !was_gone {
+                self.note_departure(forget.node);
+            }
         }
         new
     }
@@ -222,7 +228,9 @@ impl Node {
         }
         let round = earlier.map_or(0, |earlier| earlier.round) + 1;
         let forget = Forget { node, round, forced, successor: self.replica.me.node };
-        tracing::info!(%node, name = self.name_of(node), round, forced, "forgetting");
+        if self.log_budget.take(now) {
+            tracing::info!(%node, name = self.name_of(node), round, forced, "forgetting");
+        }
         self.outbox.mark_urgent(Key::Forget(node));
         self.learn(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
     }
@@ -314,12 +322,12 @@ impl Node {
 
     fn request_acknowledgements(&mut self, mine: &[Forget], acknowledgers: &BTreeSet<NodeId>) {
         for node in acknowledgers {
-            let Forgetting { pending, acknowledged, .. } = &self.replica.forgetting;
+            let Forgetting { pending, .. } = &self.replica.forgetting;
             if pending.len() >= MAX_PENDING {
                 return;
             }
             let has_acknowledged =
-                |forget: &Forget| acknowledged.get(forget).is_some_and(|by| by.contains(node));
+                |forget: &Forget| self.replica.forgetting.has_acknowledged(forget, *node);
             if pending.contains(node) || mine.iter().all(has_acknowledged) {
                 continue;
             }
@@ -347,8 +355,14 @@ impl Node {
         match answer {
             Ok((from, Response::Acknowledged(facts))) if from == node => {
                 self.learn(now, &facts, Some(from));
-                for forget in forgets.iter().filter(|_| era == self.replica.forgetting.era) {
-                    self.replica.forgetting.acknowledged.entry(*forget).or_default().insert(node);
+                if era == self.replica.forgetting.era {
+                    // A greater record may have replaced one meanwhile.
+                    let is_present = |forget: &&Forget| {
+                        self.replica.directory.forgotten(forget.node) == Some(*forget)
+                    };
+                    for forget in forgets.iter().filter(is_present) {
+                        self.replica.forgetting.acknowledge(forget, node);
+                    }
                 }
                 self.recheck_forgets(now);
             }
@@ -388,7 +402,7 @@ impl Node {
             }
         }
         self.counters.reclaims += 1;
-        self.replica.forgetting.acknowledged.remove(forget);
+        self.replica.forgetting.drop_acknowledgements(forget.node);
         self.note_own_change(now, &changes);
         Some(changes.iter().map(|(run, _)| run.len).sum())
     }
@@ -429,6 +443,7 @@ impl Node {
             .filter(|record| record.name == self.replica.me.name)
             .map(|record| record.node)
             .filter(|node| !self.membership.is_active(*node))
+            .take(MAX_PER_STEP)
             .collect();
         for node in predecessors {
             self.declare_gone(now, node, false);

@@ -125,6 +125,7 @@ impl Node {
                 news.forgets.push(*forget);
             }
         }
+        self.replica.forgetting.check_departures();
         let active = self.credible_identities(now, &facts.active);
         self.introduce(now, active);
         (news, from.is_some_and(|from| self.report_refused(from, &refused)))

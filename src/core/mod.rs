@@ -36,6 +36,7 @@ mod learn;
 mod lease;
 mod leave;
 mod lifecycle;
+mod log_budget;
 mod lookup;
 mod malformed;
 mod membership;
@@ -77,6 +78,7 @@ use self::{
     introduce::Introductions,
     key_use::KeyUse,
     lifecycle::{KernelSubnet, Lifecycle},
+    log_budget::LogBudget,
     malformed::{Notes, read_response},
     membership::{Membership, Notice},
     outbox::Outbox,
@@ -89,10 +91,6 @@ use crate::{
     model::{ClusterId, ClusterRecord, Forget, NodeId, Run, Time},
     wire::{Frame, Push, Request, Response, Roots},
 };
-
-/// Limit of the log lines about members that go up or down after one input: one message may name as many
-/// members as the directory holds.
-const MAX_CHANGES_LOGGED: usize = 20;
 
 /// A node. Pass events to [`Node::handle`], then drain [`Node::poll_output`].
 pub struct Node {
@@ -112,6 +110,8 @@ pub struct Node {
     /// Members whose hosts run although gossip does not hold them as active.
     running_hosts: RunningHosts,
     outbox: Outbox,
+    /// Bounds the log lines about members.
+    log_budget: LogBudget,
     /// Value of [`Node::may_write`] after the previous input.
     may_write_before: bool,
     counters: Counters,
@@ -315,7 +315,6 @@ impl Node {
     }
 
     fn drain_membership(&mut self, now: Time) {
-        let mut changes = 0;
         while let Some(notice) = self.membership.poll_notice() {
             match notice {
                 Notice::Send { to, packet } => {
@@ -325,8 +324,7 @@ impl Node {
                     }
                 }
                 Notice::Up(node) => {
-                    changes += 1;
-                    if changes <= MAX_CHANGES_LOGGED {
+                    if self.log_budget.take(now) {
                         tracing::info!(%node, name = self.name_of(node), "member up");
                     }
                     self.replica.sync.partners.end_pause(node);
@@ -343,8 +341,7 @@ impl Node {
                     self.counters.downs += 1;
                     let has_ended = self.replica.is_gone(node);
                     let what = if has_ended { "member ended" } else { "member down" };
-                    changes += 1;
-                    if changes <= MAX_CHANGES_LOGGED {
+                    if self.log_budget.take(now) {
                         tracing::info!(%node, name = self.name_of(node), "{what}");
                     }
                     self.replace_predecessor(now);
@@ -355,8 +352,8 @@ impl Node {
                 }
             }
         }
-        if let more @ 1.. = changes.saturating_sub(MAX_CHANGES_LOGGED) {
-            tracing::info!(more, "more members went up, went down or ended");
+        if let Some(lines) = self.log_budget.take_left_out(now) {
+            tracing::info!(lines, "further log lines about members left out");
         }
     }
 

@@ -14,6 +14,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Bound,
     time::Duration,
 };
 
@@ -22,7 +23,7 @@ use crate::{
     wire::{Request, Response, Vote},
 };
 
-use super::{Answer, Node, Purpose};
+use super::{Answer, Node, Purpose, forget::MAX_PER_STEP};
 
 /// How often a voter checks which members are missing. At most twice this much counts between two checks.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
@@ -34,6 +35,8 @@ pub(super) struct Voting {
     next_check: Time,
     last_check: Time,
     missing: BTreeMap<NodeId, Absence>,
+    /// The member about which the voters were queried last. A check continues after it.
+    last_queried: Option<NodeId>,
     /// Voters with another list of voters or another timeout: their votes do not count.
     differing: BTreeSet<NodeId>,
 }
@@ -53,8 +56,22 @@ impl Voting {
             next_check: now + CHECK_INTERVAL,
             last_check: now,
             missing,
+            last_queried: None,
             differing: BTreeSet::new(),
         }
+    }
+}
+
+impl Voting {
+    /// Returns the members about which the voters are queried in this check: a part of those overdue, since a
+    /// member that lies can invent thousands. Each has its turn.
+    fn next_queried(&mut self, overdue: &BTreeSet<NodeId>) -> Vec<NodeId> {
+        let after = |last: NodeId| overdue.range((Bound::Excluded(last), Bound::Unbounded));
+        let rest = self.last_queried.map(after).into_iter().flatten();
+        let next: Vec<NodeId> =
+            rest.chain(overdue).take(MAX_PER_STEP.min(overdue.len())).copied().collect();
+        self.last_queried = next.last().copied();
+        next
     }
 }
 
@@ -73,27 +90,32 @@ impl Node {
         let elapsed = now.since(self.voting.last_check).min(CHECK_INTERVAL * 2);
         (self.voting.last_check, self.voting.next_check) = (now, now + CHECK_INTERVAL);
 
-        let alive = self.voters(&quorum).filter(|voter| self.is_alive(*voter)).count();
+        let voters: Vec<NodeId> = self.voters(&quorum).collect();
+        let alive = voters.iter().filter(|voter| self.is_alive(**voter)).count();
         let peers = self.replica.directory.peers(self.replica.me.node).map(|record| record.node);
         let missing: BTreeSet<NodeId> =
             peers.filter(|node| alive >= quorum.majority() && self.misses(*node)).collect();
         self.voting.missing.retain(|node, _| missing.contains(node));
+        let mut overdue = BTreeSet::new();
         for node in missing {
             let absence = self.voting.missing.entry(node).or_default();
             absence.duration += elapsed;
             if absence.duration >= due {
                 absence.votes.insert(self.replica.me.node);
-                self.query_voters(&quorum, node);
-                self.count_votes(now, node);
+                overdue.insert(node);
             }
+        }
+        for node in self.voting.next_queried(&overdue) {
+            self.query_voters(&quorum, &voters, node);
+            self.count_votes(now, node);
         }
     }
 
-    fn query_voters(&mut self, quorum: &Quorum, node: NodeId) {
+    fn query_voters(&mut self, quorum: &Quorum, voters: &[NodeId], node: NodeId) {
         let voted = |voter: &NodeId| {
             self.voting.missing.get(&node).is_some_and(|absence| absence.votes.contains(voter))
         };
-        for voter in self.voters(quorum).filter(|voter| !voted(voter)).collect::<Vec<_>>() {
+        for voter in voters.iter().filter(|voter| !voted(voter)).copied().collect::<Vec<_>>() {
             let request = Request::HaveYouMissed { node, quorum: quorum.clone() };
             self.call_member(voter, Purpose::Vote { voter, node }, &request);
         }
@@ -134,8 +156,12 @@ impl Node {
         let Some((quorum, _)) = self.voting_rule() else { return };
         let votes = self.voting.missing.get(&node).map_or(0, |absence| absence.votes.len());
         if votes >= quorum.majority() && !self.lifecycle.is_leaving() && self.misses(node) {
-            let name = self.name_of(node);
-            tracing::warn!(%node, name, votes, ?quorum, "majority of voters missed a member for too long");
+            let (name, quorum) = (self.name_of(node).to_owned(), quorum.clone());
+            if self.log_budget.take(now) {
+                tracing::warn!(
+                    %node, name, votes, ?quorum, "majority of voters missed a member for too long"
+                );
+            }
             self.counters.voted_gone += 1;
             self.voting.missing.remove(&node);
             self.declare_gone(now, node, false);

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Returns the record of a member that does not run.
-fn absent(number: u16) -> MemberRecord {
+pub(super) fn absent(number: u16) -> MemberRecord {
     let mut key = [0; 32];
     key[..2].copy_from_slice(&number.to_le_bytes());
     let node = NodeId::of_public_key(&key);
@@ -341,4 +341,44 @@ fn forgets_of_thousands_of_unknown_nodes_are_one_pass_over_them() {
     node.learn(now, &Facts { forgets: unknown, ..Facts::default() }, Some(from));
     let forgets = node.replica.directory.forgets().count();
     assert_eq!(forgets, 15_000 + 1_024);
+}
+
+/// Regression: a later round of the forget record of a gone node counted as a departure again.
+#[test]
+fn later_round_of_a_forgotten_node_discards_no_other_acknowledgement() {
+    let mut world = World::with_members(2);
+    let records: Vec<_> = (0..2).map(absent).collect();
+    let (me, from) = (world.hosts[0].key, world.hosts[1].key);
+    let forget = |number: usize, round| Forget {
+        node: records[number].node,
+        round,
+        forced: false,
+        successor: me,
+    };
+    let now = world.now + seconds(1);
+    let node = world.node_mut(0);
+    node.learn(now, &Facts { members: records.clone(), ..Facts::default() }, Some(from));
+    let forgets = vec![forget(0, 1), forget(1, 1)];
+    node.learn(now, &Facts { forgets, ..Facts::default() }, Some(from));
+    let era = node.replica.forgetting.era;
+    node.replica.forgetting.acknowledge(&forget(0, 1), from);
+    node.learn(now, &Facts { forgets: vec![forget(1, 2)], ..Facts::default() }, Some(from));
+    assert_eq!(node.replica.forgetting.era, era);
+    assert!(node.replica.forgetting.has_acknowledged(&forget(0, 1), from));
+}
+
+/// Regression: a node with `replace_by_name` declared all namesakes gone in one turn.
+#[test]
+fn thousands_of_namesakes_are_replaced_in_parts() {
+    let mut world = World::with_members(2);
+    let mut records: Vec<_> = (0..2_000).map(absent).collect();
+    let from = world.hosts[1].key;
+    let now = world.now + seconds(1);
+    let node = world.node_mut(0);
+    node.config.replace_by_name = true;
+    records.iter_mut().for_each(|record| record.name = node.replica.me.name.clone());
+    node.learn(now, &Facts { members: records, ..Facts::default() }, Some(from));
+    node.replica.sync.agreed = true;
+    node.replace_predecessor(now);
+    assert_eq!(node.replica.directory.forgets().count(), 64);
 }

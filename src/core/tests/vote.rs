@@ -1,6 +1,8 @@
 //! Tests of forgetting by a majority of voters.
 
-use super::*;
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{hostile::absent, *};
 use crate::model::Quorum;
 
 const FORGET_AFTER: Duration = seconds(60);
@@ -107,4 +109,38 @@ fn vote_with_another_rule_does_not_count_and_is_a_problem() {
     assert_eq!(world.leased(0), 5);
     let problems = world.problems(0);
     assert!(problems.contains("voter n1 has other voters"), "{problems}");
+}
+
+/// Regression: each check resolved the voters for each missing member and queried them about all: invented
+/// members stopped the voters' loops for half a minute, again and again.
+#[test]
+fn voter_queries_about_thousands_of_missing_members_in_parts_and_about_each_in_turn() {
+    let mut world = world();
+    let members: Vec<MemberRecord> = (0..1_000).map(absent).collect();
+    let from = world.hosts[1].key;
+    let start = world.now;
+    let node = world.node_mut(0);
+    node.learn(start, &Facts { members, ..Facts::default() }, Some(from));
+    let mut queried = BTreeMap::<NodeId, u32>::new();
+    for round in 1..=40 {
+        let now = start + seconds(5 * round);
+        node.handle(now, Input::Timeout);
+        let calls = outputs(node).filter_map(|output| match output {
+            Output::Call { bytes, .. } => match Frame::decode(&bytes) {
+                Ok((_, Frame::Request(request))) => Request::decode(request).ok(),
+                _ => None,
+            },
+            _ => None,
+        });
+        let mut about = BTreeSet::new();
+        for call in calls {
+            if let Request::HaveYouMissed { node, .. } = call {
+                about.insert(node);
+            }
+        }
+        assert!(about.len() <= 64, "{}", about.len());
+        about.into_iter().for_each(|node| *queried.entry(node).or_default() += 1);
+    }
+    assert_eq!(queried.len(), 1_000, "each has its turn");
+    assert!(queried.values().all(|times| *times <= 2));
 }
