@@ -43,6 +43,7 @@ use super::{
     connection::{Call, Event, Events, Received, read, request, send_stream},
     credentials::Credentials,
     intake::Intake,
+    replies::{UnreadReplies, give_up},
 };
 use crate::model::{CallError, NodeId, ReplyId};
 
@@ -54,8 +55,6 @@ const FRAME_QUEUE: usize = 32;
 const CALL_QUEUE: usize = 8;
 /// Unanswered requests of peers, which accumulate only while the disk accepts no writes.
 const MAX_REPLIES: usize = 1024;
-/// Error code of a stream that is reset because its request gets no response.
-const NO_ANSWER: VarInt = VarInt::from_u32(1);
 /// Upper limit of open connections, which take about 10 MB. A further one replaces the least
 /// recently used.
 const MAX_CONNECTIONS: usize = 256;
@@ -94,7 +93,8 @@ pub struct Transport {
     credentials: Credentials,
     peers: BTreeMap<NodeId, PeerLink>,
     /// Response streams of unanswered requests.
-    replies: BTreeMap<ReplyId, SendStream>,
+    replies: BTreeMap<ReplyId, (NodeId, SendStream)>,
+    unread: UnreadReplies,
     next_reply: u64,
     /// Number of calls by name; each starts with the next address of the name.
     calls_by_name: AtomicUsize,
@@ -146,6 +146,7 @@ impl Transport {
             credentials: credentials.clone(),
             peers: BTreeMap::new(),
             replies: BTreeMap::new(),
+            unread: UnreadReplies::default(),
             next_reply: 0,
             calls_by_name: AtomicUsize::new(0),
             buffer,
@@ -230,7 +231,7 @@ impl Transport {
                 self.mark_used(from);
                 self.next_reply += 1;
                 let reply = ReplyId(self.next_reply);
-                self.replies.insert(reply, stream);
+                self.replies.insert(reply, (from, stream));
                 if self.replies.len() > MAX_REPLIES
                     && let Some((oldest, _)) = self.replies.first_key_value()
                 {
@@ -292,23 +293,18 @@ impl Transport {
         });
     }
 
-    /// Sends the response to a request. It is lost if the peer is gone.
+    /// Sends the response to a request. It is lost if the peer is gone, does not read it in time, or does not
+    /// read earlier ones.
     pub fn reply(&mut self, reply: ReplyId, bytes: Vec<u8>) {
-        if let Some(mut stream) = self.replies.remove(&reply) {
-            tokio::spawn(async move {
-                if stream.write_all(&bytes).await.is_ok() {
-                    let _ = stream.finish();
-                    let _ = stream.stopped().await;
-                }
-            });
+        if let Some((peer, stream)) = self.replies.remove(&reply) {
+            self.unread.send(peer, stream, bytes);
         }
     }
 
-    /// Ends a request without a response. Dropping the stream would end it like an empty response,
-    /// which the peer would report as malformed.
+    /// Ends a request without a response.
     pub fn give_up(&mut self, reply: ReplyId) {
-        if let Some(mut stream) = self.replies.remove(&reply) {
-            let _ = stream.reset(NO_ANSWER);
+        if let Some((_, stream)) = self.replies.remove(&reply) {
+            give_up(stream);
         }
     }
 

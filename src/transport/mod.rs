@@ -12,6 +12,7 @@ mod endpoint;
 mod first_id;
 mod first_packet;
 mod intake;
+mod replies;
 mod seed_check;
 
 pub use connection::{Call, Event, Received};

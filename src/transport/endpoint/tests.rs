@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use super::{
-    super::{NodeKey, credentials::SERVER_NAME},
+    super::{NodeKey, connection::CALL_TIMEOUT, credentials::SERVER_NAME},
     *,
 };
 use crate::{model::CallId, wire::Secret};
@@ -346,4 +346,33 @@ async fn messages_without_progress_release_their_room() {
     }
     let took = request_delay(&mut hub).await;
     assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
+/// Regression: a reply waited for its reader without a limit of time or memory.
+#[tokio::test]
+async fn replies_that_a_peer_does_not_read_are_dropped_beyond_its_budget_and_in_time() {
+    let mut hub = bind(1, 0);
+    let (node, _) = stall(&mut hub, 2, 0, 0).await;
+    let connection = node.0.peers[&hub.0.dialer.me].live().expect("connected").clone();
+    let mut answers = Vec::new();
+    for _ in 0..16 {
+        let (mut send, recv) = connection.open_bi().await.expect("a stream");
+        send.write_all(b"everything").await.expect("written");
+        send.finish().expect("open");
+        let Received::Request { reply, .. } = next_received(&mut hub).await else {
+            panic!("a request")
+        };
+        hub.0.reply(reply, vec![0; 700_000]);
+        answers.push(recv);
+    }
+    let begun = Instant::now();
+    let mut answers = answers.into_iter().rev();
+    let refused = answers.next().expect("the last").read_to_end(1 << 20).await;
+    assert!(refused.is_err(), "the budget is used up");
+    assert!(begun.elapsed() < Duration::from_secs(2));
+    // None of the others is read within the time limit.
+    tokio::time::sleep(CALL_TIMEOUT).await;
+    for mut answer in answers.take(10) {
+        assert!(answer.read_to_end(1 << 20).await.is_err());
+    }
 }
