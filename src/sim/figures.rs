@@ -150,8 +150,10 @@ fn downs(world: &World) -> u64 {
 
 /// Starts all nodes at once; each joiner has the first three hosts as seeds.
 fn cluster(nodes: usize) -> World {
-    let spec =
-        PoolSpec { subnet_len: Some(23), ..PoolSpec::of("10.128.0.0/9".parse().unwrap_or_default()) };
+    let spec = PoolSpec {
+        subnet_len: Some(23),
+        ..PoolSpec::of("10.128.0.0/9".parse().unwrap_or_default())
+    };
     let pool = match Pool::new(&spec) {
         Ok(pool) => pool,
         Err(error) => unreachable!("{error}"),

@@ -216,7 +216,7 @@ impl Archive {
         let count = lines.len();
         if self.shared.lines.fetch_add(count, Ordering::Relaxed) + count > MAX_LINES {
             self.shared.lines.fetch_sub(count, Ordering::Relaxed);
-            tracing::error!(count, "history lines dropped: the disk does not accept writes");
+            tracing::error!(count, "history lines dropped: too many wait to be written");
             return;
         }
         self.worker.order(Job::Append(lines));
