@@ -36,13 +36,15 @@ mod net_conf;
 mod planned;
 mod preferred;
 mod settings;
+mod sources;
 #[cfg(test)]
 mod tests;
 mod unknown;
 
 pub use instance::{BadInstance, Instance, NAME};
 pub use log_filter::log_filter;
-pub use settings::{LeaseSource, LogFormat, NO_FILE, Settings};
+pub use settings::{LeaseSource, LogFormat, Settings};
+pub use sources::NO_FILE;
 pub use unknown::{check_environment, example};
 
 /// Pool of a cluster whose operator sets none.

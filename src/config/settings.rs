@@ -1,20 +1,15 @@
-//! Defines all settings and merges flags, environment and files. Nothing is checked here.
+//! Defines all settings, as flags, variables and keys of the file. Nothing is checked here.
 
 use std::{
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{
-    ConfigError, Instance, choices, instance::DOCKER_PLUGINS, net_conf, unknown, unreadable,
-};
-use crate::{
-    dataplane::{demand::Program, desired::Mode},
-    files,
-};
+use super::{choices, instance::DOCKER_PLUGINS};
+use crate::dataplane::{demand::Program, desired::Mode};
 
 /// All settings as the operator wrote them, unchecked.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize, Serialize)]
@@ -204,55 +199,9 @@ pub enum LogFormat {
     Journal,
 }
 
-/// Path that stands for no settings file.
-pub const NO_FILE: &str = "/dev/null";
-
 impl Settings {
-    /// Returns the settings file to read: the given one, or else the instance's if it exists.
-    pub fn file(&self, given: Option<&Path>) -> Option<PathBuf> {
-        if let Some(path) = given {
-            return (path != Path::new(NO_FILE)).then(|| path.to_owned());
-        }
-        let instance: Instance = self.instance.as_deref().unwrap_or_default().parse().ok()?;
-        Some(instance.settings_file()).filter(|path| path.exists())
-    }
-
-    /// Adds the settings of the TOML file and then those of `net_config`, where flags and environment set
-    /// none.
-    ///
-    /// # Errors
-    /// Fails if one of the files cannot be read or parsed.
-    pub fn complete(self, file: Option<&Path>) -> Result<Self, ConfigError> {
-        let from_file = match file {
-            Some(path) => Self::from_toml(path)?,
-            None => Self::default(),
-        };
-        let merged = self.or(from_file);
-        match merged.net_config.clone() {
-            Some(path) => {
-                let fallback = net_conf::read(&path)?;
-                Ok(merged.or(fallback))
-            }
-            None => Ok(merged),
-        }
-    }
-
-    /// Reads the TOML file alone, without environment and `net_config`.
-    fn from_toml(path: &Path) -> Result<Self, ConfigError> {
-        let text = files::read_text(path, files::SMALL);
-        Self::parse(path, &text.map_err(|e| unreadable(&format!("config {}", path.display()), &e))?)
-    }
-
-    /// Parses the text of a TOML file.
-    ///
-    /// # Errors
-    /// Fails if a setting is unknown or its value is invalid.
-    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let field = || format!("config {}", path.display());
-        toml::from_str(text).map_err(|error| unknown::explain(&field(), text, &error))
-    }
-
-    fn or(self, other: Self) -> Self {
+    /// Adds the settings of `other` where this has none.
+    pub(super) fn or(self, other: Self) -> Self {
         let list = |ours: Vec<String>, theirs| if ours.is_empty() { theirs } else { ours };
         Self {
             instance: self.instance.or(other.instance),

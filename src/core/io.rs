@@ -175,3 +175,12 @@ pub enum Stop {
         why: String,
     },
 }
+
+/// The subnet that the kernel uses. Pods have addresses in it, whatever the slot table says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KernelSubnet {
+    /// The kernel's state was not reported since the start.
+    Unknown,
+    Nothing,
+    Subnet(IpNet),
+}

@@ -2,11 +2,11 @@
 //!
 //! The steps are in `join`, `lease` and `leave`; this file holds what they have in common.
 
-use ipnet::IpNet;
-
 use crate::model::{Subnets, Time};
 
-use super::{Phase, join::Joining, lease::LeaseSearch, leave::Leaving, replica::Replica};
+use super::{
+    KernelSubnet, Phase, join::Joining, lease::LeaseSearch, leave::Leaving, replica::Replica,
+};
 
 /// Where this node is in its lifecycle.
 pub(super) struct Lifecycle {
@@ -16,15 +16,6 @@ pub(super) struct Lifecycle {
     pub(super) leaving: Option<Leaving>,
     /// The subnet that the kernel uses, as last reported.
     pub(super) kernel_subnet: KernelSubnet,
-}
-
-/// The subnet that the kernel uses. Pods have addresses in it, whatever the slot table says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum KernelSubnet {
-    /// The kernel's state was not reported since the start.
-    Unknown,
-    Nothing,
-    Subnet(IpNet),
 }
 
 impl Lifecycle {

@@ -40,6 +40,7 @@ mod log_budget;
 mod lookup;
 mod malformed;
 mod membership;
+mod node_config;
 mod outbox;
 mod partners;
 mod preferred;
@@ -65,19 +66,21 @@ use std::{
 use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng};
 
-pub use boot::{Bootstrap, NodeConfig, StartError};
+pub use boot::StartError;
 pub use counters::Counters;
 pub use forget::{CannotForget, Reclaiming, sign_of_host};
 pub use gate::Gate;
 pub use io::{Command, Input, Output, RunningHosts, Stop, Target};
 pub use lookup::Labels;
+pub use node_config::{Bootstrap, NodeConfig};
 pub use slots::Change;
 pub use status::{FreeRange, MemberStatus, NodeStatus, Phase, SlotCounts};
 
 use self::{
     introduce::Introductions,
+    io::KernelSubnet,
     key_use::KeyUse,
-    lifecycle::{KernelSubnet, Lifecycle},
+    lifecycle::Lifecycle,
     log_budget::LogBudget,
     malformed::{Notes, read_response},
     membership::{Membership, Notice},

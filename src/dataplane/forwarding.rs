@@ -33,14 +33,12 @@ use std::{collections::BTreeMap, time::Duration};
 
 mod far;
 mod inward;
-mod loss;
 mod message;
 mod packet;
 mod witness;
 
 pub use far::{FarLoss, FarOutput, FarPeer, FarPods, FarWay, Half};
 pub use inward::{InwardLosses, InwardWay};
-use loss::Losses;
 use message::SEES_DATA;
 pub use message::{
     FAR_DATA_PORT, FAR_PORT, IS_MESSAGE, Kind, MessageType, SMALL, Segment, Sort, answer,

@@ -7,6 +7,8 @@
 //! the pod existed all the time, and lost on the way back only if it arrived and was answered. Some small
 //! packets are sent once and counted, to measure random loss. A state machine without clock or sockets.
 
+mod half;
+mod loss;
 mod output;
 mod round;
 mod target;
@@ -17,14 +19,16 @@ use std::{
     time::Duration,
 };
 
-pub use self::output::{FarLoss, FarOutput, FarWay, Half};
+pub use self::{
+    half::Half,
+    output::{FarLoss, FarOutput, FarWay},
+};
 use self::{
+    loss::Losses,
     round::Round,
     target::{Target, carries_large, sorts},
 };
-use super::{
-    Kind, Losses, SEES_DATA, SMALL, SUSPECT_TRIAL_INTERVAL, Sort, TRIAL_INTERVAL, Trials, Way,
-};
+use super::{Kind, SEES_DATA, SMALL, SUSPECT_TRIAL_INTERVAL, Sort, TRIAL_INTERVAL, Trials, Way};
 use crate::{
     model::{Addresses, NodeId, Time},
     wire::Arrivals,

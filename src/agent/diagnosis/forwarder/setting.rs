@@ -4,7 +4,6 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::trial::{MAX_MTU, MTU_EXCESS};
 use crate::{
     agent::Agent,
     dataplane::{
@@ -21,6 +20,10 @@ use crate::{
 
 /// Maximum number of peers among which a trial chooses.
 const MAX_PEERS: usize = 64;
+/// By this many bytes the MTU of the agent's own pod exceeds that of the tunnel.
+pub const MTU_EXCESS: u32 = 64;
+/// Largest MTU of an interface in bytes.
+pub const MAX_MTU: u32 = 65_535;
 
 /// Everything that a trial depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]

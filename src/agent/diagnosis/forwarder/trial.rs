@@ -16,6 +16,7 @@ use super::{
     carried::Carried,
     pod::{PodSockets, has_too_large_error, send_unfragmented},
     resolution::Resolution,
+    setting::{MAX_MTU, MTU_EXCESS},
 };
 use crate::{
     dataplane::{
@@ -35,10 +36,6 @@ use crate::{
 const TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of peers per trial.
 const MAX_PEERS_PER_TRIAL: usize = 3;
-/// By this many bytes the MTU of the agent's own pod exceeds that of the tunnel.
-pub const MTU_EXCESS: u32 = 64;
-/// Largest MTU of an interface in bytes.
-pub const MAX_MTU: u32 = 65_535;
 
 /// Sockets of the pods and of this host.
 pub struct Sockets(Vec<FamilySockets>);

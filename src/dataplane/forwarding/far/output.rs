@@ -2,17 +2,11 @@
 
 use std::net::IpAddr;
 
-use super::super::{Kind, Sort};
+use super::{
+    super::{Kind, Sort},
+    Half,
+};
 use crate::model::NodeId;
-
-/// A half of the path to a peer's pod and back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Half {
-    /// From this host to the peer's pod.
-    There,
-    /// From the peer's pod to this host.
-    Back,
-}
 
 /// A sort of packets on one half of the path to a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

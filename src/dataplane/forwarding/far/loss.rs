@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Half, TRIALS_UNTIL_VERDICT};
+use super::{super::TRIALS_UNTIL_VERDICT, Half};
 
 /// Number of packets counted per round while no loss is suspected.
 const SAMPLES: u16 = 10;
