@@ -81,7 +81,7 @@ fn modules_import_each_other_without_cycles() {
 
 /// What a path within the library begins with.
 const ROOTS: [&str; 3] = ["crate::", "self::", "super::"];
-/// Most modules that export an item in turn.
+/// Most modules that pass a name on in turn.
 const MAX_EXPORTS: usize = 4;
 
 /// Expands one path or group of a `use` declaration into its paths, and returns what follows it.
@@ -129,8 +129,29 @@ fn resolve(module: &[String], path: &str) -> Vec<String> {
     resolved
 }
 
-/// The paths of the library that each module uses, outside of its tests. A path that a module exports again
-/// is followed to its definition.
+/// Returns the names that a module's `use` declarations give to items of other modules, with what they name.
+/// Private ones count, because submodules reach them by `super::`.
+fn named_again(module: &[String], program: &str) -> Vec<(Vec<String>, Vec<String>)> {
+    let mut names = Vec::new();
+    for keyword in ["\nuse ", "\npub use ", "\npub(crate) use ", "\npub(super) use "] {
+        for (at, _) in program.match_indices(keyword) {
+            let mut items = Vec::new();
+            expand("", &program[at + keyword.len()..], &mut items);
+            for item in items {
+                let definition = resolve(module, &item);
+                let name = definition.last().cloned();
+                let named: Vec<String> = module.iter().cloned().chain(name).collect();
+                if named != definition {
+                    names.push((named, definition));
+                }
+            }
+        }
+    }
+    names
+}
+
+/// The paths of the library that each module uses, outside of its tests. A path to a name that a module has
+/// from another is followed to its definition.
 fn used_paths() -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
     let (mut used, mut exported) = (BTreeMap::new(), BTreeMap::new());
     for (file, text) in sources() {
@@ -147,20 +168,7 @@ fn used_paths() -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
                 expand("", &program[at..], &mut paths);
             }
         }
-        for (at, keyword) in
-            ["pub use ", "pub(super) use "].iter().flat_map(|k| program.match_indices(k))
-        {
-            let mut items = Vec::new();
-            expand("", &program[at + keyword.len()..], &mut items);
-            for item in items {
-                let definition = resolve(&module, &item);
-                let name = definition.last().cloned();
-                let public: Vec<String> = module.iter().cloned().chain(name).collect();
-                if public != definition {
-                    exported.insert(public, definition);
-                }
-            }
-        }
+        exported.extend(named_again(&module, &program));
         let paths: Vec<_> = paths.iter().map(|path| resolve(&module, path)).collect();
         used.insert(module, paths);
     }
@@ -176,7 +184,7 @@ fn used_paths() -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
     used.into_iter().map(|(module, paths)| (module, followed(paths))).collect()
 }
 
-/// Returns the modules of a graph that are in a circle, or import one that is.
+/// Returns the modules of a graph that are in a cycle, or import one that is.
 fn circular(mut left: BTreeMap<String, BTreeSet<String>>) -> BTreeMap<String, BTreeSet<String>> {
     loop {
         let remaining: BTreeSet<String> = left.keys().cloned().collect();
@@ -189,24 +197,24 @@ fn circular(mut left: BTreeMap<String, BTreeSet<String>>) -> BTreeMap<String, BT
     }
 }
 
-/// A room is a module with submodules. Its own file, which holds what they share, is not compared.
+/// The file of the parent, which holds what its submodules share, is not compared.
 #[test]
-fn submodules_of_a_room_import_each_other_without_circles() {
+fn submodules_of_a_module_import_each_other_without_cycles() {
     let used = used_paths();
-    let rooms: BTreeSet<&[String]> =
+    let parents: BTreeSet<&[String]> =
         used.keys().map(|module| &module[..module.len() - 1]).collect();
-    assert!(rooms.len() > 30, "the rooms were not found");
+    assert!(parents.len() > 30, "the modules were not found");
     let mut found = Vec::new();
-    for room in rooms.into_iter().filter(|room| !room.is_empty()) {
+    for parent in parents.into_iter().filter(|parent| !parent.is_empty()) {
         let mut graph: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-        let part = |path: &[String]| path.strip_prefix(room)?.first().cloned();
+        let part = |path: &[String]| path.strip_prefix(parent)?.first().cloned();
         for (module, paths) in &used {
             let Some(name) = part(module) else { continue };
             let others = paths.iter().filter_map(|path| part(path)).filter(|other| *other != name);
             graph.entry(name.clone()).or_default().extend(others);
         }
         let circular = circular(graph);
-        found.extend((!circular.is_empty()).then(|| format!("{}: {circular:?}", room.join("/"))));
+        found.extend((!circular.is_empty()).then(|| format!("{}: {circular:?}", parent.join("/"))));
     }
     assert!(found.is_empty(), "these files import each other, or one that does: {found:#?}");
 }
@@ -217,6 +225,18 @@ fn expand_reads_nested_groups_and_aliases() {
     expand("", "super::{a::{self, B}, c as d, e::{F}};", &mut paths);
     assert_eq!(paths, ["super::a::self", "super::a::B", "super::c", "super::e::F"]);
     assert_eq!(resolve(&["x".into(), "y".into()], "super::a::self"), ["x", "a"]);
+}
+
+#[test]
+fn named_again_includes_private_declarations() {
+    let module = ["a".to_owned()];
+    let program = "\nmod b;\nuse b::C;\npub use super::d::E;\n    use f::G;\n";
+    let names: Vec<_> = named_again(&module, program)
+        .into_iter()
+        .map(|(name, definition)| (name.join("::"), definition.join("::")))
+        .collect();
+    let expected = [("a::C", "a::b::C"), ("a::E", "d::E")];
+    assert_eq!(names, expected.map(|(name, definition)| (name.to_owned(), definition.to_owned())));
 }
 
 #[test]

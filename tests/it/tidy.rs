@@ -98,12 +98,40 @@ pub(crate) fn sources() -> Vec<(String, String)> {
         .collect()
 }
 
-/// Returns the program part of a file, without comments and tests.
+/// Returns the program part of a file: without comments, and without items that only tests have.
 pub(crate) fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let mut of_test = TestItem::default();
     text.lines()
         .enumerate()
-        .take_while(|(_, line)| !line.starts_with("#[cfg(test)]"))
         .map(|(number, line)| (number + 1, line.split("//").next().unwrap_or_default()))
+        .filter(move |(_, line)| !of_test.includes(line))
+}
+
+/// Finds the lines of items with the attribute `#[cfg(test)]` in column 0.
+#[derive(Default)]
+enum TestItem {
+    #[default]
+    No,
+    Attributes,
+    Body,
+}
+
+impl TestItem {
+    fn includes(&mut self, line: &str) -> bool {
+        let line = line.trim_end();
+        let (is_included, next) = match self {
+            Self::No if line == "#[cfg(test)]" => (true, Self::Attributes),
+            Self::No => (false, Self::No),
+            Self::Attributes if line.is_empty() || line.starts_with("#[") => {
+                (true, Self::Attributes)
+            }
+            Self::Attributes if line.ends_with([';', '}']) => (true, Self::No),
+            Self::Body if ["}", "};", "];"].contains(&line) => (true, Self::No),
+            Self::Attributes | Self::Body => (true, Self::Body),
+        };
+        *self = next;
+        is_included
+    }
 }
 
 /// Returns the files of a module, below src/, and of the submodules that the build without features contains.
@@ -273,4 +301,12 @@ fn bincode_is_used_in_one_module_only() {
         .map(|(name, _)| name)
         .collect();
     assert_eq!(named, ["src/wire/codec.rs"]);
+}
+
+#[test]
+fn code_continues_after_a_test_module_declared_in_another_file() {
+    let text = "a\n#[cfg(test)]\nmod tests;\nb // c\n#[cfg(test)]\n#[path = \"d\"]\nmod d {\n    e;\n}\nf\n\
+                #[cfg(test)]\nuse g::{\n    h,\n};\ni\n";
+    let lines: Vec<_> = code(text).collect();
+    assert_eq!(lines, [(1, "a"), (4, "b "), (10, "f"), (15, "i")]);
 }
