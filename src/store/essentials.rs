@@ -1,5 +1,5 @@
-//! The second copy of the essential records: the node's cluster, its starts, its own member record, its own
-//! slots and its pods.
+//! The second copy of the essential records, as [`Record::essential_part`] defines them: the node's cluster,
+//! its starts, its own member record, its own slots and its pods.
 //!
 //! A damaged database is usually rebuilt from other members. A node that knows no other member uses this
 //! copy. The store's thread writes it once a batch is durable and no other batch waits, so it may lack the
@@ -109,7 +109,7 @@ impl EssentialsCopy {
     pub fn new(file: Essentials, me: NodeId, saved: &[(Key, Record)], batches: u64) -> Self {
         let mut copy = Self { file, me, records: BTreeMap::new(), batches, is_current: false };
         // Most records are those of other members. Skip them before encoding.
-        for (key, record) in saved.iter().filter(|(key, _)| is_essential(me, *key)) {
+        for (key, record) in saved.iter().filter(|(key, _)| key.is_essential(me)) {
             copy.set(*key, &record.encode());
         }
         copy
@@ -131,13 +131,7 @@ impl EssentialsCopy {
     }
 
     fn set(&mut self, key: Key, value: &[u8]) {
-        if !is_essential(self.me, key) {
-            return;
-        }
-        let value = match key {
-            Key::Slots(_) => own_slots(self.me, key, value),
-            _ => value.to_vec(),
-        };
+        let Some(value) = Record::essential_part(self.me, key, value) else { return };
         let before = match value.is_empty() {
             true => self.records.remove(&key),
             false => self.records.insert(key, value.clone()),
@@ -159,26 +153,6 @@ impl EssentialsCopy {
             }
         }
         self.is_current = true;
-    }
-}
-
-/// Returns whether a record is essential for this node, at least in part.
-fn is_essential(me: NodeId, key: Key) -> bool {
-    match key {
-        Key::Cluster | Key::Starts | Key::Pod(_) | Key::Slots(_) => true,
-        Key::Member(node) => node == me,
-        Key::Forget(_) => false,
-    }
-}
-
-/// Returns the encoded runs of this node's own slots; empty if there are none.
-fn own_slots(me: NodeId, key: Key, value: &[u8]) -> Vec<u8> {
-    match Record::decode(key.to_string().as_bytes(), value) {
-        Ok((_, Record::Slots(mut runs))) => {
-            runs.retain(|run| run.record.owner == me);
-            if runs.is_empty() { Vec::new() } else { Record::Slots(runs).encode() }
-        }
-        _ => Vec::new(),
     }
 }
 

@@ -107,6 +107,23 @@ impl Record {
         };
         record.map(|record| (parsed, record)).map_err(|error: WireError| fail(error.to_string()))
     }
+
+    /// Returns the part of an encoded record that `me` needs to keep its identity and its subnets: of runs of
+    /// slots its own, of other records all. Empty if no such part is left; `None` if the record has none with
+    /// any value.
+    pub fn essential_part(me: NodeId, key: Key, value: &[u8]) -> Option<Vec<u8>> {
+        if !key.is_essential(me) {
+            return None;
+        }
+        if !matches!(key, Key::Slots(_)) {
+            return Some(value.to_vec());
+        }
+        let Ok((_, Self::Slots(mut runs))) = Self::decode(key.to_string().as_bytes(), value) else {
+            return Some(Vec::new());
+        };
+        runs.retain(|run| run.record.owner == me);
+        Some(if runs.is_empty() { Vec::new() } else { Self::Slots(runs).encode() })
+    }
 }
 
 /// The encoded fields of a pod. Its MAC follows if it is set: records without one thus have the same form as
@@ -134,6 +151,15 @@ fn decode_pod(bytes: &[u8]) -> Result<Pod, WireError> {
 }
 
 impl Key {
+    /// Returns whether `me` needs a part of this record to keep its identity and its subnets.
+    pub fn is_essential(self, me: NodeId) -> bool {
+        match self {
+            Self::Cluster | Self::Starts | Self::Pod(_) | Self::Slots(_) => true,
+            Self::Member(node) => node == me,
+            Self::Forget(_) => false,
+        }
+    }
+
     fn parse(bytes: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(bytes).ok()?;
         match text.split_once('/') {
@@ -174,6 +200,7 @@ fn checked(bytes: &[u8]) -> Result<(u8, &[u8]), &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Slot, SlotRecord, SlotState};
 
     #[test]
     fn key_round_trips_through_its_text() {
@@ -210,6 +237,23 @@ mod tests {
         cut.extend(crc32fast::hash(&cut).to_le_bytes());
         let error = decode(&cut).expect_err("five bytes of a MAC");
         assert!(error.why.contains("5 bytes instead of a MAC"), "{error}");
+    }
+
+    #[test]
+    fn essential_part_has_own_slots_and_records_of_this_node_only() {
+        let (me, other) = (NodeId::from_bytes([1; 8]), NodeId::from_bytes([2; 8]));
+        let run = |start: u32, owner| {
+            let record = SlotRecord { epoch: 0, owner, state: SlotState::Leased, granter: owner };
+            Run { start: Slot(start), len: 1, record }
+        };
+        let part = |key, value: &[u8]| Record::essential_part(me, key, value);
+        let slots = |runs: &[Run]| Record::Slots(runs.to_vec()).encode();
+        let both = slots(&[run(1, me), run(2, other)]);
+        assert_eq!(part(Key::Slots(0), &both), Some(slots(&[run(1, me)])));
+        assert_eq!(part(Key::Slots(0), &slots(&[run(2, other)])), Some(Vec::new()));
+        assert_eq!(part(Key::Member(me), b"any"), Some(b"any".to_vec()));
+        assert_eq!(part(Key::Member(other), b"any"), None);
+        assert_eq!(part(Key::Forget(me), b"any"), None);
     }
 
     #[test]
