@@ -1,4 +1,5 @@
-//! Reading, opening and removing files that other programs may have written, replaced or removed.
+//! Reading, opening, replacing and removing files that other programs may have written, replaced or removed;
+//! the holders of locks on files.
 //!
 //! Opening a pipe without a writer would block the reader without limit, and reading a device or a file of
 //! the wrong kind could exhaust its memory. These functions accept regular files of bounded length only.
@@ -11,6 +12,11 @@ use std::{
 };
 
 use nix::fcntl::OFlag;
+
+pub mod holder;
+mod replace;
+
+pub use replace::{PRIVATE, PUBLIC, replace};
 
 /// Greatest length of a settings, secret or state file, in bytes.
 pub const SMALL: u64 = 1 << 20;

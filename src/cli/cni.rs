@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     cni::LOOPBACK,
-    store::{PUBLIC, replace},
+    files::{PUBLIC, replace},
 };
 use lists::{InstalledList, List, PORTMAP};
 

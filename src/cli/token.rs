@@ -11,9 +11,9 @@ use clap::Args;
 use super::{Client, block_on, fail, output::write_stdout};
 use crate::{
     api::{self, ClusterToken},
+    files::{PRIVATE, replace},
     model::ClusterId,
     random::random,
-    store::{PRIVATE, replace},
     wire::{Secret, Token},
 };
 

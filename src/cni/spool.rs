@@ -20,8 +20,7 @@ use sha2::{Digest as _, Sha256};
 use super::config::INPUT_MAX;
 use crate::{
     api::AttachmentName,
-    files,
-    store::{PRIVATE, replace},
+    files::{self, PRIVATE, replace},
 };
 
 /// Maximum number of files in the directory.

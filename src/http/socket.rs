@@ -17,7 +17,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use socket2::{Domain, SockAddr, Type};
 use tokio::net::UnixListener;
 
-use crate::store::holder;
+use crate::files::holder;
 
 /// Most connections that wait to be accepted.
 const BACKLOG: i32 = 4_096;

@@ -20,8 +20,8 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::holder;
 use crate::{
+    files::holder,
     model::NodeId,
     wire::{Key, Record, TokenError},
 };

@@ -15,12 +15,9 @@ use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Essentials, History, StoreError, history, holder,
-    replace::{PRIVATE, replace},
-};
+use super::{Essentials, History, StoreError, history};
 use crate::{
-    files,
+    files::{self, PRIVATE, holder, replace},
     wire::{Keyring, Token},
 };
 

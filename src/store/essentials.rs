@@ -14,9 +14,8 @@ use std::{collections::BTreeMap, io, path::PathBuf};
 use data_encoding::HEXLOWER;
 use nix::fcntl::OFlag;
 
-use super::replace::{PRIVATE, replace};
 use crate::{
-    files,
+    files::{self, PRIVATE, replace},
     model::NodeId,
     wire::{Key, Record},
 };

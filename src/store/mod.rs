@@ -21,13 +21,10 @@ mod database;
 mod directory;
 mod essentials;
 mod history;
-pub mod holder;
-mod replace;
 mod writer;
 
 pub use database::{Database, LoadedDatabase, StoreError};
 pub use directory::{LostPod, StateDir, node_key, read_keyring, read_token, require_state_dir};
 pub use essentials::{Essentials, EssentialsContent, EssentialsCopy};
 pub use history::History;
-pub use replace::{PRIVATE, PUBLIC, replace};
 pub use writer::{WriteEvent, Writer};

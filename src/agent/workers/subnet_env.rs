@@ -3,10 +3,9 @@
 use std::{io, path::Path};
 
 use crate::{
-    files,
+    files::{self, PUBLIC, replace},
     model::Subnets,
     pods::gateway,
-    store::{PUBLIC, replace},
 };
 
 /// The content of the file.

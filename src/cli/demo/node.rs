@@ -27,10 +27,10 @@ use super::fail;
 use crate::{
     api::{self, AgentStatus, AttachRequest, AttachmentName, ClusterToken},
     config::Instance,
+    files::{PRIVATE, replace},
     lab::{NetNs, Pinger},
     netlink::Netlink,
     runtime::block_on,
-    store::{PRIVATE, replace},
 };
 
 /// Offset of the first pod's address in the subnet. The gateway has offset 1.

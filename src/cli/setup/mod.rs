@@ -26,8 +26,9 @@ use super::{
 use crate::{
     api::{self, AgentStatus, ClientError, Membership},
     config::{Instance, Settings, check_environment, parse_token, read_token_file},
+    files::{PRIVATE, replace},
     model::visible,
-    store::{PRIVATE, StateDir, StoreError, read_token, replace},
+    store::{StateDir, StoreError, read_token},
     transport::check_name,
     wire::Token,
 };

@@ -11,7 +11,7 @@ use anyhow::{Context as _, ensure};
 use super::{Options, say};
 use crate::{
     config::Instance,
-    store::{PUBLIC, replace},
+    files::{PUBLIC, replace},
 };
 
 /// The unit of the package.
