@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use super::silence::Packet;
+use super::captured::{PACKET_OUTGOING, Packet};
 use crate::frames::{ADVERTISEMENT, ARP, SOLICITATION};
 
 /// Maximum number of pods taken in turn per round; one query and one answer each. Suspect pods come on top.
@@ -31,8 +31,6 @@ const SUSPECT_ROUND_INTERVAL: Duration = Duration::from_secs(1);
 const SILENT_ROUND_INTERVAL: Duration = Duration::from_secs(5);
 /// Consecutive rounds without an answer after which a pod is reported as silent.
 const ROUNDS_UNTIL_SILENT: u32 = 3;
-/// `sll_pkttype` of a packet that leaves by the interface (`linux/if_packet.h`).
-pub const PACKET_OUTGOING: u8 = 4;
 /// EtherType of IPv6.
 const IPV6: u16 = 0x86dd;
 /// IP protocol number of `ICMPv6` (IANA).

@@ -9,21 +9,21 @@ use std::{
     net::IpAddr,
 };
 
+use super::{
+    captured::{PACKET_HOST, PACKET_OUTGOING, Packet},
+    dropping_chain::DroppedBy,
+};
 use crate::{
     frames::{ADVERTISEMENT, ARP, ICMPV6, IPV6},
     model::{Mac, NodeId, Problem},
 };
 
 pub use self::{
-    cause::{Cause, Diverted, DroppingRule, Elsewhere, MAY_NOT_SEND, Pinned, Place},
-    commands::{
-        ebtables_insert_ip, forget_connections, iptables_insert, iptables_ports, open_chain,
-    },
+    cause::{Cause, Diverted, Elsewhere, MAY_NOT_SEND, Pinned, Place},
     kept::Kept,
 };
 
 mod cause;
-mod commands;
 mod kept;
 #[cfg(test)]
 mod tests;
@@ -31,9 +31,6 @@ mod texts;
 
 /// EtherType of IPv4 (IANA).
 const IPV4: u16 = 0x0800;
-/// Values of `sll_pkttype` (`linux/if_packet.h`).
-const PACKET_HOST: u8 = 0;
-const PACKET_OUTGOING: u8 = 4;
 const UDP_HEADER: usize = 8;
 /// The I flag of a VXLAN header: the VNI is valid (RFC 7348, section 5). A VXLAN device always sets it; the
 /// agent's own test packets leave it clear.
@@ -63,19 +60,6 @@ pub struct Suspect {
     pub lives: bool,
     /// Packets to it are sent through a tunnel.
     pub tunnelled: bool,
-}
-
-/// A captured packet, from the network header on.
-#[derive(Clone, Copy, Debug)]
-pub struct Packet<'a> {
-    /// Index of the interface.
-    pub link: u32,
-    /// `sll_pkttype` of the packet.
-    pub kind: u8,
-    /// EtherType.
-    pub protocol: u16,
-    /// The packet's bytes, possibly truncated.
-    pub bytes: &'a [u8],
 }
 
 /// The evidence that the capture gave about one peer.
@@ -164,7 +148,7 @@ pub struct Facts {
     /// The route to it has several next hops, of which the kernel chooses one for each flow.
     pub is_shared: bool,
     /// This host drops the answers for that next hop; the inner value is the rule, if known.
-    pub refused: Option<Option<DroppingRule>>,
+    pub refused: Option<Option<DroppedBy>>,
     /// A permanent neighbor entry gives the next hop another MAC than the one that answers for it.
     pub pinned: Option<Pinned>,
     /// The VXLAN device drops packets because of their congestion marks.
@@ -172,7 +156,7 @@ pub struct Facts {
     /// The reverse path filter of this interface drops the peer's packets.
     pub filtered: Option<String>,
     /// The rule that drops packets to it ([`OUT`]) and from it ([`IN`]).
-    pub dropped: [Option<DroppingRule>; 2],
+    pub dropped: [Option<DroppedBy>; 2],
     /// The rule that drops packets of its pods because they arrive by another way than packets to them take.
     pub diverted: Option<Diverted>,
     /// Its tunnel packets leave by another interface than the one of their route.

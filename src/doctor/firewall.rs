@@ -9,7 +9,7 @@ use crate::{
     api::{CheckState, PathStatus},
     dataplane::{
         foreign::{ClosedPort, Extent, ForeignChains, ForeignTables},
-        silence::open_chain,
+        remedies::open_chain,
     },
     model::PathState,
 };

@@ -54,7 +54,7 @@ pub fn chains(subnet: IpNet, families: &[&str]) -> impl Iterator<Item = String> 
     };
     let mut found = found.unwrap_or_default();
     found.retain(is_of_family);
-    found.into_iter().map(move |chain| format!("{chain}: {}", chain.fix(subnet)))
+    found.into_iter().map(move |chain| format!("{chain}: {}", chain.resolution_fix(subnet)))
 }
 
 /// Returns a sentence with a remedy for each hook on one side of an interface; empty if none is found.

@@ -14,7 +14,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::dataplane::{foreign::LegacyTable, silence::iptables_ports};
+use crate::dataplane::{foreign::LegacyTable, remedies::iptables_ports};
 use crate::model::{Problem, ProblemCode};
 
 /// How long to wait for the output of the program.

@@ -13,7 +13,7 @@ use crate::{
     core::Labels,
     dataplane::{
         foreign::{ClosedPort, Extent},
-        silence::open_chain,
+        remedies::open_chain,
     },
     model::{Liveness, NodeId, PathState, Problem, ProblemCode},
     transport::own_address_problem,

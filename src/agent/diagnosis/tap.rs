@@ -24,7 +24,7 @@ use socket2::{SockFilter, Socket, Type};
 
 use crate::{
     agent::diagnosis::packet_filter::{step, when},
-    dataplane::{answers::PACKET_OUTGOING, silence::Packet},
+    dataplane::captured::{PACKET_OUTGOING, Packet},
     frames::{
         ADVERTISEMENT, ARP, ICMPV6, IPV6, SOLICITATION, arp, packet_socket, sender_at, solicitation,
     },

@@ -17,8 +17,10 @@ use super::rules::{
     is_conditional, loads_destination, target_of, translates_destination, translates_source,
 };
 use crate::{
-    dataplane::desired::is_own_table,
-    model::rule_family,
+    dataplane::{
+        desired::is_own_table,
+        remedies::{accept_from, accept_from_and_to, accept_to, accept_within},
+    },
     netlink::{
         attributes::{self, Attributes},
         nftables::{
@@ -165,56 +167,38 @@ impl ForeignChains {
 impl ClosingChain {
     /// Returns the command that accepts packets between this host itself and a network.
     pub fn fix_at(&self, at: OwnHook, network: IpNet) -> String {
-        let (side, name, field) = match at {
-            OwnHook::Input => ("-s", "INPUT", "saddr"),
-            OwnHook::Output => ("-d", "OUTPUT", "daddr"),
-        };
-        let program = if network.addr().is_ipv4() { "iptables" } else { "ip6tables" };
-        match self.chain.split(' ').collect::<Vec<_>>()[..] {
-            ["ip" | "ip6", "filter", chain] if chain == name => {
-                format!("{program} -I {name} {side} {network} -j ACCEPT")
-            }
-            _ => format!(
-                "nft insert rule {} {} {field} {network} accept",
-                self.chain,
-                rule_family(network.addr().is_ipv4())
-            ),
+        match at {
+            OwnHook::Input => accept_from(&self.chain, network),
+            OwnHook::Output => accept_to(&self.chain, network),
         }
     }
 
     /// Returns the command that accepts packets of a network.
     pub fn fix(&self, network: IpNet) -> String {
-        let words: Vec<&str> = self.chain.split(' ').collect();
-        let iptables = |program: &str| {
-            format!(
-                "{program} -I FORWARD -s {network} -j ACCEPT; {program} -I FORWARD -d {network} -j ACCEPT"
-            )
-        };
-        match words[..] {
-            ["ip", "filter", "FORWARD"] => iptables("iptables"),
-            ["ip6", "filter", "FORWARD"] => iptables("ip6tables"),
+        match self.chain.split(' ').collect::<Vec<_>>()[..] {
             [_, "firewalld", _] => format!(
                 "firewall-cmd --permanent --zone=trusted --add-source={network}; firewall-cmd --reload; or \
-                 nft insert rule {0} {1} saddr {network} accept, and the same with daddr",
-                self.chain,
-                rule_family(network.addr().is_ipv4())
+                 {}, and the same with daddr",
+                accept_from(&self.chain, network)
             ),
-            ["netdev" | "bridge" | "arp", table, _] => {
-                format!("see nft list table {} {table}", words[0])
-            }
+            // There, packets of pods are still inside tunnel packets, or no packets of IP.
+            ["netdev" | "arp", ..] => self.listing(),
             // Packets of pods to other networks still have to be translated.
-            _ if self.is_nat => format!(
-                "nft insert rule {} {1} saddr {network} {1} daddr {network} accept",
-                self.chain,
-                rule_family(network.addr().is_ipv4())
-            ),
-            _ => format!(
-                "nft insert rule {0} {1} saddr {network} accept; nft insert rule {0} {1} daddr {network} \
-                 accept",
-                self.chain,
-                rule_family(network.addr().is_ipv4())
-            ),
+            _ if self.is_nat => accept_within(&self.chain, network),
+            _ => accept_from_and_to(&self.chain, network),
         }
+    }
+
+    /// Returns the command that accepts what pods of a network need to resolve their gateway. On a bridge, that
+    /// may be ARP, which no rule about the network accepts.
+    pub fn resolution_fix(&self, network: IpNet) -> String {
+        if self.chain.starts_with("bridge ") { self.listing() } else { self.fix(network) }
+    }
+
+    /// Returns the command that shows the chain's table.
+    fn listing(&self) -> String {
+        let table = self.chain.rsplit_once(' ').map_or(self.chain.as_str(), |(table, _)| table);
+        format!("see nft list table {table}")
     }
 }
 
@@ -457,22 +441,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fix_of_a_translating_chain_exempts_only_packets_between_pods() {
+    fn fix_of_a_chain_depends_on_its_kind() {
         let network = "10.42.0.0/16".parse().expect("a network");
-        let fix = |is_nat| {
-            let closing = ClosingChain {
-                how: How::Rules,
-                chain: "inet wan post".to_owned(),
-                hook: "postrouting",
-                is_likely: false,
-                hands_over: false,
-                is_nat,
-            };
-            closing.fix(network)
+        let of = |chain: &str, is_nat| ClosingChain {
+            how: How::Rules,
+            chain: chain.to_owned(),
+            hook: "postrouting",
+            is_likely: false,
+            hands_over: false,
+            is_nat,
         };
-        let both =
+        let fix = |chain: &str, is_nat| of(chain, is_nat).fix(network);
+        let within =
             "nft insert rule inet wan post ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept";
-        assert_eq!(fix(true), both);
-        assert!(fix(false).contains("post ip saddr 10.42.0.0/16 accept; "), "{}", fix(false));
+        assert_eq!(fix("inet wan post", true), within);
+        let both = fix("inet wan post", false);
+        assert!(both.contains("post ip saddr 10.42.0.0/16 accept; "), "{both}");
+        assert!(fix("bridge filter FORWARD", false).starts_with("ebtables -I FORWARD "));
+        assert_eq!(fix("netdev ddos in", false), "see nft list table netdev ddos");
+        let at_gateway = of("bridge filter FORWARD", false).resolution_fix(network);
+        assert_eq!(at_gateway, "see nft list table bridge filter");
+        assert!(fix("inet firewalld filter_FORWARD", false).starts_with("firewall-cmd "));
     }
 }

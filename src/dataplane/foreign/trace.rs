@@ -17,8 +17,9 @@ use rtnetlink::packet_core::NLM_F_CREATE;
 use super::rules::{base_of, number};
 use crate::{
     dataplane::{
+        dropping_chain::DroppedBy,
         forwarding::MAGIC,
-        silence::{DroppingRule, IN, OUT},
+        silence::{IN, OUT},
     },
     frames,
     netlink::{
@@ -87,7 +88,7 @@ pub struct TraceReport {
     /// Chains that translate source addresses: family, table and name.
     translating: BTreeSet<String>,
     packets: BTreeMap<u32, (IpAddr, IpAddr)>,
-    dropped: BTreeMap<(IpAddr, IpAddr), DroppingRule>,
+    dropped: BTreeMap<(IpAddr, IpAddr), DroppedBy>,
     translated: BTreeMap<(IpAddr, IpAddr), String>,
     /// Indexes of the input interfaces, by the packets' sources.
     inputs: BTreeMap<IpAddr, u32>,
@@ -259,7 +260,7 @@ impl Drop for Trace {
 
 impl TraceReport {
     /// Returns what drops packets to a host, and packets from it.
-    pub fn dropped(&self, local: IpAddr, peer: IpAddr) -> [Option<DroppingRule>; 2] {
+    pub fn dropped(&self, local: IpAddr, peer: IpAddr) -> [Option<DroppedBy>; 2] {
         let mut dropped = [None, None];
         // Whatever the source address of this host.
         dropped[OUT] = self.dropped_to(peer);
@@ -268,22 +269,22 @@ impl TraceReport {
     }
 
     /// Returns what drops packets of this host to an address, whatever their source.
-    pub fn dropped_to(&self, to: IpAddr) -> Option<DroppingRule> {
+    pub fn dropped_to(&self, to: IpAddr) -> Option<DroppedBy> {
         self.dropped.iter().find(|((_, end), _)| *end == to).map(|(_, by)| by.clone())
     }
 
     /// Returns what drops packets from an address, or answers for it.
-    pub fn dropped_from(&self, from: IpAddr) -> Option<DroppingRule> {
+    pub fn dropped_from(&self, from: IpAddr) -> Option<DroppedBy> {
         self.dropped.iter().find(|((start, _), _)| *start == from).map(|(_, by)| by.clone())
     }
 
     /// Returns what drops packets from an address, with the index of the input interface.
-    pub fn dropped_at(&self, from: IpAddr) -> Option<(DroppingRule, u32)> {
+    pub fn dropped_at(&self, from: IpAddr) -> Option<(DroppedBy, u32)> {
         self.dropped_from(from).zip(self.inputs.get(&from).copied())
     }
 
     /// Returns what drops packets of this host to an address other than these.
-    pub fn dropped_to_others(&self, addresses: &[IpAddr]) -> Option<DroppingRule> {
+    pub fn dropped_to_others(&self, addresses: &[IpAddr]) -> Option<DroppedBy> {
         let beside = self.dropped.iter().find(|((_, to), _)| !addresses.contains(to));
         beside.map(|(_, by)| by.clone())
     }
@@ -323,7 +324,7 @@ impl TraceReport {
         let chain = format!("{} {} {}", family_name(family), name(TABLE)?, name(CHAIN)?);
         match verdict {
             DROP | STOLEN | QUEUE => {
-                let culprit = DroppingRule { chain, handle, queued: verdict == QUEUE };
+                let culprit = DroppedBy { chain, handle, queued: verdict == QUEUE };
                 self.dropped.insert(ends, culprit);
             }
             ACCEPT if handle.is_some() && self.translating.contains(&chain) => {

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use ipnet::IpNet;
 
 use super::{Facts, IN, OUT, Suspect, Traces, kept::Kept};
-use crate::model::Mac;
+use crate::{dataplane::dropping_chain::DroppedBy, model::Mac};
 
 /// Why the kernel refuses all packets of this process, if no firewall rule of this host drops them.
 pub const MAY_NOT_SEND: &str = "the kernel refuses packets that the agent sends (EPERM): IPAddressDeny= of \
@@ -35,23 +35,12 @@ pub struct Place {
     pub overlay: IpNet,
 }
 
-/// An nftables chain that drops packets, as the kernel's trace showed.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct DroppingRule {
-    /// Family, table and name of the chain.
-    pub chain: String,
-    /// The handle of the rule; `None` if the chain's policy drops the packets.
-    pub handle: Option<u64>,
-    /// The rule passes packets to a program in user space, which does not let them pass.
-    pub queued: bool,
-}
-
 /// Packets of a peer's pods that arrive by one interface while packets to them leave by another, and are
 /// dropped for that.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Diverted {
     /// The rule that drops them.
-    pub by: DroppingRule,
+    pub by: DroppedBy,
     /// Name of the interface at which they arrive.
     pub came: String,
     /// Name of the interface by which packets to them leave.
@@ -107,7 +96,7 @@ pub enum Cause {
         /// Drops packets to the peer, otherwise those from it.
         outgoing: bool,
         /// The rule.
-        by: DroppingRule,
+        by: DroppedBy,
     },
     /// A rule drops packets that arrive by another way than packets to their source take.
     Diverted(Diverted),
@@ -152,7 +141,7 @@ pub enum Cause {
         /// Name of the interface at which the answers arrive.
         interface: String,
         /// The rule that drops them, if known.
-        by: Option<DroppingRule>,
+        by: Option<DroppedBy>,
         /// What may consume all packets that arrive, with advice, as a sentence.
         passthru: Option<String>,
     },
@@ -301,28 +290,5 @@ impl Cause {
                 | Self::Translated { chain: None, legacy: None, .. }
                 | Self::Unresolved { is_one_of_several: true, .. }
         )
-    }
-}
-
-impl DroppingRule {
-    pub(super) const fn action(&self) -> &'static str {
-        if self.queued {
-            "hands tunnel packets to a program that does not let them pass"
-        } else {
-            "drops tunnel packets"
-        }
-    }
-}
-
-/// The rule, or the policy, and its chain.
-impl std::fmt::Display for DroppingRule {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { chain, handle, .. } = self;
-        match handle {
-            Some(handle) => {
-                write!(f, "a rule of chain {chain} (handle {handle}: nft -a list chain {chain})")
-            }
-            None => write!(f, "the policy of chain {chain}"),
-        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::commands::forget_connections;
+use crate::dataplane::remedies::forget_connections;
 
 /// A translation of tunnel packets that connections keep although no rule of this host does it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -194,7 +194,7 @@ fn tunnel_packets_of_own_trial_are_not_translated_packets_of_a_peer() {
 
 #[test]
 fn packets_that_do_not_leave_are_explained_by_rule_or_hints() {
-    let by = DroppingRule { chain: "inet hard out".to_owned(), handle: None, queued: false };
+    let by = DroppedBy { chain: "inet hard out".to_owned(), handle: None, queued: false };
     let dropped = Facts { sent: true, dropped: [Some(by), None], ..Facts::default() };
     let parts = ["the policy of chain inet hard out", "to n2", "nft insert rule inet hard out udp"];
     assert_cause(&watch(), dropped.clone(), &parts);
@@ -216,7 +216,7 @@ fn agent_refused_by_kernel_is_distinguished_from_packets_that_do_not_leave() {
     let mut left = watch();
     on_packet(&mut left, PACKET_OUTGOING, IPV4, &tunnel(LOCAL, PEER));
     assert_cause(&left, forbidden.clone(), &words);
-    let by = DroppingRule { chain: "inet hard out".to_owned(), handle: None, queued: false };
+    let by = DroppedBy { chain: "inet hard out".to_owned(), handle: None, queued: false };
     let dropped = Facts { dropped: [Some(by), None], ..forbidden };
     assert_cause(&watch(), dropped, &["the policy of chain inet hard out"]);
 }
@@ -225,7 +225,7 @@ fn agent_refused_by_kernel_is_distinguished_from_packets_that_do_not_leave() {
 fn packets_that_arrive_and_are_lost_are_explained_by_rule_filter_or_interface() {
     let mut watch = watch();
     on_packet(&mut watch, PACKET_HOST, IPV4, &tunnel(PEER, LOCAL));
-    let by = DroppingRule { chain: "netdev ddos in".to_owned(), handle: Some(4), queued: false };
+    let by = DroppedBy { chain: "netdev ddos in".to_owned(), handle: Some(4), queued: false };
     let dropped = Facts { dropped: [None, Some(by)], ..Facts::default() };
     assert_cause(&watch, dropped, &["chain netdev ddos in (handle 4", "from n2"]);
     let filtered = Facts { filtered: Some("eth1.5".to_owned()), ..Facts::default() };
@@ -363,7 +363,7 @@ fn answers_for_next_hop_are_collected_in_both_families() {
 
 #[test]
 fn answers_dropped_by_this_host_are_explained_by_rule() {
-    let by = |chain: &str| DroppingRule { chain: chain.to_owned(), handle: None, queued: false };
+    let by = |chain: &str| DroppedBy { chain: chain.to_owned(), handle: None, queued: false };
     let facts = |address: [u8; 4], by| Facts {
         sent: true,
         unresolved: Some((address.into(), "eth0".to_owned())),
@@ -382,7 +382,7 @@ fn answers_dropped_by_this_host_are_explained_by_rule() {
 
 #[test]
 fn dropped_packets_of_pods_that_arrive_diverted_are_explained_by_rule() {
-    let by = |chain: &str| DroppingRule { chain: chain.to_owned(), handle: Some(4), queued: false };
+    let by = |chain: &str| DroppedBy { chain: chain.to_owned(), handle: Some(4), queued: false };
     let diverted = |chain| {
         let (came, goes) = ("eth0".to_owned(), "gossamer.1".to_owned());
         Facts { diverted: Some(Diverted { by: by(chain), came, goes }), ..Facts::default() }

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use super::{
-    Cause, Diverted, Elsewhere, MAY_NOT_SEND, Pinned, Place, Suspect,
-    commands::{MAX_PORTS, forget_connections, open_chain, open_for_answers, open_for_pods},
+use super::{Cause, Diverted, Elsewhere, MAY_NOT_SEND, Pinned, Place, Suspect};
+use crate::{
+    dataplane::remedies::{
+        MAX_PORTS, accept_from, forget_connections, open_chain, open_for_answers,
+    },
+    model::{Mac, Problem, ProblemCode, resolution_name, rule_family},
 };
-use crate::model::{Mac, Problem, ProblemCode, resolution_name, rule_family};
 
 /// Maximum number of peers named in one sentence.
 const MAX_NAMED_PEERS: usize = 3;
@@ -95,7 +97,7 @@ impl Cause {
                 ),
                 format!(
                     "set the same mode on all nodes, or: {}",
-                    open_for_pods(&by.chain, place.overlay)
+                    accept_from(&by.chain, place.overlay)
                 ),
             ),
             Self::Elsewhere(Elsewhere { interface, usual, rule }) => {

@@ -20,11 +20,12 @@ use crate::{
         host::{conntrack, fragments},
     },
     dataplane::{
+        dropping_chain::DroppedBy,
         foreign::{ClosedPort, Extent, ForeignTables, LostPackets},
         forwarding::{Direction, Transport, Way},
-        silence::{DroppingRule, open_chain},
+        remedies::{accept_to, accept_within, open_chain},
     },
-    model::{Problem, ProblemCode, family_name, resolution_name, rule_family},
+    model::{Problem, ProblemCode, family_name, resolution_name},
     netlink::{Netlink, link::Link},
     sysctl,
 };
@@ -53,9 +54,9 @@ pub struct Reasons {
     /// Rules that translate the source of pods' packets, by whether it concerns IPv4.
     translating: BTreeMap<bool, String>,
     /// What drops this host's ICMP errors for too large packets, by whether it concerns IPv4.
-    pub(super) silencing: BTreeMap<bool, DroppingRule>,
+    pub(super) silencing: BTreeMap<bool, DroppedBy>,
     /// What drops tunnel packets that contain packets of pods.
-    pub(super) dropping: Option<DroppingRule>,
+    pub(super) dropping: Option<DroppedBy>,
     /// Rules of iptables-legacy that may drop them, if nothing was traced.
     pub(super) legacy: Vec<String>,
     /// Rules that divert tunnel packets that contain packets of pods.
@@ -295,17 +296,11 @@ fn bridged(setting: &Setting, ipv4: bool) -> String {
 
 /// Describes chains that translate sources, and how to exempt the overlay.
 pub fn translating(setting: &Setting, ipv4: bool) -> String {
-    let family = rule_family(ipv4);
     let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
     let chains = ForeignTables::open().and_then(|mut tables| tables.translating_chains(ipv4));
-    let exempt = |chain: &String| match (chain.as_str(), network) {
-        ("ip nat POSTROUTING" | "ip6 nat POSTROUTING", Some(network)) => format!(
-            "chain {chain}: {family}tables -t nat -I POSTROUTING -s {network} -d {network} -j ACCEPT"
-        ),
-        (_, Some(network)) => format!(
-            "chain {chain}: nft insert rule {chain} {family} saddr {network} {family} daddr {network} accept"
-        ),
-        (_, None) => format!("chain {chain}"),
+    let exempt = |chain: &String| match network {
+        Some(network) => format!("chain {chain}: {}", accept_within(chain, network)),
+        None => format!("chain {chain}"),
     };
     let mut causes: Vec<String> = chains.iter().flatten().map(exempt).collect();
     let (file, program) = LEGACY[usize::from(!ipv4)];
@@ -434,14 +429,8 @@ fn redirecting(networks: &[IpNet]) -> Vec<String> {
     let open = |network: &IpNet| {
         let ipv4 = network.addr().is_ipv4();
         let chains = ForeignTables::open().and_then(|mut tables| tables.redirecting_chains(ipv4));
-        let family = rule_family(ipv4);
         let sentence = |chain: String| {
-            let fix = match chain.as_str() {
-                "ip nat PREROUTING" | "ip6 nat PREROUTING" => {
-                    format!("{family}tables -t nat -I PREROUTING -d {network} -j ACCEPT")
-                }
-                _ => format!("nft insert rule {chain} {family} daddr {network} accept"),
-            };
+            let fix = accept_to(&chain, *network);
             format!("chain {chain} sends packets to other addresses (redirect or DNAT): {fix}")
         };
         chains.unwrap_or_default().into_iter().map(sentence).collect::<Vec<_>>()

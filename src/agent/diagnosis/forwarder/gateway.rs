@@ -129,7 +129,9 @@ pub fn problem(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<P
     let question = resolution_name(ipv4);
     let mut causes = causes(netlink, bridge, ip, pod).unwrap_or_default();
     let chains = ForeignTables::open().and_then(|mut tables| tables.chains_around_gateway(subnet));
-    causes.extend(chains.iter().flatten().map(|chain| format!("{chain}: {}", chain.fix(subnet))));
+    causes.extend(
+        chains.iter().flatten().map(|chain| format!("{chain}: {}", chain.resolution_fix(subnet))),
+    );
     if causes.is_empty() {
         let families = if ipv4 { "arp and bridge" } else { "inet, ip6 and bridge" };
         causes.push(format!(

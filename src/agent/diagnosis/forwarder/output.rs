@@ -8,7 +8,7 @@ use crate::{
     dataplane::{
         foreign::trace::Trace,
         forwarding::{Direction, Way},
-        silence::open_chain,
+        remedies::{accept_size_errors, open_chain},
     },
     model::{Problem, ProblemCode, family_name, rule_family},
 };
@@ -96,20 +96,11 @@ impl Reasons {
     pub fn too_large(&self, closed: &[Way]) -> impl Iterator<Item = Problem> {
         let ways = closed.iter().filter(|way| way.direction == Direction::TooLarge);
         ways.map(|Way { ipv4, .. }| {
-            let (said, kind) = match ipv4 {
-                true => ("fragmentation needed", "destination-unreachable"),
-                false => ("packet too big", "packet-too-big"),
-            };
-            let (program, icmp) = (format!("{}tables", rule_family(*ipv4)), protocol(*ipv4));
+            let said = if *ipv4 { "fragmentation needed" } else { "packet too big" };
+            let program = format!("{}tables", rule_family(*ipv4));
             let why = match self.silencing.get(ipv4) {
                 Some(by) => {
-                    let chain = &by.chain;
-                    let fix = match chain.as_str() {
-                        "ip filter OUTPUT" | "ip6 filter OUTPUT" => {
-                            format!("{program} -I OUTPUT -p {icmp} --{icmp}-type {kind} -j ACCEPT")
-                        }
-                        _ => format!("nft insert rule {chain} {icmp} type {kind} accept"),
-                    };
+                    let fix = accept_size_errors(&by.chain, *ipv4);
                     format!("{by} drops it: {fix}")
                 }
                 None => format!(
@@ -125,8 +116,4 @@ impl Reasons {
             Problem::new(ProblemCode::TooLargeUnreported, family, what, why)
         })
     }
-}
-
-const fn protocol(ipv4: bool) -> &'static str {
-    if ipv4 { "icmp" } else { "icmpv6" }
 }

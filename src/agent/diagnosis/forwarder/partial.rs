@@ -9,9 +9,9 @@ use crate::{
     agent::diagnosis::iptables_legacy,
     dataplane::{
         foreign::{Act, ForeignRules, ForeignTables, Partial, Traffic, Way},
-        silence::{ebtables_insert_ip, iptables_insert, open_chain},
+        remedies::{accept_to, accept_within, open_chain},
     },
-    model::{Problem, ProblemCode, Transport, rule_family},
+    model::{Problem, ProblemCode, Transport},
     netlink::{Netlink, link::Link, route::Query},
 };
 
@@ -181,7 +181,7 @@ fn notice(
              host itself (redirect or DNAT, as for a transparent proxy), because no rule leaves out the \
              overlay"
         );
-        return Some(of_rule(partial, what, to(base, network)));
+        return Some(of_rule(partial, what, accept_to(base, network)));
     }
     let what = taken(partial);
     let done = match act {
@@ -190,7 +190,7 @@ fn notice(
                 "chain {chain} lowers the TTL or hop limit of packets between pods to {ttl}, so they do not \
                  arrive: {what}"
             );
-            return Some(of_rule(partial, what, both(base, network)));
+            return Some(of_rule(partial, what, accept_within(base, network)));
         }
         Act::Marks(mark) => {
             let elsewhere = marks::leads(netlink, setting, network, (*mark, *is_early))?;
@@ -201,7 +201,7 @@ fn notice(
         }
         act => format!("{}: {what}", fate(*act, packets)?),
     };
-    let fix = format!("if that is not intended: {}", both(base, network));
+    let fix = format!("if that is not intended: {}", accept_within(base, network));
     Some(of_rule(partial, format!("chain {chain} {done}"), fix))
 }
 
@@ -251,33 +251,5 @@ pub fn taken(Partial { rule, what, more, counted, .. }: &Partial) -> String {
     match rule {
         Some(rule) => format!("{what} (rule {rule}{dropped}{more})"),
         None => format!("{what} (by its policy{more})"),
-    }
-}
-
-/// Returns the command that exempts packets within the overlay from a base chain.
-fn both(base: &str, network: IpNet) -> String {
-    let ipv4 = network.addr().is_ipv4();
-    let family = rule_family(ipv4);
-    if let Some(insert) = ebtables_insert_ip(base, ipv4) {
-        return format!("{insert} --{family}-src {network} --{family}-dst {network} -j ACCEPT");
-    }
-    match iptables_insert(base) {
-        Some(command) => format!("{command} -s {network} -d {network} -j ACCEPT"),
-        None => format!(
-            "nft insert rule {base} {family} saddr {network} {family} daddr {network} accept"
-        ),
-    }
-}
-
-/// Returns the command that exempts packets to the overlay from a base chain.
-fn to(base: &str, network: IpNet) -> String {
-    let ipv4 = network.addr().is_ipv4();
-    let family = rule_family(ipv4);
-    if let Some(insert) = ebtables_insert_ip(base, ipv4) {
-        return format!("{insert} --{family}-dst {network} -j ACCEPT");
-    }
-    match iptables_insert(base) {
-        Some(command) => format!("{command} -d {network} -j ACCEPT"),
-        None => format!("nft insert rule {base} {family} daddr {network} accept"),
     }
 }

@@ -19,9 +19,10 @@ use super::{ForwarderEvent, READ_SHARE, Setting, TrialRunner, explain, partial, 
 use crate::{
     agent::diagnosis::{iptables_legacy, tap::Tap},
     dataplane::{
-        answers::PACKET_OUTGOING,
+        captured::{PACKET_HOST, PACKET_OUTGOING},
         foreign::{Act, ForeignTables, Partial, Traffic, Way},
-        silence::{datagram, open_chain},
+        remedies::open_chain,
+        silence::datagram,
     },
     model::{Problem, ProblemCode},
     netlink::{Netlink, link::Link, route::Query},
@@ -34,8 +35,6 @@ const READ_INTERVAL: Duration = Duration::from_secs(60);
 const CAPTURE_INTERVAL: Duration = Duration::from_secs(15);
 /// Duration of a capture. Members without an answer of each other send a probe every second.
 const CAPTURE_TIME: Duration = Duration::from_millis(3_500);
-/// `PACKET_HOST` of `linux/if_packet.h`: in a frame to this host.
-const PACKET_HOST: u8 = 0;
 /// Number of packets in a capture that count as lost if none of them leaves.
 const MIN_LOST: u32 = 2;
 /// Time without a packet after which a loss is forgotten.

@@ -21,11 +21,11 @@ use crate::{
     },
     dataplane::{
         audit::{EXDEV, earlier_rule},
+        dropping_chain::DroppedBy,
         foreign::ForeignTables,
         kernel::FirewallTable,
-        silence::{
-            Diverted, DroppingRule, Elsewhere, OUT, Place, Suspect, forget_connections, open_chain,
-        },
+        remedies::{forget_connections, open_chain},
+        silence::{Diverted, Elsewhere, OUT, Place, Suspect},
     },
     model::{Mac, NodeId, Transport, ip_command, rule_family},
     netlink::{
@@ -234,7 +234,7 @@ impl PeerRoutes {
         &self,
         netlink: &mut Netlink,
         vtep: IpAddr,
-        by: DroppingRule,
+        by: DroppedBy,
         at: u32,
     ) -> Option<Diverted> {
         let output_link = netlink.route(&Query::to(vtep)).ok()?.link;

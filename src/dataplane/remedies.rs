@@ -1,4 +1,4 @@
-//! Commands that make chains of nftables, iptables and ebtables accept gossamer's packets.
+//! Commands that make chains of nftables, iptables and ebtables accept packets of tunnels and of pods.
 //!
 //! A rule of nft in a table of iptables-nft or ebtables-nft can end in the loss of rules: those programs
 //! show and save what they understand, and restore that alone.
@@ -10,14 +10,14 @@ use ipnet::IpNet;
 use crate::model::{family_name, rule_family};
 
 /// Maximum number of ports in one command; iptables accepts 15.
-pub(super) const MAX_PORTS: usize = 8;
+pub const MAX_PORTS: usize = 8;
 
 /// Tables that iptables makes by nftables.
 const IPTABLES_TABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
 
 /// Returns the command that makes a chain accept answers for these next hops, and the queries of the
 /// neighbors.
-pub(super) fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
+pub fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
     if let Some(insert) = ebtables_insert(chain) {
         let open = |matched: String| format!("{insert} {matched} -j ACCEPT");
         let hops = hops.iter().take(MAX_PORTS);
@@ -97,22 +97,66 @@ fn may_be_of_iptables(chain: &str) -> bool {
         && words.next().is_some_and(|table| IPTABLES_TABLES.contains(&table))
 }
 
-/// Returns the command that makes a chain accept packets of pods.
-pub(super) fn open_for_pods(chain: &str, overlay: IpNet) -> String {
-    let is_ipv4 = overlay.addr().is_ipv4();
-    let family = rule_family(is_ipv4);
-    if let Some(insert) = ebtables_insert_ip(chain, is_ipv4) {
-        return format!("{insert} --{family}-src {overlay} -j ACCEPT");
+/// Returns the command that makes a chain accept packets from a network.
+pub fn accept_from(chain: &str, network: IpNet) -> String {
+    accept(chain, Some(network), None)
+}
+
+/// Returns the command that makes a chain accept packets to a network.
+pub fn accept_to(chain: &str, network: IpNet) -> String {
+    accept(chain, None, Some(network))
+}
+
+/// Returns the command that makes a chain accept packets within a network.
+pub fn accept_within(chain: &str, network: IpNet) -> String {
+    accept(chain, Some(network), Some(network))
+}
+
+/// Returns the commands that make a chain accept packets from and to a network.
+pub fn accept_from_and_to(chain: &str, network: IpNet) -> String {
+    format!("{}; {}", accept_from(chain, network), accept_to(chain, network))
+}
+
+fn accept(chain: &str, source: Option<IpNet>, destination: Option<IpNet>) -> String {
+    let ipv4 = source.or(destination).is_none_or(|network| network.addr().is_ipv4());
+    let field = rule_family(ipv4);
+    let (insert, names, accepts) = match (ebtables_insert(chain), iptables_insert(chain)) {
+        (Some(insert), _) => {
+            let names = [format!("--{field}-src"), format!("--{field}-dst")];
+            (format!("{insert} -p {}", family_name(ipv4)), names, "-j ACCEPT")
+        }
+        (None, Some(insert)) => (insert, ["-s", "-d"].map(str::to_owned), "-j ACCEPT"),
+        (None, None) => {
+            let names = [format!("{field} saddr"), format!("{field} daddr")];
+            (format!("nft insert rule {chain}"), names, "accept")
+        }
+    };
+    let networks = [source, destination].into_iter().zip(names);
+    let matches = networks.filter_map(|(network, name)| Some(format!("{name} {}", network?)));
+    format!("{insert} {} {accepts}", matches.collect::<Vec<_>>().join(" "))
+}
+
+/// Returns the command that makes a chain accept the ICMP error for packets that are too large.
+pub fn accept_size_errors(chain: &str, ipv4: bool) -> String {
+    let (protocol, ip_field, kind) = match ipv4 {
+        true => ("icmp", "icmp", "destination-unreachable"),
+        false => ("icmpv6", "ipv6-icmp", "packet-too-big"),
+    };
+    if let Some(insert) = ebtables_insert(chain) {
+        let (ether, field) = (family_name(ipv4), rule_family(ipv4));
+        return format!(
+            "{insert} -p {ether} --{field}-proto {ip_field} --{field}-icmp-type {kind} -j ACCEPT"
+        );
     }
     match iptables_insert(chain) {
-        Some(insert) => format!("{insert} -s {overlay} -j ACCEPT"),
-        None => format!("nft insert rule {chain} {family} saddr {overlay} accept"),
+        Some(insert) => format!("{insert} -p {protocol} --{protocol}-type {kind} -j ACCEPT"),
+        None => format!("nft insert rule {chain} {protocol} type {kind} accept"),
     }
 }
 
 /// Returns the beginning of a command that inserts a rule into a built-in chain of iptables; `None` for
 /// others. A chain of iptables-legacy has that program's name in place of a family.
-pub fn iptables_insert(chain: &str) -> Option<String> {
+fn iptables_insert(chain: &str) -> Option<String> {
     let (family, table, name) = match chain.split(' ').collect::<Vec<_>>()[..] {
         [program @ ("iptables-legacy" | "ip6tables-legacy"), table, name] => {
             return Some(format!("{program} -t {table} -I {name}"));
@@ -139,11 +183,6 @@ fn ebtables_insert(chain: &str) -> Option<String> {
         _ => return None,
     };
     Some(format!("ebtables{table} -I {name}"))
-}
-
-/// Returns the same for a rule about packets of an IP version.
-pub fn ebtables_insert_ip(chain: &str, ipv4: bool) -> Option<String> {
-    Some(format!("{} -p {}", ebtables_insert(chain)?, family_name(ipv4)))
 }
 
 /// Returns the command that makes the kernel forget the connections of tunnel packets.
@@ -192,11 +231,51 @@ mod tests {
         );
         let rule = "ebtables -t nat -I own -p IPv4 --ip-src 10.42.0.0/16 -j ACCEPT";
         let overlay = "10.42.0.0/16".parse().expect("a network");
-        assert_eq!(open_for_pods("bridge nat own", overlay), rule);
+        assert_eq!(accept_from("bridge nat own", overlay), rule);
         let rule = "ebtables -I INPUT -p ARP --arp-ip-src 10.99.0.1 -j ACCEPT";
         assert_eq!(open_for_answers("bridge filter INPUT", &[[10, 99, 0, 1].into()]), rule);
         let native = "nft insert rule bridge filter input udp dport 8472 accept";
         assert_eq!(open_chain("bridge filter input", &[8472]), native);
+    }
+
+    #[test]
+    fn packets_of_pods_are_accepted_by_the_program_that_made_the_chain() {
+        let overlay: IpNet = "10.42.0.0/16".parse().expect("a network");
+        let overlay6: IpNet = "fd42::/48".parse().expect("a network");
+        for (command, expected) in [
+            (
+                accept_from_and_to("ip mangle FORWARD", overlay),
+                "iptables -t mangle -I FORWARD -s 10.42.0.0/16 -j ACCEPT; \
+                 iptables -t mangle -I FORWARD -d 10.42.0.0/16 -j ACCEPT",
+            ),
+            (
+                accept_from_and_to("bridge filter FORWARD", overlay),
+                "ebtables -I FORWARD -p IPv4 --ip-src 10.42.0.0/16 -j ACCEPT; \
+                 ebtables -I FORWARD -p IPv4 --ip-dst 10.42.0.0/16 -j ACCEPT",
+            ),
+            (
+                accept_within("ip6 nat POSTROUTING", overlay6),
+                "ip6tables -t nat -I POSTROUTING -s fd42::/48 -d fd42::/48 -j ACCEPT",
+            ),
+            (
+                accept_to("inet fw out", overlay6),
+                "nft insert rule inet fw out ip6 daddr fd42::/48 accept",
+            ),
+            (
+                accept_size_errors("ip filter OUTPUT", true),
+                "iptables -I OUTPUT -p icmp --icmp-type destination-unreachable -j ACCEPT",
+            ),
+            (
+                accept_size_errors("ip6 raw OUTPUT", false),
+                "ip6tables -t raw -I OUTPUT -p icmpv6 --icmpv6-type packet-too-big -j ACCEPT",
+            ),
+            (
+                accept_size_errors("inet fw out", false),
+                "nft insert rule inet fw out icmpv6 type packet-too-big accept",
+            ),
+        ] {
+            assert_eq!(command, expected);
+        }
     }
 
     #[test]
