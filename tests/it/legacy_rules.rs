@@ -3,11 +3,8 @@
 use gossamer::lab::Host;
 
 use crate::{
-    common::{
-        Cluster, TIMEOUT, client, has_problem, isolated, run, skipped, status_where, tool,
-        wait_until,
-    },
-    forwarding::with_pods,
+    common::{Cluster, isolated, run, skipped},
+    local_rules::check_owner_rules,
     silence_causes::{run_all, start_pair, wait_for_problem},
 };
 
@@ -98,32 +95,14 @@ const OWNER_RULES: [(&str, &str, &[&str]); 2] = [
 fn iptables_legacy_owner_rule_that_blocks_the_tunnel_is_reported_and_the_advice_works() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
-        if !has_legacy(host) {
+        if !has_legacy(&cluster.hosts[1]) {
             return Ok(());
         }
-        let said = "packets of pods do not leave this host inside tunnel packets (IPv4)";
-        for (by, fix, rules) in OWNER_RULES {
-            status_where(agent, |status| {
-                status["kernel"]["forwarding"]["detail"]
-                    .as_str()
-                    .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
-            });
-            run_all(host, rules);
-            wait_until("it is not reported", TIMEOUT, || {
-                [said, by, fix].iter().all(|words| has_problem(agent, words))
-            });
-            let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
-            assert!(doctor.contains("PROBLEM   forwarding     packets of pods do not"), "{doctor}");
-            tool(&host.netns, fix);
-            status_where(agent, |status| status["problems"] == serde_json::json!([]));
-            let clear =
-                ["-P OUTPUT ACCEPT", "-F OUTPUT"].map(|what| format!("iptables-legacy {what}"));
-            clear.iter().for_each(|command| _ = tool(&host.netns, command));
-            tool(&host.netns, "iptables-legacy -t mangle -F POSTROUTING");
-        }
-        Ok(())
+        let clear = [
+            "iptables-legacy -P OUTPUT ACCEPT",
+            "iptables-legacy -F OUTPUT",
+            "iptables-legacy -t mangle -F POSTROUTING",
+        ];
+        check_owner_rules(&mut cluster, &OWNER_RULES, &clear)
     });
 }

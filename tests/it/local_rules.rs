@@ -104,28 +104,38 @@ const OWNER_RULES: [(&str, &str, &[&str]); 2] = [
 fn owner_rule_that_blocks_packets_of_pods_is_reported_with_its_effect() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
-        let said = "packets of pods do not leave this host inside tunnel packets (IPv4)";
-        for (by, fix, rules) in OWNER_RULES {
-            status_where(agent, |status| {
-                status["kernel"]["forwarding"]["detail"]
-                    .as_str()
-                    .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
-            });
-            run_all(host, rules);
-            wait_until("it is not reported", TIMEOUT, || {
-                [said, by, fix].iter().all(|words| has_problem(agent, words))
-            });
-            let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
-            assert!(doctor.contains("PROBLEM   forwarding     packets of pods do not"), "{doctor}");
-            tool(&host.netns, fix);
-            status_where(agent, |status| status["problems"] == serde_json::json!([]));
-            tool(&host.netns, "nft delete table inet egress");
-        }
-        Ok(())
+        check_owner_rules(&mut cluster, &OWNER_RULES, &["nft delete table inet egress"])
     });
+}
+
+/// Checks that each set of rules on the second host is reported, by a text and with a remedy that works. `clear`
+/// removes what is left of the rules.
+pub(crate) fn check_owner_rules(
+    cluster: &mut Cluster,
+    owner_rules: &[(&str, &str, &[&str])],
+    clear: &[&str],
+) -> anyhow::Result<()> {
+    let mut spaces = Vec::new();
+    with_pods(cluster, &mut spaces)?;
+    let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
+    let said = "packets of pods do not leave this host inside tunnel packets (IPv4)";
+    for (by, fix, rules) in owner_rules {
+        status_where(agent, |status| {
+            status["kernel"]["forwarding"]["detail"]
+                .as_str()
+                .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
+        });
+        run_all(host, rules);
+        wait_until("it is not reported", TIMEOUT, || {
+            [said, by, fix].iter().all(|words| has_problem(agent, words))
+        });
+        let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+        assert!(doctor.contains("PROBLEM   forwarding     packets of pods do not"), "{doctor}");
+        tool(&host.netns, fix);
+        status_where(agent, |status| status["problems"] == serde_json::json!([]));
+        clear.iter().for_each(|command| _ = tool(&host.netns, command));
+    }
+    Ok(())
 }
 
 /// As against amplification attacks.
