@@ -389,7 +389,11 @@ impl Node {
                         "; it grants nothing until it has compared with all members"
                     }
                 ),
-                "",
+                if self.may_write() {
+                    "no action is needed"
+                } else {
+                    "start the members that are down, or run `gossamer forget` for those that are gone for good"
+                },
             ));
         }
         if self.counters.ownership_conflicts > 0 && self.config.assigned.is_none() {
@@ -397,10 +401,12 @@ impl Node {
                 ProblemCode::OwnershipConflict,
                 Problem::HOST,
                 format!(
-                    "{} slots had two owners at one epoch: a state directory was copied or rolled back",
+                    "{} subnets have two different records of one epoch: a state directory was copied or \
+                     rolled back, or a member is faulty",
                     self.counters.ownership_conflicts
                 ),
-                "",
+                "run `gossamer doctor` on all members, and `gossamer reset-identity` on a host with a copied \
+                 state directory",
             ));
         }
         if self.counters.forged > 0 {
@@ -412,7 +418,8 @@ impl Node {
                      this node has published newer ones",
                     self.counters.forged
                 ),
-                "",
+                "run `gossamer doctor` on all members, and `gossamer reset-identity` on a host with a copied \
+                 state directory; if the number grows, remove the faulty member (docs/SECURITY.md)",
             ));
         }
         problems.extend(self.refused_problems());
@@ -424,7 +431,10 @@ impl Node {
                 "{name} ({node}): its state still differs after several comparisons; other nodes are not \
                  affected"
             );
-            Problem::new(ProblemCode::StateDiffers, name, what, "")
+            let fix = format!(
+                "restart the agent of {name}; if the problem remains, report it with the logs of both agents"
+            );
+            Problem::new(ProblemCode::StateDiffers, name, what, fix)
         }));
         problems.extend(self.vote_problems());
         problems

@@ -29,7 +29,7 @@ pub enum CallError {
         /// What the resolver says.
         why: String,
     },
-    /// This host has no way to the address.
+    /// This host has no route to the address.
     #[error(
         "this host has no route to {address} ({why}): it needs an address and a route of that family, as all \
          members of a cluster use one family"

@@ -169,7 +169,7 @@ codes! {
     DuplicateIdentity = "duplicate-identity",
     /// The state directory was rolled back.
     RolledBack = "rolled-back",
-    /// A subnet had two owners at one epoch.
+    /// A subnet has two different records of one epoch.
     OwnershipConflict = "ownership-conflict",
     /// A member sends records in the name of this node.
     ForgedRecords = "forged-records",
@@ -273,7 +273,7 @@ codes! {
     PathPartlyLost = "path-partly-lost",
     /// Large packets to a peer are lost, or the kernel assumes a path MTU that is too small.
     PathMtu = "path-mtu",
-    /// The mode of this host has no way to a peer.
+    /// The mode of this host allows no route to a peer.
     PathUnreachable = "path-unreachable",
     /// The table of nftables cannot be written.
     FirewallTable = "firewall-table",

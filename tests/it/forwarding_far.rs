@@ -67,7 +67,7 @@ const TUNNEL_FAULTS: [Fault; 10] = [
                 nft add rule ip m p iifname eth0 udp dport 8472 meta mark set 0x77 && \
                 ip rule add fwmark 0x77 lookup 177 pref 500 && \
                 ip route add blackhole default table 177",
-        here: &["and their answers do not come back (IPv4): packets with mark 0x77 find no way"],
+        here: &["and their answers do not come back (IPv4): packets with mark 0x77 have no route"],
         there: "packets of pods here do not arrive at pods of n2 (IPv4): ",
         open: "nft delete table ip m && ip rule del pref 500 && ip route flush table 177",
     },

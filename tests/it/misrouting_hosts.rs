@@ -50,22 +50,22 @@ const MARKS: [(&str, &str, &str); 4] = [
     (
         "type filter hook forward priority mangle",
         "ip route add default via 192.0.2.1 dev up1 table 99",
-        "tunnel packets with mark 0x7 leave by up1, because ip rule 1000 (fwmark 0x7) leads them to table 99",
+        "tunnel packets with mark 0x7 leave by up1, because ip rule 1000 (fwmark 0x7) sends them to table 99",
     ),
     (
         "type filter hook forward priority mangle",
         "ip route add blackhole default table 99",
-        "tunnel packets with mark 0x7 find no way",
+        "tunnel packets with mark 0x7 have no route",
     ),
     (
         "type filter hook prerouting priority mangle",
         "ip route add default via 192.0.2.1 dev up1 table 99",
-        "packets with mark 0x7 leave by up1, because ip rule 1000 (fwmark 0x7) leads them to table 99",
+        "packets with mark 0x7 leave by up1, because ip rule 1000 (fwmark 0x7) sends them to table 99",
     ),
     (
         "type filter hook prerouting priority mangle",
         "ip route add blackhole default table 99",
-        "packets with mark 0x7 find no way",
+        "packets with mark 0x7 have no route",
     ),
 ];
 

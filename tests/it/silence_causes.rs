@@ -352,7 +352,7 @@ fn gateway_to_an_on_link_peer_and_unresolved_peer_are_reported() {
         let words = [
             "tunnel packets to n1 (10.99.0.10) leave this host by the gateway 10.99.0.200, though 10.99.0.10 \
              is in the network of eth0 itself",
-            "table 200 leads them there",
+            "table 200 routes them there",
         ];
         wait_for_problem(&mut cluster.agents[1], &words);
         tool(&host.netns, "ip rule del pref 200");

@@ -169,7 +169,7 @@ fn main_table_route_to_a_peer_is_reported_and_the_advice_works() {
         for plant in [&by_object[..], &plain[..]] {
             run_all(&cluster.hosts[0], plant);
             let words = [
-                "the route 10.99.0.11/32 via 10.99.0.200 dev eth0 of table main leads them there",
+                "the route 10.99.0.11/32 via 10.99.0.200 dev eth0 of table main sends them there",
                 "(ip route del 10.99.0.11/32)",
             ];
             wait_for_problem(&mut cluster.agents[0], &words);

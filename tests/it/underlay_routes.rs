@@ -17,7 +17,7 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(60);
 const REFUSALS: [[&str; 3]; 2] = [
     [
         "ip route add blackhole 10.99.0.10",
-        "this host has no way to n1 (10.99.0.10) on the underlay: the blackhole route to 10.99.0.10/32 \
+        "this host has no route to n1 (10.99.0.10) on the underlay: the blackhole route to 10.99.0.10/32 \
          refuses packets to it: remove it (ip route del blackhole 10.99.0.10/32)",
         "ip route del blackhole 10.99.0.10/32",
     ],

@@ -167,26 +167,26 @@ fn ipv6_underlay_is_used_up_to_the_mtu_advertised_by_its_router() {
 const FAULTS: [(&str, &str, &str); 5] = [
     (
         "leave this host by tun0, not by eth0, which has its address 10.99.0.11, and no answer arrives: \
-         table 77 leads them there",
+         table 77 routes them there",
         "ip route add default dev tun0 table 77; ip rule add ipproto udp dport 8472 lookup 77 pref 100",
         "ip rule del pref 100; ip route flush table 77",
     ),
     (
-        "table 52 leads them there (ip rule 5270), probably of Tailscale: give packets to it precedence: ip \
+        "table 52 routes them there (ip rule 5270), probably of Tailscale: give packets to it precedence: ip \
          rule add to 10.99.0.10 lookup main priority 5269",
         "ip route add 10.99.0.0/16 dev tun0 table 52; ip rule add lookup 52 pref 5270",
         "ip rule del pref 5270; ip route flush table 52",
     ),
     (
         "tunnel packets with the source ports 32768-60999 of flows to n1 (10.99.0.10) leave this host by \
-         tun0, not by eth0, which has its address 10.99.0.11, and no answer arrives: table 77 leads them \
+         tun0, not by eth0, which has its address 10.99.0.11, and no answer arrives: table 77 routes them \
          there (ip rule 1000), probably of OpenVPN or another VPN",
         "ip route add default dev tun0 table 77; ip rule add ipproto udp sport 32768-60999 lookup 77 pref \
          1000",
         "ip rule del pref 1000; ip route flush table 77",
     ),
     (
-        "by tun0, not by eth0, to which their route leads: ip rule 1000 (fwmark 0x7) leads packets with \
+        "by tun0, not by eth0, to which their route leads: ip rule 1000 (fwmark 0x7) sends packets with \
          that mark there, and a rule of this host gives it to them (nft list ruleset, iptables -t mangle -S \
          OUTPUT): give packets to it precedence: ip rule add to 10.99.0.10 lookup main priority 999",
         "ip route add default dev tun0 table 77; ip rule add fwmark 7 lookup 77 pref 1000; iptables -t \
@@ -194,7 +194,7 @@ const FAULTS: [(&str, &str, &str); 5] = [
         "iptables -t mangle -F; ip rule del pref 1000; ip route flush table 77",
     ),
     (
-        "this host has no way to n1 (10.99.0.10) on the underlay: Network is unreachable",
+        "this host has no route to n1 (10.99.0.10) on the underlay: Network is unreachable",
         "ip route del default; ip route del 10.99.0.0/16 dev eth0",
         "ip route add 10.99.0.0/16 dev eth0 src 10.99.0.11",
     ),

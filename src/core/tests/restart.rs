@@ -1,7 +1,7 @@
 //! Tests of restarts: what a node remembers, and what it does with unverified memory.
 
 use super::*;
-use crate::sim::disk::Disk;
+use crate::{model::ProblemCode, sim::disk::Disk};
 
 #[test]
 fn restarted_node_uses_its_subnet_at_once_without_peers() {
@@ -116,4 +116,21 @@ fn rolled_back_state_directory_is_detected_from_peers_records() {
     let problems = world.problems(0);
     assert!(problems.contains("rolled back"), "{problems}");
     world.assert_converged_and_safe();
+}
+
+#[test]
+fn problems_of_contradicting_records_have_a_remedy() {
+    let mut world = World::with_members(2);
+    world.run_for(seconds(3));
+    let node = world.node_mut(0);
+    node.counters.rollbacks = 1;
+    node.counters.ownership_conflicts = 1;
+    node.counters.forged = 1;
+    let problems = node.status().problems;
+    let codes =
+        [ProblemCode::RolledBack, ProblemCode::OwnershipConflict, ProblemCode::ForgedRecords];
+    for code in codes {
+        let problem = problems.iter().find(|problem| problem.code == code).expect("reported");
+        assert!(!problem.fix.is_empty(), "{problem}");
+    }
 }

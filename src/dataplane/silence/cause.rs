@@ -54,7 +54,7 @@ pub struct Elsewhere {
     pub interface: String,
     /// Name of the interface of their route.
     pub usual: String,
-    /// The policy rule that leads packets with a mark there, as a sentence, and the command against it.
+    /// The policy rule that sends packets with a mark there, as a sentence, and the command against it.
     pub rule: Option<(String, String)>,
 }
 

@@ -58,7 +58,7 @@ pub struct FlowDetour {
     pub ports: Ports,
 }
 
-/// The route that leads packets there.
+/// The route that sends packets there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lead {
     table: u32,
@@ -249,9 +249,11 @@ impl Detour {
             format!("ip route get {there} from {here} ipproto udp{sport} dport {port}; ip rule");
         let no_way = |why: &str, fix: &str| {
             let what = match ports {
-                None => format!("this host has no way to {name} ({there}) on the underlay: {why}"),
+                None => {
+                    format!("this host has no route to {name} ({there}) on the underlay: {why}")
+                }
                 Some(_) => format!(
-                    "tunnel packets{of_flows} have no way to {name} ({there}) on the underlay: {why}"
+                    "tunnel packets{of_flows} have no route to {name} ({there}) on the underlay: {why}"
                 ),
             };
             lost(what, format!("{fix} ({get})"))
@@ -316,7 +318,7 @@ impl Lead {
                 None => (String::new(), 0),
             };
             return (
-                format!("table {table} leads them there{rule}, probably of {program}"),
+                format!("table {table} routes them there{rule}, probably of {program}"),
                 format!(
                     "give packets to it precedence: {family} rule add to {there} lookup main priority \
                      {before}"
@@ -327,7 +329,7 @@ impl Lead {
             format!("{family} route add {there} dev {underlay}, with via GATEWAY where it has one");
         let Some(route) = route else {
             return (
-                format!("the default route of table {name} leads them there"),
+                format!("the default route of table {name} sends them there"),
                 format!("add a route to it ({beside})"),
             );
         };
@@ -368,7 +370,7 @@ impl Lead {
         };
         (
             format!(
-                "the route {route}{via} dev {interface} of table {name}{program} leads them there"
+                "the route {route}{via} dev {interface} of table {name}{program} sends them there"
             ),
             format!("remove it ({family} route del {route}{of_table}){narrower}"),
         )
@@ -395,7 +397,7 @@ mod tests {
     #[test]
     fn detour_by_main_table_names_route_and_delete_command() {
         let host = said(254, Some("10.99.0.12/32"), false);
-        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main leads them there: remove \
+        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main sends them there: remove \
                      it (ip route del 10.99.0.12/32) (";
         assert!(host.contains(words) && !host.contains("254"), "{host}");
         let half = said(254, Some("0.0.0.0/1"), false);
@@ -425,7 +427,7 @@ mod tests {
         assert!(client.contains("ip route replace 10.99.0.12 dev eth0"), "{client}");
         assert!(!client.contains("ip route add"), "{client}");
         let default = said(254, None, false);
-        assert!(default.contains("the default route of table main leads them there"), "{default}");
+        assert!(default.contains("the default route of table main sends them there"), "{default}");
     }
 
     #[test]
@@ -454,15 +456,15 @@ mod tests {
     fn detour_by_foreign_table_names_rule_and_program() {
         let advice = "ip rule add to 10.99.0.12 lookup main priority 5269";
         for (interface, table, words) in [
-            ("up1", 77, "table 77 leads them there (ip rule 5270), probably of another program"),
-            ("tailscale0", 52, "table 52 leads them there (ip rule 5270), probably of Tailscale"),
-            ("home", 51_820, "leads them there (ip rule 5270), probably of WireGuard (wg-quick)"),
+            ("up1", 77, "table 77 routes them there (ip rule 5270), probably of another program"),
+            ("tailscale0", 52, "table 52 routes them there (ip rule 5270), probably of Tailscale"),
+            ("home", 51_820, "routes them there (ip rule 5270), probably of WireGuard (wg-quick)"),
         ] {
             let said = said_of(interface, table, Some("10.99.0.0/16"), false);
             assert!(said.contains(words) && said.contains(advice), "{said}");
         }
         let half = said_of("tun0", 254, Some("0.0.0.0/1"), false);
-        let words = "of table main, probably of OpenVPN or another VPN, leads them there";
+        let words = "of table main, probably of OpenVPN or another VPN, sends them there";
         assert!(half.contains(words), "{half}");
     }
 

@@ -222,7 +222,7 @@ fn finding(setting: &Setting, ipv4: bool) -> Problem {
     let mut causes = chains_between(setting, ipv4);
     if causes.is_empty() {
         causes.push(format!(
-            "no rule was found that says so; look at nft list ruleset (families bridge and netdev), \
+            "no rule that drops them was found; check nft list ruleset (families bridge and netdev), \
              ebtables-legacy -L, arptables-legacy -L, bridge -d link show and bpftool net show dev {}",
             &setting.bridge
         ));
@@ -312,7 +312,8 @@ pub fn translating(setting: &Setting, ipv4: bool) -> String {
     }
     if causes.is_empty() {
         causes.push(
-            "no rule was found that says so; look at nft list ruleset and bpftool net".to_owned(),
+            "no rule that translates them was found; check nft list ruleset and bpftool net"
+                .to_owned(),
         );
     }
     causes.join("; ")
@@ -328,7 +329,7 @@ fn or_where_to_look(found: &[String], setting: &Setting) -> Vec<String> {
         return found.to_vec();
     }
     vec![format!(
-        "no rule was found that says so; look at nft list ruleset, ip rule (also by mark or port), \
+        "no rule that drops them was found; check nft list ruleset, ip rule (also by mark or port), \
          iptables-legacy -S FORWARD, ip xfrm policy, bpftool net, and tc filter show dev {}",
         setting.device_name
     )]

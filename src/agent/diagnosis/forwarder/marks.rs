@@ -153,10 +153,10 @@ fn elsewhere(netlink: &mut Netlink, query: &Query, wanted: u32) -> Option<Divers
                     is_to_host: true,
                 }),
                 Some(link) => lost(format!("leave by {}", link.name)),
-                None => lost("find no way".to_owned()),
+                None => lost("have no route".to_owned()),
             }
         }
-        Err(error) => lost(format!("find no way ({error})")),
+        Err(error) => lost(format!("have no route ({error})")),
     }
 }
 
@@ -175,8 +175,8 @@ fn because(rule: &Rule, mark: u32, ipv4: bool, marked_ipv4: bool) -> String {
     let leads = match (rule.refuses, rule.table) {
         (true, _) => "drops them".to_owned(),
         (false, table) => match likely_program(table, "") {
-            Some(program) => format!("leads them to table {table}, probably of {program}"),
-            None => format!("leads them to table {table}"),
+            Some(program) => format!("sends them to table {table}, probably of {program}"),
+            None => format!("sends them to table {table}"),
         },
     };
     format!(

@@ -71,14 +71,14 @@ impl Reasons {
                 "tunnel packets that carry packets of pods leave this host by {interface}, those of its own \
                  programs by another interface ({families})"
             );
-            let fix = "no policy rule was found that says so; look at nft list ruleset, ip rule, tc filter \
+            let fix = "no policy rule that diverts them was found; check nft list ruleset, ip rule, tc filter \
                        show dev INTERFACE egress, and bpftool net";
             return Some(problem(what, fix.to_owned()));
         }
         let why = match (&self.dropping, self.legacy.as_slice()) {
             (Some(by), _) => format!("{by} drops them: {}", open_chain(&by.chain, &[port])),
             (None, []) => {
-                "no rule of nftables was seen to drop them; look at iptables-legacy -S OUTPUT, tc \
+                "no rule of nftables that drops them was found; check iptables-legacy -S OUTPUT, tc \
                            filter show dev INTERFACE egress, and bpftool net"
                     .to_owned()
             }
@@ -104,7 +104,7 @@ impl Reasons {
                     format!("{by} drops it: {fix}")
                 }
                 None => format!(
-                    "no rule of nftables was seen to drop it; look at {program}-legacy -S OUTPUT and bpftool \
+                    "no rule of nftables that drops it was found; check {program}-legacy -S OUTPUT and bpftool \
                      net"
                 ),
             };

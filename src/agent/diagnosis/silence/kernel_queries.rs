@@ -247,7 +247,7 @@ impl PeerRoutes {
     }
 
     /// Returns the interface by which this host sends tunnel packets to a peer although their route leads to
-    /// another one, and the rule that leads packets with a mark there.
+    /// another one, and the rule that sends packets with a mark there.
     pub fn elsewhere(
         &self,
         netlink: &mut Netlink,
@@ -314,7 +314,7 @@ impl PeerRoutes {
             let (ip, family) = (ip_command(ipv4), rule_family(ipv4));
             let priority = rule.priority;
             let why = format!(
-                "{ip} rule {priority} (fwmark {mark:#x}) leads packets with that mark there, and a rule of \
+                "{ip} rule {priority} (fwmark {mark:#x}) sends packets with that mark there, and a rule of \
                  this host gives it to them (nft list ruleset, {family}tables -t mangle -S \
                  OUTPUT)"
             );
