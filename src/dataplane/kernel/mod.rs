@@ -2,8 +2,9 @@
 //!
 //! Objects of gossamer are recognizable without stored state: the VXLAN device by its name,
 //! permanent neighbors and FDB entries on that device, and routes by their protocol number. Objects
-//! of other programs are neither listed nor changed. A failed operation does not stop the others,
-//! and each failure is reported.
+//! of other programs are read only to report them. Of the host's settings, only the sysctls in
+//! `required_sysctls` are written. A failed operation does not stop the others, and each failure is
+//! reported.
 
 mod advertised;
 mod error;
