@@ -58,6 +58,11 @@ impl PathState {
         }
     }
 
+    /// Whether no probe of the peer is answered.
+    pub const fn is_lost(self) -> bool {
+        matches!(self, Self::Dead | Self::Withdrawn | Self::Unanswered | Self::OneWay)
+    }
+
     /// Whether packets of the peer's host arrive.
     pub const fn shows_life(self) -> bool {
         match self {

@@ -76,7 +76,7 @@ pub struct Routing {
     /// A next hop that answers no ARP or neighbor discovery, for each host whose route has several.
     pub dead_hops: BTreeMap<IpAddr, IpAddr>,
     /// Those of `detours` that answer ARP or neighbor discovery on the interface by which packets leave.
-    pub beside: BTreeSet<IpAddr>,
+    pub on_link: BTreeSet<IpAddr>,
     /// Hosts in the underlay's networks that the kernel reaches through a router, because these networks have
     /// no route without one.
     pub routed: BTreeSet<IpAddr>,
@@ -103,7 +103,7 @@ pub struct Auditor {
     detours: BTreeMap<IpAddr, Detour>,
     flow_detours: BTreeMap<IpAddr, FlowDetour>,
     dead_hops: DeadHops,
-    beside: BTreeSet<IpAddr>,
+    on_link: BTreeSet<IpAddr>,
     routed: BTreeSet<IpAddr>,
     /// Next hop of tunnel packets to each host.
     next_hops: BTreeMap<IpAddr, Hop>,
@@ -160,7 +160,7 @@ impl Auditor {
             detours: BTreeMap::new(),
             flow_detours: BTreeMap::new(),
             dead_hops: DeadHops::default(),
-            beside: BTreeSet::new(),
+            on_link: BTreeSet::new(),
             routed: BTreeSet::new(),
             next_hops: BTreeMap::new(),
             last_path: None,
@@ -242,7 +242,7 @@ impl Auditor {
         };
         let (path_mtus, detours) = (self.path_mtus.clone(), self.detours.clone());
         let (flow_detours, dead_hops) = (self.flow_detours.clone(), self.dead_hops.by_host());
-        let (beside, routed) = (self.beside.clone(), self.routed.clone());
+        let (on_link, routed) = (self.on_link.clone(), self.routed.clone());
         let status = CheckStatus { state, detail };
         let state = Routing {
             problems,
@@ -251,7 +251,7 @@ impl Auditor {
             detours,
             flow_detours,
             dead_hops,
-            beside,
+            on_link,
             routed,
             status,
         };
@@ -287,7 +287,7 @@ impl Auditor {
         self.flow_detours.retain(|host, _| hosts.contains(host));
         self.dead_hops.retain(&hosts);
         self.routed.retain(|host| hosts.contains(host));
-        self.beside.retain(|host| hosts.contains(host));
+        self.on_link.retain(|host| hosts.contains(host));
         self.next_hops.retain(|host, _| hosts.contains(host));
         let begin = self.last_path.map_or(Bound::Unbounded, Bound::Excluded);
         let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
@@ -346,11 +346,11 @@ impl Auditor {
             }
             _ => _ = self.routed.remove(&host),
         }
-        let is_beside = matches!((&detour, found), (Some(Detour::By { .. }), Ok(found))
-            if detour::is_beside(netlink, host, links.as_deref().unwrap_or_default(), found));
-        match is_beside {
-            true => _ = self.beside.insert(host),
-            false => _ = self.beside.remove(&host),
+        let is_on_link = matches!((&detour, found), (Some(Detour::By { .. }), Ok(found))
+            if detour::answers_on_link(netlink, host, links.as_deref().unwrap_or_default(), found));
+        match is_on_link {
+            true => _ = self.on_link.insert(host),
+            false => _ = self.on_link.remove(&host),
         }
         match detour {
             Some(detour) => _ = self.detours.insert(host, detour),

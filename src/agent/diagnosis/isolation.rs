@@ -109,9 +109,9 @@ impl Agent {
     /// the network of this host that packets reach by a gateway may still have its address.
     pub(in crate::agent) fn moved_problem(&self) -> Option<Problem> {
         let mut detours = self.kernel.traffic.routing.detours.iter();
-        let is_beside = |detour: &Detour| matches!(detour, Detour::Gateway { .. });
+        let is_on_link = |detour: &Detour| matches!(detour, Detour::Gateway { .. });
         if detours.any(|(there, detour)| {
-            is_beside(detour) && !self.kernel.traffic.ways.reaches(*there, detour)
+            is_on_link(detour) && !self.kernel.traffic.ways.reaches(*there, detour)
         }) {
             return None;
         }

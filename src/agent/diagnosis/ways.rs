@@ -38,13 +38,13 @@ struct Ways {
 
 impl ProvenWays {
     /// Records the present ways. `answered` returns when the probe was sent that a host answered last;
-    /// `beside` are hosts that answer ARP or neighbor discovery on the interface of their way. Hosts for
+    /// `on_link` are hosts that answer ARP or neighbor discovery on the interface of their way. Hosts for
     /// which `is_peer` is false are forgotten.
     pub fn update(
         &mut self,
         now: Time,
         detours: &BTreeMap<IpAddr, Detour>,
-        beside: &BTreeSet<IpAddr>,
+        on_link: &BTreeSet<IpAddr>,
         answered: impl Fn(IpAddr) -> Option<Time>,
         is_peer: impl Fn(IpAddr) -> bool,
     ) {
@@ -70,7 +70,7 @@ impl ProvenWays {
             let sent = answered(*host).filter(|sent| *sent >= ways.since);
             ways.answered = ways.answered.or(sent);
             let is_certain = |sent: Time| now.since(sent) >= CERTAIN_AFTER;
-            if ways.answered.is_some_and(is_certain) || beside.contains(host) {
+            if ways.answered.is_some_and(is_certain) || on_link.contains(host) {
                 ways.proven.truncate(MAX_WAYS - 1);
                 ways.proven.insert(0, detour.clone());
             }
@@ -119,12 +119,12 @@ mod tests {
     }
 
     #[test]
-    fn way_to_host_beside_the_interface_is_proven_and_a_refusal_never_is() {
+    fn way_to_host_on_link_is_proven_and_a_refusal_never_is() {
         let mut ways = ProvenWays::default();
-        let beside = BTreeSet::from([HOST]);
+        let on_link = BTreeSet::from([HOST]);
         for (seconds, detour) in [(1, way(1)), (10, Detour::Refused("no".to_owned()))] {
             let detours = BTreeMap::from([(HOST, detour.clone())]);
-            ways.update(at(seconds), &detours, &beside, |_| None, |_| true);
+            ways.update(at(seconds), &detours, &on_link, |_| None, |_| true);
             assert_eq!(ways.reaches(HOST, &detour), detour == way(1));
         }
     }

@@ -337,10 +337,10 @@ impl Agent {
     /// Records which ways of tunnel packets are known to reach their hosts.
     fn update_proven_ways(&mut self) {
         let (now, paths) = (self.clock.now(), &self.prober.paths);
-        let Routing { detours, beside, .. } = &self.kernel.traffic.routing;
+        let Routing { detours, on_link, .. } = &self.kernel.traffic.routing;
         let answered = |host| paths.answered_probe(paths.holder(host)?);
         let is_peer = |host| paths.holder(host).is_some();
-        self.kernel.traffic.ways.update(now, detours, beside, answered, is_peer);
+        self.kernel.traffic.ways.update(now, detours, on_link, answered, is_peer);
     }
 
     /// Updates the probed peers, and what gossip knows about them.
@@ -432,7 +432,7 @@ impl Agent {
 
     /// Whether a peer reached without the tunnel does not answer.
     pub(in crate::agent) fn is_lost_without_tunnel(&self) -> bool {
-        let mut lost = self.path_states().filter(|(_, state, _)| self.is_lost(*state));
+        let mut lost = self.path_states().filter(|(_, state, _)| state.is_lost());
         lost.any(|(node, ..)| self.is_direct(node))
     }
 

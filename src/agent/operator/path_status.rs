@@ -89,12 +89,6 @@ impl Agent {
         Some(detour.problem(name, [here, there], port, ports, &self.underlay.name))
     }
 
-    /// Returns whether no probe of a peer is answered.
-    pub(in crate::agent) const fn is_lost(&self, state: PathState) -> bool {
-        let is_dead = matches!(state, PathState::Dead | PathState::Withdrawn);
-        is_dead || matches!(state, PathState::Unanswered | PathState::OneWay)
-    }
-
     /// Returns what is wrong with each path.
     pub(super) fn path_findings(&self) -> PathFindings<'_> {
         let labels = self.node.labels();
@@ -148,7 +142,7 @@ impl Agent {
         let gossip = self.node.address_of(node)?.port();
         let (_, subnets) = peer.leases.first()?;
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
-        let is_silent = self.is_lost(state) || !self.prober.paths.is_alive(node);
+        let is_silent = state.is_lost() || !self.prober.paths.is_alive(node);
         // Without an underlay, no peer is reachable: the cause is reported once.
         if is_silent && self.kernel.problems.underlay.is_some() {
             return None;
@@ -180,7 +174,7 @@ impl Agent {
         }
         let found = verdict.filter(|_| is_silent || is_partly);
         let cause = found.and_then(|found| found.cause.as_ref());
-        if self.is_lost(state)
+        if state.is_lost()
             && let Some(problem) = self.undecided_problem(node, cause, labels)
         {
             return Some(problem);
@@ -191,7 +185,7 @@ impl Agent {
         if let Some(cause) = cause {
             return Some(cause.clone());
         }
-        let is_gone = self.is_lost(state) && !self.prober.paths.is_alive(node);
+        let is_gone = state.is_lost() && !self.prober.paths.is_alive(node);
         let is_unanswered = is_gone && state != PathState::OneWay;
         if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_unanswered) {
             return Some(silent_machine_problem(name, there, sign, [port, gossip]));

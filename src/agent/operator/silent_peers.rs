@@ -25,10 +25,10 @@ impl Agent {
         labels: &Labels<'_>,
         states: &BTreeMap<NodeId, PathState>,
     ) -> bool {
-        let is_silent = self.is_lost(state) || !self.prober.paths.is_alive(node);
+        let is_silent = state.is_lost() || !self.prober.paths.is_alive(node);
         let successor = is_silent.then(|| labels.living_namesake(node)).flatten();
         successor.is_some_and(|successor| {
-            let answers = states.get(&successor).is_some_and(|state| !self.is_lost(*state));
+            let answers = states.get(&successor).is_some_and(|state| !state.is_lost());
             answers || !self.node.is_active(node)
         })
     }
@@ -85,7 +85,7 @@ impl Agent {
     ) -> Option<Problem> {
         let silent = self.silent_span(node).filter(|_| self.node.is_active(node))?;
         let is_other = |(other, state, _): (NodeId, PathState, _)| {
-            other != node && self.node.is_active(other) && !self.is_lost(state)
+            other != node && self.node.is_active(other) && !state.is_lost()
         };
         let is_decided = silent >= MAX_DECISION;
         let is_reached = is_decided && self.path_states().any(is_other);

@@ -161,8 +161,8 @@ pub fn gateway_detour(
     if found.redirected {
         return Some(Detour::Redirected { gateway });
     }
-    let is_beside = networks.iter().any(|network| network.contains(&query.to));
-    is_beside.then(|| Detour::Gateway { gateway, lead: lead(netlink, query, found) })
+    let is_on_link = networks.iter().any(|network| network.contains(&query.to));
+    is_on_link.then(|| Detour::Gateway { gateway, lead: lead(netlink, query, found) })
 }
 
 /// Returns whether the networks that contain the host have no route without a router. A route to a part of
@@ -193,7 +193,12 @@ pub fn interface_detour(
 
 /// Returns whether a host answers ARP or neighbor discovery on the interface by which packets to it leave, so
 /// that this way reaches it. On a bridge another machine may answer: a container with the same address.
-pub fn is_beside(netlink: &mut Netlink, host: IpAddr, links: &[Link], found: &RouteLookup) -> bool {
+pub fn answers_on_link(
+    netlink: &mut Netlink,
+    host: IpAddr,
+    links: &[Link],
+    found: &RouteLookup,
+) -> bool {
     let is_bridge = links.iter().any(|link| link.index == found.link && link.kind == "bridge");
     let is_direct = found.gateway.is_none() && !is_bridge;
     is_direct

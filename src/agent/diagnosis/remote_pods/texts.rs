@@ -70,7 +70,7 @@ impl Agent {
         }
         let answering = &self.kernel.traffic.remote_pods.answering;
         let mut known: BTreeSet<NodeId> = self.lost_to_remote_pods().into_keys().collect();
-        let lost = self.path_states().filter(|(_, state, _)| self.is_lost(*state));
+        let lost = self.path_states().filter(|(_, state, _)| state.is_lost());
         known.extend(lost.map(|(node, ..)| node).filter(|node| !answering.contains(node)));
         let mut families: BTreeMap<NodeId, Vec<&str>> = BTreeMap::new();
         for InwardWay { node, ipv4 } in self.kernel.traffic.remote_pods.inward.iter().rev() {

@@ -99,7 +99,7 @@ impl Agent {
         let local = self.underlay.local;
         let is_silent = |node: NodeId, state: PathState| {
             let is_known = state != PathState::Unknown;
-            let is_lost = self.is_lost(state) || state == PathState::PartlyLost;
+            let is_lost = state.is_lost() || state == PathState::PartlyLost;
             is_lost || is_known && !self.prober.paths.is_alive(node)
         };
         let silent = self.path_states().filter(|(node, state, _)| is_silent(*node, *state));
