@@ -26,29 +26,22 @@
 //! without them. Some hosts accept connections in place of the destination (SYNPROXY). The first segment then
 //! gets an answer but goes no further; this counts as passed.
 //!
-//! *Out* and *in* need a peer, but each of these trials shows only what this host does. [`FarPods`] tries the
+//! *Out* and *in* need a peer, but each of these trials shows only what this host does. [`RemoteTrials`] tries the
 //! whole path to pods of other hosts. Pure: this module only builds packets; the agent sends them.
 
 use std::{collections::BTreeMap, time::Duration};
 
-mod far;
 mod inward;
-mod message;
 mod packet;
+pub mod remote;
 mod witness;
 
-pub use far::{FarLoss, FarOutput, FarPeer, FarPods, FarWay, Half};
 pub use inward::{InwardLosses, InwardWay};
-use message::SEES_DATA;
-pub use message::{
-    FAR_DATA_PORT, FAR_PORT, IS_MESSAGE, Kind, MessageType, SMALL, Segment, Sort, answer,
-    answers_segment, is_of_round, question, read, read_stream, segment as far_segment,
-    stream_question,
-};
 pub use packet::{
     Field, IN_ANSWER, IN_DATAGRAM, IN_SEGMENT, MAGIC, NONCE_LEN, Probe, TunneledProbe, UNUSED,
     UNUSED_OUT, destination, echo, inner, number, parse,
 };
+pub use remote::{Half, RemoteLoss, RemoteOutput, RemotePeer, RemoteTrials, RemoteWay};
 pub use witness::ArrivalLog;
 
 /// Interval of trials while all packets pass.
@@ -276,15 +269,16 @@ pub fn list(ways: &[Way]) -> String {
 pub(crate) fn samples() -> Vec<Vec<u8>> {
     let ipv4 = [&[0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17][..], &[0; 10], &[1; 8]].concat();
     let ipv6 = [&[0x60, 0, 0, 0, 0, 8, 6, 64][..], &[1; 32], &[2; 20]].concat();
-    vec![ipv4, ipv6, question(Kind::Small, 7, 0)]
+    vec![ipv4, ipv6, remote::message::question(remote::message::Kind::Small, 7, 0)]
 }
 
 /// Parses a packet with all parsers of this module, for the fuzzer. Returns whether any accepts it.
 #[cfg(all(feature = "agent", any(test, feature = "sim")))]
 pub(crate) fn fuzz(packet: &[u8]) -> bool {
     let within = inner(packet).and_then(|packet| destination(packet).zip(echo(packet)));
-    let is_far = read(packet).is_some() || far_segment(packet).is_some();
-    parse(packet).is_some() || within.is_some() || is_far
+    let is_remote =
+        remote::message::read(packet).is_some() || remote::message::segment(packet).is_some();
+    parse(packet).is_some() || within.is_some() || is_remote
 }
 
 #[cfg(test)]

@@ -360,7 +360,7 @@ const HOP_LIMIT_RULES: [(&str, &str, &str); 3] = [
 fn rule_that_reduces_the_hop_limit_is_reported_and_the_advice_works() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let spaces = crate::forwarding_far::with_pods(&mut cluster, &["a", "b"])?;
+        let spaces = crate::remote_pods::with_pods(&mut cluster, &["a", "b"])?;
         let shown = tool(&spaces[0], "ip -4 -br addr show eth0");
         let address = shown.split_whitespace().nth(2).expect("an address");
         let ping = format!("ping -c 1 -W 1 {}", address.split('/').next().expect("an address"));

@@ -8,7 +8,7 @@ use gossamer::lab::NetNs;
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{Cluster, TIMEOUT, has_notice, has_problem, isolated, run, sh, texts, wait_until},
-    forwarding_far::{all_answer, with_pods},
+    remote_pods::{all_answer, with_pods},
 };
 
 /// Longer than the required number of accelerated test rounds takes.

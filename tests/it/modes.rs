@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::{
     common::{Cluster, TIMEOUT, client, has_problem, isolated, run, skipped, tool, wait_until},
     doctor::complaints,
-    forwarding_far::with_pods,
+    remote_pods::with_pods,
     silence_causes::{REPORT_TIMEOUT, run_all, wait_for_path, wait_for_problem},
 };
 

@@ -12,7 +12,7 @@ use crate::{
         wait_until,
     },
     doctor::complaints,
-    forwarding_far::{all_answer, with_pods},
+    remote_pods::{all_answer, with_pods},
 };
 
 /// Adds an interface with an address to a host.

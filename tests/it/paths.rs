@@ -11,7 +11,7 @@ use crate::{
         Cluster, TIMEOUT, client, eventually, has_notice, has_problem, isolated, run, skipped,
         tool, wait_until,
     },
-    forwarding_far::with_pods,
+    remote_pods::with_pods,
 };
 use gossamer::lab::{Agent, NetNs, Pinger};
 use nix::sys::signal::Signal;

@@ -11,7 +11,7 @@ use crate::{
         Cluster, TIMEOUT, client, eventually, has_notice, has_problem, isolated, run, sh, skipped,
         status_where, tool, wait_until,
     },
-    forwarding_far::{all_answer, with_pods},
+    remote_pods::{all_answer, with_pods},
     silence_causes::{run_all, start_pair, wait_for_path, wait_for_problem},
 };
 

@@ -10,7 +10,7 @@ use crate::{
         Cluster, TIMEOUT, client, has_notice, has_problem, isolated, program, sh, status_where,
         token_of, tool, wait_until,
     },
-    forwarding_far::{all_answer, with_pods},
+    remote_pods::{all_answer, with_pods},
     silence_causes::{wait_for_path, wait_for_problem},
 };
 

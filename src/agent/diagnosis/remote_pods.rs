@@ -1,6 +1,6 @@
 //! The thread that tests whether pods of other hosts are reachable, and answers their hosts' tests.
 //!
-//! It has sockets in the agent's own pod while that exists. [`crate::dataplane::forwarding::FarPods`]
+//! It has sockets in the agent's own pod while that exists. [`crate::dataplane::forwarding::RemoteTrials`]
 //! draws the conclusions. Agents of other hosts can query which of their packets arrived.
 
 mod setting;
@@ -26,7 +26,8 @@ use crate::{
     dataplane::{
         desired::Way as Path,
         forwarding::{
-            ArrivalLog, FarLoss, FarOutput, FarPeer, FarPods, FarWay, InwardLosses, InwardWay,
+            ArrivalLog, InwardLosses, InwardWay, RemoteLoss, RemoteOutput, RemotePeer,
+            RemoteTrials, RemoteWay,
         },
     },
     model::{NodeId, PathState, Subnets},
@@ -43,13 +44,13 @@ const AGING_TIME: Duration = Duration::from_secs(120);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RemotePodsState {
     /// Ways on which packets are lost.
-    pub closed: Vec<FarWay>,
+    pub closed: Vec<RemoteWay>,
     /// Peers whose pods have answered.
     pub answering: BTreeSet<NodeId>,
     /// Peers that receive more probes than they answer, so that nothing is known about them.
     pub overrun: Vec<NodeId>,
     /// Random partial losses.
-    pub losses: Vec<FarLoss>,
+    pub losses: Vec<RemoteLoss>,
     /// Whether something was lost in the last trial.
     pub is_in_doubt: bool,
     /// Peers to which only large packets were lost in the last trial.
@@ -105,13 +106,13 @@ impl RemotePods {
     /// # Errors
     /// Fails if the thread cannot be created.
     pub fn start(tell: impl Fn(RemotePodsEvent) + Send + 'static) -> io::Result<Self> {
-        let worker = Worker::start("far pods", move |orders| {
+        let worker = Worker::start("remote pods", move |orders| {
             let runner = Runner {
                 orders,
                 tell,
                 clock: Clock(Instant::now()),
                 setting: Setting::default(),
-                remote_pods: FarPods::default(),
+                remote_pods: RemoteTrials::default(),
                 inward: InwardLosses::default(),
                 place: None,
                 reported: RemotePodsState::default(),
@@ -167,7 +168,7 @@ struct Runner<F> {
     tell: F,
     clock: Clock,
     setting: Setting,
-    remote_pods: FarPods,
+    remote_pods: RemoteTrials,
     inward: InwardLosses,
     place: Option<Place>,
     reported: RemotePodsState,
@@ -229,7 +230,7 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
     /// Moves to another pod. Results of the previous one are discarded.
     fn set_pod(&mut self, namespace: Option<PodNamespace>) {
         self.place = None;
-        (self.remote_pods, self.inward) = (FarPods::default(), InwardLosses::default());
+        (self.remote_pods, self.inward) = (RemoteTrials::default(), InwardLosses::default());
         self.update();
         let Some(namespace) = namespace else { return };
         match NamespaceSockets::open(namespace, &self.setting.sources) {
@@ -289,19 +290,19 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
             self.remote_pods.poll(self.clock.now(), u32::from_ne_bytes(random_bytes))
         {
             match output {
-                FarOutput::Begin(round) => {
+                RemoteOutput::Begin(round) => {
                     if let Err(error) = sockets.start_round(round) {
                         tracing::debug!(%error, "sockets not renewed");
                     }
                 }
-                FarOutput::Send { to, kind, number, size } => {
+                RemoteOutput::Send { to, kind, number, size } => {
                     let sent = sockets.send(to, kind, number, size);
                     // The kernel may be too old, or the required offload may be off.
                     if sent.is_err() && kind.segments() > 1 {
                         self.remote_pods.on_unsent(to, kind, number);
                     }
                 }
-                FarOutput::RequestReports(round, nodes) => {
+                RemoteOutput::RequestReports(round, nodes) => {
                     (self.tell)(RemotePodsEvent::Ask(round, nodes))
                 }
             }
@@ -430,7 +431,7 @@ impl Agent {
             let way = underlay.way(peer.vtep.underlay, subnets.first);
             let is_reached = is_in_use && is_usable && !is_diverted && self.node.is_active(node);
             let narrow = self.kernel.wanted.narrow.get(&node).copied();
-            let subject = FarPeer {
+            let subject = RemotePeer {
                 node,
                 addresses: last_addresses(*subnets),
                 carried: narrow.unwrap_or(self.underlay.tunnel_mtu),

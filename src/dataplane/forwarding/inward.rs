@@ -7,7 +7,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use super::{Kind, Sort, TrialResult, Trials};
+use super::{
+    TrialResult, Trials,
+    remote::message::{Kind, Sort},
+};
 use crate::{
     model::{NodeId, Time},
     wire::Arrivals,
@@ -87,7 +90,7 @@ fn all_sorts(ipv4: bool) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataplane::forwarding::SEES_DATA;
+    use crate::dataplane::forwarding::remote::message::SEES_DATA;
 
     const SMALL: Sort = Sort { ipv4: true, kind: Kind::Small };
 

@@ -296,7 +296,8 @@ mod tests {
 
     #[test]
     fn ports_of_trials_are_not_ephemeral() {
-        let ports = [UNUSED, UNUSED_OUT, crate::dataplane::forwarding::FAR_PORT];
+        let ports =
+            [UNUSED, UNUSED_OUT, crate::dataplane::forwarding::remote::message::REMOTE_PORT];
 
         assert!(ports.iter().all(|port| *port > 60_999), "{ports:?}");
         assert_eq!(UNUSED ^ UNUSED_OUT, 1);

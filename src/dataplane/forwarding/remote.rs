@@ -9,6 +9,7 @@
 
 mod half;
 mod loss;
+pub mod message;
 mod output;
 mod round;
 mod target;
@@ -21,14 +22,15 @@ use std::{
 
 pub use self::{
     half::Half,
-    output::{FarLoss, FarOutput, FarWay},
+    output::{RemoteLoss, RemoteOutput, RemoteWay},
 };
 use self::{
     loss::Losses,
+    message::{Kind, SEES_DATA, SMALL, Sort},
     round::Round,
     target::{Target, carries_large, sorts},
 };
-use super::{Kind, SEES_DATA, SMALL, SUSPECT_TRIAL_INTERVAL, Sort, TRIAL_INTERVAL, Trials, Way};
+use super::{SUSPECT_TRIAL_INTERVAL, TRIAL_INTERVAL, Trials, Way};
 use crate::{
     model::{Addresses, NodeId, Time},
     wire::Arrivals,
@@ -67,7 +69,7 @@ const MAX_DOUBLINGS: u32 = 5;
 
 /// A peer whose pod is tried.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FarPeer {
+pub struct RemotePeer {
     /// The peer's node id.
     pub node: NodeId,
     /// Addresses of its agent's own pod.
@@ -82,9 +84,9 @@ pub struct FarPeer {
 
 /// The trials with all peers.
 #[derive(Debug, Default)]
-pub struct FarPods {
+pub struct RemoteTrials {
     peers: BTreeMap<NodeId, Peer>,
-    trials: Trials<FarWay>,
+    trials: Trials<RemoteWay>,
     /// Ways on which this host is known to drop packets itself.
     ways_lost_here: Vec<Way>,
     /// Minimum time between trials with a peer while nothing is lost; `None` if a trial causes no cost.
@@ -94,12 +96,12 @@ pub struct FarPods {
     round_count: u64,
     /// Earliest time of the next round.
     next_round: Time,
-    outputs: VecDeque<FarOutput>,
+    outputs: VecDeque<RemoteOutput>,
 }
 
 #[derive(Debug)]
 struct Peer {
-    info: FarPeer,
+    info: RemotePeer,
     /// The round in which it was tried last.
     last_round: u64,
     /// The pod received more than it answers in the last round, so missing answers proved nothing.
@@ -111,10 +113,10 @@ struct Peer {
     losses: Losses,
 }
 
-impl FarPods {
+impl RemoteTrials {
     /// Replaces the peers to try and the ways on which this host drops packets. Losses on these ways are
     /// reported elsewhere, and packets that would take them are not sent.
-    pub fn update(&mut self, peers_to_try: &[FarPeer], ways_lost_here: &[Way]) {
+    pub fn update(&mut self, peers_to_try: &[RemotePeer], ways_lost_here: &[Way]) {
         let mut before = std::mem::take(&mut self.peers);
         self.ways_lost_here = ways_lost_here.to_vec();
         for info in peers_to_try {
@@ -171,14 +173,14 @@ impl FarPods {
 
     /// Returns the next action that is due. `number` becomes the number of a new round; it must be
     /// unpredictable.
-    pub fn poll(&mut self, now: Time, number: u32) -> Option<FarOutput> {
+    pub fn poll(&mut self, now: Time, number: u32) -> Option<RemoteOutput> {
         if self.outputs.is_empty() {
             self.step(now, number);
         }
         self.outputs.pop_front()
     }
 
-    /// Returns when [`FarPods::poll`] must be called.
+    /// Returns when [`RemoteTrials::poll`] must be called.
     pub fn next_due(&self) -> Option<Time> {
         match &self.round {
             Some(round) => Some(round.next_due()),
@@ -283,7 +285,7 @@ impl FarPods {
     }
 
     /// Returns the ways that packets do not pass.
-    pub fn closed(&self) -> Vec<FarWay> {
+    pub fn closed(&self) -> Vec<RemoteWay> {
         self.trials.closed()
     }
 
@@ -294,11 +296,11 @@ impl FarPods {
     }
 
     /// Returns the random losses.
-    pub fn losses(&self) -> Vec<FarLoss> {
+    pub fn losses(&self) -> Vec<RemoteLoss> {
         let of_peer = |peer: &Peer| {
             let loss_on = |half| {
                 let percent = peer.losses.reported(half)?;
-                Some(FarLoss { node: peer.info.node, half, percent })
+                Some(RemoteLoss { node: peer.info.node, half, percent })
             };
             [Half::There, Half::Back].into_iter().filter_map(loss_on).collect::<Vec<_>>()
         };
@@ -348,7 +350,7 @@ impl FarPods {
             round.report_requested = Some(now);
             let silent = round.targets.iter().filter(|(_, target)| !target.is_answered());
             let silent = silent.map(|(node, _)| *node).collect();
-            self.outputs.push_back(FarOutput::RequestReports(round.number, silent));
+            self.outputs.push_back(RemoteOutput::RequestReports(round.number, silent));
         } else {
             return self.end(now, &round, true);
         }
@@ -387,14 +389,14 @@ impl FarPods {
             self.next_round = now + TRIAL_INTERVAL;
             return;
         }
-        self.outputs.push_back(FarOutput::Begin(number));
+        self.outputs.push_back(RemoteOutput::Begin(number));
         let mut round =
             Round { number, begun: now, sent: 0, report_requested: None, ends_at: None, targets };
         self.send(&mut round);
         for target in round.targets.values() {
             let Some(to) = target.sampled else { continue };
             let (kind, size) = (Kind::Sample, Kind::Sample.size(to, u32::MAX));
-            let sample = || FarOutput::Send { to, kind, number, size };
+            let sample = || RemoteOutput::Send { to, kind, number, size };
             self.outputs.extend((0..target.samples).map(|_| sample()));
         }
         self.round = Some(round);
@@ -412,7 +414,7 @@ impl FarPods {
                 let whole = sort.kind.size(to, info.carried);
                 let size = if is_small { Some(SMALL) } else { whole };
                 let number = round.number;
-                self.outputs.push_back(FarOutput::Send { to, kind: sort.kind, number, size });
+                self.outputs.push_back(RemoteOutput::Send { to, kind: sort.kind, number, size });
             }
         }
     }
@@ -421,7 +423,7 @@ impl FarPods {
     fn end(&mut self, now: Time, round: &Round, proves_loss: bool) {
         for (node, target) in &round.targets {
             for (sort, there, back) in target.verdicts(proves_loss) {
-                let way = |half| FarWay { node: *node, half, sort };
+                let way = |half| RemoteWay { node: *node, half, sort };
                 self.trials.note(way(Half::There), there);
                 self.trials.note(way(Half::Back), back);
             }
@@ -452,10 +454,10 @@ impl FarPods {
             }
         }
         let closed = self.trials.closed();
-        let is_known = |way: &&FarWay| closed.binary_search(way).is_ok();
+        let is_known = |way: &&RemoteWay| closed.binary_search(way).is_ok();
         let answering = self.answering();
         let is_untried_suspect = |peer: &Peer| {
-            let FarPeer { node, is_unresponsive, .. } = &peer.info;
+            let RemotePeer { node, is_unresponsive, .. } = &peer.info;
             *is_unresponsive
                 && peer.next_trial <= now
                 && !answering.contains(node)

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Kind, SEES_DATA, Sort};
+use super::remote::message::{Kind, SEES_DATA, Sort};
 use crate::{model::Time, wire::Arrivals};
 
 /// Maximum rate of answers in total.

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     agent::diagnosis::packet_filter::Sources,
-    dataplane::forwarding::{FarPeer, Way},
+    dataplane::forwarding::{RemotePeer, Way},
     model::NodeId,
 };
 
@@ -16,7 +16,7 @@ use crate::{
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Setting {
     /// The peers to test.
-    pub(super) subjects: Vec<FarPeer>,
+    pub(super) subjects: Vec<RemotePeer>,
     /// Ways on which this host itself drops packets.
     pub(super) lost_here: Vec<Way>,
     /// How long a peer is not tested after a trial without losses; `None` if testing costs nothing.

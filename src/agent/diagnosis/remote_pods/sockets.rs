@@ -25,8 +25,10 @@ use crate::{
         raw_tcp,
     },
     dataplane::forwarding::{
-        FAR_DATA_PORT, FAR_PORT, Field, IS_MESSAGE, Kind, MessageType, NONCE_LEN, Probe, Segment,
-        Sort, Transport, answer, answers_segment, far_segment, is_of_round, question, read,
+        Field, NONCE_LEN, Probe, Transport,
+        remote::message::{
+            self, IS_MESSAGE, Kind, MessageType, REMOTE_DATA_PORT, REMOTE_PORT, Segment, Sort,
+        },
     },
     pods::agent_pod::PodNamespace,
 };
@@ -101,7 +103,7 @@ impl NamespaceSockets {
     /// Fails if a socket cannot be opened or configured.
     pub fn open(namespace: PodNamespace, sources: &[Sources]) -> io::Result<Self> {
         let open = |address: IpAddr| {
-            let (echoes, segments) = (datagrams(address, FAR_PORT)?, segments(address)?);
+            let (echoes, segments) = (datagrams(address, REMOTE_PORT)?, segments(address)?);
             Ok(FamilySockets {
                 address,
                 echoes_taken: BufferUse::of(&echoes)?,
@@ -148,7 +150,11 @@ impl NamespaceSockets {
             for sockets in families {
                 sockets.outgoing.forget();
                 sockets.asking = datagrams(sockets.address, 0)?;
-                receive_only(&sockets.asking, FilterInput::Segment, &[is_of_round(round)])?;
+                receive_only(
+                    &sockets.asking,
+                    FilterInput::Segment,
+                    &[message::is_of_round(round)],
+                )?;
                 sockets.admit(&self.sources, self.round)?;
             }
             Ok(())
@@ -195,8 +201,8 @@ impl NamespaceSockets {
                 sockets.outgoing.begin(to, round, size, open)
             }
             Some(size) => {
-                let payload = question(kind, round, size * kind.segments());
-                send_segmented(&sockets.asking, &payload, SocketAddr::new(to, FAR_PORT), size)
+                let payload = message::question(kind, round, size * kind.segments());
+                send_segmented(&sockets.asking, &payload, SocketAddr::new(to, REMOTE_PORT), size)
             }
             None => {
                 let to = SocketAddr::new(to, 0);
@@ -233,7 +239,8 @@ impl FamilySockets {
             let Some(mut rest) = buffer.get_mut(..length) else { continue };
             loop {
                 let datagram = rest.len().min(segment.unwrap_or(length));
-                let Some((MessageType::Question, kind, round)) = read(&rest[..datagram]) else {
+                let Some((MessageType::Question, kind, round)) = message::read(&rest[..datagram])
+                else {
                     break;
                 };
                 let size = if kind.segments() > 1 { rest.len() } else { datagram };
@@ -241,7 +248,7 @@ impl FamilySockets {
                 rest = others;
                 let sort = Sort { ipv4, kind };
                 if give(SocketEvent::Question { from: from.ip(), round, sort }) {
-                    answer(payload);
+                    message::answer(payload);
                     let sent =
                         send_segmented(&self.echoes, payload, from, datagram).or_else(|_| {
                             send_segmented(&self.echoes, &payload[..datagram], from, datagram)
@@ -258,8 +265,8 @@ impl FamilySockets {
     fn receive_answers(&mut self, buffer: &mut [u8], give: &mut impl FnMut(SocketEvent) -> bool) {
         for _ in 0..MAX_PER_PASS {
             let Ok((length, from)) = self.asking.recv_from(buffer) else { break };
-            if let Some((MessageType::Answer, kind, round)) = read(&buffer[..length])
-                && from.port() == FAR_PORT
+            if let Some((MessageType::Answer, kind, round)) = message::read(&buffer[..length])
+                && from.port() == REMOTE_PORT
             {
                 give(SocketEvent::Answer { from: from.ip(), round, kind });
             }
@@ -287,7 +294,7 @@ impl FamilySockets {
             let Some(from) = from.map(|from| from.ip()) else { continue };
             let packet = &packet[..length.min(HEADERS_LEN)];
             let kind = Kind::Segment;
-            match raw_tcp::segment(self.address, packet).and_then(far_segment) {
+            match raw_tcp::segment(self.address, packet).and_then(message::segment) {
                 // The kernel itself answers the segment.
                 Some(Segment::Question(round)) => {
                     give(SocketEvent::Question { from, round, sort: Sort { ipv4, kind } });
@@ -321,13 +328,14 @@ impl FamilySockets {
         let from = sources.iter().find(is_of_family).map(Condition::From);
         let question =
             |field| from.into_iter().chain([Condition::Field(field)]).collect::<Vec<_>>();
-        let [to_port, from_port] = [2, 0].map(|at| Field::Half(at, FAR_PORT));
+        let [to_port, from_port] = [2, 0].map(|at| Field::Half(at, REMOTE_PORT));
         receive_only_where(&self.echoes, FilterInput::Segment, &[&question(IS_MESSAGE)])?;
         receive_only_where(&self.listener, FilterInput::Segment, &[&question(to_port)])?;
-        let to_data = question(Field::Half(2, FAR_DATA_PORT));
+        let to_data = question(Field::Half(2, REMOTE_DATA_PORT));
         receive_only_where(self.incoming.listener(), FilterInput::Segment, &[&to_data])?;
         let question = question(to_port);
-        let answer = round.map(|round| [from_port, answers_segment(round)].map(Condition::Field));
+        let answer =
+            round.map(|round| [from_port, message::answers_segment(round)].map(Condition::Field));
         let answer = answer.as_ref().map(<[_; 2]>::as_slice);
         let any: Vec<_> = answer.into_iter().chain([question.as_slice()]).collect();
         receive_only_where(&self.segments, FilterInput::raw(self.address), &any)
@@ -338,7 +346,7 @@ impl FamilySockets {
         let nonce: [u8; NONCE_LEN] = std::array::from_fn(|at| round_bytes[at % round_bytes.len()]);
         // A different source port in each round, as new connections have.
         let port = round as u16 | 0x8000;
-        let (from, ports) = (self.address, [port, FAR_PORT]);
+        let (from, ports) = (self.address, [port, REMOTE_PORT]);
         Probe { transport: Transport::Tcp, from, to, ports, nonce }.segment()
     }
 }
@@ -350,7 +358,7 @@ fn datagrams(address: IpAddr, port: u16) -> io::Result<UdpSocket> {
 }
 
 fn listener(address: IpAddr) -> io::Result<Socket> {
-    let at = SocketAddr::new(address, FAR_PORT);
+    let at = SocketAddr::new(address, REMOTE_PORT);
     let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     socket.bind(&at.into())?;
@@ -466,7 +474,7 @@ mod tests {
                 }
             }
         };
-        let said = question(Kind::Small, 7, 32);
+        let said = message::question(Kind::Small, 7, 32);
         assert!(!send_and_take(b"of another") && send_and_take(&said));
         assert!(!send_and_take(b"of another"), "it was empty since");
     }

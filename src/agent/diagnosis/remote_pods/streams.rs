@@ -13,9 +13,7 @@ use std::{
 use nix::libc::EINPROGRESS;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::dataplane::forwarding::{
-    FAR_DATA_PORT, MessageType, SMALL, answer, read_stream, stream_question,
-};
+use crate::dataplane::forwarding::remote::message::{self, MessageType, REMOTE_DATA_PORT, SMALL};
 
 /// Maximum number of simultaneous incoming connections.
 const MAX_INCOMING: usize = 64;
@@ -88,11 +86,11 @@ impl OutgoingStreams {
             return Ok(());
         }
         let socket = open()?;
-        match socket.connect(&SocketAddr::new(to, FAR_DATA_PORT).into()) {
+        match socket.connect(&SocketAddr::new(to, REMOTE_DATA_PORT).into()) {
             Err(error) if !is_under_way(&error) => return Err(error),
             _ => {}
         }
-        let question = stream_question(round, size);
+        let question = message::stream_question(round, size);
         self.0.push(OutgoingStream { socket, to, round, question, sent: 0, carried: Vec::new() });
         Ok(())
     }
@@ -139,7 +137,7 @@ impl OutgoingStream {
             return Ok(false);
         }
         let is_whole = self.carried.len() == self.question.len();
-        let read = read_stream(&self.carried).map_err(|_| ErrorKind::InvalidData)?;
+        let read = message::read_stream(&self.carried).map_err(|_| ErrorKind::InvalidData)?;
         if is_whole
             && read
                 .is_some_and(|(said, round, _)| said == MessageType::Answer && round == self.round)
@@ -156,7 +154,7 @@ impl IncomingStreams {
     /// # Errors
     /// Fails if the socket cannot be opened or bound.
     pub fn listen(address: IpAddr) -> io::Result<Self> {
-        let at = SocketAddr::new(address, FAR_DATA_PORT);
+        let at = SocketAddr::new(address, REMOTE_DATA_PORT);
         let listener = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::TCP))?;
         listener.set_reuse_address(true)?;
         listener.bind(&at.into())?;
@@ -216,7 +214,7 @@ impl IncomingStream {
     /// Advances the connection. Returns whether it stays open, which it does until the other end closes
     /// it.
     fn advance(&mut self, give: &mut impl FnMut(IpAddr, u32) -> bool) -> io::Result<bool> {
-        let limit = match (self.answered, read_stream(&self.carried)) {
+        let limit = match (self.answered, message::read_stream(&self.carried)) {
             (Some(_), _) => self.carried.len(),
             (None, Ok(Some((MessageType::Question, _, size)))) => size,
             (None, Ok(None)) => SMALL,
@@ -225,7 +223,7 @@ impl IncomingStream {
         if !read_available(&self.socket, &mut self.carried, limit)? {
             return Ok(false);
         }
-        let read = read_stream(&self.carried).map_err(|_| ErrorKind::InvalidData)?;
+        let read = message::read_stream(&self.carried).map_err(|_| ErrorKind::InvalidData)?;
         if let (None, Some((_, round, size))) = (self.answered, read) {
             if self.carried.len() < size {
                 // Bytes beyond the first part may be available already.
@@ -234,7 +232,7 @@ impl IncomingStream {
             if !give(self.from, round) {
                 return Ok(false);
             }
-            answer(&mut self.carried);
+            message::answer(&mut self.carried);
             self.answered = Some(0);
         }
         while let Some(sent) = self.answered.filter(|sent| *sent < self.carried.len()) {

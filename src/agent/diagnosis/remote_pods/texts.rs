@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     agent::Agent,
     api::{CheckState, CheckStatus},
-    dataplane::forwarding::{FAR_PORT, FarLoss, FarWay, Half, InwardWay, Kind, Sort},
+    dataplane::forwarding::{
+        Half, InwardWay, RemoteLoss, RemoteWay,
+        remote::message::{Kind, REMOTE_PORT, Sort},
+    },
     model::{NodeId, PathState, Problem, ProblemCode, family_name},
 };
 
@@ -19,7 +22,7 @@ impl Agent {
         if !self.kernel.traffic.remote_pods.overrun.is_empty() {
             let names = self.names(&self.kernel.traffic.remote_pods.overrun);
             detail = format!(
-                "{detail}; skipped with pods of {names}: more packets come to port {FAR_PORT} of the agent's \
+                "{detail}; skipped with pods of {names}: more packets come to port {REMOTE_PORT} of the agent's \
                  own pod there than it answers"
             );
         }
@@ -92,7 +95,7 @@ impl Agent {
         let of = |half: Half| {
             let losses =
                 self.kernel.traffic.remote_pods.losses.iter().filter(|loss| loss.half == half);
-            let losses: Vec<FarLoss> = losses.copied().collect();
+            let losses: Vec<RemoteLoss> = losses.copied().collect();
             let (least, most) = losses.iter().fold((u32::MAX, 0), |(least, most), loss| {
                 (least.min(loss.percent), most.max(loss.percent))
             });
@@ -144,9 +147,9 @@ impl Agent {
     }
 }
 
-fn by_node(closed: &[FarWay]) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
+fn by_node(closed: &[RemoteWay]) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
     let mut lost: BTreeMap<NodeId, Vec<(Half, Sort)>> = BTreeMap::new();
-    for FarWay { node, half, sort } in closed {
+    for RemoteWay { node, half, sort } in closed {
         lost.entry(*node).or_default().push((*half, *sort));
     }
     lost

@@ -7,7 +7,10 @@ use ipnet::IpNet;
 
 use super::super::rules::{compared_value, expressions, number};
 use crate::{
-    dataplane::forwarding::{FAR_DATA_PORT, FAR_PORT, Transport, UNUSED, UNUSED_OUT},
+    dataplane::forwarding::{
+        Transport, UNUSED, UNUSED_OUT,
+        remote::message::{REMOTE_DATA_PORT, REMOTE_PORT},
+    },
     netlink::{
         attributes::{self, octets},
         nftables::{INET, IP, IP6, Object, nfta},
@@ -106,7 +109,7 @@ impl LostPackets {
             // The source port of a trial changes each time.
             (Loaded::Port, [high, low]) => {
                 let port = u16::from_be_bytes([*high, *low]);
-                ![UNUSED, UNUSED_OUT, FAR_PORT, FAR_DATA_PORT, self.port].contains(&port)
+                ![UNUSED, UNUSED_OUT, REMOTE_PORT, REMOTE_DATA_PORT, self.port].contains(&port)
             }
             (Loaded::Address, first) => !self.networks.iter().any(|network| {
                 let own = octets(network.network());
@@ -210,7 +213,7 @@ mod tests {
             (INET, protocol(1), false),
             (IP, port(80), true),
             (IP, port(8472), false),
-            (IP, port(FAR_DATA_PORT), false),
+            (IP, port(REMOTE_DATA_PORT), false),
             (IP, from(&[192, 168]), true),
             (IP, from(&[10, 42, 1, 9]), false),
             (IP, from(&[10]), false),

@@ -6,13 +6,13 @@
 
 use std::net::IpAddr;
 
-use super::{Field, Transport};
+use super::super::{Field, Transport};
 
 /// UDP and TCP port of questions. Not used by other programs, and next to the ports of the other trials.
-pub const FAR_PORT: u16 = 61_476;
-/// TCP port of connections that carry a question. Separate from [`FAR_PORT`], where only the first segment
+pub const REMOTE_PORT: u16 = 61_476;
+/// TCP port of connections that carry a question. Separate from [`REMOTE_PORT`], where only the first segment
 /// counts.
-pub const FAR_DATA_PORT: u16 = 61_477;
+pub const REMOTE_DATA_PORT: u16 = 61_477;
 /// First bytes of questions and answers. Differs from those of the trials that concern only this host.
 const MAGIC: [u8; 4] = *b"gsmF";
 const QUESTION: u8 = b'?';
@@ -234,10 +234,10 @@ pub fn segment(bytes: &[u8]) -> Option<Segment> {
     let port = |at: usize| Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
     let word = |at: usize| Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
     let flags = *bytes.get(13)? & FIN_TO_ACK;
-    if port(2)? == FAR_PORT && flags == SYN {
+    if port(2)? == REMOTE_PORT && flags == SYN {
         return Some(Segment::Question(word(4)?));
     }
-    let answers = port(0)? == FAR_PORT && matches!(flags, ACCEPTED | REFUSED);
+    let answers = port(0)? == REMOTE_PORT && matches!(flags, ACCEPTED | REFUSED);
     answers.then_some(Segment::Answer(word(8)?.wrapping_sub(1)))
 }
 
@@ -331,14 +331,14 @@ mod tests {
             transport: Transport::Tcp,
             from: [10, 42, 1, 254].into(),
             to: [10, 42, 2, 254].into(),
-            ports: [40_000, FAR_PORT],
+            ports: [40_000, REMOTE_PORT],
             nonce,
         };
         let first = probe.segment();
         assert_eq!(segment(&first), Some(Segment::Question(u32::MAX)));
         for (flags, is_answer) in [(0b1_0100, true), (0b1_0010, true), (0b1_0000, false)] {
             let mut reply = vec![0; 20];
-            reply[..2].copy_from_slice(&FAR_PORT.to_be_bytes());
+            reply[..2].copy_from_slice(&REMOTE_PORT.to_be_bytes());
             reply[13] = flags;
             let expected = is_answer.then_some(Segment::Answer(u32::MAX));
             assert_eq!(segment(&reply), expected, "{flags:#b}");

@@ -3,14 +3,14 @@
 use std::net::IpAddr;
 
 use super::{
-    super::{Kind, Sort},
     Half,
+    message::{Kind, Sort},
 };
 use crate::model::NodeId;
 
 /// A sort of packets on one half of the path to a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct FarWay {
+pub struct RemoteWay {
     /// The peer.
     pub node: NodeId,
     /// The half of the path.
@@ -21,7 +21,7 @@ pub struct FarWay {
 
 /// Random loss on one half of the path to a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FarLoss {
+pub struct RemoteLoss {
     /// The peer.
     pub node: NodeId,
     /// The half of the path.
@@ -32,7 +32,7 @@ pub struct FarLoss {
 
 /// An action for the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum FarOutput {
+pub enum RemoteOutput {
     /// A round with this number begins. Everything that follows uses new source ports, as new connections do.
     Begin(u32),
     /// Send a packet.

@@ -3,8 +3,9 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use super::{
-    super::{Direction, Kind, Sort, Transport, TrialResult, Way},
-    FarPeer,
+    super::{Direction, Transport, TrialResult, Way},
+    RemotePeer,
+    message::{Kind, Sort},
 };
 use crate::wire::Arrivals;
 
@@ -82,8 +83,8 @@ impl Target {
 }
 
 /// Returns the sorts of packets to try with a peer.
-pub fn sorts(info: &FarPeer, ways_lost_here: &[Way]) -> impl Iterator<Item = Sort> {
-    let FarPeer { addresses, carried, takes_large, .. } = *info;
+pub fn sorts(info: &RemotePeer, ways_lost_here: &[Way]) -> impl Iterator<Item = Sort> {
+    let RemotePeer { addresses, carried, takes_large, .. } = *info;
     let all = addresses.iter().flat_map(move |ip| {
         let is_sendable =
             move |kind: &Kind| *kind == Kind::Segment || kind.size(ip, carried).is_some();
@@ -96,7 +97,7 @@ pub fn sorts(info: &FarPeer, ways_lost_here: &[Way]) -> impl Iterator<Item = Sor
 }
 
 /// Returns whether large packets to a peer are not known to be lost.
-pub fn carries_large(info: &FarPeer, ways_lost_here: &[Way], ipv4: bool) -> bool {
+pub fn carries_large(info: &RemotePeer, ways_lost_here: &[Way], ipv4: bool) -> bool {
     let large = Way { direction: Direction::LargeOut, ipv4 };
     info.takes_large && !ways_lost_here.contains(&large)
 }

@@ -8,9 +8,9 @@ use super::{
 const PEER: NodeId = NodeId::from_bytes([1; 8]);
 const SMALL: Sort = Sort { ipv4: true, kind: Kind::Small };
 
-fn far_peer(number: u8) -> FarPeer {
+fn remote_peer(number: u8) -> RemotePeer {
     let first = IpAddr::from([10, 42, number, 254]);
-    FarPeer {
+    RemotePeer {
         node: NodeId::from_bytes([number; 8]),
         addresses: Addresses { first, second: None },
         carried: 1450,
@@ -21,7 +21,7 @@ fn far_peer(number: u8) -> FarPeer {
 
 /// Simulated peers, and a clock that advances to the next due time.
 struct World {
-    far: FarPods,
+    remote: RemoteTrials,
     now: Time,
     number: u32,
     /// By peer with a pod: the kinds that arrive there, and whether their answers return.
@@ -56,12 +56,12 @@ const ALL: [(Kind, bool); 6] = [
 
 impl World {
     fn new(count: u8) -> Self {
-        let peers_to_try: Vec<FarPeer> = (1..=count).map(far_peer).collect();
-        let mut far = FarPods::default();
-        far.update(&peers_to_try, &[]);
+        let peers_to_try: Vec<RemotePeer> = (1..=count).map(remote_peer).collect();
+        let mut remote = RemoteTrials::default();
+        remote.update(&peers_to_try, &[]);
         let nodes = peers_to_try.iter().map(|info| info.node);
         Self {
-            far,
+            remote,
             now: Time::ZERO + Duration::from_secs(100),
             number: 0,
             peers: nodes.clone().map(|node| (node, ALL.to_vec())).collect(),
@@ -89,11 +89,11 @@ impl World {
         let mut came: BTreeMap<NodeId, u16> = BTreeMap::new();
         let mut samples: BTreeMap<NodeId, u16> = BTreeMap::new();
         loop {
-            self.now = self.now.max(self.far.next_due().expect("something to do"));
-            while let Some(output) = self.far.poll(self.now, self.number) {
+            self.now = self.now.max(self.remote.next_due().expect("something to do"));
+            while let Some(output) = self.remote.poll(self.now, self.number) {
                 match output {
-                    FarOutput::Begin(_) => {}
-                    FarOutput::Send { to, kind: Kind::Sample, number, .. } => {
+                    RemoteOutput::Begin(_) => {}
+                    RemoteOutput::Send { to, kind: Kind::Sample, number, .. } => {
                         self.counted += 1;
                         let node = node_at(to);
                         let lost =
@@ -103,32 +103,32 @@ impl World {
                         if has_pod && half != Some(Half::There) {
                             *samples.entry(node).or_default() += 1;
                             if half.is_none() {
-                                self.far.on_answer(to, Kind::Sample, number);
+                                self.remote.on_answer(to, Kind::Sample, number);
                             }
                         }
                     }
-                    FarOutput::Send { to, kind, number, .. } => {
+                    RemoteOutput::Send { to, kind, number, .. } => {
                         self.sent.push(to);
                         if kind == Kind::Aggregate && self.cannot_send {
-                            self.far.on_unsent(to, kind, number);
+                            self.remote.on_unsent(to, kind, number);
                         }
                         let node = node_at(to);
                         if kind == Kind::Data && !self.never_connects {
                             let sorts = self.peers.get(&node).into_iter().flatten();
                             if sorts.into_iter().any(|sort| *sort == (Kind::Segment, true)) {
                                 let at = self.now + self.connects_after;
-                                self.far.on_connected(at, to, number);
+                                self.remote.on_connected(at, to, number);
                             }
                         }
                         let passing = self.peers.get(&node).into_iter().flatten();
                         for (_, is_returned) in passing.filter(|(passing, _)| *passing == kind) {
                             *came.entry(node).or_default() |= Sort { ipv4: true, kind }.bit();
                             if *is_returned {
-                                self.far.on_answer(to, kind, number);
+                                self.remote.on_answer(to, kind, number);
                             }
                         }
                     }
-                    FarOutput::RequestReports(number, nodes) => {
+                    RemoteOutput::RequestReports(number, nodes) => {
                         let reports = nodes.into_iter().filter_map(|node| {
                             let pod_age_ms = *self.pod_ages.get(&node)?;
                             let sees_data = if self.lacks_data_reports { 0 } else { SEES_DATA };
@@ -137,11 +137,11 @@ impl World {
                             let shed = self.is_discarding;
                             Some((node, Arrivals { pod_age_ms, came, samples, shed }))
                         });
-                        self.far.on_arrivals_reported(self.now, number, &reports.collect());
+                        self.remote.on_arrivals_reported(self.now, number, &reports.collect());
                     }
                 }
             }
-            if self.far.round.is_none() {
+            if self.remote.round.is_none() {
                 return;
             }
         }
@@ -157,8 +157,8 @@ fn node_at(ip: IpAddr) -> NodeId {
 fn pod_that_answers_all_is_open_and_rests() {
     let mut world = World::new(1);
     world.rounds(1);
-    assert_eq!((world.far.answering(), world.far.closed()), ([PEER].into(), vec![]));
-    assert_eq!(world.far.next_due(), Some(world.now + TRIAL_INTERVAL));
+    assert_eq!((world.remote.answering(), world.remote.closed()), ([PEER].into(), vec![]));
+    assert_eq!(world.remote.next_due(), Some(world.now + TRIAL_INTERVAL));
     assert_eq!(world.sent.len(), Kind::ALL.len());
 }
 
@@ -168,17 +168,17 @@ fn packets_that_do_not_arrive_are_lost_there_after_three_rounds() {
     let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Fragmented);
     world.peers.insert(PEER, without.collect());
     world.rounds(2);
-    assert!(world.far.closed().is_empty() && world.far.has_recent_loss());
+    assert!(world.remote.closed().is_empty() && world.remote.has_recent_loss());
     world.rounds(1);
     let sort = Sort { ipv4: true, kind: Kind::Fragmented };
-    assert_eq!(world.far.closed(), [FarWay { node: PEER, half: Half::There, sort }]);
+    assert_eq!(world.remote.closed(), [RemoteWay { node: PEER, half: Half::There, sort }]);
     assert!(
-        world.far.next_due() > Some(world.now + CLOSED_ROUND_INTERVAL),
+        world.remote.next_due() > Some(world.now + CLOSED_ROUND_INTERVAL),
         "no longer at the short interval"
     );
     world.peers.insert(PEER, ALL.to_vec());
     world.rounds(1);
-    assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
+    assert!(world.remote.closed().is_empty() && !world.remote.has_recent_loss());
 }
 
 #[test]
@@ -187,10 +187,10 @@ fn peer_losing_only_large_packets_is_reported_after_one_round() {
         let mut world = World::new(1);
         world.peers.insert(PEER, passing.to_vec());
         world.rounds(1);
-        assert_eq!(world.far.losing_large().len(), expected, "{passing:?}");
+        assert_eq!(world.remote.losing_large().len(), expected, "{passing:?}");
         world.peers.insert(PEER, ALL.to_vec());
         world.rounds(1);
-        assert!(world.far.losing_large().is_empty());
+        assert!(world.remote.losing_large().is_empty());
     }
 }
 
@@ -200,10 +200,10 @@ fn peer_that_discards_packets_is_overloaded_until_all_is_answered() {
     world.peers.insert(PEER, ALL[..3].to_vec());
     world.is_discarding = true;
     world.rounds(4);
-    assert_eq!((world.far.overloaded(), world.far.closed()), (vec![PEER], vec![]));
+    assert_eq!((world.remote.overloaded(), world.remote.closed()), (vec![PEER], vec![]));
     world.is_discarding = false;
     world.rounds(1);
-    assert!(world.far.overloaded().is_empty() && world.far.has_recent_loss());
+    assert!(world.remote.overloaded().is_empty() && world.remote.has_recent_loss());
 }
 
 #[test]
@@ -212,7 +212,7 @@ fn answers_that_do_not_return_are_lost_on_the_way_back() {
     let without = |(kind, _)| (kind, kind != Kind::Small);
     world.peers.insert(PEER, ALL.map(without).to_vec());
     world.rounds(3);
-    assert_eq!(world.far.closed(), [FarWay { node: PEER, half: Half::Back, sort: SMALL }]);
+    assert_eq!(world.remote.closed(), [RemoteWay { node: PEER, half: Half::Back, sort: SMALL }]);
 }
 
 #[test]
@@ -227,14 +227,14 @@ fn peer_without_reports_has_no_loss_and_is_tried_more_rarely() {
         pauses.push(world.now.since(before));
         before = world.now;
     }
-    assert!(!world.far.has_recent_loss());
+    assert!(!world.remote.has_recent_loss());
     assert!(pauses[7] > TRIAL_INTERVAL * 30, "{pauses:?}");
     // The pod exists now, and its own trials show that.
     world.peers.insert(PEER, ALL.to_vec());
-    world.far.on_question(world.now, far_peer(1).addresses.first);
-    assert_eq!(world.far.next_due(), Some(world.now));
+    world.remote.on_question(world.now, remote_peer(1).addresses.first);
+    assert_eq!(world.remote.next_due(), Some(world.now));
     world.rounds(1);
-    assert_eq!(world.far.answering(), [PEER].into());
+    assert_eq!(world.remote.answering(), [PEER].into());
 }
 
 #[test]
@@ -243,7 +243,7 @@ fn pod_younger_than_the_round_has_no_loss() {
     world.peers.clear();
     world.pod_ages.insert(PEER, 1_000);
     world.rounds(5);
-    assert!(!world.far.has_recent_loss());
+    assert!(!world.remote.has_recent_loss());
 }
 
 #[test]
@@ -261,10 +261,10 @@ fn round_of_a_stopped_process_proves_no_loss() {
     let mut world = World::new(1);
     world.peers.clear();
     for number in 0..20 {
-        while let Some(due) = world.far.next_due() {
+        while let Some(due) = world.remote.next_due() {
             world.now = world.now.max(due) + MAX_STEP_DELAY + Duration::from_millis(1);
             let mut outputs = Vec::new();
-            while let Some(output) = world.far.poll(world.now, number) {
+            while let Some(output) = world.remote.poll(world.now, number) {
                 outputs.push(output);
             }
             if outputs.is_empty() {
@@ -272,7 +272,7 @@ fn round_of_a_stopped_process_proves_no_loss() {
             }
         }
     }
-    assert!(!world.far.has_recent_loss());
+    assert!(!world.remote.has_recent_loss());
 }
 
 #[test]
@@ -280,15 +280,15 @@ fn packets_dropped_by_this_host_are_not_tried_and_not_reported_twice() {
     let mut world = World::new(1);
     world.peers.insert(PEER, vec![(Kind::Segment, true)]);
     world.rounds(3);
-    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 2, "data counts as large as well");
+    assert_eq!(world.remote.closed().len(), Kind::ALL.len() - 2, "data counts as large as well");
     let way = Way { direction: Direction::In(Transport::Udp), ipv4: true };
-    world.far.update(&[far_peer(1)], &[way]);
-    assert!(world.far.closed().is_empty());
+    world.remote.update(&[remote_peer(1)], &[way]);
+    assert!(world.remote.closed().is_empty());
     world.sent.clear();
     world.peers.insert(PEER, vec![(Kind::Segment, true), (Kind::Data, true)]);
     world.rounds(1);
     assert_eq!(world.sent.len(), 2);
-    world.far.update(&[FarPeer { takes_large: false, ..far_peer(1) }], &[]);
+    world.remote.update(&[RemotePeer { takes_large: false, ..remote_peer(1) }], &[]);
     world.sent.clear();
     world.peers.insert(PEER, ALL.to_vec());
     world.rounds(1);
@@ -298,16 +298,16 @@ fn packets_dropped_by_this_host_are_not_tried_and_not_reported_twice() {
 #[test]
 fn data_is_lost_when_connections_are_established_but_carry_none() {
     let data = Sort { ipv4: true, kind: Kind::Data };
-    let closed = |half| [FarWay { node: PEER, half, sort: data }];
+    let closed = |half| [RemoteWay { node: PEER, half, sort: data }];
     let mut world = World::new(1);
     world.peers.insert(PEER, ALL[..5].to_vec());
     world.rounds(3);
-    assert_eq!(world.far.closed(), closed(Half::There));
+    assert_eq!(world.remote.closed(), closed(Half::There));
     world.peers.insert(PEER, ALL.map(|(kind, _)| (kind, kind != Kind::Data)).to_vec());
-    world.far.update(&[], &[]);
-    world.far.update(&[far_peer(1)], &[]);
+    world.remote.update(&[], &[]);
+    world.remote.update(&[remote_peer(1)], &[]);
     world.rounds(3);
-    assert_eq!(world.far.closed(), closed(Half::Back));
+    assert_eq!(world.remote.closed(), closed(Half::Back));
 }
 
 #[test]
@@ -317,11 +317,11 @@ fn connection_never_established_is_lost_although_first_segments_are_answered() {
     world.peers.insert(PEER, ALL[..5].to_vec());
     world.rounds(3);
     let sort = Sort { ipv4: true, kind: Kind::Data };
-    assert_eq!(world.far.closed(), [FarWay { node: PEER, half: Half::There, sort }]);
+    assert_eq!(world.remote.closed(), [RemoteWay { node: PEER, half: Half::There, sort }]);
     world.never_connects = false;
     world.peers.insert(PEER, ALL.to_vec());
     world.rounds(1);
-    assert_eq!(world.far.closed(), []);
+    assert_eq!(world.remote.closed(), []);
 }
 
 #[test]
@@ -333,30 +333,30 @@ fn data_not_sent_in_time_or_not_reported_by_peer_is_not_lost() {
     for world in [&mut slow, &mut old] {
         world.peers.insert(PEER, ALL[..5].to_vec());
         world.rounds(5);
-        assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
-        assert_eq!(world.far.answering(), [PEER].into());
+        assert!(world.remote.closed().is_empty() && !world.remote.has_recent_loss());
+        assert_eq!(world.remote.answering(), [PEER].into());
     }
     // If large packets are lost, data is not tried.
     let mut world = World::new(1);
     world.peers.insert(PEER, ALL[..2].to_vec());
     world.rounds(3);
-    assert!(world.far.closed().iter().all(|way| way.sort.kind.is_large()));
+    assert!(world.remote.closed().iter().all(|way| way.sort.kind.is_large()));
     // If connections cannot be established, data is not tried either.
     world.peers.insert(PEER, ALL[1..5].to_vec());
     world.rounds(3);
     let sort = Sort { ipv4: true, kind: Kind::Segment };
-    assert_eq!(world.far.closed(), [FarWay { node: PEER, half: Half::There, sort }]);
+    assert_eq!(world.remote.closed(), [RemoteWay { node: PEER, half: Half::There, sort }]);
 }
 
 #[test]
 fn bad_peers_do_not_prevent_trials_of_others() {
     let mut world = World::new(9);
-    let bad: Vec<NodeId> = (1..=4).map(|number| far_peer(number).node).collect();
+    let bad: Vec<NodeId> = (1..=4).map(|number| remote_peer(number).node).collect();
     bad.iter().for_each(|node| _ = world.peers.insert(*node, Vec::new()));
     world.rounds(40);
-    let closed: BTreeSet<NodeId> = world.far.closed().iter().map(|way| way.node).collect();
+    let closed: BTreeSet<NodeId> = world.remote.closed().iter().map(|way| way.node).collect();
     assert_eq!(closed, bad.into_iter().collect());
-    assert_eq!(world.far.answering().len(), 5);
+    assert_eq!(world.remote.answering().len(), 5);
     let most = SEND_TIMES.len() * Kind::ALL.len() * PEERS_PER_ROUND * 40;
     assert!(world.sent.len() < most, "{}", world.sent.len());
 }
@@ -366,31 +366,31 @@ fn removed_peer_is_forgotten_with_its_losses() {
     let mut world = World::new(2);
     world.peers.insert(PEER, Vec::new());
     world.rounds(8);
-    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 1, "no data without a connection");
-    world.far.update(&[far_peer(2)], &[]);
-    assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
+    assert_eq!(world.remote.closed().len(), Kind::ALL.len() - 1, "no data without a connection");
+    world.remote.update(&[remote_peer(2)], &[]);
+    assert!(world.remote.closed().is_empty() && !world.remote.has_recent_loss());
 }
 
 #[test]
 fn new_suspect_is_tried_at_once_and_judged_only_by_new_results() {
     let mut world = World::new(9);
     world.rounds(3);
-    assert_eq!(world.far.answering().len(), 9);
-    let suspects: Vec<FarPeer> =
-        (1..=9).map(|number| FarPeer { is_unresponsive: true, ..far_peer(number) }).collect();
-    world.far.update(&suspects, &[]);
-    assert!(world.far.answering().is_empty(), "earlier results do not count");
-    assert!(world.far.next_due() <= Some(world.now));
+    assert_eq!(world.remote.answering().len(), 9);
+    let suspects: Vec<RemotePeer> =
+        (1..=9).map(|number| RemotePeer { is_unresponsive: true, ..remote_peer(number) }).collect();
+    world.remote.update(&suspects, &[]);
+    assert!(world.remote.answering().is_empty(), "earlier results do not count");
+    assert!(world.remote.next_due() <= Some(world.now));
     let begun = world.now;
     world.rounds(3);
-    assert_eq!(world.far.answering().len(), 9);
+    assert_eq!(world.remote.answering().len(), 9);
     assert!(
         world.now.since(begun) <= SUSPECT_TRIAL_INTERVAL * 3,
         "no peer waits for the regular interval"
     );
-    world.far.update(&suspects, &[]);
-    assert_eq!(world.far.answering().len(), 9, "it was suspect before");
-    assert_eq!(world.far.next_due(), Some(world.now + TRIAL_INTERVAL));
+    world.remote.update(&suspects, &[]);
+    assert_eq!(world.remote.answering().len(), 9, "it was suspect before");
+    assert_eq!(world.remote.next_due(), Some(world.now + TRIAL_INTERVAL));
 }
 
 #[test]
@@ -400,7 +400,7 @@ fn random_loss_is_reported_with_its_percentage_and_other_trials_pass() {
         world.rounds(4);
         world.sample_loss = Some((half, 4));
         let begun = world.now;
-        while world.far.losses().len() < 2 {
+        while world.remote.losses().len() < 2 {
             world.rounds(1);
             assert!(
                 world.now.since(begun) < TRIAL_INTERVAL * 4,
@@ -408,17 +408,17 @@ fn random_loss_is_reported_with_its_percentage_and_other_trials_pass() {
             );
         }
         world.rounds(6);
-        let losses = world.far.losses();
+        let losses = world.remote.losses();
         assert_eq!(losses.len(), 2, "{losses:?}");
         for loss in losses {
             assert_eq!((loss.half, loss.percent), (half, 25));
         }
-        assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
-        assert_eq!(world.far.answering().len(), 2);
+        assert!(world.remote.closed().is_empty() && !world.remote.has_recent_loss());
+        assert_eq!(world.remote.answering().len(), 2);
         world.sample_loss = None;
         world.rounds(8);
-        assert_eq!(world.far.losses(), []);
-        assert_eq!(world.far.next_due(), Some(world.now + TRIAL_INTERVAL));
+        assert_eq!(world.remote.losses(), []);
+        assert_eq!(world.remote.next_due(), Some(world.now + TRIAL_INTERVAL));
     }
 }
 
@@ -429,14 +429,14 @@ fn known_loss_is_not_reported_as_random_loss() {
     let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Small);
     world.peers.insert(PEER, without.collect());
     world.rounds(20);
-    assert_eq!((world.far.closed().len(), world.far.losses()), (1, vec![]));
+    assert_eq!((world.remote.closed().len(), world.remote.losses()), (1, vec![]));
     let mut world = World::new(1);
     world.sample_loss = Some((Half::There, 2));
     world.rounds(20);
-    assert_eq!(world.far.losses().len(), 1);
+    assert_eq!(world.remote.losses().len(), 1);
     let way = Way { direction: Direction::Out(Transport::Udp), ipv4: true };
-    world.far.update(&[far_peer(1)], &[way]);
-    assert_eq!(world.far.losses(), []);
+    world.remote.update(&[remote_peer(1)], &[way]);
+    assert_eq!(world.remote.losses(), []);
 }
 
 #[test]
@@ -446,47 +446,47 @@ fn packet_that_could_not_be_sent_is_no_loss() {
     world.peers.insert(PEER, without.collect());
     world.cannot_send = true;
     world.rounds(5);
-    assert!(world.far.closed().is_empty() && !world.far.has_recent_loss());
+    assert!(world.remote.closed().is_empty() && !world.remote.has_recent_loss());
 }
 
 #[test]
 fn peer_with_costly_trials_rests_after_each_unless_packets_are_lost() {
     let rest = Duration::from_secs(400);
     let mut world = World::new(1);
-    world.far.set_rest(Some(rest));
+    world.remote.set_rest(Some(rest));
     // A packet from the peer's pod ends the waiting.
-    world.far.on_question(world.now, far_peer(1).addresses.first);
-    assert!(world.far.next_due() <= Some(world.now));
+    world.remote.on_question(world.now, remote_peer(1).addresses.first);
+    assert!(world.remote.next_due() <= Some(world.now));
     world.rounds(1);
-    assert_eq!(world.far.answering(), [PEER].into());
-    assert_eq!(world.far.next_due(), Some(world.now + rest));
+    assert_eq!(world.remote.answering(), [PEER].into());
+    assert_eq!(world.remote.next_due(), Some(world.now + rest));
     // Packets from the peer's pod count as use, too, and extend the rest.
     let later = world.now + rest / 2;
-    world.far.on_question(later, far_peer(1).addresses.first);
-    assert_eq!(world.far.next_due(), Some(later + rest));
+    world.remote.on_question(later, remote_peer(1).addresses.first);
+    assert_eq!(world.remote.next_due(), Some(later + rest));
     let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Fragmented);
     world.peers.insert(PEER, without.collect());
     world.rounds(1);
     let begun = world.now;
     // While something is lost, they do not.
-    world.far.on_question(world.now, far_peer(1).addresses.first);
+    world.remote.on_question(world.now, remote_peer(1).addresses.first);
     world.rounds(3);
-    assert_eq!(world.far.closed().len(), 1);
+    assert_eq!(world.remote.closed().len(), 1);
     assert!(world.now.since(begun) < TRIAL_INTERVAL);
     // A partial answer without a report also prevents the rest.
-    world.far.update(&[], &[]);
-    world.far.update(&[far_peer(1)], &[]);
+    world.remote.update(&[], &[]);
+    world.remote.update(&[remote_peer(1)], &[]);
     world.pod_ages.insert(PEER, 0);
     world.rounds(1);
-    assert_eq!(world.far.next_due(), Some(world.now + TRIAL_INTERVAL));
+    assert_eq!(world.remote.next_due(), Some(world.now + TRIAL_INTERVAL));
     // A peer without a pod is not tried more often because of that.
     world.peers.clear();
     world.pod_ages.clear();
-    world.far.update(&[], &[]);
-    world.far.update(&[far_peer(1)], &[]);
+    world.remote.update(&[], &[]);
+    world.remote.update(&[remote_peer(1)], &[]);
     world.rounds(1);
-    assert!(world.far.next_due() >= Some(world.now + rest));
+    assert!(world.remote.next_due() >= Some(world.now + rest));
     // Once the pod exists, its own packets show it.
-    world.far.on_question(world.now, far_peer(1).addresses.first);
-    assert_eq!(world.far.next_due(), Some(world.now));
+    world.remote.on_question(world.now, remote_peer(1).addresses.first);
+    assert_eq!(world.remote.next_due(), Some(world.now));
 }
