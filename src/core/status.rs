@@ -392,7 +392,7 @@ impl Node {
                 if self.may_write() {
                     "no action is needed"
                 } else {
-                    "start the members that are down, or run `gossamer forget` for those that are gone for good"
+                    "start the members that are down, or run `gossamer forget` for those that are gone"
                 },
             ));
         }

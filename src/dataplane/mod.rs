@@ -25,8 +25,8 @@
 //! All but `kernel` and `foreign` belong to the pure ring: they neither do IO nor read a clock, and are built
 //! without the feature `agent`.
 //!
-//! Only this module changes the overlay's device, its entries and gossamer's tables; `pods` changes bridges, veth
-//! pairs and their entries. This module does not decide who is a peer.
+//! Only this module changes the overlay's device, its entries and gossamer's tables; `pods` changes bridges,
+//! veth pairs and their entries. This module does not decide who is a peer.
 
 pub mod answers;
 pub mod audit;

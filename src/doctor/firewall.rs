@@ -119,7 +119,7 @@ fn docker(examination: &Examination, chains: &ForeignChains) -> Vec<Finding> {
         )
     };
     // The agent reports such chains itself.
-    let dropping = chains.dropping.iter().filter(|_| !examination.is_host_checked());
+    let dropping = chains.direct_access.iter().filter(|_| !examination.is_host_checked());
     let findings: Vec<Finding> = dropping.map(finding).collect();
     if findings.is_empty() {
         return vec![match DOCKER_SOCKETS.iter().any(|socket| Path::new(socket).exists()) {

@@ -108,8 +108,8 @@ fn owner_rule_that_blocks_packets_of_pods_is_reported_with_its_effect() {
     });
 }
 
-/// Checks that each set of rules on the second host is reported, by a text and with a remedy that works. `clear`
-/// removes what is left of the rules.
+/// Checks that each set of rules on the second host is reported, by a text and with a remedy that works.
+/// `clear` removes what is left of the rules.
 pub(crate) fn check_owner_rules(
     cluster: &mut Cluster,
     owner_rules: &[(&str, &str, &[&str])],

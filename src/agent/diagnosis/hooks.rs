@@ -7,14 +7,10 @@
 use std::{error::Error, io};
 
 use aya::programs::{SchedClassifier, tc::TcAttachType};
-use ipnet::IpNet;
 use nix::libc::EINVAL;
 use rtnetlink::packet_route::link::LinkAttribute;
 
-use crate::{
-    dataplane::foreign::{ClosingChain, ForeignTables},
-    netlink::{Netlink, link::Link, tc::Qdisc},
-};
+use crate::netlink::{Netlink, link::Link, tc::Qdisc};
 
 /// A direction of packets at an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,18 +39,6 @@ impl Side {
             Self::Ingress => "ingress",
         }
     }
-}
-
-/// Returns the nftables chains of these families that may drop packets from or to pods of a subnet at their
-/// ports, each with a remedy.
-pub fn chains(subnet: IpNet, families: &[&str]) -> impl Iterator<Item = String> {
-    let found = ForeignTables::open().and_then(|mut tables| tables.chains_around_gateway(subnet));
-    let is_of_family = |chain: &ClosingChain| {
-        families.iter().any(|family| chain.chain.split(' ').next() == Some(*family))
-    };
-    let mut found = found.unwrap_or_default();
-    found.retain(is_of_family);
-    found.into_iter().map(move |chain| format!("{chain}: {}", chain.resolution_fix(subnet)))
 }
 
 /// Returns a sentence with a remedy for each hook on one side of an interface; empty if none is found.

@@ -2,6 +2,7 @@
 //! no route and no membership.
 
 pub(super) mod auditor;
+mod chains;
 pub(super) mod forwarder;
 pub(super) mod gossip;
 mod hooks;

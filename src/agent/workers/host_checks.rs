@@ -124,7 +124,7 @@ impl OtherChains {
         if self.read_at <= begun {
             let chains = self.tables.as_mut().ok().map(|tables| tables.chains(networks));
             let chains = chains.and_then(Result::ok).unwrap_or_default();
-            let drops = chains.dropping.iter().map(|chain| direct_access(chain, desired));
+            let drops = chains.direct_access.iter().map(|chain| direct_access(chain, desired));
             self.problems = drops.collect();
             self.read_at = begun + begun.elapsed() * CHAIN_READ_SHARE;
         }

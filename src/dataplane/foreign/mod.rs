@@ -5,12 +5,14 @@
 //! [`trace`] writes: temporary tables of gossamer that mark packets for tracing and let all of them pass.
 //!
 //! - `rules`: the expressions of nftables, and the targets and matches that iptables stores in them
-//! - `forward`: chains that may drop forwarded packets, or packets of this host itself
+//! - `chains`: chains that may drop forwarded packets, or packets of this host itself
+//! - `nat`: chains that translate addresses
 //! - `ports`: chains that close UDP ports of this host
 //! - `partial`: rules that affect only some packets, followed through chains, sets and marks
 //! - [`trace`]: what the kernel reports about single packets (`nft monitor trace`)
 
-mod forward;
+mod chains;
+mod nat;
 mod partial;
 mod ports;
 mod rules;
@@ -21,12 +23,12 @@ use std::{collections::BTreeSet, io};
 use ipnet::IpNet;
 
 pub use self::{
-    forward::{ClosingChain, ForeignChains, LostPackets, OwnHook},
+    chains::{DroppingChain, ForeignChains, LostPackets, OwnHook},
     partial::{Act, ForeignRules, LegacyTable, Partial, Traffic, Way},
     ports::{ClosedPort, Extent},
 };
 use self::{
-    forward::{redirecting_chains, translating_chains},
+    nat::{redirecting_chains, translating_chains},
     ports::{closed_ports, redirected_port},
 };
 use crate::netlink::nftables::Nftables;
@@ -70,7 +72,7 @@ impl ForeignTables {
     ///
     /// # Errors
     /// When chains or rules cannot be listed.
-    pub fn chains_around_gateway(&mut self, network: IpNet) -> io::Result<Vec<ClosingChain>> {
+    pub fn chains_around_gateway(&mut self, network: IpNet) -> io::Result<Vec<DroppingChain>> {
         ForeignChains::read_around_gateway(&mut self.nftables, network)
     }
 
@@ -78,7 +80,7 @@ impl ForeignTables {
     ///
     /// # Errors
     /// When chains or rules cannot be listed.
-    pub fn chains_at(&mut self, at: OwnHook, network: IpNet) -> io::Result<Vec<ClosingChain>> {
+    pub fn chains_at(&mut self, at: OwnHook, network: IpNet) -> io::Result<Vec<DroppingChain>> {
         ForeignChains::read_at(&mut self.nftables, at, network)
     }
 

@@ -14,6 +14,7 @@ use super::{Setting, gateway, ipsec, marks, partial};
 use crate::{
     agent::{
         diagnosis::{
+            chains,
             hooks::{self, Side},
             iptables_legacy,
         },
@@ -213,7 +214,7 @@ pub fn are_bridged_filtered(netlink: &mut Netlink, setting: &Setting) -> [bool; 
 fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let network = networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
-    network.into_iter().flat_map(|network| hooks::chains(*network, &["bridge"])).collect()
+    network.into_iter().flat_map(|network| chains::at_pod_ports(*network, &["bridge"])).collect()
 }
 
 /// Returns the problem of pods of this host that cannot resolve each other's addresses, with possible causes.

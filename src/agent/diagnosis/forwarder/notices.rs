@@ -12,7 +12,7 @@ use crate::{
         host::conntrack,
     },
     dataplane::{
-        foreign::{ClosingChain, ForeignTables, OwnHook},
+        foreign::{DroppingChain, ForeignTables, OwnHook},
         forwarding::{Direction, Way},
     },
     model::{Problem, ProblemCode},
@@ -91,7 +91,7 @@ pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<Problem> {
             continue;
         }
         let found = ForeignTables::open().and_then(|mut tables| tables.chains_at(hook, network));
-        let fix = |chain: &ClosingChain| format!("{chain}: {}", chain.fix_at(hook, network));
+        let fix = |chain: &DroppingChain| format!("{chain}: {}", chain.fix_at(hook, network));
         let chains: Vec<String> = found.unwrap_or_default().iter().map(fix).collect();
         if chains.is_empty() {
             continue;

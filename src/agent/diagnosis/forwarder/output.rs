@@ -71,8 +71,8 @@ impl Reasons {
                 "tunnel packets that carry packets of pods leave this host by {interface}, those of its own \
                  programs by another interface ({families})"
             );
-            let fix = "no policy rule that diverts them was found; check nft list ruleset, ip rule, tc filter \
-                       show dev INTERFACE egress, and bpftool net";
+            let fix = "no policy rule that diverts them was found; check nft list ruleset, ip rule, tc \
+                       filter show dev INTERFACE egress, and bpftool net";
             return Some(problem(what, fix.to_owned()));
         }
         let why = match (&self.dropping, self.legacy.as_slice()) {
@@ -104,8 +104,8 @@ impl Reasons {
                     format!("{by} drops it: {fix}")
                 }
                 None => format!(
-                    "no rule of nftables that drops it was found; check {program}-legacy -S OUTPUT and bpftool \
-                     net"
+                    "no rule of nftables that drops it was found; check {program}-legacy -S OUTPUT and \
+                     bpftool net"
                 ),
             };
             let family = family_name(*ipv4);

@@ -11,7 +11,10 @@ use std::{
 
 use super::{PodRoster, RosterPod};
 use crate::{
-    agent::diagnosis::hooks::{self, Side},
+    agent::diagnosis::{
+        chains,
+        hooks::{self, Side},
+    },
     dataplane::answers::QueryLoss,
     model::{Problem, ProblemCode, resolution_name},
     netlink::{Netlink, link::Link},
@@ -116,7 +119,7 @@ fn causes(
     let subnet = roster.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == address.is_ipv4());
     if let Some(subnet) = subnet {
         // nftables evaluates the family arp later, so it is not read here.
-        causes.extend(hooks::chains(subnet, &["bridge", "netdev"]).take(MAX_NAMED));
+        causes.extend(chains::at_pod_ports(subnet, &["bridge", "netdev"]).take(MAX_NAMED));
     }
     if causes.is_empty() {
         causes.push(format!(

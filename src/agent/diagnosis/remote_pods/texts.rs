@@ -22,8 +22,8 @@ impl Agent {
         if !self.kernel.traffic.remote_pods.overrun.is_empty() {
             let names = self.names(&self.kernel.traffic.remote_pods.overrun);
             detail = format!(
-                "{detail}; skipped with pods of {names}: more packets come to port {REMOTE_PORT} of the agent's \
-                 own pod there than it answers"
+                "{detail}; skipped with pods of {names}: more packets come to port {REMOTE_PORT} of the \
+                 agent's own pod there than it answers"
             );
         }
         let unheard = self.members_without_arrivals().into_values().flatten();

@@ -1,4 +1,4 @@
-//! Foreign chains that may drop packets of pods.
+//! Foreign chains that may drop packets: forwarded ones, those of this host itself, and resolution at pods.
 //!
 //! A packet has to pass every base chain, so gossamer's rules cannot accept what another program's
 //! rules drop. Foreign chains are only read, to explain a loss; trials show whether packets pass
@@ -14,7 +14,7 @@ use ipnet::IpNet;
 
 use super::rules::{
     Base, Effect, base_of, compared_value, effect, expressions, hands_over, hook_name,
-    is_conditional, loads_destination, target_of, translates_destination, translates_source,
+    is_conditional, loads_destination, target_of,
 };
 use crate::{
     dataplane::{
@@ -32,23 +32,21 @@ use crate::{
 
 /// `NF_INET_FORWARD`
 const FORWARD: u32 = 2;
-/// `NF_INET_POST_ROUTING`
-const POSTROUTING: u32 = 4;
 /// `NF_INET_PRE_ROUTING`
 const PREROUTING: u32 = 0;
 /// Hooks of the families `inet`, `ip` and `ip6` for packets to this host itself, and for packets
 /// that it sends.
 const OWN_PACKETS: [u32; 2] = [1, 3];
 /// Upper limit of the chains in one message.
-const MAX_CHAINS_NAMED: usize = 3;
+pub(super) const MAX_CHAINS_NAMED: usize = 3;
 
 /// What foreign chains do with packets of pods, as far as their rules could be read.
 #[derive(Debug, Default)]
 pub struct ForeignChains {
     /// Chains that may drop forwarded packets, the most probable ones first.
-    pub closing: Vec<ClosingChain>,
+    pub dropping: Vec<DroppingChain>,
     /// Chains that drop packets to single addresses; see [`direct_access_drops`].
-    pub dropping: Vec<String>,
+    pub direct_access: Vec<String>,
 }
 
 /// The hook at which packets of this host itself may be dropped.
@@ -62,9 +60,9 @@ pub enum OwnHook {
 
 /// A chain that may drop forwarded packets.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ClosingChain {
+pub struct DroppingChain {
     /// In which way it drops them.
-    pub how: How,
+    pub kind: DropKind,
     /// Family, table and name, as `nft` takes them.
     pub chain: String,
     /// The base chain's hook.
@@ -79,7 +77,7 @@ pub struct ClosingChain {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 /// How a chain drops packets.
-pub enum How {
+pub enum DropKind {
     /// An unconditional rule at its end.
     LastRule,
     /// Its policy.
@@ -102,9 +100,9 @@ impl ForeignChains {
     ) -> io::Result<Self> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         Ok(Self {
-            closing: closing_chains(nftables, &chains, (networks, lost), is_on_the_way)
+            dropping: dropping_chains(nftables, &chains, (networks, lost), is_on_the_way)
                 .unwrap_or_default(),
-            dropping: direct_access_drops(nftables, &chains, networks).unwrap_or_default(),
+            direct_access: direct_access_drops(nftables, &chains, networks).unwrap_or_default(),
         })
     }
 
@@ -115,7 +113,7 @@ impl ForeignChains {
     pub fn read_around_gateway(
         nftables: &mut Nftables,
         network: IpNet,
-    ) -> io::Result<Vec<ClosingChain>> {
+    ) -> io::Result<Vec<DroppingChain>> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         let sees_resolution = |family: u8, base: &Base| match (family, network) {
             (BRIDGE | NETDEV, _) | (ARP, IpNet::V4(_)) => true,
@@ -123,9 +121,9 @@ impl ForeignChains {
             (INET | IP6, IpNet::V6(_)) => base.hook != FORWARD,
             _ => false,
         };
-        let mut closing = closing_chains(nftables, &chains, (&[network], None), sees_resolution)?;
-        closing.truncate(MAX_CHAINS_NAMED);
-        Ok(closing)
+        let mut dropping = dropping_chains(nftables, &chains, (&[network], None), sees_resolution)?;
+        dropping.truncate(MAX_CHAINS_NAMED);
+        Ok(dropping)
     }
 
     /// Returns the chains that may drop packets between this host itself and addresses of a
@@ -137,34 +135,34 @@ impl ForeignChains {
         nftables: &mut Nftables,
         at: OwnHook,
         network: IpNet,
-    ) -> io::Result<Vec<ClosingChain>> {
+    ) -> io::Result<Vec<DroppingChain>> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         let hook = if at == OwnHook::Input { OWN_PACKETS[0] } else { OWN_PACKETS[1] };
         let is_at =
             |family: u8, base: &Base| [INET, IP, IP6].contains(&family) && base.hook == hook;
-        let mut closing = closing_chains(nftables, &chains, (&[network], None), is_at)?;
-        closing.truncate(MAX_CHAINS_NAMED);
-        Ok(closing)
+        let mut dropping = dropping_chains(nftables, &chains, (&[network], None), is_at)?;
+        dropping.truncate(MAX_CHAINS_NAMED);
+        Ok(dropping)
     }
 
     /// Returns the base chains that drop all forwarded packets except those that a rule accepts,
     /// and have no rule that seems to accept these networks. A guess, for hosts on which a trial is
     /// impossible.
-    pub fn guess(&self) -> impl Iterator<Item = &ClosingChain> {
-        let closes = |chain: &&ClosingChain| {
-            chain.is_likely && matches!(chain.how, How::LastRule | How::Policy)
+    pub fn guess(&self) -> impl Iterator<Item = &DroppingChain> {
+        let closes = |chain: &&DroppingChain| {
+            chain.is_likely && matches!(chain.kind, DropKind::LastRule | DropKind::Policy)
         };
-        self.closing.iter().filter(closes)
+        self.dropping.iter().filter(closes)
     }
 
     /// Returns the chains that most probably drop packets that do not pass.
-    pub fn suspects(&self) -> Vec<&ClosingChain> {
-        let guess: Vec<&ClosingChain> = self.guess().take(MAX_CHAINS_NAMED).collect();
-        if guess.is_empty() { self.closing.iter().take(MAX_CHAINS_NAMED).collect() } else { guess }
+    pub fn suspects(&self) -> Vec<&DroppingChain> {
+        let guess: Vec<&DroppingChain> = self.guess().take(MAX_CHAINS_NAMED).collect();
+        if guess.is_empty() { self.dropping.iter().take(MAX_CHAINS_NAMED).collect() } else { guess }
     }
 }
 
-impl ClosingChain {
+impl DroppingChain {
     /// Returns the command that accepts packets between this host itself and a network.
     pub fn fix_at(&self, at: OwnHook, network: IpNet) -> String {
         match at {
@@ -189,8 +187,8 @@ impl ClosingChain {
         }
     }
 
-    /// Returns the command that accepts what pods of a network need to resolve their gateway. On a bridge, that
-    /// may be ARP, which no rule about the network accepts.
+    /// Returns the command that accepts what pods of a network need to resolve their gateway. On a bridge,
+    /// that may be ARP, which no rule about the network accepts.
     pub fn resolution_fix(&self, network: IpNet) -> String {
         if self.chain.starts_with("bridge ") { self.listing() } else { self.fix(network) }
     }
@@ -202,13 +200,13 @@ impl ClosingChain {
     }
 }
 
-impl fmt::Display for ClosingChain {
+impl fmt::Display for DroppingChain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = match self.how {
-            How::LastRule => "ends in a rule that drops or rejects",
-            How::Policy => "has the policy drop",
-            How::Rules => "has rules that drop or reject",
-            How::Program => "",
+        let how = match self.kind {
+            DropKind::LastRule => "ends in a rule that drops or rejects",
+            DropKind::Policy => "has the policy drop",
+            DropKind::Rules => "has rules that drop or reject",
+            DropKind::Program => "",
         };
         let handed = "hands packets to a program (NFQUEUE), without which they do not pass";
         let how = match (how, self.hands_over) {
@@ -221,13 +219,13 @@ impl fmt::Display for ClosingChain {
 }
 
 /// Returns the foreign chains at hooks for which `is_concerned` holds that may drop packets.
-fn closing_chains(
+fn dropping_chains(
     nftables: &mut Nftables,
     chains: &[Object],
     (networks, lost): (&[IpNet], Option<&LostPackets>),
     is_concerned: impl Fn(u8, &Base) -> bool,
-) -> io::Result<Vec<ClosingChain>> {
-    let mut closing = Vec::new();
+) -> io::Result<Vec<DroppingChain>> {
+    let mut dropping = Vec::new();
     for chain in chains {
         let Some(base) = base_of(chain).filter(|base| is_concerned(chain.family, base)) else {
             continue;
@@ -259,13 +257,13 @@ fn closing_chains(
         };
         let hands_over = has(hands_over);
         let drops = || has(|rule| effect(rule) == Effect::Drops);
-        let how = ends_closed(&own, base)
-            .or_else(|| drops().then_some(How::Rules))
-            .or_else(|| hands_over.then_some(How::Program));
-        let Some(how) = how else { continue };
+        let kind = ends_closed(&own, base)
+            .or_else(|| drops().then_some(DropKind::Rules))
+            .or_else(|| hands_over.then_some(DropKind::Program));
+        let Some(kind) = kind else { continue };
         let accepts = |network: &IpNet| rules.iter().any(|rule| may_accept(rule, *network));
-        closing.push(ClosingChain {
-            how,
+        dropping.push(DroppingChain {
+            kind,
             chain: format!("{} {table} {name}", family_name(chain.family)),
             hook: hook_name(chain.family, base.hook),
             is_likely: base.hook == FORWARD && !concerned_networks.iter().all(accepts),
@@ -273,8 +271,8 @@ fn closing_chains(
             is_nat,
         });
     }
-    closing.sort_by_key(|closing| (!closing.is_likely, closing.how));
-    Ok(closing)
+    dropping.sort_by_key(|chain| (!chain.is_likely, chain.kind));
+    Ok(dropping)
 }
 
 /// Returns the chains of a table to which packets get from the chain `from`. A verdict map may lead
@@ -313,56 +311,6 @@ fn is_nat(chain: &Object) -> bool {
     name_of(chain, nfta::CHAIN_TYPE) == "nat"
 }
 
-/// Returns foreign chains that translate the source of packets that leave this host. If
-/// unconditional rules do so, only their chains.
-///
-/// # Errors
-/// When chains or rules cannot be listed.
-pub fn translating_chains(nftables: &mut Nftables, ipv4: bool) -> io::Result<Vec<String>> {
-    chains_with(nftables, ipv4, POSTROUTING, translates_source)
-}
-
-/// Like [`translating_chains`], for chains that give incoming packets another destination.
-///
-/// # Errors
-/// When chains or rules cannot be listed.
-pub fn redirecting_chains(nftables: &mut Nftables, ipv4: bool) -> io::Result<Vec<String>> {
-    chains_with(nftables, ipv4, PREROUTING, translates_destination)
-}
-
-/// Returns foreign chains at or below base chains of a hook with a rule that matches; only those
-/// with an unconditional one, if there are any.
-fn chains_with(
-    nftables: &mut Nftables,
-    ipv4: bool,
-    hook: u32,
-    matches: impl Fn(&Object) -> bool,
-) -> io::Result<Vec<String>> {
-    let families = [INET, if ipv4 { IP } else { IP6 }];
-    let mut found = BTreeSet::new();
-    for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
-        let is_base = base_of(&chain).is_some_and(|base| base.hook == hook);
-        let table = name_of(&chain, nfta::CHAIN_TABLE);
-        if !is_base || !families.contains(&chain.family) || is_own_table(table) {
-            continue;
-        }
-        let filter = Attributes::new().text(nfta::RULE_TABLE, table);
-        for rule in nftables.dump(Kind::GetRule, chain.family, &filter)? {
-            if matches(&rule) {
-                let name = format!(
-                    "{} {table} {}",
-                    family_name(chain.family),
-                    name_of(&rule, nfta::RULE_CHAIN)
-                );
-                found.insert((is_conditional(&rule), name));
-            }
-        }
-    }
-    let first = found.first().is_some_and(|(is_conditional, _)| *is_conditional);
-    let likeliest = found.into_iter().filter(|(is_conditional, _)| *is_conditional == first);
-    Ok(likeliest.map(|(_, name)| name).take(MAX_CHAINS_NAMED).collect())
-}
-
 /// Whether forwarded packets pass the hook: all except those for the host's own packets.
 fn is_on_the_way(family: u8, base: &Base) -> bool {
     match family {
@@ -374,13 +322,13 @@ fn is_on_the_way(family: u8, base: &Base) -> bool {
 
 /// Returns how a base chain drops what no condition decides: by its first unconditional rule, or by
 /// its policy. Rules in chains that it leads to count as conditional.
-fn ends_closed(own: &[&Object], base: Base) -> Option<How> {
+fn ends_closed(own: &[&Object], base: Base) -> Option<DropKind> {
     let ends = |rule: &&&Object| {
         !is_conditional(rule) && matches!(effect(rule), Effect::Drops | Effect::Accepts)
     };
     match own.iter().find(ends).map(|rule| effect(rule)) {
-        Some(Effect::Drops) => Some(How::LastRule),
-        None if base.drops => Some(How::Policy),
+        Some(Effect::Drops) => Some(DropKind::LastRule),
+        None if base.drops => Some(DropKind::Policy),
         _ => None,
     }
 }
@@ -443,8 +391,8 @@ mod tests {
     #[test]
     fn fix_of_a_chain_depends_on_its_kind() {
         let network = "10.42.0.0/16".parse().expect("a network");
-        let of = |chain: &str, is_nat| ClosingChain {
-            how: How::Rules,
+        let of = |chain: &str, is_nat| DroppingChain {
+            kind: DropKind::Rules,
             chain: chain.to_owned(),
             hook: "postrouting",
             is_likely: false,
