@@ -404,7 +404,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
                 if let Some(index) = stray {
                     let links = self.netlink.links().unwrap_or_default();
                     let link = links.into_iter().find(|link| link.index == index);
-                    self.reasons.stray = link.map(|link| link.name);
+                    self.reasons.diverted_interface = link.map(|link| link.name);
                 }
             }
             Ok(None) => {}
@@ -462,7 +462,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         }
         let begun = Instant::now();
         let translated = &self.translated;
-        let is_explained = self.reasons.explain(&closed, translated)
+        let is_explained = self.reasons.explains_all(&closed, translated)
             && setting.is_remote_lost == self.reasons.remote.is_some();
         let is_early = self.next_reading.is_some_and(|at| at > begun) && is_explained;
         let is_well = closed.is_empty()

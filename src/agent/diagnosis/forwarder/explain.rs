@@ -47,23 +47,23 @@ pub struct Reasons {
     /// Causes for packets to pods of other hosts and for answers; `None` if not read.
     pub remote: Option<Vec<String>>,
     /// Problems of pods that cannot resolve their gateway, by whether it is the IPv4 one.
-    pub gateway: BTreeMap<bool, Problem>,
+    pub gateway_problems: BTreeMap<bool, Problem>,
     /// Why rules see packets between pods, by whether it concerns IPv4.
     bridged: BTreeMap<bool, Bridged>,
     /// Problems of pods that cannot resolve each other, by whether it concerns IPv4.
-    finding: BTreeMap<bool, Problem>,
+    resolution_problems: BTreeMap<bool, Problem>,
     /// Rules that translate the source of pods' packets, by whether it concerns IPv4.
-    translating: BTreeMap<bool, String>,
+    translation_causes: BTreeMap<bool, String>,
     /// What drops this host's ICMP errors for too large packets, by whether it concerns IPv4.
-    pub(super) silencing: BTreeMap<bool, DroppedBy>,
+    pub(super) icmp_error_droppers: BTreeMap<bool, DroppedBy>,
     /// What drops tunnel packets that contain packets of pods.
-    pub(super) dropping: Option<DroppedBy>,
+    pub(super) tunnel_dropper: Option<DroppedBy>,
     /// Rules of iptables-legacy that may drop them, if nothing was traced.
     pub(super) legacy: Vec<String>,
     /// Rules that divert tunnel packets that contain packets of pods.
-    pub(super) leading: Vec<String>,
+    pub(super) diverting_rules: Vec<String>,
     /// The interface by which diverted packets leave.
-    pub(super) stray: Option<String>,
+    pub(super) diverted_interface: Option<String>,
 }
 
 impl Reasons {
@@ -77,11 +77,11 @@ impl Reasons {
         translated: &BTreeMap<bool, IpAddr>,
     ) -> Self {
         let mut reasons = Self::default();
-        reasons.silencing.clone_from(&self.silencing);
-        reasons.dropping.clone_from(&self.dropping);
-        reasons.stray.clone_from(&self.stray);
+        reasons.icmp_error_droppers.clone_from(&self.icmp_error_droppers);
+        reasons.tunnel_dropper.clone_from(&self.tunnel_dropper);
+        reasons.diverted_interface.clone_from(&self.diverted_interface);
         for ipv4 in translated.keys() {
-            reasons.translating.insert(*ipv4, translating(setting, *ipv4));
+            reasons.translation_causes.insert(*ipv4, translating(setting, *ipv4));
         }
         let needs_rules = setting.is_remote_lost || closed.iter().any(needs_rules);
         let (found, takes_all) =
@@ -98,16 +98,16 @@ impl Reasons {
                     setting.port,
                     None,
                 );
-                reasons.leading = marks::of_tunnels(netlink, setting);
+                reasons.diverting_rules = marks::of_tunnels(netlink, setting);
                 continue;
             }
             if *direction == Direction::Gateway {
                 let problem = gateway::problem(netlink, setting, *ipv4);
-                reasons.gateway.extend(problem.map(|problem| (*ipv4, problem)));
+                reasons.gateway_problems.extend(problem.map(|problem| (*ipv4, problem)));
                 continue;
             }
             if *direction == Direction::NeighborDiscovery {
-                reasons.finding.insert(*ipv4, finding(setting, *ipv4));
+                reasons.resolution_problems.insert(*ipv4, resolution_problem(setting, *ipv4));
                 continue;
             }
             if reasons.rules.is_empty() {
@@ -131,14 +131,16 @@ impl Reasons {
         let is_closed = |is: fn(Direction) -> bool, ipv4| {
             closed.iter().any(|way| is(way.direction) && way.ipv4 == ipv4)
         };
-        self.gateway.retain(|ipv4, _| is_closed(|way| way == Direction::Gateway, *ipv4));
+        self.gateway_problems.retain(|ipv4, _| is_closed(|way| way == Direction::Gateway, *ipv4));
         self.bridged.retain(|ipv4, _| is_closed(Direction::is_between, *ipv4));
-        self.finding.retain(|ipv4, _| is_closed(|way| way == Direction::NeighborDiscovery, *ipv4));
-        self.silencing.retain(|ipv4, _| is_closed(|way| way == Direction::TooLarge, *ipv4));
+        self.resolution_problems
+            .retain(|ipv4, _| is_closed(|way| way == Direction::NeighborDiscovery, *ipv4));
+        self.icmp_error_droppers
+            .retain(|ipv4, _| is_closed(|way| way == Direction::TooLarge, *ipv4));
         if !closed.iter().any(|way| way.direction == Direction::Carried) {
-            (self.dropping, self.stray) = (None, None);
+            (self.tunnel_dropper, self.diverted_interface) = (None, None);
             self.legacy.clear();
-            self.leading.clear();
+            self.diverting_rules.clear();
         }
         if !closed.iter().any(needs_rules) {
             self.rules.clear();
@@ -147,17 +149,17 @@ impl Reasons {
     }
 
     /// Returns whether a cause is known for each of these ways.
-    pub fn explain(&self, closed: &[Way], translated: &BTreeMap<bool, IpAddr>) -> bool {
+    pub fn explains_all(&self, closed: &[Way], translated: &BTreeMap<bool, IpAddr>) -> bool {
         let is_known = |way: &Way| match way.direction {
-            Direction::Gateway => self.gateway.contains_key(&way.ipv4),
+            Direction::Gateway => self.gateway_problems.contains_key(&way.ipv4),
             Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
-            Direction::NeighborDiscovery => self.finding.contains_key(&way.ipv4),
+            Direction::NeighborDiscovery => self.resolution_problems.contains_key(&way.ipv4),
             Direction::Out(_) | Direction::In(_) | Direction::LargeOut => !self.rules.is_empty(),
-            Direction::Carried => self.dropping.is_some() || !self.leading.is_empty(),
+            Direction::Carried => self.tunnel_dropper.is_some() || !self.diverting_rules.is_empty(),
             Direction::TooLarge | Direction::ToHost | Direction::FromHost(_) => true,
         };
         closed.iter().all(is_known)
-            && translated.keys().all(|ipv4| self.translating.contains_key(ipv4))
+            && translated.keys().all(|ipv4| self.translation_causes.contains_key(ipv4))
     }
 
     /// Returns problems of packets that leave with another source address than the pod's.
@@ -170,7 +172,7 @@ impl Reasons {
                 "packets of pods to pods of other hosts leave under the address {address} in place of the \
                  pod's own, so policies and logs there name the wrong source"
             );
-            let fix = self.translating.get(ipv4).map_or("", String::as_str);
+            let fix = self.translation_causes.get(ipv4).map_or("", String::as_str);
             Problem::new(ProblemCode::SourceTranslated, family_name(*ipv4), what, fix)
         })
     }
@@ -178,8 +180,9 @@ impl Reasons {
     /// Returns problems of packets lost between pods of this host. If all are lost, address
     /// resolution is not reported in addition.
     pub fn between(&self) -> impl Iterator<Item = Problem> {
-        let finding = self.finding.iter().filter(|(ipv4, _)| !self.bridged.contains_key(*ipv4));
-        let finding = finding.map(|(_, problem)| problem.clone());
+        let unresolved =
+            self.resolution_problems.iter().filter(|(ipv4, _)| !self.bridged.contains_key(*ipv4));
+        let unresolved = unresolved.map(|(_, problem)| problem.clone());
         let bridged = self.bridged.iter().map(|(ipv4, bridged)| {
             let cause = match bridged {
                 Bridged::ByRules(why) => format!("{why}: {}", self.rules.join("; ")),
@@ -190,7 +193,7 @@ impl Reasons {
                 format!("this host does not forward packets between its own pods ({family})");
             Problem::new(ProblemCode::PodsApart, family, what, cause)
         });
-        bridged.chain(finding)
+        bridged.chain(unresolved)
     }
 }
 
@@ -218,7 +221,7 @@ fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
 }
 
 /// Returns the problem of pods of this host that cannot resolve each other's addresses, with possible causes.
-fn finding(setting: &Setting, ipv4: bool) -> Problem {
+fn resolution_problem(setting: &Setting, ipv4: bool) -> Problem {
     let question = resolution_name(ipv4);
     let mut causes = chains_between(setting, ipv4);
     if causes.is_empty() {

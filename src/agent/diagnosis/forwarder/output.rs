@@ -20,12 +20,12 @@ impl Reasons {
     pub fn trace(&self, setting: &Setting, closed: &[Way]) -> Option<Trace> {
         let is_lost = |ip: &IpAddr| {
             let way = Way { direction: Direction::TooLarge, ipv4: ip.is_ipv4() };
-            closed.contains(&way) && !self.silencing.contains_key(&way.ipv4)
+            closed.contains(&way) && !self.icmp_error_droppers.contains_key(&way.ipv4)
         };
         let shape = setting.shape.as_ref()?;
         let pods: Vec<IpAddr> = shape.addresses.iter().filter(is_lost).collect();
         let is_carried = |way: &Way| way.direction == Direction::Carried;
-        let traces_tunnels = self.dropping.is_none() && closed.iter().any(is_carried);
+        let traces_tunnels = self.tunnel_dropper.is_none() && closed.iter().any(is_carried);
         let tunnels = traces_tunnels.then_some(setting.local);
         let is_needed = !pods.is_empty() || traces_tunnels;
         let begun = is_needed.then(|| Trace::of_trial(&setting.device_name, &pods, tunnels))?;
@@ -41,11 +41,11 @@ impl Reasons {
         let pods: Vec<IpAddr> = pods.collect();
         for pod in &pods {
             if let Some(by) = trace.report().dropped_to(*pod) {
-                self.silencing.insert(pod.is_ipv4(), by);
+                self.icmp_error_droppers.insert(pod.is_ipv4(), by);
             }
         }
         let by = trace.report().dropped_to_others(&pods);
-        self.dropping = by.or_else(|| self.dropping.take());
+        self.tunnel_dropper = by.or_else(|| self.tunnel_dropper.take());
     }
 
     /// Returns the problem of packets of pods that do not leave inside tunnel packets.
@@ -59,14 +59,14 @@ impl Reasons {
         let problem = |what: String, fix: String| {
             Problem::new(ProblemCode::TunnelOutput, &families, what, fix)
         };
-        if !self.leading.is_empty() {
+        if !self.diverting_rules.is_empty() {
             let what = format!(
                 "tunnel packets that carry packets of pods leave this host by another interface than those \
                  of its own programs, or not at all ({families})"
             );
-            return Some(problem(what, self.leading.join("; ")));
+            return Some(problem(what, self.diverting_rules.join("; ")));
         }
-        if let Some(interface) = &self.stray {
+        if let Some(interface) = &self.diverted_interface {
             let what = format!(
                 "tunnel packets that carry packets of pods leave this host by {interface}, those of its own \
                  programs by another interface ({families})"
@@ -75,7 +75,7 @@ impl Reasons {
                        filter show dev INTERFACE egress, and bpftool net";
             return Some(problem(what, fix.to_owned()));
         }
-        let why = match (&self.dropping, self.legacy.as_slice()) {
+        let why = match (&self.tunnel_dropper, self.legacy.as_slice()) {
             (Some(by), _) => format!("{by} drops them: {}", open_chain(&by.chain, &[port])),
             (None, []) => {
                 "no rule of nftables that drops them was found; check iptables-legacy -S OUTPUT, tc \
@@ -98,7 +98,7 @@ impl Reasons {
         ways.map(|Way { ipv4, .. }| {
             let said = if *ipv4 { "fragmentation needed" } else { "packet too big" };
             let program = format!("{}tables", rule_family(*ipv4));
-            let why = match self.silencing.get(ipv4) {
+            let why = match self.icmp_error_droppers.get(ipv4) {
                 Some(by) => {
                     let fix = accept_size_errors(&by.chain, *ipv4);
                     format!("{by} drops it: {fix}")

@@ -30,11 +30,11 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             }
             (closed, _) => (CheckState::Failing, format!("lost: {}", list(closed))),
         };
-        let mut problems = self.reasons.gateway.values().cloned().collect::<Vec<_>>();
+        let mut problems = self.reasons.gateway_problems.values().cloned().collect::<Vec<_>>();
         // If forwarding is off, the sysctl's problem says so; and without a gateway no way leads out.
         let is_told = |way: &Way| {
-            let has_gateway = !self.reasons.gateway.contains_key(&way.ipv4);
-            way.direction.is_through() && has_gateway && !sysctl::is_forwarding_off(way.ipv4)
+            let gateway_resolves = !self.reasons.gateway_problems.contains_key(&way.ipv4);
+            way.direction.is_through() && gateway_resolves && !sysctl::is_forwarding_off(way.ipv4)
         };
         let reported_ways: Vec<Way> = closed.iter().copied().filter(is_told).collect();
         if !reported_ways.is_empty() {
@@ -59,7 +59,8 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
                     .iter()
                     .any(|way| way.ipv4 == ipv4 && matches!(way.direction, Direction::In(_)))
         });
-        let (input, lacks_gateway) = (self.input.clone(), !self.reasons.gateway.is_empty());
+        let (input, lacks_gateway) =
+            (self.input.clone(), !self.reasons.gateway_problems.is_empty());
         let notices = self.notices.clone();
         let suspects = self.reasons.remote.clone().unwrap_or_default();
         let now = Forwarding {
