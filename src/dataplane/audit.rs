@@ -20,7 +20,7 @@ use super::{
     plan::full_len,
 };
 use crate::{
-    model::{Problem, Selector, Subnets},
+    model::{Problem, Selector, Subnets, list_at_most},
     pods::{gateway, last_address},
 };
 
@@ -384,16 +384,8 @@ impl Finding {
     fn problem(&self, networks: Subnets, local: LocalPriorities) -> Option<Problem> {
         let of_ipv4 = is_ipv4(*self.subjects.first()?);
         let network = networks.iter().find(|network| is_ipv4(*network) == of_ipv4)?;
-        let mut names: Vec<String> = self
-            .subjects
-            .iter()
-            .take(MAX_SUBNETS_NAMED)
-            .map(|subject| subject.to_string())
-            .collect();
-        if self.subjects.len() > MAX_SUBNETS_NAMED {
-            names.push(format!("{} more", self.subjects.len() - MAX_SUBNETS_NAMED));
-        }
-        self.cause.problem(self.kind, &names.join(", "), network, local)
+        let names = list_at_most(&self.subjects, MAX_SUBNETS_NAMED);
+        self.cause.problem(self.kind, &names, network, local)
     }
 }
 

@@ -46,7 +46,7 @@ pub use problem::{Problem, ProblemCode, ProblemKey, Severity};
 pub use quorum::{Quorum, QuorumError};
 pub use selector::{Condition, Ports, Selector, Transport};
 pub use slot::{Run, SlotRecord, SlotState};
-pub use text::{Text, escaped_lines, visible, visible_lines};
+pub use text::{Text, escaped_lines, list_at_most, visible, visible_lines};
 pub use time::Time;
 pub use unfit::{UnusableRecord, is_link_local};
 pub use view::{Own, Peer, View};

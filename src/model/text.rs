@@ -43,6 +43,17 @@ fn controls_terminal(c: char) -> bool {
     c.is_control() || changes_direction || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}')
 }
 
+/// Lists at most `limit` names, and the number of the others: "a, b and 3 more".
+pub fn list_at_most<T: fmt::Display>(names: impl IntoIterator<Item = T>, limit: usize) -> String {
+    let mut names = names.into_iter();
+    let first: Vec<String> = names.by_ref().take(limit).map(|name| name.to_string()).collect();
+    let listed = first.join(", ");
+    match names.count() {
+        0 => listed,
+        more => format!("{listed} and {more} more"),
+    }
+}
+
 /// A text in a message. It is made visible and truncated when it is decoded.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Text(String);
@@ -93,5 +104,12 @@ mod tests {
             "a\tb\u{fffd}\n\u{fffd}]0;x\u{fffd}\n"
         );
         assert_eq!(escaped_lines("\"a\u{9b}b\u{202e}\"\n"), "\"a\\u009bb\\u202e\"\n");
+    }
+
+    #[test]
+    fn list_at_most_counts_the_names_that_it_leaves_out() {
+        assert_eq!(list_at_most(["a", "b"], 2), "a, b");
+        assert_eq!(list_at_most(["a", "b", "c", "d"], 2), "a, b and 2 more");
+        assert_eq!(list_at_most([0; 0], 2), "");
     }
 }

@@ -15,7 +15,7 @@ use crate::{
         foreign::{ClosedPort, Extent},
         remedies::open_chain,
     },
-    model::{Liveness, NodeId, PathState, Problem, ProblemCode},
+    model::{Liveness, NodeId, PathState, Problem, ProblemCode, list_at_most},
     transport::own_address_problem,
 };
 
@@ -273,16 +273,11 @@ impl Agent {
 
     /// Returns up to [`MAX_NAMED`] members with their addresses, and the number of the others.
     fn named(&self, members: impl Iterator<Item = NodeId>) -> String {
-        let members: Vec<NodeId> = members.collect();
-        let display = |node: &NodeId| {
-            let name = self.node.name_of(*node);
-            self.node.address_of(*node).map_or(name.to_owned(), |at| format!("{name} ({at})"))
+        let display = |node: NodeId| {
+            let name = self.node.name_of(node);
+            self.node.address_of(node).map_or(name.to_owned(), |at| format!("{name} ({at})"))
         };
-        let mut named: Vec<String> = members.iter().take(MAX_NAMED).map(display).collect();
-        if members.len() > MAX_NAMED {
-            named.push(format!("{} more", members.len() - MAX_NAMED));
-        }
-        named.join(", ")
+        list_at_most(members.map(display), MAX_NAMED)
     }
 }
 
@@ -292,15 +287,9 @@ pub(in crate::agent) fn former_selves_notice(labels: &Labels<'_>) -> Option<Prob
     if former.is_empty() {
         return None;
     }
-    let named: Vec<String> =
-        former.iter().take(MAX_DOWN_NAMED).map(|node| labels.of(*node)).collect();
-    let more = match former.len().saturating_sub(named.len()) {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
     let what = format!(
-        "earlier identities of living hosts are still members and keep their subnets: {}{more}",
-        named.join(", ")
+        "earlier identities of living hosts are still members and keep their subnets: {}",
+        list_at_most(former.iter().map(|node| labels.of(*node)), MAX_DOWN_NAMED)
     );
     let fix = "gossamer forget --former-selves";
     Some(Problem::new(ProblemCode::MemberDown, "former selves", what, fix).notice())

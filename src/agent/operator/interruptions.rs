@@ -7,7 +7,7 @@ use super::events::wall_clock;
 use crate::{
     agent::Agent,
     api::{Event, MemberState},
-    model::{NodeId, Problem, ProblemCode},
+    model::{NodeId, Problem, ProblemCode, list_at_most},
 };
 
 /// Time in which interruptions are counted.
@@ -36,19 +36,15 @@ fn notice<'a>(events: impl Iterator<Item = &'a Event>, now: Duration) -> Option<
     let mut named: Vec<(&str, usize)> =
         counts.into_values().filter(|(_, count)| *count >= MIN_INTERRUPTIONS).collect();
     named.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-    let more = named.len().saturating_sub(MAX_NAMED);
-    named.truncate(MAX_NAMED);
-    let mut names: Vec<String> =
-        named.iter().map(|(name, count)| format!("{name} ({count} times)")).collect();
-    if names.is_empty() {
+    if named.is_empty() {
         return None;
     }
-    names.extend((more > 0).then(|| format!("{more} more")));
+    let names = named.iter().map(|(name, count)| format!("{name} ({count} times)"));
     let what = format!(
         "members did not answer for some seconds, several times within {} minutes: {}; packets of pods were \
          lost as well, unless only their agents lacked CPU time",
         WINDOW.as_secs() / 60,
-        names.join(", ")
+        list_at_most(names, MAX_NAMED)
     );
     let fix = "look at the link of that host, or of this one if all members are named: Wi-Fi scans and \
                roaming, a loose cable, a switch port that is relearned (ip -s link, journalctl -k), and at \

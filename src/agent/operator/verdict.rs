@@ -5,7 +5,7 @@ use crate::{
     api::Verdict,
     core::Phase,
     dataplane::forwarding::{Direction, Transport},
-    model::{Problem, ProblemCode, family_name, visible},
+    model::{Problem, ProblemCode, family_name, list_at_most, visible},
 };
 
 /// Problems that make the node not ready whatever else works.
@@ -42,12 +42,12 @@ impl Agent {
     /// Returns why the node is not ready before a member has admitted it.
     fn joining_reason(&self) -> String {
         let seeds = &self.config.seeds;
-        let named = seeds.iter().take(MAX_NAMED_SEEDS).map(|seed| visible(seed));
-        let named = named.collect::<Vec<_>>().join(", ");
-        let through = match seeds.len().saturating_sub(MAX_NAMED_SEEDS) {
-            _ if seeds.is_empty() => "it has no address to join through".to_owned(),
-            0 => format!("it joins through {named}"),
-            more => format!("it joins through {named} and {more} more"),
+        let through = match seeds.is_empty() {
+            true => "it has no address to join through".to_owned(),
+            false => {
+                let named = seeds.iter().map(|seed| visible(seed));
+                format!("it joins through {}", list_at_most(named, MAX_NAMED_SEEDS))
+            }
         };
         format!("no member has admitted it yet ({through})")
     }

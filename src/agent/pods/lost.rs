@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::{
     agent::Agent,
-    model::{Pod, Problem, ProblemCode},
+    model::{Pod, Problem, ProblemCode, list_at_most},
     store::LostPod,
 };
 
@@ -47,24 +47,17 @@ fn lost_pod(pod: &Pod) -> LostPod {
 fn notice(lost: &[LostPod]) -> Option<Problem> {
     let mut names: Vec<&str> = lost.iter().map(|pod| pod.container.as_str()).collect();
     names.dedup();
-    let (count, named) = (names.len(), names.iter().take(MAX_NAMED).copied());
-    let named = named.collect::<Vec<_>>().join(", ");
+    let (count, named) = (names.len(), list_at_most(&names, MAX_NAMED));
     let (what, fix) = match count {
         0 => return None,
         1 => (
             format!("1 pod lost its network when this host became a new node: {named}"),
             "restart it, so that it gets an address of the present subnet",
         ),
-        _ => {
-            let more = match count.saturating_sub(MAX_NAMED) {
-                0 => String::new(),
-                more => format!(" and {more} more"),
-            };
-            let what = format!(
-                "{count} pods lost their network when this host became a new node: {named}{more}"
-            );
-            (what, "restart them, so that they get addresses of the present subnet")
-        }
+        _ => (
+            format!("{count} pods lost their network when this host became a new node: {named}"),
+            "restart them, so that they get addresses of the present subnet",
+        ),
     };
     Some(Problem::new(ProblemCode::PodsOutside, "lost pods", what, fix).notice())
 }

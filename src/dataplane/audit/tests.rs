@@ -131,7 +131,7 @@ fn cause_is_reported_once_for_all_peers_and_only_after_two_passes() {
     pass(&mut audit, &desired, table);
     let sentences = audit.problems(networks, LOCAL_FIRST);
     assert_eq!(sentences.len(), 1, "{sentences:?}");
-    for words in ["10.42.2.0/24, 10.42.3.0/24, 10.42.4.0/24, 6 more", "table 52", "ip rule 52"] {
+    for words in ["10.42.2.0/24, 10.42.3.0/24, 10.42.4.0/24 and 6 more", "table 52", "ip rule 52"] {
         assert!(sentences[0].contains(words), "{words}: {sentences:?}");
     }
     assert_eq!(audit.diverted().len(), 9);

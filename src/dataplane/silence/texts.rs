@@ -7,7 +7,7 @@ use crate::{
     dataplane::remedies::{
         MAX_PORTS, accept_from, forget_connections, open_chain, open_for_answers,
     },
-    model::{Mac, Problem, ProblemCode, resolution_name, rule_family},
+    model::{Mac, Problem, ProblemCode, list_at_most, resolution_name, rule_family},
 };
 
 /// Maximum number of peers named in one sentence.
@@ -322,11 +322,6 @@ fn list_macs(macs: &BTreeSet<Mac>) -> String {
 }
 
 fn list_names(suspects: &[&Suspect]) -> String {
-    let some = suspects.iter().take(MAX_NAMED_PEERS);
-    let mut names: Vec<String> =
-        some.map(|suspect| format!("{} ({})", suspect.name, suspect.address)).collect();
-    if suspects.len() > MAX_NAMED_PEERS {
-        names.push(format!("{} more", suspects.len() - MAX_NAMED_PEERS));
-    }
-    names.join(", ")
+    let named = suspects.iter().map(|suspect| format!("{} ({})", suspect.name, suspect.address));
+    list_at_most(named, MAX_NAMED_PEERS)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    model::{Problem, ProblemCode},
+    model::{Problem, ProblemCode, list_at_most},
     pods::desired::Bridge,
 };
 
@@ -19,15 +19,10 @@ pub(super) fn notice(bridge: &Bridge, foreign_ports: &BTreeSet<String>) -> Optio
         }
         false => "any address, also those of pods (anti_spoofing is off)",
     };
-    let names: Vec<&str> = foreign_ports.iter().take(SHOWN).map(String::as_str).collect();
-    let more = match foreign_ports.len().saturating_sub(SHOWN) {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
     let (name, subnet) = (&bridge.name, bridge.subnets.first);
     let what = format!(
-        "{}{more} on the pods' bridge {name} is not gossamer's: its packets can use {held}",
-        names.join(", ")
+        "{} on the pods' bridge {name} is not gossamer's: its packets can use {held}",
+        list_at_most(foreign_ports, SHOWN)
     );
     let fix = format!(
         "if it is there intentionally (a virtual machine), give it addresses of {subnet} that no pod has \

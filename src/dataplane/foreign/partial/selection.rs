@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::netlink::attributes;
+use crate::{model::list_at_most, netlink::attributes};
 
 /// `RTN_UNICAST` and `RTN_LOCAL`.
 pub const UNICAST: u32 = 1;
@@ -302,7 +302,7 @@ impl Selection {
             true => first.to_string(),
             false => format!("{first}-{last}"),
         });
-        self.narrow(format!("{} port {}", side(to), list(shown)));
+        self.narrow(format!("{} port {}", side(to), list_at_most(shown, MAX_VALUES_NAMED)));
         Some(())
     }
 
@@ -337,7 +337,7 @@ impl Selection {
                 let (first, last) = (first?, last?);
                 Some(if first == last { first.to_string() } else { format!("{first}-{last}") })
             });
-            self.narrow(format!("{} {}", side(to), list(shown)));
+            self.narrow(format!("{} {}", side(to), list_at_most(shown, MAX_VALUES_NAMED)));
         }
         Some(())
     }
@@ -467,13 +467,4 @@ pub fn bounds(network: &IpNet) -> Range {
 
 const fn side(to: bool) -> &'static str {
     if to { "to" } else { "from" }
-}
-
-/// Lists the first values, and the number of the others.
-fn list(shown: impl Iterator<Item = String>) -> String {
-    let mut shown: Vec<String> = shown.collect();
-    let more = shown.len().saturating_sub(MAX_VALUES_NAMED);
-    shown.truncate(MAX_VALUES_NAMED);
-    let first = shown.join(", ");
-    if more == 0 { first } else { format!("{first} and {more} more") }
 }
