@@ -17,7 +17,7 @@ use std::{
 
 use gossamer::{
     dataplane::{
-        desired::{Desired, Tables, Underlay, Way},
+        desired::{Desired, RouteTarget, Tables, Underlay},
         kernel::{Kernel, requests},
         plan::{Actual, Found, plan},
     },
@@ -170,7 +170,7 @@ fn batch(desired: &Desired, directory: &std::path::Path) -> io::Result<Duration>
         let _ = writeln!(rest, "neigh replace {address} lladdr {mac} dev {device} nud permanent");
     }
     for (subnet, hop) in &desired.tables.routes {
-        let Way::Overlay(via) = hop.way else { continue };
+        let RouteTarget::Overlay(via) = hop.way else { continue };
         let _ = writeln!(
             rest,
             "route add {subnet} via {via} dev {device} onlink proto 73 metric {}",

@@ -16,7 +16,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
-    desired::{Desired, Hop, Way},
+    desired::{Desired, Hop, RouteTarget},
     plan::full_len,
 };
 use crate::{
@@ -231,7 +231,7 @@ impl Audit {
             }
         }
         // Lookups of packets from an unreachable subnet fail by design.
-        let answered = last.filter(|(_, hop)| hop.way != Way::Unreachable);
+        let answered = last.filter(|(_, hop)| hop.way != RouteTarget::Unreachable);
         if let Some(((subject, _), peer)) = answered.zip(desired.tables.fdb.values().next()) {
             lookups.extend(filter_lookups(subject, *peer, host));
         }
@@ -259,12 +259,16 @@ impl Audit {
             return;
         };
         let (expected, comes_by) = match hop.way {
-            Way::Overlay(gateway) => {
+            RouteTarget::Overlay(gateway) => {
                 (Expected::Way { link: host.device, gateway: Some(gateway) }, host.device)
             }
-            Way::Device => (Expected::Way { link: host.device, gateway: None }, host.device),
-            Way::Direct { gateway, link } => (Expected::Way { link, gateway: Some(gateway) }, link),
-            Way::Unreachable => (Expected::Nowhere, 0),
+            RouteTarget::Device => {
+                (Expected::Way { link: host.device, gateway: None }, host.device)
+            }
+            RouteTarget::Direct { gateway, link } => {
+                (Expected::Way { link, gateway: Some(gateway) }, link)
+            }
+            RouteTarget::Unreachable => (Expected::Nowhere, 0),
         };
         let from = own.inside.map(|_| own.pod);
         let lookup = Lookup {

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 use ipnet::IpNet;
 
 use super::{
-    desired::{Hop, Tables, Way},
+    desired::{Hop, RouteTarget, Tables},
     plan::Actual,
 };
 use crate::model::Mac;
@@ -74,10 +74,10 @@ pub fn compare(wanted: &Tables, actual: &Actual) -> BTreeMap<Key, Entry> {
 /// Formats a hop like `ip route`; the metric is left out.
 fn hop_text(hop: &Hop) -> String {
     let way = match hop.way {
-        Way::Overlay(gateway) => format!("via {gateway}"),
-        Way::Direct { gateway, .. } => format!("via {gateway} on the underlay"),
-        Way::Device => "on the device".to_owned(),
-        Way::Unreachable => "unreachable".to_owned(),
+        RouteTarget::Overlay(gateway) => format!("via {gateway}"),
+        RouteTarget::Direct { gateway, .. } => format!("via {gateway} on the underlay"),
+        RouteTarget::Device => "on the device".to_owned(),
+        RouteTarget::Unreachable => "unreachable".to_owned(),
     };
     hop.mtu.map_or_else(|| way.clone(), |mtu| format!("{way} mtu {mtu}"))
 }
@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn differences_are_told_apart() {
         let subnet = |n: u8| IpNet::new([10, 42, n, 0].into(), 24).expect("a subnet");
-        let hop = |n: u8| Hop::new(Way::Overlay([10, 42, n, 0].into()), 0);
+        let hop = |n: u8| Hop::new(RouteTarget::Overlay([10, 42, n, 0].into()), 0);
         let wanted =
             Tables { routes: [1, 2, 3].map(|n| (subnet(n), hop(n))).into(), ..Tables::default() };
         let actual = Actual {

@@ -15,7 +15,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use ipnet::IpNet;
 
 use super::{
-    desired::{Desired, Hop, Way},
+    desired::{Desired, Hop, RouteTarget},
     plan::EntryOp,
 };
 use crate::model::{Mac, Slot};
@@ -76,7 +76,7 @@ impl Demand {
         tables.neighbors.retain(|_, mac| self.in_use.contains(mac));
         let used = |address: IpAddr| tables.neighbors.contains_key(&address);
         tables.routes.retain(|subnet, hop| used(subnet.network()) || *hop == Hop::REFUSE);
-        let whole = Hop::new(Way::Device, POOL_METRIC);
+        let whole = Hop::new(RouteTarget::Device, POOL_METRIC);
         tables.routes.extend(all.pool.networks().iter().map(|network| (network, whole)));
         part
     }
@@ -140,7 +140,8 @@ impl Demand {
                 ops.extend(routes.map(|(to, hop)| EntryOp::AddRoute(*to, *hop)));
             }
             self.mark_in_use(*mac);
-            if subnet.contains(&address) && vtep != address && hop.way == Way::Overlay(vtep) {
+            if subnet.contains(&address) && vtep != address && hop.way == RouteTarget::Overlay(vtep)
+            {
                 answer = Some(EntryOp::Resolve(address, *mac));
             }
         }

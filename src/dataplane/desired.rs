@@ -79,7 +79,7 @@ pub struct Tables {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Hop {
     /// Where the route leads.
-    pub way: Way,
+    pub way: RouteTarget,
     /// Route metric; the lowest takes precedence.
     pub metric: u32,
     /// MTU in bytes of packets that take the route; `None` for that of the device.
@@ -88,7 +88,7 @@ pub struct Hop {
 
 /// The target of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Way {
+pub enum RouteTarget {
     /// Through the VXLAN device, to the VTEP with this overlay address.
     Overlay(IpAddr),
     /// By an underlay interface, without a tunnel.
@@ -176,18 +176,18 @@ impl Underlay {
     }
 
     /// Returns the target of the route to `subnet` of the peer with underlay address `peer`.
-    pub fn way(&self, peer: IpAddr, subnet: IpNet) -> Way {
+    pub fn way(&self, peer: IpAddr, subnet: IpNet) -> RouteTarget {
         let near = self.networks.iter().any(|network| network.contains(&peer));
         // The kernel cannot route IPv6 through an IPv4 gateway; IPv4 through an IPv6 gateway works.
         let routable = peer.is_ipv6() || subnet.addr().is_ipv4();
         match self.mode {
-            _ if self.unusable_reason(peer, near).is_some() => Way::Unreachable,
-            Mode::Direct if self.routed.contains(&peer) => Way::Overlay(subnet.network()),
+            _ if self.unusable_reason(peer, near).is_some() => RouteTarget::Unreachable,
+            Mode::Direct if self.routed.contains(&peer) => RouteTarget::Overlay(subnet.network()),
             Mode::Direct | Mode::HostGw if near && routable => {
-                Way::Direct { gateway: peer, link: self.link }
+                RouteTarget::Direct { gateway: peer, link: self.link }
             }
-            Mode::Vxlan | Mode::Direct => Way::Overlay(subnet.network()),
-            Mode::HostGw => Way::Unreachable,
+            Mode::Vxlan | Mode::Direct => RouteTarget::Overlay(subnet.network()),
+            Mode::HostGw => RouteTarget::Unreachable,
         }
     }
 }
@@ -219,10 +219,10 @@ impl Underlay {
 
 impl Hop {
     /// The last-resort route of an own subnet: it rejects packets that no other route takes.
-    pub const REFUSE: Self = Self::new(Way::Unreachable, u32::MAX);
+    pub const REFUSE: Self = Self::new(RouteTarget::Unreachable, u32::MAX);
 
     /// Creates a hop with the MTU of the device.
-    pub const fn new(way: Way, metric: u32) -> Self {
+    pub const fn new(way: RouteTarget, metric: u32) -> Self {
         Self { way, metric, mtu: None }
     }
 }
@@ -270,15 +270,15 @@ impl Desired {
     /// Returns the underlay addresses of the hosts that packets are sent to, with or without a tunnel.
     pub fn underlays(&self) -> impl Iterator<Item = IpAddr> + '_ {
         let gateway = |hop: &Hop| match hop.way {
-            Way::Direct { gateway, .. } => Some(gateway),
-            Way::Overlay(_) | Way::Device | Way::Unreachable => None,
+            RouteTarget::Direct { gateway, .. } => Some(gateway),
+            RouteTarget::Overlay(_) | RouteTarget::Device | RouteTarget::Unreachable => None,
         };
         self.tables.fdb.values().copied().chain(self.tables.routes.values().filter_map(gateway))
     }
 
     /// Returns whether packets to any peer leave without a tunnel by the interface with this index.
     pub fn has_direct_by(&self, index: u32) -> bool {
-        let by = |hop: &Hop| matches!(hop.way, Way::Direct { link, .. } if link == index);
+        let by = |hop: &Hop| matches!(hop.way, RouteTarget::Direct { link, .. } if link == index);
         self.tables.routes.values().any(by)
     }
 
@@ -294,19 +294,19 @@ impl Tables {
     /// Adds the entries of one subnet of a peer.
     fn add(&mut self, peer: &Vtep, subnet: IpNet, hop: Hop, withdrawn: bool) {
         let vtep = subnet.network();
-        let is_tunneled = matches!(hop.way, Way::Overlay(_));
+        let is_tunneled = matches!(hop.way, RouteTarget::Overlay(_));
         if is_tunneled {
             self.fdb.insert(peer.mac, peer.underlay);
             self.neighbors.insert(vtep, peer.mac);
         }
         if vtep.is_ipv6() && is_tunneled {
             // Even with `onlink`, IPv6 requires a route to the gateway over the same device.
-            self.routes.insert(vtep.into(), Hop::new(Way::Device, hop.metric));
+            self.routes.insert(vtep.into(), Hop::new(RouteTarget::Device, hop.metric));
         } else if withdrawn {
             self.routes.insert(vtep.into(), Hop { mtu: None, ..hop });
         }
         if withdrawn {
-            self.routes.insert(subnet, Hop::new(Way::Unreachable, hop.metric));
+            self.routes.insert(subnet, Hop::new(RouteTarget::Unreachable, hop.metric));
         } else {
             self.routes.insert(subnet, hop);
         }
@@ -386,7 +386,7 @@ mod tests {
         assert_eq!(desired.tables.fdb[&peer.vtep.mac], peer.vtep.underlay);
         assert_eq!(desired.tables.neighbors[&gateway], peer.vtep.mac);
         let subnet = "10.42.7.0/24".parse().expect("subnet");
-        assert_eq!(desired.tables.routes[&subnet], Hop::new(Way::Overlay(gateway), 8));
+        assert_eq!(desired.tables.routes[&subnet], Hop::new(RouteTarget::Overlay(gateway), 8));
         assert_eq!(desired.device.addresses, BTreeSet::from([[10, 42, 9, 0].into()]));
         assert_eq!(desired.device.mac, view.own.vtep.mac);
         let subnet_of_own = "10.42.9.0/24".parse().expect("subnet");
@@ -402,8 +402,8 @@ mod tests {
         let view = view(&[(1, 9), (2, 7)]);
         let desired = Desired::new(&view, &underlay(), &view.peers.keys().copied().collect());
         let way = |subnet: &str| desired.tables.routes[&subnet.parse().expect("subnet")].way;
-        assert_eq!(way("10.42.7.0/24"), Way::Unreachable);
-        assert_eq!(way("10.42.7.0/32"), Way::Overlay([10, 42, 7, 0].into()));
+        assert_eq!(way("10.42.7.0/24"), RouteTarget::Unreachable);
+        assert_eq!(way("10.42.7.0/32"), RouteTarget::Overlay([10, 42, 7, 0].into()));
         assert_eq!((desired.tables.fdb.len(), desired.tables.neighbors.len()), (1, 1));
     }
 
@@ -416,7 +416,7 @@ mod tests {
         assert_eq!((fdb.len(), neighbors.len(), routes.len()), (1, 2, 5));
         let vtep: IpAddr = "fd42:0:0:7::".parse().expect("address");
         let subnet = "fd42:0:0:7::/64".parse().expect("subnet");
-        assert_eq!(routes[&subnet].way, Way::Overlay(vtep));
+        assert_eq!(routes[&subnet].way, RouteTarget::Overlay(vtep));
         assert_eq!(Some(&neighbors[&vtep]), fdb.keys().next());
         assert_eq!(desired.device.addresses.len(), 2);
     }
@@ -432,16 +432,22 @@ mod tests {
             let ways = ["10.42.7.0/24", "10.42.8.0/24", "fd42:0:0:7::/64"].map(way);
             (ways, desired.tables.fdb.len())
         };
-        let near = Way::Direct { gateway: [192, 0, 2, 2].into(), link: 2 };
-        let tunnel = Way::Overlay([10, 42, 8, 0].into());
-        let tunnel6 = Way::Overlay("fd42:0:0:7::".parse().expect("address"));
+        let near = RouteTarget::Direct { gateway: [192, 0, 2, 2].into(), link: 2 };
+        let tunnel = RouteTarget::Overlay([10, 42, 8, 0].into());
+        let tunnel6 = RouteTarget::Overlay("fd42:0:0:7::".parse().expect("address"));
         // The kernel cannot route IPv6 through an IPv4 gateway.
         assert_eq!(ways(Mode::Direct), ([near, tunnel, tunnel6], 2));
-        assert_eq!(ways(Mode::HostGw), ([near, Way::Unreachable, Way::Unreachable], 0));
+        assert_eq!(
+            ways(Mode::HostGw),
+            ([near, RouteTarget::Unreachable, RouteTarget::Unreachable], 0)
+        );
         let routed = [[192, 0, 2, 2].into()].into();
         let routed = Underlay { mode: Mode::Direct, routed, ..underlay() };
         let subnet = "10.42.7.0/24".parse().expect("subnet");
-        assert_eq!(routed.way([192, 0, 2, 2].into(), subnet), Way::Overlay([10, 42, 7, 0].into()));
+        assert_eq!(
+            routed.way([192, 0, 2, 2].into(), subnet),
+            RouteTarget::Overlay([10, 42, 7, 0].into())
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
-    desired::{Desired, Hop, Tables, Way},
+    desired::{Desired, Hop, RouteTarget, Tables},
     plan::{Actual, DeviceOp, EntryOp, Found, Op, full_len, plan},
 };
 use crate::model::Mac;
@@ -79,7 +79,9 @@ impl FakeKernel {
                 });
             }
             (DeviceOp::DeleteDevice, _) => {
-                self.routes.retain(|_, hop| !matches!(hop.way, Way::Overlay(_) | Way::Device));
+                self.routes.retain(|_, hop| {
+                    !matches!(hop.way, RouteTarget::Overlay(_) | RouteTarget::Device)
+                });
                 *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
             }
             (_, None) => return Err("No such device"),
@@ -159,7 +161,7 @@ impl FakeKernel {
     /// of the route's VTEP, and the FDB entry of that MAC.
     pub fn forward(&self, subnet: IpNet) -> Option<(Mac, IpAddr)> {
         let mut routes = self.routes.range((subnet, 0)..=(subnet, u32::MAX));
-        let Way::Overlay(vtep) = routes.next()?.1.way else { return None };
+        let RouteTarget::Overlay(vtep) = routes.next()?.1.way else { return None };
         let mac = self.neighbors.get(&vtep)?;
         self.fdb.iter().find(|(known, _)| known == mac).copied()
     }

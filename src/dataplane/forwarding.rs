@@ -53,7 +53,7 @@ const TRIALS_UNTIL_VERDICT: u32 = 3;
 
 /// A transport protocol to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Transport {
+pub enum TrialProtocol {
     /// A UDP datagram.
     Udp,
     /// The first segment of a TCP connection.
@@ -64,9 +64,9 @@ pub enum Transport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Direction {
     /// From a pod to the overlay.
-    Out(Transport),
+    Out(TrialProtocol),
     /// From the overlay to a pod.
-    In(Transport),
+    In(TrialProtocol),
     /// From a pod to the overlay, of the largest size that fits into the tunnel.
     LargeOut,
     /// From a pod to the overlay, captured inside tunnel packets.
@@ -76,18 +76,18 @@ pub enum Direction {
     /// From this host to a pod: the ICMP error for a packet that is too large for the tunnel.
     TooLarge,
     /// From one pod of this host to another.
-    Between(Transport),
+    Between(TrialProtocol),
     /// From one pod of this host to another: ARP or neighbor discovery.
     NeighborDiscovery,
     /// From a pod to this host itself.
     ToHost,
     /// From this host itself to one of its pods.
-    FromHost(Transport),
+    FromHost(TrialProtocol),
 }
 
 /// A direction in one address family; the host's rules for it are separate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Way {
+pub struct TrialWay {
     /// The direction.
     pub direction: Direction,
     /// The address family is IPv4, not IPv6.
@@ -107,7 +107,7 @@ pub enum TrialResult {
 
 /// The results of all trials, by way.
 #[derive(Debug)]
-pub struct Trials<W = Way> {
+pub struct Trials<W = TrialWay> {
     ways: BTreeMap<W, WayResults>,
 }
 
@@ -182,18 +182,18 @@ impl<W: Copy + Ord> Trials<W> {
     }
 }
 
-impl Trials<Way> {
+impl Trials<TrialWay> {
     /// Returns the time to the next trial. A host may be closed to its pods permanently and intentionally, so
     /// such losses do not shorten it once they are accepted.
     pub fn pause(&self) -> Duration {
-        let is_recheck_due = |(way, results): (&Way, &WayResults)| {
+        let is_recheck_due = |(way, results): (&TrialWay, &WayResults)| {
             results.lost > 0 && (results.lost < TRIALS_UNTIL_VERDICT || !way.direction.is_of_host())
         };
         if self.ways.iter().any(is_recheck_due) { SUSPECT_TRIAL_INTERVAL } else { TRIAL_INTERVAL }
     }
 }
 
-impl Transport {
+impl TrialProtocol {
     /// All transports.
     pub const ALL: [Self; 2] = [Self::Udp, Self::Tcp];
 }
@@ -229,7 +229,7 @@ impl Direction {
         }
     }
 
-    const fn transport(self) -> Option<Transport> {
+    const fn transport(self) -> Option<TrialProtocol> {
         match self {
             Self::Out(transport)
             | Self::In(transport)
@@ -246,15 +246,15 @@ impl Direction {
 }
 
 /// Formats a list of ways. A transport is only named if the other one is not in the list.
-pub fn list(ways: &[Way]) -> String {
+pub fn list(ways: &[TrialWay]) -> String {
     let mut named: Vec<String> = Vec::new();
     for way in ways {
         let (family, name) = (if way.ipv4 { 4 } else { 6 }, way.direction.name());
-        let is_same = |other: &&Way| other.ipv4 == way.ipv4 && other.direction.name() == name;
+        let is_same = |other: &&TrialWay| other.ipv4 == way.ipv4 && other.direction.name() == name;
         let only = way.direction.transport().filter(|_| ways.iter().filter(is_same).count() == 1);
         let name = match only {
-            Some(Transport::Udp) => format!("IPv{family} UDP {name}"),
-            Some(Transport::Tcp) => format!("IPv{family} TCP {name}"),
+            Some(TrialProtocol::Udp) => format!("IPv{family} UDP {name}"),
+            Some(TrialProtocol::Tcp) => format!("IPv{family} TCP {name}"),
             None => format!("IPv{family} {name}"),
         };
         if !named.contains(&name) {
@@ -285,8 +285,8 @@ pub(crate) fn fuzz(packet: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    const OUT: Way = Way { direction: Direction::Out(Transport::Udp), ipv4: true };
-    const IN: Way = Way { direction: Direction::In(Transport::Udp), ipv4: true };
+    const OUT: TrialWay = TrialWay { direction: Direction::Out(TrialProtocol::Udp), ipv4: true };
+    const IN: TrialWay = TrialWay { direction: Direction::In(TrialProtocol::Udp), ipv4: true };
 
     #[test]
     fn way_is_closed_after_three_lost_trials_and_open_after_one_that_passes() {
@@ -313,7 +313,7 @@ mod tests {
 
     #[test]
     fn host_closed_to_its_pods_is_tried_at_regular_interval() {
-        let way = Way { direction: Direction::ToHost, ipv4: true };
+        let way = TrialWay { direction: Direction::ToHost, ipv4: true };
         let mut trials = Trials::default();
         (1..TRIALS_UNTIL_VERDICT).for_each(|_| trials.note(way, TrialResult::Lost));
         assert_eq!((trials.closed(), trials.pause()), (vec![], SUSPECT_TRIAL_INTERVAL));
@@ -339,9 +339,9 @@ mod tests {
 
     #[test]
     fn list_names_transport_only_if_the_other_is_missing() {
-        let way = |direction, ipv4| Way { direction, ipv4 };
-        let both = Transport::ALL.map(|transport| way(Direction::Out(transport), true));
-        let tcp = way(Direction::In(Transport::Tcp), false);
+        let way = |direction, ipv4| TrialWay { direction, ipv4 };
+        let both = TrialProtocol::ALL.map(|transport| way(Direction::Out(transport), true));
+        let tcp = way(Direction::In(TrialProtocol::Tcp), false);
         let gateway = way(Direction::Gateway, true);
         let ways = [&both[..], &[tcp, gateway]].concat();
         assert_eq!(list(&ways), "IPv4 out, IPv6 TCP in, IPv4 gateway");

@@ -18,7 +18,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::desired::{Desired, Device, Hop, Tables, Way};
+use super::desired::{Desired, Device, Hop, RouteTarget, Tables};
 pub use super::op::{DeviceOp, EntryOp, Op, Plan};
 use crate::model::Mac;
 
@@ -60,7 +60,9 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Plan {
     let is_kept = plan_device(&desired.device, actual.device.as_ref(), &mut plan.device);
     if !is_kept {
         // A re-created device has lost all entries on it, including routes.
-        let elsewhere = |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_) | Way::Device);
+        let elsewhere = |(_, hop): &(IpNet, Hop)| {
+            !matches!(hop.way, RouteTarget::Overlay(_) | RouteTarget::Device)
+        };
         let routes = actual.routes.into_iter().filter(elsewhere).collect();
         actual = Actual { routes, ..Actual::default() };
     }
@@ -242,8 +244,8 @@ pub(super) mod tests {
             peer.vtep.underlay = address.parse().expect("an address");
             let tables = Desired::new(&view, &underlay(), &BTreeSet::new()).tables;
             let way = |subnet: &str| tables.routes[&subnet.parse().expect("a subnet")].way;
-            assert_eq!(way("10.42.7.0/24"), Way::Unreachable, "{address}");
-            assert!(matches!(way("10.42.8.0/24"), Way::Overlay(_)), "{address}");
+            assert_eq!(way("10.42.7.0/24"), RouteTarget::Unreachable, "{address}");
+            assert!(matches!(way("10.42.8.0/24"), RouteTarget::Overlay(_)), "{address}");
             assert_eq!(tables.fdb.len(), 1, "{address}");
         }
     }
@@ -256,8 +258,8 @@ pub(super) mod tests {
         for number in 0..60_000_u32 {
             let address = std::net::Ipv4Addr::from(0x0b00_0000 + (number << 8));
             let subnet = IpNet::new(address.into(), 24).expect("a subnet");
-            wanted.tables.routes.insert(subnet, Hop::new(Way::Overlay(address.into()), 8));
-            actual.routes.insert((subnet, Hop::new(Way::Unreachable, 8)));
+            wanted.tables.routes.insert(subnet, Hop::new(RouteTarget::Overlay(address.into()), 8));
+            actual.routes.insert((subnet, Hop::new(RouteTarget::Unreachable, 8)));
         }
         let ops = plan(&wanted, &actual).entries;
         let replaced = ops.iter().filter(|op| matches!(op, EntryOp::ReplaceRoute(..)));
@@ -401,7 +403,7 @@ pub(super) mod tests {
             let mut kernel = FakeKernel::default();
             kernel.settle(&before);
             let ends = |tables: &Tables, subnet: &IpNet| {
-                let Way::Overlay(vtep) = tables.routes.get(subnet)?.way else { return None };
+                let RouteTarget::Overlay(vtep) = tables.routes.get(subnet)?.way else { return None };
                 let mac = tables.neighbors.get(&vtep)?;
                 tables.fdb.get(mac).copied()
             };

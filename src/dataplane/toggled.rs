@@ -21,7 +21,7 @@ const MIN_CHANGES: usize = 3;
 
 /// A forwarding sysctl.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Setting {
+pub struct ForwardingSysctl {
     /// The interface of the setting; `None` for the setting of all interfaces.
     pub interface: Option<String>,
     /// The setting is that of IPv4, not of IPv6.
@@ -30,7 +30,7 @@ pub struct Setting {
 
 /// The recent changes of each setting.
 #[derive(Debug, Default)]
-pub struct ForwardingChanges(BTreeMap<Setting, ChangeHistory>);
+pub struct ForwardingChanges(BTreeMap<ForwardingSysctl, ChangeHistory>);
 
 #[derive(Debug, Default)]
 struct ChangeHistory {
@@ -41,7 +41,7 @@ struct ChangeHistory {
 
 impl ForwardingChanges {
     /// Records the value that a setting has from now on.
-    pub fn note(&mut self, now: Time, setting: Setting, is_on: bool) {
+    pub fn note(&mut self, now: Time, setting: ForwardingSysctl, is_on: bool) {
         let record = self.0.entry(setting).or_default();
         if record.is_on && !is_on {
             record.turned_off.push_back(now);
@@ -55,20 +55,20 @@ impl ForwardingChanges {
     /// Returns a problem for each setting that is repeatedly turned off. If that of all interfaces is among
     /// them, those of single interfaces are left out, because the kernel changes them with it.
     pub fn problems(&self, now: Time) -> Vec<Problem> {
-        let is_frequent = |setting: &Setting| {
+        let is_frequent = |setting: &ForwardingSysctl| {
             let history = self.0.get(setting);
             let off = history.map(|record| record.turned_off.iter()).into_iter().flatten();
             off.filter(|at| now.since(**at) <= WINDOW).count() >= MIN_CHANGES
         };
-        let is_reported = |setting: &&Setting| {
-            let all_interfaces = Setting { interface: None, ipv4: setting.ipv4 };
+        let is_reported = |setting: &&ForwardingSysctl| {
+            let all_interfaces = ForwardingSysctl { interface: None, ipv4: setting.ipv4 };
             is_frequent(setting) && (setting.interface.is_none() || !is_frequent(&all_interfaces))
         };
-        self.0.keys().filter(is_reported).map(Setting::problem).collect()
+        self.0.keys().filter(is_reported).map(ForwardingSysctl::problem).collect()
     }
 }
 
-impl Setting {
+impl ForwardingSysctl {
     /// Returns the name as the `sysctl` program writes it.
     fn name(&self) -> String {
         match &self.interface {
@@ -101,14 +101,14 @@ mod tests {
         Time::ZERO + Duration::from_secs(seconds)
     }
 
-    fn setting_of(interface: Option<&str>) -> Setting {
-        Setting { interface: interface.map(str::to_owned), ipv4: true }
+    fn setting_of(interface: Option<&str>) -> ForwardingSysctl {
+        ForwardingSysctl { interface: interface.map(str::to_owned), ipv4: true }
     }
 
     /// Turns the setting on before each time, off, and on again.
     fn toggle(
         changes: &mut ForwardingChanges,
-        setting: &Setting,
+        setting: &ForwardingSysctl,
         times: impl Iterator<Item = u64>,
     ) {
         for second in times {

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, io};
 
 use super::Host;
 use crate::dataplane::{
-    desired::{ROUTE_PROTOCOL, Way},
+    desired::{ROUTE_PROTOCOL, RouteTarget},
     kernel::Kernel,
     plan::{Actual, Found},
 };
@@ -38,18 +38,18 @@ fn render(name: &str, actual: &Actual) -> String {
         let (protocol, metric) = (ROUTE_PROTOCOL, hop.metric);
         let mtu = hop.mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
         let _ = match hop.way {
-            Way::Overlay(vtep) => writeln!(
+            RouteTarget::Overlay(vtep) => writeln!(
                 out,
                 "{subnet} via {vtep} dev {name} proto {protocol} metric {metric} onlink{mtu}"
             ),
-            Way::Direct { gateway, link } => writeln!(
+            RouteTarget::Direct { gateway, link } => writeln!(
                 out,
                 "{subnet} via {gateway} dev {link} proto {protocol} metric {metric} onlink{mtu}"
             ),
-            Way::Device => {
+            RouteTarget::Device => {
                 writeln!(out, "{subnet} dev {name} proto {protocol} metric {metric} scope link")
             }
-            Way::Unreachable => {
+            RouteTarget::Unreachable => {
                 writeln!(out, "unreachable {subnet} proto {protocol} metric {metric}")
             }
         };

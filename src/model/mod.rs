@@ -44,7 +44,7 @@ pub use pod::{Addresses, Attachment, AttachmentError, CONTAINER_MAX, Pod, check_
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
 pub use problem::{Problem, ProblemCode, ProblemKey, Severity};
 pub use quorum::{Quorum, QuorumError};
-pub use selector::{Condition, Ports, Selector, Transport};
+pub use selector::{Condition, PacketSelector, Ports, Selector};
 pub use slot::{Run, SlotRecord, SlotState};
 pub use text::{Text, escaped_lines, list_at_most, visible, visible_lines};
 pub use time::Time;

@@ -11,7 +11,7 @@ const UDP: u8 = 17;
 
 /// Protocol and ports of a packet, as far as a route lookup specifies them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Transport {
+pub struct PacketSelector {
     /// IP protocol number.
     pub protocol: u8,
     /// Source port; `None` for any.
@@ -20,7 +20,7 @@ pub struct Transport {
     pub destination: Option<u16>,
 }
 
-impl Transport {
+impl PacketSelector {
     /// Returns a UDP datagram to a port.
     pub const fn udp_to(port: u16) -> Self {
         Self { protocol: UDP, source: None, destination: Some(port) }
@@ -79,9 +79,9 @@ pub struct Selector {
 impl Selector {
     /// Returns protocol and ports of a packet that is selected, with the first port of each range;
     /// `None` if the selector contains neither.
-    pub fn transport(&self) -> Option<Transport> {
+    pub fn transport(&self) -> Option<PacketSelector> {
         let first = |ports: Option<Ports>| ports.map(|ports| ports.first);
-        Transport::new(self.protocol, first(self.source), first(self.destination))
+        PacketSelector::new(self.protocol, first(self.source), first(self.destination))
     }
 }
 

@@ -24,7 +24,7 @@ use ipnet::IpNet;
 pub use self::parse::condition;
 use self::parse::{gateway, ip, refusal, rule, unicast_route, via_ip};
 use super::{Netlink, local};
-use crate::model::{Condition, Ports, Selector, Transport, unspecified};
+use crate::model::{Condition, PacketSelector, Ports, Selector, unspecified};
 
 /// A packet whose route is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +38,7 @@ pub struct Query {
     /// Index of the interface through which it must leave.
     pub output: Option<u32>,
     /// Protocol and ports, which policy rules may match.
-    pub transport: Option<Transport>,
+    pub transport: Option<PacketSelector>,
     /// Type of service, which policy rules may match.
     pub tos: u8,
     /// Firewall mark, which policy rules may match.
@@ -435,7 +435,7 @@ impl Netlink {
         message.attributes.extend(query.output.map(RouteAttribute::Oif));
         message.attributes.extend(query.mark.map(RouteAttribute::Mark));
         message.header.tos = query.tos;
-        if let Some(Transport { protocol, source, destination }) = query.transport {
+        if let Some(PacketSelector { protocol, source, destination }) = query.transport {
             // Kernels before 4.17 ignore these.
             message.attributes.push(RouteAttribute::IpProto(protocol));
             message.attributes.extend(source.map(RouteAttribute::Sport));
@@ -471,7 +471,7 @@ mod tests {
         let port = Selector { destination: Some(port), ..Selector::default() };
         let unspecified = Selector { from: net("0.0.0.0/32"), ..Selector::default() };
         let query = Query::to([10, 42, 2, 2].into());
-        let dns = Query { transport: Some(Transport::udp_to(53)), ..query };
+        let dns = Query { transport: Some(PacketSelector::udp_to(53)), ..query };
         for (rule, takes) in [
             (rule(Selector::default(), None, false), [true; 3]),
             (rule(to, None, false), [false; 3]),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::world::World;
 use crate::{
-    dataplane::desired::Way,
+    dataplane::desired::RouteTarget,
     model::{ClusterSettings, Pool, PoolSpec, Time},
 };
 
@@ -182,7 +182,7 @@ fn settled(world: &World, nodes: usize) -> bool {
 /// Counts the routes of a host that are not `unreachable`.
 fn routes(world: &World, host: usize) -> usize {
     let hops = world.hosts[host].kernel.routes.values();
-    hops.filter(|hop| hop.way != Way::Unreachable).count()
+    hops.filter(|hop| hop.way != RouteTarget::Unreachable).count()
 }
 
 /// Runs the world until a condition holds or `limit` has passed. Returns the virtual time that passed.

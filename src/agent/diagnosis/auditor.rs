@@ -36,7 +36,7 @@ use crate::{
         firewall::Firewall,
         kernel::{ForeignRoutes, next_hops::Hop},
     },
-    model::{Ports, Problem, Selector, Transport},
+    model::{PacketSelector, Ports, Problem, Selector},
     netlink::{
         Netlink,
         link::Link,
@@ -296,7 +296,7 @@ impl Auditor {
         let by_port = detour::rules_by_port(netlink);
         for host in next.take(hosts.len().min(MAX_PATHS)).copied().collect::<Vec<_>>() {
             self.last_path = Some(host);
-            let transport = Some(Transport::udp_to(desired.device.port));
+            let transport = Some(PacketSelector::udp_to(desired.device.port));
             let from = Some(desired.device.local).filter(|local| local.is_ipv4() == host.is_ipv4());
             let query = Query { output, from, transport, ..Query::to(host) };
             let found = netlink.route(&query);

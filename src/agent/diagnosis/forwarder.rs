@@ -37,15 +37,15 @@ use std::{
 use self::{
     explain::Reasons,
     no_trial::{NoTrial, no_trial_reason},
-    setting::{Peer, Setting},
+    setting::{Peer, TrialInput},
     test_pods::TestPods,
     transit::Transit,
     trial::{Outcome, Trial},
 };
 use crate::{
     api::CheckStatus,
-    dataplane::forwarding::{Direction, TrialResult, Trials, Way},
-    model::{Problem, Transport},
+    dataplane::forwarding::{Direction, TrialResult, TrialWay, Trials},
+    model::{PacketSelector, Problem},
     netlink::{Netlink, nftables::Changes, route::Query},
     pods::agent_pod::PodNamespace,
     worker::{Order, Orders, Thread, Worker},
@@ -82,7 +82,7 @@ pub struct Forwarding {
     /// Whether pods cannot resolve their gateway, as one of the problems says.
     pub lacks_gateway: bool,
     /// Ways on which packets are lost.
-    pub closed: Vec<Way>,
+    pub closed: Vec<TrialWay>,
     /// Source addresses that replace those of other hosts' pods in incoming packets.
     pub arriving: BTreeSet<IpAddr>,
     /// Rules that may drop packets of pods to other hosts or answers to them, if such packets are lost.
@@ -100,12 +100,12 @@ pub enum ForwarderEvent {
 /// Handle of the thread.
 pub struct Forwarder {
     /// The thread.
-    pub(in crate::agent) worker: Worker<Option<Setting>>,
+    pub(in crate::agent) worker: Worker<Option<TrialInput>>,
     /// The last setting that was passed to the thread.
-    reported: Option<Setting>,
+    reported: Option<TrialInput>,
 }
 
-impl Order for Option<Setting> {
+impl Order for Option<TrialInput> {
     fn supersedes(&self, _: &Self) -> bool {
         true
     }
@@ -147,7 +147,7 @@ impl Forwarder {
     }
 
     /// Passes a setting to the thread if it has changed.
-    fn set(&mut self, setting: Option<Setting>) {
+    fn set(&mut self, setting: Option<TrialInput>) {
         if self.reported == setting {
             return;
         }
@@ -165,9 +165,9 @@ impl Forwarder {
 struct TrialRunner<F> {
     netlink: Netlink,
     changes: Option<Changes>,
-    orders: Orders<Option<Setting>>,
+    orders: Orders<Option<TrialInput>>,
     tell: F,
-    setting: Option<Setting>,
+    setting: Option<TrialInput>,
     /// Whether the setting has changed since the last trial.
     is_new: bool,
     test_pods: Option<TestPods>,
@@ -297,7 +297,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     }
 
     /// Reads rules for notices about what a trial cannot detect.
-    fn read_notices(&mut self, setting: &Setting) {
+    fn read_notices(&mut self, setting: &TrialInput) {
         let begun = Instant::now();
         if self.next_notices.is_some_and(|at| at > begun) {
             return;
@@ -309,7 +309,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         }
         let closed = self.trials.closed();
         let is_of_host =
-            |way: &Way| way.direction.is_of_host() || way.direction == Direction::TooLarge;
+            |way: &TrialWay| way.direction.is_of_host() || way.direction == Direction::TooLarge;
         if (setting.has_pods || setting.unanswered) && closed.iter().all(is_of_host) {
             self.notices.extend(notices::of_host(setting, &closed));
             self.notices.extend(match is_untested {
@@ -329,7 +329,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     ///
     /// # Errors
     /// Fails with the reason if no trial is possible.
-    fn run_trial(&mut self, setting: &Setting, foreign: Option<&str>) -> Result<(), NoTrial> {
+    fn run_trial(&mut self, setting: &TrialInput, foreign: Option<&str>) -> Result<(), NoTrial> {
         let idle = |why: &str| NoTrial::Idle(why.to_owned());
         let Some(shape) = &setting.shape else {
             let occupant = setting.occupant.as_deref().unwrap_or("another pod has its address");
@@ -386,7 +386,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     /// Tests packets between pods, and between a pod and peers.
     fn try_peers(
         &mut self,
-        setting: &Setting,
+        setting: &TrialInput,
         test_pods: &TestPods,
         between: [bool; 2],
     ) -> io::Result<()> {
@@ -418,11 +418,11 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
 
     /// Returns peers to whose underlay addresses several next hops lead, so that packets leave by any of
     /// them.
-    fn spread(&mut self, setting: &Setting) -> BTreeSet<IpAddr> {
+    fn spread(&mut self, setting: &TrialInput) -> BTreeSet<IpAddr> {
         let hosts = setting.peers.iter().filter(|peer| peer.tunnelled).map(|peer| peer.underlay);
         let query = |host| Query {
             output: setting.pinned,
-            transport: Some(Transport::udp_to(setting.port)),
+            transport: Some(PacketSelector::udp_to(setting.port)),
             ..Query::to(host)
         };
         let leads_to_several = |host: &IpAddr| {
@@ -454,7 +454,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     }
 
     /// Reads the rules if packets are lost.
-    fn read_rules(&mut self, setting: &Setting) {
+    fn read_rules(&mut self, setting: &TrialInput) {
         let closed = self.trials.closed();
         self.reasons.keep(&closed, setting.is_remote_lost);
         if !setting.unanswered {

@@ -36,7 +36,7 @@ const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTRO
 
 /// The route of a packet through the built-in chains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum HookPath {
     /// Sent by this host.
     Out,
     /// Received by this host.
@@ -45,7 +45,7 @@ pub enum Way {
     Forward,
 }
 
-impl Way {
+impl HookPath {
     /// Returns the built-in chains in the order in which a packet passes them.
     const fn chains(self) -> &'static [&'static str] {
         match self {
@@ -66,7 +66,7 @@ struct SuspectRule {
 
 /// Returns the rules that may drop tunnel packets (UDP to `port`), each with a remedy that also admits gossip
 /// to its port.
-pub fn around_tunnels(ipv4: bool, way: Way, port: u16, gossip: Option<u16>) -> Vec<String> {
+pub fn around_tunnels(ipv4: bool, way: HookPath, port: u16, gossip: Option<u16>) -> Vec<String> {
     let ports: Vec<u16> = [port].into_iter().chain(gossip).collect();
     let ports = iptables_ports(&ports);
     suspects(ipv4, way, Some(port), |command| format!("{command} {ports} -j ACCEPT"))
@@ -74,7 +74,7 @@ pub fn around_tunnels(ipv4: bool, way: Way, port: u16, gossip: Option<u16>) -> V
 
 /// Returns the rules that may drop some or all forwarded packets of pods, each with a remedy.
 pub fn around_pods(network: IpNet) -> Vec<String> {
-    suspects(network.addr().is_ipv4(), Way::Forward, None, |command| {
+    suspects(network.addr().is_ipv4(), HookPath::Forward, None, |command| {
         format!("{command} -s {network} -j ACCEPT; {command} -d {network} -j ACCEPT")
     })
 }
@@ -82,7 +82,7 @@ pub fn around_pods(network: IpNet) -> Vec<String> {
 /// Returns the rules that give arriving tunnel packets (UDP to `port`) another destination, each with a
 /// remedy.
 pub fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
-    let rules = translating_rules(ipv4, Way::In, port, &REDIRECTING).into_iter();
+    let rules = translating_rules(ipv4, HookPath::In, port, &REDIRECTING).into_iter();
     let sentence = |(rule, fix)| {
         format!(
             "{rule} gives UDP {port} another destination (DNAT, as for a port that a container publishes): \
@@ -95,12 +95,17 @@ pub fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
 /// Returns the first rule that gives leaving tunnel packets (UDP to `port`) another source, and the command
 /// that exempts them.
 pub fn translating(ipv4: bool, port: u16) -> Option<(String, String)> {
-    translating_rules(ipv4, Way::Out, port, &TRANSLATING).into_iter().next()
+    translating_rules(ipv4, HookPath::Out, port, &TRANSLATING).into_iter().next()
 }
 
 /// Returns the rules of the table `nat` with one of these targets, and the command that exempts UDP to `port`
 /// from each.
-fn translating_rules(ipv4: bool, way: Way, port: u16, targets: &[&str]) -> Vec<(String, String)> {
+fn translating_rules(
+    ipv4: bool,
+    way: HookPath,
+    port: u16,
+    targets: &[&str],
+) -> Vec<(String, String)> {
     let name = program(ipv4);
     if !tables(ipv4).iter().any(|table| table == "nat") {
         return Vec::new();
@@ -163,7 +168,7 @@ fn closed(rules: &str, network: IpNet, bridge: &str) -> Vec<SuspectRule> {
     if rules.lines().any(is_of_pods) {
         return Vec::new();
     }
-    let mut found = suspect_rules(rules, Way::Forward, None, &DROPPING);
+    let mut found = suspect_rules(rules, HookPath::Forward, None, &DROPPING);
     found.retain(|rule| rule.line.starts_with("-P "));
     found
 }
@@ -188,7 +193,12 @@ fn tables(ipv4: bool) -> Vec<String> {
 }
 
 /// Returns the dropping rules as sentences; `fix` makes the remedy from the command that inserts a rule.
-fn suspects(ipv4: bool, way: Way, port: Option<u16>, fix: impl Fn(&str) -> String) -> Vec<String> {
+fn suspects(
+    ipv4: bool,
+    way: HookPath,
+    port: Option<u16>,
+    fix: impl Fn(&str) -> String,
+) -> Vec<String> {
     let name = program(ipv4);
     let mut suspects = Vec::new();
     for table in tables(ipv4).iter().filter(|table| *table != "nat").take(MAX_TABLES) {
@@ -234,7 +244,12 @@ fn save(name: &str, table: &str) -> Option<String> {
 
 /// Returns the rules and policies with one of these targets that affect the packets, or may. With a port,
 /// rules for another protocol or port are omitted.
-fn suspect_rules(rules: &str, way: Way, port: Option<u16>, targets: &[&str]) -> Vec<SuspectRule> {
+fn suspect_rules(
+    rules: &str,
+    way: HookPath,
+    port: Option<u16>,
+    targets: &[&str],
+) -> Vec<SuspectRule> {
     let concerned = |line: &str| {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
@@ -291,18 +306,18 @@ mod tests {
             found.map(|rule| rule.line).collect::<Vec<_>>()
         };
         assert_eq!(
-            drop(Way::Out, Some(8_472)),
+            drop(HookPath::Out, Some(8_472)),
             [
                 "-P OUTPUT DROP",
                 "-A OUTPUT -p udp -m multiport --dports 53,8000:9000 -j REJECT --reject-with x",
                 "-A mine -s 192.0.2.1/32 -j DROP",
             ]
         );
-        let first = drop(Way::In, Some(8_472)).into_iter().next();
+        let first = drop(HookPath::In, Some(8_472)).into_iter().next();
         assert_eq!(first.as_deref(), Some("-A INPUT -p udp -m udp --dport 8472 -j DROP"));
         let of_pods =
             ["-A mine -p udp -m udp --dport 53 -j DROP", "-A mine -s 192.0.2.1/32 -j DROP"];
-        assert_eq!(drop(Way::Forward, None), of_pods);
+        assert_eq!(drop(HookPath::Forward, None), of_pods);
     }
 
     #[test]
@@ -338,7 +353,7 @@ mod tests {
             let found = suspect_rules(rules, way, Some(8_472), targets).into_iter();
             found.map(|rule| rule.chain).collect::<Vec<_>>()
         };
-        assert_eq!(chains(Way::In, &REDIRECTING), ["DOCKER"]);
-        assert_eq!(chains(Way::Out, &TRANSLATING), ["POSTROUTING"]);
+        assert_eq!(chains(HookPath::In, &REDIRECTING), ["DOCKER"]);
+        assert_eq!(chains(HookPath::Out, &TRANSLATING), ["POSTROUTING"]);
     }
 }

@@ -18,13 +18,13 @@ use std::{
 
 use ipnet::IpNet;
 
-pub use self::setting::Setting;
+pub use self::setting::TrialInput;
 use self::sockets::{NamespaceSockets, SocketEvent};
 use crate::{
     agent::{Agent, clock::Clock, diagnosis::packet_filter::Sources},
     core::{Peer, ReplyId},
     dataplane::{
-        desired::Way as Path,
+        desired::RouteTarget,
         forwarding::{
             ArrivalLog, InwardLosses, InwardWay, RemoteLoss, RemoteOutput, RemotePeer,
             RemoteTrials, RemoteWay,
@@ -74,7 +74,7 @@ pub(in crate::agent) enum Command {
     /// The agent's own pod has changed.
     PodNamespace(Option<PodNamespace>),
     /// The peers have changed.
-    Setting(Setting),
+    Setting(TrialInput),
     /// A member queries the arrivals of this round.
     Testify(ReplyId, NodeId, u32),
     /// Arrivals of a round that members have reported.
@@ -95,7 +95,7 @@ pub struct RemotePods {
     /// The thread.
     pub(in crate::agent) worker: Worker<Command>,
     /// The last setting that was passed to the thread.
-    reported: Setting,
+    reported: TrialInput,
     /// The pod that has the sockets.
     namespace: Option<PodNamespace>,
 }
@@ -111,7 +111,7 @@ impl RemotePods {
                 orders,
                 tell,
                 clock: Clock(Instant::now()),
-                setting: Setting::default(),
+                setting: TrialInput::default(),
                 remote_pods: RemoteTrials::default(),
                 inward: InwardLosses::default(),
                 place: None,
@@ -119,7 +119,7 @@ impl RemotePods {
             };
             runner.run();
         })?;
-        Ok(Self { worker, reported: Setting::default(), namespace: None })
+        Ok(Self { worker, reported: TrialInput::default(), namespace: None })
     }
 
     /// Sets the pod in which the thread has its sockets.
@@ -138,7 +138,7 @@ impl RemotePods {
         self.worker.order(Command::Testify(reply, from, round));
     }
 
-    fn set(&mut self, setting: Setting) {
+    fn set(&mut self, setting: TrialInput) {
         if self.reported != setting {
             self.reported.clone_from(&setting);
             self.worker.order(Command::Setting(setting));
@@ -167,7 +167,7 @@ struct Runner<F> {
     orders: Orders<Command>,
     tell: F,
     clock: Clock,
-    setting: Setting,
+    setting: TrialInput,
     remote_pods: RemoteTrials,
     inward: InwardLosses,
     place: Option<Place>,
@@ -394,7 +394,7 @@ impl Agent {
         self.threads.monitors.remote_pods.set(setting);
     }
 
-    fn remote_pods_setting(&self) -> Option<Setting> {
+    fn remote_pods_setting(&self) -> Option<TrialInput> {
         let view = self.kernel.programmed_view()?;
         let probers_of = |(node, peer): (&NodeId, &Peer)| {
             let (_, subnets) = peer.leases.first()?;
@@ -413,7 +413,14 @@ impl Agent {
         // That no peer is reachable is already reported.
         let is_told = self.kernel.problems.underlay.is_some() || self.kernel.host.is_table_full;
         if is_told {
-            return Some(Setting { subjects: Vec::new(), lost_here, rest, probers, sources, own });
+            return Some(TrialInput {
+                subjects: Vec::new(),
+                lost_here,
+                rest,
+                probers,
+                sources,
+                own,
+            });
         }
         let underlay = self.current_underlay();
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
@@ -438,10 +445,10 @@ impl Agent {
                 takes_large: state != PathState::MtuTooLarge || narrow.is_some(),
                 is_unresponsive,
             };
-            (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
+            (is_reached && !matches!(way, RouteTarget::Unreachable)).then_some(subject)
         };
         let subjects = self.path_states().filter_map(subject).collect();
-        Some(Setting { subjects, lost_here, rest, probers, sources, own })
+        Some(TrialInput { subjects, lost_here, rest, probers, sources, own })
     }
 }
 
@@ -487,10 +494,10 @@ mod tests {
         let [first, second] = [1, 2].map(|number| NodeId::from_bytes([number; 8]));
         let [member, own, pod] =
             [[10, 42, 1, 254], [10, 42, 2, 1], [10, 42, 2, 2]].map(IpAddr::from);
-        let setting = Setting {
+        let setting = TrialInput {
             probers: BTreeMap::from([(member, first)]),
             own: BTreeSet::from([own]),
-            ..Setting::default()
+            ..TrialInput::default()
         };
         assert!(setting.may_probe(member) && setting.may_probe(own) && !setting.may_probe(pod));
         assert!(setting.may_be_of(member, first) && !setting.may_be_of(member, second));

@@ -18,7 +18,7 @@ use crate::{
     core::Liveness,
     datagram,
     dataplane::{
-        desired::Way,
+        desired::RouteTarget,
         offload::OffloadTrials,
         path_mtu_reports::Reports,
         paths::{CHECK_INTERVAL, FLOWS, Kind, Paths, ProbedPeer, Responder},
@@ -414,7 +414,7 @@ impl Agent {
     }
 
     /// Returns how packets reach a peer, through the tunnel or directly.
-    fn way_to(&self, node: NodeId) -> Option<Way> {
+    fn way_to(&self, node: NodeId) -> Option<RouteTarget> {
         let peer = self.kernel.wanted.view.as_ref()?.peers.get(&node)?;
         let (_, subnets) = peer.leases.first()?;
         Some(self.underlay_to(peer.vtep.underlay).way(peer.vtep.underlay, subnets.first))
@@ -422,12 +422,12 @@ impl Agent {
 
     /// Whether packets to a peer use the tunnel.
     fn has_tunnel(&self, node: NodeId) -> bool {
-        matches!(self.way_to(node), Some(Way::Overlay(_)))
+        matches!(self.way_to(node), Some(RouteTarget::Overlay(_)))
     }
 
     /// Whether packets to a peer are routed without the tunnel.
     fn is_direct(&self, node: NodeId) -> bool {
-        matches!(self.way_to(node), Some(Way::Direct { .. }))
+        matches!(self.way_to(node), Some(RouteTarget::Direct { .. }))
     }
 
     /// Whether a peer reached without the tunnel does not answer.

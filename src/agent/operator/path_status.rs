@@ -11,7 +11,7 @@ use crate::{
     api::PathStatus,
     core::Labels,
     dataplane::{
-        desired::{Underlay, Way, device_name},
+        desired::{RouteTarget, Underlay, device_name},
         silence::Sign,
     },
     model::{NodeId, PathState, Problem, ProblemCode, Severity, ip_command, is_link_local},
@@ -217,17 +217,18 @@ impl Agent {
             return None;
         }
         let underlay = self.underlay_to(there);
-        let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
-        let is_direct = matches!(ways[0], Way::Direct { .. });
+        let ways: Vec<RouteTarget> =
+            subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
+        let is_direct = matches!(ways[0], RouteTarget::Direct { .. });
         if lost && self.prober.paths.is_diverted_inbound(node) {
             let own = view.own.subnets.first.network();
             return Some(mixed_modes_problem(name, own, is_direct));
         }
         match ways[0] {
-            _ if ways.contains(&Way::Unreachable) => {
+            _ if ways.contains(&RouteTarget::Unreachable) => {
                 return unreachable_problem(&underlay, name, there, ways[0]);
             }
-            Way::Direct { .. } if lost => {
+            RouteTarget::Direct { .. } if lost => {
                 let suspects = self.kernel.traffic.forwarding.suspects.iter();
                 let suspects =
                     suspects.map(|suspect| format!("{suspect}; or ")).collect::<String>();
@@ -244,7 +245,7 @@ impl Agent {
                 return Some(self.unanswered(node, state, what, fix));
             }
             // With direct routing, both packets with and without a tunnel are valid answers.
-            Way::Direct { .. } if state == PathState::Asymmetric => return None,
+            RouteTarget::Direct { .. } if state == PathState::Asymmetric => return None,
             _ => {}
         }
         // Filters of both hosts and of the network may drop probes or answers.
@@ -392,13 +393,13 @@ fn unreachable_problem(
     underlay: &Underlay,
     name: &str,
     there: IpAddr,
-    first: Way,
+    first: RouteTarget,
 ) -> Option<Problem> {
     if underlay.unusable_peer_reason(there).is_some() {
         return None;
     }
     let what = match first {
-        Way::Unreachable => format!(
+        RouteTarget::Unreachable => format!(
             "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no tunnels"
         ),
         _ => format!(
@@ -453,10 +454,14 @@ mod tests {
         let here: IpAddr = [192, 0, 2, 1].into();
         let of_mode = |mode| Underlay { mode, ..Underlay::of_tunnels(2, here, 1_450) };
         for mode in [Mode::Vxlan, Mode::Direct, Mode::HostGw] {
-            assert_eq!(unreachable_problem(&of_mode(mode), "h1", here, Way::Unreachable), None);
+            assert_eq!(
+                unreachable_problem(&of_mode(mode), "h1", here, RouteTarget::Unreachable),
+                None
+            );
         }
         let far = [198, 51, 100, 3].into();
-        let problem = unreachable_problem(&of_mode(Mode::HostGw), "h1", far, Way::Unreachable);
+        let problem =
+            unreachable_problem(&of_mode(Mode::HostGw), "h1", far, RouteTarget::Unreachable);
         assert!(problem.is_some_and(|problem| problem.contains("mode host-gw uses no tunnels")));
     }
 }

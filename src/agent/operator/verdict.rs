@@ -4,7 +4,7 @@ use crate::{
     agent::Agent,
     api::Verdict,
     core::Phase,
-    dataplane::forwarding::{Direction, Transport},
+    dataplane::forwarding::{Direction, TrialProtocol},
     model::{Problem, ProblemCode, family_name, list_at_most, visible},
 };
 
@@ -68,8 +68,10 @@ impl Agent {
         let closed = &self.kernel.traffic.forwarding.closed;
         let is_closed =
             |direction| closed.iter().any(|way| way.ipv4 == ipv4 && way.direction == direction);
-        let all = |of: fn(Transport) -> Direction| {
-            [Transport::Udp, Transport::Tcp].into_iter().all(|transport| is_closed(of(transport)))
+        let all = |of: fn(TrialProtocol) -> Direction| {
+            [TrialProtocol::Udp, TrialProtocol::Tcp]
+                .into_iter()
+                .all(|transport| is_closed(of(transport)))
         };
         let is_cut_off = is_closed(Direction::Gateway) || all(Direction::Out) || all(Direction::In);
         is_cut_off

@@ -14,7 +14,7 @@ use rtnetlink::{LinkUnspec, packet_route::RouteNetlinkMessage};
 use super::screen::span;
 use crate::{
     dataplane::{
-        desired::{Hop, Way},
+        desired::{Hop, RouteTarget},
         kernel::{FirewallTable, Kernel},
         plan::{Actual, EntryOp},
     },
@@ -171,7 +171,7 @@ impl Fault {
                 routes.iter().map(|(subnet, hop)| EntryOp::RemoveRoute(*subnet, *hop)).collect()
             }
             Self::ForeignRoute => {
-                let nowhere = |hop: &Hop| Hop::new(Way::Unreachable, hop.metric);
+                let nowhere = |hop: &Hop| Hop::new(RouteTarget::Unreachable, hop.metric);
                 routes.iter().map(|(net, hop)| EntryOp::ReplaceRoute(*net, nowhere(hop))).collect()
             }
             _ => return None,

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::{Audit, Expected, HostState, Kind, Lookup, OwnSubnet, spread_address};
 use crate::{
     dataplane::{
-        desired::{Hop, Way},
+        desired::{Hop, RouteTarget},
         plan::full_len,
     },
     pods::{gateway, last_address},
@@ -30,9 +30,11 @@ impl Audit {
         let Some(link) = own.inside else { return };
         let OwnSubnet { subnet, .. } = *own;
         let from_peer = peer.and_then(|(subject, hop)| match hop.way {
-            Way::Overlay(_) | Way::Device => Some((last_address(*subject), host.device)),
-            Way::Direct { link, .. } => Some((last_address(*subject), link)),
-            Way::Unreachable => None,
+            RouteTarget::Overlay(_) | RouteTarget::Device => {
+                Some((last_address(*subject), host.device))
+            }
+            RouteTarget::Direct { link, .. } => Some((last_address(*subject), link)),
+            RouteTarget::Unreachable => None,
         });
         // Pods get the lowest addresses first, so half of the lookups are for these; a route may
         // take any part of the rest.

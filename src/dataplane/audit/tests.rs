@@ -174,7 +174,7 @@ fn many_peers_are_looked_up_in_turn_and_deviating_ones_in_each_pass() {
 fn pool_route_is_looked_up_where_no_other_route_outranks_it() {
     let mut desired = desired(2);
     let pool = net("10.42.0.0/16");
-    desired.tables.routes.insert(pool, Hop::new(Way::Device, 1));
+    desired.tables.routes.insert(pool, Hop::new(RouteTarget::Device, 1));
     let mut audit = Audit::default();
     for _ in 0..300 {
         let lookups = audit.lookups(&desired, &host(Some(BRIDGE)));

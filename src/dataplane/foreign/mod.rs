@@ -24,7 +24,7 @@ use ipnet::IpNet;
 
 pub use self::{
     chains::{DroppingChain, ForeignChains, LostPackets, OwnHook},
-    partial::{Act, ForeignRules, LegacyTable, Partial, Traffic, Way},
+    partial::{Act, ForeignRules, Interfaces, LegacyTable, Partial, Traffic},
     ports::{ClosedPort, Extent},
 };
 use self::{

@@ -20,7 +20,7 @@ use std::{collections::BTreeMap, io};
 
 pub use self::{
     lines::LegacyTable,
-    selection::{Traffic, Way},
+    selection::{Interfaces, Traffic},
 };
 use self::{
     reading::Marks,

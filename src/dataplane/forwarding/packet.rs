@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use super::Transport;
+use super::TrialProtocol;
 use crate::{checksum::checksum, model::Mac};
 
 /// First bytes of a datagram's payload, by which the kernel's packet filter recognizes it.
@@ -69,7 +69,7 @@ pub enum Field {
 #[derive(Clone, Copy, Debug)]
 pub struct Probe {
     /// The transport protocol.
-    pub transport: Transport,
+    pub transport: TrialProtocol,
     /// Source address.
     pub from: IpAddr,
     /// Destination address.
@@ -91,13 +91,13 @@ impl Probe {
         let mut segment = Vec::new();
         self.ports.iter().for_each(|port| segment.extend(port.to_be_bytes()));
         let checksum_offset = match self.transport {
-            Transport::Udp => {
+            TrialProtocol::Udp => {
                 segment.extend(((UDP_HEADER + PAYLOAD_LEN) as u16).to_be_bytes());
                 segment.extend([0; 2]);
                 segment.extend(Self::payload(self.nonce));
                 6
             }
-            Transport::Tcp => {
+            TrialProtocol::Tcp => {
                 segment.extend(self.sequence());
                 let words = (TCP_HEADER + OPTIONS_LEN) / 4;
                 segment.extend([0, 0, 0, 0, (words as u8) << 4, SYN]);
@@ -124,11 +124,11 @@ impl Probe {
         let has_destination = segment.get(2..4) == Some(&self.ports[1].to_be_bytes());
         has_destination
             && match self.transport {
-                Transport::Udp => {
+                TrialProtocol::Udp => {
                     let payload = segment.get(UDP_HEADER..).unwrap_or_default();
                     payload.starts_with(&Self::payload(self.nonce))
                 }
-                Transport::Tcp => {
+                TrialProtocol::Tcp => {
                     let is_first = segment.get(13).is_some_and(|flags| flags & (SYN | ACK) == SYN);
                     is_first && segment.get(4..8) == Some(&self.sequence())
                 }
@@ -140,7 +140,7 @@ impl Probe {
     pub fn is_accepted_by(&self, segment: &[u8]) -> bool {
         let accepts = segment.get(13).is_some_and(|flags| flags & (SYN | ACK) == SYN | ACK);
         let number = number(self.nonce).wrapping_add(1).to_be_bytes();
-        self.transport == Transport::Tcp
+        self.transport == TrialProtocol::Tcp
             && accepts
             && segment.get(..2) == Some(&self.ports[1].to_be_bytes())
             && segment.get(IN_ANSWER as usize..12) == Some(&number)
@@ -148,10 +148,10 @@ impl Probe {
 
     /// Returns two fields for the kernel's packet filter. A packet that matches one of them has this nonce,
     /// or is the answer to a first segment with it.
-    pub const fn fields(transport: Transport, nonce: [u8; NONCE_LEN]) -> [Field; 2] {
+    pub const fn fields(transport: TrialProtocol, nonce: [u8; NONCE_LEN]) -> [Field; 2] {
         match transport {
-            Transport::Udp => [Field::Word(IN_DATAGRAM, number(nonce)); 2],
-            Transport::Tcp => [Field::Word(IN_SEGMENT, number(nonce)), Self::answer(nonce)],
+            TrialProtocol::Udp => [Field::Word(IN_DATAGRAM, number(nonce)); 2],
+            TrialProtocol::Tcp => [Field::Word(IN_SEGMENT, number(nonce)), Self::answer(nonce)],
         }
     }
 
@@ -248,11 +248,11 @@ impl<'a> IpPacket<'a> {
 }
 
 /// Parses an IP packet with UDP or TCP: source address, transport and segment. `None` for other protocols.
-pub fn parse(packet: &[u8]) -> Option<(IpAddr, Transport, &[u8])> {
+pub fn parse(packet: &[u8]) -> Option<(IpAddr, TrialProtocol, &[u8])> {
     let IpPacket { from, protocol, segment, .. } = IpPacket::read(packet)?;
     let transport = match protocol {
-        UDP => Transport::Udp,
-        TCP => Transport::Tcp,
+        UDP => TrialProtocol::Udp,
+        TCP => TrialProtocol::Tcp,
         _ => return None,
     };
     Some((from, transport, segment))
@@ -276,10 +276,10 @@ pub fn inner(packet: &[u8]) -> Option<&[u8]> {
     segment.get(UDP_HEADER + ENCAPSULATION_LEN..).filter(|_| protocol == UDP)
 }
 
-const fn protocol(transport: Transport) -> u8 {
+const fn protocol(transport: TrialProtocol) -> u8 {
     match transport {
-        Transport::Udp => UDP,
-        Transport::Tcp => TCP,
+        TrialProtocol::Udp => UDP,
+        TrialProtocol::Tcp => TCP,
     }
 }
 
@@ -303,7 +303,7 @@ mod tests {
         assert_eq!(UNUSED ^ UNUSED_OUT, 1);
     }
 
-    fn tunneled(transport: Transport, from: &str, to: &str) -> TunneledProbe {
+    fn tunneled(transport: TrialProtocol, from: &str, to: &str) -> TunneledProbe {
         let address = |text: &str| text.parse().expect("an address");
         TunneledProbe {
             vni: 0x0a_0b_0c,
@@ -326,7 +326,7 @@ mod tests {
     #[test]
     fn lengths_and_checksums_are_correct_in_both_families() {
         for (transport, length) in
-            [(Transport::Udp, UDP_HEADER + PAYLOAD_LEN), (Transport::Tcp, 40)]
+            [(TrialProtocol::Udp, UDP_HEADER + PAYLOAD_LEN), (TrialProtocol::Tcp, 40)]
         {
             for (from, to, header) in ENDS {
                 let packet = tunneled(transport, from, to);
@@ -350,7 +350,7 @@ mod tests {
 
     #[test]
     fn first_segment_has_the_options_of_linux() {
-        let segment = tunneled(Transport::Tcp, ENDS[0].0, ENDS[0].1).probe.segment();
+        let segment = tunneled(TrialProtocol::Tcp, ENDS[0].0, ENDS[0].1).probe.segment();
         assert_eq!(usize::from(segment[12] >> 4) * 4, segment.len(), "the header's length");
         let (mut kinds, mut at) = (Vec::new(), TCP_HEADER);
         while at < segment.len() {
@@ -362,7 +362,7 @@ mod tests {
 
     #[test]
     fn packet_is_recognized_with_any_source() {
-        for transport in Transport::ALL {
+        for transport in TrialProtocol::ALL {
             for (from, to, _) in ENDS {
                 let TunneledProbe { probe, .. } = tunneled(transport, from, to);
                 let bytes = tunneled(transport, from, to).bytes();
@@ -380,7 +380,7 @@ mod tests {
                 }
                 (0..ip.len()).for_each(|length| {
                     let cut = parse(&ip[..length]).filter(|(.., segment)| probe.is(segment));
-                    assert!(cut.is_none() || transport == Transport::Tcp, "{length} bytes");
+                    assert!(cut.is_none() || transport == TrialProtocol::Tcp, "{length} bytes");
                 });
             }
         }
@@ -389,7 +389,7 @@ mod tests {
     #[test]
     fn packet_inside_tunnel_packet_is_found_behind_either_ip_header() {
         for (from, to, _) in ENDS {
-            let packet = tunneled(Transport::Udp, from, to);
+            let packet = tunneled(TrialProtocol::Udp, from, to);
             let udp = [&[0; UDP_HEADER][..], &packet.bytes()].concat();
             let mut ipv4 = vec![0x45; IPV4_HEADER];
             let mut ipv6 = vec![0x60; IPV6_HEADER];
@@ -413,7 +413,7 @@ mod tests {
 
     #[test]
     fn answer_to_first_segment_is_not_taken_for_the_segment() {
-        let TunneledProbe { probe, .. } = tunneled(Transport::Tcp, ENDS[0].0, ENDS[0].1);
+        let TunneledProbe { probe, .. } = tunneled(TrialProtocol::Tcp, ENDS[0].0, ENDS[0].1);
         let mut segment = probe.segment();
         segment[13] |= ACK;
         assert!(!probe.is(&segment));
@@ -430,7 +430,7 @@ mod tests {
         for other in [
             Probe { ports: [probe.ports[0], 9], ..probe },
             Probe { nonce: [8; NONCE_LEN], ..probe },
-            Probe { transport: Transport::Udp, ..probe },
+            Probe { transport: TrialProtocol::Udp, ..probe },
         ] {
             assert!(!other.is_accepted_by(&answer), "{other:?}");
         }

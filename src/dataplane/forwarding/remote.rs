@@ -30,7 +30,7 @@ use self::{
     round::Round,
     target::{Target, carries_large, sorts},
 };
-use super::{SUSPECT_TRIAL_INTERVAL, TRIAL_INTERVAL, Trials, Way};
+use super::{SUSPECT_TRIAL_INTERVAL, TRIAL_INTERVAL, TrialWay, Trials};
 use crate::{
     model::{Addresses, NodeId, Time},
     wire::Arrivals,
@@ -88,7 +88,7 @@ pub struct RemoteTrials {
     peers: BTreeMap<NodeId, Peer>,
     trials: Trials<RemoteWay>,
     /// Ways on which this host is known to drop packets itself.
-    ways_lost_here: Vec<Way>,
+    ways_lost_here: Vec<TrialWay>,
     /// Minimum time between trials with a peer while nothing is lost; `None` if a trial causes no cost.
     rest: Option<Duration>,
     round: Option<Round>,
@@ -116,7 +116,7 @@ struct Peer {
 impl RemoteTrials {
     /// Replaces the peers to try and the ways on which this host drops packets. Losses on these ways are
     /// reported elsewhere, and packets that would take them are not sent.
-    pub fn update(&mut self, peers_to_try: &[RemotePeer], ways_lost_here: &[Way]) {
+    pub fn update(&mut self, peers_to_try: &[RemotePeer], ways_lost_here: &[TrialWay]) {
         let mut before = std::mem::take(&mut self.peers);
         self.ways_lost_here = ways_lost_here.to_vec();
         for info in peers_to_try {

@@ -25,7 +25,7 @@ use rtnetlink::{
 };
 
 use super::super::{
-    desired::{Device, Hop, ROUTE_PROTOCOL, Way},
+    desired::{Device, Hop, ROUTE_PROTOCOL, RouteTarget},
     plan::EntryOp,
 };
 use crate::{
@@ -180,14 +180,14 @@ fn route_message(index: u32, subnet: IpNet, hop: Hop) -> RouteMessage {
         RouteAttribute::Priority(hop.metric),
     ];
     let (gateway, link) = match hop.way {
-        Way::Overlay(vtep) => (vtep, index),
-        Way::Direct { gateway, link } => (gateway, link),
-        Way::Device => {
+        RouteTarget::Overlay(vtep) => (vtep, index),
+        RouteTarget::Direct { gateway, link } => (gateway, link),
+        RouteTarget::Device => {
             message.header.scope = RouteScope::Link;
             message.attributes.push(RouteAttribute::Oif(index));
             return message;
         }
-        Way::Unreachable => {
+        RouteTarget::Unreachable => {
             message.header.kind = RouteType::Unreachable;
             return message;
         }
@@ -223,18 +223,18 @@ pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(Ip
         return None;
     }
     let way = match header.kind {
-        RouteType::Unreachable => Way::Unreachable,
+        RouteType::Unreachable => RouteTarget::Unreachable,
         RouteType::Unicast => {
             let link = route.attributes.iter().find_map(|attribute| match attribute {
                 RouteAttribute::Oif(index) => Some(*index),
                 _ => None,
             })?;
             match route.attributes.iter().find_map(gateway_of) {
-                Some(vtep) if Some(link) == device => Way::Overlay(vtep),
-                None if Some(link) == device => Way::Device,
+                Some(vtep) if Some(link) == device => RouteTarget::Overlay(vtep),
+                None if Some(link) == device => RouteTarget::Device,
                 gateway => {
                     let gateway = gateway.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-                    Way::Direct { gateway, link }
+                    RouteTarget::Direct { gateway, link }
                 }
             }
         }
@@ -247,13 +247,13 @@ pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(Ip
 /// use a part of the pool's networks. `devices` are the indices of all overlay devices.
 pub(super) fn is_of_overlay(
     subnet: &IpNet,
-    way: Option<Way>,
+    way: Option<RouteTarget>,
     pool: Option<&Pool>,
     devices: &[u32],
 ) -> bool {
     match way {
-        Some(Way::Overlay(_) | Way::Device) => true,
-        Some(Way::Direct { link, .. }) if devices.contains(&link) => false,
+        Some(RouteTarget::Overlay(_) | RouteTarget::Device) => true,
+        Some(RouteTarget::Direct { link, .. }) if devices.contains(&link) => false,
         _ => {
             pool.is_some_and(|pool| pool.networks().iter().any(|network| network.contains(subnet)))
         }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     dataplane::{
-        desired::{Device, Hop, ROUTE_PROTOCOL, Way},
+        desired::{Device, Hop, ROUTE_PROTOCOL, RouteTarget},
         overlap::{self, Foreign, ForeignKind, Overlay},
         plan::{Actual, Found},
     },
@@ -246,7 +246,7 @@ impl Kernel {
         pool: Option<&Pool>,
     ) -> io::Result<BTreeSet<(IpNet, Hop)>> {
         let found = self.main_routes(Some(ROUTE_PROTOCOL), |route| our_route(&route, device))?;
-        let is_direct = |(_, hop): &(IpNet, Hop)| matches!(hop.way, Way::Direct { .. });
+        let is_direct = |(_, hop): &(IpNet, Hop)| matches!(hop.way, RouteTarget::Direct { .. });
         let links = match found.iter().any(is_direct) {
             true => self.netlink.links()?,
             false => Vec::new(),

@@ -9,7 +9,7 @@ use rtnetlink::packet_route::route::RouteProtocol;
 use super::{Place, hop_limit::HopLimit, reason, refusal, refuser::Refuser};
 use crate::{
     dataplane::audit::likely_program,
-    model::{Ports, Problem, ProblemCode, Transport, dotted, ip_command},
+    model::{PacketSelector, Ports, Problem, ProblemCode, dotted, ip_command},
     netlink::{
         Netlink,
         link::Link,
@@ -141,7 +141,8 @@ pub fn of_flows(
     place: Place<'_>,
 ) -> Option<FlowDetour> {
     selected.iter().find_map(|ports| {
-        let transport = query.transport.map(|of| Transport { source: Some(ports.first), ..of });
+        let transport =
+            query.transport.map(|of| PacketSelector { source: Some(ports.first), ..of });
         let query = Query { transport, ..*query };
         let found = netlink.route(&query);
         let detour = of(netlink, &query, &found, links, place)?;

@@ -8,7 +8,7 @@ use rtnetlink::packet_route::route::RouteProtocol;
 
 use crate::{
     dataplane::{audit::earlier_rule, desired::ROUTE_PROTOCOL},
-    model::{Ports, Transport, ip_command},
+    model::{PacketSelector, Ports, ip_command},
     netlink::{
         Netlink,
         route::{MAIN, Query, Refusal, Rule, local_priority},
@@ -107,8 +107,8 @@ fn takes(rule: &Rule, query: &Query) -> bool {
         let is_in = |ports: Ports, port: u16| (ports.first..=ports.last).contains(&port);
         ports.is_none_or(|ports| port.is_some_and(|port| is_in(ports, port)))
     };
-    let Transport { protocol, source, destination } =
-        query.transport.unwrap_or(Transport { protocol: 0, source: None, destination: None });
+    let PacketSelector { protocol, source, destination } =
+        query.transport.unwrap_or(PacketSelector { protocol: 0, source: None, destination: None });
     let mark = query.mark.unwrap_or(0);
     let is_match = inside(selector.from, query.from)
         && inside(selector.to, Some(query.to))
@@ -156,7 +156,7 @@ mod tests {
 
     fn said(errno: i32, rules: &[Rule], refusals: &[Refusal]) -> Option<String> {
         let there = [10, 99, 0, 12].into();
-        let query = Query { transport: Some(Transport::udp_to(8472)), ..Query::to(there) };
+        let query = Query { transport: Some(PacketSelector::udp_to(8472)), ..Query::to(there) };
         let (what, fix) = Refuser::first(&query, errno, rules, refusals)?.texts(there);
         Some(format!("{what}: {fix}"))
     }

@@ -10,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInfo};
 
-use super::{Setting, gateway, ipsec, marks, partial};
+use super::{TrialInput, gateway, ipsec, marks, partial};
 use crate::{
     agent::{
         diagnosis::{
@@ -23,7 +23,7 @@ use crate::{
     dataplane::{
         dropping_chain::DroppedBy,
         foreign::{ClosedPort, Extent, ForeignTables, LostPackets},
-        forwarding::{Direction, Transport, Way},
+        forwarding::{Direction, TrialProtocol, TrialWay},
         remedies::{accept_to, accept_within, open_chain},
     },
     model::{Problem, ProblemCode, family_name, resolution_name},
@@ -71,9 +71,9 @@ impl Reasons {
     pub fn read_again(
         &self,
         netlink: &mut Netlink,
-        setting: &Setting,
+        setting: &TrialInput,
         port: Option<u32>,
-        closed: &[Way],
+        closed: &[TrialWay],
         translated: &BTreeMap<bool, IpAddr>,
     ) -> Self {
         let mut reasons = Self::default();
@@ -86,7 +86,7 @@ impl Reasons {
         let needs_rules = setting.is_remote_lost || closed.iter().any(needs_rules);
         let (found, takes_all) =
             if needs_rules { suspects(netlink, setting, port, closed) } else { Default::default() };
-        for Way { direction, ipv4 } in closed {
+        for TrialWay { direction, ipv4 } in closed {
             if *direction == Direction::TooLarge || direction.is_of_host() {
                 continue;
             }
@@ -94,7 +94,7 @@ impl Reasons {
                 let ipv4 = setting.local.is_ipv4();
                 reasons.legacy = iptables_legacy::around_tunnels(
                     ipv4,
-                    iptables_legacy::Way::Out,
+                    iptables_legacy::HookPath::Out,
                     setting.port,
                     None,
                 );
@@ -127,7 +127,7 @@ impl Reasons {
     }
 
     /// Removes causes of ways that are not closed any more.
-    pub fn keep(&mut self, closed: &[Way], is_remote_lost: bool) {
+    pub fn keep(&mut self, closed: &[TrialWay], is_remote_lost: bool) {
         let is_closed = |is: fn(Direction) -> bool, ipv4| {
             closed.iter().any(|way| is(way.direction) && way.ipv4 == ipv4)
         };
@@ -149,8 +149,8 @@ impl Reasons {
     }
 
     /// Returns whether a cause is known for each of these ways.
-    pub fn explains_all(&self, closed: &[Way], translated: &BTreeMap<bool, IpAddr>) -> bool {
-        let is_known = |way: &Way| match way.direction {
+    pub fn explains_all(&self, closed: &[TrialWay], translated: &BTreeMap<bool, IpAddr>) -> bool {
+        let is_known = |way: &TrialWay| match way.direction {
             Direction::Gateway => self.gateway_problems.contains_key(&way.ipv4),
             Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
             Direction::NeighborDiscovery => self.resolution_problems.contains_key(&way.ipv4),
@@ -207,21 +207,21 @@ enum Bridged {
 }
 
 /// Returns whether rules may drop packets between ports of the bridge, for IPv4 and IPv6.
-pub fn are_bridged_filtered(netlink: &mut Netlink, setting: &Setting) -> [bool; 2] {
+pub fn are_bridged_filtered(netlink: &mut Netlink, setting: &TrialInput) -> [bool; 2] {
     let by_rules = go_through_rules(netlink, &setting.bridge);
     [true, false]
         .map(|ipv4| by_rules[usize::from(!ipv4)] || !chains_between(setting, ipv4).is_empty())
 }
 
 /// Returns chains of the bridge family that may drop packets between pods of a family, with remedies.
-fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
+fn chains_between(setting: &TrialInput, ipv4: bool) -> Vec<String> {
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let network = networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
     network.into_iter().flat_map(|network| chains::at_pod_ports(*network, &["bridge"])).collect()
 }
 
 /// Returns the problem of pods of this host that cannot resolve each other's addresses, with possible causes.
-fn resolution_problem(setting: &Setting, ipv4: bool) -> Problem {
+fn resolution_problem(setting: &TrialInput, ipv4: bool) -> Problem {
     let question = resolution_name(ipv4);
     let mut causes = chains_between(setting, ipv4);
     if causes.is_empty() {
@@ -281,7 +281,7 @@ const fn iptables(ipv4: bool) -> &'static str {
 }
 
 /// Describes the setting that makes rules see bridged packets.
-fn bridged(setting: &Setting, ipv4: bool) -> String {
+fn bridged(setting: &TrialInput, ipv4: bool) -> String {
     let name = iptables(ipv4);
     let is_for_all = sysctl::read(&bridge_sysctl(ipv4)).is_some_and(|value| value != "0");
     let (what, command) = if is_for_all {
@@ -299,7 +299,7 @@ fn bridged(setting: &Setting, ipv4: bool) -> String {
 }
 
 /// Describes chains that translate sources, and how to exempt the overlay.
-pub fn translating(setting: &Setting, ipv4: bool) -> String {
+pub fn translating(setting: &TrialInput, ipv4: bool) -> String {
     let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
     let chains = ForeignTables::open().and_then(|mut tables| tables.translating_chains(ipv4));
     let exempt = |chain: &String| match network {
@@ -323,12 +323,12 @@ pub fn translating(setting: &Setting, ipv4: bool) -> String {
     causes.join("; ")
 }
 
-const fn needs_rules(way: &Way) -> bool {
+const fn needs_rules(way: &TrialWay) -> bool {
     way.direction.is_through() || way.direction.is_between()
 }
 
 /// Returns the causes, or commands that may show them.
-fn or_where_to_look(found: &[String], setting: &Setting) -> Vec<String> {
+fn or_where_to_look(found: &[String], setting: &TrialInput) -> Vec<String> {
     if !found.is_empty() {
         return found.to_vec();
     }
@@ -342,9 +342,9 @@ fn or_where_to_look(found: &[String], setting: &Setting) -> Vec<String> {
 /// Returns possible causes, and whether one of them acts before routing.
 fn suspects(
     netlink: &mut Netlink,
-    setting: &Setting,
+    setting: &TrialInput,
     port: Option<u32>,
-    closed: &[Way],
+    closed: &[TrialWay],
 ) -> (Vec<String>, bool) {
     // Packets that connection tracking drops are not dropped by a rule.
     if let Some(full) = conntrack::full_table_problem() {
@@ -394,20 +394,25 @@ fn suspects(
 }
 
 /// Returns the packets that a rule must match to be a possible cause.
-fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) -> LostPackets {
-    let mut transports: BTreeSet<Transport> = BTreeSet::new();
+fn lost(
+    setting: &TrialInput,
+    port: Option<u32>,
+    closed: &[TrialWay],
+    links: &[Link],
+) -> LostPackets {
+    let mut transports: BTreeSet<TrialProtocol> = BTreeSet::new();
     for way in closed {
         match way.direction {
             Direction::Out(of) | Direction::In(of) | Direction::Between(of) => {
                 transports.insert(of);
             }
-            Direction::LargeOut => _ = transports.insert(Transport::Udp),
+            Direction::LargeOut => _ = transports.insert(TrialProtocol::Udp),
             _ => {}
         }
     }
     transports.extend(&setting.lost_transports);
     if transports.is_empty() || setting.is_remote_lost && setting.lost_transports.is_empty() {
-        transports.extend(Transport::ALL);
+        transports.extend(TrialProtocol::ALL);
     }
     let is_on_the_way = |link: &&Link| {
         [setting.device, setting.underlay].contains(&link.index)
@@ -444,7 +449,7 @@ fn redirecting(networks: &[IpNet]) -> Vec<String> {
 }
 
 /// Returns a problem for each chain that drops incoming tunnel packets.
-pub fn input(setting: &Setting) -> Vec<Problem> {
+pub fn input(setting: &TrialInput) -> Vec<Problem> {
     let port = setting.port;
     let closed = ForeignTables::open().and_then(|mut tables| tables.closed_ports(&[port]));
     let closed = closed.unwrap_or_default();

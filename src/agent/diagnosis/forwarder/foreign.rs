@@ -2,11 +2,11 @@
 //!
 //! The agent makes no pod of its own there: that program may assign the address to a pod at any time.
 
-use super::Setting;
+use super::TrialInput;
 use crate::netlink::Netlink;
 
 /// Returns the name of another program's bridge that has ports and an address of this node's subnets.
-pub fn bridge(netlink: &mut Netlink, setting: &Setting) -> Option<String> {
+pub fn bridge(netlink: &mut Netlink, setting: &TrialInput) -> Option<String> {
     let links = netlink.links().ok()?;
     let addresses = netlink.addresses().ok()?;
     let is_of_subnet = |link: u32| {

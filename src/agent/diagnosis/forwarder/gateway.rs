@@ -11,12 +11,12 @@ use std::{
 
 use rtnetlink::packet_route::{link::LinkFlags, neighbour::NeighbourState};
 
-use super::Setting;
+use super::TrialInput;
 use crate::{
     agent::diagnosis::hooks::{self, Side},
     dataplane::{
         foreign::ForeignTables,
-        forwarding::{Direction, TrialResult, Way},
+        forwarding::{Direction, TrialResult, TrialWay},
     },
     model::{Problem, ProblemCode, dotted, resolution_name},
     netlink::{Netlink, route::Query},
@@ -67,9 +67,9 @@ impl Gateway {
 
     /// Resolves the gateways. `wait` sleeps and returns whether to continue; otherwise the result is
     /// empty.
-    pub fn find(&mut self, mut wait: impl FnMut(Duration) -> bool) -> Vec<(Way, TrialResult)> {
+    pub fn find(&mut self, mut wait: impl FnMut(Duration) -> bool) -> Vec<(TrialWay, TrialResult)> {
         let mut seen = Vec::new();
-        let way = |ip: &IpAddr| Way { direction: Direction::Gateway, ipv4: ip.is_ipv4() };
+        let way = |ip: &IpAddr| TrialWay { direction: Direction::Gateway, ipv4: ip.is_ipv4() };
         let mut open: Vec<IpAddr> = self.addresses.iter().map(|(ip, _)| *ip).collect();
         open.retain(|ip| match self.send_request(*ip) {
             Ok(()) => true,
@@ -121,7 +121,7 @@ impl Gateway {
 }
 
 /// Returns the problem of pods that cannot resolve their gateway, with possible causes.
-pub fn problem(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<Problem> {
+pub fn problem(netlink: &mut Netlink, setting: &TrialInput, ipv4: bool) -> Option<Problem> {
     let shape = setting.shape.as_ref()?;
     let subnet = shape.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == ipv4)?;
     let pod = shape.addresses.iter().find(|ip| ip.is_ipv4() == ipv4)?;

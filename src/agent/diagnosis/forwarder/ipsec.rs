@@ -2,7 +2,7 @@
 
 use ipnet::IpNet;
 
-use super::Setting;
+use super::TrialInput;
 use crate::{
     model::{Problem, ProblemCode},
     netlink::xfrm::{self, Policy},
@@ -57,7 +57,7 @@ fn sentences_of_taking<'a>(
 }
 
 /// Returns a notice for each policy that matches some packets between pods but no trial.
-pub fn selecting(setting: &Setting) -> Vec<Problem> {
+pub fn selecting(setting: &TrialInput) -> Vec<Problem> {
     notices(&policies(), &setting.networks.iter().collect::<Vec<_>>())
 }
 

@@ -6,10 +6,10 @@ use std::{fmt, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::Setting;
+use super::TrialInput;
 use crate::{
     dataplane::audit::{earlier_rule, likely_program},
-    model::{Transport, ip_command, rule_family},
+    model::{PacketSelector, ip_command, rule_family},
     netlink::{
         Netlink,
         link::Link,
@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Describes the rules that divert packets of pods, for the family of an overlay network.
-pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<String> {
+pub fn of_pods(netlink: &mut Netlink, setting: &TrialInput, network: IpNet) -> Vec<String> {
     let ipv4 = network.addr().is_ipv4();
     let Some(ways) = ways_of_pods(netlink, setting, network) else { return Vec::new() };
     let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32, local: u32| {
@@ -41,7 +41,7 @@ pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<
 }
 
 /// Describes the rules that divert tunnel packets that contain packets of pods.
-pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
+pub fn of_tunnels(netlink: &mut Netlink, setting: &TrialInput) -> Vec<String> {
     let ipv4 = setting.local.is_ipv4();
     let Some(way) = way_of_tunnels(netlink, setting) else { return Vec::new() };
     let inside_ipv4 = setting.networks.first.addr().is_ipv4();
@@ -62,7 +62,7 @@ pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
 /// should. Marks set before routing also affect the inner packet.
 pub fn leads(
     netlink: &mut Netlink,
-    setting: &Setting,
+    setting: &TrialInput,
     network: IpNet,
     (mark, is_early): (u32, bool),
 ) -> Option<String> {
@@ -78,7 +78,11 @@ pub fn leads(
 type Wanted = (Query, u32);
 
 /// Returns the lookups of a packet to a pod of another host, and of one back.
-fn ways_of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Option<[Wanted; 2]> {
+fn ways_of_pods(
+    netlink: &mut Netlink,
+    setting: &TrialInput,
+    network: IpNet,
+) -> Option<[Wanted; 2]> {
     let of_family = |ip: &IpAddr| ip.is_ipv4() == network.addr().is_ipv4();
     let vteps = setting.peers.iter().filter(|peer| peer.tunnelled).flat_map(|peer| &peer.vteps);
     let peer = vteps.copied().find(of_family)?;
@@ -91,12 +95,12 @@ fn ways_of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Opt
 }
 
 /// Returns the lookup of a tunnel packet to a peer.
-fn way_of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Option<Wanted> {
+fn way_of_tunnels(netlink: &mut Netlink, setting: &TrialInput) -> Option<Wanted> {
     let peer = setting.peers.iter().find(|peer| peer.tunnelled)?;
     let query = Query {
         from: Some(setting.local),
         output: setting.pinned,
-        transport: Some(Transport::udp_to(setting.port)),
+        transport: Some(PacketSelector::udp_to(setting.port)),
         ..Query::to(peer.underlay)
     };
     let usual = netlink.route(&query).ok()?;
@@ -190,7 +194,7 @@ fn because(rule: &Rule, mark: u32, ipv4: bool, marked_ipv4: bool) -> String {
 }
 
 /// Returns the command that exempts tunnel packets.
-fn remedy_for_tunnels(setting: &Setting, rule: &Rule, local: u32) -> String {
+fn remedy_for_tunnels(setting: &TrialInput, rule: &Rule, local: u32) -> String {
     let selector = format!("ipproto udp dport {}", setting.port);
     earlier_rule(&selector, rule.priority, setting.local.is_ipv4(), local)
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Setting, explain::translating};
+use super::{TrialInput, explain::translating};
 use crate::{
     agent::{
         diagnosis::{hooks, iptables_legacy},
@@ -13,7 +13,7 @@ use crate::{
     },
     dataplane::{
         foreign::{DroppingChain, ForeignTables, OwnHook},
-        forwarding::{Direction, Way},
+        forwarding::{Direction, TrialWay},
     },
     model::{Problem, ProblemCode},
     netlink::Netlink,
@@ -26,7 +26,7 @@ const CLOSED_TO_HOST: &str = "this host does not reach its own pods: its packets
 
 /// Returns notices for a trial that cannot be made, including chains whose policy or last rule drops
 /// packets of pods.
-pub fn untried(setting: &Setting, why: &str) -> Vec<Problem> {
+pub fn untried(setting: &TrialInput, why: &str) -> Vec<Problem> {
     let what = format!("it is unknown whether this host forwards packets of pods: {why}");
     let mut notices = vec![Problem::new(ProblemCode::Untested, Problem::HOST, what, "").notice()];
     notices.extend(conntrack::full_table_problem().map(Problem::notice));
@@ -49,7 +49,7 @@ pub fn untried(setting: &Setting, why: &str) -> Vec<Problem> {
 }
 
 /// Describes packets of other hosts' pods that arrive at pods here with another source address.
-pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> Problem {
+pub fn arriving(setting: &TrialInput, ipv4: bool, address: IpAddr) -> Problem {
     let what = format!(
         "packets of pods of other hosts reach pods here under the address {address} in place of the sender's \
          own, so policies and logs here name the wrong source"
@@ -59,7 +59,7 @@ pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> Problem {
 }
 
 /// Describes eBPF programs at the overlay's interfaces, which may drop packets that no trial sends.
-pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<Problem> {
+pub fn programs(netlink: &mut Netlink, setting: &TrialInput) -> Vec<Problem> {
     let mut notices = Vec::new();
     for name in [&setting.device_name, &setting.bridge] {
         let link = netlink.link(name).ok().flatten();
@@ -74,7 +74,7 @@ pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<Problem> {
 
 /// Describes rules that drop packets between this host and its own pods. Returns nothing without a
 /// suspect chain.
-pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<Problem> {
+pub fn of_host(setting: &TrialInput, closed: &[TrialWay]) -> Vec<Problem> {
     let mut notices = Vec::new();
     for (hook, network) in [OwnHook::Input, OwnHook::Output]
         .into_iter()

@@ -3,11 +3,11 @@
 
 use std::net::IpAddr;
 
-use super::{Setting, explain::Reasons};
+use super::{TrialInput, explain::Reasons};
 use crate::{
     dataplane::{
         foreign::trace::Trace,
-        forwarding::{Direction, Way},
+        forwarding::{Direction, TrialWay},
         remedies::{accept_size_errors, open_chain},
     },
     model::{Problem, ProblemCode, family_name, rule_family},
@@ -17,14 +17,14 @@ impl Reasons {
     /// Starts a kernel trace of this host's ICMP errors to the trial's pod if they do not arrive, and of
     /// tunnel packets that contain that pod's packets if they do not leave. Returns `None` if neither is
     /// needed.
-    pub fn trace(&self, setting: &Setting, closed: &[Way]) -> Option<Trace> {
+    pub fn trace(&self, setting: &TrialInput, closed: &[TrialWay]) -> Option<Trace> {
         let is_lost = |ip: &IpAddr| {
-            let way = Way { direction: Direction::TooLarge, ipv4: ip.is_ipv4() };
+            let way = TrialWay { direction: Direction::TooLarge, ipv4: ip.is_ipv4() };
             closed.contains(&way) && !self.icmp_error_droppers.contains_key(&way.ipv4)
         };
         let shape = setting.shape.as_ref()?;
         let pods: Vec<IpAddr> = shape.addresses.iter().filter(is_lost).collect();
-        let is_carried = |way: &Way| way.direction == Direction::Carried;
+        let is_carried = |way: &TrialWay| way.direction == Direction::Carried;
         let traces_tunnels = self.tunnel_dropper.is_none() && closed.iter().any(is_carried);
         let tunnels = traces_tunnels.then_some(setting.local);
         let is_needed = !pods.is_empty() || traces_tunnels;
@@ -33,7 +33,7 @@ impl Reasons {
     }
 
     /// Stores the causes that the trace shows.
-    pub fn note_traced(&mut self, setting: &Setting, trace: &mut Trace) {
+    pub fn note_traced(&mut self, setting: &TrialInput, trace: &mut Trace) {
         if let Err(error) = trace.read() {
             tracing::debug!(%error, "trace not read");
         }
@@ -49,7 +49,7 @@ impl Reasons {
     }
 
     /// Returns the problem of packets of pods that do not leave inside tunnel packets.
-    pub fn carried(&self, closed: &[Way], port: u16) -> Option<Problem> {
+    pub fn carried(&self, closed: &[TrialWay], port: u16) -> Option<Problem> {
         let ways = closed.iter().filter(|way| way.direction == Direction::Carried);
         let families = ways.map(|way| family_name(way.ipv4));
         let families = families.collect::<Vec<_>>().join(", ");
@@ -93,9 +93,9 @@ impl Reasons {
     }
 
     /// Returns problems of pods that do not learn that their packets are too large.
-    pub fn too_large(&self, closed: &[Way]) -> impl Iterator<Item = Problem> {
+    pub fn too_large(&self, closed: &[TrialWay]) -> impl Iterator<Item = Problem> {
         let ways = closed.iter().filter(|way| way.direction == Direction::TooLarge);
-        ways.map(|Way { ipv4, .. }| {
+        ways.map(|TrialWay { ipv4, .. }| {
             let said = if *ipv4 { "fragmentation needed" } else { "packet too big" };
             let program = format!("{}tables", rule_family(*ipv4));
             let why = match self.icmp_error_droppers.get(ipv4) {

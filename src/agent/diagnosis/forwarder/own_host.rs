@@ -21,7 +21,7 @@ use crate::{
         raw_tcp,
     },
     dataplane::{
-        forwarding::{Direction, NONCE_LEN, Probe, Transport, TrialResult, UNUSED, Way},
+        forwarding::{Direction, NONCE_LEN, Probe, TrialProtocol, TrialResult, TrialWay, UNUSED},
         paths::FLOWS,
     },
     icmp::{Family, IcmpKind, ProbeIdentity, SMALL},
@@ -65,7 +65,7 @@ struct Check<'a> {
     /// Whether anything has returned from this host to the pod.
     has_reply: bool,
     /// Packets from this host that have arrived in the pod.
-    arrived: BTreeSet<Transport>,
+    arrived: BTreeSet<TrialProtocol>,
 }
 
 impl HostTrial {
@@ -88,7 +88,7 @@ impl HostTrial {
     pub fn run(
         &self,
         mut wait: impl FnMut(&[BorrowedFd<'_>], Duration) -> bool,
-    ) -> io::Result<Vec<(Way, TrialResult)>> {
+    ) -> io::Result<Vec<(TrialWay, TrialResult)>> {
         let mut checks = self.0.iter().map(Check::begin).collect::<io::Result<Vec<_>>>()?;
         checks.iter().for_each(Check::send);
         let until = Instant::now() + TIMEOUT;
@@ -142,9 +142,9 @@ impl<'a> Check<'a> {
         let asker = ProbeIdentity { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
         host_sockets.family.filter(&host_sockets.echo, asker, false)?;
         for (socket, transport) in [
-            (&host_sockets.inside, Transport::Udp),
-            (&host_sockets.outside, Transport::Udp),
-            (&host_sockets.segments, Transport::Tcp),
+            (&host_sockets.inside, TrialProtocol::Udp),
+            (&host_sockets.outside, TrialProtocol::Udp),
+            (&host_sockets.segments, TrialProtocol::Tcp),
         ] {
             only_with(socket, transport, host_sockets.pod, *nonce)?;
         }
@@ -156,7 +156,7 @@ impl<'a> Check<'a> {
     /// Returns the segment from this host to the pod, or the reverse.
     fn segment(&self, from: IpAddr, to: IpAddr) -> Probe {
         let ports = [self.source_port, UNUSED];
-        Probe { transport: Transport::Tcp, from, to, ports, nonce: self.nonce }
+        Probe { transport: TrialProtocol::Tcp, from, to, ports, nonce: self.nonce }
     }
 
     /// Sends all packets. A packet that cannot be sent does not arrive, and is detected that way.
@@ -187,7 +187,7 @@ impl<'a> Check<'a> {
         drain(outside, |datagram, _| self.has_reply |= datagram == payload);
         drain(inside, |datagram, _| {
             if datagram == payload {
-                self.arrived.insert(Transport::Udp);
+                self.arrived.insert(TrialProtocol::Udp);
             }
         });
         let to_pod = self.segment(*gateway, *pod);
@@ -197,23 +197,23 @@ impl<'a> Check<'a> {
             let segment = raw_tcp::segment(*pod, packet).unwrap_or_default();
             self.has_reply |= segment.starts_with(&refused);
             if to_pod.is(segment) {
-                self.arrived.insert(Transport::Tcp);
+                self.arrived.insert(TrialProtocol::Tcp);
             }
         });
     }
 
     fn is_done(&self) -> bool {
-        self.has_reply && self.arrived.len() == Transport::ALL.len()
+        self.has_reply && self.arrived.len() == TrialProtocol::ALL.len()
     }
 
-    fn seen(&self) -> Vec<(Way, TrialResult)> {
+    fn seen(&self) -> Vec<(TrialWay, TrialResult)> {
         let ipv4 = self.host_sockets.pod.is_ipv4();
         let verdict = |is_there| if is_there { TrialResult::Passed } else { TrialResult::Lost };
-        let from_host = Transport::ALL.map(|transport| {
+        let from_host = TrialProtocol::ALL.map(|transport| {
             let arrived = verdict(self.arrived.contains(&transport));
-            (Way { direction: Direction::FromHost(transport), ipv4 }, arrived)
+            (TrialWay { direction: Direction::FromHost(transport), ipv4 }, arrived)
         });
-        let to_host = Way { direction: Direction::ToHost, ipv4 };
+        let to_host = TrialWay { direction: Direction::ToHost, ipv4 };
         from_host.into_iter().chain([(to_host, verdict(self.has_reply))]).collect()
     }
 }

@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::{Setting, marks, setting::Peer};
+use super::{TrialInput, marks, setting::Peer};
 use crate::{
     agent::diagnosis::iptables_legacy,
     dataplane::{
-        foreign::{Act, ForeignRules, ForeignTables, Partial, Traffic, Way},
+        foreign::{Act, ForeignRules, ForeignTables, Interfaces, Partial, Traffic},
         remedies::{accept_to, accept_within, open_chain},
     },
-    model::{Problem, ProblemCode, Transport},
+    model::{PacketSelector, Problem, ProblemCode},
     netlink::{Netlink, link::Link, route::Query},
 };
 
@@ -19,13 +19,13 @@ use crate::{
 const ARRIVING: u8 = 2;
 
 /// Returns a notice for each such rule.
-pub fn notices(netlink: &mut Netlink, setting: &Setting) -> Vec<Problem> {
+pub fn notices(netlink: &mut Netlink, setting: &TrialInput) -> Vec<Problem> {
     all_notices(netlink, setting, true, |_| true)
 }
 
 /// Returns the same if no trial can be made, and includes rules that affect all packets of pods. Rules of
 /// chains that `known` notices name as closed are omitted.
-pub fn untested(netlink: &mut Netlink, setting: &Setting, known: &[Problem]) -> Vec<Problem> {
+pub fn untested(netlink: &mut Netlink, setting: &TrialInput, known: &[Problem]) -> Vec<Problem> {
     let is_known = |partial: &Partial| {
         let chain = format!("chain {} (", partial.base);
         partial.what.is_empty() && known.iter().any(|notice| notice.what.starts_with(&chain))
@@ -34,13 +34,13 @@ pub fn untested(netlink: &mut Netlink, setting: &Setting, known: &[Problem]) -> 
 }
 
 /// Returns the notices about rules that lower the TTL too far; used after packets were lost.
-pub fn shortening(netlink: &mut Netlink, setting: &Setting) -> Vec<Problem> {
+pub fn shortening(netlink: &mut Netlink, setting: &TrialInput) -> Vec<Problem> {
     all_notices(netlink, setting, true, |partial| matches!(partial.act, Act::Shortens(_)))
 }
 
 fn all_notices(
     netlink: &mut Netlink,
-    setting: &Setting,
+    setting: &TrialInput,
     is_tested: bool,
     is_wanted: impl Fn(&Partial) -> bool,
 ) -> Vec<Problem> {
@@ -56,8 +56,8 @@ fn all_notices(
     let inside = bridge.map(named);
     let ways_by = |outside: (u32, String)| {
         let outside = Some(outside);
-        let out = Way { input: inside.clone(), output: outside.clone() };
-        [out, Way { input: outside, output: inside.clone() }]
+        let out = Interfaces { input: inside.clone(), output: outside.clone() };
+        [out, Interfaces { input: outside, output: inside.clone() }]
     };
     let by_tunnel = ways_by((setting.device, setting.device_name.clone()));
     let underlay = links.iter().find(|link| link.index == setting.underlay);
@@ -112,7 +112,7 @@ fn all_notices(
 /// Returns rules that affect some incoming or outgoing tunnel packets.
 fn of_tunnels(
     netlink: &mut Netlink,
-    setting: &Setting,
+    setting: &TrialInput,
     (tables, rules): (&mut ForeignTables, &mut ForeignRules),
     links: &[Link],
 ) -> Vec<Partial> {
@@ -124,8 +124,8 @@ fn of_tunnels(
     let underlay = links.iter().find(|link| link.index == setting.underlay);
     let underlay = underlay.map(|link| (link.index, link.name.clone()));
     let local = [IpNet::from(setting.local)];
-    let inwards = [Way { input: underlay.clone(), output: None }];
-    let outwards = [Way { input: None, output: underlay }];
+    let inwards = [Interfaces { input: underlay.clone(), output: None }];
+    let outwards = [Interfaces { input: None, output: underlay }];
     let tunnel = Some(setting.port);
     let is_shortening = |partial: &Partial| matches!(partial.act, Act::Shortens(_));
     let of = |sources, destinations, ways| Traffic {
@@ -152,11 +152,11 @@ fn of_tunnels(
 }
 
 /// Returns whether tunnel packets to the peer pass a router.
-fn has_router(netlink: &mut Netlink, setting: &Setting, peer: IpNet) -> bool {
+fn has_router(netlink: &mut Netlink, setting: &TrialInput, peer: IpNet) -> bool {
     let query = Query {
         from: Some(setting.local),
         output: setting.pinned,
-        transport: Some(Transport::udp_to(setting.port)),
+        transport: Some(PacketSelector::udp_to(setting.port)),
         ..Query::to(peer.addr())
     };
     netlink.route(&query).is_ok_and(|found| found.gateway.is_some())
@@ -164,7 +164,7 @@ fn has_router(netlink: &mut Netlink, setting: &Setting, peer: IpNet) -> bool {
 
 fn notice(
     netlink: &mut Netlink,
-    setting: &Setting,
+    setting: &TrialInput,
     partial: &Partial,
     network: IpNet,
 ) -> Option<Problem> {
@@ -211,7 +211,7 @@ fn of_rule(Partial { chain, rule, .. }: &Partial, what: String, fix: String) -> 
     Problem::new(ProblemCode::PartialRule, subject, what, fix).notice()
 }
 
-fn notice_of_tunnels(setting: &Setting, partial: &Partial) -> Option<Problem> {
+fn notice_of_tunnels(setting: &TrialInput, partial: &Partial) -> Option<Problem> {
     let Partial { act, base, chain, .. } = partial;
     let port = setting.port;
     let fate = match act {

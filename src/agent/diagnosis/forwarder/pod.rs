@@ -19,7 +19,7 @@ use crate::{
         raw_tcp,
     },
     dataplane::{
-        forwarding::{Field, NONCE_LEN, Probe, Transport, UNUSED_OUT},
+        forwarding::{Field, NONCE_LEN, Probe, TrialProtocol, UNUSED_OUT},
         silence::MAY_NOT_SEND,
     },
     icmp::{Family, disable_fragmentation},
@@ -78,10 +78,10 @@ impl PodSockets {
     /// Fails if a filter cannot be attached.
     pub fn await_only(&self, nonce: [u8; NONCE_LEN], asked: &[[u8; NONCE_LEN]]) -> io::Result<()> {
         let Self { address, datagrams, segments, .. } = self;
-        only_with(datagrams, Transport::Udp, *address, nonce)?;
+        only_with(datagrams, TrialProtocol::Udp, *address, nonce)?;
         let answers = asked.iter().map(|nonce| Probe::answer(*nonce));
         let fields: Vec<Field> =
-            Probe::fields(Transport::Tcp, nonce).into_iter().chain(answers).collect();
+            Probe::fields(TrialProtocol::Tcp, nonce).into_iter().chain(answers).collect();
         receive_only(segments, FilterInput::raw(*address), &fields)?;
         drain(segments, |_, _| {});
         Ok(())
@@ -95,11 +95,11 @@ impl PodSockets {
     /// pod's namespace, so it is no result of the trial.
     pub fn send(&self, probe: &Probe) -> io::Result<()> {
         let sent = match probe.transport {
-            Transport::Udp => {
+            TrialProtocol::Udp => {
                 let to = SocketAddr::new(probe.to, probe.ports[1]);
                 self.datagrams.send_to(&Probe::payload(probe.nonce), &to.into())
             }
-            Transport::Tcp => {
+            TrialProtocol::Tcp => {
                 let to = SocketAddr::new(probe.to, 0);
                 self.segments.send_to(&probe.segment(), &to.into())
             }
@@ -112,12 +112,12 @@ impl PodSockets {
     pub fn receive<'a>(
         &self,
         probes: impl Iterator<Item = &'a Probe> + Clone,
-        arrived: &mut BTreeSet<Transport>,
+        arrived: &mut BTreeSet<TrialProtocol>,
         mut give: impl FnMut(&[u8], Option<IpAddr>),
     ) -> Option<IpAddr> {
         drain(&self.datagrams, |payload, _| {
             let is_it = |probe: &&Probe| {
-                probe.transport == Transport::Udp && *payload == Probe::payload(probe.nonce)
+                probe.transport == TrialProtocol::Udp && *payload == Probe::payload(probe.nonce)
             };
             arrived.extend(probes.clone().find(is_it).map(|probe| probe.transport));
         });
@@ -125,7 +125,7 @@ impl PodSockets {
         drain(&self.segments, |packet, from| {
             let segment = raw_tcp::segment(self.address, packet).unwrap_or_default();
             give(segment, from);
-            let is_it = |probe: &&Probe| probe.transport == Transport::Tcp && probe.is(segment);
+            let is_it = |probe: &&Probe| probe.transport == TrialProtocol::Tcp && probe.is(segment);
             let found = probes.clone().find(is_it);
             other = other.or(from.filter(|from| found.is_some_and(|probe| probe.from != *from)));
             arrived.extend(found.map(|probe| probe.transport));
@@ -150,13 +150,13 @@ fn check_permission(sent: &io::Result<usize>) -> io::Result<()> {
 /// Fails if the filter cannot be attached.
 pub fn only_with(
     socket: &Socket,
-    transport: Transport,
+    transport: TrialProtocol,
     address: IpAddr,
     nonce: [u8; NONCE_LEN],
 ) -> io::Result<()> {
     let shown = match transport {
-        Transport::Udp => FilterInput::Segment,
-        Transport::Tcp => FilterInput::raw(address),
+        TrialProtocol::Udp => FilterInput::Segment,
+        TrialProtocol::Tcp => FilterInput::raw(address),
     };
     receive_only(socket, shown, &Probe::fields(transport, nonce))?;
     drain(socket, |_, _| {});

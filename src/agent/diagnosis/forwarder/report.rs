@@ -3,7 +3,7 @@
 use super::{ForwarderEvent, Forwarding, TrialRunner};
 use crate::{
     api::{CheckState, CheckStatus},
-    dataplane::forwarding::{Direction, Way, list},
+    dataplane::forwarding::{Direction, TrialWay, list},
     model::{Problem, ProblemCode},
     sysctl,
 };
@@ -11,7 +11,7 @@ use crate::{
 impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     /// Reports the results if they have changed.
     pub(super) fn report(&mut self) {
-        let mut closed: Vec<Way> = self.trials.closed();
+        let mut closed: Vec<TrialWay> = self.trials.closed();
         // These are reported as notices.
         closed.retain(|way| !way.direction.is_of_host());
         let open = self.trials.open();
@@ -32,11 +32,11 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         };
         let mut problems = self.reasons.gateway_problems.values().cloned().collect::<Vec<_>>();
         // If forwarding is off, the sysctl's problem says so; and without a gateway no way leads out.
-        let is_told = |way: &Way| {
+        let is_told = |way: &TrialWay| {
             let gateway_resolves = !self.reasons.gateway_problems.contains_key(&way.ipv4);
             way.direction.is_through() && gateway_resolves && !sysctl::is_forwarding_off(way.ipv4)
         };
-        let reported_ways: Vec<Way> = closed.iter().copied().filter(is_told).collect();
+        let reported_ways: Vec<TrialWay> = closed.iter().copied().filter(is_told).collect();
         if !reported_ways.is_empty() {
             problems.push(Problem::new(
                 ProblemCode::NotForwarding,
@@ -82,7 +82,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
 }
 
 /// Returns a note if no peer was there or has answered.
-fn untried(open: &[Way]) -> &'static str {
+fn untried(open: &[TrialWay]) -> &'static str {
     if open.iter().any(|way| way.direction.is_through()) {
         ""
     } else {

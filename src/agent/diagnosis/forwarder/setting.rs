@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use crate::{
     agent::Agent,
     dataplane::{
-        desired::{Way as Path, device_name},
-        forwarding::Transport,
+        desired::{RouteTarget, device_name},
+        forwarding::TrialProtocol,
         kernel::TRIAL_MARK,
     },
     model::{Mac, PathState, Subnets},
@@ -27,7 +27,7 @@ pub const MAX_MTU: u32 = 65_535;
 
 /// Everything that a trial depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Setting {
+pub struct TrialInput {
     /// The agent's own pod; `None` if another pod has one of its addresses.
     pub shape: Option<Shape>,
     /// The pod that has such an address, with the address.
@@ -71,7 +71,7 @@ pub struct Setting {
     /// tunnel, or all packets of a member's pods to pods here.
     pub is_remote_lost: bool,
     /// Transports of the lost packets, as far as known.
-    pub lost_transports: BTreeSet<Transport>,
+    pub lost_transports: BTreeSet<TrialProtocol>,
 }
 
 /// A peer, as trials need it.
@@ -100,7 +100,7 @@ impl Agent {
         self.threads.monitors.forwarder.set(setting);
     }
 
-    fn forwarder_setting(&self) -> Option<Setting> {
+    fn forwarder_setting(&self) -> Option<TrialInput> {
         let view = self.kernel.programmed_view()?;
         let device = self.kernel.device.index?;
         let subnets = view.own.subnets;
@@ -134,12 +134,12 @@ impl Agent {
                 mac: peer.vtep.mac,
                 vteps: subnets.iter().map(|subnet| subnet.network()).collect(),
                 underlay: peer.vtep.underlay,
-                tunnelled: matches!(way, Path::Overlay(_)),
-                direct: matches!(way, Path::Direct { .. }),
+                tunnelled: matches!(way, RouteTarget::Overlay(_)),
+                direct: matches!(way, RouteTarget::Direct { .. }),
                 carried: self.kernel.wanted.narrow.get(node).copied().unwrap_or(largest),
             })
         });
-        Some(Setting {
+        Some(TrialInput {
             shape,
             occupant,
             bridge,
@@ -161,7 +161,7 @@ impl Agent {
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
             is_remote_lost: remote_pods.is_in_doubt || are_all_lost,
             lost_transports: match are_all_lost {
-                true => Transport::ALL.into(),
+                true => TrialProtocol::ALL.into(),
                 false => remote_pods.closed.iter().map(|way| way.sort.kind.transport()).collect(),
             },
         })

@@ -15,12 +15,12 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{ForwarderEvent, READ_SHARE, Setting, TrialRunner, explain, partial, setting::Peer};
+use super::{ForwarderEvent, READ_SHARE, TrialInput, TrialRunner, explain, partial, setting::Peer};
 use crate::{
     agent::diagnosis::{iptables_legacy, tap::Tap},
     dataplane::{
         captured::{PACKET_HOST, PACKET_OUTGOING},
-        foreign::{Act, ForeignTables, Partial, Traffic, Way},
+        foreign::{Act, ForeignTables, Interfaces, Partial, Traffic},
         remedies::open_chain,
         silence::datagram,
     },
@@ -107,7 +107,7 @@ impl Transit {
     }
 
     /// Returns a problem for each rule or policy.
-    pub fn problems(&self, setting: &Setting) -> Vec<Problem> {
+    pub fn problems(&self, setting: &TrialInput) -> Vec<Problem> {
         let mut losses: Vec<(&Partial, BTreeSet<&Pair>)> = Vec::new();
         for closed in &self.closed {
             let pairs = self.lost.keys().filter(|pair| closed.takes(pair));
@@ -147,7 +147,7 @@ impl Closed {
 
 impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     /// Looks for rules that drop tunnel packets between other members, and for such packets.
-    pub(super) fn watch_transit(&mut self, setting: &Setting) {
+    pub(super) fn watch_transit(&mut self, setting: &TrialInput) {
         let now = Instant::now();
         let members: BTreeSet<IpAddr> = setting.peers.iter().map(|peer| peer.underlay).collect();
         let is_current = self.transit.next_reading.is_some_and(|at| at > now);
@@ -171,7 +171,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     }
 
     /// Counts tunnel packets between other members at all interfaces.
-    fn capture_transit(&mut self, setting: &Setting) -> io::Result<BTreeMap<Pair, Seen>> {
+    fn capture_transit(&mut self, setting: &TrialInput) -> io::Result<BTreeMap<Pair, Seen>> {
         let tap = Tap::open(setting.port)?;
         let mut seen: BTreeMap<Pair, Seen> = BTreeMap::new();
         let (begun, mut packets) = (Instant::now(), 0);
@@ -200,7 +200,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
 
 /// Returns the rules that drop tunnel packets between members that this host reaches by different interfaces,
 /// or by a bridge whose packets pass the rules.
-fn closed(netlink: &mut Netlink, setting: &Setting) -> Vec<Closed> {
+fn closed(netlink: &mut Netlink, setting: &TrialInput) -> Vec<Closed> {
     let ipv4 = setting.local.is_ipv4();
     let hosts = hosts_by_link(netlink, &setting.peers);
     let links = netlink.links().unwrap_or_default();
@@ -230,7 +230,7 @@ fn closed(netlink: &mut Netlink, setting: &Setting) -> Vec<Closed> {
         let traffic = Traffic {
             sources: &sources,
             destinations: &destinations,
-            ways: &[Way { input, output }],
+            ways: &[Interfaces { input, output }],
             untested: u8::MAX,
             ports: &[],
             tunnel: Some(setting.port),
@@ -257,7 +257,7 @@ fn hosts_by_link(netlink: &mut Netlink, peers: &[Peer]) -> BTreeMap<u32, Vec<IpN
     hosts
 }
 
-fn problem(by: &Partial, pairs: &BTreeSet<&Pair>, setting: &Setting) -> Problem {
+fn problem(by: &Partial, pairs: &BTreeSet<&Pair>, setting: &TrialInput) -> Problem {
     let name = |host: &IpAddr| {
         let peer = setting.peers.iter().find(|peer| peer.underlay == *host);
         peer.map_or_else(|| host.to_string(), |peer| format!("{} ({host})", peer.name))

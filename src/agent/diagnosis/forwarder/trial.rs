@@ -11,7 +11,7 @@ use std::{
 use socket2::{SockRef, Socket};
 
 use super::{
-    Peer, Setting,
+    Peer, TrialInput,
     capture::Capture,
     carried::Carried,
     pod::{PodSockets, has_too_large_error, send_unfragmented},
@@ -21,8 +21,8 @@ use super::{
 use crate::{
     dataplane::{
         forwarding::{
-            Direction, NONCE_LEN, Probe, Transport, TrialResult, TunneledProbe, UNUSED, UNUSED_OUT,
-            Way, destination, echo, inner, number, parse,
+            Direction, NONCE_LEN, Probe, TrialProtocol, TrialResult, TrialWay, TunneledProbe,
+            UNUSED, UNUSED_OUT, destination, echo, inner, number, parse,
         },
         paths::FLOWS,
     },
@@ -53,7 +53,7 @@ struct FamilySockets {
 /// The input of one trial.
 pub struct Trial<'a> {
     /// Hosts, peers and interfaces.
-    pub setting: &'a Setting,
+    pub setting: &'a TrialInput,
     /// The open sockets.
     pub sockets: &'a Sockets,
     /// Whether packets between pods of this host are tested, for IPv4 and IPv6.
@@ -68,7 +68,7 @@ pub struct Trial<'a> {
 #[derive(Debug, Default)]
 pub struct Outcome {
     /// The verdict for each way.
-    pub seen: Vec<(Way, TrialResult)>,
+    pub seen: Vec<(TrialWay, TrialResult)>,
     /// The source address that replaces the pod's in outgoing packets, by whether it is IPv4.
     pub translated: BTreeMap<bool, IpAddr>,
     /// The source address that replaces the sender's in incoming packets, by whether it is IPv4.
@@ -103,13 +103,13 @@ struct Check<'a> {
     /// Whether the ICMP error for it arrived.
     error_arrived: bool,
     /// Outgoing packets captured on the device.
-    left: BTreeSet<Transport>,
+    left: BTreeSet<TrialProtocol>,
     /// Incoming packets captured on the device.
-    captured_in: BTreeSet<Transport>,
+    captured_in: BTreeSet<TrialProtocol>,
     /// Incoming packets that arrived at the pod.
-    arrived: BTreeSet<Transport>,
+    arrived: BTreeSet<TrialProtocol>,
     /// Packets that arrived at the second pod.
-    arrived_at_second: BTreeSet<Transport>,
+    arrived_at_second: BTreeSet<TrialProtocol>,
     /// Address resolution frames that arrived at the second pod.
     resolved_at_second: [bool; 2],
     /// Source address that replaced the pod's.
@@ -225,7 +225,7 @@ impl Trial<'_> {
             let probe =
                 |transport, from, to, ports, nonce| Probe { transport, from, to, ports, nonce };
             let of_each = |from, to, ports: [[u16; 2]; 2], nonce| {
-                let transports = Transport::ALL.into_iter().zip(ports);
+                let transports = TrialProtocol::ALL.into_iter().zip(ports);
                 transports.map(move |(transport, ports)| probe(transport, from, to, ports, nonce))
             };
             // Size of a packet from the pod that does not fit.
@@ -259,7 +259,7 @@ impl Trial<'_> {
                 answered: false,
                 fitting: through.map(|(peer, vtep)| {
                     let ports = [pod.port, UNUSED_OUT];
-                    (probe(Transport::Udp, pod.address, *vtep, ports, whole), peer.carried)
+                    (probe(TrialProtocol::Udp, pod.address, *vtep, ports, whole), peer.carried)
                 }),
                 fitting_left: false,
                 too_large: through.filter(|_| carried < MAX_MTU).map(|(_, vtep)| (*vtep, carried)),
@@ -360,10 +360,10 @@ impl Check<'_> {
         };
         let arriving = pod.receive(incoming, &mut self.arrived, |segment, from| {
             if accepts(&self.outgoing, segment, from) {
-                self.left.insert(Transport::Tcp);
+                self.left.insert(TrialProtocol::Tcp);
             }
             if accepts(&self.to_second, segment, from) {
-                self.arrived_at_second.insert(Transport::Tcp);
+                self.arrived_at_second.insert(TrialProtocol::Tcp);
             }
         });
         self.arriving = self.arriving.or(arriving);
@@ -384,11 +384,11 @@ impl Check<'_> {
         self.fitting_left |= self.fitting.as_ref().is_some_and(|(probe, _)| is_it(probe));
         if self.outgoing.iter().any(is_it) {
             self.left.insert(transport);
-            if let (Some(carried), Transport::Udp) = (&mut self.carried, transport) {
+            if let (Some(carried), TrialProtocol::Udp) = (&mut self.carried, transport) {
                 carried.entered.extend(destination(packet));
             }
             // All datagrams share one port, so the kernel would reuse the translation of earlier ones.
-            let is_new = transport == Transport::Tcp;
+            let is_new = transport == TrialProtocol::Tcp;
             self.translated = self.translated.or((is_new && from != address).then_some(from));
         }
         if self.incoming.iter().any(|packet| is_it(&packet.probe)) {
@@ -419,7 +419,7 @@ impl Check<'_> {
     }
 
     fn is_done(&self) -> bool {
-        let all = |seen: &BTreeSet<Transport>| seen.len() == Transport::ALL.len();
+        let all = |seen: &BTreeSet<TrialProtocol>| seen.len() == TrialProtocol::ALL.len();
         if self.carried.as_ref().is_some_and(|carried| carried.seen() == TrialResult::Lost) {
             return false;
         }
@@ -432,13 +432,13 @@ impl Check<'_> {
     }
 
     /// Returns the verdicts.
-    fn seen(&self) -> Vec<(Way, TrialResult)> {
+    fn seen(&self) -> Vec<(TrialWay, TrialResult)> {
         let ipv4 = self.sockets.pod.address.is_ipv4();
         let mut seen = Vec::new();
-        let mut note = |direction, verdict| seen.push((Way { direction, ipv4 }, verdict));
+        let mut note = |direction, verdict| seen.push((TrialWay { direction, ipv4 }, verdict));
         if self.carried.is_some() {
             let is_known =
-                self.fitting.is_some() && self.answered && self.left.contains(&Transport::Udp);
+                self.fitting.is_some() && self.answered && self.left.contains(&TrialProtocol::Udp);
             let fits = match (self.fitting_left, is_known) {
                 (true, _) => TrialResult::Passed,
                 (false, true) => TrialResult::Lost,
@@ -464,7 +464,7 @@ impl Check<'_> {
                 if is_found { TrialResult::Passed } else { TrialResult::Lost },
             );
         }
-        for transport in Transport::ALL {
+        for transport in TrialProtocol::ALL {
             if !self.outgoing.is_empty() {
                 // A peer that does not answer this host either may be down, or may drop echo requests.
                 let out = match (self.left.contains(&transport), self.answered) {

@@ -8,17 +8,17 @@ use std::{
 
 use crate::{
     agent::diagnosis::packet_filter::Sources,
-    dataplane::forwarding::{RemotePeer, Way},
+    dataplane::forwarding::{RemotePeer, TrialWay},
     model::NodeId,
 };
 
 /// The peers to test, and the addresses from which probes are answered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Setting {
+pub struct TrialInput {
     /// The peers to test.
     pub(super) subjects: Vec<RemotePeer>,
     /// Ways on which this host itself drops packets.
-    pub(super) lost_here: Vec<Way>,
+    pub(super) lost_here: Vec<TrialWay>,
     /// How long a peer is not tested after a trial without losses; `None` if testing costs nothing.
     pub(super) rest: Option<Duration>,
     /// Addresses of members' own pods and of their hosts, from which probes are answered.
@@ -29,7 +29,7 @@ pub struct Setting {
     pub(super) own: BTreeSet<IpAddr>,
 }
 
-impl Setting {
+impl TrialInput {
     /// Returns whether probes from an address are answered.
     pub(super) fn may_probe(&self, from: IpAddr) -> bool {
         self.probers.contains_key(&from) || self.own.contains(&from)

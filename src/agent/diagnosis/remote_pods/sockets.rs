@@ -25,7 +25,7 @@ use crate::{
         raw_tcp,
     },
     dataplane::forwarding::{
-        Field, NONCE_LEN, Probe, Transport,
+        Field, NONCE_LEN, Probe, TrialProtocol,
         remote::message::{
             self, IS_MESSAGE, Kind, MessageType, REMOTE_DATA_PORT, REMOTE_PORT, Segment, Sort,
         },
@@ -347,7 +347,7 @@ impl FamilySockets {
         // A different source port in each round, as new connections have.
         let port = round as u16 | 0x8000;
         let (from, ports) = (self.address, [port, REMOTE_PORT]);
-        Probe { transport: Transport::Tcp, from, to, ports, nonce }.segment()
+        Probe { transport: TrialProtocol::Tcp, from, to, ports, nonce }.segment()
     }
 }
 

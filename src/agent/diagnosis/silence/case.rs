@@ -9,7 +9,7 @@ use super::{Case, MAX_SUSPECTS, SilenceDiagnosis, SilenceFindings, VERDICT_LIFET
 use crate::{
     agent::Agent,
     dataplane::{
-        desired::{Way, device_name},
+        desired::{RouteTarget, device_name},
         foreign::ClosedPort,
         silence::{Place, Suspect, Verdict},
     },
@@ -113,7 +113,7 @@ impl Agent {
             let gossip = self.node.address_of(node)?.port();
             let lives = self.prober.paths.is_alive(node);
             let subnet = view.peers.get(&node)?.leases.first()?.1.first;
-            let tunnelled = matches!(underlay.way(address, subnet), Way::Overlay(_));
+            let tunnelled = matches!(underlay.way(address, subnet), RouteTarget::Overlay(_));
             of_family.then_some(Suspect {
                 node,
                 name,

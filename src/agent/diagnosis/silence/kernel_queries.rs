@@ -17,7 +17,7 @@ use crate::{
     agent::diagnosis::{
         forwarder::ipsec,
         hooks::{self, Side},
-        iptables_legacy::{self, Way},
+        iptables_legacy::{self, HookPath},
     },
     dataplane::{
         audit::{EXDEV, earlier_rule},
@@ -27,7 +27,7 @@ use crate::{
         remedies::{forget_connections, open_chain},
         silence::{Diverted, Elsewhere, OUT, Place, Suspect},
     },
-    model::{Mac, NodeId, Transport, ip_command, rule_family},
+    model::{Mac, NodeId, PacketSelector, ip_command, rule_family},
     netlink::{
         Netlink,
         link::Link,
@@ -147,7 +147,7 @@ impl PeerRoutes {
         let (mut routes, mut shared) = (BTreeMap::new(), BTreeMap::new());
         for Suspect { address, .. } in suspects {
             let output = pinned.then_some(place.link);
-            let (from, transport) = (Some(place.source), Some(Transport::udp_to(place.port)));
+            let (from, transport) = (Some(place.source), Some(PacketSelector::udp_to(place.port)));
             let query = Query { output, from, transport, ..Query::to(*address) };
             if let Ok(route) = netlink.route(&query) {
                 routes.insert(*address, route);
@@ -207,7 +207,7 @@ impl PeerRoutes {
             self.links.iter().find(|link| link.index == *index && link.controller().is_none())
         });
         let mut links = links.filter(|link| {
-            let transport = Some(Transport::udp_to(place.port));
+            let transport = Some(PacketSelector::udp_to(place.port));
             let query = Query { transport, ..Query::forwarded(peer, place.local, link.index) };
             match netlink.route(&query).map_err(|error| error.raw_os_error()) {
                 Err(Some(EXDEV)) => true,
@@ -297,7 +297,7 @@ impl PeerRoutes {
             let query = Query {
                 output: case.pinned.then_some(place.link),
                 from: Some(place.source),
-                transport: Some(Transport::udp_to(place.port)),
+                transport: Some(PacketSelector::udp_to(place.port)),
                 mark: Some(mark),
                 ..Query::to(address)
             };
@@ -339,7 +339,7 @@ impl PeerRoutes {
         let Place { local, port, gossip, .. } = place;
         let is_out = way == OUT;
         let side = if is_out { Side::Egress } else { Side::Ingress };
-        let legacy = if is_out { Way::Out } else { Way::In };
+        let legacy = if is_out { HookPath::Out } else { HookPath::In };
         let mut hints =
             iptables_legacy::around_tunnels(local.is_ipv4(), legacy, *port, Some(*gossip));
         if !is_out {

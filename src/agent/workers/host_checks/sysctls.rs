@@ -13,7 +13,7 @@ use crate::{
     dataplane::{
         desired::Mode,
         kernel::required_sysctls::{self, Sysctl},
-        toggled::{ForwardingChanges, Setting},
+        toggled::{ForwardingChanges, ForwardingSysctl},
     },
     model::{Problem, Time},
     netlink::{
@@ -175,7 +175,7 @@ impl ForwardingSwitches {
                     None => continue,
                 },
             };
-            let setting = Setting { interface, ipv4: switched.ipv4 };
+            let setting = ForwardingSysctl { interface, ipv4: switched.ipv4 };
             self.changes.note(now, setting, switched.forwards);
         }
         self.changes.problems(now)

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::super::rules::{compared_value, expressions, number};
 use crate::{
     dataplane::forwarding::{
-        Transport, UNUSED, UNUSED_OUT,
+        TrialProtocol, UNUSED, UNUSED_OUT,
         remote::message::{REMOTE_DATA_PORT, REMOTE_PORT},
     },
     netlink::{
@@ -39,7 +39,7 @@ const NAME_LEN: usize = 16;
 #[derive(Clone, Debug)]
 pub struct LostPackets {
     /// Their transport protocols.
-    pub transports: BTreeSet<Transport>,
+    pub transports: BTreeSet<TrialProtocol>,
     /// Their sources and destinations: the overlay's networks, and hosts of the underlay.
     pub networks: Vec<IpNet>,
     /// UDP port of the tunnels.
@@ -103,8 +103,8 @@ impl LostPackets {
     /// Whether none of the packets has this value.
     fn differs(&self, loaded: Loaded, value: &[u8]) -> bool {
         match (loaded, value) {
-            (Loaded::Protocol, [TCP]) => !self.transports.contains(&Transport::Tcp),
-            (Loaded::Protocol, [UDP]) => !self.transports.contains(&Transport::Udp),
+            (Loaded::Protocol, [TCP]) => !self.transports.contains(&TrialProtocol::Tcp),
+            (Loaded::Protocol, [UDP]) => !self.transports.contains(&TrialProtocol::Udp),
             (Loaded::Protocol, [other]) => !ICMP.contains(other),
             // The source port of a trial changes each time.
             (Loaded::Port, [high, low]) => {
@@ -186,7 +186,7 @@ mod tests {
         let attributes = Attributes::new().nest(4, &list).as_bytes().to_vec();
         let net = |text: &str| text.parse().expect("a network");
         let lost = LostPackets {
-            transports: [Transport::Udp].into(),
+            transports: [TrialProtocol::Udp].into(),
             networks: vec![net("10.42.0.0/16"), net("fd42::/48"), net("10.99.0.10/32")],
             port: 8472,
             links: vec!["gsm0".into(), "gossamer.1".into()],

@@ -32,7 +32,7 @@ pub struct Traffic<'a> {
     /// Networks of their destinations.
     pub destinations: &'a [IpNet],
     /// Their ways through this host. The first way of pods' packets leads out.
-    pub ways: &'a [Way],
+    pub ways: &'a [Interfaces],
     /// The ways, as bits, that no trial covers: a rule that takes all packets of them counts, too.
     /// More bits than there are ways may be set.
     pub untested: u8,
@@ -44,7 +44,7 @@ pub struct Traffic<'a> {
 
 /// The interfaces by which packets arrive and leave: index and name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Way {
+pub struct Interfaces {
     /// The input interface; `None` if this host sends them.
     pub input: Option<(u32, String)>,
     /// The output interface; `None` if they are for this host.
@@ -64,7 +64,7 @@ impl Traffic<'_> {
 
     /// Whether this host forwards the packets.
     pub(super) fn is_forwarded(&self) -> bool {
-        let is_through = |way: &Way| way.input.is_some() && way.output.is_some();
+        let is_through = |way: &Interfaces| way.input.is_some() && way.output.is_some();
         self.tunnel.is_none() || self.ways.iter().all(is_through)
     }
 
@@ -75,7 +75,7 @@ impl Traffic<'_> {
 
     /// Returns the ways, as bits, that use one of these interfaces on the given side.
     pub(super) fn ways_by(&self, side: Side, is_it: impl Fn(&(u32, String)) -> bool) -> u8 {
-        let of_side = |way: &Way| match side {
+        let of_side = |way: &Interfaces| match side {
             Side::Input => way.input.as_ref().is_some_and(&is_it),
             Side::Output => way.output.as_ref().is_some_and(&is_it),
         };

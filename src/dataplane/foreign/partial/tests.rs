@@ -102,7 +102,7 @@ fn found_by(
 ) -> Vec<String> {
     let network = ["10.42.0.0/16".parse().expect("a network")];
     let [bridge, tunnel] = [(3, "gsm0".to_owned()), (4, outside.to_owned())];
-    let way = |input: &(u32, String), output: &(u32, String)| Way {
+    let way = |input: &(u32, String), output: &(u32, String)| Interfaces {
         input: Some(input.clone()),
         output: Some(output.clone()),
     };

@@ -6,7 +6,7 @@
 
 use std::net::IpAddr;
 
-use super::super::{Field, Transport};
+use super::super::{Field, TrialProtocol};
 
 /// UDP and TCP port of questions. Not used by other programs, and next to the ports of the other trials.
 pub const REMOTE_PORT: u16 = 61_476;
@@ -83,11 +83,11 @@ impl Kind {
         [Self::Segment, Self::Small, Self::Large, Self::Fragmented, Self::Aggregate, Self::Data];
 
     /// Returns the transport protocol of the kind.
-    pub const fn transport(self) -> Transport {
+    pub const fn transport(self) -> TrialProtocol {
         match self {
-            Self::Segment | Self::Data => Transport::Tcp,
+            Self::Segment | Self::Data => TrialProtocol::Tcp,
             Self::Small | Self::Large | Self::Fragmented | Self::Aggregate | Self::Sample => {
-                Transport::Udp
+                TrialProtocol::Udp
             }
         }
     }
@@ -175,7 +175,7 @@ pub fn read(payload: &[u8]) -> Option<(MessageType, Kind, u32)> {
     let number = *rest.get(1)?;
     let kind = Kind::ALL.into_iter().chain([Kind::Sample]).find(|kind| kind.number() == number)?;
     let number = rest.get(4..)?.first_chunk()?;
-    let is_datagram = kind.transport() == Transport::Udp;
+    let is_datagram = kind.transport() == TrialProtocol::Udp;
     is_datagram.then_some((message_type, kind, u32::from_be_bytes(*number)))
 }
 
@@ -328,7 +328,7 @@ mod tests {
         let mut nonce = [0; NONCE_LEN];
         nonce[..4].copy_from_slice(&0xffff_ffff_u32.to_be_bytes());
         let probe = Probe {
-            transport: Transport::Tcp,
+            transport: TrialProtocol::Tcp,
             from: [10, 42, 1, 254].into(),
             to: [10, 42, 2, 254].into(),
             ports: [40_000, REMOTE_PORT],

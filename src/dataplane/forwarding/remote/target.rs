@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use super::{
-    super::{Direction, Transport, TrialResult, Way},
+    super::{Direction, TrialProtocol, TrialResult, TrialWay},
     RemotePeer,
     message::{Kind, Sort},
 };
@@ -83,7 +83,7 @@ impl Target {
 }
 
 /// Returns the sorts of packets to try with a peer.
-pub fn sorts(info: &RemotePeer, ways_lost_here: &[Way]) -> impl Iterator<Item = Sort> {
+pub fn sorts(info: &RemotePeer, ways_lost_here: &[TrialWay]) -> impl Iterator<Item = Sort> {
     let RemotePeer { addresses, carried, takes_large, .. } = *info;
     let all = addresses.iter().flat_map(move |ip| {
         let is_sendable =
@@ -97,14 +97,14 @@ pub fn sorts(info: &RemotePeer, ways_lost_here: &[Way]) -> impl Iterator<Item = 
 }
 
 /// Returns whether large packets to a peer are not known to be lost.
-pub fn carries_large(info: &RemotePeer, ways_lost_here: &[Way], ipv4: bool) -> bool {
-    let large = Way { direction: Direction::LargeOut, ipv4 };
+pub fn carries_large(info: &RemotePeer, ways_lost_here: &[TrialWay], ipv4: bool) -> bool {
+    let large = TrialWay { direction: Direction::LargeOut, ipv4 };
     info.takes_large && !ways_lost_here.contains(&large)
 }
 
 /// Returns whether losses of `sort` follow from this host dropping packets on `way`.
-fn implies_loss(way: Way, sort: Sort) -> bool {
-    let is_of = |transport: Transport| sort.kind.transport() == transport;
+fn implies_loss(way: TrialWay, sort: Sort) -> bool {
+    let is_of = |transport: TrialProtocol| sort.kind.transport() == transport;
     let concerns = match way.direction {
         Direction::Out(transport) | Direction::In(transport) => is_of(transport),
         Direction::LargeOut => sort.kind.is_large(),

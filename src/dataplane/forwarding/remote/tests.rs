@@ -1,7 +1,7 @@
 //! Rounds of trials with simulated peers.
 
 use super::{
-    super::{Direction, Transport, TrialResult},
+    super::{Direction, TrialProtocol, TrialResult},
     *,
 };
 
@@ -281,7 +281,7 @@ fn packets_dropped_by_this_host_are_not_tried_and_not_reported_twice() {
     world.peers.insert(PEER, vec![(Kind::Segment, true)]);
     world.rounds(3);
     assert_eq!(world.remote.closed().len(), Kind::ALL.len() - 2, "data counts as large as well");
-    let way = Way { direction: Direction::In(Transport::Udp), ipv4: true };
+    let way = TrialWay { direction: Direction::In(TrialProtocol::Udp), ipv4: true };
     world.remote.update(&[remote_peer(1)], &[way]);
     assert!(world.remote.closed().is_empty());
     world.sent.clear();
@@ -434,7 +434,7 @@ fn known_loss_is_not_reported_as_random_loss() {
     world.sample_loss = Some((Half::There, 2));
     world.rounds(20);
     assert_eq!(world.remote.losses().len(), 1);
-    let way = Way { direction: Direction::Out(Transport::Udp), ipv4: true };
+    let way = TrialWay { direction: Direction::Out(TrialProtocol::Udp), ipv4: true };
     world.remote.update(&[remote_peer(1)], &[way]);
     assert_eq!(world.remote.losses(), []);
 }

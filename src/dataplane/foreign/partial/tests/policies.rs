@@ -36,7 +36,8 @@ fn found_in_transit(hook: u32, lines: &[&str], drops: bool) -> Vec<String> {
     let table = LegacyTable::new("iptables-legacy", "filter", &lines.join("\n"));
     let base = Base { drops, ..base_at(hook) };
     let [from, to] = ["10.99.2.2/32", "10.99.3.2/32"].map(|host| [host.parse().expect("a host")]);
-    let way = Way { input: Some((3, "lan2".to_owned())), output: Some((4, "lan3".to_owned())) };
+    let way =
+        Interfaces { input: Some((3, "lan2".to_owned())), output: Some((4, "lan3".to_owned())) };
     let traffic = Traffic {
         sources: &from,
         destinations: &to,
