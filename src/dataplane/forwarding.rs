@@ -26,8 +26,8 @@
 //! without them. Some hosts accept connections in place of the destination (SYNPROXY). The first segment then
 //! gets an answer but goes no further; this counts as passed.
 //!
-//! *Out* and *in* need a peer, but each of these trials shows only what this host does. [`RemoteTrials`] tries
-//! the whole path to pods of other hosts. Pure: this module only builds packets; the agent sends them.
+//! *Out* and *in* need a peer, but each of these trials shows only what this host does. [`RemoteTrials`]
+//! tries the whole path to pods of other hosts. Pure: this module only builds packets; the agent sends them.
 
 use std::{collections::BTreeMap, time::Duration};
 

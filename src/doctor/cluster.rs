@@ -2,16 +2,16 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use super::{Agent, Examination, Finding};
+use super::{Agent, Examination, Finding, seeds::check_seeds};
 use crate::{
     api::{
         AgentStatus, EntryVerdict, Event, KernelEntry, KernelStatus, Member, MemberState,
         PathStatus, VerdictState,
     },
-    model::{CallError, PathState},
+    model::{CallError, PathState, own_address_problem},
     runtime::block_on,
     store::{StateDir, read_keyring, read_token},
-    transport::{check_seeds, is_own_address, own_address_problem},
+    underlay::is_own_address,
     wire::{Keyring, Token, visible},
 };
 

@@ -9,6 +9,7 @@ mod cluster;
 mod firewall;
 mod host;
 mod routing;
+mod seeds;
 mod state;
 mod told;
 

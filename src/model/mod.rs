@@ -12,6 +12,7 @@ mod forget;
 mod id;
 mod liveness;
 mod member;
+mod own_seed;
 mod owner_change;
 mod path;
 mod pod;
@@ -38,6 +39,7 @@ pub use liveness::Liveness;
 pub use member::{
     Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
 };
+pub use own_seed::own_address_problem;
 pub use owner_change::OwnerChange;
 pub use path::PathState;
 pub use pod::{Addresses, Attachment, AttachmentError, CONTAINER_MAX, Pod, check_interface_name};

@@ -27,7 +27,7 @@ use ipnet::IpNet;
 use quinn::{Connection, Endpoint, SendStream, VarInt};
 use tokio::sync::mpsc;
 
-pub(super) use self::names::in_time;
+pub use self::names::check_name;
 use self::{
     accept::accept,
     admission::SharedAdmissions,

@@ -13,10 +13,8 @@ mod first_id;
 mod first_packet;
 mod intake;
 mod replies;
-mod seed_check;
 
 pub use connection::{Call, Event, Received};
 pub use credentials::{CredentialError, Credentials, NodeKey};
-pub use endpoint::{BindError, Flood, Handshakes, ReceiveBuffer, Transport};
+pub use endpoint::{BindError, Flood, Handshakes, ReceiveBuffer, Transport, check_name};
 pub use first_packet::{Unfinished, first_packets};
-pub use seed_check::{check_name, check_seeds, is_own_address, own_address_problem};

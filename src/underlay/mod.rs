@@ -12,6 +12,7 @@ mod carrier;
 mod errors;
 mod host;
 mod limits;
+mod own;
 mod watch;
 
 use std::{io, net::IpAddr};
@@ -20,7 +21,7 @@ use ipnet::IpNet;
 
 use self::host::Host;
 pub(crate) use self::limits::limits;
-pub use self::{carrier::Flaps, watch::Watch};
+pub use self::{carrier::Flaps, own::is_own_address, watch::Watch};
 use crate::{
     config::Config,
     dataplane::desired::{Mode, Underlay, overhead},

@@ -15,8 +15,7 @@ use crate::{
         foreign::{ClosedPort, Extent},
         remedies::open_chain,
     },
-    model::{Liveness, NodeId, PathState, Problem, ProblemCode, list_at_most},
-    transport::own_address_problem,
+    model::{Liveness, NodeId, PathState, Problem, ProblemCode, list_at_most, own_address_problem},
 };
 
 /// How long no member answers before it counts: after a start, or after the network was away, gossip reaches

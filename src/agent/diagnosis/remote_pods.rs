@@ -396,9 +396,8 @@ impl Agent {
 
     fn remote_pods_setting(&self) -> Option<TrialInput> {
         let view = self.kernel.programmed_view()?;
-        let probers_of = |(node, peer): (&NodeId, &Peer)| {
+        let probers_of = |(&node, peer): (&NodeId, &Peer)| {
             let (_, subnets) = peer.leases.first()?;
-            let node = *node;
             Some(probers(*subnets, peer.vtep.underlay).map(move |from| (from, node)))
         };
         let own = probers(view.own.subnets, view.own.vtep.underlay);
@@ -410,17 +409,10 @@ impl Agent {
         // With entries on demand, peers without entries are not tested, because a test counts as a use.
         let in_use = self.kernel.demand.in_use.as_ref();
         let rest = in_use.map(|_| self.config.idle_after + AGING_TIME);
+        let none = TrialInput { subjects: Vec::new(), lost_here, rest, probers, sources, own };
         // That no peer is reachable is already reported.
-        let is_told = self.kernel.problems.underlay.is_some() || self.kernel.host.is_table_full;
-        if is_told {
-            return Some(TrialInput {
-                subjects: Vec::new(),
-                lost_here,
-                rest,
-                probers,
-                sources,
-                own,
-            });
+        if self.kernel.problems.underlay.is_some() || self.kernel.host.is_table_full {
+            return Some(none);
         }
         let underlay = self.current_underlay();
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
@@ -448,7 +440,7 @@ impl Agent {
             (is_reached && !matches!(way, RouteTarget::Unreachable)).then_some(subject)
         };
         let subjects = self.path_states().filter_map(subject).collect();
-        Some(TrialInput { subjects, lost_here, rest, probers, sources, own })
+        Some(TrialInput { subjects, ..none })
     }
 }
 

@@ -1,4 +1,4 @@
-//! Dials a seed by name. A name may have several addresses, some of them unreachable.
+//! Resolves and dials a seed by name. A name may have several addresses, some of them unreachable.
 
 use std::{
     io::{self, ErrorKind},
@@ -19,6 +19,8 @@ use crate::{
 const MAX_ADDRESSES: usize = 8;
 /// Longest wait for name servers: a resolver asks the second one after five seconds (resolv.conf(5)).
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(6);
+/// Time in which the name of a seed must resolve before it is reported.
+const NAME_PATIENCE: Duration = Duration::from_secs(2);
 /// Delay until the next address is tried if the previous one has not answered (RFC 8305, 5).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
@@ -75,6 +77,14 @@ impl Dialer {
     }
 }
 
+/// Looks up the name of a seed, `HOST:PORT`.
+///
+/// # Errors
+/// Fails if the name does not resolve within two seconds.
+pub async fn check_name(seed: &str) -> Result<(), CallError> {
+    in_time(seed, NAME_PATIENCE, resolve(seed.to_owned())).await.map(drop)
+}
+
 /// Returns the reason for a failed call: that this host has no route, if the kernel says so.
 fn reason(error: CallError, local: Option<IpAddr>, address: SocketAddr) -> CallError {
     // Rules may choose a route by the source.
@@ -92,7 +102,7 @@ fn reason(error: CallError, local: Option<IpAddr>, address: SocketAddr) -> CallE
 }
 
 /// Returns the addresses of a name. A resolver whose name servers are silent takes long to fail.
-pub(in crate::transport) async fn in_time(
+async fn in_time(
     name: &str,
     limit: Duration,
     resolved: impl Future<Output = io::Result<Vec<SocketAddr>>>,
