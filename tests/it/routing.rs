@@ -107,7 +107,7 @@ fn diverted_path_is_reported_with_its_cause_until_removed() {
 /// The same for this host's own subnet, 10.42.1.0/24, whose pods are behind a hand-made bridge.
 const LOCAL_FAULTS: [(&str, &str, &str); 7] = [
     (
-        "this host keeps packets to 10.42.1.0/25 for itself",
+        "packets to 10.42.1.0/25 are delivered to this host",
         "ip route add local 10.42.1.0/25 dev lo",
         "ip route del local 10.42.1.0/25 dev lo",
     ),

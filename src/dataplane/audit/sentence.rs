@@ -109,7 +109,7 @@ impl Cause {
             Self::Route { destination, metric, interface, ours: Some(ours), .. } => (
                 format!(
                     "another program's route takes the packets to {destination}, by {interface}: its metric \
-                     is {metric}, ours is {ours}"
+                     is {metric}, the overlay's is {ours}"
                 ),
                 format!(
                     "remove it (ip{} route del {destination} metric {metric})",
@@ -134,7 +134,7 @@ impl Cause {
             ),
             Self::LocalRoute { destination } => (
                 format!(
-                    "this host keeps packets to {destination} for itself, by another program's route of \
+                    "packets to {destination} are delivered to this host, by another program's route of \
                      type local"
                 ),
                 format!(

@@ -323,7 +323,7 @@ fn cause_is_reported_with_the_command_that_removes_it() {
             lookup,
             by(MAIN),
             Evidence { entry: Some((net("10.42.2.0/24"), 0)), ..healthy.clone() },
-            "its metric is 0, ours is 3: remove it (ip route del 10.42.2.0/24 metric 0)",
+            "its metric is 0, the overlay's is 3: remove it (ip route del 10.42.2.0/24 metric 0)",
         ),
         (
             lookup,
