@@ -107,10 +107,10 @@ impl Agent {
     /// Returns the problem that neither the members nor this host are at their earlier addresses. A peer in
     /// the network of this host that packets reach by a gateway may still have its address.
     pub(in crate::agent) fn moved_problem(&self) -> Option<Problem> {
-        let mut detours = self.kernel.traffic.routing.detours.iter();
+        let mut detours = self.kernel.diagnoses.routing.detours.iter();
         let is_on_link = |detour: &Detour| matches!(detour, Detour::Gateway { .. });
         if detours.any(|(there, detour)| {
-            is_on_link(detour) && !self.kernel.traffic.ways.reaches(*there, detour)
+            is_on_link(detour) && !self.kernel.diagnoses.ways.reaches(*there, detour)
         }) {
             return None;
         }
@@ -160,7 +160,7 @@ impl Agent {
             return Some(Problem::new(ProblemCode::Isolated, Problem::HOST, what, fix));
         }
         let address = self.node.address_of(first)?.ip();
-        let dead_hop = self.kernel.traffic.routing.dead_hops.get(&address);
+        let dead_hop = self.kernel.diagnoses.routing.dead_hops.get(&address);
         let why = match states.get(&first) {
             _ if dead_hop.is_some() => "a next hop of the route to it does not answer (see the separate \
                                         problem). If it is still silent after that is repaired, its status \

@@ -434,10 +434,10 @@ impl Agent {
     /// Stores what the thread reports, and logs what is new.
     pub(in crate::agent) fn on_answers(&mut self, state: PodAnswers) {
         let findings = |answers: &PodAnswers| [&answers.problems[..], &answers.notices].concat();
-        let before = findings(&self.kernel.traffic.answers);
+        let before = findings(&self.kernel.diagnoses.answers);
         let new = findings(&state).into_iter().filter(|found| !before.contains(found));
         new.for_each(|found| tracing::warn!("{found}"));
-        self.kernel.traffic.answers = state;
+        self.kernel.diagnoses.answers = state;
     }
 }
 

@@ -361,11 +361,11 @@ impl Agent {
                 // A link of the path may carry less than before.
                 let clock = self.clock.now();
                 for node in
-                    state.losing_large.difference(&self.kernel.traffic.remote_pods.losing_large)
+                    state.losing_large.difference(&self.kernel.diagnoses.remote_pods.losing_large)
                 {
                     self.prober.paths.request_size_check(clock, *node);
                 }
-                self.kernel.traffic.remote_pods = state;
+                self.kernel.diagnoses.remote_pods = state;
                 let now = words(self);
                 let new = now.iter().filter(|problem| !before.contains(problem));
                 new.for_each(|problem| tracing::warn!("{problem}"));
@@ -401,11 +401,11 @@ impl Agent {
             Some(probers(*subnets, peer.vtep.underlay).map(move |from| (from, node)))
         };
         let own = probers(view.own.subnets, view.own.vtep.underlay);
-        let arriving = self.kernel.traffic.forwarding.arriving.iter().copied();
+        let arriving = self.kernel.diagnoses.forwarding.arriving.iter().copied();
         let own = own.chain([self.underlay.local]).chain(arriving).collect();
         let probers = view.peers.iter().filter_map(probers_of).flatten().collect();
         let sources = sources(view.settings.pool.networks(), view.own.subnets);
-        let lost_here = self.kernel.traffic.forwarding.closed.clone();
+        let lost_here = self.kernel.diagnoses.forwarding.closed.clone();
         // With entries on demand, peers without entries are not tested, because a test counts as a use.
         let in_use = self.kernel.demand.in_use.as_ref();
         let rest = in_use.map(|_| self.config.idle_after + AGING_TIME);
@@ -425,8 +425,9 @@ impl Agent {
             let peer = view.peers.get(&node)?;
             let is_in_use = in_use.is_none_or(|macs| macs.contains(&peer.vtep.mac));
             let (_, subnets) = peer.leases.first()?;
-            let is_diverted =
-                subnets.iter().any(|subnet| self.kernel.traffic.routing.diverted.contains(&subnet));
+            let is_diverted = subnets
+                .iter()
+                .any(|subnet| self.kernel.diagnoses.routing.diverted.contains(&subnet));
             let way = underlay.way(peer.vtep.underlay, subnets.first);
             let is_reached = is_in_use && is_usable && !is_diverted && self.node.is_active(node);
             let narrow = self.kernel.wanted.narrow.get(&node).copied();

@@ -370,7 +370,7 @@ impl Agent {
     fn save_then(&mut self, pod: &Pod, answer: impl FnOnce(Result<(), PodError>) + Send + 'static) {
         let number = self.pods.next();
         self.storage.writer.save(vec![record(pod)], number);
-        self.pods.saving.insert(number, Box::new(answer));
+        self.pods.pending_saves.insert(number, Box::new(answer));
     }
 }
 

@@ -45,13 +45,13 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 impl Agent {
     /// Returns this host's end of the underlay, and how packets reach peers.
     pub(in crate::agent) fn current_underlay(&self) -> Underlay {
-        let routed = self.kernel.traffic.routing.routed.clone();
+        let routed = self.kernel.diagnoses.routing.routed.clone();
         Underlay { routed, ..self.underlay.with_mode(self.config.mode) }
     }
 
     /// Like [`Self::current_underlay`], for questions about one peer.
     pub(in crate::agent) fn underlay_to(&self, peer: IpAddr) -> Underlay {
-        let routed = self.kernel.traffic.routing.routed.get(&peer).copied().into_iter().collect();
+        let routed = self.kernel.diagnoses.routing.routed.get(&peer).copied().into_iter().collect();
         Underlay { routed, ..self.underlay.with_mode(self.config.mode) }
     }
 
@@ -97,11 +97,11 @@ impl Agent {
             KernelEvent::Outcome(outcome) => self.on_kernel(outcome),
             KernelEvent::Underlay(underlay) => self.on_underlay(underlay),
             KernelEvent::Routing(routing) => {
-                let known = &self.kernel.traffic.routing.problems;
+                let known = &self.kernel.diagnoses.routing.problems;
                 let new = routing.problems.iter().filter(|problem| !known.contains(problem));
                 new.for_each(|problem| tracing::warn!("{problem}"));
-                let is_other_way = routing.routed != self.kernel.traffic.routing.routed;
-                self.kernel.traffic.routing = routing;
+                let is_other_way = routing.routed != self.kernel.diagnoses.routing.routed;
+                self.kernel.diagnoses.routing = routing;
                 if is_other_way {
                     self.program();
                 }
@@ -168,7 +168,7 @@ impl Agent {
                 return self.threads.monitors.remote_pods.set_namespace(namespace);
             }
         };
-        let before = &self.kernel.traffic.forwarding;
+        let before = &self.kernel.diagnoses.forwarding;
         let of = |state: &Forwarding| {
             let Forwarding { problems, input, notices, .. } = state.clone();
             [problems, input, notices].concat()
@@ -178,7 +178,7 @@ impl Agent {
         told.iter()
             .filter(|problem| !known(problem))
             .for_each(|problem| tracing::warn!("{problem}"));
-        self.kernel.traffic.forwarding = state;
+        self.kernel.diagnoses.forwarding = state;
         self.update_remote_pods();
     }
 

@@ -31,7 +31,7 @@ impl Agent {
             let host = peer.vtep.underlay;
             // An MTU set by a route of this host needs no probe.
             let by_route =
-                self.kernel.traffic.routing.path_mtus.get(&host).filter(|path| !path.learned);
+                self.kernel.diagnoses.routing.path_mtus.get(&host).filter(|path| !path.learned);
             let by_route = by_route.map(|path| path.mtu);
             let told = by_route.or_else(|| self.prober.reports.correct_mtu(host));
             let told = told.map(|mtu| mtu.saturating_sub(headers));
@@ -66,7 +66,7 @@ impl Agent {
     /// wrong.
     pub(super) fn check_path_mtu_reports(&mut self) {
         let now = self.clock.now();
-        let told = self.kernel.traffic.routing.path_mtus.iter().filter(|(_, path)| path.learned);
+        let told = self.kernel.diagnoses.routing.path_mtus.iter().filter(|(_, path)| path.learned);
         let told = told.map(|(host, path)| (*host, path.mtu)).collect();
         self.prober.reports.update(now, &told);
         while let Some(action) = self.prober.reports.poll(now) {

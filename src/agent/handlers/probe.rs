@@ -337,10 +337,10 @@ impl Agent {
     /// Records which ways of tunnel packets are known to reach their hosts.
     fn update_proven_ways(&mut self) {
         let (now, paths) = (self.clock.now(), &self.prober.paths);
-        let Routing { detours, on_link, .. } = &self.kernel.traffic.routing;
+        let Routing { detours, on_link, .. } = &self.kernel.diagnoses.routing;
         let answered = |host| paths.answered_probe(paths.holder(host)?);
         let is_peer = |host| paths.holder(host).is_some();
-        self.kernel.traffic.ways.update(now, detours, on_link, answered, is_peer);
+        self.kernel.diagnoses.ways.update(now, detours, on_link, answered, is_peer);
     }
 
     /// Updates the probed peers, and what gossip knows about them.

@@ -80,8 +80,8 @@ impl Agent {
         port: u16,
         is_silent: bool,
     ) -> Option<Problem> {
-        let Routing { detours, flow_detours, .. } = &self.kernel.traffic.routing;
-        let is_unproven = |detour: &&Detour| !self.kernel.traffic.ways.reaches(there, detour);
+        let Routing { detours, flow_detours, .. } = &self.kernel.diagnoses.routing;
+        let is_unproven = |detour: &&Detour| !self.kernel.diagnoses.ways.reaches(there, detour);
         let of_all = detours.get(&there).filter(|_| is_silent).filter(is_unproven);
         let of_all = of_all.map(|detour| (detour, None));
         let of_flows = flow_detours.get(&there).map(|flows| (&flows.detour, Some(flows.ports)));
@@ -107,7 +107,7 @@ impl Agent {
     /// answered.
     pub(super) fn is_passed_by_pods(&self, node: NodeId, state: PathState) -> bool {
         matches!(state, PathState::Unanswered | PathState::OneWay)
-            && self.kernel.traffic.remote_pods.answering.contains(&node)
+            && self.kernel.diagnoses.remote_pods.answering.contains(&node)
             && self.silent_span(node).is_none()
     }
 
@@ -115,7 +115,7 @@ impl Agent {
     /// arrive, its firewall may drop only the probes, so it is a problem only if packets of pods are
     /// known to be lost as well.
     fn unanswered(&self, node: NodeId, state: PathState, what: String, fix: String) -> Problem {
-        let is_proven = self.kernel.traffic.remote_pods.closed.iter().any(|way| way.node == node);
+        let is_proven = self.kernel.diagnoses.remote_pods.closed.iter().any(|way| way.node == node);
         let problem = Problem::new(ProblemCode::PathLost, self.node.name_of(node), what, fix);
         match state {
             PathState::OneWay if !is_proven => problem.notice(),
@@ -133,7 +133,7 @@ impl Agent {
         let of_flows = verdict.filter(|verdict| verdict.loses_flows);
         // A next hop that loses some flows is reported once for all peers behind it.
         let is_known =
-            of_flows.is_some() && self.kernel.traffic.routing.dead_hops.contains_key(&there);
+            of_flows.is_some() && self.kernel.diagnoses.routing.dead_hops.contains_key(&there);
         if self.is_passed_by_pods(node, state) {
             let cause = of_flows.filter(|_| !is_known);
             return cause.and_then(|verdict| verdict.cause.clone());
@@ -152,7 +152,7 @@ impl Agent {
         }
         // Rules that drop packets do not matter if packets have no way.
         let device = device_name(view.settings.vni);
-        let has_no_way = self.kernel.traffic.routing.detours.get(&there);
+        let has_no_way = self.kernel.diagnoses.routing.detours.get(&there);
         let has_no_way = has_no_way.is_some_and(|detour| detour.is_certain_loss(&device));
         let dropped = verdict.filter(|verdict| is_silent && !has_no_way && verdict.is_dropped_here);
         if let Some(cause) = dropped.and_then(|verdict| verdict.cause.clone()) {
@@ -203,17 +203,17 @@ impl Agent {
         // The probe left by another interface, or its answer was lost on this host; that is reported by
         // its cause.
         if lost
-            && subnets.iter().any(|subnet| self.kernel.traffic.routing.diverted.contains(&subnet))
+            && subnets.iter().any(|subnet| self.kernel.diagnoses.routing.diverted.contains(&subnet))
         {
             return None;
         }
         // Answers without a tunnel may be this host's own packets that a route returned.
-        if state == PathState::Asymmetric && !self.kernel.traffic.routing.problems.is_empty() {
+        if state == PathState::Asymmetric && !self.kernel.diagnoses.routing.problems.is_empty() {
             return None;
         }
         // Rules of this host would drop an answer; they are reported by their effect on pods.
         let ipv4 = subnets.first.addr().is_ipv4();
-        if lost && self.kernel.traffic.forwarding.drops_incoming[usize::from(!ipv4)] {
+        if lost && self.kernel.diagnoses.forwarding.drops_incoming[usize::from(!ipv4)] {
             return None;
         }
         let underlay = self.underlay_to(there);
@@ -229,7 +229,7 @@ impl Agent {
                 return unreachable_problem(&underlay, name, there, ways[0]);
             }
             RouteTarget::Direct { .. } if lost => {
-                let suspects = self.kernel.traffic.forwarding.suspects.iter();
+                let suspects = self.kernel.diagnoses.forwarding.suspects.iter();
                 let suspects =
                     suspects.map(|suspect| format!("{suspect}; or ")).collect::<String>();
                 let what = format!(

@@ -135,9 +135,9 @@ impl Agent {
                 peers_in_use: kernel.demand.in_use.as_ref().map(BTreeSet::len),
                 misses_answered: kernel.demand.answered,
                 misses_unknown: kernel.demand.unknown,
-                routing: kernel.traffic.routing.status.clone(),
+                routing: kernel.diagnoses.routing.status.clone(),
                 forwarding: self.add_remote_pods_status(
-                    kernel.traffic.answers.added_to(&kernel.traffic.forwarding.status),
+                    kernel.diagnoses.answers.added_to(&kernel.diagnoses.forwarding.status),
                 ),
             },
             paths: self.path_statuses(&paths),
@@ -173,18 +173,18 @@ impl Agent {
             &self.underlay,
             self.node.cluster().map(|cluster| cluster.settings.pool).as_ref(),
         ));
-        problems.extend(kernel.traffic.forwarding.input.iter().cloned());
+        problems.extend(kernel.diagnoses.forwarding.input.iter().cloned());
         // Diverted packets are not forwarded either: one cause, one problem.
         if !self.is_all_diverted() {
-            problems.extend(kernel.traffic.forwarding.problems.iter().cloned());
+            problems.extend(kernel.diagnoses.forwarding.problems.iter().cloned());
             problems.extend(self.remote_pod_problems());
         }
         // If pods cannot resolve the gateway, the same cause drops other answers of pods as well.
-        if !kernel.traffic.forwarding.lacks_gateway {
-            problems.extend(kernel.traffic.answers.problems.iter().cloned());
+        if !kernel.diagnoses.forwarding.lacks_gateway {
+            problems.extend(kernel.diagnoses.answers.problems.iter().cloned());
         }
         problems.extend(
-            kernel.traffic.routing.problems.iter().chain(&kernel.problems.overlaps).cloned(),
+            kernel.diagnoses.routing.problems.iter().chain(&kernel.problems.overlaps).cloned(),
         );
         problems.extend(kernel.host.problems.iter().cloned());
         problems.extend(self.pods.refusal.iter().chain(&self.pods.problems).cloned());
@@ -218,7 +218,8 @@ impl Agent {
     /// Returns notices about losses of some packets or missing tests.
     pub(super) fn notices(&self, paths: &PathFindings<'_>) -> Vec<Problem> {
         let kernel = &self.kernel;
-        let known = kernel.traffic.forwarding.notices.iter().chain(&kernel.traffic.answers.notices);
+        let known =
+            kernel.diagnoses.forwarding.notices.iter().chain(&kernel.diagnoses.answers.notices);
         let known = known.chain(&kernel.host.notices).chain(&self.pods.notices);
         let former = former_selves_notice(&paths.labels);
         let lost_pods = self.lost_pods_notice();
@@ -267,7 +268,7 @@ impl Agent {
 
     /// Returns whether packets to every peer take a wrong way.
     fn is_all_diverted(&self) -> bool {
-        let diverted = &self.kernel.traffic.routing.diverted;
+        let diverted = &self.kernel.diagnoses.routing.diverted;
         let peers = self.kernel.wanted.view.iter().flat_map(|view| view.peers.values());
         let mut subnets = peers.filter_map(|peer| Some(peer.leases.first()?.1));
         !diverted.is_empty()

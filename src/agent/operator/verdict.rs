@@ -65,7 +65,7 @@ impl Agent {
         if let Some(reason) = self.kernel.host.forwarding_off.get(&ipv4) {
             return Some(reason.clone());
         }
-        let closed = &self.kernel.traffic.forwarding.closed;
+        let closed = &self.kernel.diagnoses.forwarding.closed;
         let is_closed =
             |direction| closed.iter().any(|way| way.ipv4 == ipv4 && way.direction == direction);
         let all = |of: fn(TrialProtocol) -> Direction| {

@@ -22,7 +22,8 @@ impl Agent {
     /// Assigns addresses to the pod of a request, and returns its bridge and record.
     ///
     /// # Errors
-    /// Fails when the request is invalid, this node is not ready, or the addresses or the MAC cannot be had.
+    /// Fails when the request is invalid, this node is not ready, or the addresses or the MAC are not
+    /// available.
     pub(in crate::agent) fn assign_address(
         &mut self,
         request: &AttachRequest,
@@ -107,7 +108,7 @@ fn is_derived_in(mac: Mac, subnet: IpNet) -> bool {
 
 /// Why a pod gets no address.
 pub(in crate::agent) enum AddressError {
-    /// The addresses or the MAC cannot be had; another pod may have them.
+    /// The addresses or the MAC are not available; another pod may have them.
     Address(NoAddress),
     /// Any other reason.
     Other(PodError),

@@ -22,7 +22,7 @@ impl Agent {
 
     /// Returns when the requests that wait for the disk have to fail; `None` if none waits.
     pub(in crate::agent) fn disk_stall_deadline(&self) -> Option<Instant> {
-        let waits = !self.pods.saving.is_empty()
+        let waits = !self.pods.pending_saves.is_empty()
             || self.pods.pending_attaches.values().any(|pending| !pending.saved);
         let stalled = self.storage.writer.silent_for().filter(|_| waits)?;
         let left = (DISK_TIMEOUT + Duration::from_millis(1)).saturating_sub(stalled);
@@ -50,7 +50,7 @@ impl Agent {
             }
             reply(Err(error.clone()));
         }
-        for answer in std::mem::take(&mut self.pods.saving).into_values() {
+        for answer in std::mem::take(&mut self.pods.pending_saves).into_values() {
             answer(Err(error.clone()));
         }
     }

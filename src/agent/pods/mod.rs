@@ -80,13 +80,13 @@ pub(super) struct PodState {
     /// Why no pod can be connected to the bridge.
     pub(super) refusal: Option<Problem>,
     /// Requests that wait for a lookup of the veth pairs.
-    pub(super) looking: BTreeMap<u64, PendingRequest>,
+    pub(super) pending_lookups: BTreeMap<u64, PendingRequest>,
     /// The number last drawn.
     number: u64,
     /// ADD requests that wait for the disk or the kernel.
     pub(super) pending_attaches: BTreeMap<u64, PendingAttach>,
     /// Replies to give when the disk has written the record, or has stalled for too long.
-    pub(super) saving: BTreeMap<u64, Answer<()>>,
+    pub(super) pending_saves: BTreeMap<u64, Answer<()>>,
     /// Number of the write that removes the pods of an earlier boot.
     boot_number: Option<u64>,
     /// When to read the notes of the CNI plugin again.
@@ -316,7 +316,7 @@ impl Agent {
         // The kernel takes long to remove an interface. Only a new ADD of the same one waits for that.
         if self.forget_pod(number, attachment) {
             let answer = |saved: Result<(), PodError>| answer(saved.map(|()| true));
-            self.pods.saving.insert(number, Box::new(answer));
+            self.pods.pending_saves.insert(number, Box::new(answer));
         } else {
             self.pods.pending_detaches.insert(number, Box::new(answer));
         }
@@ -333,9 +333,10 @@ impl Agent {
             let why = format!("{attachment} was disconnected before it was ready");
             PodError::new(PodErrorKind::NotReady, why)
         };
-        let looking = self.pods.looking.iter().filter(|(_, looking)| looking.is_of(attachment));
+        let looking =
+            self.pods.pending_lookups.iter().filter(|(_, looking)| looking.is_of(attachment));
         let looking: Vec<u64> = looking.map(|(number, _)| *number).collect();
-        let waiting = looking.iter().filter_map(|number| self.pods.looking.remove(number));
+        let waiting = looking.iter().filter_map(|number| self.pods.pending_lookups.remove(number));
         waiting.for_each(|looking| looking.refuse(why()));
         let mut all = self.pods.pending_attaches.iter();
         let found = all.find(|(_, pending)| pending.pod.attachment == *attachment);
@@ -413,7 +414,7 @@ impl Agent {
         if self.pods.boot_number.take_if(|at| *at == number).is_some() {
             self.storage.archive.save(SavedFile::Boot);
         }
-        if let Some(answer) = self.pods.saving.remove(&number) {
+        if let Some(answer) = self.pods.pending_saves.remove(&number) {
             answer(Ok(()));
         }
         if let Some(pending) = self.pods.pending_attaches.get_mut(&number) {
@@ -427,7 +428,7 @@ impl Agent {
         let pod = self.pods.table.detach(self.clock.now(), attachment);
         let Some(pod) = pod else { return false };
         // A reported problem may concern this pod.
-        if !self.kernel.traffic.answers.problems.is_empty() {
+        if !self.kernel.diagnoses.answers.problems.is_empty() {
             self.update_roster();
         }
         let text = format!("{attachment} released {}", pod.addresses.first);

@@ -162,7 +162,7 @@ impl Agent {
             .possibly_gone()
             .map(|pod| Suspect { link: link_name(&pod.attachment), netns: pod.netns.clone() });
         let job = Job::FindGone { number, pods: pods.collect() };
-        self.pods.looking.insert(number, looking);
+        self.pods.pending_lookups.insert(number, looking);
         self.threads.attach_worker.ask(job);
     }
 
@@ -174,7 +174,7 @@ impl Agent {
 
     /// Handles the result of a check, and continues the request that waited for it.
     pub(in crate::agent) fn on_gone_pods(&mut self, number: u64, result: io::Result<GonePods>) {
-        let Some(looking) = self.pods.looking.remove(&number) else { return };
+        let Some(looking) = self.pods.pending_lookups.remove(&number) else { return };
         let looked = result.map_err(|error| {
             PodError::new(
                 PodErrorKind::Failed,
@@ -188,7 +188,7 @@ impl Agent {
                 let number = self.pods.next();
                 let answer =
                     move |saved: Result<(), PodError>| _ = reply.send(saved.map(|()| released));
-                self.pods.saving.insert(number, Box::new(answer));
+                self.pods.pending_saves.insert(number, Box::new(answer));
                 self.storage.writer.save(Vec::new(), number);
             }
             (PendingRequest::Reserve(reservation), Ok(looked)) => {

@@ -124,7 +124,7 @@ impl Agent {
         let withdrawn = &self.kernel.wanted.withdrawn_peers;
         let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
         let largest = self.underlay.tunnel_mtu;
-        let remote_pods = &self.kernel.traffic.remote_pods;
+        let remote_pods = &self.kernel.diagnoses.remote_pods;
         let are_all_lost = self.is_lost_without_tunnel() || !remote_pods.inward.is_empty();
         let peers = peers.filter_map(|(node, peer)| {
             let (_, subnets) = peer.leases.first()?;

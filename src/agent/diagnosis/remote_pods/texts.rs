@@ -19,8 +19,8 @@ impl Agent {
     /// Adds the results for pods of other hosts to the status of forwarding.
     pub(in crate::agent) fn add_remote_pods_status(&self, known: CheckStatus) -> CheckStatus {
         let CheckStatus { state, mut detail } = known;
-        if !self.kernel.traffic.remote_pods.overrun.is_empty() {
-            let names = self.names(&self.kernel.traffic.remote_pods.overrun);
+        if !self.kernel.diagnoses.remote_pods.overrun.is_empty() {
+            let names = self.names(&self.kernel.diagnoses.remote_pods.overrun);
             detail = format!(
                 "{detail}; skipped with pods of {names}: more packets come to port {REMOTE_PORT} of the \
                  agent's own pod there than it answers"
@@ -28,7 +28,7 @@ impl Agent {
         }
         let unheard = self.members_without_arrivals().into_values().flatten();
         let nodes: Vec<NodeId> = self.lost_to_remote_pods().into_keys().chain(unheard).collect();
-        match (nodes.as_slice(), self.kernel.traffic.remote_pods.answering.len()) {
+        match (nodes.as_slice(), self.kernel.diagnoses.remote_pods.answering.len()) {
             ([], 0) => CheckStatus { state, detail },
             ([], count) => {
                 let hosts =
@@ -49,7 +49,7 @@ impl Agent {
         for (node, lost) in self.lost_to_remote_pods() {
             alike.entry(lost).or_default().push(node);
         }
-        let suspects = self.kernel.traffic.forwarding.suspects.join("; ");
+        let suspects = self.kernel.diagnoses.forwarding.suspects.join("; ");
         let of_peers = |(lost, nodes): (Vec<(Half, Sort)>, Vec<NodeId>)| {
             let of = |half| {
                 let sorts = lost.iter().filter(move |(of, _)| *of == half).map(|(_, sort)| *sort);
@@ -68,15 +68,15 @@ impl Agent {
     /// Returns the members whose packets do not arrive at pods here, by family. Excludes members to which
     /// this host's own trials or probes find losses: the cause is the same.
     fn members_without_arrivals(&self) -> BTreeMap<Vec<&'static str>, Vec<NodeId>> {
-        if self.kernel.traffic.remote_pods.inward.is_empty() {
+        if self.kernel.diagnoses.remote_pods.inward.is_empty() {
             return BTreeMap::new();
         }
-        let answering = &self.kernel.traffic.remote_pods.answering;
+        let answering = &self.kernel.diagnoses.remote_pods.answering;
         let mut known: BTreeSet<NodeId> = self.lost_to_remote_pods().into_keys().collect();
         let lost = self.path_states().filter(|(_, state, _)| state.is_lost());
         known.extend(lost.map(|(node, ..)| node).filter(|node| !answering.contains(node)));
         let mut families: BTreeMap<NodeId, Vec<&str>> = BTreeMap::new();
-        for InwardWay { node, ipv4 } in self.kernel.traffic.remote_pods.inward.iter().rev() {
+        for InwardWay { node, ipv4 } in self.kernel.diagnoses.remote_pods.inward.iter().rev() {
             if !known.contains(node) {
                 families.entry(*node).or_default().push(family_name(*ipv4));
             }
@@ -91,10 +91,10 @@ impl Agent {
     /// Returns the notices about packets of which a part is lost at random, with the share and the
     /// direction.
     pub(in crate::agent) fn remote_pod_notices(&self) -> Vec<Problem> {
-        let tried = self.kernel.traffic.remote_pods.answering.len();
+        let tried = self.kernel.diagnoses.remote_pods.answering.len();
         let of = |half: Half| {
             let losses =
-                self.kernel.traffic.remote_pods.losses.iter().filter(|loss| loss.half == half);
+                self.kernel.diagnoses.remote_pods.losses.iter().filter(|loss| loss.half == half);
             let losses: Vec<RemoteLoss> = losses.copied().collect();
             let (least, most) = losses.iter().fold((u32::MAX, 0), |(least, most), loss| {
                 (least.min(loss.percent), most.max(loss.percent))
@@ -113,7 +113,7 @@ impl Agent {
     /// because the status of the path reports those, and large packets while the path MTU is being
     /// measured.
     fn lost_to_remote_pods(&self) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
-        let answering = &self.kernel.traffic.remote_pods.answering;
+        let answering = &self.kernel.diagnoses.remote_pods.answering;
         let unanswered: BTreeSet<NodeId> = self
             .path_states()
             .filter(|(node, state, _)| {
@@ -122,7 +122,7 @@ impl Agent {
             })
             .map(|(node, ..)| node)
             .collect();
-        let mut lost = by_node(&self.kernel.traffic.remote_pods.closed);
+        let mut lost = by_node(&self.kernel.diagnoses.remote_pods.closed);
         for (node, lost) in &mut lost {
             let is_measured = self.prober.paths.is_measuring_size(*node);
             lost.retain(|(_, sort)| !(is_measured && sort.kind.is_large()));

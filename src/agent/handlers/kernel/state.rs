@@ -30,8 +30,8 @@ pub(in crate::agent) struct KernelState {
     pub(in crate::agent) device: Device,
     /// What keeps the kernel from holding it.
     pub(in crate::agent) problems: KernelProblems,
-    /// What becomes of packets.
-    pub(in crate::agent) traffic: Traffic,
+    /// What the diagnoses found about packets.
+    pub(in crate::agent) diagnoses: Diagnoses,
     /// Kernel requests for missing entries, and the peers in use.
     pub(in crate::agent) demand: DemandState,
     /// Firewall and sysctls.
@@ -91,9 +91,9 @@ pub(in crate::agent) struct KernelProblems {
     pub(in crate::agent) overlaps: Vec<Problem>,
 }
 
-/// What becomes of packets.
+/// What the diagnoses found about packets.
 #[derive(Default)]
-pub(in crate::agent) struct Traffic {
+pub(in crate::agent) struct Diagnoses {
     /// Where the kernel sends packets.
     pub(in crate::agent) routing: Routing,
     /// Ways of tunnel packets other than by the underlay interface that are known to reach their hosts.
