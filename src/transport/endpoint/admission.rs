@@ -19,10 +19,11 @@
 //! Answers to unproven addresses (Retry, version negotiation, refusal) are limited in the socket:
 //! see [`Admissions::may_send`].
 
-mod once;
+mod bucket;
 mod tally;
 #[cfg(test)]
 mod tests;
+mod used_ids;
 
 use std::{
     collections::BTreeMap,
@@ -35,10 +36,7 @@ use ipnet::IpNet;
 use quinn::ConnectionId;
 
 pub use self::tally::Flood;
-use self::{
-    once::UsedIds,
-    tally::{Bucket, Tally},
-};
+use self::{bucket::Bucket, tally::Tally, used_ids::UsedIds};
 use crate::{model::bounded::MAX_MEMBERS, transport::first_id::FirstIds};
 
 /// Upper limit of handshakes in progress with hosts without the secret that have proven their

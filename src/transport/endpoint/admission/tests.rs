@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{
-    once::{MAX_IDS, MIN_RETENTION},
     tally::WINDOW,
+    used_ids::{MAX_IDS, MIN_RETENTION},
     *,
 };
 
