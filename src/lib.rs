@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!  main -> cli -> agent -> core -> wire -> model                              the pure ring
-//!           |      |        dataplane -> model, pods -> model
+//!           |      |        dataplane -> pods, wire, model; pods -> model
 //!           |      +-> dataplane::kernel, pods::wiring, netlink, store, transport, api     the adapters
 //!           +-> doctor, lab                                                     no agent imports these
 //! ```

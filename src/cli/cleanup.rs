@@ -132,10 +132,10 @@ pub(super) fn remove_after_end(args: &CleanupArgs) -> anyhow::Result<Removed> {
             Err(error) => error,
         };
         // A process keeps the lock of its state directory for a moment longer than its socket.
-        let is_held = error
+        let may_pass = error
             .downcast_ref::<StoreError>()
             .is_none_or(|error| matches!(error, StoreError::InUse { .. }));
-        if !is_held || begun.elapsed() >= END_TIMEOUT {
+        if !may_pass || begun.elapsed() >= END_TIMEOUT {
             return Err(error);
         }
         thread::sleep(RETRY_INTERVAL);

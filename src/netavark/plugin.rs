@@ -26,7 +26,7 @@ use crate::{
 const API_VERSION: &str = "1.0.0";
 /// Name of the directories in which Podman looks for plugins.
 const DIRECTORY: &str = "netavark";
-/// Content of /`proc/self/uid_map` in the initial user namespace.
+/// Content of `/proc/self/uid_map` in the initial user namespace.
 const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 
 /// A call of the plugin.

@@ -1,4 +1,5 @@
-//! Mutations: deliberate defects of the product, by which the simulator checks that its oracle is awake.
+//! Mutations: deliberate defects of the product, by which the simulator checks that its oracle detects
+//! defects.
 //!
 //! The product's sources contain none of them. A mutation is a change of source text: an expression, and the
 //! one that replaces it. `gossamer-sim mutations` builds a copy of the simulator in which every such

@@ -114,7 +114,7 @@ fn joiner_takes_another_subnet_when_the_owner_of_the_preferred_one_does_not_answ
         let cluster_state = world.node(0).replica.cluster_state.as_ref().expect("in a cluster");
         let owner = world.hosts[1].key;
         let mut of_owner = cluster_state.slots.runs_of(owner);
-        let free = of_owner.find(|run| run.record.state == SlotState::Free).expect("free_slots");
+        let free = of_owner.find(|run| run.record.state == SlotState::Free).expect("a free slot");
         Some(cluster_state.cluster.settings.pool.subnet(free.start))
     });
 }
