@@ -145,9 +145,9 @@ impl Agent {
         match arrival {
             Arrival::Deadline => self.on_deadline(now),
             Arrival::Hangup => self.reload(read_settings),
-            Arrival::LoopEvent(news) => self.on_loop_event(news),
+            Arrival::LoopEvent(event) => self.on_loop_event(event),
             Arrival::Network(event) => self.on_network(event),
-            Arrival::Icmp(heard) => self.on_icmp_event(heard),
+            Arrival::Icmp(event) => self.on_icmp_event(event),
         }
     }
 
@@ -189,12 +189,12 @@ impl Agent {
         }
     }
 
-    fn on_loop_event(&mut self, news: LoopEvent) {
-        match news {
+    fn on_loop_event(&mut self, event: LoopEvent) {
+        match event {
             LoopEvent::Disk(event) => self.on_write_event(event),
-            LoopEvent::Kernel(told) => self.on_kernel_event(told),
-            LoopEvent::Forwarding(news) => self.on_forwarding(news),
-            LoopEvent::RemotePods(told) => self.on_remote_pods(told),
+            LoopEvent::Kernel(event) => self.on_kernel_event(event),
+            LoopEvent::Forwarding(event) => self.on_forwarding(event),
+            LoopEvent::RemotePods(event) => self.on_remote_pods(event),
             LoopEvent::PodAnswers(state) => self.on_answers(state),
             LoopEvent::SilenceFindings(findings) => self.on_silence_findings(findings),
             LoopEvent::Pods(wired) => self.on_attach_result(wired),
@@ -203,7 +203,7 @@ impl Agent {
             // Requests that wait for convergence are answered at the end of the turn.
             LoopEvent::Archive(ArchiveEvent::SubnetFile) => {}
             LoopEvent::Archive(ArchiveEvent::Secrets(result)) => self.on_secrets_saved(result),
-            LoopEvent::Node(heard) => self.on_node_report(heard),
+            LoopEvent::Node(event) => self.on_node_report(event),
         }
     }
 }

@@ -116,13 +116,13 @@ impl Forwarder {
     ///
     /// # Errors
     /// Fails if a netlink socket cannot be opened or the thread cannot be created.
-    pub fn start(tell: impl Fn(ForwarderEvent) + Send + 'static) -> io::Result<Self> {
+    pub fn start(report: impl Fn(ForwarderEvent) + Send + 'static) -> io::Result<Self> {
         let netlink = Netlink::open()?;
         let begin = |orders| TrialRunner {
             netlink,
             changes: Changes::open().ok(),
             orders,
-            tell,
+            report,
             setting: None,
             is_new: false,
             test_pods: None,
@@ -166,7 +166,7 @@ struct TrialRunner<F> {
     netlink: Netlink,
     changes: Option<Changes>,
     orders: Orders<Option<TrialInput>>,
-    tell: F,
+    report: F,
     setting: Option<TrialInput>,
     /// Whether the setting has changed since the last trial.
     is_new: bool,
@@ -448,7 +448,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
     /// Removes the pods and sockets of the trials.
     fn remove_test_pods(&mut self) {
         if let Some(test_pods) = self.test_pods.take() {
-            (self.tell)(ForwarderEvent::PodNamespace(None));
+            (self.report)(ForwarderEvent::PodNamespace(None));
             test_pods.remove(&mut self.netlink);
         }
     }

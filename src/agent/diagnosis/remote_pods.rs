@@ -105,11 +105,11 @@ impl RemotePods {
     ///
     /// # Errors
     /// Fails if the thread cannot be created.
-    pub fn start(tell: impl Fn(RemotePodsEvent) + Send + 'static) -> io::Result<Self> {
+    pub fn start(report: impl Fn(RemotePodsEvent) + Send + 'static) -> io::Result<Self> {
         let worker = Worker::start("remote pods", move |orders| {
             let runner = Runner {
                 orders,
-                tell,
+                report,
                 clock: Clock(Instant::now()),
                 setting: TrialInput::default(),
                 remote_pods: RemoteTrials::default(),
@@ -165,7 +165,7 @@ struct Place {
 /// The state of the thread.
 struct Runner<F> {
     orders: Orders<Command>,
-    tell: F,
+    report: F,
     clock: Clock,
     setting: TrialInput,
     remote_pods: RemoteTrials,
@@ -215,7 +215,7 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
                         let is_tried = |ipv4| self.remote_pods.tries(node, ipv4);
                         self.inward.on_request(now, node, report, is_tried);
                     }
-                    (self.tell)(RemotePodsEvent::Testimony(reply, reported));
+                    (self.report)(RemotePodsEvent::Testimony(reply, reported));
                 }
                 Ok(Command::Arrivals(round, reported)) => {
                     self.receive();
@@ -303,7 +303,7 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
                     }
                 }
                 RemoteOutput::RequestReports(round, nodes) => {
-                    (self.tell)(RemotePodsEvent::Ask(round, nodes))
+                    (self.report)(RemotePodsEvent::Ask(round, nodes))
                 }
             }
         }
@@ -324,7 +324,7 @@ impl<F: Fn(RemotePodsEvent)> Runner<F> {
         };
         if now != self.reported {
             self.reported.clone_from(&now);
-            (self.tell)(RemotePodsEvent::State(now));
+            (self.report)(RemotePodsEvent::State(now));
         }
     }
 }

@@ -92,8 +92,8 @@ impl Agent {
     }
 
     /// Handles an event of the kernel thread.
-    pub(in crate::agent) fn on_kernel_event(&mut self, told: KernelEvent) {
-        match told {
+    pub(in crate::agent) fn on_kernel_event(&mut self, event: KernelEvent) {
+        match event {
             KernelEvent::Outcome(outcome) => self.on_kernel(outcome),
             KernelEvent::Underlay(underlay) => self.on_underlay(underlay),
             KernelEvent::Routing(routing) => {
@@ -161,8 +161,8 @@ impl Agent {
     }
 
     /// Handles an event of the forwarder thread.
-    pub(in crate::agent) fn on_forwarding(&mut self, news: ForwarderEvent) {
-        let state = match news {
+    pub(in crate::agent) fn on_forwarding(&mut self, event: ForwarderEvent) {
+        let state = match event {
             ForwarderEvent::State(state) => state,
             ForwarderEvent::PodNamespace(namespace) => {
                 return self.threads.monitors.remote_pods.set_namespace(namespace);

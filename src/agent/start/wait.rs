@@ -127,7 +127,7 @@ impl<'a> StartupWait<'a> {
                 biased;
                 () = self.signals.end() => return None,
                 done = &mut work => return Some(done),
-                Some(news) = self.events.recv() => match news {
+                Some(event) = self.events.recv() => match event {
                     LoopEvent::Api(request) => self.waiters.extend(answer(request, &status)),
                     LoopEvent::Docker(request) => self.docker.push((Instant::now(), request)),
                     _ => {}

@@ -109,7 +109,7 @@ impl Programmer {
         kernel: Kernel,
         config: Config,
         chosen: ChosenUnderlay,
-        tell: impl Fn(KernelEvent) + Send + 'static,
+        report: impl Fn(KernelEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let netlink = Netlink::open()?;
         let host_checks = HostChecks::open(config.mode, config.set_sysctls);
@@ -132,7 +132,7 @@ impl Programmer {
             flapping: None,
             underlay_checked_at: None,
             orders,
-            tell,
+            report,
             table_requests: Vec::new(),
             count: false,
             desired_state: None,
@@ -205,7 +205,7 @@ struct Reconciler<F> {
     table_requests: Vec<TableRequest>,
     /// Whether the packet counters are requested.
     count: bool,
-    tell: F,
+    report: F,
     desired_state: Option<DesiredState>,
     /// Whether the kernel has equaled the desired state.
     reached: bool,
@@ -375,7 +375,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         }
         self.reported_demand = state.clone();
         self.demand_reported_at = Instant::now();
-        (self.tell)(KernelEvent::Demand(state));
+        (self.report)(KernelEvent::Demand(state));
     }
 
     /// Removes entries that are no longer used.
@@ -436,7 +436,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             let kinds: Vec<&str> = report.done.keys().copied().collect();
             self.host_checks.repair_conflicts.note(Kind::Entries, &kinds.join(", "), report.device);
         }
-        (self.tell)(KernelEvent::Outcome(Outcome { number: *number, repair, result }));
+        (self.report)(KernelEvent::Outcome(Outcome { number: *number, repair, result }));
         self.report_host();
     }
 

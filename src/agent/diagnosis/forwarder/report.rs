@@ -76,7 +76,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
         };
         if now != self.reported {
             self.reported.clone_from(&now);
-            (self.tell)(ForwarderEvent::State(now));
+            (self.report)(ForwarderEvent::State(now));
         }
     }
 }

@@ -120,7 +120,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             self.remove_test_pods();
             let set = TestPods::set(&mut self.netlink, shape, with_second_pod)?;
             if let Some(test_pods) = &set {
-                (self.tell)(ForwarderEvent::PodNamespace(Some(test_pods.namespace())));
+                (self.report)(ForwarderEvent::PodNamespace(Some(test_pods.namespace())));
             }
             self.test_pods = set;
         }

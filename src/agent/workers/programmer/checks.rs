@@ -28,7 +28,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let present = self.underlay.present();
         let check = recheck(&mut self.netlink, &self.config, present, peers.into_iter());
         if let Some(change) = self.underlay.step(now, check) {
-            (self.tell)(KernelEvent::Underlay(change));
+            (self.report)(KernelEvent::Underlay(change));
         }
         self.check_carrier(now);
         // A change may be an address inside the overlay's networks.
@@ -46,7 +46,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let flapping = self.flaps.problem(name);
         if flapping != self.flapping {
             self.flapping.clone_from(&flapping);
-            (self.tell)(KernelEvent::Flapping(flapping));
+            (self.report)(KernelEvent::Flapping(flapping));
         }
     }
 
@@ -73,7 +73,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             Ok(overlaps) => {
                 if overlaps != self.overlaps {
                     self.overlaps.clone_from(&overlaps);
-                    (self.tell)(KernelEvent::Overlaps(overlaps));
+                    (self.report)(KernelEvent::Overlaps(overlaps));
                 }
             }
             Err(error) => tracing::debug!(%error, "addresses of interfaces not read"),
@@ -97,7 +97,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let desired = self.part.as_ref().unwrap_or(all);
         let place = Place::new(device, self.underlay.present(), firewall);
         if let Some(routing) = self.auditor.run_pass(now, &mut self.netlink, desired, place) {
-            (self.tell)(KernelEvent::Routing(routing));
+            (self.report)(KernelEvent::Routing(routing));
         }
         if is_due
             && let Err(error) = self.next_hops.keep(&mut self.netlink, &self.auditor.next_hops())
@@ -114,7 +114,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             IpAddr::V6(host) => self.netlink.forget_path(host),
         };
         let result = forgotten.map_err(|error| error.to_string());
-        (self.tell)(KernelEvent::PathForgotten { host, told, result });
+        (self.report)(KernelEvent::PathForgotten { host, told, result });
     }
 
     /// Reports the packet counters of members.
@@ -124,7 +124,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             return;
         };
         if let Some(counted) = self.host_checks.count_packets(&firewall.table) {
-            (self.tell)(KernelEvent::Counted(counted));
+            (self.report)(KernelEvent::Counted(counted));
         }
     }
 
@@ -155,7 +155,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
     /// Reports the host checks if they have changed.
     pub(super) fn report_host(&mut self) {
         if let Some(state) = self.host_checks.take_change() {
-            (self.tell)(KernelEvent::Host(state));
+            (self.report)(KernelEvent::Host(state));
         }
     }
 }
