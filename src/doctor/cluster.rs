@@ -26,7 +26,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         return;
     };
     let Agent { status, routes, events, .. } = agent;
-    if !examination.has_told("seeds") {
+    if !examination.has_report("seeds") {
         findings.push(connections(status));
     }
     let is_told = ["agent", "seeds"].iter().any(|check| examination.has_problem(check));
@@ -45,7 +45,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
         findings.push(paths(status));
     }
     findings.extend(addresses(status));
-    if !examination.has_told("identity") {
+    if !examination.has_report("identity") {
         findings.push(Finding::ok("identity", format!("this node alone is {}", status.node)));
     }
     findings.push(offload(&status.kernel));

@@ -41,10 +41,10 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     let gossip_works = examination.status().is_some_and(|status| status.connections > 0);
     // The agent reports chains that drop tunnel packets itself.
     let is_told = |closed: &ClosedPort| {
-        let mut told = examination.told("firewall");
+        let mut told = examination.reported_by_agent("firewall");
         is_tunnel(closed.port) && told.any(|problem| problem.subject == closed.chain)
     };
-    let mut reported = examination.has_told("firewall");
+    let mut reported = examination.has_report("firewall");
     for closed in closed.iter().filter(|closed| !is_told(closed)) {
         let works = if is_tunnel(closed.port) { tunnels_work } else { gossip_works };
         let finding = of_port(closed, is_tunnel(closed.port), works);
@@ -107,7 +107,7 @@ fn of_port(closed: &ClosedPort, is_tunnel: bool, works: bool) -> Option<Finding>
 
 /// Runs the check `docker`: the agent's result, or without an agent what the chains show.
 fn docker(examination: &Examination, chains: &ForeignChains) -> Vec<Finding> {
-    if examination.has_told("docker") {
+    if examination.has_report("docker") {
         return Vec::new();
     }
     let finding = |chain: &String| {
@@ -149,7 +149,7 @@ fn forwarding(
             return vec![Finding::skipped("forwarding", seen)];
         }
         // The agent's notice already contains the reason and the likely cause.
-        _ if examination.has_told("forwarding") => return Vec::new(),
+        _ if examination.has_report("forwarding") => return Vec::new(),
         _ => {}
     }
     let guess = chains.guess().map(|chain| {

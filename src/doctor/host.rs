@@ -203,7 +203,7 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
     {
         // The agent reports problems of the underlay itself.
         let name = kernel.underlay_interface.clone();
-        if !examination.has_told("underlay") {
+        if !examination.has_report("underlay") {
             findings.push(Finding::ok("underlay", format!("{address} on {name}")));
         }
         return Some(name);
@@ -219,13 +219,13 @@ fn underlay(examination: &Examination, findings: &mut Vec<Finding>) -> Option<St
             Some(iface.clone())
         }
         Ok(chosen) => {
-            if !examination.has_told("underlay") {
+            if !examination.has_report("underlay") {
                 let seen = format!("{} on {}", chosen.local, chosen.name);
                 findings.push(Finding::ok("underlay", seen));
             }
             Some(chosen.name)
         }
-        Err(_) if examination.has_told("underlay") => None,
+        Err(_) if examination.has_report("underlay") => None,
         Err(error) => {
             findings.push(Finding::problem(
                 "underlay",
@@ -246,7 +246,7 @@ fn sysctls(
     underlay: Option<&str>,
     findings: &mut Vec<Finding>,
 ) {
-    if examination.has_told("sysctls") {
+    if examination.has_report("sysctls") {
         return;
     }
     if examination.is_host_checked() {
@@ -337,7 +337,7 @@ fn bridge(examination: &Examination, links: &[Link], numbers: &Numbers) -> Optio
 
 /// Checks for interfaces whose networks overlap the overlay's.
 fn overlap(examination: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
-    if examination.is_host_checked() || examination.has_told("overlays") {
+    if examination.is_host_checked() || examination.has_report("overlays") {
         return;
     }
     // A host that joins learns the network from the cluster.
@@ -436,7 +436,7 @@ fn mtu(
             )
         }));
     }
-    if findings.is_empty() && !examination.has_told("mtu") {
+    if findings.is_empty() && !examination.has_report("mtu") {
         let seen = match (own, carrier) {
             (Some(mtu), Some(carrier)) => format!("{mtu} in {} of {}", carrier.mtu, carrier.name),
             (Some(mtu), None) => format!("the overlay carries {mtu}; its underlay is not known"),

@@ -4,6 +4,7 @@
 //! seen; problems and notices also say why it matters and what to do. What only the agent knows is
 //! queried over its control socket.
 
+mod agent_problems;
 mod bundle;
 mod cluster;
 mod firewall;
@@ -11,7 +12,6 @@ mod host;
 mod routing;
 mod seeds;
 mod state;
-mod told;
 
 use std::{collections::BTreeSet, io, path::PathBuf};
 
@@ -211,7 +211,7 @@ fn skipped_for_root(findings: &[Finding]) -> usize {
 
 /// Runs all checks. Must be called outside of a runtime. Takes a few seconds if a seed does not answer.
 pub fn examine(examination: &Examination) -> Vec<Finding> {
-    let mut findings = told::findings(examination);
+    let mut findings = agent_problems::findings(examination);
     state::configuration(examination, &mut findings);
     host::examine(examination, &mut findings);
     firewall::examine(examination, &mut findings);

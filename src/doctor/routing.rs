@@ -23,7 +23,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     };
     let CheckStatus { state, detail } = &status.kernel.routing;
     match state {
-        _ if examination.has_told("routing") => {}
+        _ if examination.has_report("routing") => {}
         CheckState::Ok => findings.push(Finding::ok("routing", detail)),
         CheckState::Failing => {
             let seen = format!("{detail}: see the other checks");

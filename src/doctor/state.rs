@@ -59,7 +59,7 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     if examination.agent.is_none() && findings.len() == before {
         findings.extend(database(&config.state_dir));
     }
-    if findings.len() == before && !examination.has_told("state") {
+    if findings.len() == before && !examination.has_report("state") {
         let (path, shown) = (&config.state_dir, config.state_dir.display());
         let all = AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK;
         findings.push(match (path.exists(), access(path, all)) {

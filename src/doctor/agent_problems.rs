@@ -76,7 +76,7 @@ pub(super) const fn check_of(code: ProblemCode) -> &'static str {
 
 /// Returns a finding for each problem and notice of the agent.
 pub(super) fn findings(examination: &Examination) -> Vec<Finding> {
-    examination.all_told().map(finding).collect()
+    examination.all_reported().map(finding).collect()
 }
 
 fn finding(problem: &Problem) -> Finding {
@@ -103,24 +103,27 @@ fn finding(problem: &Problem) -> Finding {
 
 impl Examination {
     /// Returns all that the agent reports.
-    fn all_told(&self) -> impl Iterator<Item = &Problem> {
+    fn all_reported(&self) -> impl Iterator<Item = &Problem> {
         let status = self.status().into_iter();
         status.flat_map(|status| status.problems.iter().chain(&status.notices))
     }
 
     /// Returns what the agent reports that this check shows.
-    pub(super) fn told<'a>(&'a self, check: &'a str) -> impl Iterator<Item = &'a Problem> {
-        self.all_told().filter(move |problem| check_of(problem.code) == check)
+    pub(super) fn reported_by_agent<'a>(
+        &'a self,
+        check: &'a str,
+    ) -> impl Iterator<Item = &'a Problem> {
+        self.all_reported().filter(move |problem| check_of(problem.code) == check)
     }
 
     /// Whether the agent reports a problem, and not only notices, that this check shows.
     pub(super) fn has_problem(&self, check: &str) -> bool {
-        self.told(check).any(|problem| problem.severity == Severity::Problem)
+        self.reported_by_agent(check).any(|problem| problem.severity == Severity::Problem)
     }
 
     /// Whether the agent reports something that this check shows.
-    pub(super) fn has_told(&self, check: &str) -> bool {
-        self.told(check).next().is_some()
+    pub(super) fn has_report(&self, check: &str) -> bool {
+        self.reported_by_agent(check).next().is_some()
     }
 }
 
