@@ -52,6 +52,16 @@ impl KnownSecrets {
     }
 }
 
+/// A change of secrets that is sent to all members.
+struct Rotation {
+    members: Vec<NodeId>,
+    /// The steps that are still to be sent, the next one last.
+    orders: Vec<SecretOrder>,
+    /// Members that refused a step, with the reason.
+    refused: Vec<String>,
+    reply: Reply,
+}
+
 impl Agent {
     /// Saves the token, so that a restart of a node in the cluster needs neither `--token` nor `--join`,
     /// even if the database is lost.
@@ -83,6 +93,7 @@ impl Agent {
             return drop(reply.send(Err(REFUSED_WITH_POD_CIDR.to_owned().into())));
         }
         let members: Vec<NodeId> = self.node.peers().collect();
+        let rotation = |orders, reply| Rotation { members, orders, refused: Vec::new(), reply };
         match step {
             SecretStep::List => self.list_secrets(Vec::new(), reply),
             SecretStep::Add(secret) => {
@@ -90,7 +101,7 @@ impl Agent {
                 let all = self.secrets.keyring.accepted();
                 let orders = secret.map_or_else(|| all.to_vec(), |secret| vec![secret]);
                 let orders: Vec<SecretOrder> = orders.into_iter().map(SecretOrder::Add).collect();
-                self.send_orders(members, orders, Vec::new(), reply);
+                self.send_orders(rotation(orders, reply));
             }
             SecretStep::Use(id) => {
                 if !self.secrets.keyring.accepts(id) {
@@ -100,7 +111,7 @@ impl Agent {
                 }
                 let ready = move |report: &Report| report.secrets.contains(&id);
                 let lack = format!("do not have secret {id} (run `gossamer secret add` again)");
-                self.send_if_ready(members, ready, lack, force, SecretOrder::Use(id), reply);
+                self.send_if_ready(rotation(vec![SecretOrder::Use(id)], reply), ready, lack, force);
             }
             SecretStep::Drop(id) => {
                 if self.secrets.keyring.in_use().id() == id {
@@ -109,7 +120,12 @@ impl Agent {
                 }
                 let ready = move |report: &Report| report.secrets.first() != Some(&id);
                 let lack = format!("still use secret {id} (run `gossamer secret use` again)");
-                self.send_if_ready(members, ready, lack, force, SecretOrder::Drop(id), reply);
+                self.send_if_ready(
+                    rotation(vec![SecretOrder::Drop(id)], reply),
+                    ready,
+                    lack,
+                    force,
+                );
             }
         }
     }
@@ -143,14 +159,12 @@ impl Agent {
     /// Sends a step to all members if all are ready for it.
     fn send_if_ready(
         &mut self,
-        members: Vec<NodeId>,
+        rotation: Rotation,
         ready: impl Fn(&Report) -> bool + Send + 'static,
         lack: String,
         force: bool,
-        order: SecretOrder,
-        reply: Reply,
     ) {
-        let all = members.clone();
+        let members = rotation.members.clone();
         let then = move |agent: &mut Self, found: Findings| {
             let names = |which: &dyn Fn(&Option<Report>) -> bool| {
                 let names = found.iter().filter(|(_, report)| which(report));
@@ -170,52 +184,40 @@ impl Agent {
             }
             if !why.is_empty() && !force {
                 let why = format!("not all members are ready: {}", why.join("; "));
-                return drop(reply.send(Err(why.into())));
+                return drop(rotation.reply.send(Err(why.into())));
             }
-            agent.send_orders(all, vec![order], Vec::new(), reply);
+            agent.send_orders(rotation);
         };
         self.survey(members, Inquiry::Report, then);
     }
 
     /// Sends the steps to all members one after the other, carries them out here, and answers with the
     /// result.
-    fn send_orders(
-        &mut self,
-        members: Vec<NodeId>,
-        mut orders: Vec<SecretOrder>,
-        refused: Vec<String>,
-        reply: Reply,
-    ) {
-        let Some(order) = orders.pop() else { return self.list_secrets(refused, reply) };
+    fn send_orders(&mut self, mut rotation: Rotation) {
+        let Some(order) = rotation.orders.pop() else {
+            return self.list_secrets(rotation.refused, rotation.reply);
+        };
         if !matches!(order, SecretOrder::Add(_)) {
-            return self.send_order(members, order, orders, refused, reply);
+            return self.send_order(order, rotation);
         }
         self.apply_order(order.clone(), move |agent, done| match done {
-            Ok(()) => agent.send_order(members, order, orders, refused, reply),
-            Err(why) => drop(reply.send(Err(why.into()))),
+            Ok(()) => agent.send_order(order, rotation),
+            Err(why) => drop(rotation.reply.send(Err(why.into()))),
         });
     }
 
-    fn send_order(
-        &mut self,
-        members: Vec<NodeId>,
-        order: SecretOrder,
-        orders: Vec<SecretOrder>,
-        mut refused: Vec<String>,
-        reply: Reply,
-    ) {
-        let all = members.clone();
-        let inquiry = Inquiry::Secret(order.clone());
+    fn send_order(&mut self, order: SecretOrder, mut rotation: Rotation) {
+        let (members, inquiry) = (rotation.members.clone(), Inquiry::Secret(order.clone()));
         self.survey(members, inquiry, move |agent, found| {
-            refused.extend(found.iter().filter_map(|(node, report)| {
+            rotation.refused.extend(found.iter().filter_map(|(node, report)| {
                 let why = report.as_ref()?.refused.as_ref()?;
                 Some(format!("{}: {why}", agent.node.name_of(*node)))
             }));
             // This node carries out the step after the members: until the last node has done so, all
             // nodes still understand each other.
             agent.apply_order(order, move |agent, done| match done {
-                Ok(()) => agent.send_orders(all, orders, refused, reply),
-                Err(why) => drop(reply.send(Err(why.into()))),
+                Ok(()) => agent.send_orders(rotation),
+                Err(why) => drop(rotation.reply.send(Err(why.into()))),
             });
         });
     }
