@@ -46,47 +46,57 @@ impl Explanations {
         });
         for (port, loss) in silent {
             let Some(pod) = roster.pods.get(port) else { continue };
-            let read =
-                || (*loss, Instant::now(), problem(netlink, wiring, roster, pod, port, *loss));
+            let silent = SilentPod { pod, port, loss: *loss };
+            let read = || (*loss, Instant::now(), silent.problem(netlink, wiring, roster));
             self.0.entry(port.clone()).or_insert_with(read);
         }
         self.0.values().filter_map(|(.., problem)| problem.clone()).collect()
     }
 }
 
-/// Returns where the packets of a pod are lost, and why; `None` if its interface is gone or changed by its
-/// administrator.
-fn problem(
-    netlink: &mut Netlink,
-    wiring: &mut Wiring,
-    roster: &PodRoster,
-    RosterPod { pod, mac }: &RosterPod,
-    port: &str,
+/// A pod that does not answer.
+struct SilentPod<'a> {
+    pod: &'a RosterPod,
+    /// Name of its port.
+    port: &'a str,
+    /// Where its query or its answer is lost.
     loss: QueryLoss,
-) -> Option<Problem> {
-    // The pod may be about to end.
-    let link = netlink.link(port).ok()??;
-    let bridge = netlink.link(&roster.bridge).ok()??;
-    let address = pod.addresses.first;
-    let checked = (loss != QueryLoss::Query).then(|| wiring.check(pod, None, *mac));
-    let causes = match (loss, checked) {
-        (QueryLoss::Pod, Some(Err(_))) => return None,
-        // Its MAC is not the assigned one, and anti-spoofing drops its packets.
-        (_, Some(Err(WiringError::Incomplete(what)))) => what,
-        _ => causes(netlink, roster, [&link, &bridge], address, loss).join("; "),
-    };
-    let protocol = resolution_name(address.is_ipv4());
-    let interface = pod.attachment.interface();
-    let place = match loss {
-        QueryLoss::Query => format!("the query does not leave this host by {port}"),
-        QueryLoss::Answer => format!("its answer arrives at {port}, and this host drops it"),
-        QueryLoss::Pod => {
-            format!("the query leaves by {port}, and no answer arrives from {interface}")
-        }
-    };
-    let name = &pod.attachment;
-    let what = format!("pod {name} ({address}, {port}) does not answer {protocol}: {place}");
-    Some(Problem::new(ProblemCode::PodSilent, name, what, causes))
+}
+
+impl SilentPod<'_> {
+    /// Returns where the packets of the pod are lost, and why; `None` if its interface is gone or changed by
+    /// its administrator.
+    fn problem(
+        &self,
+        netlink: &mut Netlink,
+        wiring: &mut Wiring,
+        roster: &PodRoster,
+    ) -> Option<Problem> {
+        let Self { pod: RosterPod { pod, mac }, port, loss } = *self;
+        // The pod may be about to end.
+        let link = netlink.link(port).ok()??;
+        let bridge = netlink.link(&roster.bridge).ok()??;
+        let address = pod.addresses.first;
+        let checked = (loss != QueryLoss::Query).then(|| wiring.check(pod, None, *mac));
+        let causes = match (loss, checked) {
+            (QueryLoss::Pod, Some(Err(_))) => return None,
+            // Its MAC is not the assigned one, and anti-spoofing drops its packets.
+            (_, Some(Err(WiringError::Incomplete(what)))) => what,
+            _ => causes(netlink, roster, [&link, &bridge], address, loss).join("; "),
+        };
+        let protocol = resolution_name(address.is_ipv4());
+        let interface = pod.attachment.interface();
+        let place = match loss {
+            QueryLoss::Query => format!("the query does not leave this host by {port}"),
+            QueryLoss::Answer => format!("its answer arrives at {port}, and this host drops it"),
+            QueryLoss::Pod => {
+                format!("the query leaves by {port}, and no answer arrives from {interface}")
+            }
+        };
+        let name = &pod.attachment;
+        let what = format!("pod {name} ({address}, {port}) does not answer {protocol}: {place}");
+        Some(Problem::new(ProblemCode::PodSilent, name, what, causes))
+    }
 }
 
 /// Returns what may drop the packets at the pod's port and at the bridge.
