@@ -16,13 +16,17 @@ const MAX_CHOICES: usize = 5;
 /// Fewest digits of an id that stand for it.
 const MIN_ID_DIGITS: usize = 4;
 
+/// Members that were seen to be followed by a later identity of the same host, each with the latest one. It
+/// outlives the end of that one's agent, after which gossip cannot tell the two apart.
+pub(super) type Successions = BTreeMap<NodeId, NodeId>;
+
 /// Labels of all members. Making them takes one pass over the directory, and a label takes no other pass: a
 /// member may invent as many others of one name as the directory holds.
 pub struct Labels<'a> {
     node: &'a Node,
     by_name: BTreeMap<&'a str, Namesakes>,
     opinions: BTreeMap<NodeId, Liveness>,
-    /// Members that are earlier identities of living ones.
+    /// Members that are earlier identities of living ones, or of ones that were alive after them.
     former: BTreeSet<NodeId>,
     /// Members that are not gone and that gossip does not consider down, by their host.
     active: BTreeMap<(&'a NodeName, SocketAddr), Vec<NodeId>>,
@@ -108,6 +112,36 @@ impl Node {
         }
     }
 
+    /// Records which identity of a host is the latest one, after this one went up or down.
+    pub(super) fn note_succession(&mut self, changed: NodeId) {
+        let Some(record) = self.replica.directory.get(changed) else { return };
+        let is_same = |other: &&MemberRecord| other.host() == record.host();
+        let same = self.replica.directory.iter().filter(is_same).map(|other| other.node);
+        let others: Vec<NodeId> = same.filter(|other| *other != changed).collect();
+        let latest = match self.membership.is_active(changed) {
+            true => Some(changed),
+            false => others.iter().copied().find(|other| self.membership.is_active(*other)),
+        };
+        let Some(latest) = latest.filter(|_| !others.is_empty()) else { return };
+        self.successions.remove(&latest);
+        let earlier = others.into_iter().chain([changed]).filter(|other| *other != latest);
+        self.successions.extend(earlier.map(|other| (other, latest)));
+    }
+
+    /// Returns whether a later identity of the member's host was seen and is still a member.
+    fn is_succeeded(&self, record: &MemberRecord) -> bool {
+        let latest = self.successions.get(&record.node);
+        let latest = latest.and_then(|latest| self.replica.directory.get(*latest));
+        latest.is_some_and(|latest| {
+            latest.host() == record.host() && !self.replica.is_gone(latest.node)
+        })
+    }
+
+    /// Returns the label of a member, see [`Labels::of`]. It takes a pass over all members.
+    pub fn label(&self, node: NodeId) -> String {
+        self.labels().of(node)
+    }
+
     /// Returns the labels of all members, for many uses at once.
     pub fn labels(&self) -> Labels<'_> {
         let opinions = self.membership.opinions();
@@ -135,7 +169,7 @@ impl Node {
             if answers || self.replica.is_gone(record.node) {
                 continue;
             }
-            if alive.contains(&record.host()) {
+            if alive.contains(&record.host()) || self.is_succeeded(record) {
                 by_name.entry(record.name.as_str()).or_default().present -= 1;
                 former.insert(record.node);
             }
@@ -150,7 +184,7 @@ impl Labels<'_> {
         &self.opinions
     }
 
-    /// Returns the members that are earlier identities of living ones.
+    /// Returns the members that are earlier identities of living ones, or of ones that were alive after them.
     pub const fn former_selves(&self) -> &BTreeSet<NodeId> {
         &self.former
     }
@@ -163,8 +197,8 @@ impl Labels<'_> {
         self.active.get(&record.host())?.iter().copied().find(|other| *other != node)
     }
 
-    /// Returns whether a member is an earlier identity of another one: it does not answer, and a living
-    /// member has its name and its address.
+    /// Returns whether a member is an earlier identity of another one: it does not answer, and a member that
+    /// is alive, or was so later, has its name and its address.
     pub(super) fn is_former_self(&self, node: NodeId) -> bool {
         self.former.contains(&node)
     }

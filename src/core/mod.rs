@@ -82,6 +82,7 @@ use self::{
     key_use::KeyUse,
     lifecycle::Lifecycle,
     log_budget::LogBudget,
+    lookup::Successions,
     malformed::{Notes, read_response},
     membership::{Membership, Notice},
     outbox::Outbox,
@@ -112,6 +113,7 @@ pub struct Node {
     voting: Voting,
     /// Members whose hosts run although gossip does not hold them as active.
     running_hosts: RunningHosts,
+    successions: Successions,
     outbox: Outbox,
     /// Bounds the log lines about members.
     log_budget: LogBudget,
@@ -331,6 +333,7 @@ impl Node {
                         tracing::info!(%node, name = self.name_of(node), "member up");
                     }
                     self.replica.sync.partners.end_pause(node);
+                    self.note_succession(node);
                     if self.replica.directory.get(node).is_none() {
                         self.replica.sync.hasten(now);
                     }
@@ -347,6 +350,7 @@ impl Node {
                     if self.log_budget.take(now) {
                         tracing::info!(%node, name = self.name_of(node), "{what}");
                     }
+                    self.note_succession(node);
                     self.replace_predecessor(now);
                 }
                 Notice::Renewed(identity) => {

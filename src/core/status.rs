@@ -355,10 +355,10 @@ impl Node {
                 Some(pool.subnet(pool.slot_at(address)?))
             });
             let subnet = subnet.map_or_else(String::new, |subnet| subnet.to_string());
-            let rival = self.name_of(rival);
+            let rival = self.label(rival);
             problems.push(Problem::new(
                 ProblemCode::SubnetAssignedTwice,
-                rival,
+                rival.as_str(),
                 format!("{subnet} was assigned to this node and to {rival}, which uses it"),
                 "assign another one to one of the two (in Kubernetes: delete the Node object of one, and \
                  restart its kubelet)",
@@ -426,7 +426,7 @@ impl Node {
         let irreconcilable = self.replica.sync.partners.irreconcilable();
         let irreconcilable = irreconcilable.filter(|node| !self.replica.is_gone(*node));
         problems.extend(irreconcilable.map(|node| {
-            let name = self.name_of(node);
+            let name = self.label(node);
             let what = format!(
                 "{name} ({node}): its state still differs after several comparisons; other nodes are not \
                  affected"

@@ -105,6 +105,9 @@ pub struct Verdict {
     pub is_dropped_here: bool,
     /// The cause concerns single flows, so packets of pods may pass nevertheless.
     pub loses_flows: bool,
+    /// The cause may drop packets again after some have passed, as a rate limit does. Any other one is
+    /// refuted by packets that pass.
+    pub may_recur: bool,
 }
 
 /// The state of one capture.
@@ -415,6 +418,7 @@ impl Watch {
                 let verdict = verdicts.entry(suspect.node).or_default();
                 verdict.is_dropped_here = matches!(cause, Cause::Dropped { .. });
                 verdict.loses_flows = cause.loses_flows();
+                verdict.may_recur = cause.may_recur();
                 verdict.cause = Some(problem.clone());
             }
         }

@@ -63,6 +63,11 @@ impl PathState {
         matches!(self, Self::Dead | Self::Withdrawn | Self::Unanswered | Self::OneWay)
     }
 
+    /// Whether some probe of the peer is answered.
+    pub const fn is_answered(self) -> bool {
+        !self.is_lost() && !matches!(self, Self::Unknown)
+    }
+
     /// Whether packets of the peer's host arrive.
     pub const fn shows_life(self) -> bool {
         match self {

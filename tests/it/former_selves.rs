@@ -70,6 +70,24 @@ fn former_self_is_hidden_named_with_its_id_and_forgotten_by_one_command() {
         assert!(advice.contains(&former), "{advice}");
         assert!(advice.contains("gossamer forget --former-selves"), "{advice}");
 
+        // The name still stands for the host after its agent has ended, and its kernel answers: nothing is
+        // wrong with packets to its address.
+        cluster.agents[2].end(Signal::SIGKILL)?;
+        let status = status_where(&mut cluster.agents[0], |status| {
+            let problems = texts(&status["problems"]);
+            for line in problems.lines().filter(|line| line.contains("n3")) {
+                assert!(line.contains("the agent of n3 is down"), "{line}");
+            }
+            problems.contains("the agent of n3 is down")
+        });
+        let both = members_named(&status, "n3");
+        assert!(both.iter().any(|member| member["label"] == former.as_str()), "{both:?}");
+        let agent = &cluster.agents[0];
+        let pinged = text(&client(agent, &["ping", "-c", "1", "n3"]));
+        assert!(!pinged.contains("2 members match"), "{pinged}");
+        cluster.agents[2] = cluster.start_agent(&cluster.hosts[2], &[])?;
+
+        let agent = &cluster.agents[0];
         let forgotten = client(agent, &["forget", "--former-selves"]);
         assert!(forgotten.status.success(), "{}", text(&forgotten));
         assert!(text(&forgotten).contains(&former), "{}", text(&forgotten));

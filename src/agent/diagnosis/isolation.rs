@@ -82,10 +82,11 @@ impl Agent {
         &self,
         of_paths: &BTreeMap<NodeId, Problem>,
         states: &BTreeMap<NodeId, PathState>,
+        labels: &Labels<'_>,
     ) -> Option<Problem> {
         self.own_seeds_problem()
-            .or_else(|| self.moved_problem())
-            .or_else(|| self.alone_problem(of_paths, states))
+            .or_else(|| self.moved_problem(labels))
+            .or_else(|| self.alone_problem(of_paths, states, labels))
     }
 
     /// Returns the problem that seeds are addresses of this host.
@@ -106,7 +107,7 @@ impl Agent {
 
     /// Returns the problem that neither the members nor this host are at their earlier addresses. A peer in
     /// the network of this host that packets reach by a gateway may still have its address.
-    pub(in crate::agent) fn moved_problem(&self) -> Option<Problem> {
+    pub(in crate::agent) fn moved_problem(&self, labels: &Labels<'_>) -> Option<Problem> {
         let mut detours = self.kernel.diagnoses.routing.detours.iter();
         let is_on_link = |detour: &Detour| matches!(detour, Detour::Gateway { .. });
         if detours.any(|(there, detour)| {
@@ -116,7 +117,7 @@ impl Agent {
         }
         let known = self.gossip.isolation.previous_address().filter(|_| self.is_isolated())?;
         let now = self.underlay.local;
-        let members = self.named(self.node.peers());
+        let members = self.named(self.node.peers(), labels);
         Some(Problem::new(
             ProblemCode::AddressChanged,
             Problem::HOST,
@@ -135,19 +136,22 @@ impl Agent {
         &self,
         of_paths: &BTreeMap<NodeId, Problem>,
         states: &BTreeMap<NodeId, PathState>,
+        labels: &Labels<'_>,
     ) -> Option<Problem> {
         if !self.is_isolated() {
             return None;
         }
-        let unreported: Vec<NodeId> =
-            self.node.peers().filter(|node| !of_paths.contains_key(node)).collect();
+        // A notice is about former selves.
+        let is_reported =
+            |node: &NodeId| labels.former_selves().contains(node) || of_paths.contains_key(node);
+        let unreported: Vec<NodeId> = self.node.peers().filter(|node| !is_reported(node)).collect();
         let first = *unreported.first()?;
         let gossip = self.node.address_of(first)?.port();
         let tunnels = self.kernel.wanted.view.as_ref().map(|view| view.settings.vxlan_port);
         let ports = tunnels.map_or(gossip.to_string(), |port| format!("{port} and {gossip}"));
         let what = format!(
             "no other member answers this host: {} down",
-            self.named(unreported.into_iter())
+            self.named(unreported.into_iter(), labels)
         );
         if let Some(closed) = self.threads.monitors.silence_diagnosis.closed_gossip() {
             let ClosedPort { chain, port, extent } = closed;
@@ -271,10 +275,13 @@ impl Agent {
     }
 
     /// Returns up to [`MAX_NAMED`] members with their addresses, and the number of the others.
-    fn named(&self, members: impl Iterator<Item = NodeId>) -> String {
+    fn named(&self, members: impl Iterator<Item = NodeId>, labels: &Labels<'_>) -> String {
         let display = |node: NodeId| {
-            let name = self.node.name_of(node);
-            self.node.address_of(node).map_or(name.to_owned(), |at| format!("{name} ({at})"))
+            let name = labels.of(node);
+            match self.node.address_of(node) {
+                Some(at) => format!("{name} ({at})"),
+                None => name,
+            }
         };
         list_at_most(members.map(display), MAX_NAMED)
     }

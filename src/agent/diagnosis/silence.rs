@@ -61,8 +61,8 @@ const CLAIM_FIRST_CHECK: Duration = Duration::from_secs(3);
 const CLAIM_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// Time between these checks while another machine has the address.
 const CLAIMED_CHECK_INTERVAL: Duration = Duration::from_secs(10);
-/// How long the verdict on a recovered peer is kept, and reported at once if it falls silent again: a rate
-/// limit drops its packets only under load.
+/// How long a verdict that may recur is kept after the peer has recovered, and reported at once if it falls
+/// silent again: a rate limit drops its packets only under load.
 const VERDICT_LIFETIME: Duration = Duration::from_secs(60);
 /// How long to wait for an answer to the check: a host answers at once.
 const CLAIM_CAPTURE_TIME: Duration = Duration::from_millis(250);
@@ -95,12 +95,23 @@ pub struct SilenceFindings {
     pub closed_gossip: Option<ClosedPort>,
 }
 
+/// The silent peers to diagnose with their labels. They are chosen again only when what they follow from has
+/// changed, because labels take a pass over all members.
+#[derive(Debug, Default)]
+struct Named {
+    /// The hash of gossip's opinions, and the silent peers.
+    follows_from: (u64, Vec<NodeId>),
+    labels: BTreeMap<NodeId, String>,
+}
+
 /// The event loop's handle of the thread.
 pub struct SilenceDiagnosis {
     /// The thread and its orders.
     pub(in crate::agent) worker: Worker<Option<Case>>,
     /// The case last ordered.
     ordered: Option<Case>,
+    /// The peers to diagnose.
+    named: Named,
     /// What is known about silent and recently recovered peers.
     findings: SilenceFindings,
     /// Peers with a verdict that are no longer silent, and since when.
@@ -145,6 +156,7 @@ impl SilenceDiagnosis {
         Ok(Self {
             worker,
             ordered: None,
+            named: Named::default(),
             findings: SilenceFindings::default(),
             recovered: BTreeMap::new(),
         })

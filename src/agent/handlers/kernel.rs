@@ -310,7 +310,7 @@ impl Agent {
         let of_peers = owned.iter().filter(|(node, _)| !is_whole(node) && told.insert(*node));
         let of_peers: Vec<Problem> = of_peers
             .filter_map(|(node, entry)| {
-                let name = self.node.name_of((*node)?);
+                let name = self.node.label((*node)?);
                 let what = format!("packets to {name}: {entry}");
                 Some(Problem::new(ProblemCode::PeerRefused, name, what, ""))
             })
@@ -335,12 +335,21 @@ impl Agent {
         let problem = |(node, peer): (&NodeId, &Peer)| {
             let address = peer.vtep.underlay;
             let why = underlay.unusable_peer_reason(address)?;
-            if labels.former_selves().contains(node) {
+            let is_own = address == self.underlay.local;
+            let is_namesake = self.node.name_of(*node) == self.node.name_of(self.node.id());
+            // An earlier identity of this host may still count as alive.
+            if labels.former_selves().contains(node) || is_own && is_namesake {
                 return None;
             }
-            let name = self.node.name_of(*node);
+            let name = labels.of(*node);
             let what = format!("packets to {name}: its tunnels end at {address}, {why}");
-            let fix = "correct its underlay address";
+            let fix = match is_own {
+                true => format!(
+                    "correct its underlay address; or if it is this host before a reinstallation, once it \
+                     is down: gossamer forget {name}"
+                ),
+                false => "correct its underlay address".to_owned(),
+            };
             Some(Problem::new(ProblemCode::UnusableAddress, name, what, fix))
         };
         peers.filter_map(problem).collect()

@@ -114,9 +114,15 @@ impl Agent {
     /// Returns the finding about a path without answers and without a known cause. If packets of the peer
     /// arrive, its firewall may drop only the probes, so it is a problem only if packets of pods are
     /// known to be lost as well.
-    fn unanswered(&self, node: NodeId, state: PathState, what: String, fix: String) -> Problem {
+    fn unanswered(
+        &self,
+        (node, name): (NodeId, &str),
+        state: PathState,
+        what: String,
+        fix: String,
+    ) -> Problem {
         let is_proven = self.kernel.diagnoses.remote_pods.closed.iter().any(|way| way.node == node);
-        let problem = Problem::new(ProblemCode::PathLost, self.node.name_of(node), what, fix);
+        let problem = Problem::new(ProblemCode::PathLost, name, what, fix);
         match state {
             PathState::OneWay if !is_proven => problem.notice(),
             _ => problem,
@@ -138,7 +144,8 @@ impl Agent {
             let cause = of_flows.filter(|_| !is_known);
             return cause.and_then(|verdict| verdict.cause.clone());
         }
-        let (port, name) = (view.settings.vxlan_port, self.node.name_of(node));
+        let (port, name) = (view.settings.vxlan_port, labels.of(node));
+        let name = name.as_str();
         let gossip = self.node.address_of(node)?.port();
         let (_, subnets) = peer.leases.first()?;
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
@@ -147,7 +154,7 @@ impl Agent {
         if is_silent && self.kernel.problems.underlay.is_some() {
             return None;
         }
-        if is_silent && let Some(problem) = self.moved_problem() {
+        if is_silent && let Some(problem) = self.moved_problem(labels) {
             return Some(problem);
         }
         // Rules that drop packets do not matter if packets have no way.
@@ -242,7 +249,7 @@ impl Agent {
                     view.settings.pool.network(),
                     view.own.subnets.first.network()
                 );
-                return Some(self.unanswered(node, state, what, fix));
+                return Some(self.unanswered((node, name), state, what, fix));
             }
             // With direct routing, both packets with and without a tunnel are valid answers.
             RouteTarget::Direct { .. } if state == PathState::Asymmetric => return None,
@@ -263,7 +270,7 @@ impl Agent {
         let translated = self.translation(node, there);
         match state {
             PathState::Unanswered => Some(self.unanswered(
-                node,
+                (node, name),
                 state,
                 format!(
                     "no probe of {name} through the tunnel is answered, though its agent is alive"
@@ -275,7 +282,7 @@ impl Agent {
                 ),
             )),
             PathState::OneWay => Some(self.unanswered(
-                node,
+                (node, name),
                 state,
                 format!(
                     "no probe of {name} through the tunnel is answered, though its packets arrive"

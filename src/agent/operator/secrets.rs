@@ -167,8 +167,9 @@ impl Agent {
         let members = rotation.members.clone();
         let then = move |agent: &mut Self, found: Findings| {
             let names = |which: &dyn Fn(&Option<Report>) -> bool| {
+                let labels = agent.node.labels();
                 let names = found.iter().filter(|(_, report)| which(report));
-                names.map(|(node, _)| agent.node.name_of(*node)).collect::<Vec<_>>().join(", ")
+                names.map(|(node, _)| labels.of(*node)).collect::<Vec<_>>().join(", ")
             };
             let silent = names(&|report| report.is_none());
             let lacking = names(&|report| report.as_ref().is_some_and(|report| !ready(report)));
@@ -211,7 +212,7 @@ impl Agent {
         self.survey(members, inquiry, move |agent, found| {
             rotation.refused.extend(found.iter().filter_map(|(node, report)| {
                 let why = report.as_ref()?.refused.as_ref()?;
-                Some(format!("{}: {why}", agent.node.name_of(*node)))
+                Some(format!("{}: {why}", agent.node.label(*node)))
             }));
             // This node carries out the step after the members: until the last node has done so, all
             // nodes still understand each other.
@@ -288,7 +289,8 @@ impl Agent {
         let members = self.node.peers().collect();
         self.survey(members, Inquiry::Report, move |agent, mut found| {
             found.insert(agent.node.id(), Some(agent.own_report()));
-            let name = |node: &NodeId| agent.node.name_of(*node).to_owned();
+            let labels = agent.node.labels();
+            let name = |node: &NodeId| labels.of(*node);
             let members_where = |which: &dyn Fn(&Report) -> bool| -> Vec<String> {
                 let fits = found.iter().filter(|(_, r)| r.as_ref().is_some_and(which));
                 fits.map(|(node, _)| name(node)).collect()

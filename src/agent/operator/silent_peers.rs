@@ -18,7 +18,7 @@ const MAX_DECISION: Duration = Duration::from_secs(20);
 impl Agent {
     /// Whether a peer that does not answer is an earlier identity of a living host. A notice names it, and
     /// the causes of silence do not apply to that host.
-    pub(super) fn is_superseded(
+    pub(in crate::agent) fn is_superseded(
         &self,
         node: NodeId,
         state: PathState,
@@ -26,10 +26,31 @@ impl Agent {
         states: &BTreeMap<NodeId, PathState>,
     ) -> bool {
         let is_silent = state.is_lost() || !self.prober.paths.is_alive(node);
+        if is_silent && labels.former_selves().contains(&node) {
+            return true;
+        }
         let successor = is_silent.then(|| labels.living_namesake(node)).flatten();
-        successor.is_some_and(|successor| {
+        let is_replaced = successor.is_some_and(|successor| {
             let answers = states.get(&successor).is_some_and(|state| !state.is_lost());
             answers || !self.node.is_active(node)
+        });
+        is_replaced
+            || is_silent && !self.node.is_active(node) && self.is_address_of_other(node, states)
+    }
+
+    /// Returns whether another member that is active or whose kernel answers has the underlay address of
+    /// this one: packets to that address do not show what this one does.
+    fn is_address_of_other(&self, node: NodeId, states: &BTreeMap<NodeId, PathState>) -> bool {
+        let peers = self.kernel.wanted.view.as_ref().map(|view| &view.peers);
+        let Some((peers, peer)) = peers.and_then(|peers| Some((peers, peers.get(&node)?))) else {
+            return false;
+        };
+        let mut same = peers.iter().filter(|(other, candidate)| {
+            **other != node && candidate.vtep.underlay == peer.vtep.underlay
+        });
+        same.any(|(other, _)| {
+            let answers = states.get(other).is_some_and(|state| state.is_answered());
+            answers || self.node.is_active(*other)
         })
     }
 

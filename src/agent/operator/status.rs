@@ -159,7 +159,7 @@ impl Agent {
         problems
             .extend(kernel.problems.programming.iter().chain(&kernel.problems.underlay).cloned());
         problems.extend(self.requests.listener_problems.problems());
-        problems.extend(self.isolation_problem(&paths.problems, &paths.states));
+        problems.extend(self.isolation_problem(&paths.problems, &paths.states, &paths.labels));
         problems.extend(self.threads.monitors.problems());
         problems.extend(self.threads.monitors.silence_diagnosis.claim().cloned());
         problems.extend(self.flood_problem().into_iter().chain(self.handshake_problem()));

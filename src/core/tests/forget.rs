@@ -54,6 +54,30 @@ fn forgotten_member_loses_its_slots_and_is_in_no_view() {
 }
 
 #[test]
+fn host_installed_again_keeps_its_name_and_its_former_self_while_it_is_down() {
+    let mut world = World::with_members(3);
+    let former = world.lose(2);
+    world.hosts[2].new_identity();
+    world.hosts[2].is_powered = true;
+    world.move_host(2, world.hosts[2].underlay);
+    world.start(2);
+    world.run_for(seconds(5));
+    let present = world.hosts[2].key;
+    world.kill(2);
+    world.run_for(seconds(20));
+    let member = |at: usize, node| {
+        let members = world.node(at).status().members;
+        members.into_iter().find(|member| member.node == node).expect("a member")
+    };
+    for at in [0, 1] {
+        let (former, present) = (member(at, former), member(at, present));
+        assert_eq!((former.former_self, present.former_self), (true, false));
+        assert_eq!(present.label, "n2");
+        assert!(former.label.starts_with("n2~"), "{}", former.label);
+    }
+}
+
+#[test]
 fn member_whose_kernel_answers_is_forgotten_only_by_force() {
     let mut world = World::with_members(3);
     let lost = world.lose(2);

@@ -281,6 +281,12 @@ impl Cause {
         Some(Self::GatewayClaimed { gateway, macs })
     }
 
+    /// Returns whether the cause may drop packets again after some have passed, as a rule with a rate limit
+    /// does. A next hop that was off or cut off answers once packets pass.
+    pub(super) const fn may_recur(&self) -> bool {
+        !matches!(self, Self::Unresolved { is_one_of_several: false, .. })
+    }
+
     /// Returns whether the cause concerns single flows, so that others may pass: connections that began while
     /// a translation was in force.
     pub(super) const fn loses_flows(&self) -> bool {

@@ -135,8 +135,9 @@ impl Agent {
 
     /// Joins the names of the first [`NAMED`] peers and the number of the others.
     fn names(&self, nodes: &[NodeId]) -> String {
-        let named = nodes.iter().take(NAMED).map(|node| self.node.name_of(*node).to_owned());
-        let mut named: Vec<String> = named.collect();
+        let labels = self.node.labels();
+        let mut named: Vec<String> =
+            nodes.iter().take(NAMED).map(|node| labels.of(*node)).collect();
         if let more @ 1.. = nodes.len().saturating_sub(NAMED) {
             named.push(format!("{more} more hosts"));
         }

@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     time::Instant,
 };
 
-use super::{Case, MAX_SUSPECTS, SilenceDiagnosis, SilenceFindings, VERDICT_LIFETIME};
+use super::{Case, MAX_SUSPECTS, Named, SilenceDiagnosis, SilenceFindings, VERDICT_LIFETIME};
 use crate::{
     agent::Agent,
     dataplane::{
@@ -48,6 +49,7 @@ impl SilenceDiagnosis {
         if !case.as_ref().is_some_and(|case| case.isolated) {
             findings.closed_gossip = None;
         }
+        findings.drop_refuted(&silent);
         let is_kept = |at: &Instant| at.elapsed() < VERDICT_LIFETIME;
         findings.verdicts.retain(|node, _| recovered.get(node).is_none_or(is_kept));
         recovered.retain(|node, _| !silent.contains(node) && findings.verdicts.contains_key(node));
@@ -59,9 +61,17 @@ impl SilenceDiagnosis {
     }
 }
 
+impl SilenceFindings {
+    /// Drops the verdicts on peers that are no longer silent, if packets that pass refute them.
+    fn drop_refuted(&mut self, silent: &BTreeSet<NodeId>) {
+        self.verdicts.retain(|node, verdict| silent.contains(node) || verdict.may_recur);
+    }
+}
+
 impl Agent {
     /// Orders a diagnosis if the set of silent peers has changed.
     pub(in crate::agent) fn update_silence_diagnosis(&mut self) {
+        self.name_suspects();
         let case = self.diagnosis_case();
         self.threads.monitors.silence_diagnosis.set(case);
     }
@@ -90,6 +100,43 @@ impl Agent {
         new.iter().for_each(|problem| tracing::warn!("{problem}"));
     }
 
+    /// Chooses the silent peers to diagnose, and names them. Of several with one address, only one is
+    /// diagnosed, because packets do not show which of them is meant.
+    fn name_suspects(&mut self) {
+        let is_silent = |node: NodeId, state: PathState| {
+            let is_known = state != PathState::Unknown;
+            let is_lost = state.is_lost() || state == PathState::PartlyLost;
+            is_lost || is_known && !self.prober.paths.is_alive(node)
+        };
+        let silent = self.path_states().filter(|(node, state, _)| is_silent(*node, *state));
+        let silent: Vec<NodeId> = silent.map(|(node, ..)| node).collect();
+        let opinions = if silent.is_empty() { 0 } else { self.node.opinions_hash() };
+        let follows_from = (opinions, silent);
+        if self.threads.monitors.silence_diagnosis.named.follows_from == follows_from {
+            return;
+        }
+        let mut named: BTreeMap<NodeId, String> = BTreeMap::new();
+        if let [_, ..] = follows_from.1[..] {
+            let Some(view) = self.kernel.programmed_view() else { return };
+            let labels = self.node.labels();
+            let states: BTreeMap<NodeId, PathState> =
+                self.path_states().map(|(node, state, _)| (node, state)).collect();
+            let mut by_address: BTreeMap<IpAddr, NodeId> = BTreeMap::new();
+            for node in &follows_from.1 {
+                let Some(peer) = view.peers.get(node) else { continue };
+                let Some(state) = states.get(node) else { continue };
+                if !self.is_superseded(*node, *state, &labels, &states) {
+                    let one = by_address.entry(peer.vtep.underlay).or_insert(*node);
+                    if self.node.is_active(*node) {
+                        *one = *node;
+                    }
+                }
+            }
+            named = by_address.into_values().map(|node| (node, labels.of(node))).collect();
+        }
+        self.threads.monitors.silence_diagnosis.named = Named { follows_from, labels: named };
+    }
+
     /// Returns the input of a diagnosis; `None` while the data plane or the underlay is not ready.
     fn diagnosis_case(&self) -> Option<Case> {
         let view = self.kernel.programmed_view()?;
@@ -97,17 +144,12 @@ impl Agent {
             return None;
         }
         let local = self.underlay.local;
-        let is_silent = |node: NodeId, state: PathState| {
-            let is_known = state != PathState::Unknown;
-            let is_lost = state.is_lost() || state == PathState::PartlyLost;
-            is_lost || is_known && !self.prober.paths.is_alive(node)
-        };
-        let silent = self.path_states().filter(|(node, state, _)| is_silent(*node, *state));
         let underlay = self.current_underlay();
-        let suspects = silent.filter_map(|(node, ..)| {
+        let named = &self.threads.monitors.silence_diagnosis.named.labels;
+        let suspects = named.iter().filter_map(|(node, name)| {
+            let (node, name) = (*node, name.clone());
             let address = view.peers.get(&node)?.vtep.underlay;
             let mac = view.peers.get(&node)?.vtep.mac;
-            let name = self.node.name_of(node).to_owned();
             let vtep = view.peers.get(&node)?.leases.first()?.1.first.network();
             let of_family = address.is_ipv4() == local.is_ipv4();
             let gossip = self.node.address_of(node)?.port();
@@ -140,5 +182,21 @@ impl Agent {
         let pinned = self.underlay.pinned;
         let isolated = self.is_isolated();
         Some(Case { place, pinned, isolated, suspects })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recovered_peer_keeps_verdict_of_rule_and_loses_verdict_of_next_hop() {
+        let node = |byte| NodeId::from_bytes([byte; 8]);
+        let of = |may_recur| Verdict { may_recur, ..Verdict::default() };
+        let verdicts = [(node(1), of(true)), (node(2), of(false)), (node(3), of(false))].into();
+        let mut findings = SilenceFindings { verdicts, ..SilenceFindings::default() };
+        findings.drop_refuted(&[node(3)].into());
+        let kept: Vec<NodeId> = findings.verdicts.into_keys().collect();
+        assert_eq!(kept, [node(1), node(3)], "the second answers again");
     }
 }
