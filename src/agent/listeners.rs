@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use crate::{
-    agent::{LoopEvent, StartFailure},
+    agent::{LoopEvent, StartFailure, signals::Signals},
     api,
     config::Config,
     docker,
@@ -38,6 +38,11 @@ use crate::{
 const FIRST_RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// Longest pause between attempts to open a listener.
 const MAX_RETRY_PAUSE: Duration = Duration::from_secs(30);
+/// Pause between attempts to open the control socket.
+const CONTROL_RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// How long to wait for resources that an earlier process still holds: it removes what it has in the kernel
+/// before it ends, and a process whose disk hangs keeps its files and sockets after it was killed.
+pub(super) const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for the end of the thread that serves `http`.
 const HTTP_END_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time between checks that the file of the control socket exists.
@@ -81,19 +86,50 @@ impl ListenerProblems {
     }
 }
 
+/// Opens the control socket, and sends requests to `events`. Waits for a while if an agent listens on it,
+/// which may be an earlier one that is ending. Returns `None` if a signal ends the agent first.
+///
+/// # Errors
+/// Fails if another agent keeps listening, if the path is not a socket, or if the kernel refuses.
+pub(super) async fn open_control(
+    config: &Config,
+    signals: &mut Signals,
+    events: &mpsc::UnboundedSender<LoopEvent>,
+) -> Result<Option<Socket>, SocketError> {
+    let begun = Instant::now();
+    let mut is_told = false;
+    loop {
+        match api::serve(&config.socket, request_sender(events)) {
+            Err(error @ SocketError::InUse(_)) if begun.elapsed() < PREDECESSOR_TIMEOUT => {
+                if !std::mem::replace(&mut is_told, true) {
+                    let seconds = PREDECESSOR_TIMEOUT.as_secs();
+                    tracing::warn!(
+                        "waiting up to {seconds} s for an earlier agent to end: {error}"
+                    );
+                }
+            }
+            opened => return opened.map(Some),
+        }
+        tokio::select! {
+            () = signals.end() => return Ok(None),
+            () = tokio::time::sleep(CONTROL_RETRY_PAUSE) => {}
+        }
+    }
+}
+
 impl Listeners {
-    /// Opens the listeners, and sends requests to `events`. `plugin` is the socket of Docker's plugin, if the
+    /// Opens the other listeners, and sends requests to `events`. `plugin` is the socket of Docker's plugin, if the
     /// service manager has opened it.
     ///
     /// # Errors
-    /// Fails where waiting does not help: another agent answers at the control socket, a file that is not a
-    /// socket has its path, or the `http` address may not be used.
+    /// Fails where waiting does not help: a file that is not a socket has the path of Docker's, or the `http`
+    /// address may not be used.
     pub(super) fn open(
         config: &Config,
+        control: Socket,
         plugin: Option<net::UnixListener>,
         events: &mpsc::UnboundedSender<LoopEvent>,
     ) -> Result<Self, StartFailure> {
-        let control = api::serve(&config.socket, request_sender(events))?;
         let control = Arc::new(Mutex::new(control));
         let (problems, reader) = watch::channel(Problems::new());
         tokio::spawn(keep_control(

@@ -23,7 +23,7 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 
 use super::{ApiError, Event};
-use crate::{http::Carrier, wire::visible};
+use crate::{config::Instance, http::Carrier, wire::visible};
 
 /// Longest part of a non-JSON response, in characters, that an error message quotes.
 const MAX_QUOTED_CHARS: usize = 200;
@@ -33,8 +33,8 @@ const MAX_QUOTED_CHARS: usize = 200;
 pub enum ClientError {
     /// No process listens on the socket.
     #[error(
-        "no agent at {}: is it running? start it with `gossamer agent`, \
-         or name its socket with --socket", path.display()
+        "no agent at {}: is it running? start it with `gossamer agent{}`, \
+         or name its socket with --socket", path.display(), instance_option(path)
     )]
     NoAgent {
         /// The socket.
@@ -77,6 +77,11 @@ pub enum ClientError {
         /// The error.
         why: String,
     },
+}
+
+/// Returns the option that names the instance of this socket.
+fn instance_option(socket: &Path) -> String {
+    Instance::of_socket(socket).map_or_else(String::new, |instance| instance.option())
 }
 
 impl ClientError {

@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Instance;
+
 /// The state of a node as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -57,10 +59,13 @@ impl Verdict {
     }
 
     /// Returns the verdict on a host without an agent, state and settings.
-    pub fn not_set_up() -> Self {
-        let text = "not set up: run `gossamer init` to create a cluster, or `gossamer join TOKEN` to \
-                    join one (`gossamer token` on a member prints that command)";
-        Self { state: VerdictState::NotReady, text: text.to_owned() }
+    pub fn not_set_up(instance: &Instance) -> Self {
+        let option = instance.option();
+        let text = format!(
+            "not set up: run `gossamer init{option}` to create a cluster, or `gossamer join TOKEN{option}` to \
+             join one (`gossamer token{option}` on a member prints that command)"
+        );
+        Self { state: VerdictState::NotReady, text }
     }
 
     /// Returns the verdict of a doctor that lacks the rights for some checks, and found no problem with the

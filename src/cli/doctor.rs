@@ -1,6 +1,8 @@
 //! `gossamer doctor`: looks for everything that makes this host's pods unreachable.
 
-use std::{fmt::Write as _, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeSet, fmt::Write as _, path::PathBuf, process::ExitCode, time::Duration,
+};
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -57,6 +59,11 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     ExitCode::from(verdict.exit_code())
 }
 
+/// Returns the instance that an option or the environment names.
+fn instance(args: &DoctorArgs) -> Instance {
+    args.settings.instance.as_deref().and_then(|name| name.parse().ok()).unwrap_or_default()
+}
+
 fn config_file(args: &DoctorArgs) -> Option<PathBuf> {
     args.settings.file(args.config.as_deref())
 }
@@ -67,7 +74,8 @@ fn examination(args: &DoctorArgs) -> Examination {
     let config = completed.and_then(Settings::check);
     let socket = match &config {
         Ok(config) => config.socket.clone(),
-        Err(_) => Instance::default().socket(),
+        // Options and environment name the agent although the file cannot be read.
+        Err(_) => args.settings.socket.clone().unwrap_or_else(|| instance(args).socket()),
     };
     let query = async {
         let optional = async |target| match api::get(&socket, target).await {
@@ -93,6 +101,9 @@ fn examination(args: &DoctorArgs) -> Examination {
     };
     let response = block_on(async { tokio::time::timeout(QUERY_TIMEOUT, query).await });
     let is_agent_refused = matches!(response, Ok(Ok(Err(ClientError::NotPermitted { .. }))));
+    // Settings that cannot be read may name another socket.
+    let is_agent_absent =
+        config.is_ok() && matches!(response, Ok(Ok(Err(ClientError::NoAgent { .. }))));
     let (agent, agent_error) = match response {
         Ok(Ok(Ok(agent))) => (Some(agent), None),
         Ok(Ok(Err(error))) => (None, Some(error.to_string())),
@@ -100,16 +111,48 @@ fn examination(args: &DoctorArgs) -> Examination {
         Err(error) => (None, Some(error.to_string())),
     };
     let has_settings_file = config_file(args).is_some();
-    Examination { config, agent, agent_error, is_agent_refused, socket, has_settings_file }
+    Examination {
+        config,
+        agent,
+        agent_error,
+        is_agent_refused,
+        is_agent_absent,
+        socket,
+        has_settings_file,
+    }
 }
 
 fn pluralized(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
+/// Returns what the last line says after the verdict. One of a node that is ready already has the number of
+/// problems.
+fn summary(findings: &[Finding], verdict: &api::Verdict) -> String {
+    let count = |of: Verdict| findings.iter().filter(|finding| finding.verdict == of).count();
+    let with = |is_skipped: bool| -> BTreeSet<&str> {
+        let of = findings.iter().filter(|f| (f.verdict == Verdict::Skipped) == is_skipped);
+        of.map(|finding| finding.check).collect()
+    };
+    let skipped = with(true).difference(&with(false)).count();
+    let checks = doctor::CHECKS.len().saturating_sub(skipped);
+    let skipped = if skipped > 0 { format!(", {skipped} skipped") } else { String::new() };
+    let problems = match verdict.state {
+        api::VerdictState::NotReady => count(Verdict::Problem),
+        _ => 0,
+    };
+    let found = [(problems, "problem"), (count(Verdict::Notice), "notice")];
+    let found = found.iter().filter(|(count, _)| *count > 0);
+    let found: Vec<String> = found.map(|(count, of)| pluralized(*count, of)).collect();
+    match (found.is_empty(), count(Verdict::Problem)) {
+        (true, 0) => format!("{checks} checks found nothing{skipped}"),
+        (true, _) => format!("{checks} checks{skipped}"),
+        _ => format!("{} in {checks} checks{skipped}", found.join(", ")),
+    }
+}
+
 fn findings_text(findings: &[Finding], verdict: &api::Verdict, wide: bool) -> String {
     let mut out = String::new();
-    let count = |of: Verdict| findings.iter().filter(|finding| finding.verdict == of).count();
     // Problems come last, where a terminal shows them.
     let mut sorted: Vec<&Finding> = findings.iter().collect();
     sorted.sort_by_key(|finding| match finding.verdict {
@@ -133,15 +176,7 @@ fn findings_text(findings: &[Finding], verdict: &api::Verdict, wide: bool) -> St
             }
         }
     }
-    let all = doctor::CHECKS.len();
-    let verdict = painted_verdict(verdict, 0);
-    let _ = match (count(Verdict::Problem), count(Verdict::Notice)) {
-        (0, 0) => writeln!(out, "\n{verdict}; {all} checks found nothing"),
-        (_, 0) => writeln!(out, "\n{verdict}; {all} checks"),
-        (_, notices) => {
-            writeln!(out, "\n{verdict}; {} in {all} checks", pluralized(notices, "notice"))
-        }
-    };
+    let _ = writeln!(out, "\n{}; {}", painted_verdict(verdict, 0), summary(findings, verdict));
     if wide {
         for (check, what) in doctor::CHECKS {
             let _ = writeln!(out, "{check:<13}  {what}");

@@ -36,6 +36,22 @@ impl Instance {
         format!("/run/{}/gossamer.sock", self.directory()).into()
     }
 
+    /// Returns the instance whose control socket has this path by default.
+    pub fn of_socket(path: &Path) -> Option<Self> {
+        let directory = path.parent()?.file_name()?.to_str()?;
+        let name = match directory.strip_prefix(NAME)? {
+            "" => "",
+            rest => rest.strip_prefix('-')?,
+        };
+        name.parse().ok().filter(|instance: &Self| instance.socket() == path)
+    }
+
+    /// Returns the option that names the instance in a command, with a space before it; empty for the default
+    /// instance.
+    pub fn option(&self) -> String {
+        self.0.as_ref().map_or_else(String::new, |name| format!(" --instance {name}"))
+    }
+
     /// Returns the path of the socket of Docker's plugin. Docker derives the driver's name from the
     /// file name.
     pub fn docker_socket(&self, directory: &Path) -> PathBuf {
@@ -133,6 +149,24 @@ mod tests {
         let green: Instance = "green".parse().expect("a name");
         assert!(blue.vni() != green.vni() && blue.port() != green.port());
         assert_eq!(device_name(blue.vni()), format!("gossamer.{}", blue.vni()));
+    }
+
+    #[test]
+    fn default_socket_names_its_instance_and_any_other_path_none() {
+        for name in ["", "next", "a-b"] {
+            let instance: Instance = name.parse().expect("a name");
+            assert_eq!(Instance::of_socket(&instance.socket()), Some(instance));
+        }
+        let next: Instance = "next".parse().expect("a name");
+        assert_eq!(
+            (next.option().as_str(), Instance::default().option().as_str()),
+            (" --instance next", "")
+        );
+        for other in
+            ["/run/gossamer-next/other", "/tmp/gossamer.sock", "/run/gossamernext/gossamer.sock"]
+        {
+            assert_eq!(Instance::of_socket(Path::new(other)), None, "{other}");
+        }
     }
 
     #[test]

@@ -18,6 +18,11 @@ use crate::{
 /// A member with this many "down" events among the stored ones is reported as flapping.
 const DOWNS_UNTIL_FLAPPING: usize = 3;
 
+/// Why a check of members finds nothing to check.
+const NO_CLUSTER: &str = "this host has not joined a cluster yet";
+/// Why a check of paths finds nothing to check.
+const NO_PEER: &str = "no other member has a subnet yet";
+
 /// Runs the checks of the cluster.
 pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     let Some(agent) = &examination.agent else {
@@ -29,16 +34,22 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     if !examination.has_report("seeds") {
         findings.push(connections(status));
     }
+    let has_peers = !status.paths.is_empty();
     let is_told = ["agent", "seeds"].iter().any(|check| examination.has_problem(check));
-    let mut of_agent = state_of_agent(status, is_told);
+    let mut of_agent = state_of_agent(status, is_told, &examination.instance().directory());
     if of_agent.is_empty() && !examination.has_problem("agent") {
-        let subnet = status.subnet.map(|subnet| subnet.to_string()).unwrap_or_default();
-        of_agent.push(Finding::ok("agent", format!("converged, with {subnet}")));
+        of_agent.push(match status.subnet {
+            Some(subnet) => Finding::ok("agent", format!("converged, with {subnet}")),
+            None => Finding::skipped("agent", format!("it is {}", status.phase.name())),
+        });
     }
     findings.extend(of_agent);
     let flapping = flapping(events);
     if flapping.is_empty() && !examination.has_problem("members") {
-        findings.push(Finding::ok("members", format!("{} alive", status.members_alive())));
+        findings.push(match status.members_alive() {
+            0 => Finding::skipped("members", NO_CLUSTER),
+            alive => Finding::ok("members", format!("{alive} alive")),
+        });
     }
     findings.extend(flapping);
     if !examination.has_problem("paths") {
@@ -48,7 +59,10 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     if !examination.has_report("identity") {
         findings.push(Finding::ok("identity", format!("this node alone is {}", status.node)));
     }
-    findings.push(offload(&status.kernel));
+    findings.push(match has_peers {
+        true => offload(&status.kernel),
+        false => Finding::skipped("offload", NO_PEER),
+    });
     findings.push(tables(routes.as_deref()));
 }
 
@@ -69,7 +83,11 @@ fn no_agent(examination: &Examination) -> Finding {
                 "this host has no subnet until an agent has started, so no pod can be connected"
             }
         },
-        "start it: systemctl start gossamer, or gossamer agent",
+        format!(
+            "start it: systemctl start {}, or gossamer agent{}",
+            examination.instance().directory(),
+            examination.instance().option()
+        ),
     )
     .refused_if(examination.is_agent_refused)
 }
@@ -83,7 +101,7 @@ fn connections(status: &AgentStatus) -> Finding {
 }
 
 /// Returns what is wrong with the agent as a whole. `is_told`: it reports why it has not converged.
-fn state_of_agent(status: &AgentStatus, is_told: bool) -> Vec<Finding> {
+fn state_of_agent(status: &AgentStatus, is_told: bool, unit: &str) -> Vec<Finding> {
     let mut findings = Vec::new();
     if !status.converged && !is_told {
         let is_ready = status.verdict.state != VerdictState::NotReady;
@@ -101,7 +119,7 @@ fn state_of_agent(status: &AgentStatus, is_told: bool) -> Vec<Finding> {
             "agent",
             format!("it runs version {}, this is {}", status.version, env!("CARGO_PKG_VERSION")),
             "the program was replaced, and the agent still runs the old one",
-            "restart it, which interrupts no traffic: systemctl restart gossamer",
+            format!("restart it, which interrupts no traffic: systemctl restart {unit}"),
         ));
     }
     findings
@@ -134,6 +152,9 @@ fn paths(status: &AgentStatus) -> Finding {
     let ok = status.paths.iter().filter(is_ok).count();
     let count = format!("{ok} of {} ok", status.paths.len());
     // Another check has reported the cause.
+    if status.paths.is_empty() {
+        return Finding::skipped("paths", NO_PEER);
+    }
     let Some(path) = status.paths.iter().find(is_bad) else { return Finding::ok("paths", count) };
     let member = status.members.iter().find(|member| member.node == path.node);
     let name = member.map_or(&path.name, |member| &member.label);
@@ -189,7 +210,9 @@ fn addresses(status: &AgentStatus) -> Vec<Finding> {
             findings.dedup_by_key(|finding| finding.verdict);
         }
     }
-    if findings.is_empty() {
+    if status.members.is_empty() {
+        findings.push(Finding::skipped("addresses", NO_CLUSTER));
+    } else if findings.is_empty() {
         findings.push(Finding::ok("addresses", "each member has its own address and name"));
     }
     findings
@@ -217,6 +240,7 @@ fn tables(routes: Option<&[KernelEntry]>) -> Finding {
     let differ: Vec<&KernelEntry> =
         routes.iter().filter(|entry| entry.verdict != EntryVerdict::Same).collect();
     match differ.first() {
+        None if routes.is_empty() => Finding::skipped("tables", NO_PEER),
         None => Finding::ok("tables", format!("{} entries, all correct", routes.len())),
         Some(first) => Finding::problem(
             "tables",
@@ -243,7 +267,7 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
         seeds.extend(saved.iter().flat_map(|token| token.seeds.clone()));
     }
     if seeds.is_empty() {
-        return vec![Finding::ok("seeds", "none configured, none known")];
+        return vec![Finding::skipped("seeds", "none configured, none known")];
     }
     let Some(token) = config.token.as_ref().or(saved.as_ref()) else {
         return vec![Finding::skipped("seeds", "without a token none of them answers")];

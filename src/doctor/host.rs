@@ -282,6 +282,10 @@ fn ports(
 ) {
     let before = findings.len();
     if examination.agent.is_none() {
+        if !examination.is_agent_absent {
+            let unknown = "it is not known whether an agent runs, which listens there";
+            return findings.push(Finding::skipped("ports", unknown));
+        }
         if let Err(error) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, numbers.gossip_port)) {
             findings.push(Finding::problem(
                 "ports",
@@ -437,12 +441,16 @@ fn mtu(
         }));
     }
     if findings.is_empty() && !examination.has_report("mtu") {
-        let seen = match (own, carrier) {
-            (Some(mtu), Some(carrier)) => format!("{mtu} in {} of {}", carrier.mtu, carrier.name),
-            (Some(mtu), None) => format!("the overlay carries {mtu}; its underlay is not known"),
-            (None, _) => "no overlay device yet".to_owned(),
-        };
-        findings.push(Finding::ok("mtu", seen));
+        findings.push(match (own, carrier) {
+            (Some(mtu), Some(carrier)) => {
+                Finding::ok("mtu", format!("{mtu} in {} of {}", carrier.mtu, carrier.name))
+            }
+            (Some(mtu), None) => {
+                let seen = format!("the overlay carries {mtu}; its underlay is not known");
+                Finding::ok("mtu", seen)
+            }
+            (None, _) => Finding::skipped("mtu", "no overlay device yet"),
+        });
     }
     findings
 }

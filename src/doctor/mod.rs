@@ -165,6 +165,8 @@ pub struct Examination {
     pub agent_error: Option<String>,
     /// Whether this user may not ask the agent.
     pub is_agent_refused: bool,
+    /// Whether it is known that no agent runs.
+    pub is_agent_absent: bool,
     /// Path of the control socket.
     pub socket: PathBuf,
     /// Whether there is a settings file.
@@ -193,7 +195,7 @@ pub fn verdict(examination: &Examination, findings: &[Finding]) -> api::Verdict 
             let found_here = problems.filter(|finding| finding.code.is_none()).count();
             api::Verdict::new(None, status.problems.len() + found_here)
         }
-        None if !examination.is_set_up() => api::Verdict::not_set_up(),
+        None if !examination.is_set_up() => api::Verdict::not_set_up(&examination.instance()),
         None => match (problems.count(), skipped_for_root(findings)) {
             (0, skipped @ 1..) => api::Verdict::incomplete(skipped, CHECKS.len()),
             (problems, _) => api::Verdict::new(None, problems),
@@ -265,6 +267,11 @@ struct Numbers {
 }
 
 impl Examination {
+    /// Returns the instance that was meant.
+    fn instance(&self) -> Instance {
+        Instance::of_socket(&self.socket).unwrap_or_default()
+    }
+
     fn status(&self) -> Option<&AgentStatus> {
         self.agent.as_ref().map(|agent| &agent.status)
     }
@@ -360,6 +367,7 @@ mod tests {
             agent: None,
             agent_error: None,
             is_agent_refused: false,
+            is_agent_absent: true,
             socket: "/nowhere/gossamer.sock".into(),
             has_settings_file: true,
         };

@@ -170,12 +170,20 @@ impl Agent {
         Ok(answer)
     }
 
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// Fails if the process no longer exists.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id().cast_signed()), signal)?)
+    }
+
     /// Sends a signal and waits for the end of the process.
     ///
     /// # Errors
     /// Fails if the process no longer exists.
     pub fn end(&mut self, signal: Signal) -> io::Result<ExitStatus> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), signal)?;
+        self.signal(signal)?;
         self.child.wait()
     }
 

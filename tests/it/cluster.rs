@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use crate::common::{Cluster, TIMEOUT, eventually, isolated, program, run, tool};
+use crate::common::{Cluster, TIMEOUT, client, eventually, isolated, program, run, tool};
 use gossamer::lab::{Agent, Host, NetNs, Pinger, Pod};
 use nix::sys::signal::Signal;
 
@@ -322,6 +322,23 @@ fn stale_entries_of_a_killed_agent_are_removed_once_a_peer_confirms() {
             eventually(&cluster.hosts[0].netns, show, |routes| routes.lines().count() == 1);
         let subnet = Agent::subnet(&cluster.agents[1].wait_converged(2, TIMEOUT)?)?;
         assert!(routes.contains(&subnet.to_string()), "{routes}");
+        Ok(())
+    });
+}
+
+#[test]
+fn agent_started_at_once_after_leave_or_signal_waits_for_the_earlier_one() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        assert!(client(&cluster.agents[1], &["leave"]).status.success());
+        // The earlier process is not awaited.
+        let mut next = cluster.start_agent(&cluster.hosts[1], &[])?;
+        next.wait_converged(2, TIMEOUT)?;
+        cluster.agents[1].wait()?;
+        next.signal(Signal::SIGTERM)?;
+        let mut last = cluster.start_agent(&cluster.hosts[1], &[])?;
+        last.wait_converged(2, TIMEOUT)?;
+        assert!(next.wait()?.success());
         Ok(())
     });
 }

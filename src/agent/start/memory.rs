@@ -12,10 +12,7 @@ use nix::errno::Errno;
 use tokio::sync::oneshot;
 
 use crate::{
-    agent::{
-        StartFailure,
-        start::wait::{PREDECESSOR_TIMEOUT, StartupWait},
-    },
+    agent::{StartFailure, listeners::PREDECESSOR_TIMEOUT, start::wait::StartupWait},
     config::Config,
     model::{ClusterId, NodeId},
     random::random,

@@ -24,7 +24,8 @@ use self::{
 };
 use crate::{
     agent::{
-        Agent, Arrivals, Ending, SettingsReader, Signals, StartFailure, listeners::Listeners,
+        Agent, Arrivals, Ending, SettingsReader, Signals, StartFailure,
+        listeners::{Listeners, open_control},
         threads,
     },
     config::Config,
@@ -48,7 +49,10 @@ pub async fn run(
 ) -> Result<Ending, StartFailure> {
     let mut signals = Signals::catch()?;
     let (sender, mut threads) = mpsc::unbounded_channel();
-    let listeners = Listeners::open(&config, plugin, &sender)?;
+    let Some(control) = open_control(&config, &mut signals, &sender).await? else {
+        return Ok(Ending::Stopped);
+    };
+    let listeners = Listeners::open(&config, control, plugin, &sender)?;
     let mut waiting =
         StartupWait::new(config.name.clone(), listeners.problems(), &mut signals, &mut threads);
     let Some(memory) = memory::load(&config, &mut waiting).await? else {

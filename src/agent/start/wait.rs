@@ -16,8 +16,11 @@ use tokio::sync::mpsc;
 
 use crate::{
     agent::{
-        LoopEvent, StartFailure, listeners::ListenerProblems, operator::status::Waiter,
-        service::Service, signals::Signals,
+        LoopEvent, StartFailure,
+        listeners::{ListenerProblems, PREDECESSOR_TIMEOUT},
+        operator::status::Waiter,
+        service::Service,
+        signals::Signals,
     },
     api::{AgentRequest, AgentStatus, ApiError, ApiErrorCode, PodError, PodErrorKind, Verdict},
     config::Config,
@@ -30,9 +33,6 @@ use crate::{
     underlay::{self, ChosenUnderlay, UnderlayError},
 };
 
-/// How long to wait for resources that an earlier process still holds: a process whose disk hangs keeps
-/// its files and sockets for a while after it was killed.
-pub(super) const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time between two attempts.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// The problem shown before the agent waits for something.
