@@ -17,7 +17,7 @@ use crate::{
         desired::device_name,
         kernel::{Extent, Kernel},
     },
-    model::Pool,
+    model::{Pool, seed_failure},
     pods::wiring::Wiring,
     wire::visible,
     worker::Thread,
@@ -63,16 +63,20 @@ impl Agent {
                 None => Ending::Left { successor },
             },
             Stop::Expelled { successor } => {
+                let why = match successor {
+                    Some(_) => "was forgotten by the cluster",
+                    None => "has left the cluster, and its state is a copy from before",
+                };
                 tracing::error!(
                     successor = successor.map(tracing::field::display),
-                    "this node was forgotten by the cluster; joining as a new node with another subnet"
+                    "this node {why}; joining as a new node with another subnet"
                 );
                 Ending::Restart
             }
             Stop::Refused(refusal) => Ending::Failed(visible(&format!("join refused: {refusal}"))),
             Stop::Rejected { seed, why } => {
                 let name = self.config.seeds.get(seed).map_or("?", String::as_str);
-                Ending::Failed(visible(&format!("join {name}: {why}")))
+                Ending::Failed(visible(&format!("join: {}", seed_failure(name, &why))))
             }
         });
     }

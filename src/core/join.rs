@@ -53,7 +53,7 @@ impl SeedFailure {
     const fn is_final(&self) -> bool {
         matches!(
             self,
-            Self::NoAnswer(CallError::Rejected(_))
+            Self::NoAnswer(CallError::Rejected(_) | CallError::OtherSecret(_))
                 | Self::Refused(Refusal::OtherCluster { .. } | Refusal::Settings(_))
         )
     }
@@ -112,6 +112,13 @@ impl Node {
     pub fn own_seeds(&self) -> impl Iterator<Item = usize> + '_ {
         let failures = self.failures_before_membership();
         failures.filter(|(_, failure)| failure.is_own_address()).map(|(seed, _)| seed)
+    }
+
+    /// Returns the same without the seeds whose address is this node's own.
+    pub fn foreign_seed_failures(&self) -> impl Iterator<Item = (usize, String)> + '_ {
+        let failures = self.failures_before_membership();
+        let failures = failures.filter(|(_, failure)| !failure.is_own_address());
+        failures.map(|(seed, failure)| (seed, failure.to_string()))
     }
 
     fn failures_before_membership(&self) -> impl Iterator<Item = (usize, &SeedFailure)> {

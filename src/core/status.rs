@@ -325,16 +325,6 @@ impl Node {
     pub fn problems(&self) -> Vec<Problem> {
         let phase = self.phase();
         let mut problems = Vec::new();
-        if phase == Phase::Joining {
-            // The agent reports seeds that are this node's own address.
-            let failures =
-                self.lifecycle.joining.failures().filter(|(_, failure)| !failure.is_own_address());
-            problems.extend(failures.map(|(seed, failure)| {
-                let seed = format!("seed {}", seed + 1);
-                let what = format!("{seed}: {failure}");
-                Problem::new(ProblemCode::SeedUnreachable, seed, what, "")
-            }));
-        }
         if let (Phase::Leaseless, Some(search)) = (phase, &self.lifecycle.search) {
             problems.extend(search.refusal.iter().map(|refusal| {
                 let what = format!("no subnet yet: {refusal}");

@@ -8,7 +8,7 @@ use crate::{
         AgentStatus, EntryVerdict, Event, KernelEntry, KernelStatus, Member, MemberState,
         PathStatus, VerdictState,
     },
-    model::{CallError, PathState, own_address_problem},
+    model::{CallError, PathState, own_address_problem, seed_failure},
     runtime::block_on,
     store::{StateDir, read_keyring, read_token},
     underlay::is_own_address,
@@ -283,8 +283,11 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
     for (seed, answer) in answers {
         let Err(error) = answer else { continue };
         let (why, fix) = match error {
+            CallError::OtherSecret(_) => {
+                ("it does not admit this host", "copy the token again: on a member, gossamer token")
+            }
             CallError::Rejected(_) => {
-                ("it has another secret", "copy the token again: on a member, gossamer token")
+                ("it does not admit this host", "install the same version of gossamer on both")
             }
             CallError::Unresolved { .. } => (
                 "a host needs one reachable member to join",
@@ -304,7 +307,7 @@ fn seeds(examination: &Examination) -> Vec<Finding> {
             findings.push(Finding::of("seeds", &own_address_problem(&[&seed], of_token)));
             continue;
         }
-        let seen = visible(&format!("{seed}: {error}"));
+        let seen = visible(&seed_failure(&seed, &error.to_string()));
         // One reachable seed is enough.
         findings.push(match reached {
             0 => Finding::problem("seeds", seen, why, fix),

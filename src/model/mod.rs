@@ -27,7 +27,7 @@ mod unfit;
 mod view;
 mod vtep;
 
-pub use call::{CallError, CallId, InquiryId, ReplyId, WriteSeq};
+pub use call::{CallError, CallId, InquiryId, ReplyId, WriteSeq, seed_failure};
 pub use cluster::{ClusterRecord, ClusterSettings, Difference, SettingsWish};
 pub use family::{
     dotted, family_name, forwarding_sysctl, interface_forwarding_sysctl, ip_command,

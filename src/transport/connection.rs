@@ -139,8 +139,19 @@ pub(super) async fn read(peer: NodeId, connection: Connection, intake: Intake, e
     let _ = events.send(Event::Closed { peer, stable_id: connection.stable_id() }).await;
 }
 
+/// Sends a frame on a connection.
+pub(super) fn send_on(connection: &Connection, bytes: Vec<u8>) {
+    if connection.max_datagram_size().is_some_and(|max| bytes.len() <= max) {
+        if let Err(error) = connection.send_datagram(bytes.into()) {
+            tracing::debug!(%error, "frame lost");
+        }
+    } else {
+        tokio::spawn(send_stream(connection.clone(), bytes));
+    }
+}
+
 /// Sends a frame that is too large for a datagram, and waits until the peer has received it.
-pub(super) async fn send_stream(connection: Connection, bytes: Vec<u8>) {
+async fn send_stream(connection: Connection, bytes: Vec<u8>) {
     let sent = async {
         let mut stream = connection.open_uni().await?;
         stream.write_all(&bytes).await?;
@@ -199,9 +210,7 @@ pub(super) fn call_error(error: &ConnectionError, address: SocketAddr) -> CallEr
         Some(NO_APPLICATION_PROTOCOL) => CallError::Rejected(format!(
             "{address} speaks another version of the protocol: upgrade the older node"
         )),
-        Some(0x100..=0x1ff) => CallError::Rejected(format!(
-            "{address} has a certificate of another secret: use the token of its cluster"
-        )),
+        Some(0x100..=0x1ff) => CallError::OtherSecret(address),
         // A close reason is text of the peer.
         _ => CallError::Unreachable(visible(&format!("{address}: {error}"))),
     }

@@ -13,7 +13,7 @@ mod socket;
 mod tests;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     net::SocketAddr,
     sync::{
@@ -40,7 +40,7 @@ pub use self::{
     socket::ReceiveBuffer,
 };
 use super::{
-    connection::{Call, Event, Events, Received, read, request, send_stream},
+    connection::{Call, Event, Events, Received, read, request, send_on},
     credentials::Credentials,
     intake::Intake,
     replies::{UnreadReplies, give_up},
@@ -92,6 +92,8 @@ pub struct Transport {
     dialer: Dialer,
     credentials: Credentials,
     peers: BTreeMap<NodeId, PeerLink>,
+    /// Peers whose secret differs from this node's, until one connects.
+    other_secret: BTreeSet<NodeId>,
     /// Response streams of unanswered requests.
     replies: BTreeMap<ReplyId, (NodeId, SendStream)>,
     unread: UnreadReplies,
@@ -148,6 +150,7 @@ impl Transport {
             replies: BTreeMap::new(),
             unread: UnreadReplies::default(),
             next_reply: 0,
+            other_secret: BTreeSet::new(),
             calls_by_name: AtomicUsize::new(0),
             buffer,
         };
@@ -165,6 +168,11 @@ impl Transport {
     /// Returns the number of peers with a connection.
     pub fn connections(&self) -> usize {
         self.peers.values().filter(|link| link.live().is_some()).count()
+    }
+
+    /// Returns whether the last handshake with a peer failed because its secret differs from this node's.
+    pub fn has_other_secret(&self, peer: NodeId) -> bool {
+        self.other_secret.contains(&peer)
     }
 
     /// Returns QUIC's estimate of the round-trip time to a peer; `None` without a connection.
@@ -372,10 +380,11 @@ impl Transport {
         // The handshake may have begun before a secret was removed.
         if !self.credentials.accepts(&connection) {
             connection.close(VarInt::from_u32(0), b"its secret is no longer accepted");
-            let error = CallError::Rejected("its secret is no longer accepted".to_owned());
+            let error = CallError::OtherSecret(connection.remote_address());
             return self.dial_failed(peer, &error);
         }
         let address = connection.remote_address().ip();
+        self.other_secret.remove(&peer);
         self.dialer.admissions.lock().learn_member(Instant::now(), address);
         let link = self.peers.entry(peer).or_default();
         link.is_dialing &= inbound;
@@ -435,6 +444,9 @@ impl Transport {
     /// Drops the frames and fails the calls that wait for a connection.
     fn dial_failed(&mut self, peer: NodeId, error: &CallError) {
         tracing::debug!(%peer, %error, "dial failed");
+        if matches!(error, CallError::OtherSecret(_)) {
+            self.other_secret.insert(peer);
+        }
         let Some(link) = self.peers.get_mut(&peer) else { return };
         link.is_dialing = false;
         link.frames.clear();
@@ -480,15 +492,4 @@ impl PeerLink {
 async fn close_later(connection: Connection) {
     tokio::time::sleep(DUPLICATE_TIMEOUT).await;
     connection.close(VarInt::from_u32(0), b"duplicate connection");
-}
-
-/// Sends a frame on a connection.
-fn send_on(connection: &Connection, bytes: Vec<u8>) {
-    if connection.max_datagram_size().is_some_and(|max| bytes.len() <= max) {
-        if let Err(error) = connection.send_datagram(bytes.into()) {
-            tracing::debug!(%error, "frame lost");
-        }
-    } else {
-        tokio::spawn(send_stream(connection.clone(), bytes));
-    }
 }

@@ -333,12 +333,12 @@ fn agent_started_at_once_after_leave_or_signal_waits_for_the_earlier_one() {
         assert!(client(&cluster.agents[1], &["leave"]).status.success());
         // The earlier process is not awaited.
         let mut next = cluster.start_agent(&cluster.hosts[1], &[])?;
-        next.wait_converged(2, TIMEOUT)?;
         cluster.agents[1].wait()?;
+        next.wait_converged(2, TIMEOUT)?;
         next.signal(Signal::SIGTERM)?;
         let mut last = cluster.start_agent(&cluster.hosts[1], &[])?;
-        last.wait_converged(2, TIMEOUT)?;
         assert!(next.wait()?.success());
+        last.wait_converged(2, TIMEOUT)?;
         Ok(())
     });
 }

@@ -171,7 +171,11 @@ fn doctor_reports_injected_faults_and_nothing_on_a_healthy_host() {
             status_where(agent, |status| {
                 let mut paths = status["paths"].as_array().expect("paths").iter();
                 let is_asked = status["kernel"]["routing"]["state"] == "ok";
-                status["converged"] == true && is_asked && paths.all(|path| path["state"] == "ok")
+                let are_all = paths.len() == 2;
+                status["converged"] == true
+                    && is_asked
+                    && are_all
+                    && paths.all(|path| path["state"] == "ok")
             });
         }
         for host in &cluster.hosts {

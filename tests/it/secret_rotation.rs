@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, TIMEOUT, assert_logged, client, isolated, program, status_where, wait_until,
+    Cluster, TIMEOUT, assert_logged, client, isolated, program, status_where, texts, wait_until,
 };
 
 /// Runs a step on the first member. Returns the secrets, or the error message.
@@ -86,7 +86,7 @@ fn secret_rotation_under_traffic_loses_no_member_and_no_packet() {
         let refused =
             Agent::start(program(), &non_member, &["--join", &seed, "--token", &old_token])?;
         wait_until("the old token is not rejected", TIMEOUT, || {
-            refused.log().contains("certificate of another secret")
+            refused.log().contains("uses a different secret")
         });
         drop(refused);
         cluster.token = crate::common::token_of(&mut cluster.agents[2])?;
@@ -129,6 +129,14 @@ fn member_that_missed_a_secret_rotation_rejoins_with_a_new_token() {
             let status = cluster.agents[2].ask("/v1/status", TIMEOUT).expect("a status");
             status["synced"] == false
         });
+        status_where(&mut cluster.agents[2], |status| {
+            let problems = texts(&status["problems"]);
+            assert!(!problems.contains("no other member answers"), "{problems}");
+            problems.contains("use a different secret than this host: it missed a rotation")
+        });
+        assert_logged(&cluster.agents[2], "gossamer token --out token");
+        let other = "the agent of n3 runs with a different secret than this host";
+        status_where(&mut cluster.agents[0], |status| texts(&status["problems"]).contains(other));
         cluster.agents[2].end(Signal::SIGTERM)?;
         let token = crate::common::token_of(&mut cluster.agents[0])?;
         let file = token_file(&host.dir, &token);

@@ -39,6 +39,8 @@ pub(in crate::agent) struct Isolation {
     isolated_since: Option<Instant>,
     /// The address under which members know this host, and when the present one replaced it.
     address_change: Option<(IpAddr, Instant)>,
+    /// Whether the log says that the members use another secret.
+    is_secret_told: bool,
     /// What the log says about joining.
     pub(in crate::agent) join_log: JoinLog,
 }
@@ -74,6 +76,7 @@ impl Agent {
         } else {
             self.gossip.isolation.isolated_since.get_or_insert(now);
         }
+        self.log_other_secret();
     }
 
     /// Returns why no other member answers, unless each is reported by the problem of its path, or why there
@@ -85,6 +88,7 @@ impl Agent {
         labels: &Labels<'_>,
     ) -> Option<Problem> {
         self.own_seeds_problem()
+            .or_else(|| self.secret_problem())
             .or_else(|| self.moved_problem(labels))
             .or_else(|| self.alone_problem(of_paths, states, labels))
     }
@@ -103,6 +107,36 @@ impl Agent {
     pub(in crate::agent) fn is_isolated(&self) -> bool {
         self.gossip.isolation.isolated_since.is_some_and(|since| since.elapsed() >= MIN_ISOLATION)
             && self.kernel.problems.underlay.is_none()
+    }
+
+    /// Returns the problem that the members use another secret than this host, so that none answers it.
+    fn secret_problem(&self) -> Option<Problem> {
+        if !self.is_isolated() {
+            return None;
+        }
+        let with = self.node.peers().filter(|node| self.transport.has_other_secret(*node)).count();
+        let what = match with {
+            0 => return None,
+            1 => {
+                "another member uses a different secret than this host: one of the two missed a rotation"
+            }
+            _ => "the members use a different secret than this host: it missed a rotation",
+        };
+        let fix = "on a member with the new secret: gossamer token --out token. Copy the file to the host \
+                   that missed it, and start the agent there with it (token_file)";
+        Some(Problem::new(ProblemCode::Isolated, Problem::HOST, what, fix))
+    }
+
+    /// Logs once that the members use another secret.
+    fn log_other_secret(&mut self) {
+        match self.secret_problem() {
+            None => self.gossip.isolation.is_secret_told = false,
+            Some(problem) => {
+                if !std::mem::replace(&mut self.gossip.isolation.is_secret_told, true) {
+                    tracing::warn!("{problem}");
+                }
+            }
+        }
     }
 
     /// Returns the problem that neither the members nor this host are at their earlier addresses. A peer in
@@ -243,6 +277,17 @@ impl Agent {
 
     fn down_problem(&self, node: NodeId, path: Option<&PathState>, labels: &Labels<'_>) -> Problem {
         let name = labels.of(node);
+        if self.transport.has_other_secret(node) {
+            let what = format!(
+                "the agent of {name} runs with a different secret than this host, so it counts as down: it \
+                 missed a rotation"
+            );
+            let fix = format!(
+                "gossamer token --out token; copy the file to {name}, and start the agent there with it \
+                 (token_file)"
+            );
+            return Problem::new(ProblemCode::MemberDown, name, what, fix);
+        }
         let state = match labels.opinions().get(&node) {
             Some(_) => "is down",
             None => "has not been seen for a day, or since the agent started here",

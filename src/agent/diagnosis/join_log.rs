@@ -2,7 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{agent::Agent, core::Phase, model::visible};
+use crate::{
+    agent::Agent,
+    core::Phase,
+    model::{Problem, ProblemCode, seed_failure, visible},
+};
 
 /// Interval after the first warning; doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
@@ -33,6 +37,16 @@ impl JoinLog {
 }
 
 impl Agent {
+    /// Returns one problem for each seed that does not admit this host while it is in no cluster. Those that
+    /// are addresses of this host have a problem of their own.
+    pub(in crate::agent) fn join_problems(&self) -> Vec<Problem> {
+        let problem = |(seed, why): (usize, String)| {
+            let seed = self.config.seeds.get(seed).map_or("?", String::as_str);
+            Problem::new(ProblemCode::SeedUnreachable, seed, seed_failure(seed, &why), "")
+        };
+        self.node.foreign_seed_failures().map(problem).collect()
+    }
+
     /// Logs which seeds do not admit this host, while it is in no cluster.
     pub(in crate::agent) fn log_join(&mut self, now: Instant) {
         if self.node.phase() != Phase::Joining {
@@ -50,7 +64,7 @@ impl Agent {
         let more = failures.len().saturating_sub(MAX_SEEDS);
         for (seed, why) in failures.into_iter().take(MAX_SEEDS) {
             let seed = self.config.seeds.get(seed).map_or("?", String::as_str);
-            tracing::warn!("not joined yet: {}", visible(&format!("{seed}: {why}")));
+            tracing::warn!("not joined yet: {}", visible(&seed_failure(seed, &why)));
         }
         if more > 0 {
             tracing::warn!("{more} more seeds do not admit this host: see `gossamer status`");

@@ -154,7 +154,8 @@ impl Agent {
 
     /// Returns all problems, given those of paths.
     pub(super) fn problems(&self, paths: &PathFindings<'_>) -> Vec<Problem> {
-        let mut problems = self.node.problems();
+        let mut problems = self.join_problems();
+        problems.extend(self.node.problems());
         let kernel = &self.kernel;
         problems
             .extend(kernel.problems.programming.iter().chain(&kernel.problems.underlay).cloned());

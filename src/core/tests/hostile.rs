@@ -66,8 +66,9 @@ fn joiner_stops_only_when_all_seeds_refuse_for_good() {
     let now = Time::ZERO + seconds(1);
     node.handle(now, Input::Answer { call: calls[0], result: other() });
     assert_eq!(count_stops(&mut node), 0);
-    let problems = texts(&node.status().problems);
-    assert!(problems.contains("seed 1: it refused: the node belongs to cluster"), "{problems}");
+    let (seed, why) = node.foreign_seed_failures().next().expect("a failure");
+    assert_eq!(seed, 0);
+    assert!(why.contains("it refused: the node belongs to cluster"), "{why}");
     node.handle(now, Input::Answer { call: calls[1], result: refused(Refusal::NotReady) });
     assert_eq!(count_stops(&mut node), 0, "the other seed may still admit it");
     let retries = hello_calls(&mut node, 2);
