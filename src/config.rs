@@ -178,7 +178,13 @@ impl Config {
 /// Fails if the file cannot be read, is accessible to other users, or holds no valid token.
 pub fn read_token_file(path: &Path) -> Result<Token, ConfigError> {
     let field = format!("token_file {}", path.display());
-    let meta = fs::metadata(path).map_err(|error| unreadable(&field, &error))?;
+    let meta = fs::metadata(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => bad(
+            &field,
+            "there is no such file: on a member, run gossamer token --out FILE, and copy it here",
+        ),
+        _ => unreadable(&field, &error),
+    })?;
     if !meta.is_file() {
         return Err(bad(field, "not a regular file"));
     }

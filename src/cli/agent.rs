@@ -80,6 +80,11 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
     let file = args.settings.file(args.config.as_deref());
     let settings = match args.settings.clone().complete(file.as_deref()) {
         Ok(settings) => settings,
+        Err(error) if error.is_refused => {
+            return fail(format_args!(
+                "{error}: run it as root (sudo gossamer agent), or try gossamer demo"
+            ));
+        }
         Err(error) => return fail(error),
     };
     let started = log_filter(settings.log.as_deref())

@@ -330,8 +330,8 @@ impl Removed {
     pub(super) fn notes(&self) -> Vec<String> {
         let note = |node: &String| {
             format!(
-                "node {node} has not left its cluster: run `gossamer forget {node}` on another member to \
-                 reclaim its subnets"
+                "node {node} has not left its cluster: once this host has been silent for a minute, run \
+                 `gossamer forget {node}` on another member to reclaim its subnets"
             )
         };
         self.nodes.iter().map(note).collect()

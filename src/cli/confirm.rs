@@ -59,24 +59,29 @@ impl Consent {
 }
 
 /// Describes what this host loses if it leaves its cluster or becomes a new node: pods and subnets.
-pub fn loss_of_membership(socket: &Path) -> String {
+///
+/// # Errors
+/// Fails if the agent does not say it.
+pub fn loss_of_membership(socket: &Path) -> anyhow::Result<String> {
     let query = async {
         let membership: Membership = api::get_as(socket, "/v1/status").await?;
         anyhow::Ok((membership, api::get_as(socket, "/v1/pods").await?))
     };
-    let (membership, Pods { pods }) = match block_on(query).map_err(Into::into).flatten() {
-        Ok(answers) => answers,
-        Err(error) => {
-            return format!("This host may lose its subnet and its pods' network: {error}.");
-        }
-    };
+    let (membership, Pods { pods }) = block_on(query)??;
     let subnets = membership.subnet.iter().chain(&membership.subnet6);
     let subnets: Vec<String> = subnets.map(IpNet::to_string).collect();
     let subnets = match subnets.is_empty() {
         true => "has no subnet".to_owned(),
         false => format!("gives up {}", subnets.join(" and ")),
     };
-    format!("This host ({}) {subnets}, {}.", membership.name, lost_pods(&pods))
+    Ok(format!("This host ({}) {subnets}, {}.", membership.name, lost_pods(&pods)))
+}
+
+/// Does the same, and says that the loss is not known if the agent does not say it.
+pub fn possible_loss_of_membership(socket: &Path) -> String {
+    loss_of_membership(socket).unwrap_or_else(|error| {
+        format!("This host may lose its subnet and its pods' network: {error}.")
+    })
 }
 
 /// Names the pods that lose their network.

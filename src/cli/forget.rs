@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Client, block_on, confirm::Consent, fail, percent_encoded, query_and_print};
 use crate::{
-    api::{self, AgentStatus, ClientError, Forgotten, Member, PathStatus},
-    core::sign_of_host,
+    api::{self, AgentStatus, ClientError, Forgotten, Member, MemberState, PathStatus},
+    core::{CannotForget, sign_of_host},
     model::PathState,
 };
 
@@ -46,6 +46,12 @@ pub fn run(args: &ForgetArgs) -> ExitCode {
 }
 
 fn forget_one(args: &ForgetArgs, node: &str) -> ExitCode {
+    if args.consent.asks()
+        && !args.force
+        && let Some(refusal) = refusal(&args.client, node)
+    {
+        return fail(refusal);
+    }
     let costs = || {
         let warning = args.force.then(|| running_host(&args.client, node)).flatten();
         format!(
@@ -62,9 +68,25 @@ fn forget_one(args: &ForgetArgs, node: &str) -> ExitCode {
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-/// Warns of a member whose host runs, as its packets or the answers of its kernel show.
-fn running_host(client: &Client, whom: &str) -> Option<String> {
-    let status: AgentStatus = block_on(api::get_as(&client.socket(), "/v1/status")).ok()?.ok()?;
+/// Returns why the agent will refuse the command, before anything is asked: no agent answers, or the member
+/// is alive.
+fn refusal(client: &Client, whom: &str) -> Option<String> {
+    let status: AgentStatus = match block_on(api::get_as(&client.socket(), "/v1/status")) {
+        Ok(Ok(status)) => status,
+        Ok(Err(error)) => return Some(error.to_string()),
+        Err(error) => return Some(error.to_string()),
+    };
+    let meant = meant(&status, whom);
+    let [member] = meant[..] else { return None };
+    if member.me {
+        return Some(CannotForget::Myself.to_string());
+    }
+    let is_active = matches!(member.state(), MemberState::Alive | MemberState::Suspect);
+    is_active.then(|| CannotForget::Alive(member.label.clone()).to_string())
+}
+
+/// Returns the members that a name, label, id or address stands for.
+fn meant<'a>(status: &'a AgentStatus, whom: &str) -> Vec<&'a Member> {
     let ip: Option<IpAddr> = whom.parse().ok();
     let is_meant = |member: &&Member| {
         member.name == whom
@@ -72,7 +94,13 @@ fn running_host(client: &Client, whom: &str) -> Option<String> {
             || member.node.to_string() == whom
             || ip == Some(member.address.ip())
     };
-    let members: Vec<&Member> = status.members.iter().filter(is_meant).collect();
+    status.members.iter().filter(is_meant).collect()
+}
+
+/// Warns of a member whose host runs, as its packets or the answers of its kernel show.
+fn running_host(client: &Client, whom: &str) -> Option<String> {
+    let status: AgentStatus = block_on(api::get_as(&client.socket(), "/v1/status")).ok()?.ok()?;
+    let members = meant(&status, whom);
     let is_path = |path: &&PathStatus| members.iter().any(|member| member.node == path.node);
     let sign = status.paths.iter().filter(is_path).find_map(sign_of_path)?;
     Some(format!(

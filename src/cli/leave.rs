@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Client, cni,
     confirm::{Consent, loss_of_membership},
-    query_and_print,
+    fail, query_and_print,
 };
 use crate::api::{self, Left, Membership};
 
@@ -30,7 +30,12 @@ struct LeaveAnswer {
 
 pub fn run(LeaveArgs { consent, client }: &LeaveArgs) -> ExitCode {
     let socket = client.socket();
-    if let Err(code) = consent.obtain(|| loss_of_membership(&socket)) {
+    // There is nothing to ask if no agent answers.
+    let costs = match consent.asks().then(|| loss_of_membership(&socket)).transpose() {
+        Ok(costs) => costs.unwrap_or_default(),
+        Err(error) => return fail(error),
+    };
+    if let Err(code) = consent.obtain(|| costs) {
         return code;
     }
     let query = async {

@@ -17,6 +17,7 @@ use super::{
         write_stdout,
     },
     percent_encoded,
+    ping::has_pods,
 };
 use crate::{
     api::{
@@ -193,16 +194,23 @@ fn footnotes(members: &[Listed], shown: &[&Listed]) -> String {
             "down: its agent does not answer; start it, or `gossamer forget NAME` if it is gone for good\n",
         );
     }
-    let is_bad = |listed: &&&Listed| listed.path.is_some_and(|path| path.state.is_problem());
+    // What to do about members that are down is said above.
+    let is_bad = |listed: &&&Listed| {
+        let is_up = listed.member.state() != MemberState::Down;
+        is_up && listed.path.is_some_and(|path| path.state.is_problem())
+    };
     if let Some(Listed { member, .. }) = shown.iter().find(is_bad) {
         let name = &member.label;
-        let _ = writeln!(out, "PATH: packets do not arrive; `gossamer ping {name}` says which");
+        let _ = writeln!(out, "PATH: for the broken direction, run `gossamer ping {name}`");
     }
     let hidden = members.len() - shown.len();
     let former = members.iter().filter(|listed| listed.member.former_self).count();
     if hidden > 0 {
         let gone = hidden - former.min(hidden);
-        let parts = [(gone, "that left or were forgotten"), (former, "former selves of hosts")];
+        let parts = [
+            (gone, "that left or were forgotten"),
+            (former, if former == 1 { "former self of a host" } else { "former selves of hosts" }),
+        ];
         let parts: Vec<String> = parts
             .iter()
             .filter(|(count, _)| *count > 0)
@@ -246,13 +254,14 @@ fn peer_text(Details { member: listed, ping, entries, report }: &Details) -> Str
     }
     let Listed { member, path } = listed;
     row("member", format!("{} ({})", member.name, member.node));
-    let compared = if member.heard { "compared with" } else { "not compared with yet" };
+    let compared = if member.heard { "in sync" } else { "not in sync yet" };
     row("gossip", format!("{}, {compared}", state_text(member)));
     row("subnets", format!("{}, and {} free", list(&member.subnets, true), member.free));
     row("vtep", format!("{} at {}", member.vtep_mac, member.underlay));
     row("agent", reach_text(&ping.underlay));
     row("overlay", format!("{}, path {}", reach_text(&ping.overlay), path_text(*path)));
-    row("pods", reach_text(&ping.pods));
+    // The gateway has its address from the first pod on.
+    row("pods", if has_pods(ping) { reach_text(&ping.pods) } else { "no pods yet".to_owned() });
     for KernelEntry { table, key, wanted, verdict, .. } in entries {
         let verdict = match verdict {
             EntryVerdict::Same => good("in the kernel"),
@@ -262,13 +271,13 @@ fn peer_text(Details { member: listed, ping, entries, report }: &Details) -> Str
     }
     let report = report.as_ref();
     match report.and_then(|report| Some((report, report.version.as_ref()?))) {
-        None => row("itself", "sent no report".to_owned()),
+        None => row("reports", "nothing".to_owned()),
         Some((report, version)) => {
             let paths = report.paths.as_deref().unwrap_or_default();
             let ok = paths.iter().filter(|path| path.state == PathState::Ok).count();
             let (problems, all) = (or_dash(report.problems), paths.len());
             row(
-                "itself",
+                "reports",
                 format!("version {version}, {problems} problems, {ok} of {all} paths ok"),
             );
         }

@@ -91,7 +91,7 @@ fn answered<A>(reach: &Reach<A>) -> bool {
 
 /// Returns whether the gateway of the member's pods answered, or its failure is a fault. The gateway has its
 /// address from the first pod on.
-fn has_pods(round: &PingReport) -> bool {
+pub(super) fn has_pods(round: &PingReport) -> bool {
     answered(&round.pods) || !answered(&round.overlay) || round.problem.is_some()
 }
 

@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::{
     Client, block_on,
-    confirm::{Consent, loss_of_membership},
+    confirm::{Consent, possible_loss_of_membership},
     fail,
 };
 use crate::{
@@ -32,7 +32,7 @@ pub struct ResetArgs {
 pub fn run(args: &ResetArgs) -> ExitCode {
     let socket = args.client.socket();
     let costs = || {
-        let loss = loss_of_membership(&socket);
+        let loss = possible_loss_of_membership(&socket);
         format!("{loss} It joins its cluster again as a new node, with another subnet.")
     };
     if let Err(code) = args.consent.obtain(costs) {
@@ -61,8 +61,8 @@ pub fn run(args: &ResetArgs) -> ExitCode {
         Err(error) => return fail(error),
     };
     let text = format!(
-        "{message}\nIts former self stays a member and keeps its subnet until you run, on any member: \
-         gossamer forget --former-selves\n"
+        "{message}\nIf another host has the old identity, nothing is left to do. If not, the old identity \
+         keeps its subnet until you run, on any member: gossamer forget --former-selves\n"
     );
     args.client.output.print(&IdentityReset { reset: true }, |_, _| text);
     ExitCode::SUCCESS

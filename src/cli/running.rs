@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
 
-use super::{RETRY_INTERVAL, block_on, confirm::loss_of_membership};
+use super::{RETRY_INTERVAL, block_on, confirm::possible_loss_of_membership};
 use crate::api::{self, ClientError, Left, Membership};
 
 /// Time that an agent which has left, or got a signal, has to end.
@@ -55,7 +55,7 @@ impl RunningAgent {
     /// Says what this host loses if the agent leaves its cluster.
     pub fn costs(&self) -> String {
         match self.is_member {
-            true => loss_of_membership(&self.socket),
+            true => possible_loss_of_membership(&self.socket),
             false => format!("The agent at {} ends.", self.socket.display()),
         }
     }

@@ -56,7 +56,9 @@ pub(super) fn explain(file: &str, text: &str, error: &toml::de::Error) -> Config
         // Not TOML. The parser shows the place in several lines; the message alone is one sentence.
         let before = error.span().and_then(|span| text.get(..span.start));
         let line = before.map_or(1, |before| before.matches('\n').count() + 1);
-        return bad(file, format!("line {line}: {}", error.message().replace('\n', ", ")));
+        let why = error.message().replace('\n', ", ");
+        let what = text.lines().nth(line - 1).and_then(|text| explain_line(text, &why));
+        return bad(file, format!("line {line}: {}", what.unwrap_or(why)));
     };
     let names = names();
     for (key, value) in &table {
@@ -78,6 +80,22 @@ pub(super) fn explain(file: &str, text: &str, error: &toml::de::Error) -> Config
         }
     }
     bad(file, error.message())
+}
+
+/// Explains why the parser refuses the line of a setting. `why` is what it says.
+fn explain_line(line: &str, why: &str) -> Option<String> {
+    let key = line.split('=').next()?.trim();
+    let example = example(key)?;
+    if why.starts_with("duplicate key") {
+        return Some(format!("{key} is set twice: remove one of the two lines"));
+    }
+    // A token is a secret.
+    let line = if key == "token" { "token = ..." } else { line.trim() };
+    let remedy = match example.contains('"') {
+        true => "write texts in quotes, as in",
+        false => "write it as in",
+    };
+    Some(format!("{line} is not valid TOML: {remedy} {example}"))
 }
 
 fn is_setting_of(line: &str, key: &str) -> bool {
@@ -158,6 +176,17 @@ mod tests {
             ("init = 1", "write it as in init = true"),
             ("join = 1", "write it as in join = [\"10.0.0.1\""),
             ("vni = 1\nmtu 3", "config gossamer.toml: line 2: "),
+            (
+                "network = 10.42.0.0/16",
+                "line 1: network = 10.42.0.0/16 is not valid TOML: write texts in quotes, as in network = \
+                 \"10.42.0.0/16\"",
+            ),
+            (
+                "set_sysctls = yes",
+                "set_sysctls = yes is not valid TOML: write it as in set_sysctls = ",
+            ),
+            ("init = true\ninit = true", "line 2: init is set twice: remove one of the two lines"),
+            ("token = gossamer1abc", "token = ... is not valid TOML"),
             ("mode = \"fast\"", "mode = \"fast\" is not valid"),
         ] {
             let error = explained(text);

@@ -231,8 +231,8 @@ impl Node {
                     self.require_full_verification();
                 }
                 self.replica.note_comparison(&mut self.outbox, now, from, false);
-                if let Some(search) = &mut self.lifecycle.search {
-                    search.refusal = no_slot;
+                if let (Some(search), Some(refusal)) = (&mut self.lifecycle.search, no_slot) {
+                    search.note_refusal(refusal);
                 }
             }
         }

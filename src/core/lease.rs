@@ -78,6 +78,14 @@ impl LeaseSearch {
         self.prefer = Some(slot);
     }
 
+    /// Stores why no subnet was granted. Logs that none is free, because only an operator can change that.
+    pub(super) fn note_refusal(&mut self, refusal: Refusal) {
+        if matches!(refusal, Refusal::Exhausted { .. }) && self.refusal.as_ref() != Some(&refusal) {
+            tracing::warn!("no subnet yet: {refusal}");
+        }
+        self.refusal = Some(refusal);
+    }
+
     fn is_unoccupied(&self, slot: Slot) -> bool {
         !self.occupied.iter().any(|slots| slots.contains(&slot.0))
     }
@@ -264,7 +272,7 @@ impl Node {
         search.next_try = Some(now);
         match answer {
             Ok((_, Response::Granted(facts))) => _ = self.learn(now, &facts, Some(granter)),
-            Ok((_, Response::Refused(refusal))) => search.refusal = Some(refusal),
+            Ok((_, Response::Refused(refusal))) => search.note_refusal(refusal),
             Ok((from, _)) => self.note_malformed(from, &"unexpected response to a grant request"),
             Err(error) => {
                 tracing::debug!(%granter, %error, "granter did not answer");

@@ -110,7 +110,8 @@ impl Node {
                 self.lifecycle.leaving = None;
                 self.cannot_leave(
                     "no other member answers, and one has to take over the subnets of this node: \
-                     try again when one does",
+                     try again when one does. If the others are gone for good, run `gossamer forget NAME` \
+                     for each, then leave",
                 );
             }
         }

@@ -53,7 +53,9 @@ pub fn examine(examination: &Examination, findings: &mut Vec<Finding>) {
     findings.push(clock(&config.state_dir));
     let before = findings.len();
     directory(&config.state_dir, findings);
-    if let Err(error @ StoreError::NotOurs { .. }) = require_state_dir(&config.state_dir) {
+    if let Err(error @ (StoreError::NotOurs { .. } | StoreError::NoKey { .. })) =
+        require_state_dir(&config.state_dir)
+    {
         findings.push(Finding::sentence("state", &error.to_string()));
     }
     if examination.agent.is_none() && findings.len() == before {

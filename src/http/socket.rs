@@ -31,6 +31,11 @@ pub enum SocketError {
     /// The path has another type.
     #[error("socket: {} exists and is not a socket: remove it or choose another path", .0.display())]
     NotASocket(PathBuf),
+    /// This user may not create it.
+    #[error(
+        "socket: {}: permission denied: run it as root (sudo gossamer agent), or try gossamer demo", .0.display()
+    )]
+    NotPermitted(PathBuf),
     /// The kernel refused.
     #[error("socket: {}: {error}", path.display())]
     Io {
@@ -55,7 +60,10 @@ impl Socket {
     /// # Errors
     /// Fails if another process listens there, if the path is not a socket, or if the kernel refuses.
     pub fn listen(path: &Path) -> Result<(Self, UnixListener), SocketError> {
-        let fail = |error| SocketError::Io { path: path.to_owned(), error };
+        let fail = |error: io::Error| match error.kind() {
+            io::ErrorKind::PermissionDenied => SocketError::NotPermitted(path.to_owned()),
+            _ => SocketError::Io { path: path.to_owned(), error },
+        };
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(fail)?;
         }

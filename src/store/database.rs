@@ -120,6 +120,15 @@ pub enum StoreError {
         /// What is wrong with it.
         why: String,
     },
+    /// The directory has a node's database and no key.
+    #[error(
+        "state_dir: {}: node.key is missing: restore the directory from a backup, or remove it to join as a \
+         new node", path.display()
+    )]
+    NoKey {
+        /// The directory.
+        path: PathBuf,
+    },
     /// The directory has files of other programs and no key.
     #[error(
         "state_dir: {} is in use by something else: it is neither empty nor a state directory; \

@@ -242,6 +242,8 @@ impl StateDir {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
             _ => {}
         }
+        // A copied directory has the address of another host.
+        files::remove(&self.path.join(UNDERLAY)).map_err(fail)?;
         self.save_node_key(seed)
     }
 
@@ -303,8 +305,13 @@ pub fn require_state_dir(path: &Path) -> Result<(), StoreError> {
         .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
     // The key is the first file. After a power cut it may still have its temporary name.
     let begins = |name: &OsString| name == LOCK || name == KEY_TEMPORARY;
-    let ours = names.iter().all(begins) || names.iter().any(|name| name == KEY);
-    if ours { Ok(()) } else { Err(StoreError::NotOurs { path: path.to_owned() }) }
+    let has = |file: &str| names.iter().any(|name| name == file);
+    let path = path.to_owned();
+    match names.iter().all(begins) || has(KEY) {
+        true => Ok(()),
+        false if has(DATABASE) && has(LOCK) => Err(StoreError::NoKey { path }),
+        false => Err(StoreError::NotOurs { path }),
+    }
 }
 
 /// Locks the directory.

@@ -31,7 +31,10 @@ pub enum Refusal {
     )]
     NotSynced,
     /// No slot of the cluster is free.
-    #[error("all {total} subnets are leased: {leased} leased, none free; use a larger network")]
+    #[error(
+        "all {total} subnets are leased: free one (gossamer forget a member that is gone, gossamer forget \
+         --former-selves); the pool cannot be enlarged"
+    )]
     Exhausted {
         /// Number of slots of the pool.
         total: u32,

@@ -57,7 +57,7 @@ fn former_self_is_hidden_named_with_its_id_and_forgotten_by_one_command() {
         let agent = &cluster.agents[0];
         let shown = text(&client(agent, &["members"]));
         assert_eq!(shown.matches("10.99.0.12:8473").count(), 1, "{shown}");
-        assert!(shown.contains("1 former selves of hosts (gossamer members --all)"), "{shown}");
+        assert!(shown.contains("1 former self of a host (gossamer members --all)"), "{shown}");
         let all = text(&client(agent, &["members", "--all"]));
         assert!(all.contains(&former) && all.contains("former self"), "{all}");
         // The name stands for the living host.

@@ -11,7 +11,7 @@ use crate::{
 
 /// Texts that the other host reports when the cause is not its own.
 const SEEN_BY_ARP: [&str; 2] = ["though a machine has that address: its ARP was seen here", ADVICE];
-const ADVICE: &str = "A host names what it drops itself (there: gossamer status)";
+const ADVICE: &str = "The host shows its own drops in gossamer status";
 
 #[test]
 fn rule_that_drops_arp_answers_is_reported_and_the_advice_works() {

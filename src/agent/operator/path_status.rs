@@ -361,8 +361,8 @@ fn silent_machine_problem(
     );
     let fix = format!(
         "either its agent does not run (there: systemctl status gossamer), or packets between the two \
-         hosts (UDP {port} and {gossip}) are dropped there, here or on the way. A host names what it \
-         drops itself (there: gossamer status)"
+         hosts (UDP {port} and {gossip}) are dropped there, here or on the way. The host \
+         shows its own drops in gossamer status"
     );
     Problem::new(ProblemCode::PathLost, name, what, fix)
 }

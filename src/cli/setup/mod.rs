@@ -183,7 +183,8 @@ impl Setup {
         file.add(&wanted)?;
         let config = file.check(self.token.as_ref())?;
         if let Some(token) = &self.token {
-            self.require_same_cluster(token, &config.state_dir)?;
+            let is_member = running.as_ref().is_some_and(|running| running.cluster.is_some());
+            self.require_same_cluster(token, &config.state_dir, is_member)?;
         }
         if self.options.root.is_none() {
             let is_new = running.is_none() && !StateDir::is_known(&config.state_dir);
@@ -263,8 +264,14 @@ impl Setup {
         Ok(true)
     }
 
-    /// Fails if the token file, or the state of a stopped agent, belongs to another cluster.
-    fn require_same_cluster(&self, token: &Token, state_dir: &Path) -> anyhow::Result<()> {
+    /// Fails if this host is a member of another cluster, as its token file or the state of a stopped agent
+    /// shows. `is_member`: its agent says that it is a member.
+    fn require_same_cluster(
+        &self,
+        token: &Token,
+        state_dir: &Path,
+        is_member: bool,
+    ) -> anyhow::Result<()> {
         let file = self.options.place(&self.instance.token_file());
         let in_file = if file.exists() { Some(read_token_file(&file)?) } else { None };
         let state_dir = self.options.place(state_dir);
@@ -273,6 +280,8 @@ impl Setup {
             Err(StoreError::Directory { .. }) if self.options.dry_run => None,
             read => read?,
         };
+        // The token of a host that never joined is a mistake to correct, as its addresses are.
+        let in_file = in_file.filter(|_| is_member || in_state.is_some());
         let found = in_file.map(|old| (old, format!("{} holds the token", file.display())));
         let state = in_state.map(|old| (old, format!("{} holds the state", state_dir.display())));
         for (old, what) in found.into_iter().chain(state) {
