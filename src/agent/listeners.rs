@@ -118,8 +118,8 @@ pub(super) async fn open_control(
 }
 
 impl Listeners {
-    /// Opens the other listeners, and sends requests to `events`. `plugin` is the socket of Docker's plugin, if the
-    /// service manager has opened it.
+    /// Opens the other listeners, and sends requests to `events`. `plugin` is the socket of Docker's plugin,
+    /// if the service manager has opened it.
     ///
     /// # Errors
     /// Fails where waiting does not help: a file that is not a socket has the path of Docker's, or the `http`

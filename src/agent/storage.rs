@@ -45,15 +45,25 @@ impl Storage {
 
     /// Returns the problem that the disk cannot be written.
     pub(super) fn problem(&self) -> Option<Problem> {
-        let problem = |what: String, fix| {
+        let problem = |what: String, fix: String| {
             let what = format!("state directory: {what}");
             Problem::new(ProblemCode::Disk, "state directory", what, fix)
         };
         if let Some(failure) = &self.failure {
-            return Some(problem(failure.clone(), ""));
+            return Some(problem(failure.clone(), String::new()));
         }
-        let what = || format!("{}, so pods and leases cannot change", disk_silence());
-        self.is_silent().then(|| problem(what(), "check it (dmesg)"))
+        if self.is_silent() {
+            let what = format!("{}, so pods and leases cannot change", disk_silence());
+            return Some(problem(what, "check it (dmesg)".to_owned()));
+        }
+        let path = self.directory.path().display();
+        let what = || {
+            format!(
+                "the file system of {path} is full: changes may not be written, and the agent cannot be \
+                 restarted"
+            )
+        };
+        self.archive.is_full().then(|| problem(what(), format!("free space (df -h {path})")))
     }
 }
 

@@ -62,7 +62,7 @@ impl ApiError {
     pub fn stopping() -> Self {
         Self::new(
             ApiErrorCode::Stopping,
-            "the agent is ending; try again once it has started again",
+            "the agent is ending: try again when another one has started",
         )
     }
 }

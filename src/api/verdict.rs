@@ -62,8 +62,8 @@ impl Verdict {
     pub fn not_set_up(instance: &Instance) -> Self {
         let option = instance.option();
         let text = format!(
-            "not set up: run `gossamer init{option}` to create a cluster, or `gossamer join TOKEN{option}` to \
-             join one (`gossamer token{option}` on a member prints that command)"
+            "not set up: run `gossamer init{option}` to create a cluster, or `gossamer join TOKEN{option}` \
+             to join one (`gossamer token{option}` on a member prints that command)"
         );
         Self { state: VerdictState::NotReady, text }
     }

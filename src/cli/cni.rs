@@ -4,13 +4,14 @@
 mod lists;
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::{Context as _, ensure};
 use clap::{Args, Subcommand};
+use nix::unistd::{AccessFlags, access};
 
 use super::{
     fail, output,
@@ -102,6 +103,10 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
         "{} is a directory, but runtimes expect a file: remove it",
         list.path().display()
     );
+    // Before anything is installed.
+    let writable = fs::create_dir_all(conf_dir)
+        .and_then(|()| access(conf_dir, AccessFlags::W_OK).map_err(io::Error::from));
+    writable.with_context(|| conf_dir.display().to_string())?;
     let found = list.inspect();
     let mut done = Vec::new();
     // A program that already is in the plugin directory needs no link.

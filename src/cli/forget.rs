@@ -160,12 +160,18 @@ fn outcome(Forgotten { label: node, slots, waits_for, .. }: &Forgotten) -> Strin
     match (slots, waits) {
         (0, _) => format!("{node} is forgotten; it owned no subnets\n"),
         (_, []) => {
-            format!("{node} is forgotten. This node takes over the {slots} subnets of {node} now\n")
+            let subnets = subnets_text(*slots);
+            format!("{node} is forgotten. This node takes over {subnets} of {node} now\n")
         }
         _ => format!(
-            "{node} is forgotten. This node takes over the {slots} subnets of {node} when all other members \
-             have acknowledged. Asked: {}. `gossamer status` lists the members that have not acknowledged\n",
+            "{node} is forgotten. This node takes over {} of {node} when all other members have \
+             acknowledged. Asked: {}. `gossamer status` lists the members that have not acknowledged\n",
+            subnets_text(*slots),
             waits.join(", ")
         ),
     }
+}
+
+fn subnets_text(count: u32) -> String {
+    if count == 1 { "the subnet".to_owned() } else { format!("the {count} subnets") }
 }

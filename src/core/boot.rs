@@ -158,6 +158,7 @@ impl Node {
     /// Queues the first outputs.
     fn begin(&mut self, now: Time, created: bool) {
         if created && let Some(cluster_state) = &self.replica.cluster_state {
+            tracing::info!(cluster = %cluster_state.cluster.id, "cluster created");
             let everything = cluster_state.slots.runs().to_vec();
             let changed: Vec<_> = everything.into_iter().map(|run| (run, None)).collect();
             self.outbox.mark_urgent(Key::Cluster);

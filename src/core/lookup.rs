@@ -108,6 +108,9 @@ impl Node {
     pub fn find(&self, whom: &str) -> Result<NodeId, String> {
         match self.member_named(whom) {
             Err(CannotForget::Myself) => Ok(self.replica.me.node),
+            Err(CannotForget::Unknown(_)) if self.replica.cluster_state.is_none() => {
+                Err(CannotForget::NoCluster.to_string())
+            }
             found => found.map_err(|error| error.to_string()),
         }
     }

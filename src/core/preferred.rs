@@ -1,6 +1,8 @@
 //! The preferred subnet that this node did not get. A node keeps its subnet, so the preference counts only at
 //! its first start.
 
+use ipnet::IpNet;
+
 use crate::model::{Problem, ProblemCode, SlotState};
 
 use super::Node;
@@ -27,7 +29,18 @@ impl Node {
                         let owner = self.name_of(record.owner);
                         format!("preferred {subnet} belongs to {owner}: {instead}")
                     }
-                    _ => format!("preferred {subnet} was not free: {instead}"),
+                    _ => {
+                        let overlaps = |network: &&IpNet| {
+                            network.contains(&subnet) || subnet.contains(*network)
+                        };
+                        match self.config.occupied.iter().find(overlaps) {
+                            Some(network) => format!(
+                                "preferred {subnet} is not used, because another interface or route of this \
+                                 host has {network}: {instead}"
+                            ),
+                            None => format!("preferred {subnet} was not free: {instead}"),
+                        }
+                    }
                 }
             }
         };

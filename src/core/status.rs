@@ -414,7 +414,9 @@ impl Node {
         }
         problems.extend(self.refused_problems());
         let irreconcilable = self.replica.sync.partners.irreconcilable();
-        let irreconcilable = irreconcilable.filter(|node| !self.replica.is_gone(*node));
+        // Two processes with one key change its record in turn, which is reported above.
+        let irreconcilable =
+            irreconcilable.filter(|node| !self.replica.is_gone(*node) && self.key_use.is_unique());
         problems.extend(irreconcilable.map(|node| {
             let name = self.label(node);
             let what = format!(
@@ -422,7 +424,8 @@ impl Node {
                  affected"
             );
             let fix = format!(
-                "restart the agent of {name}; if the problem remains, report it with the logs of both agents"
+                "restart the agent of {name} if it lasts for minutes; if it remains, report it with the logs of \
+                 both agents"
             );
             Problem::new(ProblemCode::StateDiffers, name, what, fix)
         }));

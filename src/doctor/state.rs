@@ -130,7 +130,7 @@ fn directory(path: &Path, findings: &mut Vec<Finding>) {
             findings.push(Finding::problem(
                 "state",
                 format!("{} KiB free on the file system of {shown}", free >> 10),
-                "without space for records, joins and new pods wait",
+                "an agent that starts waits for space, and a running one may fail to write changes",
                 format!("free some space (df -h {shown})"),
             ));
         }

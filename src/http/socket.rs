@@ -33,7 +33,8 @@ pub enum SocketError {
     NotASocket(PathBuf),
     /// This user may not create it.
     #[error(
-        "socket: {}: permission denied: run it as root (sudo gossamer agent), or try gossamer demo", .0.display()
+        "socket: {}: permission denied: run it as root (sudo gossamer agent), or try gossamer demo",
+        .0.display()
     )]
     NotPermitted(PathBuf),
     /// The kernel refused.

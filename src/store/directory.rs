@@ -12,7 +12,10 @@ use std::{
 
 use data_encoding::HEXLOWER;
 use ipnet::IpNet;
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::{
+    fcntl::{Flock, FlockArg, OFlag},
+    sys::statvfs::statvfs,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Essentials, History, StoreError, history};
@@ -31,6 +34,8 @@ const POD_CIDR: &str = "pod-cidr";
 const UNDERLAY: &str = "underlay";
 const LOST_PODS: &str = "lost-pods";
 const DATABASE: &str = "db";
+/// Less free space than this counts as none, in bytes.
+const MIN_SPACE: u64 = 256 << 10;
 const ESSENTIALS: &str = "essentials";
 
 /// A pod that lost its network when this host became a new node.
@@ -245,6 +250,22 @@ impl StateDir {
         // A copied directory has the address of another host.
         files::remove(&self.path.join(UNDERLAY)).map_err(fail)?;
         self.save_node_key(seed)
+    }
+
+    /// Returns whether the file system has too little free space for the database of a start.
+    ///
+    /// # Errors
+    /// If the file system does not answer.
+    pub fn is_full(&self) -> io::Result<bool> {
+        let space = statvfs(&self.path)?;
+        // A file system that does not count its blocks has none.
+        let free = space.blocks_free() * space.fragment_size();
+        Ok(space.blocks() > 0 && free < MIN_SPACE)
+    }
+
+    /// Returns the path of the directory.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Removes all of gossamer's files except the directory itself. The next start is that of a new node.

@@ -71,7 +71,7 @@ fn joiners_with_wrong_token_or_settings_are_rejected() {
         refused(
             &non_member,
             &["--join", &seed, "--token", &new_token()],
-            &["certificate", "token"],
+            &["uses a different secret", "token"],
         )?;
         refused(&non_member, &["--join", &seed], &["a token is needed", "gossamer token"])?;
         refused(&non_member, &[], &["--init", "--join"])?;

@@ -21,6 +21,7 @@ use std::{
 };
 
 use self::{
+    case::Named,
     hints::closed_gossip,
     kernel_queries::{
         PeerRoutes, SendOutcome, SentPackets, TestSender, congested, counted_packets,
@@ -93,15 +94,6 @@ pub struct SilenceFindings {
     pub verdicts: Verdicts,
     /// Chains that drop packets to the port of gossip; read while no other member answers.
     pub closed_gossip: Option<ClosedPort>,
-}
-
-/// The silent peers to diagnose with their labels. They are chosen again only when what they follow from has
-/// changed, because labels take a pass over all members.
-#[derive(Debug, Default)]
-struct Named {
-    /// The hash of gossip's opinions, and the silent peers.
-    follows_from: (u64, Vec<NodeId>),
-    labels: BTreeMap<NodeId, String>,
 }
 
 /// The event loop's handle of the thread.

@@ -176,7 +176,7 @@ impl Journal {
         let begun = only_in(&self.snapshot.problems, &before);
         let ended = only_in(&before, &self.snapshot.problems);
         let begun = begun.iter().map(Problem::to_string).collect();
-        let ended = ended.iter().map(|problem| format!("no longer so: {problem}")).collect();
+        let ended = ended.iter().map(|problem| format!("solved: {problem}")).collect();
         self.note_all(EventKind::Problem, EventLevel::Warn, begun);
         self.note_all(EventKind::Problem, EventLevel::Info, ended);
     }
@@ -428,11 +428,11 @@ mod tests {
         // One problem begins in the second in which a similar one ends.
         assert_eq!(
             told(&[problem("n3", "n3: 8 of 1 ms")]),
-            ["n3: 8 of 1 ms", "no longer so: n2: 8 of 1 ms"]
+            ["n3: 8 of 1 ms", "solved: n2: 8 of 1 ms"]
         );
         // A notice is no event, also if a problem becomes one.
         let notice = problem("n3", "n3: 8 of 1 ms").notice();
-        assert_eq!(told(std::slice::from_ref(&notice)), ["no longer so: n3: 8 of 1 ms"]);
+        assert_eq!(told(std::slice::from_ref(&notice)), ["solved: n3: 8 of 1 ms"]);
         assert_eq!(told(&[notice]), [""; 0]);
     }
 

@@ -86,7 +86,12 @@ pub(in crate::agent) async fn load(
         let read = read.map_err(|_| StoreError::Database("it could not be read".to_owned()))?;
         match read {
             Err(StartFailure::Store(error)) if is_temporary(config, &error) => {
-                waiting.report_problem(format!("waiting for the state directory: {error}"));
+                let path = config.state_dir.display();
+                let remedy = match is_of_full_disk(&error) {
+                    true => format!(": free space (df -h {path})"),
+                    false => format!(": look at its disk (dmesg; findmnt -T {path})"),
+                };
+                waiting.report_problem(format!("waiting for the state directory: {error}{remedy}"));
             }
             Err(StartFailure::Store(error @ StoreError::InUse { .. }))
                 if begun.elapsed() < PREDECESSOR_TIMEOUT =>
@@ -99,6 +104,12 @@ pub(in crate::agent) async fn load(
             return Ok(None);
         }
     }
+}
+
+/// Returns whether the file system has no space left.
+fn is_of_full_disk(error: &StoreError) -> bool {
+    let StoreError::Directory { error, .. } = error else { return false };
+    matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::ENOSPC | Errno::EDQUOT))
 }
 
 /// Returns whether the failure comes from the disk or this host's resources and the state directory

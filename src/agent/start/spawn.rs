@@ -67,8 +67,8 @@ impl Ready {
         let knows_cluster = identity.known_cluster.is_some();
         let copy =
             EssentialsCopy::new(memory.state.essentials(), node.node, &records, database.batches());
-        let node = Node::start(Time::ZERO, node, records)?;
         log_start(memory.key.id(), &config, &underlay);
+        let node = Node::start(Time::ZERO, node, records)?;
         if is_new {
             // The running loop then writes all known records.
             let _ = sender.send(LoopEvent::Disk(WriteEvent::Emptied));

@@ -12,7 +12,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc::TryRecvError,
     },
     time::{Duration, Instant},
@@ -32,6 +32,8 @@ use crate::{
 
 /// Time between attempts to write a file that could not be written.
 const RETRY: Duration = Duration::from_secs(5);
+/// Time between checks of the free space.
+const SPACE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// Limit of history lines that wait for the disk. Further lines are dropped, and their number is logged.
 const MAX_LINES: usize = 16_384;
 
@@ -114,6 +116,8 @@ struct Shared {
     subnets_done: AtomicUsize,
     /// Why files are not written, by file name.
     failures: Mutex<BTreeMap<&'static str, String>>,
+    /// Whether the file system of the state directory is full.
+    is_full: AtomicBool,
 }
 
 impl Shared {
@@ -136,6 +140,8 @@ impl Archive {
         report: impl Fn(ArchiveEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let history = state.history();
+        let space_state = state.clone();
+        let is_full = move || space_state.is_full().unwrap_or(false);
         let secrets_state = state.clone();
         let keep_secrets = move |keyring: &Keyring| {
             let kept = secrets_state.save_keyring(keyring).and_then(|()| secrets_state.node_key());
@@ -159,19 +165,20 @@ impl Archive {
                 state.save_lost_pods(pods).map_err(|error| error.to_string())
             }
         };
-        Self::start_with(history, save, keep_secrets, report)
+        Self::start_with(history, save, keep_secrets, is_full, report)
     }
 
     fn start_with(
         history: History,
         save: impl FnMut(&SavedFile) -> Result<(), String> + Send + 'static,
         keep_secrets: impl Fn(&Keyring) -> Result<[u8; 32], String> + Send + 'static,
+        is_full: impl Fn() -> bool + Send + 'static,
         report: impl Fn(ArchiveEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let thread_shared = shared.clone();
         let worker = Worker::start("archive", move |orders| {
-            run(&orders, history, save, keep_secrets, report, &thread_shared);
+            run(&orders, history, save, (keep_secrets, is_full), report, &thread_shared);
         })?;
         Ok(Self { worker, shared, subnet: None })
     }
@@ -195,6 +202,11 @@ impl Archive {
     pub(in crate::agent) fn is_subnet_file_current(&self) -> bool {
         let Shared { subnets, subnets_done, .. } = &*self.shared;
         subnets_done.load(Ordering::Acquire) == subnets.load(Ordering::Relaxed)
+    }
+
+    /// Returns whether the file system of the state directory was full at the last check.
+    pub(in crate::agent) fn is_full(&self) -> bool {
+        self.shared.is_full.load(Ordering::Relaxed)
     }
 
     /// Returns one problem for each file that cannot be written at present.
@@ -246,13 +258,17 @@ fn run(
     orders: &Orders<Job>,
     mut history: History,
     mut save: impl FnMut(&SavedFile) -> Result<(), String>,
-    keep_secrets: impl Fn(&Keyring) -> Result<[u8; 32], String>,
+    (keep_secrets, is_full): (impl Fn(&Keyring) -> Result<[u8; 32], String>, impl Fn() -> bool),
     report: impl Fn(ArchiveEvent),
     shared: &Shared,
 ) {
     let mut failed: Vec<SavedFile> = Vec::new();
-    let mut retry = Instant::now();
+    let (mut retry, mut check) = (Instant::now(), Instant::now());
     loop {
+        if check <= Instant::now() {
+            shared.is_full.store(is_full(), Ordering::Relaxed);
+            check = Instant::now() + SPACE_CHECK_INTERVAL;
+        }
         match orders.take() {
             Ok(Job::Save(saved, number)) => {
                 let has_failed_before = failed.iter().any(|earlier| earlier.is_same_file(&saved));
@@ -284,10 +300,11 @@ fn run(
                 let _ = reply.send(lines);
             }
             Err(TryRecvError::Empty) => {
-                let remaining = retry.saturating_duration_since(Instant::now());
-                orders.sleeper.wait([], (!failed.is_empty()).then_some(remaining));
-                // A new order ends the wait early.
-                if Instant::now() < retry {
+                let until = if failed.is_empty() { check } else { check.min(retry) };
+                let remaining = until.saturating_duration_since(Instant::now());
+                orders.sleeper.wait([], Some(remaining));
+                // A new order or a check ends the wait early.
+                if failed.is_empty() || Instant::now() < retry {
                     continue;
                 }
                 retry = Instant::now() + RETRY;
@@ -329,8 +346,9 @@ mod tests {
             }
             Ok(())
         };
-        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, |_| ())
-            .expect("a thread");
+        let mut archive =
+            Archive::start_with(History::new(dir.path()), save, no_secrets, || false, |_| ())
+                .expect("a thread");
         for mtu in 1..=1_000 {
             archive.save(underlay(mtu));
         }
@@ -367,8 +385,9 @@ mod tests {
             }
             Ok(())
         };
-        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, |_| ())
-            .expect("a thread");
+        let mut archive =
+            Archive::start_with(History::new(dir.path()), save, no_secrets, || false, |_| ())
+                .expect("a thread");
         archive.save(underlay(1_450));
         archive.save(SavedFile::Subnet(PathBuf::new(), Some(SubnetFile::default())));
         archive.save(SavedFile::Subnet(PathBuf::new(), None));
@@ -388,8 +407,9 @@ mod tests {
             let _ = report.send(tries);
             if tries < 3 { Err("full".to_owned()) } else { Ok(()) }
         };
-        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, |_| ())
-            .expect("a thread");
+        let mut archive =
+            Archive::start_with(History::new(dir.path()), save, no_secrets, || false, |_| ())
+                .expect("a thread");
         archive.save(underlay(1_450));
         archive.save(SavedFile::Subnet(PathBuf::new(), Some(SubnetFile::default())));
         assert!(!archive.is_subnet_file_current());
@@ -419,8 +439,9 @@ mod tests {
             Ok(())
         };
         let report = move |_| reports.send(()).expect("the test receives");
-        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, report)
-            .expect("a thread");
+        let mut archive =
+            Archive::start_with(History::new(dir.path()), save, no_secrets, || false, report)
+                .expect("a thread");
         let mut order = |mtu| {
             let subnets =
                 Subnets { first: "10.42.1.0/24".parse().expect("a network"), second: None };

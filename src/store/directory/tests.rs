@@ -16,6 +16,26 @@ fn directory_of_another_program_is_refused_and_unchanged() {
 }
 
 #[test]
+fn state_directory_without_its_key_is_not_taken_for_another_programs() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    fs::create_dir(dir.path().join(DATABASE)).expect("a database");
+    fs::write(dir.path().join(LOCK), "").expect("a lock");
+    let error = StateDir::open(dir.path()).expect_err("no key").to_string();
+    assert!(error.contains("node.key is missing: restore"), "{error}");
+}
+
+#[test]
+fn new_identity_drops_the_database_and_the_underlay_address_of_a_copy() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let state = StateDir::open(dir.path()).expect("opens");
+    state.save_node_key(&[7; 32]).expect("written");
+    state.save_underlay([10, 99, 0, 13].into(), 1450).expect("written");
+    state.new_identity(&[8; 32]).expect("reset");
+    assert_eq!(state.underlay().expect("readable"), None);
+    assert_eq!(state.node_key().expect("readable"), Some([8; 32]));
+}
+
+#[test]
 fn directory_with_unfinished_first_key_is_accepted() {
     let dir = tempfile::tempdir().expect("tempdir");
     fs::write(dir.path().join(LOCK), "").expect("a lock");

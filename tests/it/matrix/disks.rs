@@ -226,7 +226,13 @@ fn check_each_phase(mut scene: Scene, disk: &mut Disk, at_start: &str) -> anyhow
 #[test]
 fn full_disk_in_each_phase_delays_only_changes() {
     isolated(|lab| {
-        let (scene, mut disk) = on_disk(lab, |host| Disk::full(&host.dir.join("state")))?;
+        let (mut scene, mut disk) = on_disk(lab, |host| Disk::full(&host.dir.join("state")))?;
+        // It is reported before a write fails.
+        disk.fail(&scene)?;
+        scene.wait_reported(
+            "is full: changes may not be written, and the agent cannot be restarted",
+        );
+        disk.mend()?;
         check_each_phase(scene, &mut disk, "state directory")
     });
 }

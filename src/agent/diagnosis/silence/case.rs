@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use super::{Case, MAX_SUSPECTS, Named, SilenceDiagnosis, SilenceFindings, VERDICT_LIFETIME};
+use super::{Case, MAX_SUSPECTS, SilenceDiagnosis, SilenceFindings, VERDICT_LIFETIME};
 use crate::{
     agent::Agent,
     dataplane::{
@@ -16,6 +16,15 @@ use crate::{
     },
     model::{NodeId, PathState, Problem},
 };
+
+/// The silent peers to diagnose with their labels. They are chosen again only when what they follow from has
+/// changed, because labels take a pass over all members.
+#[derive(Debug, Default)]
+pub(super) struct Named {
+    /// The hash of gossip's opinions, and the silent peers.
+    follows_from: (u64, Vec<NodeId>),
+    labels: BTreeMap<NodeId, String>,
+}
 
 impl SilenceDiagnosis {
     /// Drops all findings.
