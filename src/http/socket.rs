@@ -17,7 +17,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use socket2::{Domain, SockAddr, Type};
 use tokio::net::UnixListener;
 
-use crate::files::holder;
+use crate::files::{self, holder};
 
 /// Most connections that wait to be accepted.
 const BACKLOG: i32 = 4_096;
@@ -114,7 +114,8 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
         Ok(_) if UnixStream::connect(&path).is_ok_and(|peer| !is_ending_process(&peer)) => {
             Err(SocketError::InUse(path))
         }
-        Ok(_) => fs::remove_file(&path).map_err(|error| SocketError::Io { path, error }),
+        // The process that ends may remove it first.
+        Ok(_) => files::remove(&path).map_err(|error| SocketError::Io { path, error }),
     }
 }
 

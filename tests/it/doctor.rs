@@ -323,6 +323,40 @@ fn doctor_without_an_agent_reports_what_would_prevent_its_start() {
 }
 
 #[test]
+fn doctor_asks_the_agent_named_by_an_option_although_the_settings_cannot_be_read() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let host = &cluster.hosts[0];
+        let file = host.dir.join("broken.toml");
+        fs::write(&file, "network = 10.42.0.0/16\n")?;
+        let findings = examine(host, &format!("--config {}", file.display()));
+        let of = |check: &str| {
+            let found = findings.iter().find(|finding| finding["check"] == check);
+            found.unwrap_or_else(|| panic!("{check}: {findings:#?}"))
+        };
+        assert!(of("configuration").to_string().contains("write texts in quotes"), "{findings:#?}");
+        assert!(of("agent")["seen"].to_string().contains("converged, with"), "{findings:#?}");
+        assert_eq!(
+            (&of("ports")["verdict"], &of("paths")["verdict"]),
+            (&"ok".into(), &"skipped".into())
+        );
+        // Without an answer it is not known whether the port is the agent's.
+        let other = run(
+            &host.netns,
+            &format!(
+                "{} doctor --config {} --socket /nowhere",
+                program().display(),
+                file.display()
+            ),
+        );
+        let said = String::from_utf8(other.stdout)?;
+        assert!(said.contains("not known whether an agent runs"), "{said}");
+        assert!(!said.contains("in use"), "{said}");
+        Ok(())
+    });
+}
+
+#[test]
 fn doctor_on_a_fresh_host_says_that_nothing_is_set_up_and_what_to_run() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;

@@ -116,7 +116,7 @@ async fn handshake_without_the_secret_fails() {
     let Received::Answer { result: Err(error), .. } = next_received(&mut non_member).await else {
         panic!("no answer")
     };
-    assert!(matches!(&error, CallError::Rejected(_)), "{error:?}");
+    assert!(matches!(&error, CallError::OtherSecret(_)), "{error:?}");
     assert!(error.to_string().contains("use the token of its cluster"), "{error}");
     assert!(member.1.try_recv().is_err(), "the member saw neither connection nor bytes");
 
