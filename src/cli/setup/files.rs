@@ -79,8 +79,13 @@ impl SettingsFile {
                     self.added.insert(key, value);
                 }
                 Some(present) => bail!(
-                    "{} has {key} = {present}, not {value}: edit that file, or leave the option out",
-                    self.path.display()
+                    "{} has {key} = {present}, not {value}: {}",
+                    self.path.display(),
+                    match key.as_str() {
+                        // `join TOKEN` sets it without an option.
+                        "token_file" => "put the token into that file, or remove the setting there",
+                        _ => "edit that file, or leave the option out",
+                    }
                 ),
             }
         }

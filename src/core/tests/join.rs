@@ -404,3 +404,23 @@ fn preferred_subnet_of_another_member_is_a_notice() {
     world.run_for(seconds(5));
     assert_eq!(world.node(1).missed_preference(), None);
 }
+
+#[test]
+fn preferred_subnet_in_a_network_of_the_host_is_not_called_taken() {
+    let mut world = World::new(1, settings("10.42.0.0/16", 24));
+    let creator = world.add_creator();
+    let network: IpNet = "10.42.7.0/24".parse().expect("a network");
+    world.hosts[creator].prefers = Some(network.addr());
+    world.hosts[creator].occupied = vec![network];
+    world.start(creator);
+    world.run_for(seconds(1));
+    let own = world.subnet(creator).expect("a subnet");
+    let notice = world.node(creator).missed_preference().expect("a notice").what;
+    assert_eq!(
+        notice,
+        format!(
+            "preferred {network} is not used, because another interface or route of this host has \
+             {network}: this node has {own}"
+        )
+    );
+}

@@ -117,7 +117,7 @@ async fn handshake_without_the_secret_fails() {
         panic!("no answer")
     };
     assert!(matches!(&error, CallError::OtherSecret(_)), "{error:?}");
-    assert!(error.to_string().contains("use the token of its cluster"), "{error}");
+    assert!(error.to_string().contains("or older than a rotation"), "{error}");
     assert!(member.1.try_recv().is_err(), "the member saw neither connection nor bytes");
 
     // A client that accepts any server still has a certificate of its own secret, or none.
