@@ -10,6 +10,8 @@
 //!
 //! Liveness is an estimate: nothing in this module may change ownership or the kernel.
 
+mod contacts;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -22,13 +24,14 @@ use foca::{
     AccumulatingRuntime, Codec as _, Config, Foca, Member, Message, NoCustomBroadcast,
     OwnedNotification, PeriodicParams, State, Timer,
 };
-use rand::rngs::StdRng;
+use rand::{SeedableRng as _, rngs::StdRng};
 
 use crate::{
     model::{Identity, Incarnation, Liveness, NodeId, Suspicion, Time},
     wire::{Buckets, DATAGRAM_MAX, SwimCodec},
 };
 
+use self::contacts::Contacts;
 use super::rank::state_hash;
 
 /// Maximum size of a SWIM packet in bytes: a datagram without the frame around it and a reserve for its
@@ -82,11 +85,14 @@ pub struct Membership {
     active: BTreeMap<NodeId, Identity>,
     /// Hashes of the buckets, kept consistent with `active`.
     hashes: [u64; Buckets::COUNT],
+    /// Whom foca may contact, kept consistent with `active`.
+    contacts: Contacts,
 }
 
 impl Membership {
     /// Creates an instance that knows no other member.
-    pub fn new(identity: Identity, rng: StdRng) -> Self {
+    pub fn new(identity: Identity, mut rng: StdRng) -> Self {
+        let contacts = Contacts::new(identity.node, StdRng::from_rng(&mut rng));
         Self {
             foca: Foca::new(identity, settings(1), rng, SwimCodec),
             runtime: AccumulatingRuntime::new(),
@@ -98,6 +104,7 @@ impl Membership {
             notices: VecDeque::new(),
             active: BTreeMap::new(),
             hashes: [0; Buckets::COUNT],
+            contacts,
         }
     }
 
@@ -110,6 +117,7 @@ impl Membership {
     pub fn handle_packet(&mut self, now: Time, packet: &[u8]) {
         let result = self.foca.handle_data(packet, &mut self.runtime);
         self.collect(now, "packet", result);
+        self.note_relayed_answer(now, packet);
     }
 
     /// Adds members that a vetted peer considers alive, or that have sent a message to this node.
@@ -214,6 +222,10 @@ impl Membership {
         let mut due: Vec<_> = std::mem::replace(&mut self.timers, later).into_values().collect();
         due.sort();
         for timer in due {
+            if let Timer::ProbeRandomMember(_) = timer {
+                self.probe(now, timer);
+                continue;
+            }
             let result = self.foca.handle_timer(timer, &mut self.runtime);
             self.collect(now, "timer", result);
         }
@@ -252,6 +264,11 @@ impl Membership {
     /// Returns the members held as alive or suspect, without this node.
     pub fn others(&self) -> impl Iterator<Item = NodeId> {
         self.active.keys().copied()
+    }
+
+    /// Returns the neighbors: the members that this node probes and gossips with.
+    pub fn neighbors(&self) -> &BTreeSet<NodeId> {
+        self.contacts.neighborhood.neighbors()
     }
 
     /// Returns the members held as alive or suspect, with this node, in order of their ids.
@@ -303,11 +320,13 @@ impl Membership {
         self.deactivate(identity.node);
         self.hashes[Buckets::of_node(identity.node)] ^= identity_hash(&identity);
         self.active.insert(identity.node, identity);
+        self.contacts.neighborhood.insert(identity.node);
     }
 
     fn deactivate(&mut self, node: NodeId) {
         if let Some(before) = self.active.remove(&node) {
             self.hashes[Buckets::of_node(node)] ^= identity_hash(&before);
+            self.contacts.neighborhood.remove(node);
         }
     }
 
@@ -321,15 +340,11 @@ impl Membership {
         if let Err(error) = self.foca.apply_many(std::iter::empty(), false, &mut self.runtime) {
             tracing::debug!(%error, "swim");
         }
-        while let Some((mut after, timer)) = self.runtime.to_schedule() {
+        while let Some((after, timer)) = self.runtime.to_schedule() {
             match &timer {
                 Timer::PeriodicGossip(_) => {
                     self.idle_gossip = Some((after, timer));
                     continue;
-                }
-                // foca's period is fixed while it runs, so the timer is delayed instead.
-                Timer::ProbeRandomMember(_) | Timer::PeriodicAnnounce(_) => {
-                    after = after.mul_f64(self.slowdown());
                 }
                 Timer::ChangeSuspectToDown { member_id, incarnation, .. } => {
                     let suspicion = Suspicion { identity: *member_id, refutation: *incarnation };
@@ -358,7 +373,7 @@ impl Membership {
                 tracing::trace!(to = %to.node, "dropped a down notice for an active member");
                 continue;
             }
-            self.notices.push_back(Notice::Send { to: to.node, packet });
+            self.send(&to, packet);
         }
         debug_assert!(
             self.foca.num_members() == self.active.len()
@@ -370,7 +385,9 @@ impl Membership {
 
     fn arm(&mut self, at: Time, timer: Timer<Identity>) {
         self.timers_armed += 1;
-        self.timers.insert((at, self.timers_armed), timer);
+        let key = (at, self.timers_armed);
+        self.contacts.note_timer(key, &timer);
+        self.timers.insert(key, timer);
     }
 
     fn handle_notification(&mut self, notification: OwnedNotification<Identity>) {
@@ -397,11 +414,6 @@ impl Membership {
     /// refutation.
     fn is_stray_down_notice(&self, to: &Identity, message: &Message<Identity>) -> bool {
         *message == Message::TurnUndead && self.active.get(&to.node) == Some(to)
-    }
-
-    /// Returns the factor by which probes and announcements are slower than in a small cluster.
-    fn slowdown(&self) -> f64 {
-        f64::max(self.foca.num_members() as f64 / CLUSTER_PROBES_PER_SECOND, 1.0)
     }
 
     /// Adapts foca's settings when the cluster's size has doubled or halved.
@@ -442,10 +454,6 @@ impl foca::Identity for Identity {
     }
 }
 
-/// Number of probes per second in the whole cluster. Up to this size each member sends one a second. In
-/// larger clusters each member sends fewer, so that it meets each other member about as often as at this
-/// size and their connections stay open.
-const CLUSTER_PROBES_PER_SECOND: f64 = 250.0;
 /// Bounds of the time from suspicion to down. Suspects are queried on a stream, and such a call fails in less
 /// time; a short CPU shortage must not make a member down. Large clusters need no longer time.
 const MIN_SUSPICION: Duration = Duration::from_secs(6);

@@ -40,6 +40,7 @@ mod log_budget;
 mod lookup;
 mod malformed;
 mod membership;
+mod neighborhood;
 mod node_config;
 mod outbox;
 mod partners;

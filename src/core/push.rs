@@ -1,8 +1,6 @@
 //! Push: sends new facts at once.
 //!
-//! A node that learns a new fact sends it to the members at distances 1, 2, 4, 8 ... on the ring of active
-//! members in order of their ids. With equal views every member receives it within log2(n) hops, from several
-//! sides, and each node sends log2(n) frames per change. Comparisons (`sync`) find what is lost. Push does
+//! A node that learns a new fact sends it to its neighbors. Comparisons (`sync`) find what is lost. Push does
 //! not check facts.
 
 use std::{collections::BTreeSet, time::Duration};
@@ -80,42 +78,12 @@ impl Node {
             [Some(source)] => Some(*source),
             _ => None,
         };
-        let ring: Vec<NodeId> = active.into_keys().collect();
         let payload = Push { facts }.encode();
-        for to in fingers(&ring, self.replica.me.node).filter(|to| Some(*to) != only_source) {
+        let is_new_to = |to: &&NodeId| Some(**to) != only_source && !self.replica.is_gone(**to);
+        for &to in self.membership.neighbors().iter().filter(is_new_to) {
             if let Some((address, bytes)) = self.replica.frame_to(to, Frame::Push(&payload)) {
                 self.outbox.send_facts(to, address, bytes);
             }
-        }
-    }
-}
-
-/// Returns the members at distances 1, 2, 4 ... after `me` on a sorted ring that contains it.
-fn fingers(ring: &[NodeId], me: NodeId) -> impl Iterator<Item = NodeId> + '_ {
-    let at = ring.partition_point(|node| *node < me);
-    (0..usize::BITS)
-        .map(|power| 1_usize << power)
-        .take_while(|distance| *distance < ring.len())
-        .map(move |distance| ring[(at + distance) % ring.len()])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_member_is_reached_within_log2_n_hops() {
-        for n in [1_u8, 2, 3, 10, 100, 250] {
-            let mut ring: Vec<_> = (0..n).map(|seed| NodeId::of_public_key(&[seed; 32])).collect();
-            ring.sort();
-            let mut reached = BTreeSet::from([ring[0]]);
-            let mut hops = 0;
-            while reached.len() < ring.len() {
-                let next: Vec<_> = reached.iter().flat_map(|node| fingers(&ring, *node)).collect();
-                reached.extend(next);
-                hops += 1;
-            }
-            assert!(hops <= u16::from(n).next_power_of_two().ilog2(), "{n} members, {hops} hops");
         }
     }
 }

@@ -26,6 +26,14 @@ pub fn peer_score(node: NodeId, peer: NodeId) -> u64 {
     hasher.finish()
 }
 
+/// Returns the position of a node on one of the rings of the neighborhood.
+pub fn ring_position(ring: usize, node: NodeId) -> u64 {
+    let mut hasher = hasher(4);
+    hasher.write_u64(ring as u64);
+    hasher.write(node.as_bytes());
+    hasher.finish()
+}
+
 /// Returns the hash of encoded state.
 pub fn state_hash(bytes: &[u8]) -> u64 {
     let mut hasher = hasher(3);

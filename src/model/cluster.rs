@@ -18,7 +18,7 @@ pub struct ClusterRecord {
 
 /// Settings that must be equal on all nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(all(test, feature = "agent"), derive(schemars::JsonSchema))]
 pub struct ClusterSettings {
     /// The address pool.
     pub pool: Pool,

@@ -6,7 +6,7 @@ use super::SlotState;
 
 /// A change of the owner or the state of consecutive subnets, as this host has seen it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(all(test, feature = "agent"), derive(schemars::JsonSchema))]
 pub struct OwnerChange {
     /// When this host learned of it, in seconds since 1970 by its own clock.
     pub at: u64,

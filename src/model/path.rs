@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// State of the path to one peer. Part of messages between members: new variants are only appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(all(test, feature = "agent"), derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum PathState {
     /// No request was answered yet, and too few were lost for a conclusion.

@@ -8,7 +8,7 @@ use super::visible;
 
 /// How much a finding affects pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(all(test, feature = "agent"), derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// Packets of pods are lost, or the node cannot do its work.
@@ -29,7 +29,7 @@ impl Severity {
 
 /// A problem or notice: what is wrong, since when, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(all(test, feature = "agent"), derive(schemars::JsonSchema))]
 pub struct Problem {
     /// The kind of problem.
     pub code: ProblemCode,
@@ -118,7 +118,7 @@ macro_rules! codes {
     ($($(#[doc = $doc:literal])+ $code:ident = $name:literal),* $(,)?) => {
         /// The kind of a problem. The names are stable; docs/TROUBLESHOOTING.md lists them.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(all(test, feature = "agent"), derive(schemars::JsonSchema))]
         pub enum ProblemCode {
             $($(#[doc = $doc])+ #[serde(rename = $name)] $code),*
         }

@@ -22,7 +22,7 @@ pub struct SlotRecord {
 
 /// What the owner does with its slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(all(test, feature = "agent"), derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum SlotState {
     /// Not in use: the owner may grant it.

@@ -50,6 +50,11 @@ impl SwimPacket {
         Self { header, members, has_list: true }
     }
 
+    /// Returns a packet without a list of updates.
+    pub const fn bare(header: Header<Identity>) -> Self {
+        Self { header, members: Vec::new(), has_list: false }
+    }
+
     /// Encodes the packet.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = encode(&self.header);

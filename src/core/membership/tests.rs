@@ -82,8 +82,8 @@ fn renewed_member_detects_dead_peers_without_receiving_a_packet() {
     assert_eq!(members[0].opinions()[&identity(2).node], Liveness::Down);
 }
 
-#[test]
-fn large_cluster_is_probed_more_slowly() {
+/// Returns a member that knows 1,000 others, none of which answers.
+fn member_of_large_cluster() -> Membership {
     let mut member = member(0);
     let others = (0..1_000_u32).map(|number| Identity {
         node: NodeId::of_public_key(
@@ -93,20 +93,95 @@ fn large_cluster_is_probed_more_slowly() {
     });
     member.introduce(Time::ZERO, others);
     assert!(member.tuned_for > 500, "{}", member.tuned_for);
+    member
+}
+
+#[test]
+fn member_of_a_large_cluster_contacts_neighbors_only_and_probes_one_each_second() {
+    let mut member = member_of_large_cluster();
+    let neighbors = member.neighbors().clone();
     let mut probed = Vec::new();
-    while let Some(now) =
-        member.next_timeout().filter(|now| *now < Time::ZERO + Duration::from_secs(9))
-    {
+    let mut gossip = 0;
+    let until = Time::ZERO + Duration::from_secs(5);
+    while let Some(now) = member.next_timeout().filter(|now| *now < until) {
         member.handle_timeout(now);
         while let Some(notice) = member.poll_notice() {
-            let Notice::Send { packet, .. } = notice else { continue };
+            let Notice::Send { to, packet } = notice else { continue };
+            assert!(neighbors.contains(&to), "{to} is no neighbor");
             let header = SwimCodec.decode_header(packet.as_ref()).expect("a header");
-            if matches!(header.message, Message::Ping(_)) {
-                probed.push(now.since(Time::ZERO).as_secs());
+            assert_eq!(header.dst.node, to);
+            match header.message {
+                Message::Ping(_) => probed.push(now.since(Time::ZERO).as_secs()),
+                Message::Gossip => gossip += 1,
+                Message::PingReq { target, .. } => assert_ne!(target.node, to),
+                _ => {}
             }
         }
     }
-    assert_eq!(probed, [4, 8]);
+    assert_eq!(probed, [1, 2, 3, 4]);
+    assert!(gossip > 0, "updates are not lost with probes that are not sent");
+}
+
+#[test]
+fn member_that_is_no_neighbor_is_never_suspected_by_silence() {
+    let mut member = member_of_large_cluster();
+    let neighbors = member.neighbors().clone();
+    let until = Time::ZERO + Duration::from_secs(20);
+    while let Some(now) = member.next_timeout().filter(|now| *now < until) {
+        member.handle_timeout(now);
+    }
+    let opinions = member.opinions();
+    let suspects = opinions.iter().filter(|(_, liveness)| **liveness != Liveness::Alive);
+    let suspects: BTreeSet<NodeId> = suspects.map(|(node, _)| *node).collect();
+    assert!(!suspects.is_empty());
+    // When a neighbor is down, the members next to it become neighbors.
+    let later: BTreeSet<NodeId> = member.neighbors().union(&neighbors).copied().collect();
+    assert!(suspects.is_subset(&later), "{suspects:?} {later:?}");
+}
+
+#[test]
+fn answer_that_a_neighbor_relays_ends_the_probe_and_one_of_a_stranger_does_not() {
+    for asks_helper in [true, false] {
+        let mut member = member_of_large_cluster();
+        let mut target = None;
+        let mut helper = None;
+        let until = Time::ZERO + Duration::from_secs(2);
+        while let Some(now) = member.next_timeout().filter(|now| *now < until) {
+            member.handle_timeout(now);
+            while let Some(notice) = member.poll_notice() {
+                let Notice::Send { to, packet } = notice else { continue };
+                let header = SwimCodec.decode_header(packet.as_ref()).expect("a header");
+                match header.message {
+                    Message::Ping(_) if target.is_none() => target = Some(header.dst),
+                    Message::PingReq { target: asked, probe_number }
+                        if Some(asked) == target && helper.is_none() =>
+                    {
+                        helper = Some(to);
+                        let mut members = member.active().into_values();
+                        let stranger = members
+                            .find(|id| {
+                                !member.neighbors().contains(&id.node) && *id != member.identity()
+                            })
+                            .expect("a member");
+                        let src = if asks_helper { header.dst } else { stranger };
+                        let answer = foca::Header {
+                            src,
+                            src_incarnation: 0,
+                            dst: member.identity(),
+                            message: Message::ForwardedAck { origin: asked, probe_number },
+                        };
+                        member.handle_packet(now, &crate::wire::SwimPacket::bare(answer).encode());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let (target, _) = (target.expect("a probe"), helper.expect("an indirect probe"));
+        let expected = if asks_helper { Liveness::Alive } else { Liveness::Suspect };
+        let later = Time::ZERO + Duration::from_millis(2_500);
+        member.handle_timeout(later);
+        assert_eq!(member.opinions()[&target.node], expected, "relayed by a helper: {asks_helper}");
+    }
 }
 
 #[test]

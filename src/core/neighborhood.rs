@@ -1,0 +1,165 @@
+//! The neighborhood: the few members that a node probes, pushes to and compares with.
+//!
+//! The active members form several rings. Each ring orders them by another hash of their ids. A node's
+//! neighbors are its successor and its predecessor on each ring, so every node has the same small number of
+//! neighbors in a cluster of any size, and a member that joins or ends changes the neighborhoods of those next
+//! to it only. Such a graph is random and regular: it stays connected when many of its nodes fail, and any
+//! member is a few hops away (Rapid, USENIX ATC 2018, uses the same rings).
+//!
+//! Nodes with different views have different neighborhoods. No rule depends on their agreement.
+
+use std::collections::BTreeSet;
+
+use rand::{Rng, seq::IteratorRandom as _};
+
+use crate::model::NodeId;
+
+use super::rank::ring_position;
+
+/// Number of rings. Each adds two neighbors.
+const RINGS: usize = 4;
+
+/// Maximum number of neighbors.
+pub(super) const MAX_NEIGHBORS: usize = 2 * RINGS;
+
+/// The rings of the active members, and the neighbors of one of them.
+#[derive(Clone, Debug)]
+pub(super) struct Neighborhood {
+    me: NodeId,
+    /// The members with their positions.
+    rings: [BTreeSet<(u64, NodeId)>; RINGS],
+    neighbors: BTreeSet<NodeId>,
+}
+
+impl Neighborhood {
+    /// Returns the neighborhood of a node that knows no other member.
+    pub(super) fn new(me: NodeId) -> Self {
+        let ring = |number| BTreeSet::from([(ring_position(number, me), me)]);
+        Self { me, rings: std::array::from_fn(ring), neighbors: BTreeSet::new() }
+    }
+
+    /// Adds a member.
+    pub(super) fn insert(&mut self, node: NodeId) {
+        for (number, ring) in self.rings.iter_mut().enumerate() {
+            ring.insert((ring_position(number, node), node));
+        }
+        self.update();
+    }
+
+    /// Removes a member. This node itself stays.
+    pub(super) fn remove(&mut self, node: NodeId) {
+        if node == self.me {
+            return;
+        }
+        for (number, ring) in self.rings.iter_mut().enumerate() {
+            ring.remove(&(ring_position(number, node), node));
+        }
+        self.update();
+    }
+
+    /// Returns the neighbors in order of their ids.
+    pub(super) const fn neighbors(&self) -> &BTreeSet<NodeId> {
+        &self.neighbors
+    }
+
+    /// Returns a random neighbor that is not `excluded`.
+    pub(super) fn choose(&self, rng: &mut impl Rng, excluded: Option<NodeId>) -> Option<NodeId> {
+        self.neighbors.iter().copied().filter(|node| Some(*node) != excluded).choose(rng)
+    }
+
+    fn update(&mut self) {
+        let me = self.me;
+        self.neighbors.clear();
+        for (number, ring) in self.rings.iter().enumerate() {
+            let here = (ring_position(number, me), me);
+            let successor = ring.range(here..).nth(1).or_else(|| ring.first());
+            let predecessor = ring.range(..here).next_back().or_else(|| ring.last());
+            let adjacent = successor.into_iter().chain(predecessor).map(|(_, node)| *node);
+            self.neighbors.extend(adjacent.filter(|node| *node != me));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn nodes(count: u32) -> Vec<NodeId> {
+        let node = |number: u32| {
+            let mut key = [7; 32];
+            key[..4].copy_from_slice(&number.to_le_bytes());
+            NodeId::of_public_key(&key)
+        };
+        (0..count).map(node).collect()
+    }
+
+    fn graph(nodes: &[NodeId]) -> BTreeMap<NodeId, Neighborhood> {
+        let of = |me: &NodeId| {
+            let mut neighborhood = Neighborhood::new(*me);
+            nodes.iter().for_each(|node| neighborhood.insert(*node));
+            (*me, neighborhood)
+        };
+        nodes.iter().map(of).collect()
+    }
+
+    /// Returns the number of hops from `start` to the farthest of `among`; `None` if one is not reachable.
+    fn hops(graph: &BTreeMap<NodeId, Neighborhood>, among: &[NodeId]) -> Option<usize> {
+        let mut reached = BTreeSet::from([among[0]]);
+        for hop in 0.. {
+            if reached.len() == among.len() {
+                return Some(hop);
+            }
+            let next = reached.iter().flat_map(|node| graph[node].neighbors());
+            let next: BTreeSet<NodeId> =
+                next.filter(|node| among.contains(node)).copied().collect();
+            let before = reached.len();
+            reached.extend(next);
+            if reached.len() == before {
+                return None;
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn neighborhood_is_mutual_bounded_and_spans_the_cluster() {
+        for (count, most_hops) in [(2, 1), (3, 1), (10, 2), (100, 4), (500, 5)] {
+            let nodes = nodes(count);
+            let graph = graph(&nodes);
+            for (node, neighborhood) in &graph {
+                assert!((1..=MAX_NEIGHBORS).contains(&neighborhood.neighbors().len()));
+                assert!(!neighborhood.neighbors().contains(node));
+                for other in neighborhood.neighbors() {
+                    assert!(graph[other].neighbors().contains(node), "not mutual");
+                }
+            }
+            let hops = hops(&graph, &nodes).expect("connected");
+            assert!(hops <= most_hops, "{count} members: {hops} hops");
+        }
+    }
+
+    #[test]
+    fn graph_stays_connected_without_a_fifth_of_its_members() {
+        let nodes = nodes(200);
+        let living: Vec<NodeId> = nodes.iter().copied().skip(40).collect();
+        assert!(hops(&graph(&nodes), &living).is_some());
+    }
+
+    #[test]
+    fn member_that_joins_and_ends_changes_few_neighborhoods_and_leaves_no_trace() {
+        let nodes = nodes(201);
+        let (others, joiner) = (&nodes[..200], nodes[200]);
+        let before = graph(others);
+        let after = graph(&nodes);
+        let has_changed = |node: &&NodeId| before[node].neighbors() != after[node].neighbors();
+        let changed = others.iter().filter(has_changed).count();
+        assert!(changed <= MAX_NEIGHBORS, "{changed}");
+        for node in others {
+            let mut neighborhood = after[node].clone();
+            neighborhood.remove(joiner);
+            assert_eq!(neighborhood.neighbors(), before[node].neighbors());
+        }
+    }
+}
