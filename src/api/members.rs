@@ -33,9 +33,8 @@ pub struct Member {
     pub left: bool,
     /// Whether it was forgotten.
     pub forgotten: bool,
-    /// Whether this node has compared its state with it since the start, so that the records of its slots are
-    /// confirmed.
-    pub heard: bool,
+    /// Whether kernel entries of its slots stay until this node has compared its state with it.
+    pub awaited: bool,
     /// The address of its QUIC endpoint.
     pub address: SocketAddr,
     /// The underlay address of its VTEP.
@@ -173,7 +172,7 @@ impl From<core::MemberStatus> for Member {
             liveness: member.liveness,
             left: member.left,
             forgotten: member.forgotten,
-            heard: member.heard,
+            awaited: member.awaited,
             address: member.address,
             underlay: member.underlay,
             vtep_mac: member.vtep_mac,

@@ -254,8 +254,9 @@ fn peer_text(Details { member: listed, ping, entries, report }: &Details) -> Str
     }
     let Listed { member, path } = listed;
     row("member", format!("{} ({})", member.name, member.node));
-    let compared = if member.heard { "in sync" } else { "not in sync yet" };
-    row("gossip", format!("{}, {compared}", state_text(member)));
+    let awaited =
+        if member.awaited { ", kernel entries wait for a comparison with it" } else { "" };
+    row("gossip", format!("{}{awaited}", state_text(member)));
     row("subnets", format!("{}, and {} free", list(&member.subnets, true), member.free));
     row("vtep", format!("{} at {}", member.vtep_mac, member.underlay));
     row("agent", reach_text(&ping.underlay));
@@ -315,7 +316,7 @@ mod tests {
             liveness: Some(liveness),
             left: false,
             forgotten: false,
-            heard: true,
+            awaited: false,
             address: "192.0.2.1:8473".parse().expect("an address"),
             underlay: [192, 0, 2, 1].into(),
             vtep_mac: "02:00:00:00:00:01".parse().expect("a MAC"),

@@ -331,7 +331,7 @@ mod tests {
             json!({
                 "name": name, "label": name, "former_self": false, "node": id(number),
                 "me": number == 1, "liveness": liveness,
-                "left": false, "forgotten": false, "heard": true, "address": "192.0.2.1:8473",
+                "left": false, "forgotten": false, "awaited": false, "address": "192.0.2.1:8473",
                 "underlay": "192.0.2.1", "vtep_mac": "02:00:00:00:00:01", "free": 0,
                 "subnets": [format!("10.42.{}.0/24", name.len())],
             })

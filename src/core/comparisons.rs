@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use crate::model::{NodeId, Time};
+use crate::model::{NodeId, Slot, Time};
 
 use super::{Target, partners::Partners};
 
@@ -14,10 +14,6 @@ pub(super) const MAX_UNSETTLED_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval of the first rounds after the start, and of all rounds while memory is unverified.
 const STARTUP_INTERVAL: Duration = Duration::from_millis(250);
 const STARTUP_ROUNDS: u64 = 64;
-/// Comparisons per second in the whole cluster by nodes that have unconfirmed peers. In clusters above this
-/// size the interval grows in proportion, up to `SETTLED_INTERVAL`, because most comparisons need a new
-/// connection.
-const CLUSTER_COMPARISONS_PER_SECOND: u32 = 100;
 
 /// The peers that must confirm this node's memory, because it may lack records that the node wrote. While any
 /// confirmation is missing, memory is unverified and the node writes no new ownership records.
@@ -49,12 +45,11 @@ pub(super) struct SyncRound {
     pub(super) needed_witnesses: NeededWitnesses,
     /// Members whose state was compared with this node's since the start.
     pub(super) confirmed: BTreeSet<NodeId>,
-    /// Number of those that the view does not reflect yet.
-    pub(super) newly_confirmed: usize,
-    /// Number of other active members.
-    pub(super) active_peers: u32,
-    /// Whether some active member is unconfirmed.
-    pub(super) has_unconfirmed: bool,
+    /// The slots with kernel entries of no known member; `None` until the kernel was read.
+    pub(super) retained: Option<BTreeSet<Slot>>,
+    /// Whether kernel entries wait for the confirmation of a slot's owner, or a node that started alone
+    /// searches for the others.
+    pub(super) is_hurried: bool,
     pub(super) rounds: u64,
     /// The node that answers at each seed, once known.
     pub(super) seeds: Vec<Option<NodeId>>,
@@ -81,9 +76,8 @@ impl SyncRound {
         Self {
             needed_witnesses,
             confirmed: BTreeSet::new(),
-            newly_confirmed: 0,
-            active_peers: 0,
-            has_unconfirmed: true,
+            retained: None,
+            is_hurried: true,
             due: now,
             open: Open::default(),
             settled: false,
@@ -215,17 +209,15 @@ impl SyncRound {
     pub(super) fn interval(&self) -> Duration {
         match self.settled {
             _ if self.is_starting() => STARTUP_INTERVAL,
-            true if self.has_unconfirmed => (MAX_UNSETTLED_INTERVAL
-                * (self.active_peers / CLUSTER_COMPARISONS_PER_SECOND).max(1))
-            .min(SETTLED_INTERVAL),
+            true if self.is_hurried => MAX_UNSETTLED_INTERVAL,
             true => SETTLED_INTERVAL,
             false => self.unsettled_interval,
         }
     }
 
-    /// Returns whether memory is unverified, or the start is recent and some members are unconfirmed.
+    /// Returns whether memory is unverified, or the start is recent and something waits for comparisons.
     pub(super) fn is_starting(&self) -> bool {
-        !self.synced() || self.has_unconfirmed && self.rounds < STARTUP_ROUNDS
+        !self.synced() || self.is_hurried && self.rounds < STARTUP_ROUNDS
     }
 
     pub(super) fn complete(&mut self, now: Time, peer: NodeId, same: bool) {

@@ -1,7 +1,7 @@
 //! The core's interface: inputs to a node, and outputs that the agent or the simulator carries out.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -9,7 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    model::{CallError, CallId, NodeId, ReplyId, View, WriteSeq},
+    model::{CallError, CallId, NodeId, ReplyId, Slot, View, WriteSeq},
     wire::{Key, Refusal},
 };
 
@@ -46,6 +46,9 @@ pub enum Input {
     /// The kernel now equals the last [`Output::Program`] or [`Output::Withdraw`]: it uses this subnet, or
     /// none.
     KernelSubnet(Option<IpNet>),
+    /// The slots whose kernel entries belong to no known member and stay until the slot's owner is confirmed,
+    /// in place of those of the last such input.
+    RetainedEntries(BTreeSet<Slot>),
     /// The host's underlay address has changed; the port has not.
     UnderlayChanged {
         /// The new address.

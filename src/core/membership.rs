@@ -123,7 +123,10 @@ impl Membership {
     /// Adds members that a vetted peer considers alive, or that have sent a message to this node.
     pub fn introduce(&mut self, now: Time, identities: impl Iterator<Item = Identity>) {
         let me = self.identity().node;
-        let members: Vec<_> = identities.filter(|id| id.node != me).map(Member::alive).collect();
+        let identities: Vec<Identity> = identities.collect();
+        self.notify_held_down(&identities);
+        let members: Vec<_> =
+            identities.into_iter().filter(|id| id.node != me).map(Member::alive).collect();
         let result = self.foca.apply_many(members.into_iter(), true, &mut self.runtime);
         self.collect(now, "introduce", result);
     }
@@ -193,8 +196,11 @@ impl Membership {
             Member::new(suspicion.identity, suspicion.refutation, State::Suspect)
         };
         let members: Vec<_> = suspicions.map(suspect).collect();
+        let nodes: Vec<NodeId> = members.iter().map(|member| member.id().node).collect();
         let result = self.foca.apply_many(members.into_iter(), true, &mut self.runtime);
         self.collect(now, "suspect", result);
+        let doubted = nodes.into_iter().filter(|node| self.active.contains_key(node));
+        self.contacts.doubt(doubted);
     }
 
     /// Ends a suspicion, because the suspect answered.
@@ -268,7 +274,7 @@ impl Membership {
 
     /// Returns the neighbors: the members that this node probes and gossips with.
     pub fn neighbors(&self) -> &BTreeSet<NodeId> {
-        self.contacts.neighborhood.neighbors()
+        self.contacts.neighbors()
     }
 
     /// Returns the members held as alive or suspect, with this node, in order of their ids.
@@ -320,13 +326,13 @@ impl Membership {
         self.deactivate(identity.node);
         self.hashes[Buckets::of_node(identity.node)] ^= identity_hash(&identity);
         self.active.insert(identity.node, identity);
-        self.contacts.neighborhood.insert(identity.node);
+        self.contacts.activate(identity.node);
     }
 
     fn deactivate(&mut self, node: NodeId) {
         if let Some(before) = self.active.remove(&node) {
             self.hashes[Buckets::of_node(node)] ^= identity_hash(&before);
-            self.contacts.neighborhood.remove(node);
+            self.contacts.deactivate(node);
         }
     }
 

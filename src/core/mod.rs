@@ -180,6 +180,7 @@ impl Node {
             Input::Request { from, reply, bytes } => self.serve(now, from, reply, &bytes),
             Input::Answer { call, result } => self.handle_answer(now, call, result),
             Input::KernelSubnet(subnet) => self.record_kernel_subnet(now, subnet),
+            Input::RetainedEntries(slots) => self.record_retained_entries(now, slots),
             Input::UnderlayChanged { underlay } => self.change_underlay(now, underlay),
             Input::RunningHosts(hosts) => self.running_hosts = hosts,
             Input::Timeout => self.membership.handle_timeout(now),

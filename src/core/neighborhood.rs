@@ -19,9 +19,6 @@ use super::rank::ring_position;
 /// Number of rings. Each adds two neighbors.
 const RINGS: usize = 4;
 
-/// Maximum number of neighbors.
-pub(super) const MAX_NEIGHBORS: usize = 2 * RINGS;
-
 /// The rings of the active members, and the neighbors of one of them.
 #[derive(Clone, Debug)]
 pub(super) struct Neighborhood {
@@ -85,6 +82,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+
+    const MAX_NEIGHBORS: usize = 2 * RINGS;
 
     fn nodes(count: u32) -> Vec<NodeId> {
         let node = |number: u32| {

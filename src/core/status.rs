@@ -112,9 +112,8 @@ pub struct MemberStatus {
     pub left: bool,
     /// Whether it was forgotten.
     pub forgotten: bool,
-    /// Whether this node has compared its state with it since the start, so that the records of its slots are
-    /// confirmed.
-    pub heard: bool,
+    /// Whether kernel entries of its slots stay until this node has compared its state with it.
+    pub awaited: bool,
     /// The address of its QUIC endpoint.
     pub address: SocketAddr,
     /// The underlay address of its VTEP.
@@ -229,6 +228,7 @@ impl Node {
     fn member_statuses(&self) -> Vec<MemberStatus> {
         let labels = self.labels();
         let opinions = self.membership.opinions();
+        let awaited = self.replica.awaited_owners();
         let cluster_state = self.replica.cluster_state.as_ref();
         let pool = cluster_state.map(|cluster_state| cluster_state.cluster.settings.pool);
         // Members and runs are many, so the runs are read once.
@@ -255,7 +255,7 @@ impl Node {
                 },
                 left: record.has_left(),
                 forgotten: self.replica.directory.forgotten(record.node).is_some(),
-                heard: is_me || self.replica.sync.is_confirmed(record.node),
+                awaited: awaited.contains(&record.node),
                 address: record.address,
                 underlay: record.vtep.underlay,
                 vtep_mac: record.vtep.mac,

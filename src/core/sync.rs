@@ -4,7 +4,7 @@
 //! active member. So a partition that has healed is always noticed. Only the differing buckets are exchanged;
 //! without a difference a round costs three hashes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rand::prelude::IndexedRandom as _;
 
@@ -14,32 +14,35 @@ use crate::{
 };
 
 use super::{
-    Answer, CallError, Node, Purpose, Target,
-    comparisons::{MAX_UNSETTLED_INTERVAL, SyncRound},
-    learn::MergeResult,
-    malformed::Kind,
-    membership::Membership,
-    outbox::Outbox,
-    rank::state_hash,
+    Answer, CallError, Node, Purpose, Target, comparisons::MAX_UNSETTLED_INTERVAL,
+    learn::MergeResult, malformed::Kind, membership::Membership, outbox::Outbox, rank::state_hash,
     replica::Replica,
 };
 
-/// The view is computed again when one in this many confirmed peers is new to it, or after this many rounds.
-const VIEW_REFRESH_SHARE: usize = 16;
-const VIEW_REFRESH_ROUNDS: u64 = 16;
+/// Every so many rounds the partner is a random active member instead of a neighbor.
+const RANDOM_PARTNER_ROUNDS: u64 = 16;
 
 impl Replica {
     /// Confirms a peer: the known records of its slots are its own statement. Kernel entries for them can be
-    /// checked from then on. In a large cluster the view is computed again only after several confirmations,
-    /// because each time all entries are checked.
+    /// checked from then on.
     pub(super) fn confirm(&mut self, outbox: &mut Outbox, peer: NodeId) {
-        let SyncRound { confirmed, newly_confirmed, .. } = &mut self.sync;
-        *newly_confirmed += usize::from(confirmed.insert(peer));
-        if *newly_confirmed * VIEW_REFRESH_SHARE >= confirmed.len()
-            && std::mem::take(newly_confirmed) > 0
-        {
+        let is_awaited = self.sync.retained.is_none() || self.awaited_owners().contains(&peer);
+        if self.sync.confirmed.insert(peer) && is_awaited {
             outbox.invalidate_view();
         }
+    }
+
+    /// Returns the owners whose confirmation decides about kernel entries of no known member.
+    pub(super) fn awaited_owners(&self) -> BTreeSet<NodeId> {
+        let Some(cluster_state) = &self.cluster_state else { return BTreeSet::new() };
+        let records = self.sync.retained.iter().flatten();
+        let owners = records.filter(|slot| !self.reassigned.contains(slot));
+        let owners = owners.filter_map(|slot| cluster_state.slots.record(*slot));
+        let owners = owners.map(|record| record.owner);
+        let is_awaited = |owner: &NodeId| {
+            *owner != self.me.node && !self.sync.is_confirmed(*owner) && !self.is_gone(*owner)
+        };
+        owners.filter(is_awaited).collect()
     }
 
     /// Notes a successful comparison with `peer`; `same` if it found no difference.
@@ -98,37 +101,36 @@ impl Node {
         self.replica.sync.unsettled_interval =
             (self.replica.sync.unsettled_interval * 2).min(MAX_UNSETTLED_INTERVAL);
         self.replica.sync.due = now + self.jittered(base);
-        let unconfirmed =
-            |node: NodeId| !self.replica.sync.is_confirmed(node) && !self.replica.is_gone(node);
         // Without a creator each node starts alone and finds the others through its seeds.
         let is_lonely = self.config.assigned.is_some() && self.is_alone();
-        self.replica.sync.has_unconfirmed = is_lonely || self.membership.others().any(unconfirmed);
-        self.replica.sync.active_peers = self.membership.others().count() as u32;
+        let awaited = self.replica.awaited_owners();
+        self.replica.sync.is_hurried = is_lonely || !awaited.is_empty();
         let directory = &self.replica.directory;
         self.replica.sync.partners.retain(|node| directory.get(node).is_some());
         if self.is_alone() {
             (self.replica.sync.settled, self.replica.sync.settled_once, self.replica.sync.agreed) =
                 (true, true, true);
         }
-        let partner = self.choose_partner(now, self.replica.sync.rounds + 1);
+        let partner = self.choose_partner(now, self.replica.sync.rounds + 1, &awaited);
         // Rounds without a partner do not count.
         self.replica.sync.rounds += u64::from(partner.is_some());
-        let is_turn = !self.replica.sync.has_unconfirmed
-            || self.replica.sync.rounds.is_multiple_of(VIEW_REFRESH_ROUNDS);
-        if is_turn && std::mem::take(&mut self.replica.sync.newly_confirmed) > 0 {
-            self.outbox.invalidate_view();
-        }
         let Some(partner) = partner else { return };
         *self.replica.sync.open.with(partner) = true;
         let request = Request::Compare(self.replica.buckets(&self.membership).roots());
         self.call(partner, Purpose::Compare { partner }, &request);
     }
 
-    /// Chooses the partner of a round. Two of four rounds prefer members that can verify memory, or else
-    /// unconfirmed ones; the other two take any, because the preferred ones may be unreachable for long.
-    /// Three of four rounds take active members, the fourth also ones considered down. Every second round
-    /// takes a seed, if one is not an active member.
-    fn choose_partner(&mut self, now: Time, rounds: u64) -> Option<Target> {
+    /// Chooses the partner of a round. Two of four rounds prefer members that can verify memory, or else the
+    /// owners whose confirmation kernel entries wait for (`awaited`). The other two do not, because the
+    /// preferred ones may be unreachable for long: they take a neighbor, rarely any active member, and every
+    /// fourth round takes a member considered down, if there is one. Every second round takes a seed, if one
+    /// is not an active member.
+    fn choose_partner(
+        &mut self,
+        now: Time,
+        rounds: u64,
+        awaited: &BTreeSet<NodeId>,
+    ) -> Option<Target> {
         let me = self.replica.me.node;
         let absent_seeds: Vec<usize> = (0..self.replica.sync.seeds.len())
             .filter(|&seed| {
@@ -136,22 +138,26 @@ impl Node {
                     .is_none_or(|node| node != me && !self.membership.is_active(node))
             })
             .collect();
-        let is_useful = |node: &NodeId| match self.replica.sync.witnesses() {
-            Some(witnesses) => witnesses.contains(node),
-            None => !self.replica.sync.confirmed.contains(node),
-        };
-        let takes_down = rounds.is_multiple_of(4);
-        let prefers_useful = rounds % 4 < 2;
+        let useful = self.replica.sync.witnesses().unwrap_or(awaited);
         let peers: Vec<&MemberRecord> = self.replica.directory.peers(me).collect();
         let may_compare = |record: &&&MemberRecord| {
             self.replica.sync.partners.may_compare(now, record.node, peers.len() == 1)
         };
         let all: Vec<&MemberRecord> = peers.iter().filter(may_compare).copied().collect();
-        let wanted = |record: &&&MemberRecord| {
-            (takes_down || self.membership.is_active(record.node))
-                && (!prefers_useful || is_useful(&record.node))
+        let is_active = |node: NodeId| self.membership.is_active(node);
+        let is_neighbor = |node: NodeId| self.membership.neighbors().contains(&node);
+        let of = |wanted: &dyn Fn(NodeId) -> bool| -> Vec<&MemberRecord> {
+            all.iter().filter(|record| wanted(record.node)).copied().collect()
         };
-        let preferred: Vec<&MemberRecord> = all.iter().filter(wanted).copied().collect();
+        let mut preferred = match rounds % 4 {
+            0 => of(&|node| !is_active(node)),
+            1 => of(&|node| is_active(node) && useful.contains(&node)),
+            _ if rounds.is_multiple_of(RANDOM_PARTNER_ROUNDS) => of(&is_active),
+            _ => Vec::new(),
+        };
+        if preferred.is_empty() {
+            preferred = of(&is_neighbor);
+        }
         let from = if preferred.is_empty() { &all } else { &preferred };
         let peer = from
             .choose(&mut self.rng)

@@ -1,10 +1,13 @@
 //! Computes the view, and queues it for the kernel when it has changed.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
-use crate::model::{MemberRecord, NodeId, Own, Peer, Slot, SlotState, Subnets, View};
+use crate::model::{MemberRecord, NodeId, Own, Peer, Slot, SlotState, Subnets, Time, View};
 
-use super::{ClusterState, Node, replica::Replica};
+use super::{ClusterState, Node, SlotTable, replica::Replica};
 
 impl Replica {
     /// Returns the slot ranges of unconfirmed owners. Only its owner can have leased a slot to another node.
@@ -12,6 +15,9 @@ impl Replica {
     /// its start.
     fn unconfirmed(&self, is_assigned: bool) -> Vec<Range<u32>> {
         let Some(cluster_state) = &self.cluster_state else { return Vec::new() };
+        if let Some(retained) = &self.sync.retained {
+            return self.unconfirmed_among(&cluster_state.slots, retained, is_assigned);
+        }
         let pool = cluster_state.cluster.settings.pool;
         let mut unconfirmed: Vec<Range<u32>> = Vec::new();
         let mut next = *pool.slots().start();
@@ -44,9 +50,41 @@ impl Replica {
         }
         unconfirmed
     }
+
+    /// Returns those of `retained`, the slots with kernel entries of no known member, whose owner is
+    /// unconfirmed. No other entry depends on a confirmation.
+    fn unconfirmed_among(
+        &self,
+        slots: &SlotTable,
+        retained: &BTreeSet<Slot>,
+        is_assigned: bool,
+    ) -> Vec<Range<u32>> {
+        let is_unconfirmed = |slot: &&Slot| match slots.record(**slot).map(|record| record.owner) {
+            Some(owner) => {
+                owner != self.me.node
+                    && !self.sync.is_confirmed(owner)
+                    && !self.reassigned.contains(*slot)
+            }
+            None => !(is_assigned && self.sync.synced()),
+        };
+        let unconfirmed = retained.iter().filter(is_unconfirmed);
+        unconfirmed.map(|slot| slot.0..slot.0 + 1).collect()
+    }
 }
 
 impl Node {
+    /// Handles the kernel's report of entries that belong to no known member.
+    pub(super) fn record_retained_entries(&mut self, now: Time, slots: BTreeSet<Slot>) {
+        if self.replica.sync.retained.as_ref() == Some(&slots) {
+            return;
+        }
+        self.replica.sync.retained = Some(slots);
+        self.outbox.invalidate_view();
+        if !self.replica.awaited_owners().is_empty() {
+            self.replica.sync.hasten(now);
+        }
+    }
+
     /// Queues an output for the kernel if the view has changed.
     pub(super) fn program_kernel(&mut self) {
         if !self.outbox.take_view_stale() {

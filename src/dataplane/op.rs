@@ -1,11 +1,11 @@
 //! Changes to the kernel: to the VXLAN device, and to entries.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
 use super::desired::{Device, Hop};
-use crate::model::Mac;
+use crate::model::{Mac, Slot};
 
 /// The changes that make the kernel equal to a desired state, those to the device first. All are idempotent:
 /// "already exists" and "already gone" count as success.
@@ -15,6 +15,8 @@ pub struct Plan {
     pub device: Vec<DeviceOp>,
     /// The changes to entries.
     pub entries: Vec<EntryOp>,
+    /// The slots with entries of no known member that stay until the slot's owner is confirmed.
+    pub retained: BTreeSet<Slot>,
 }
 
 /// One change of a plan.

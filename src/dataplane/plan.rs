@@ -20,7 +20,7 @@ use ipnet::IpNet;
 
 use super::desired::{Desired, Device, Hop, RouteTarget, Tables};
 pub use super::op::{DeviceOp, EntryOp, Op, Plan};
-use crate::model::Mac;
+use crate::model::{Mac, Slot};
 
 /// The gossamer entries found by a dump. The kernel allows several FDB entries of one MAC and several routes
 /// to one subnet, hence the sets.
@@ -71,7 +71,7 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Plan {
         actual.neighbors.clear();
     }
     plan_additions(&desired.tables, &actual, &mut plan.entries);
-    plan_removals(desired, &actual, &mut plan.entries);
+    plan.retained = plan_removals(desired, &actual, &mut plan.entries);
     plan
 }
 
@@ -158,16 +158,20 @@ fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<EntryOp>) {
     }
 }
 
-fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<EntryOp>) {
+/// Plans the removal of entries that are not desired. Returns the slots of those that stay.
+fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<EntryOp>) -> BTreeSet<Slot> {
+    let mut retained = BTreeSet::new();
     let wanted = &desired.tables;
     let mut routes: Vec<_> = is.routes.iter().collect();
     routes.sort_by_key(|(subnet, _)| subnet.prefix_len());
     for (subnet, hop) in routes {
-        if desired.is_retained(subnet.network()) && *hop != Hop::REFUSE {
+        // An old route with the metric of the wanted one has been replaced by it.
+        if wanted.routes.get(subnet).is_some_and(|new| new.metric == hop.metric) {
             continue;
         }
-        // An old route with the metric of the wanted one has been replaced by it.
-        if wanted.routes.get(subnet).is_none_or(|new| new.metric != hop.metric) {
+        if desired.is_retained(subnet.network()) && *hop != Hop::REFUSE {
+            retained.extend(desired.pool.slot_of(subnet.network()));
+        } else {
             ops.push(EntryOp::RemoveRoute(*subnet, *hop));
         }
     }
@@ -184,6 +188,8 @@ fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<EntryOp>) {
         None => !stay.iter().any(|(_, is_retained)| *is_retained == mac),
     });
     ops.extend(gone.map(|(mac, underlay)| EntryOp::RemoveFdb(*mac, *underlay)));
+    retained.extend(stay.iter().filter_map(|(address, _)| desired.pool.slot_of(**address)));
+    retained
 }
 
 #[cfg(test)]
@@ -268,7 +274,7 @@ pub(super) mod tests {
 
     #[test]
     fn empty_kernel_gets_device_first_then_fdb_neighbor_and_route() {
-        let Plan { device, entries } = plan(&desired(&[(1, 9), (2, 7)]), &Actual::default());
+        let Plan { device, entries, .. } = plan(&desired(&[(1, 9), (2, 7)]), &Actual::default());
         let texts = device.iter().map(|op| format!("{op:?}"));
         let texts = texts.chain(entries.iter().map(|op| format!("{op:?}")));
         let kinds: Vec<String> = texts
@@ -294,7 +300,12 @@ pub(super) mod tests {
         let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7), (3, 8)]));
         let unconfirmed = Desired { unconfirmed: vec![8..9, 50..60], ..desired(&[(1, 9), (2, 7)]) };
-        assert_eq!(plan(&unconfirmed, &kernel.dump()), Plan::default());
+        let retained = BTreeSet::from([Slot(8)]);
+        assert_eq!(
+            plan(&unconfirmed, &kernel.dump()),
+            Plan { retained, ..Plan::default() },
+            "the owner of slot 8 decides whether its entries stay"
+        );
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         assert_eq!(kernel.routes.len(), 2, "one of the peer, one of this node");
     }

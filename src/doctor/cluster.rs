@@ -347,7 +347,7 @@ mod tests {
             liveness: Some(Liveness::Alive),
             left: false,
             forgotten: false,
-            heard: true,
+            awaited: false,
             address,
             underlay: address.ip(),
             vtep_mac: "02:00:00:00:00:01".parse().expect("a MAC"),

@@ -298,9 +298,12 @@ impl World {
         }
         let Some(desired_state) = process.desired_state.take() else { return };
         let host = &self.hosts[index];
+        let mut retained = BTreeSet::new();
         let ops: Vec<Op> = match &desired_state {
             DesiredState::Overlay(view) => {
-                plan(&host.desired(view), &host.kernel.dump()).into_ops().collect()
+                let mut plan = plan(&host.desired(view), &host.kernel.dump());
+                retained = std::mem::take(&mut plan.retained);
+                plan.into_ops().collect()
             }
             DesiredState::Nothing => vec![Op::Device(DeviceOp::DeleteDevice)],
         };
@@ -335,6 +338,7 @@ impl World {
         };
         self.schedule_kernel(index, retry_after.unwrap_or(RECONCILE_INTERVAL));
         if retry_after.is_none() {
+            self.input(index, Input::RetainedEntries(retained));
             self.input(index, Input::KernelSubnet(subnet));
         }
     }

@@ -143,6 +143,10 @@ impl Agent {
                     tracing::debug!(operations, "kernel programmed");
                 }
                 self.note_kernel_failures(&report.failed);
+                if self.kernel.progress.retained.as_ref() != Some(&report.retained) {
+                    self.kernel.progress.retained = Some(report.retained.clone());
+                    self.input(Input::RetainedEntries(report.retained));
+                }
                 self.report_kernel_subnet();
                 if self.kernel.wanted.withdrawn {
                     let path = self.config.subnet_file.clone();

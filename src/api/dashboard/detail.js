@@ -128,7 +128,7 @@ function aboutAddresses(member) {
     block("Free ranges", [
       ["Free", number(member.free)],
       ["Ranges", some(ranges, 6)],
-      ["Slots", member.heard === undefined ? null : member.heard ? "confirmed" : "unconfirmed"],
+      ["Slots", member.awaited ? "kernel entries wait for a comparison" : null],
     ]),
   ];
 }

@@ -4,6 +4,7 @@
 //! each other one. Here the contacts that it begins go to the neighborhood instead:
 //!
 //! - A member that is no neighbor is passed over as if it had answered its probe. Its own neighbors probe it.
+//!   A node that has missed their verdict learns it from a comparison, and probes the member itself.
 //! - A neighbor is asked to probe a silent member indirectly.
 //! - Gossip and announcements go to random neighbors.
 //!
@@ -12,8 +13,8 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use foca::{Header, Message, ProbeNumber, Timer};
-use rand::rngs::StdRng;
+use foca::{Header, Message, ProbeNumber, State, Timer};
+use rand::{rngs::StdRng, seq::SliceRandom as _};
 
 use crate::{
     core::neighborhood::Neighborhood,
@@ -23,10 +24,15 @@ use crate::{
 
 use super::{Membership, Notice};
 
+/// Limit of the members that one message makes this node notify of their being held as down.
+const MAX_DOWN_NOTICES: usize = 2;
+
 /// The neighborhood, and the state of the present probe.
 pub(super) struct Contacts {
-    pub(super) neighborhood: Neighborhood,
+    neighborhood: Neighborhood,
     rng: StdRng,
+    /// Members that a peer holds as down and this node as active.
+    doubted: BTreeSet<NodeId>,
     /// The neighbors that were asked to probe the present target.
     helpers: BTreeSet<NodeId>,
     /// The target of the present probe and its number, if it is passed over.
@@ -40,10 +46,15 @@ impl Contacts {
         Self {
             neighborhood: Neighborhood::new(me),
             rng,
+            doubted: BTreeSet::new(),
             helpers: BTreeSet::new(),
             passed_over: None,
             probe_timers: Vec::new(),
         }
+    }
+
+    pub(super) const fn neighbors(&self) -> &BTreeSet<NodeId> {
+        self.neighborhood.neighbors()
     }
 
     /// Notes a timer that foca has armed.
@@ -52,9 +63,59 @@ impl Contacts {
             self.probe_timers.push(key);
         }
     }
+
+    /// Notes that a peer holds active members as down.
+    pub(super) fn doubt(&mut self, members: impl Iterator<Item = NodeId>) {
+        self.doubted.extend(members);
+    }
+
+    /// Notes that a member is active.
+    pub(super) fn activate(&mut self, node: NodeId) {
+        self.neighborhood.insert(node);
+    }
+
+    /// Notes that a member is no longer active.
+    pub(super) fn deactivate(&mut self, node: NodeId) {
+        self.neighborhood.remove(node);
+        self.doubted.remove(&node);
+    }
 }
 
 impl Membership {
+    /// Whether this node probes the member: a neighbor, or a suspect that a peer holds as down.
+    fn probes(&mut self, member: &Identity) -> bool {
+        if self.contacts.neighborhood.neighbors().contains(&member.node) {
+            return true;
+        }
+        if !self.contacts.doubted.contains(&member.node) {
+            return false;
+        }
+        let mut suspects = self.foca.iter_members().filter(|m| m.state() == State::Suspect);
+        let is_suspect = suspects.any(|suspect| suspect.id() == member);
+        if !is_suspect {
+            self.contacts.doubted.remove(&member.node);
+        }
+        is_suspect
+    }
+
+    /// Tells members that a peer holds as active and this node as down, so that they renew their identities.
+    /// No other node has a reason to tell them: those that hold them as down are no neighbors of theirs.
+    pub(super) fn notify_held_down(&mut self, active_elsewhere: &[Identity]) {
+        let mut held_down = self.held_down(active_elsewhere);
+        let (chosen, _) = held_down.partial_shuffle(&mut self.contacts.rng, MAX_DOWN_NOTICES);
+        for held in chosen {
+            let dst = held.identity;
+            let header = Header {
+                src: self.identity(),
+                src_incarnation: self.refutation,
+                dst,
+                message: Message::TurnUndead,
+            };
+            let packet = SwimPacket::bare(header).encode().into();
+            self.notices.push_back(Notice::Send { to: dst.node, packet });
+        }
+    }
+
     /// Probes the next neighbor in foca's order.
     pub(super) fn probe(&mut self, now: Time, timer: Timer<Identity>) {
         let mut timer = Some(timer);
@@ -109,8 +170,7 @@ impl Membership {
     pub(super) fn send(&mut self, to: &Identity, packet: Bytes) {
         let unchanged = |packet| Notice::Send { to: to.node, packet };
         let Ok(mut decoded) = SwimPacket::decode(&packet) else { return };
-        let is_neighbor = self.contacts.neighborhood.neighbors().contains(&to.node);
-        if is_neighbor || !self.active.contains_key(&to.node) {
+        if !self.active.contains_key(&to.node) || self.probes(to) {
             if let Message::PingReq { .. } = decoded.header.message {
                 self.contacts.helpers.insert(to.node);
             }

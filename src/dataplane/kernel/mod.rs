@@ -24,7 +24,7 @@ pub mod users;
 mod watch;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, io,
     net::{IpAddr, Ipv4Addr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
@@ -56,7 +56,7 @@ use super::{
     plan::{DeviceOp, EntryOp, Plan, full_len, plan},
 };
 use crate::{
-    model::Pool,
+    model::{Pool, Slot},
     netlink::{
         Netlink, Request,
         ethtool::{Ethtool, TX_CHECKSUM},
@@ -110,6 +110,8 @@ pub struct Report {
     pub device: Option<u32>,
     /// Whether the device uses checksum offload; `None` if unknown.
     pub checksum_offload: Option<bool>,
+    /// The slots with entries of no known member that stay until the slot's owner is confirmed.
+    pub retained: BTreeSet<Slot>,
 }
 
 /// An entry that the kernel refused.
@@ -314,8 +316,8 @@ impl Kernel {
 
     /// Executes the operations; those on the device first, each of which must succeed.
     fn apply(&mut self, desired: &Desired, plan: Plan) -> Result<Report, KernelError> {
-        let Plan { device: device_ops, entries: entry_ops } = plan;
-        let mut report = Report::default();
+        let Plan { device: device_ops, entries: entry_ops, retained } = plan;
+        let mut report = Report { retained, ..Report::default() };
         for op in device_ops {
             self.apply_to_device(&desired.device, &op)
                 .map_err(|error| self.explain(desired, &op, error))?;

@@ -16,7 +16,7 @@ use crate::{
         workers::{host_checks::HostState, kernel_event::DemandState},
     },
     core::View,
-    model::{NodeId, Problem},
+    model::{NodeId, Problem, Slot},
 };
 
 /// The event loop's knowledge of the kernel.
@@ -63,6 +63,8 @@ pub(in crate::agent) struct Progress {
     pub(in crate::agent) answered: u64,
     /// Whether the kernel has equaled the desired state at least once.
     pub(in crate::agent) programmed_once: bool,
+    /// The slots that the core was last told to have entries of no known member.
+    pub(in crate::agent) retained: Option<BTreeSet<Slot>>,
     /// The subnet that the core was last told to be in use by the kernel.
     pub(in crate::agent) in_use: Option<Option<IpNet>>,
 }
