@@ -60,6 +60,7 @@ mod view;
 mod vote;
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -404,6 +405,11 @@ impl Node {
     /// Returns the addresses of the other members. A host saves them to rejoin without its database.
     pub fn member_addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
         self.replica.directory.peers(self.replica.me.node).map(|record| record.address)
+    }
+
+    /// Returns the members with which this node keeps connections.
+    pub fn neighbors(&self) -> &BTreeSet<NodeId> {
+        self.membership.neighbors()
     }
 
     /// Counts the members that gossip considers alive or suspect, this node included.

@@ -6,6 +6,7 @@
 mod accept;
 mod admission;
 mod dial;
+mod links;
 mod names;
 mod settings;
 mod socket;
@@ -13,7 +14,7 @@ mod socket;
 mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     io,
     net::SocketAddr,
     sync::{
@@ -32,6 +33,7 @@ use self::{
     accept::accept,
     admission::SharedAdmissions,
     dial::Dialer,
+    links::PeerLink,
     settings::{endpoint_settings, roles},
     socket::LimitedSocket,
 };
@@ -55,9 +57,6 @@ const FRAME_QUEUE: usize = 32;
 const CALL_QUEUE: usize = 8;
 /// Unanswered requests of peers, which accumulate only while the disk accepts no writes.
 const MAX_REPLIES: usize = 1024;
-/// Upper limit of open connections, which take about 10 MB. A further one replaces the least
-/// recently used.
-const MAX_CONNECTIONS: usize = 256;
 /// Time limit of a handshake.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
 /// Time after which a second connection to one peer is closed.
@@ -101,18 +100,6 @@ pub struct Transport {
     /// Number of calls by name; each starts with the next address of the name.
     calls_by_name: AtomicUsize,
     buffer: ReceiveBuffer,
-}
-
-/// The connection to a peer, and what waits for one.
-#[derive(Default)]
-struct PeerLink {
-    connection: Option<Connection>,
-    since: Option<Instant>,
-    /// When the connection was last used for sending or receiving.
-    last_used: Option<Instant>,
-    is_dialing: bool,
-    frames: VecDeque<Vec<u8>>,
-    calls: VecDeque<(Call, Vec<u8>)>,
 }
 
 impl Transport {
@@ -395,6 +382,7 @@ impl Transport {
         let superfluous = if link.live().is_none() || !at_once || inbound == (peer < self.dialer.me)
         {
             link.since = Some(Instant::now());
+            link.is_inbound = inbound;
             link.connection.replace(connection.clone())
         } else {
             Some(connection.clone())
@@ -416,16 +404,6 @@ impl Transport {
     fn mark_used(&mut self, peer: NodeId) {
         if let Some(link) = self.peers.get_mut(&peer) {
             link.last_used = Some(Instant::now());
-        }
-    }
-
-    /// Closes the least recently used connection if there are too many.
-    fn close_least_recently_used(&mut self) {
-        if self.connections() > MAX_CONNECTIONS {
-            let live = self.peers.values().filter_map(|link| Some((link.last_used, link.live()?)));
-            if let Some((_, connection)) = live.min_by_key(|(last_used, _)| *last_used) {
-                connection.close(VarInt::from_u32(0), b"too many connections");
-            }
         }
     }
 
@@ -471,20 +449,6 @@ impl Transport {
     fn answer(&self, call: Call, error: CallError) {
         let (events, result) = (self.dialer.events.clone(), Err(error));
         tokio::spawn(async move { events.send(Event::Answer { call, result }).await });
-    }
-}
-
-impl PeerLink {
-    /// Returns the connection if it is open.
-    fn live(&self) -> Option<&Connection> {
-        self.connection.as_ref().filter(|connection| connection.close_reason().is_none())
-    }
-
-    fn is_unused(&self) -> bool {
-        self.connection.is_none()
-            && !self.is_dialing
-            && self.frames.is_empty()
-            && self.calls.is_empty()
     }
 }
 

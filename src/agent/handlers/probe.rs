@@ -262,6 +262,7 @@ impl Agent {
             self.update_running_hosts();
             self.update_offload();
             self.check_path_mtu_reports();
+            self.transport.close_unused(self.node.neighbors());
         }
         self.gossip.receive_drops.look(now, self.transport.receive_buffer());
         let now = self.clock.now();

@@ -1,9 +1,10 @@
 //! Two endpoints on loopback: which peers are accepted, and how connections are replaced.
 
-use std::net::Ipv4Addr;
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use super::{
     super::{NodeKey, connection::CALL_TIMEOUT, credentials::SERVER_NAME},
+    links::{MAX_CONNECTIONS, UNUSED_TIMEOUT},
     *,
 };
 use crate::{model::CallId, wire::Secret};
@@ -298,6 +299,31 @@ async fn least_recently_used_connection_is_closed() {
     };
     assert!(!kept(&spokes[0]), "the first is the longest unused");
     assert!(spokes[1..].iter().all(kept));
+}
+
+#[tokio::test]
+async fn unused_connection_is_closed_by_the_node_that_opened_it_unless_the_peer_is_a_neighbor() {
+    let mut hub = bind(1, 0);
+    let mut spokes = Vec::new();
+    for key in 1..=3 {
+        let mut spoke = bind(1, key);
+        let (id, to) = (spoke.0.dialer.me, address(&spoke));
+        hub.0.send(id, to, b"hello".to_vec());
+        next_while(&mut spoke, &mut hub).await;
+        spokes.push(spoke);
+    }
+    let ids: Vec<NodeId> = spokes.iter().map(|spoke| spoke.0.dialer.me).collect();
+    let long_ago = Instant::now().checked_sub(UNUSED_TIMEOUT).expect("uptime");
+    for id in &ids[..2] {
+        hub.0.peers.get_mut(id).expect("connected").last_used = Some(long_ago);
+    }
+    let spoke = &mut spokes[1].0;
+    spoke.peers.get_mut(&hub.0.dialer.me).expect("connected").last_used = Some(long_ago);
+    spoke.close_unused(&BTreeSet::new());
+    assert_eq!(spoke.connections(), 1, "the node that opened it closes it first");
+    hub.0.close_unused(&BTreeSet::from([ids[0]]));
+    let is_open = |id: &NodeId| hub.0.peers[id].live().is_some();
+    assert_eq!(ids.iter().map(is_open).collect::<Vec<_>>(), [true, false, true]);
 }
 
 /// Sends half a message on each of `streams` streams of one node, and never finishes them.
