@@ -1,17 +1,19 @@
-//! Measures how fast a cluster forms and what an idle agent costs. Real agents run on real kernels, in
-//! network namespaces on one machine. `cargo bench --bench cluster [-- SIZE ...]`.
+//! Measures how fast a cluster forms, what a join and a leave cost, and what an idle agent costs. Real agents
+//! run on real kernels, in network namespaces on one machine. `cargo bench --bench cluster [-- SIZE ...]
+//! [--busy]`; `GOSSAMER=PATH` measures that program.
 //!
 //! Times come from netlink: a socket in each namespace receives every route, neighbor and FDB entry that
-//! the kernel announces. All hosts share the cores of this machine, so the CPU limits results for many
-//! nodes. Compare them only with results from the same machine.
+//! the kernel announces. States are on the disk that holds the build, because a flush to a tmpfs is free.
+//! `--busy` keeps both cores busy with other work. All hosts share the cores of this machine, so the CPU
+//! limits results for many nodes. Compare them only with results from the same machine.
 
 #![allow(clippy::expect_used)]
 
 use std::{
     collections::BTreeSet,
     fs,
-    path::Path,
-    process::{Command, ExitCode},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitCode},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -32,17 +34,35 @@ use rtnetlink::{
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_gossamer");
+/// Where the lab keeps the files of the hosts.
+const HOSTS: &str = "/run/lab";
 const SIZES: [usize; 3] = [3, 10, 30];
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// Time until members have told each other all, before the idle measurement.
+const SETTLE_TIME: Duration = Duration::from_secs(30);
 /// Length of the idle measurement.
-const IDLE_PERIOD: Duration = Duration::from_secs(20);
+const IDLE_PERIOD: Duration = Duration::from_secs(30);
 const ENTRIES_PER_PEER: usize = 3;
+/// Time after a join in which other members' CPU time is counted as the join's.
+const JOIN_COST_PERIOD: Duration = Duration::from_secs(2);
 
-/// Reference: flannel v0.28.9 with etcd 3.4 on a 2-core machine of the same kind, measured earlier with
-/// the same kind of clock. Medians in ms: (joiner seen by all other nodes, joiner complete, all at once).
-const FLANNEL: [(usize, [u32; 3]); 4] =
-    [(3, [39, 167, 217]), (10, [42, 170, 598]), (30, [68, 193, 2185]), (100, [197, 406, 12_927])];
+/// What one size measured; times in milliseconds.
+#[derive(Default)]
+struct Figures {
+    at_once: Vec<f64>,
+    /// CPU of each agent until the full mesh exists.
+    mesh_cpu: Vec<f64>,
+    seen: Vec<f64>,
+    complete: Vec<f64>,
+    gone: Vec<f64>,
+    /// CPU of each other member for one join, at rest subtracted.
+    join_cpu: Vec<f64>,
+    connections: Vec<f64>,
+}
+
+fn program() -> PathBuf {
+    std::env::var_os("GOSSAMER").map_or_else(|| env!("CARGO_BIN_EXE_gossamer").into(), Into::into)
+}
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -50,49 +70,105 @@ fn main() -> ExitCode {
         return code;
     }
     let sizes: Vec<usize> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
-    measure(if sizes.is_empty() { &SIZES } else { &sizes }).expect("measured");
+    let is_busy = arguments.iter().any(|argument| argument == "--busy");
+    measure(if sizes.is_empty() { &SIZES } else { &sizes }, is_busy).expect("measured");
     ExitCode::SUCCESS
 }
 
-fn measure(sizes: &[usize]) -> anyhow::Result<()> {
-    let size = fs::metadata(PROGRAM)?.len() as f64 / 1e6;
-    println!("program: {size:.1} MB\n");
+fn measure(sizes: &[usize], is_busy: bool) -> anyhow::Result<()> {
+    let size = fs::metadata(program())?.len() as f64 / 1e6;
     println!(
-        "ms, median (min-max); flannel + etcd in brackets, measured earlier on such a machine\n"
-    );
-    println!(
-        "nodes  joiner seen by all others   joiner complete             all at once to full mesh"
+        "program: {size:.1} MB; other load: {}\n",
+        if is_busy { "both cores" } else { "none" }
     );
     let mut lab = Lab::new()?;
+    let disk = Disk::mount()?;
+    let _load: Vec<Load> = (0..2 * usize::from(is_busy)).map(|_| Load::start()).collect();
+    println!("ms, median (min-max)\n");
+    println!(
+        "{:<6}{:<22}{:<20}{:<20}{:<20}{:<18}{:<16}{:<12}",
+        "nodes",
+        "all at once",
+        "joiner seen by all",
+        "joiner complete",
+        "gone everywhere",
+        "CPU to mesh",
+        "CPU per join",
+        "connections"
+    );
     let mut rest = Vec::new();
     for &size in sizes {
-        let rounds = if size <= 10 { 10 } else { 5 };
+        let rounds = match size {
+            0..=10 => 8,
+            11..=50 => 4,
+            _ => 2,
+        };
         let hosts = hosts(&mut lab, size)?;
-        let mut seen = Vec::new();
-        let mut complete = Vec::new();
-        let mut at_once = Vec::new();
+        let mut figures = Figures::default();
         for round in 0..rounds {
-            at_once.push(all_at_once(&hosts)?);
-            let (others, own, agents) = joiner(&hosts)?;
-            seen.push(others);
-            complete.push(own);
-            if round == rounds - 1 {
-                rest.push((size, at_rest(&agents)));
+            all_at_once(&hosts, &mut figures)?;
+            let agents = joiner(&hosts, &mut figures, round == rounds - 1)?;
+            if !agents.is_empty() {
+                rest.push((size, at_rest(&hosts, &agents)));
             }
         }
-        let flannel = FLANNEL.iter().find(|(n, _)| *n == size).map(|(_, figures)| figures);
-        let cell = |times: Vec<Duration>, i: usize| {
-            let peer = flannel.map(|figures| format!(" [{}]", figures[i])).unwrap_or_default();
-            format!("{:<27}", format!("{}{peer}", summary(times)))
-        };
-        println!("{size:<6} {} {} {}", cell(seen, 0), cell(complete, 1), cell(at_once, 2));
+        println!(
+            "{size:<6}{:<22}{:<20}{:<20}{:<20}{:<18}{:<16}{:<12}",
+            spread(&figures.at_once, 0),
+            spread(&figures.seen, 0),
+            spread(&figures.complete, 0),
+            spread(&figures.gone, 0),
+            spread(&figures.mesh_cpu, 0),
+            spread(&figures.join_cpu, 1),
+            spread(&figures.connections, 0),
+        );
     }
-    println!("\nat rest for {IDLE_PERIOD:?} [flannel: 36-38 MB (9-10), CPU 0.20-0.26 %, and etcd]");
-    println!("nodes  RSS MB (anonymous)  CPU % of a core, median of the agents");
-    for (size, (rss, anonymous, cpu)) in rest {
-        println!("{size:<6} {rss:.1} ({anonymous:.1})          {cpu:.3}");
+    println!("\nat rest for {IDLE_PERIOD:?}, after {SETTLE_TIME:?}; medians over the agents");
+    println!("nodes  RSS MB (anonymous)  CPU % of a core  B/s received  B/s sent");
+    for (size, Rest { rss, anonymous, cpu, received, sent }) in rest {
+        let memory = format!("{rss:.1} ({anonymous:.1})");
+        println!("{size:<7}{memory:<20}{cpu:<17.3}{received:<14.0}{sent:.0}");
     }
+    drop(disk);
     Ok(())
+}
+
+/// A directory on the disk of the build, mounted where the lab keeps the hosts' files.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount() -> anyhow::Result<Self> {
+        let here = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cluster-bench");
+        let _ = fs::remove_dir_all(&here);
+        fs::create_dir_all(&here)?;
+        fs::create_dir_all(HOSTS)?;
+        let mounted = Command::new("mount").arg("--bind").arg(&here).arg(HOSTS).status()?;
+        anyhow::ensure!(mounted.success(), "mount of {} failed", here.display());
+        Ok(Self(here))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A process that keeps one core busy.
+struct Load(Child);
+
+impl Load {
+    fn start() -> Self {
+        let work = Command::new("sh").args(["-c", "while :; do :; done"]).spawn();
+        Self(work.expect("a shell"))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn hosts(lab: &mut Lab, size: usize) -> anyhow::Result<Vec<Host>> {
@@ -102,20 +178,22 @@ fn hosts(lab: &mut Lab, size: usize) -> anyhow::Result<Vec<Host>> {
     (1..=size as u16).map(host).collect()
 }
 
-/// Starts all agents at the same moment; each knows one seed address only. Returns the time until all
-/// entries exist.
-fn all_at_once(hosts: &[Host]) -> anyhow::Result<Duration> {
+/// Starts all agents at the same moment; each knows one seed address only.
+fn all_at_once(hosts: &[Host], figures: &mut Figures) -> anyhow::Result<()> {
     let token = new_token()?;
     hosts.iter().try_for_each(clean)?;
     let (watch, start) = (EntryWatch::start(hosts)?, Instant::now());
-    let _agents = boot(hosts, &token)?;
+    let agents = boot(hosts, &token)?;
     let done = watch.until(hosts.len() * (hosts.len() - 1) * ENTRIES_PER_PEER)?;
-    Ok(done.duration_since(start))
+    figures
+        .mesh_cpu
+        .push(median(agents.iter().map(|agent| cpu_seconds(agent.pid()) * 1e3).collect()));
+    figures.at_once.push((done - start).as_secs_f64() * 1e3);
+    Ok(())
 }
 
-/// Adds one host to an idle cluster. Returns the time until all other nodes have programmed it, and until
-/// it has programmed them.
-fn joiner(hosts: &[Host]) -> anyhow::Result<(Duration, Duration, Vec<Agent>)> {
+/// Adds one host to an idle cluster, and lets it leave again; if `stays`, returns all agents instead.
+fn joiner(hosts: &[Host], figures: &mut Figures, stays: bool) -> anyhow::Result<Vec<Agent>> {
     let token = new_token()?;
     hosts.iter().try_for_each(clean)?;
     let (last, others) = hosts.split_last().expect("at least two hosts");
@@ -123,13 +201,23 @@ fn joiner(hosts: &[Host]) -> anyhow::Result<(Duration, Duration, Vec<Agent>)> {
     for agent in &mut agents {
         agent.wait_converged(others.len(), TIMEOUT)?;
     }
+    let cpu = |agents: &[Agent]| -> Vec<f64> {
+        agents.iter().map(|agent| cpu_seconds(agent.pid()) * 1e3).collect()
+    };
+    let used = |agents: &[Agent], before: Vec<f64>| {
+        cpu(agents).into_iter().zip(before).map(|(now, before)| now - before).collect::<Vec<_>>()
+    };
+    let before = cpu(&agents);
+    thread::sleep(JOIN_COST_PERIOD);
+    let idle = median(used(&agents, before));
+    let before = cpu(&agents);
     let seed = hosts[0].ip.to_string();
     let (watch, start) = (EntryWatch::start(hosts)?, Instant::now());
-    agents.push(Agent::start(Path::new(PROGRAM), last, &["--join", &seed, "--token", &token])?);
+    let mut joined = Agent::start(&program(), last, &["--join", &seed, "--token", &token])?;
     let mut times = [None, None];
     let (mut theirs, mut own) = (vec![0; others.len()], 0);
     while times.contains(&None) {
-        let (host, at) = watch.next()?;
+        let Event { host, at, .. } = watch.next()?;
         match theirs.get_mut(host) {
             Some(count) => *count += 1,
             None => own += 1,
@@ -142,7 +230,33 @@ fn joiner(hosts: &[Host]) -> anyhow::Result<(Duration, Duration, Vec<Agent>)> {
         }
     }
     let [Some(seen), Some(complete)] = times else { unreachable!("both were waited for") };
-    Ok((seen, complete, agents))
+    figures.seen.push(seen.as_secs_f64() * 1e3);
+    figures.complete.push(complete.as_secs_f64() * 1e3);
+    thread::sleep(JOIN_COST_PERIOD.saturating_sub(start.elapsed()));
+    figures.join_cpu.push(median(used(&agents, before)) - idle);
+    let mut connections = Vec::new();
+    for agent in &mut agents {
+        let status = agent.ask("/v1/status", TIMEOUT)?;
+        connections.push(status["connections"].as_f64().unwrap_or(f64::NAN));
+    }
+    figures.connections.push(connections.into_iter().fold(0.0, f64::max));
+    if stays {
+        agents.push(joined);
+        return Ok(agents);
+    }
+    let start = Instant::now();
+    joined.leave()?;
+    let mut present = vec![ENTRIES_PER_PEER; others.len()];
+    while present.iter().any(|count| *count > 0) {
+        let Event { host, at, is_removal } = watch.next()?;
+        if let (Some(count), true) = (present.get_mut(host), is_removal) {
+            *count = count.saturating_sub(1);
+            if present.iter().all(|count| *count == 0) {
+                figures.gone.push((at - start).as_secs_f64() * 1e3);
+            }
+        }
+    }
+    Ok(Vec::new())
 }
 
 fn boot(hosts: &[Host], token: &str) -> anyhow::Result<Vec<Agent>> {
@@ -152,7 +266,7 @@ fn boot(hosts: &[Host], token: &str) -> anyhow::Result<Vec<Agent>> {
         .enumerate()
         .map(|(n, host)| {
             let enter: &[&str] = if n == 0 { &["--init"] } else { &["--join", &seed] };
-            Ok(Agent::start(Path::new(PROGRAM), host, &[enter, &["--token", token]].concat())?)
+            Ok(Agent::start(&program(), host, &[enter, &["--token", token]].concat())?)
         })
         .collect()
 }
@@ -169,24 +283,31 @@ fn clean(host: &Host) -> anyhow::Result<()> {
 }
 
 fn new_token() -> anyhow::Result<String> {
-    let output = Command::new(PROGRAM).args(["token", "--new"]).output()?;
+    let output = Command::new(program()).args(["token", "--new"]).output()?;
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-/// Receives gossamer's kernel entries as they appear, with the time, in all namespaces.
+/// An entry of gossamer's that appeared in a kernel, or disappeared.
+struct Event {
+    host: usize,
+    at: Instant,
+    is_removal: bool,
+}
+
+/// Receives the changes of gossamer's kernel entries, with the time, in all namespaces.
 struct EntryWatch {
-    events: mpsc::Receiver<(usize, Instant)>,
+    events: mpsc::Receiver<Event>,
 }
 
 impl EntryWatch {
     fn start(hosts: &[Host]) -> anyhow::Result<Self> {
         let (sender, events) = mpsc::channel();
-        for (n, host) in hosts.iter().enumerate() {
-            let socket = multicast(&host.netns)?;
+        for (host, of) in hosts.iter().enumerate() {
+            let socket = multicast(&of.netns)?;
             let sender = sender.clone();
             thread::spawn(move || {
                 let mut buffer = Vec::with_capacity(1 << 16);
-                let mut seen = BTreeSet::new();
+                let mut present = BTreeSet::new();
                 loop {
                     buffer.clear();
                     if socket.recv(&mut buffer, 0).is_err() {
@@ -195,10 +316,10 @@ impl EntryWatch {
                     let at = Instant::now();
                     for message in parse_messages(&buffer).unwrap_or_default() {
                         let NetlinkPayload::InnerMessage(inner) = message.payload else { continue };
-                        if let Some(key) = key_of_entry(&inner)
-                            && seen.insert(key)
-                            && sender.send((n, at)).is_err()
-                        {
+                        let Some((key, is_removal)) = key_of_entry(&inner) else { continue };
+                        // Entries that were there before the watch began may be removed.
+                        let is_change = is_removal || present.insert(key);
+                        if is_change && sender.send(Event { host, at, is_removal }).is_err() {
                             return;
                         }
                     }
@@ -208,14 +329,20 @@ impl EntryWatch {
         Ok(Self { events })
     }
 
-    fn next(&self) -> anyhow::Result<(usize, Instant)> {
+    fn next(&self) -> anyhow::Result<Event> {
         Ok(self.events.recv_timeout(TIMEOUT)?)
     }
 
     /// Returns the time at which the given total number of entries has appeared.
     fn until(&self, wanted: usize) -> anyhow::Result<Instant> {
-        (1..wanted).try_for_each(|_| self.next().map(drop))?;
-        Ok(self.next()?.1)
+        let mut last = Instant::now();
+        let mut appeared = 0;
+        while appeared < wanted {
+            let event = self.next()?;
+            appeared += usize::from(!event.is_removal);
+            last = event.at;
+        }
+        Ok(last)
     }
 }
 
@@ -232,40 +359,73 @@ fn multicast(netns: &NetNs) -> anyhow::Result<Socket> {
     })?)
 }
 
-/// Returns the key of a gossamer entry, if the message announces one.
-fn key_of_entry(message: &RouteNetlinkMessage) -> Option<String> {
+/// Returns the key of an entry of gossamer's and whether it was removed, if the message announces one.
+fn key_of_entry(message: &RouteNetlinkMessage) -> Option<(String, bool)> {
+    let is_removal =
+        matches!(message, RouteNetlinkMessage::DelRoute(_) | RouteNetlinkMessage::DelNeighbour(_));
     match message {
-        RouteNetlinkMessage::NewRoute(route)
+        RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route)
             if route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) =>
         {
             let to = |a: &&RouteAttribute| matches!(a, RouteAttribute::Destination(_));
-            Some(format!("{:?}", route.attributes.iter().find(to)))
+            Some((format!("{:?}", route.attributes.iter().find(to)), is_removal))
         }
-        RouteNetlinkMessage::NewNeighbour(entry)
+        RouteNetlinkMessage::NewNeighbour(entry) | RouteNetlinkMessage::DelNeighbour(entry)
             if entry.header.state == NeighbourState::Permanent
                 && matches!(entry.header.family, AddressFamily::Inet | AddressFamily::Bridge) =>
         {
             let mac =
                 |a: &&NeighbourAttribute| matches!(a, NeighbourAttribute::LinkLayerAddress(_));
-            Some(format!("{:?} {:?}", entry.header.family, entry.attributes.iter().find(mac)))
+            let key = format!("{:?} {:?}", entry.header.family, entry.attributes.iter().find(mac));
+            Some((key, is_removal))
         }
         _ => None,
     }
 }
 
-/// Returns resident and anonymous memory in MB and CPU in percent of a core, as medians over the agents.
-fn at_rest(agents: &[Agent]) -> (f64, f64, f64) {
-    thread::sleep(Duration::from_secs(5));
-    let before: Vec<f64> = agents.iter().map(|agent| cpu_seconds(agent.pid())).collect();
-    thread::sleep(IDLE_PERIOD);
-    let used = agents.iter().zip(before).map(|(agent, before)| {
-        (cpu_seconds(agent.pid()) - before) / IDLE_PERIOD.as_secs_f64() * 100.0
-    });
-    let memory = |field| agents.iter().map(|agent| memory_mib(agent.pid(), field)).collect();
-    (median(memory("VmRSS:")), median(memory("RssAnon:")), median(used.collect()))
+/// What an idle agent costs, as medians over the agents.
+struct Rest {
+    /// Resident and anonymous memory in MB.
+    rss: f64,
+    anonymous: f64,
+    /// CPU in percent of a core.
+    cpu: f64,
+    /// Bytes a second on `eth0`.
+    received: f64,
+    sent: f64,
 }
 
-fn summary(times: Vec<Duration>) -> String {
-    let ms: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1e3).collect();
-    spread(&ms, 0)
+fn at_rest(hosts: &[Host], agents: &[Agent]) -> Rest {
+    thread::sleep(SETTLE_TIME);
+    let bytes = |name: &str| -> Vec<f64> {
+        let of = |host: &Host| {
+            let read = || fs::read_to_string("/proc/thread-self/net/dev");
+            let text = host.netns.run(read).unwrap_or_default();
+            let line = text.lines().find_map(|line| line.trim().strip_prefix("eth0:"));
+            let fields: Vec<f64> = line
+                .into_iter()
+                .flat_map(str::split_whitespace)
+                .filter_map(|f| f.parse().ok())
+                .collect();
+            // proc(5): eight fields about received packets come before those about sent ones.
+            fields.get(if name == "rx" { 0 } else { 8 }).copied().unwrap_or(f64::NAN)
+        };
+        hosts.iter().map(of).collect()
+    };
+    let cpu = || -> Vec<f64> { agents.iter().map(|agent| cpu_seconds(agent.pid())).collect() };
+    let before = (cpu(), bytes("rx"), bytes("tx"));
+    thread::sleep(IDLE_PERIOD);
+    let rate = |now: Vec<f64>, before: Vec<f64>| {
+        let differences = now.into_iter().zip(before).map(|(now, before)| now - before);
+        median(differences.collect()) / IDLE_PERIOD.as_secs_f64()
+    };
+    let memory =
+        |field| median(agents.iter().map(|agent| memory_mib(agent.pid(), field)).collect());
+    Rest {
+        rss: memory("VmRSS:"),
+        anonymous: memory("RssAnon:"),
+        cpu: rate(cpu(), before.0) * 100.0,
+        received: rate(bytes("rx"), before.1),
+        sent: rate(bytes("tx"), before.2),
+    }
 }
