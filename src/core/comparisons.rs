@@ -1,8 +1,14 @@
 //! The schedule of comparisons with peers, and what they have confirmed. `sync` carries them out.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use crate::model::{NodeId, Slot, Time};
+use crate::{
+    model::{NodeId, Slot, Time},
+    wire::Roots,
+};
 
 use super::{Target, partners::Partners};
 
@@ -54,6 +60,8 @@ pub(super) struct SyncRound {
     /// The node that answers at each seed, once known.
     pub(super) seeds: Vec<Option<NodeId>>,
     pub(super) partners: Partners,
+    /// The last hashes of neighbors that differ from this node's.
+    pub(super) differing: BTreeMap<NodeId, Roots>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -87,6 +95,7 @@ impl SyncRound {
             rounds: 0,
             seeds: vec![None; seeds],
             partners: Partners::default(),
+            differing: BTreeMap::new(),
         }
     }
 
@@ -143,7 +152,9 @@ impl SyncRound {
     pub(super) fn unsettle(&mut self, now: Time) {
         self.agreed = false;
         if std::mem::replace(&mut self.settled, false) {
-            self.unsettled_interval = MIN_UNSETTLED_INTERVAL;
+            // Until the first agreement something may wait for it. Later ones come with a neighbor's packets.
+            self.unsettled_interval =
+                if self.settled_once { MAX_UNSETTLED_INTERVAL } else { MIN_UNSETTLED_INTERVAL };
         }
         self.due = self.due.min(now + self.unsettled_interval);
     }
@@ -218,6 +229,19 @@ impl SyncRound {
     /// Returns whether memory is unverified, or the start is recent and something waits for comparisons.
     pub(super) fn is_starting(&self) -> bool {
         !self.synced() || self.is_hurried && self.rounds < STARTUP_ROUNDS
+    }
+
+    /// Notes that a neighbor's packet has shown the same state. Returns whether the last comparison or packet
+    /// had shown another one.
+    pub(super) fn note_equal_roots(&mut self, now: Time, peer: NodeId) -> bool {
+        self.verify_memory(peer);
+        self.differing.remove(&peer);
+        let was_settled = std::mem::replace(&mut self.settled, true);
+        self.settled_once = true;
+        if !was_settled {
+            self.due = now + self.interval();
+        }
+        !std::mem::replace(&mut self.agreed, true)
     }
 
     pub(super) fn complete(&mut self, now: Time, peer: NodeId, same: bool) {

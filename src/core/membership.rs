@@ -28,15 +28,15 @@ use rand::{SeedableRng as _, rngs::StdRng};
 
 use crate::{
     model::{Identity, Incarnation, Liveness, NodeId, Suspicion, Time},
-    wire::{Buckets, DATAGRAM_MAX, SwimCodec},
+    wire::{Buckets, DATAGRAM_MAX, ROOTS_LEN, SwimCodec},
 };
 
 use self::contacts::Contacts;
 use super::rank::state_hash;
 
-/// Maximum size of a SWIM packet in bytes: a datagram without the frame around it and a reserve for its
-/// growth.
-const PACKET_MAX: usize = DATAGRAM_MAX - 20;
+/// Maximum size of a SWIM packet in bytes: a datagram without the frame around it, the hashes and a reserve
+/// for its growth.
+const PACKET_MAX: usize = DATAGRAM_MAX - ROOTS_LEN - 20;
 
 /// A suspicion of this node may name a refutation count this much above the last one sent, because foca
 /// counts refutations before it sends them.

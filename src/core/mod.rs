@@ -95,7 +95,7 @@ use self::{
 pub use crate::model::{CallError, CallId, Liveness, Own, Peer, ReplyId, View, WriteSeq};
 use crate::{
     model::{ClusterId, ClusterRecord, Forget, NodeId, Run, Time},
-    wire::{Frame, Push, Request, Response, Roots},
+    wire::{Frame, Gossip, Push, Request, Response, Roots},
 };
 
 /// A node. Pass events to [`Node::handle`], then drain [`Node::poll_output`].
@@ -245,7 +245,13 @@ impl Node {
             Ok((theirs, _)) if theirs != cluster => {
                 self.note_foreign(from, theirs);
             }
-            Ok((_, Frame::Swim(packet))) => self.handle_swim_packet(now, from, packet),
+            Ok((_, Frame::Swim(payload))) => match Gossip::decode(payload) {
+                Ok(Gossip { roots, packet }) => {
+                    self.handle_swim_packet(now, from, packet);
+                    self.note_roots(now, from, roots);
+                }
+                Err(error) => self.note_malformed(from, &error),
+            },
             Ok((_, Frame::Push(payload))) => match Push::decode(payload) {
                 Ok(push) => _ = self.learn(now, &push.facts, Some(from)),
                 Err(error) => self.note_malformed(from, &error),
@@ -326,7 +332,8 @@ impl Node {
         while let Some(notice) = self.membership.poll_notice() {
             match notice {
                 Notice::Send { to, packet } => {
-                    if let Some((address, bytes)) = self.replica.frame_to(to, Frame::Swim(&packet))
+                    let gossip = Gossip { roots: self.roots(), packet: &packet }.encode();
+                    if let Some((address, bytes)) = self.replica.frame_to(to, Frame::Swim(&gossip))
                     {
                         self.outbox.send_packet(to, address, bytes);
                     }

@@ -72,6 +72,11 @@ impl Partners {
         *times > MAX_FRUITLESS
     }
 
+    /// Returns whether the differences to a member never resolve.
+    pub(super) fn is_irreconcilable(&self, node: NodeId) -> bool {
+        self.fruitless.get(&node).is_some_and(|times| *times > MAX_FRUITLESS)
+    }
+
     /// Returns the members whose differences never resolve.
     pub(super) fn irreconcilable(&self) -> impl Iterator<Item = NodeId> {
         self.fruitless.iter().filter(|(_, times)| **times > MAX_FRUITLESS).map(|(node, _)| *node)

@@ -107,6 +107,8 @@ impl Node {
         self.replica.sync.is_hurried = is_lonely || !awaited.is_empty();
         let directory = &self.replica.directory;
         self.replica.sync.partners.retain(|node| directory.get(node).is_some());
+        let neighbors = self.membership.neighbors();
+        self.replica.sync.differing.retain(|node, _| neighbors.contains(node));
         if self.is_alone() {
             (self.replica.sync.settled, self.replica.sync.settled_once, self.replica.sync.agreed) =
                 (true, true, true);
@@ -146,6 +148,11 @@ impl Node {
         let all: Vec<&MemberRecord> = peers.iter().filter(may_compare).copied().collect();
         let is_active = |node: NodeId| self.membership.is_active(node);
         let is_neighbor = |node: NodeId| self.membership.neighbors().contains(&node);
+        let ours = self.roots();
+        let differing = &self.replica.sync.differing;
+        let is_differing = |node: NodeId| {
+            is_neighbor(node) && differing.get(&node).is_some_and(|theirs| *theirs != ours)
+        };
         let of = |wanted: &dyn Fn(NodeId) -> bool| -> Vec<&MemberRecord> {
             all.iter().filter(|record| wanted(record.node)).copied().collect()
         };
@@ -155,6 +162,9 @@ impl Node {
             _ if rounds.is_multiple_of(RANDOM_PARTNER_ROUNDS) => of(&is_active),
             _ => Vec::new(),
         };
+        if preferred.is_empty() {
+            preferred = of(&is_differing);
+        }
         if preferred.is_empty() {
             preferred = of(&is_neighbor);
         }
@@ -171,6 +181,25 @@ impl Node {
             return Some(Target::Seed(absent_seeds[turn % absent_seeds.len()]));
         }
         peer
+    }
+
+    /// Handles the hashes in a packet of a member. Equal ones are as good as a comparison.
+    pub(super) fn note_roots(&mut self, now: Time, from: NodeId, theirs: Roots) {
+        if self.replica.cluster_state.is_none() || self.replica.directory.get(from).is_none() {
+            return;
+        }
+        if self.roots() == theirs {
+            self.replica.sync.partners.note_agreement(from);
+            self.replica.confirm(&mut self.outbox, from);
+            if self.replica.sync.note_equal_roots(now, from) {
+                self.notes.clear_refused(from);
+                self.recheck_forgets(now);
+                self.replace_predecessor(now);
+            }
+        } else if !self.replica.sync.partners.is_irreconcilable(from) {
+            self.replica.sync.differing.insert(from, theirs);
+            self.replica.sync.suggest(now);
+        }
     }
 
     pub(super) fn handle_compare_answer(&mut self, now: Time, partner: Target, answer: Answer) {

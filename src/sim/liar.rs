@@ -14,7 +14,7 @@ use crate::{
     model::{
         Forget, Identity, Incarnation, Mac, MemberRecord, NodeId, Run, Slot, SlotRecord, SlotState,
     },
-    wire::{Facts, Frame, Key, Push, Record, Request, Response, SwimPacket},
+    wire::{Facts, Frame, Gossip, Key, Push, Record, Request, Response, Roots, SwimPacket},
 };
 
 /// Addresses that no host can have as its underlay address; the last one is inside the pool.
@@ -193,7 +193,10 @@ impl World {
             let before = active(self);
             self.inject(
                 byzantine,
-                |cluster| Frame::Swim(&packet).encode(cluster),
+                |cluster| {
+                    Frame::Swim(&Gossip { roots: Roots::default(), packet: &packet }.encode())
+                        .encode(cluster)
+                },
                 |host| host == to,
             );
             let is_accepted =
@@ -251,7 +254,7 @@ impl World {
         &mut self,
         index: usize,
         from: NodeId,
-        before: Option<(bool, crate::wire::Roots)>,
+        before: Option<(bool, Roots)>,
         is_falsified: bool,
     ) {
         let byzantine = self.byzantine_host.map(|byzantine| self.hosts[byzantine].key);

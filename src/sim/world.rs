@@ -22,7 +22,7 @@ use super::{
 use crate::{
     core::{CallError, CallId, Command, Gate, Input, Node, Output, ReplyId, StartError},
     model::{ClusterSettings, NodeId, Quorum, Time},
-    wire::{Frame, Request, Response},
+    wire::{Frame, Gossip, Request, Response},
 };
 
 /// Limit of events at one virtual instant. A run that exceeds it loops without advancing time.
@@ -301,7 +301,10 @@ impl World {
 
     fn dispatch(&mut self, event: Event) {
         match event {
-            Event::Message { from, to, bytes } => self.input(to, Input::Message { from, bytes }),
+            Event::Message { from, to, bytes } => {
+                self.record_contact_by_gossip(to, &bytes);
+                self.input(to, Input::Message { from, bytes });
+            }
             Event::Request { from, from_host, process_id, call, to, bytes } => {
                 self.sequence += 1;
                 let reply = self.sequence;
@@ -365,6 +368,17 @@ impl World {
             _ => None,
         });
         if let Some(Response::Same | Response::Facts { .. } | Response::Acknowledged(_)) = response
+        {
+            process.awaited_peers.clear();
+        }
+    }
+
+    /// The same for a gossip packet with the hashes of the receiver's own state.
+    fn record_contact_by_gossip(&mut self, index: usize, bytes: &[u8]) {
+        let Some(process) = self.hosts[index].process.as_mut() else { return };
+        if let Ok((_, Frame::Swim(payload))) = Frame::decode(bytes)
+            && let Ok(Gossip { roots, .. }) = Gossip::decode(payload)
+            && roots == process.node.roots()
         {
             process.awaited_peers.clear();
         }

@@ -20,7 +20,7 @@ const HEADER: usize = 10;
 /// A message with its unparsed payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame<'a> {
-    /// A SWIM packet in foca's layout: [`super::SwimPacket`].
+    /// A SWIM packet with the sender's hashes: [`super::Gossip`].
     Swim(&'a [u8]),
     /// Facts that are new to the sender: [`super::Push`].
     Push(&'a [u8]),

@@ -21,7 +21,7 @@ pub use message::{
 pub use record::{Key, Record, RecordError};
 pub use refusal::Refusal;
 pub use report::{Arrivals, Inquiry, InquiryAnswer, PathReport, Report, SecretOrder};
-pub use swim::{SwimCodec, SwimPacket};
+pub use swim::{Gossip, ROOTS_LEN, SwimCodec, SwimPacket};
 pub use token::{MIN_SECRET_LEN, Secret, SecretId, Token, TokenError};
 
 pub use crate::model::visible;

@@ -7,7 +7,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::model::Identity;
 
 use super::{
-    WireError,
+    Roots, WireError,
     codec::{decode_prefix, encode, encode_into},
 };
 
@@ -63,6 +63,45 @@ impl SwimPacket {
             self.members.iter().for_each(|member| bytes.extend_from_slice(&encode(member)));
         }
         bytes
+    }
+}
+
+/// Length of the hashes before a SWIM packet, in bytes.
+pub const ROOTS_LEN: usize = 24;
+
+/// A SWIM packet with the hashes of the sender's state. A neighbor's packet so shows, without a comparison,
+/// whether both nodes hold the same facts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gossip<'a> {
+    /// The sender's hashes.
+    pub roots: Roots,
+    /// The packet: [`SwimPacket`].
+    pub packet: &'a [u8],
+}
+
+impl<'a> Gossip<'a> {
+    /// Encodes the hashes, in little-endian byte order, and the packet.
+    pub fn encode(self) -> Vec<u8> {
+        let Roots { members, slots, active } = self.roots;
+        let mut bytes = Vec::with_capacity(ROOTS_LEN + self.packet.len());
+        [members, slots, active]
+            .iter()
+            .for_each(|root| bytes.extend_from_slice(&root.to_le_bytes()));
+        bytes.extend_from_slice(self.packet);
+        bytes
+    }
+
+    /// Splits the payload of a frame.
+    ///
+    /// # Errors
+    /// If it is truncated.
+    pub fn decode(payload: &'a [u8]) -> Result<Self, WireError> {
+        let (roots, packet) =
+            payload.split_first_chunk::<{ ROOTS_LEN }>().ok_or(WireError::Truncated)?;
+        let [members, slots, active] = std::array::from_fn(|n| {
+            u64::from_le_bytes(std::array::from_fn(|byte| roots[8 * n + byte]))
+        });
+        Ok(Self { roots: Roots { members, slots, active }, packet })
     }
 }
 
