@@ -30,7 +30,7 @@ use super::{
     lookup::Successions,
     malformed::Notes,
     outbox::Outbox,
-    push::PushQueue,
+    push::{PushLinks, PushQueue},
     replica::Replica,
     vote::Voting,
 };
@@ -131,6 +131,7 @@ impl Node {
             replica: Replica {
                 sync: SyncRound::new(now, config.seeds, memory.needed_witnesses(me.node)),
                 push: PushQueue::default(),
+                push_links: PushLinks::default(),
                 directory: memory.directory,
                 forgetting: Forgetting::default(),
                 horizons: memory.horizons,

@@ -92,11 +92,20 @@ pub enum Target {
     Seed(usize),
 }
 
+/// How a frame travels. No frame outlives its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// In a datagram, which may be lost. A frame that is too large takes a stream.
+    Datagram,
+    /// On a stream: lost packets are sent again.
+    Stream,
+}
+
 /// An effect for the agent or the simulator to carry out. Outputs with `after: n` must wait until write `n`
 /// is durable; otherwise they may be carried out in any order.
 #[derive(Clone, Debug)]
 pub enum Output {
-    /// Send a frame to a member; loss is allowed.
+    /// Send a frame to a member.
     Send {
         /// The recipient.
         to: NodeId,
@@ -104,6 +113,8 @@ pub enum Output {
         address: SocketAddr,
         /// The encoded frame.
         bytes: Vec<u8>,
+        /// How it travels.
+        delivery: Delivery,
         /// The write to wait for.
         after: WriteSeq,
     },

@@ -259,6 +259,11 @@ impl Membership {
         self.active.contains_key(&node)
     }
 
+    /// Returns the identity of a member held as alive or suspect.
+    pub fn active_as(&self, node: NodeId) -> Option<Identity> {
+        self.active.get(&node).copied()
+    }
+
     /// Returns the newest incarnation of a node in gossip, or the default one if gossip does not know the
     /// node.
     pub fn newest_incarnation(&self, node: NodeId) -> Incarnation {

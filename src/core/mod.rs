@@ -72,7 +72,7 @@ pub use boot::StartError;
 pub use counters::Counters;
 pub use forget::{CannotForget, Reclaiming, sign_of_host};
 pub use gate::Gate;
-pub use io::{Command, Input, Output, RunningHosts, Stop, Target};
+pub use io::{Command, Delivery, Input, Output, RunningHosts, Stop, Target};
 pub use lookup::Labels;
 pub use node_config::{Bootstrap, NodeConfig};
 pub use slots::Change;
@@ -253,9 +253,10 @@ impl Node {
                 Err(error) => self.note_malformed(from, &error),
             },
             Ok((_, Frame::Push(payload))) => match Push::decode(payload) {
-                Ok(push) => _ = self.learn(now, &push.facts, Some(from)),
+                Ok(push) => self.handle_push(now, from, &push.facts),
                 Err(error) => self.note_malformed(from, &error),
             },
+            Ok((_, Frame::Prune)) => self.replica.push_links.stop(from),
             Ok(_) => self.note_malformed(from, &"a request or response outside a stream"),
             Err(error) => self.note_malformed(from, &error),
         }

@@ -20,7 +20,7 @@ use crate::{
     wire::{Key, Record},
 };
 
-use super::{Output, Purpose, Stop, Target, slots::Change};
+use super::{Delivery, Output, Purpose, Stop, Target, slots::Change};
 
 /// How long records from peers may wait to be written.
 const MAX_WRITE_DELAY: Duration = Duration::from_secs(1);
@@ -146,12 +146,24 @@ impl Outbox {
 
     /// Sends a gossip packet, which waits for this node's identity only.
     pub(super) fn send_packet(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
-        self.outputs.push_back(Output::Send { to, address, bytes, after: self.identity_write });
+        self.outputs.push_back(Output::Send {
+            to,
+            address,
+            bytes,
+            delivery: Delivery::Datagram,
+            after: self.identity_write,
+        });
     }
 
     /// Sends facts.
     pub(super) fn send_facts(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
-        self.outputs.push_back(Output::Send { to, address, bytes, after: self.after() });
+        self.outputs.push_back(Output::Send {
+            to,
+            address,
+            bytes,
+            delivery: Delivery::Stream,
+            after: self.after(),
+        });
     }
 
     /// Sends a request. [`Self::end_call`] returns the purpose when the call has ended.

@@ -12,7 +12,7 @@ use super::{
     world::{Event, World},
 };
 use crate::{
-    core::{CallError, CallId, Input, Output, ReplyId, Stop, Target},
+    core::{CallError, CallId, Delivery, Input, Output, ReplyId, Stop, Target},
     dataplane::{
         fake::RefusedOp,
         plan::{DeviceOp, Op, plan},
@@ -32,7 +32,9 @@ impl World {
     /// Executes one output of a node.
     pub(super) fn execute(&mut self, index: usize, output: Output) {
         match output {
-            Output::Send { to, address, bytes, .. } => self.send(index, to, address, bytes),
+            Output::Send { to, address, bytes, delivery, .. } => {
+                self.send(index, (to, address), bytes, delivery);
+            }
             Output::Call { call, to, bytes, .. } => self.call(index, call, to, bytes),
             Output::Reply { reply, bytes, .. } => self.reply(index, reply, bytes),
             Output::Write { records, seq } => {
@@ -99,13 +101,19 @@ impl World {
     }
 
     /// Sends a message to the host at an address, if `to` listens there.
-    pub(super) fn send(&mut self, index: usize, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
+    pub(super) fn send(
+        &mut self,
+        index: usize,
+        (to, address): (NodeId, SocketAddr),
+        bytes: Vec<u8>,
+        delivery: Delivery,
+    ) {
         let from = self.hosts[index].key;
         self.oracle.on_sent(from, &bytes);
         let Some(host) = self.host_listening_at(address, Some(to)) else { return };
         self.network.record_traffic(self.now, index, host, bytes.len());
-        // Frames that are too large for a datagram take a stream.
-        let arrivals = if bytes.len() > crate::wire::DATAGRAM_MAX {
+        let takes_stream = delivery == Delivery::Stream || bytes.len() > crate::wire::DATAGRAM_MAX;
+        let arrivals = if takes_stream {
             self.network.stream(index, host).into_iter().collect()
         } else {
             self.network.datagram(index, host)

@@ -140,8 +140,8 @@ pub(super) async fn read(peer: NodeId, connection: Connection, intake: Intake, e
 }
 
 /// Sends a frame on a connection.
-pub(super) fn send_on(connection: &Connection, bytes: Vec<u8>) {
-    if connection.max_datagram_size().is_some_and(|max| bytes.len() <= max) {
+pub(super) fn send_on(connection: &Connection, bytes: Vec<u8>, reliably: bool) {
+    if !reliably && connection.max_datagram_size().is_some_and(|max| bytes.len() <= max) {
         if let Err(error) = connection.send_datagram(bytes.into()) {
             tracing::debug!(%error, "frame lost");
         }

@@ -241,17 +241,26 @@ impl Transport {
         }
     }
 
-    /// Sends a frame, which may be lost.
+    /// Sends a frame in a datagram, which may be lost. A frame that is too large takes a stream.
     pub fn send(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
+        self.send_frame(to, address, bytes, false);
+    }
+
+    /// Sends a frame on a stream: lost packets are sent again. It is lost with the connection only.
+    pub fn send_reliably(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
+        self.send_frame(to, address, bytes, true);
+    }
+
+    fn send_frame(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>, reliably: bool) {
         let link = self.peers.entry(to).or_default();
         link.last_used = Some(Instant::now());
         if let Some(connection) = link.live() {
-            return send_on(connection, bytes);
+            return send_on(connection, bytes, reliably);
         }
         if link.frames.len() >= FRAME_QUEUE {
             link.frames.pop_front();
         }
-        link.frames.push_back(bytes);
+        link.frames.push_back((bytes, reliably));
         self.dial(to, address);
     }
 
@@ -391,8 +400,8 @@ impl Transport {
             tokio::spawn(close_later(superfluous));
         }
         link.last_used = Some(Instant::now());
-        for bytes in link.frames.drain(..) {
-            send_on(&connection, bytes);
+        for (bytes, reliably) in link.frames.drain(..) {
+            send_on(&connection, bytes, reliably);
         }
         for (call, bytes) in std::mem::take(&mut link.calls) {
             self.request_on(call, peer, connection.clone(), bytes);

@@ -2,7 +2,7 @@
 
 use crate::{
     agent::Agent,
-    core::{Input, Output, Target},
+    core::{Delivery, Input, Output, Target},
     rpc,
     transport::{Call, Event, Received},
 };
@@ -46,7 +46,12 @@ impl Agent {
     /// Executes an output of the core.
     pub(in crate::agent) fn execute(&mut self, output: Output) {
         match output {
-            Output::Send { to, address, bytes, .. } => self.transport.send(to, address, bytes),
+            Output::Send { to, address, bytes, delivery: Delivery::Datagram, .. } => {
+                self.transport.send(to, address, bytes);
+            }
+            Output::Send { to, address, bytes, delivery: Delivery::Stream, .. } => {
+                self.transport.send_reliably(to, address, bytes);
+            }
             Output::Call { call, to: Target::Member { node, address }, bytes, .. } => {
                 self.transport.call(Call::Node(call), node, address, bytes);
             }

@@ -29,7 +29,8 @@ pub(super) struct PeerLink {
     /// When the connection was last used for sending or receiving.
     pub(super) last_used: Option<Instant>,
     pub(super) is_dialing: bool,
-    pub(super) frames: VecDeque<Vec<u8>>,
+    /// Each with whether it takes a stream.
+    pub(super) frames: VecDeque<(Vec<u8>, bool)>,
     pub(super) calls: VecDeque<(Call, Vec<u8>)>,
 }
 
