@@ -57,7 +57,7 @@ pub enum StartFailure {
     /// The database of a member is lost, and no seed is known.
     #[error(
         "state_dir: this host is in cluster {0}, but its database is lost and no other member is known: \
-         name one with --join, or remove the state directory to restart"
+         name one with --join, or remove the state directory to join as a new node with another subnet"
     )]
     LostDatabase(ClusterId),
     /// The listening address does not receive packets to the underlay address.

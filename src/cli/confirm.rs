@@ -21,7 +21,7 @@ const MAX_NAMED_PODS: usize = 10;
 /// The option of every destructive command.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct Consent {
-    /// Do not ask. Without a terminal the command never asks
+    /// Do not ask. Without a terminal the command proceeds without asking
     #[arg(short, long)]
     yes: bool,
 }

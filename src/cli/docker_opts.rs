@@ -44,7 +44,10 @@ pub fn run(args: &DockerOptsArgs) -> ExitCode {
 fn options(args: &DockerOptsArgs) -> anyhow::Result<Map<String, Value>> {
     let path = args.subnet_file.clone().unwrap_or_else(|| args.instance.subnet_file());
     let text = files::read_text(&path, files::SMALL)
-        .with_context(|| format!("{}: does the agent run?", path.display()))?;
+        .map_err(|error| {
+        let path = path.display();
+        anyhow!("{path}: {error}: start the agent, which writes this file, or name it with --subnet-file")
+    })?;
     let field = |name: &str| {
         let mut fields = text.lines().filter_map(|line| line.split_once('='));
         fields.find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())

@@ -205,7 +205,7 @@ fn status_text(status: &AgentStatus, wide: bool) -> String {
         row("version", status.version.clone());
         row("phase", status.phase.name().to_owned());
         row("converged", if status.converged { "yes" } else { "no" }.to_owned());
-        row("links", format!("{} connections to members", status.connections));
+        row("connected", format!("to {} of the members", status.connections));
     }
     out
 }

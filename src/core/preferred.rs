@@ -29,7 +29,7 @@ impl Node {
                         let owner = self.name_of(record.owner);
                         format!("preferred {subnet} belongs to {owner}: {instead}")
                     }
-                    _ => {
+                    record => {
                         let overlaps = |network: &&IpNet| {
                             network.contains(&subnet) || subnet.contains(*network)
                         };
@@ -38,7 +38,14 @@ impl Node {
                                 "preferred {subnet} is not used, because another interface or route of this \
                                  host has {network}: {instead}"
                             ),
-                            None => format!("preferred {subnet} was not free: {instead}"),
+                            None => match record {
+                                Some(record) => format!(
+                                    "preferred {subnet} is a free subnet of {}, which has not granted it: \
+                                     {instead}",
+                                    self.name_of(record.owner)
+                                ),
+                                None => format!("preferred {subnet} has no known owner: {instead}"),
+                            },
                         }
                     }
                 }

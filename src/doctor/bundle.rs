@@ -25,16 +25,16 @@ const COMMANDS: [(&str, &str); 12] = [
     ("neighbors.txt", "ip neigh"),
     ("fdb.txt", "bridge fdb"),
     ("rules.txt", "ip rule"),
+    ("rules6.txt", "ip -6 rule"),
     ("sockets.txt", "ss -lunp"),
     ("nftables.txt", "nft list ruleset"),
     ("sysctls.txt", "sysctl net.ipv4.ip_forward net.ipv4.conf net.ipv6.conf.all"),
     ("kernel.txt", "uname -a"),
-    ("log.txt", "journalctl -u gossamer -n 2000 --no-pager"),
 ];
 /// Maximum size of a file in the archive in bytes; the beginning of a longer text is cut off.
 const MAX_FILE_BYTES: usize = 4 << 20;
 /// Files of the host that are copied into the archive.
-const HOST_FILES: [&str; 3] = ["/etc/os-release", "/proc/meminfo", "/run/gossamer/subnet.env"];
+const HOST_FILES: [&str; 2] = ["/etc/os-release", "/proc/meminfo"];
 
 /// Writes a `.tar.gz` archive that only its owner can read.
 ///
@@ -79,15 +79,19 @@ fn pack(
             add(name, &pretty(reply))?;
         }
     }
-    for path in HOST_FILES {
-        if let Ok(text) = files::read_text(Path::new(path), files::SMALL) {
-            add(&path.trim_start_matches('/').replace('/', "-"), &text)?;
+    let instance = examination.instance();
+    let subnet_file = instance.subnet_file();
+    for path in HOST_FILES.iter().map(Path::new).chain([subnet_file.as_path()]) {
+        if let Ok(text) = files::read_text(path, files::SMALL) {
+            let name = path.display().to_string();
+            add(&name.trim_start_matches('/').replace('/', "-"), &text)?;
         }
     }
     if let Some(text) = config.and_then(|path| files::read_text(path, files::SMALL).ok()) {
         add("config.toml", &text)?;
     }
-    for (name, command) in COMMANDS {
+    let log = format!("journalctl -u {} -n 2000 --no-pager", instance.unit());
+    for (name, command) in COMMANDS.into_iter().chain([("log.txt", log.as_str())]) {
         let mut words = command.split(' ');
         let Some(program) = words.next() else { continue };
         if let Ok(output) = Command::new(program).args(words).output() {

@@ -460,7 +460,7 @@ fn ipsec_policies_that_match_packets_of_pods_are_reported() {
         wait_until("not reported", TIMEOUT, || {
             has_problem(
                 agent,
-                "an IPsec policy takes packets from 10.42.0.0/16 to 10.0.0.0/8 (ip xfrm policy: dir fwd, \
+                "an IPsec policy matches packets from 10.42.0.0/16 to 10.0.0.0/8 (ip xfrm policy: dir fwd, \
                  priority 7)",
             )
         });

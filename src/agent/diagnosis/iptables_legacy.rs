@@ -111,7 +111,7 @@ fn translating_rules(
         return Vec::new();
     }
     let Some(rules) = save(name, "nat") else {
-        let rule = format!("a rule of {name} that cannot be read here may be what");
+        let rule = format!("a rule of {name}, which cannot be read here, probably");
         return vec![(rule, format!("check {name} -t nat -S"))];
     };
     let found = suspect_rules(&rules, way, Some(port), targets).into_iter().take(MAX_NAMED);
@@ -204,7 +204,7 @@ fn suspects(
     for table in tables(ipv4).iter().filter(|table| *table != "nat").take(MAX_TABLES) {
         let Some(rules) = save(name, table) else {
             suspects.push(format!(
-                "{name} has rules, too, which cannot be read here: {name} -t {table} -S"
+                "{name} also has rules, which cannot be read here: check {name} -t {table} -S"
             ));
             continue;
         };

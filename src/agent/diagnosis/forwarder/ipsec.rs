@@ -49,7 +49,7 @@ fn sentences_of_taking<'a>(
         let network = networks.iter().find(|network| meets(policy, **network))?;
         let Policy { from, to, direction, priority, .. } = policy;
         Some(format!(
-            "an IPsec policy takes packets from {from} to {to} (ip xfrm policy: dir {direction}, priority \
+            "an IPsec policy matches packets from {from} to {to} (ip xfrm policy: dir {direction}, priority \
              {priority}): exempt packets from {network} to {network} in the IPsec configuration"
         ))
     });

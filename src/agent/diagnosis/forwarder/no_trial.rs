@@ -20,7 +20,7 @@ impl From<io::Error> for NoTrial {
 pub fn no_bridge(foreign: Option<&str>) -> NoTrial {
     match foreign {
         Some(bridge) => NoTrial::Failed(io::Error::other(format!(
-            "the pods are on bridge {bridge} of another program, where the agent has no pod of its own: \
+            "the bridge \"{bridge}\" of the pods belongs to another program, so the agent has no pod on it; \
              check connections between pods of two hosts"
         ))),
         None => NoTrial::Idle("there are no pods on a bridge of gossamer's".to_owned()),

@@ -183,7 +183,7 @@ fn notice(
         );
         return Some(of_rule(partial, what, accept_to(base, network)));
     }
-    let what = taken(partial);
+    let what = affected_packets(partial);
     let done = match act {
         Act::Shortens(ttl) => {
             let what = format!(
@@ -222,7 +222,7 @@ fn notice_of_tunnels(setting: &TrialInput, partial: &Partial) -> Option<Problem>
         act => fate(*act, "some tunnel packets")?,
     };
     let fix = open_chain(base, &[port]);
-    let what = format!("chain {chain} {fate}: {}", taken(partial));
+    let what = format!("chain {chain} {fate}: {}", affected_packets(partial));
     Some(of_rule(partial, what, format!("if that is not intended: {fix}")))
 }
 
@@ -231,16 +231,16 @@ fn fate(act: Act, packets: &str) -> Option<String> {
     match act {
         Act::Drops => Some(format!("drops {packets}")),
         Act::Rejects => Some(format!("rejects {packets}")),
-        Act::Queues => Some(format!(
-            "hands {packets} to a program by a queue where none listens, so they are lost"
-        )),
+        Act::Queues => {
+            Some(format!("sends {packets} to an NFQUEUE that no program reads, so they are lost"))
+        }
         Act::Redirects(_) | Act::Marks(_) | Act::Translates | Act::Shortens(_) => None,
     }
 }
 
 /// Describes which packets the rule affects, and identifies the rule.
-pub fn taken(Partial { rule, what, more, counted, .. }: &Partial) -> String {
-    let dropped =
+pub fn affected_packets(Partial { rule, what, more, counted, .. }: &Partial) -> String {
+    let match_count =
         counted.map_or_else(String::new, |count| format!(", which has matched {count} packets"));
     let more = match more {
         0 => String::new(),
@@ -249,7 +249,7 @@ pub fn taken(Partial { rule, what, more, counted, .. }: &Partial) -> String {
     };
     let what = if what.is_empty() { "all".to_owned() } else { format!("those {what}") };
     match rule {
-        Some(rule) => format!("{what} (rule {rule}{dropped}{more})"),
+        Some(rule) => format!("{what} (rule {rule}{match_count}{more})"),
         None => format!("{what} (by its policy{more})"),
     }
 }

@@ -274,7 +274,7 @@ fn problem(by: &Partial, pairs: &BTreeSet<&Pair>, setting: &TrialInput) -> Probl
          other: chain {chain} {} UDP {port} {}: {}",
         verb(by.act),
         named.join(" and "),
-        partial::taken(by)
+        partial::affected_packets(by)
     );
     Problem::new(ProblemCode::Transit, chain, what, open_chain(&by.base, &[port]))
 }

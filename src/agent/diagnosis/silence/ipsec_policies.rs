@@ -45,7 +45,7 @@ pub fn ipsec_policies(place: &Place, way: usize, peer: Option<IpAddr>) -> Vec<St
     });
     let sentence = |Policy { from, to, priority, .. }: &Policy| {
         format!(
-            "an IPsec policy takes packets from {from} to {to} (ip xfrm policy: dir {direction}, priority \
+            "an IPsec policy matches packets from {from} to {to} (ip xfrm policy: dir {direction}, priority \
              {priority}): exempt UDP {} from it",
             place.port
         )
