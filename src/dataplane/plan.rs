@@ -39,7 +39,7 @@ pub struct Actual {
 /// The actual VXLAN device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// The interface is up.
+    /// The interface is up, and no program keeps it without a carrier.
     pub up: bool,
     /// The device is a port of a bridge or bond, so decapsulated packets do not reach this host's IP stack.
     pub is_port: bool,

@@ -67,6 +67,12 @@ impl Link {
         self.message.attributes.contains(&LinkAttribute::OperState(State::Up))
     }
 
+    /// Returns whether a program keeps it without a carrier (`ip link set protodown on`).
+    pub fn is_proto_down(&self) -> bool {
+        let is_on = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::ProtoDown(1..));
+        self.message.attributes.iter().any(is_on)
+    }
+
     /// Returns the index of the bridge, bond, team or VRF that it is a port of.
     pub fn controller(&self) -> Option<u32> {
         self.message.attributes.iter().find_map(|attribute| match attribute {

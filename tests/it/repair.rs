@@ -114,6 +114,20 @@ fn deleted_changed_or_renamed_kernel_state_is_repaired_at_once() {
     });
 }
 
+/// Daemons for redundant switches keep VXLAN devices of hosts without a carrier that way.
+#[test]
+fn device_that_a_program_keeps_without_a_carrier_gets_it_back() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let host = &cluster.hosts[1].netns;
+        tool(host, "ip link set gossamer.1 protodown on");
+        eventually(host, "ip -d link show gossamer.1", |link| !link.contains("protodown on"));
+        assert_both_ways(&pods);
+        Ok(())
+    });
+}
+
 #[test]
 fn host_with_changed_address_or_mtu_keeps_its_subnet_and_connections() {
     isolated(|lab| {

@@ -370,7 +370,13 @@ impl Kernel {
                 self.ethtool.as_mut().map_or(Ok(()), |tool| tool.set(index, TX_CHECKSUM, *on))
             }
             DeviceOp::Release => self.set(name, |link| link.nocontroller()),
-            DeviceOp::SetUp => self.set(name, |link| link.up()),
+            DeviceOp::SetUp => {
+                if self.netlink.link(name)?.is_some_and(|link| link.is_proto_down()) {
+                    let off = LinkAttribute::ProtoDown(0);
+                    self.set(name, |link| link.append_extra_attribute(off))?;
+                }
+                self.set(name, |link| link.up())
+            }
             DeviceOp::AddAddress(address) => {
                 if address.is_ipv6() {
                     // New devices may have IPv6 disabled. If this fails, adding the address reports

@@ -164,7 +164,8 @@ impl Kernel {
         };
         let addresses = addresses.filter(|(ip, _)| not_link_local(ip)).collect();
         let is_port = self.is_port(link)?;
-        Ok(Found { up: link.up, is_port, device, foreign, addresses, unreceived })
+        let up = link.up && !link.is_proto_down();
+        Ok(Found { up, is_port, device, foreign, addresses, unreceived })
     }
 
     /// Whether it is a port of a bridge or bond. Packets of an interface in a VRF still reach this

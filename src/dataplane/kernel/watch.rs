@@ -115,6 +115,7 @@ impl Recheck {
             let right = present
                 && link.name == wanted.name
                 && link.up
+                && !link.is_proto_down()
                 && link.mtu == wanted.mtu
                 && link.alias == wanted.alias
                 && link.mac == Some(wanted.mac);
