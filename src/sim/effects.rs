@@ -51,7 +51,13 @@ impl World {
             Output::Withdraw => {
                 self.set_desired_state(index, DesiredState::Nothing);
             }
-            Output::SlotsChanged(_) => {}
+            Output::SlotsChanged(changes) => {
+                let host = &self.hosts[index];
+                let pool = &self.settings.pool;
+                let subnet = host.subnet_in_use(pool);
+                let used = subnet.and_then(|subnet| pool.slot_at(subnet.network()));
+                self.oracle.on_slots_changed(host.key, used, &changes);
+            }
             Output::CannotLeave(_) => self.hosts[index].is_departing = false,
             Output::Stop(stop) => self.on_stop(index, stop),
         }

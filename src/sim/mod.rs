@@ -15,6 +15,7 @@
 //! - [`mutations`]: deliberate defects that the oracle must detect
 
 pub mod campaign;
+mod contact;
 pub mod disk;
 mod effects;
 pub mod faults;

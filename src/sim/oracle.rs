@@ -12,6 +12,7 @@
 //! - I17: no counter jumps to an implausible value
 //! - I18: no disk holds a member record that no node can use
 //! - I21: a node that leaves requests, leases and releases no slot for itself
+//! - I22: a node releases no lease that its kernel still uses
 //! - D4: no host removes the route to a subnet that is in use and reachable by it
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,9 +20,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use crate::{
-    core::Output,
+    core::{Change, Output},
     dataplane::plan::{EntryOp, Op},
-    model::{MemberRecord, NodeId, Pool, Run, SlotRecord, SlotState},
+    model::{MemberRecord, NodeId, Pool, Run, Slot, SlotRecord, SlotState},
     wire::{Facts, Frame, Key, Push, Record, Request, Response},
 };
 
@@ -286,6 +287,24 @@ impl Oracle {
     /// Returns the first host whose kernel uses a subnet.
     pub fn user_of(&self, subnet: IpNet) -> Option<usize> {
         self.users.get(&subnet)?.first().copied()
+    }
+
+    /// Checks I22 for changes of `node`'s slots, while its kernel uses `used`.
+    pub fn on_slots_changed(&mut self, node: NodeId, used: Option<Slot>, changes: &[Change]) {
+        let is_release = |(run, before): &&Change| {
+            let was_leased = before.is_some_and(|before| {
+                before.owner == node
+                    && before.state == SlotState::Leased
+                    && run.record.epoch == before.epoch + 1
+            });
+            was_leased && run.record.owner == node && run.record.state == SlotState::Free
+        };
+        let mut released = changes.iter().filter(is_release).flat_map(|(run, _)| run.slots());
+        if let Some(slot) = released.find(|slot| Some(*slot) == used) {
+            self.report_unless_lenient(|| {
+                format!("I22: {node} released slot {}, which its kernel uses", slot.0)
+            });
+        }
     }
 
     /// Returns the subnets that several hosts use.

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     core::{CallError, CallId, Command, Gate, Input, Node, Output, ReplyId, StartError},
     model::{ClusterSettings, NodeId, Quorum, Time},
-    wire::{Frame, Gossip, Request, Response},
+    wire::{Frame, Request, Response},
 };
 
 /// Limit of events at one virtual instant. A run that exceeds it loops without advancing time.
@@ -354,33 +354,6 @@ impl World {
             | Event::Disk { .. }
             | Event::Kernel { .. }
             | Event::IdentityReset { .. } => {}
-        }
-    }
-
-    /// For rule I7: a node that knew peers when it started grants nothing before one of them has answered.
-    fn record_contact(&mut self, index: usize, answer: &Result<(NodeId, Vec<u8>), CallError>) {
-        let Some(process) = self.hosts[index].process.as_mut() else { return };
-        if process.awaited_peers.is_empty() {
-            return;
-        }
-        let response = answer.as_ref().ok().and_then(|(_, bytes)| match Frame::decode(bytes) {
-            Ok((_, Frame::Response(payload))) => Response::decode(payload).ok(),
-            _ => None,
-        });
-        if let Some(Response::Same | Response::Facts { .. } | Response::Acknowledged(_)) = response
-        {
-            process.awaited_peers.clear();
-        }
-    }
-
-    /// The same for a gossip packet with the hashes of the receiver's own state.
-    fn record_contact_by_gossip(&mut self, index: usize, bytes: &[u8]) {
-        let Some(process) = self.hosts[index].process.as_mut() else { return };
-        if let Ok((_, Frame::Swim(payload))) = Frame::decode(bytes)
-            && let Ok(Gossip { roots, .. }) = Gossip::decode(payload)
-            && roots == process.node.roots()
-        {
-            process.awaited_peers.clear();
         }
     }
 
