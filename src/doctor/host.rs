@@ -432,7 +432,7 @@ fn mtu(
             Finding::problem(
                 "mtu",
                 format!("{} has MTU {}, the overlay {largest}", link.name, link.mtu),
-                "large packets of that pod are lost on their way to other hosts",
+                "large packets of that pod are lost on their way to other hosts until it learns the path MTU",
                 format!(
                     "ip link set {} mtu {largest} (in the pod too), or restart the pod",
                     link.name

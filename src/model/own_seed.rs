@@ -12,8 +12,8 @@ pub fn own_address_problem(seeds: &[&str], of_token: bool) -> Problem {
     };
     let seeds = seeds.join(", ");
     let what = format!(
-        "{of} {seeds} {is} this host's own, so no member is found there (virtual machines that are each \
-         behind their own NAT have the same address)"
+        "{of} {seeds} {is} this host's own, so no member is found there (/etc/hosts may map a name to this \
+         host, and virtual machines that are each behind their own NAT have the same address)"
     );
     let fix = "name a member by an address that this host reaches (--join ADDRESS). Or start the member \
                that made the token with --iface NAME or --advertise ADDRESS, and use a new token of \

@@ -71,6 +71,10 @@ impl Host {
     pub(super) fn no_match(&self, choice: &IfaceChoice) -> UnderlayError {
         let what = match choice {
             IfaceChoice::Name(name) => self.unusable_reason(name),
+            IfaceChoice::Address(ip) if !is_reachable(*ip) => format!(
+                "no other host reaches {ip} through a router (it is link-local or loopback), so it carries \
+                 no tunnels: give the interface another address"
+            ),
             IfaceChoice::Address(ip) => format!("no interface that is up has address {ip}"),
             IfaceChoice::Regex(regex) => format!("no interface that is up matches {regex}"),
             IfaceChoice::CanReach(ip) => format!("no interface leads to {ip}"),
@@ -171,6 +175,9 @@ impl Host {
             Some(controller) => {
                 format!("interface {name} is a port of {0}: name {0} instead", controller.name)
             }
+            None if self.addresses.iter().any(|address| address.link == link.index) => format!(
+                "interface {name} has link-local addresses only, which carry no tunnels: give it another one"
+            ),
             None => format!("interface {name} has no address that peers could reach"),
         }
     }

@@ -105,7 +105,7 @@ fn rules_that_drop_packets_of_pods_on_a_foreign_bridge_are_warned_of() {
             agent,
             &[
                 "it is unknown whether this host forwards packets of pods",
-                "bridge cni0 of another program",
+                "the bridge \"cni0\" of the pods belongs to another program",
             ],
         );
         let no_rules = texts(&agent.ask("/v1/status", TIMEOUT)?["notices"]);
