@@ -1,10 +1,10 @@
-//! The neighborhood: the few members that a node probes, pushes to and compares with.
+//! The neighborhood: the ring neighbors, which a node probes, pushes to and compares with.
 //!
 //! The active members form several rings. Each ring orders them by another hash of their ids. A node's
-//! neighbors are its successor and its predecessor on each ring, so every node has the same small number of
-//! neighbors in a cluster of any size, and a member that joins or ends changes the neighborhoods of those next
-//! to it only. Such a graph is random and regular: it stays connected when many of its nodes fail, and any
-//! member is a few hops away (Rapid, USENIX ATC 2018, uses the same rings).
+//! neighbors are its successor and its predecessor on each ring, so every node has the same small number
+//! of neighbors in a cluster of any size, and a member that joins or ends changes the neighborhoods of those
+//! next to it only. Such a graph is random and regular: it stays connected when many of its nodes fail, and
+//! any member is a few hops away (Rapid, USENIX ATC 2018, uses the same rings).
 //!
 //! Nodes with different views have different neighborhoods. No rule depends on their agreement.
 

@@ -14,7 +14,7 @@ use crate::{
     wire::{Facts, Frame, Push},
 };
 
-use super::{Node, learn::MergeResult};
+use super::Node;
 
 /// Changes within this time after a push wait for the next one and travel together.
 const BATCH_DELAY: Duration = Duration::from_millis(5);
@@ -95,10 +95,10 @@ impl PushQueue {
 impl Node {
     /// Handles pushed facts.
     pub(super) fn handle_push(&mut self, now: Time, from: NodeId, facts: &Facts) {
-        let MergeResult { new, refused } = self.learn(now, facts, Some(from));
+        let merged = self.learn(now, facts, Some(from));
         let neighbors = self.membership.neighbors();
-        if !new
-            && !refused
+        if !merged.new
+            && !merged.refused
             && self.replica.push_links.asks_to_stop(from, neighbors)
             && let Some((address, bytes)) = self.replica.frame_to(from, Frame::Prune)
         {

@@ -424,8 +424,8 @@ impl Node {
                  affected"
             );
             let fix = format!(
-                "restart the agent of {name} if it lasts for minutes; if it remains, report it with the logs of \
-                 both agents"
+                "restart the agent of {name} if it lasts for minutes; if it remains, report it with the logs \
+                 of both agents"
             );
             Problem::new(ProblemCode::StateDiffers, name, what, fix)
         }));
