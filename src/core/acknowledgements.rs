@@ -15,6 +15,8 @@ pub(super) struct Forgetting {
     /// Grows whenever a member departs; acknowledgements requested in an earlier era do not count.
     pub(super) era: u64,
     pub(super) retry_at: Option<Time>,
+    /// No step is due before this time.
+    pub(super) not_before: Time,
 }
 
 impl Forgetting {

@@ -147,6 +147,7 @@ impl Node {
             voting: Voting::new(now),
             running_hosts: RunningHosts::default(),
             log_budget: LogBudget::new(now),
+            refusal_log_budget: LogBudget::new(now),
             successions: Successions::default(),
             may_write_before: false,
             config,

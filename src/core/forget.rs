@@ -27,6 +27,8 @@ use super::{
 
 /// Pause before missing acknowledgements are requested again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
+/// Least time between two steps that reclaim slots.
+const RECLAIM_INTERVAL: Duration = Duration::from_millis(250);
 /// Limit of unanswered acknowledgement requests.
 const MAX_PENDING: usize = 16;
 /// Limit of nodes that one step reclaims from, or declares gone.
@@ -247,13 +249,13 @@ impl Node {
     }
 
     pub(super) fn next_forget_step(&self) -> Option<Time> {
-        self.replica.forgetting.retry_at.filter(|_| self.replica.cluster_state.is_some())
+        let Forgetting { retry_at, not_before, .. } = self.replica.forgetting;
+        let due = retry_at.map(|at| at.max(not_before));
+        due.filter(|_| self.replica.cluster_state.is_some())
     }
 
     pub(super) fn step_forget(&mut self, now: Time) {
-        if self.replica.cluster_state.is_none()
-            || self.replica.forgetting.retry_at.is_none_or(|at| now < at)
-        {
+        if self.next_forget_step().is_none_or(|at| now < at) {
             return;
         }
         self.replica.forgetting.retry_at = None;
@@ -281,7 +283,11 @@ impl Node {
         if let Some((first, _)) = reclaimed.first() {
             let (nodes, slots) =
                 (reclaimed.len(), reclaimed.iter().map(|(_, slots)| slots).sum::<u32>());
-            tracing::info!(nodes, %first, slots, "reclaimed the slots of forgotten nodes");
+            if self.log_budget.take(now) {
+                tracing::info!(nodes, %first, slots, "reclaimed the slots of forgotten nodes");
+            }
+            // Further slots of forgotten nodes are reclaimed together.
+            self.replica.forgetting.not_before = now + RECLAIM_INTERVAL;
         }
         self.request_acknowledgements(&mine, &acknowledgers);
     }
@@ -412,19 +418,15 @@ impl Node {
     /// uses them.
     pub(super) fn decline_late_grants(&mut self, now: Time, news: &[Run]) {
         let me = self.replica.me.node;
-        for run in news.iter().filter(|run| run.record.owner == me) {
-            let Some(forget) = self.replica.directory.forgotten(run.record.granter) else {
-                continue;
-            };
-            let (Some(cluster_state), false) =
-                (&mut self.replica.cluster_state, forget.successor == me)
-            else {
-                continue;
-            };
-            self.counters.declined += 1;
-            let change = cluster_state.slots.pass_on(*run, me, forget.successor);
-            self.note_own_change(now, change.as_slice());
-        }
+        let late = news.iter().filter(|run| run.record.owner == me).filter_map(|run| {
+            let forget = self.replica.directory.forgotten(run.record.granter)?;
+            (forget.successor != me).then_some((*run, forget.successor))
+        });
+        let late: Vec<(Run, NodeId)> = late.collect();
+        let Some(cluster_state) = &mut self.replica.cluster_state else { return };
+        self.counters.declined += late.len() as u64;
+        let changes = cluster_state.slots.pass_on(&late, me);
+        self.note_own_change(now, &changes);
     }
 
     /// Declares the predecessor gone, if this node was re-created under its name.

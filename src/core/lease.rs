@@ -197,13 +197,8 @@ impl Node {
     fn release_all_but(&mut self, now: Time, own: Slot) {
         let me = self.replica.me.node;
         let Some(cluster_state) = &mut self.replica.cluster_state else { return };
-        let surplus: Vec<Slot> =
-            cluster_state.slots.leased_by(me).filter(|slot| *slot != own).collect();
-        self.counters.surplus += surplus.len() as u64;
-        let released: Vec<Change> = surplus
-            .into_iter()
-            .filter_map(|slot| cluster_state.slots.release_own(me, slot))
-            .collect();
+        let released = cluster_state.slots.release_all_but(me, own);
+        self.counters.surplus += released.len() as u64;
         self.note_own_change(now, &released);
     }
 

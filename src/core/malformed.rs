@@ -141,7 +141,7 @@ impl Node {
     pub(super) fn note(&mut self, peer: NodeId, kind: Kind, count: u64, why: &str) -> Option<u64> {
         let count = self.notes.add(self.clock, peer, kind, count, why)?;
         // A peer that changes its key is a new one each time.
-        self.log_budget.take(self.clock).then_some(count)
+        self.refusal_log_budget.take(self.clock).then_some(count)
     }
 
     /// Returns one problem for each peer whose entries are refused.

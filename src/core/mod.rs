@@ -119,6 +119,8 @@ pub struct Node {
     outbox: Outbox,
     /// Bounds the log lines about members.
     log_budget: LogBudget,
+    /// Bounds the log lines about unusable input.
+    refusal_log_budget: LogBudget,
     /// Value of [`Node::may_write`] after the previous input.
     may_write_before: bool,
     counters: Counters,
@@ -330,6 +332,7 @@ impl Node {
     }
 
     fn drain_membership(&mut self, now: Time) {
+        let mut is_member_down = false;
         while let Some(notice) = self.membership.poll_notice() {
             match notice {
                 Notice::Send { to, packet } => {
@@ -362,7 +365,7 @@ impl Node {
                         tracing::info!(%node, name = self.name_of(node), "{what}");
                     }
                     self.note_succession(node);
-                    self.replace_predecessor(now);
+                    is_member_down = true;
                 }
                 Notice::Renewed(identity) => {
                     tracing::debug!(?identity.incarnation, "identity renewed");
@@ -370,7 +373,12 @@ impl Node {
                 }
             }
         }
-        if let Some(lines) = self.log_budget.take_left_out(now) {
+        if is_member_down {
+            self.replace_predecessor(now);
+        }
+        let budgets = [&mut self.log_budget, &mut self.refusal_log_budget];
+        let left_out = budgets.into_iter().filter_map(|budget| budget.take_left_out(now)).sum();
+        if let lines @ 1_u64.. = left_out {
             tracing::info!(lines, "further log lines about members left out");
         }
     }

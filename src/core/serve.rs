@@ -225,7 +225,9 @@ impl Node {
         };
         let slots: Vec<Run> = changes.iter().map(|(run, _)| *run).collect();
         let count: u32 = slots.iter().map(|run| run.len).sum();
-        tracing::info!(%to, name = self.name_of(to), slots = count, "granted");
+        if self.log_budget.take(now) {
+            tracing::info!(%to, name = self.name_of(to), slots = count, "granted");
+        }
         self.counters.grants += 1;
         self.note_own_change(now, &changes);
         Ok(Facts { slots, ..Facts::default() })

@@ -173,41 +173,48 @@ impl SlotTable {
         (run, before)
     }
 
-    /// Turns a surplus lease of `me` into a free slot.
-    pub fn release_own(&mut self, me: NodeId, slot: Slot) -> Option<Change> {
-        let record = self.record(slot)?;
-        (record.owner == me && record.state == SlotState::Leased)
-            .then(|| self.rewrite(slot, 1, me, me, SlotState::Free))
+    /// Turns all leases of `me` into free slots, except the one in use.
+    pub fn release_all_but(&mut self, me: NodeId, used: Slot) -> Vec<Change> {
+        let surplus = self.leased_by(me).filter(|slot| *slot != used);
+        let released = surplus.filter_map(|slot| {
+            let before = self.record(slot)?;
+            Some(next_record(Run { start: slot, len: 1, record: before }, me, me))
+        });
+        let released: Vec<Change> = released.collect();
+        self.overwrite(&released);
+        released
     }
 
     /// Makes all slots of `me` free slots of `successor`.
     pub fn hand_over(&mut self, me: NodeId, successor: NodeId) -> Vec<Change> {
-        let owned: Vec<Run> = self.runs_of(me).copied().collect();
-        owned
-            .into_iter()
-            .map(|run| self.rewrite(run.start, run.len, me, successor, SlotState::Free))
-            .collect()
+        let changes: Vec<Change> =
+            self.runs_of(me).map(|run| next_record(*run, me, successor)).collect();
+        self.overwrite(&changes);
+        changes
     }
 
     /// Makes all slots of the forgotten node `gone` free slots of `me`. The new epochs exceed all that the
     /// forgotten node, the nodes it granted to, or the successor of an earlier round can have written.
     pub fn reclaim(&mut self, me: NodeId, gone: NodeId, round: u32) -> Vec<Change> {
-        let owned: Vec<Run> = self.runs_of(gone).copied().collect();
-        let mut changes = Vec::new();
-        for run in owned {
+        let reclaimed = self.runs_of(gone).map(|run| {
             let epoch = later_generation(run.record.epoch, u64::from(round));
             let record = SlotRecord { epoch, owner: me, state: SlotState::Free, granter: me };
-            let new = Run { record, ..run };
-            self.set(new);
-            changes.push((new, Some(run.record)));
-        }
+            (Run { record, ..*run }, Some(run.record))
+        });
+        let changes: Vec<Change> = reclaimed.collect();
+        self.overwrite(&changes);
         changes
     }
 
-    /// Makes a run that `me` owns and never used free slots of `successor`, unless its record has changed.
-    pub fn pass_on(&mut self, run: Run, me: NodeId, successor: NodeId) -> Option<Change> {
-        (self.record(run.start)? == run.record)
-            .then(|| self.rewrite(run.start, run.len, me, successor, SlotState::Free))
+    /// Makes runs that `me` owns and never used free slots of the given successors, unless their records have
+    /// changed. The runs are disjoint and in order of their slots.
+    pub fn pass_on(&mut self, runs: &[(Run, NodeId)], me: NodeId) -> Vec<Change> {
+        let is_present = |(run, _): &&(Run, NodeId)| self.record(run.start) == Some(run.record);
+        let present = runs.iter().filter(is_present);
+        let changes: Vec<Change> =
+            present.map(|(run, successor)| next_record(*run, me, *successor)).collect();
+        self.overwrite(&changes);
+        changes
     }
 
     /// Returns the bucket of a slot. Buckets are equal, contiguous parts of the pool, so few runs are cut.
@@ -299,7 +306,7 @@ impl SlotTable {
     ) -> Change {
         let before = self.record(start);
         debug_assert!(before.is_some_and(|r| r.owner == me), "only the owner writes {start:?}");
-        let epoch = before.map_or(0, |record| record.epoch.saturating_add(1));
+        let epoch = before.map_or(0, |record| next_epoch(&record));
         let run = Run { start, len, record: SlotRecord { epoch, owner, state, granter: me } };
         self.set(run);
         (run, before)
@@ -355,6 +362,19 @@ impl SlotTable {
             self.hashes[bucket] ^= part.as_ref().map_or(0, run_hash);
         }
     }
+}
+
+/// Returns the epoch of the record that its owner writes after this one.
+const fn next_epoch(record: &SlotRecord) -> u64 {
+    record.epoch.saturating_add(1)
+}
+
+/// Returns the change that makes a run of `me` free slots of `owner`, with the next record.
+fn next_record(run: Run, me: NodeId, owner: NodeId) -> Change {
+    debug_assert!(run.record.owner == me, "only the owner writes {:?}", run.start);
+    let epoch = next_epoch(&run.record);
+    let record = SlotRecord { epoch, owner, state: SlotState::Free, granter: me };
+    (Run { record, ..run }, Some(run.record))
 }
 
 fn run_hash(run: &Run) -> u64 {

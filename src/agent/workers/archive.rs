@@ -221,16 +221,19 @@ impl Archive {
     }
 
     /// Appends lines to the history. Drops them, with an error in the log, when too many wait.
-    pub(in crate::agent) fn append(&self, lines: Vec<OwnerChange>) {
+    pub(in crate::agent) fn append(&self, mut lines: Vec<OwnerChange>) {
         if lines.is_empty() {
             return;
         }
-        let count = lines.len();
-        if self.shared.lines.fetch_add(count, Ordering::Relaxed) + count > MAX_LINES {
-            self.shared.lines.fetch_sub(count, Ordering::Relaxed);
-            tracing::error!(count, "history lines dropped: too many wait to be written");
+        let waiting = self.shared.lines.load(Ordering::Relaxed);
+        let dropped = lines.split_off(lines.len().min(MAX_LINES.saturating_sub(waiting))).len();
+        if dropped > 0 {
+            tracing::error!(dropped, "history lines dropped: too many wait to be written");
+        }
+        if lines.is_empty() {
             return;
         }
+        self.shared.lines.fetch_add(lines.len(), Ordering::Relaxed);
         self.worker.order(Job::Append(lines));
     }
 

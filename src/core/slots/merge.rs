@@ -37,7 +37,7 @@ impl SlotTable {
     }
 
     /// Applies changes that are disjoint, in slot order, and each within one run or gap of this table.
-    fn overwrite(&mut self, changes: &[Change]) {
+    pub(super) fn overwrite(&mut self, changes: &[Change]) {
         if changes.len() <= MAX_SINGLE_CHANGES {
             return changes.iter().for_each(|(run, _)| self.set(*run));
         }

@@ -387,3 +387,32 @@ fn thousands_of_namesakes_are_replaced_in_parts() {
     node.replace_predecessor(now);
     assert_eq!(node.replica.directory.forgets().count(), 64);
 }
+
+/// Regression: each slot of a forgotten node caused a step, a log line and a write of its own.
+#[test]
+fn slots_of_a_forgotten_node_that_arrive_one_by_one_are_reclaimed_together() {
+    let mut world = World::with_members(2);
+    let victim = absent(1);
+    let (me, from) = (world.hosts[0].key, world.hosts[1].key);
+    let start = world.now + seconds(1);
+    let node = world.node_mut(0);
+    let forget = Forget { node: victim.node, round: 1, forced: true, successor: me };
+    let members = Facts { members: vec![victim.clone()], ..Facts::default() };
+    node.learn(start, &members, Some(from));
+    node.learn(start, &Facts { forgets: vec![forget], ..Facts::default() }, Some(from));
+    let slots = node.replica.cluster_state.as_ref().expect("in a cluster").slots.runs_of(from);
+    let slots: Vec<Slot> = slots.flat_map(Run::slots).take(100).collect();
+    let before = node.status().counters.reclaims;
+    for (number, start_of) in slots.into_iter().enumerate() {
+        let now = start + Duration::from_millis(10 * number as u64);
+        let record =
+            SlotRecord { epoch: 9, owner: victim.node, state: SlotState::Leased, granter: from };
+        let run = Run { start: start_of, len: 1, record };
+        node.learn(now, &Facts { slots: vec![run], ..Facts::default() }, Some(from));
+        node.step_forget(now);
+    }
+    let steps = node.status().counters.reclaims - before;
+    assert!((1..=5).contains(&steps), "{steps} steps in a second");
+    node.step_forget(start + seconds(2));
+    assert!(!node.replica.owns_slots(victim.node));
+}
