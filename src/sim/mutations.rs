@@ -63,8 +63,8 @@ pub const MUTATIONS: [Mutation; 25] = [
         defect: "a grant does not raise the slot's epoch",
         changes: &[change(
             "core/slots.rs",
-            "record.epoch.saturating_add(1)",
-            "record.epoch.saturating_add(u64::from(owner == me))",
+            "before.map_or(0, |record| next_epoch(&record))",
+            "before.map_or(0, |record| record.epoch + u64::from(owner == me))",
         )],
     },
     Mutation {
@@ -72,8 +72,8 @@ pub const MUTATIONS: [Mutation; 25] = [
         defect: "a member that gossip considers down loses its slots",
         changes: &[change(
             "core/mod.rs",
-            "self.replace_predecessor(now)",
-            "{ self.replace_predecessor(now); self.declare_gone(now, node, true) }",
+            "is_member_down = true",
+            "{ is_member_down = true; self.declare_gone(now, node, true) }",
         )],
     },
     Mutation {
