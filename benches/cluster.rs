@@ -371,7 +371,8 @@ fn key_of_entry(message: &RouteNetlinkMessage) -> Option<(String, bool)> {
             Some((format!("{:?}", route.attributes.iter().find(to)), is_removal))
         }
         RouteNetlinkMessage::NewNeighbour(entry) | RouteNetlinkMessage::DelNeighbour(entry)
-            if entry.header.state == NeighbourState::Permanent
+            // The kernel announces the removal of a neighbor with another state.
+            if (is_removal || entry.header.state == NeighbourState::Permanent)
                 && matches!(entry.header.family, AddressFamily::Inet | AddressFamily::Bridge) =>
         {
             let mac =
