@@ -156,18 +156,21 @@ impl Node {
         let of = |wanted: &dyn Fn(NodeId) -> bool| -> Vec<&MemberRecord> {
             all.iter().filter(|record| wanted(record.node)).copied().collect()
         };
+        let is_useful = |node: NodeId| useful.contains(&node);
         let mut preferred = match rounds % 4 {
-            0 => of(&|node| !is_active(node)),
-            1 => of(&|node| is_active(node) && useful.contains(&node)),
-            _ if rounds.is_multiple_of(RANDOM_PARTNER_ROUNDS) => of(&is_active),
+            0 => of(&is_useful),
+            1 => of(&|node| is_useful(node) && is_active(node)),
             _ => Vec::new(),
         };
-        if preferred.is_empty() {
-            preferred = of(&is_differing);
-        }
-        if preferred.is_empty() {
-            preferred = of(&is_neighbor);
-        }
+        let mut or_else = |is_turn: bool, wanted: &dyn Fn(NodeId) -> bool| {
+            if is_turn && preferred.is_empty() {
+                preferred = of(wanted);
+            }
+        };
+        or_else(rounds.is_multiple_of(4), &|node| !is_active(node));
+        or_else(rounds.is_multiple_of(RANDOM_PARTNER_ROUNDS), &is_active);
+        or_else(true, &is_differing);
+        or_else(true, &is_neighbor);
         let from = if preferred.is_empty() { &all } else { &preferred };
         let peer = from
             .choose(&mut self.rng)

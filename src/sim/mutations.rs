@@ -98,7 +98,7 @@ pub const MUTATIONS: [Mutation; 25] = [
         name: "NeverCompareWithDown",
         defect: "states are never compared with down members, nor with a seed whose node is known",
         changes: &[
-            change("core/sync.rs", "of(&|node| !is_active(node))", "Vec::new()"),
+            change("core/sync.rs", "!is_active(node)", "false"),
             change(
                 "core/sync.rs",
                 "if preferred.is_empty() { &all } else { &preferred }",
