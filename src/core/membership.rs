@@ -21,14 +21,14 @@ use std::{
 
 use bytes::Bytes;
 use foca::{
-    AccumulatingRuntime, Codec as _, Config, Foca, Member, Message, NoCustomBroadcast,
-    OwnedNotification, PeriodicParams, State, Timer,
+    AccumulatingRuntime, Config, Foca, Member, Message, NoCustomBroadcast, OwnedNotification,
+    PeriodicParams, State, Timer,
 };
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use crate::{
     model::{Identity, Incarnation, Liveness, NodeId, Suspicion, Time},
-    wire::{Buckets, DATAGRAM_MAX, ROOTS_LEN, SwimCodec},
+    wire::{Buckets, DATAGRAM_MAX, ROOTS_LEN, SwimCodec, SwimPacket},
 };
 
 use self::contacts::Contacts;
@@ -192,15 +192,15 @@ impl Membership {
 
     /// Marks members that a peer considers down as suspects. They go down unless they refute it.
     pub fn suspect(&mut self, now: Time, suspicions: impl Iterator<Item = Suspicion>) {
-        let suspect = |suspicion: Suspicion| {
+        let suspicions: Vec<Suspicion> = suspicions.collect();
+        let suspect = |suspicion: &Suspicion| {
             Member::new(suspicion.identity, suspicion.refutation, State::Suspect)
         };
-        let members: Vec<_> = suspicions.map(suspect).collect();
-        let nodes: Vec<NodeId> = members.iter().map(|member| member.id().node).collect();
-        let result = self.foca.apply_many(members.into_iter(), true, &mut self.runtime);
+        let members = suspicions.iter().map(suspect);
+        let result = self.foca.apply_many(members, true, &mut self.runtime);
         self.collect(now, "suspect", result);
-        let doubted = nodes.into_iter().filter(|node| self.active.contains_key(node));
-        self.contacts.doubt(doubted);
+        let nodes = suspicions.iter().map(|suspicion| suspicion.identity.node);
+        self.contacts.doubt(nodes.filter(|node| self.active.contains_key(node)));
     }
 
     /// Ends a suspicion, because the suspect answered.
@@ -374,17 +374,15 @@ impl Membership {
             self.handle_notification(notification);
         }
         while let Some((to, packet)) = self.runtime.to_send() {
-            let header = SwimCodec.decode_header(packet.as_ref());
-            if let Ok(header) = &header
-                && header.src == self.identity()
-            {
-                self.refutation = header.src_incarnation;
+            let Ok(decoded) = SwimPacket::decode(&packet) else { continue };
+            if decoded.header.src == self.identity() {
+                self.refutation = decoded.header.src_incarnation;
             }
-            if header.is_ok_and(|header| self.is_stray_down_notice(&to, &header.message)) {
+            if self.is_stray_down_notice(&to, &decoded.header.message) {
                 tracing::trace!(to = %to.node, "dropped a down notice for an active member");
                 continue;
             }
-            self.send(&to, packet);
+            self.send(&to, packet, decoded);
         }
         debug_assert!(
             self.foca.num_members() == self.active.len()

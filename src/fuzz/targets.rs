@@ -23,8 +23,9 @@ use crate::{
     },
     netavark, netlink,
     wire::{
-        Arrivals, Facts, Frame, GrantWish, Hello, Inquiry, InquiryAnswer, Key, Keyring, PathReport,
-        Push, Record, Refusal, Report, Request, Response, Secret, SecretOrder, SwimPacket, Token,
+        Arrivals, Facts, Frame, Gossip, GrantWish, Hello, Inquiry, InquiryAnswer, Key, Keyring,
+        PathReport, Push, Record, Refusal, Report, Request, Response, Roots, Secret, SecretOrder,
+        SwimPacket, Token,
     },
 };
 
@@ -42,7 +43,7 @@ pub(super) const TARGETS: &[Target] = &[
         samples: answers,
         parse: |bytes| InquiryAnswer::decode(bytes).is_ok(),
     },
-    Target { name: "swim", samples: packets, parse: |bytes| SwimPacket::decode(bytes).is_ok() },
+    Target { name: "swim", samples: packets, parse: gossip },
     Target { name: "record", samples: records, parse: parse_record },
     Target {
         name: "token",
@@ -156,10 +157,15 @@ fn packets() -> Vec<Vec<u8>> {
     let header =
         Header { src: identity(), src_incarnation: 3, dst: other, message: Message::Ping(7) };
     let members = vec![Member::new(other, 2, State::Suspect)];
-    vec![SwimPacket::new(header, members).encode()]
+    let packet = SwimPacket::new(header, members).encode();
+    vec![Gossip { roots: Roots::default(), packet: &packet }.encode()]
 }
 
 /// Parses a database entry: key, zero byte, value.
+fn gossip(bytes: &[u8]) -> bool {
+    Gossip::decode(bytes).is_ok_and(|gossip| SwimPacket::decode(gossip.packet).is_ok())
+}
+
 fn parse_record(bytes: &[u8]) -> bool {
     let Some(end) = bytes.iter().position(|byte| *byte == 0) else { return false };
     Record::decode(&bytes[..end], &bytes[end + 1..]).is_ok()

@@ -158,6 +158,9 @@ impl Membership {
     /// Handles a packet of a neighbor that has probed the present target for this node. foca expects it from
     /// the member that it has chosen itself.
     pub(super) fn note_relayed_answer(&mut self, now: Time, packet: &[u8]) {
+        if self.contacts.helpers.is_empty() {
+            return;
+        }
         let Ok(SwimPacket { header, .. }) = SwimPacket::decode(packet) else { return };
         if let Message::ForwardedAck { origin, probe_number } = header.message
             && self.contacts.helpers.contains(&header.src.node)
@@ -167,9 +170,9 @@ impl Membership {
     }
 
     /// Queues a packet of foca's, to a neighbor where that is possible.
-    pub(super) fn send(&mut self, to: &Identity, packet: Bytes) {
+    /// `decoded` is the same packet.
+    pub(super) fn send(&mut self, to: &Identity, packet: Bytes, mut decoded: SwimPacket) {
         let unchanged = |packet| Notice::Send { to: to.node, packet };
-        let Ok(mut decoded) = SwimPacket::decode(&packet) else { return };
         if !self.active.contains_key(&to.node) || self.probes(to) {
             if let Message::PingReq { .. } = decoded.header.message {
                 self.contacts.helpers.insert(to.node);

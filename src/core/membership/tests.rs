@@ -1,5 +1,6 @@
 //! Tests of members that exchange packets in memory, without loss.
 
+use foca::Codec as _;
 use rand::SeedableRng as _;
 
 use super::*;
@@ -170,7 +171,7 @@ fn answer_that_a_neighbor_relays_ends_the_probe_and_one_of_a_stranger_does_not()
                             dst: member.identity(),
                             message: Message::ForwardedAck { origin: asked, probe_number },
                         };
-                        member.handle_packet(now, &crate::wire::SwimPacket::bare(answer).encode());
+                        member.handle_packet(now, &SwimPacket::bare(answer).encode());
                     }
                     _ => {}
                 }
