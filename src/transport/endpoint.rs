@@ -253,8 +253,7 @@ impl Transport {
 
     fn send_frame(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>, reliably: bool) {
         let link = self.peers.entry(to).or_default();
-        link.last_used = Some(Instant::now());
-        if let Some(connection) = link.live() {
+        if let Some(connection) = link.live_at(address) {
             return send_on(connection, bytes, reliably);
         }
         if link.frames.len() >= FRAME_QUEUE {
@@ -267,8 +266,7 @@ impl Transport {
     /// Sends a request to a member. The response or the error arrives as an event.
     pub fn call(&mut self, call: Call, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let link = self.peers.entry(to).or_default();
-        link.last_used = Some(Instant::now());
-        if let Some(connection) = link.live().cloned() {
+        if let Some(connection) = link.live_at(address).cloned() {
             return self.request_on(call, to, connection, bytes);
         }
         if link.calls.len() >= CALL_QUEUE {
@@ -390,9 +388,7 @@ impl Transport {
         let at_once = link.since.is_some_and(|since| since.elapsed() < DIAL_TIMEOUT);
         let superfluous = if link.live().is_none() || !at_once || inbound == (peer < self.dialer.me)
         {
-            link.since = Some(Instant::now());
-            link.is_inbound = inbound;
-            link.connection.replace(connection.clone())
+            link.replace(connection.clone(), inbound)
         } else {
             Some(connection.clone())
         };

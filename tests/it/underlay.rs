@@ -270,7 +270,10 @@ fn known_node_without_network_serves_its_pods_and_connects_later() {
         let came = Instant::now();
         let status = cluster.agents[1].wait_converged(2, TIMEOUT)?;
         println!("connected after {:?}", came.elapsed());
-        assert_eq!(underlay(&status), ("eth0".to_owned(), "10.99.0.11".to_owned()));
+        // Gossip may use the address before the agent has read the host's addresses again.
+        wait_until("the underlay is not known", FAILOVER_TIMEOUT, || {
+            is_on(&mut cluster.agents[1], "eth0", "10.99.0.11")
+        });
         assert_eq!(Agent::subnet(&status)?, subnet);
         Ok(())
     });

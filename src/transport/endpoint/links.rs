@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -24,6 +25,8 @@ const INBOUND_UNUSED_TIMEOUT: Duration = Duration::from_secs(90);
 pub(super) struct PeerLink {
     pub(super) connection: Option<Connection>,
     pub(super) since: Option<Instant>,
+    /// The peer's address by membership when the connection was dialed, or first used.
+    address: Option<SocketAddr>,
     /// Whether the peer opened the connection.
     pub(super) is_inbound: bool,
     /// When the connection was last used for sending or receiving.
@@ -38,6 +41,27 @@ impl PeerLink {
     /// Returns the connection if it is open.
     pub(super) fn live(&self) -> Option<&Connection> {
         self.connection.as_ref().filter(|connection| connection.close_reason().is_none())
+    }
+
+    /// Stores another connection and returns the one before.
+    pub(super) fn replace(&mut self, connection: Connection, inbound: bool) -> Option<Connection> {
+        self.since = Some(Instant::now());
+        self.is_inbound = inbound;
+        // This node dialed the address by membership. The peer may have dialed from a later one.
+        self.address.take_if(|_| inbound);
+        self.connection.replace(connection)
+    }
+
+    /// Returns the connection if it is open. One from before the peer changed its address to `address` is
+    /// closed: it leads to the old address, and would stay open until it is idle for long.
+    pub(super) fn live_at(&mut self, address: SocketAddr) -> Option<&Connection> {
+        self.last_used = Some(Instant::now());
+        if self.address.replace(address).is_some_and(|before| before != address)
+            && let Some(connection) = self.connection.take()
+        {
+            connection.close(VarInt::from_u32(0), b"the peer has another address");
+        }
+        self.live()
     }
 
     pub(super) fn is_unused(&self) -> bool {

@@ -94,6 +94,22 @@ async fn frames_and_requests_reach_a_member_with_a_proven_id() {
 }
 
 #[tokio::test]
+async fn member_that_moves_is_reached_at_its_new_address() {
+    let (mut one, mut two) = (bind(1, 1), bind(1, 2));
+    let (me, two_id, old) = (one.0.dialer.me, two.0.dialer.me, address(&two));
+    one.0.send(two_id, old, b"hello".to_vec());
+    next_while(&mut two, &mut one).await;
+    // The old endpoint stays open and is not read, as one behind an address that is gone.
+    let mut moved = bind(1, 2);
+    let new = address(&moved);
+    one.0.call(Call::Node(CallId(1)), two_id, new, b"question".to_vec());
+    let Received::Request { from, .. } = next_while(&mut moved, &mut one).await else {
+        panic!("a request")
+    };
+    assert_eq!((from, one.0.connections()), (me, 1));
+}
+
+#[tokio::test]
 async fn connection_is_closed_when_its_secret_is_removed_during_the_handshake() {
     let (mut member, mut late) = (bind(1, 1), bind(1, 2));
     let (to, member_id) = (address(&member), member.0.dialer.me);
