@@ -318,6 +318,14 @@ impl Paths {
         self.peers.get(&node).and_then(Path::mtu_reduction)
     }
 
+    /// Requests immediate probes of all peers, because packets may take another way than before.
+    pub fn request_probes(&mut self, now: Time) {
+        let at = self.clock.advance(now);
+        for node in self.peers.keys().copied().collect::<Vec<_>>() {
+            self.update_path(node, |path| path.due = path.due.min(at));
+        }
+    }
+
     /// Requests an immediate full-size probe, because large packets to the peer were lost elsewhere while
     /// small ones were not.
     pub fn request_size_check(&mut self, now: Time, node: NodeId) {

@@ -14,7 +14,7 @@ pub(super) const fn check_of(code: ProblemCode) -> &'static str {
         Code::NoUnderlay | Code::LinkFlapping | Code::AddressChanged | Code::AddressTaken => {
             "underlay"
         }
-        Code::GossipMtu | Code::Ipv6LeftOut => "mtu",
+        Code::UnderlayMtu | Code::GossipMtu | Code::Ipv6LeftOut => "mtu",
         Code::ForwardingOff | Code::ForwardingSwitched | Code::Sysctl | Code::SysctlsUnreadable => {
             "sysctls"
         }

@@ -395,6 +395,7 @@ fn mtu(
     let overhead = tunnel_overhead(examination, mode);
     if let (Some(mtu), Some(carrier)) = (own, carrier)
         && mtu + overhead > carrier.mtu
+        && !examination.has_problem("mtu")
     {
         findings.push(Finding::problem(
             "mtu",

@@ -199,6 +199,8 @@ codes! {
     NoUnderlay = "no-underlay",
     /// The carrier of the underlay interface flaps.
     LinkFlapping = "link-flapping",
+    /// The MTU of the underlay interface has become too small for the setting mtu.
+    UnderlayMtu = "underlay-mtu",
     /// The MTU of the underlay is too small for gossip.
     GossipMtu = "gossip-mtu",
     /// The MTU is too small for IPv6 in the overlay.

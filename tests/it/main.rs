@@ -54,6 +54,7 @@ mod neighbors;
 mod netavark;
 mod non_members;
 mod occupied_endpoints;
+mod odd_hosts;
 mod offload;
 mod on_demand_entries;
 mod other_programs;

@@ -106,7 +106,7 @@ impl Agent {
     /// Whether no member has answered for [`MIN_ISOLATION`] although the underlay works.
     pub(in crate::agent) fn is_isolated(&self) -> bool {
         self.gossip.isolation.isolated_since.is_some_and(|since| since.elapsed() >= MIN_ISOLATION)
-            && self.kernel.problems.underlay.is_none()
+            && !self.lacks_underlay()
     }
 
     /// Returns the problem that the members use another secret than this host, so that none answers it.

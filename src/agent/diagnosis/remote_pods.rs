@@ -411,7 +411,7 @@ impl Agent {
         let rest = in_use.map(|_| self.config.idle_after + AGING_TIME);
         let none = TrialInput { subjects: Vec::new(), lost_here, rest, probers, sources, own };
         // That no peer is reachable is already reported.
-        if self.kernel.problems.underlay.is_some() || self.kernel.host.is_table_full {
+        if self.lacks_underlay() || self.kernel.host.is_table_full {
             return Some(none);
         }
         let underlay = self.current_underlay();

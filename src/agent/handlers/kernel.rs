@@ -6,6 +6,7 @@
 //! host's address.
 
 mod state;
+mod underlay;
 
 use std::{
     borrow::Cow,
@@ -217,25 +218,7 @@ impl Agent {
     fn on_underlay(&mut self, underlay: Result<ChosenUnderlay, UnderlayError>) {
         let chosen = match underlay {
             Ok(chosen) => chosen,
-            Err(error) => {
-                let what = match error {
-                    // Tunnel packets leave by the interface that has the address.
-                    UnderlayError::Moved { .. } => format!(
-                        "no underlay: {error}; until then the tunnels stay as they were, whether packets \
-                         of pods pass or not"
-                    ),
-                    error => format!(
-                        "no underlay: {error}; pods of this host reach each other, and those of other \
-                         hosts once the network is back"
-                    ),
-                };
-                let why = Problem::new(ProblemCode::NoUnderlay, Problem::HOST, what, "");
-                if self.kernel.problems.underlay.as_ref() != Some(&why) {
-                    tracing::error!("{why}");
-                }
-                self.kernel.problems.underlay = Some(why);
-                return;
-            }
+            Err(error) => return self.on_lost_underlay(error),
         };
         self.kernel.problems.underlay = None;
         let before = std::mem::replace(&mut self.underlay, chosen);

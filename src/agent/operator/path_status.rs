@@ -151,7 +151,7 @@ impl Agent {
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
         let is_silent = state.is_lost() || !self.prober.paths.is_alive(node);
         // Without an underlay, no peer is reachable: the cause is reported once.
-        if is_silent && self.kernel.problems.underlay.is_some() {
+        if is_silent && self.lacks_underlay() {
             return None;
         }
         if is_silent && let Some(problem) = self.moved_problem(labels) {

@@ -157,8 +157,7 @@ impl Agent {
         let mut problems = self.join_problems();
         problems.extend(self.node.problems());
         let kernel = &self.kernel;
-        problems
-            .extend(kernel.problems.programming.iter().chain(&kernel.problems.underlay).cloned());
+        problems.extend(kernel.problems.programming.iter().cloned().chain(self.underlay_problem()));
         problems.extend(self.requests.listener_problems.problems());
         problems.extend(self.isolation_problem(&paths.problems, &paths.states, &paths.labels));
         problems.extend(self.threads.monitors.problems());
@@ -225,7 +224,8 @@ impl Agent {
         let former = former_selves_notice(&paths.labels);
         let lost_pods = self.lost_pods_notice();
         let interruptions = self.interruptions_notice();
-        let known = known.chain(&former).chain(&lost_pods).chain(&interruptions);
+        let underlay = self.underlay_notice();
+        let known = known.chain(&former).chain(&lost_pods).chain(&interruptions).chain(&underlay);
         let known = known.chain(paths.notices.values());
         let known = known.cloned().chain(self.remote_pod_notices());
         let known = known.chain(self.node.missed_preference());

@@ -33,7 +33,11 @@ impl Agent {
         if phase.is_some() {
             return phase;
         }
-        let blocking = problems.iter().find(|problem| BLOCKING.contains(&problem.code));
+        // A lost underlay does not matter while peers answer.
+        let is_blocking = |code| {
+            BLOCKING.contains(&code) && (code != ProblemCode::NoUnderlay || self.lacks_underlay())
+        };
+        let blocking = problems.iter().find(|problem| is_blocking(problem.code));
         let blocking = blocking.map(|problem| problem.what.clone());
         let unfinished = || (!self.has_converged()).then(|| "it has not converged yet".to_owned());
         blocking.or_else(|| self.cut_off_reason()).or_else(unfinished)

@@ -47,7 +47,7 @@ pub(super) struct Path {
     pub(super) round_trip: Option<Duration>,
     pub(super) tally: Tally,
     liveness: Option<Liveness>,
-    due: Time,
+    pub(super) due: Time,
     /// The last probes without an answer.
     pending: VecDeque<PendingProbe>,
     last_kind: Option<Kind>,

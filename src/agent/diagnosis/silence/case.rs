@@ -149,7 +149,7 @@ impl Agent {
     /// Returns the input of a diagnosis; `None` while the data plane or the underlay is not ready.
     fn diagnosis_case(&self) -> Option<Case> {
         let view = self.kernel.programmed_view()?;
-        if self.kernel.problems.underlay.is_some() || !self.underlay.is_present() {
+        if self.lacks_underlay() || !self.underlay.is_present() {
             return None;
         }
         let local = self.underlay.local;

@@ -7,6 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 
+use super::underlay::LostUnderlay;
 use crate::{
     agent::{
         diagnosis::{
@@ -86,7 +87,7 @@ pub(in crate::agent) struct KernelProblems {
     /// Problems of single peers whose entries the kernel refused.
     pub(in crate::agent) of_peers: Vec<Problem>,
     /// Why the underlay is unusable.
-    pub(in crate::agent) underlay: Option<Problem>,
+    pub(in crate::agent) underlay: Option<LostUnderlay>,
     /// The problem that the carrier of the underlay interface flaps.
     pub(in crate::agent) flapping: Option<Problem>,
     /// Problems about addresses of this host inside the overlay's networks.
