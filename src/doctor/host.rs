@@ -430,7 +430,8 @@ fn mtu(
     });
     if let Some(largest) = own.map(|own| mtu_of_pods(examination, own, carrier, mode)) {
         findings.extend(pods.filter(|link| link.mtu > largest).map(|link| {
-            Finding::problem(
+            // A test of the agent shows whether this host reports the size to pods.
+            Finding::notice(
                 "mtu",
                 format!("{} has MTU {}, the overlay {largest}", link.name, link.mtu),
                 "large packets of that pod are lost on their way to other hosts until it learns the path MTU",

@@ -73,7 +73,19 @@ fn mtu_lowered_at_run_time_has_the_same_verdict_everywhere() {
         let mut cluster = Cluster::start(lab, 2)?;
         let mut spaces = Vec::new();
         forwarding::with_pods(&mut cluster, &mut spaces)?;
+        // The overlay follows; a pod that runs learns the size from its host.
+        tool(&cluster.hosts[1].netns, "ip link set eth0 mtu 1400");
+        let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
+        status_where(agent, |status| status["kernel"]["mtu"] == 1350);
+        wait_until("the device does not follow", TIMEOUT, || {
+            tool(&host.netns, "ip link show gossamer.1").contains("mtu 1350")
+        });
+        assert_eq!(one_verdict(host, agent), "healthy");
+        let said = doctor(host, agent).to_string();
+        assert!(said.contains("has MTU 1450, the overlay 1350"), "{said}");
+
         // The setting does not fit any more.
+        tool(&host.netns, "ip link set eth0 mtu 1500");
         cluster.restart(1, &["--mtu", "1450"])?;
         tool(&cluster.hosts[1].netns, "ip link set eth0 mtu 1400");
         let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
