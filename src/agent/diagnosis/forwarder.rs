@@ -79,6 +79,9 @@ pub struct Forwarding {
     /// Whether this host drops everything that comes out of the tunnel, even packets to itself, as one
     /// of the problems says; for IPv4 and IPv6.
     pub drops_incoming: [bool; 2],
+    /// Whether the kernel forbids the agent to send, even inside its own pod, where no rule of this host
+    /// applies.
+    pub is_forbidden: bool,
     /// Whether pods cannot resolve their gateway, as one of the problems says.
     pub lacks_gateway: bool,
     /// Ways on which packets are lost.
@@ -131,6 +134,7 @@ impl Forwarder {
             arriving: BTreeMap::new(),
             skipped: String::new(),
             failures: 0,
+            is_forbidden: false,
             notices: Vec::new(),
             next_notices: None,
             turn: 0,
@@ -180,6 +184,8 @@ struct TrialRunner<F> {
     skipped: String,
     /// Number of consecutive trials that could not be made.
     failures: u32,
+    /// Whether the last trial failed because the kernel forbids this process to send.
+    is_forbidden: bool,
     notices: Vec<Problem>,
     /// Earliest time to read the rules behind the notices again.
     next_notices: Option<Instant>,
@@ -262,7 +268,9 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             true => None,
             false => foreign::bridge(&mut self.netlink, &setting),
         };
-        match self.run_trial(&setting, foreign.as_deref()) {
+        let tried = self.run_trial(&setting, foreign.as_deref());
+        self.is_forbidden = tried.as_ref().is_err_and(NoTrial::is_forbidden);
+        match tried {
             Ok(()) => {
                 self.failures = 0;
                 self.due = now + self.trials.pause();

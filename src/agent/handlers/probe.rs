@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::libc::EPERM;
 use tokio::{io::Interest, net::UdpSocket, sync::mpsc};
 
 use crate::{
@@ -54,6 +55,8 @@ pub(in crate::agent) struct Prober {
     receives_requests: bool,
     /// Packets received from the agents of unanswering peers, at the last check.
     received: BTreeMap<NodeId, u64>,
+    /// Peers without answers to which the kernel refused to send the last probe (EPERM).
+    pub(in crate::agent) refused: BTreeSet<NodeId>,
     /// Tunnel packets counted per member, and when.
     packet_counts: Option<(Instant, BTreeMap<IpAddr, u64>)>,
 }
@@ -107,6 +110,7 @@ impl Prober {
             paths_version: None,
             receives_requests: true,
             received: BTreeMap::new(),
+            refused: BTreeSet::new(),
             packet_counts: None,
         };
         (prober, receiver)
@@ -284,6 +288,11 @@ impl Agent {
             if matches!(probe.kind, Kind::Full { less: 0 }) {
                 self.fill_underlay(probe.node);
             }
+            let errno = sent.as_ref().err().and_then(io::Error::raw_os_error);
+            match errno == Some(EPERM) {
+                true => self.prober.refused.insert(probe.node),
+                false => self.prober.refused.remove(&probe.node),
+            };
             // An unsent probe stays without answer.
             if let Err(error) = sent {
                 tracing::trace!(to = %probe.to, %error, "probe not sent");
@@ -382,6 +391,7 @@ impl Agent {
             self.prober.paths.suspects().map(|(node, _)| node).collect();
         let now = self.clock.now();
         self.prober.received.retain(|node, _| unanswering.contains(node));
+        self.prober.refused.retain(|node| unanswering.contains(node));
         for node in &unanswering {
             let Some(received) = self.transport.received(*node) else { continue };
             let before = self.prober.received.insert(*node, received);

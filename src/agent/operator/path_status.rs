@@ -12,7 +12,7 @@ use crate::{
     core::Labels,
     dataplane::{
         desired::{RouteTarget, Underlay, device_name},
-        silence::Sign,
+        silence::{MAY_NOT_SEND, Sign},
     },
     model::{NodeId, PathState, Problem, ProblemCode, Severity, ip_command, is_link_local},
 };
@@ -191,6 +191,9 @@ impl Agent {
         }
         if let Some(cause) = cause {
             return Some(cause.clone());
+        }
+        if is_silent && self.prober.refused.contains(&node) {
+            return Some(refused_problem(self.kernel.diagnoses.forwarding.is_forbidden));
         }
         let is_gone = state.is_lost() && !self.prober.paths.is_alive(node);
         let is_unanswered = is_gone && state != PathState::OneWay;
@@ -392,6 +395,20 @@ fn closed_way_problem(
              status gossamer)"
         ),
     )
+}
+
+/// Describes probes that the kernel refuses to send. `is_forbidden` says that it also does so where no rule
+/// of this host applies. The text is the same for all peers, so that it is reported once.
+fn refused_problem(is_forbidden: bool) -> Problem {
+    let what = "packets of the agent through the tunnel do not leave this host, although those of pods may";
+    let fix = match is_forbidden {
+        true => MAY_NOT_SEND.to_owned(),
+        false => format!(
+            "{MAY_NOT_SEND}; or a rule of this host does (nft list ruleset; iptables-legacy -S OUTPUT; ip \
+             xfrm policy)"
+        ),
+    };
+    Problem::new(ProblemCode::PathLost, Problem::HOST, what, fix)
 }
 
 /// Describes a peer with a subnet that this host cannot reach in mode host-gw; `first` is the way to its

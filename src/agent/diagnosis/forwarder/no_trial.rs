@@ -2,12 +2,22 @@
 
 use std::io;
 
+use super::pod::Forbidden;
+
 /// Why a trial was not made.
 pub enum NoTrial {
     /// There is nothing to test.
     Idle(String),
     /// It failed.
     Failed(io::Error),
+}
+
+impl NoTrial {
+    /// Whether the kernel forbids this process to send.
+    pub fn is_forbidden(&self) -> bool {
+        let Self::Failed(error) = self else { return false };
+        error.get_ref().is_some_and(|error| error.is::<Forbidden>())
+    }
 }
 
 impl From<io::Error> for NoTrial {

@@ -134,13 +134,18 @@ impl PodSockets {
     }
 }
 
+/// The kernel forbids this process to send.
+#[derive(Debug, thiserror::Error)]
+#[error("{MAY_NOT_SEND}")]
+pub struct Forbidden;
+
 /// Converts EPERM to an error.
 ///
 /// # Errors
-/// Fails if the kernel forbids this process to send.
+/// Fails with [`Forbidden`] if the kernel forbids this process to send.
 fn check_permission(sent: &io::Result<usize>) -> io::Result<()> {
     let errno = sent.as_ref().err().and_then(io::Error::raw_os_error);
-    if errno == Some(EPERM) { Err(io::Error::other(MAY_NOT_SEND)) } else { Ok(()) }
+    if errno == Some(EPERM) { Err(io::Error::other(Forbidden)) } else { Ok(()) }
 }
 
 /// Attaches a filter for packets of a trial with this number, so that other packets do not fill the

@@ -69,6 +69,7 @@ impl<F: Fn(ForwarderEvent)> TrialRunner<F> {
             notices,
             input,
             drops_incoming,
+            is_forbidden: self.is_forbidden,
             lacks_gateway,
             closed,
             arriving: self.arriving.values().copied().collect(),
