@@ -257,6 +257,8 @@ fn path_mtu_below_the_underlay_mtu_is_reported() {
             })
         });
         assert!(path(&mut cluster.agents[0], "n2").contains("mtu-too-large"));
+        let words = "A filter of long UDP packets has the same effect";
+        assert!(has_problem(&mut cluster.agents[0], words));
         // The route is limited to what arrives, for as long as the limit exists.
         let routes = "ip route show proto 73 dev gossamer.1";
         eventually(&cluster.hosts[0].netns, routes, |shown| shown.contains(" mtu 13"));

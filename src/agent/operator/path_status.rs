@@ -343,7 +343,11 @@ impl Agent {
                     "packets of {mtu} bytes to {name} are lost, {arrive} arrive: some link between {here} \
                      and {there} carries less than this host's{lowered}"
                 );
-                let fix = format!("set {smaller} on all nodes");
+                let fix = format!(
+                    "set {smaller} on all nodes. A filter of long UDP packets has the same effect: on both \
+                     hosts, look at rules about the length (nft list ruleset, iptables-legacy -S) and at XDP \
+                     programs (ip link shows xdp)"
+                );
                 Some(Problem::new(ProblemCode::PathMtu, name, what, fix))
             }
             _ => None,
