@@ -111,7 +111,7 @@ pub(super) async fn open_control(
             opened => return opened.map(Some),
         }
         tokio::select! {
-            () = signals.end() => return Ok(None),
+            () = signals.end.wait() => return Ok(None),
             () = tokio::time::sleep(CONTROL_RETRY_PAUSE) => {}
         }
     }

@@ -49,7 +49,7 @@ use crate::{
 
 pub use ending::{Ending, StartFailure};
 pub use reload::SettingsReader;
-pub use signals::{guard, survive_file_size_limit};
+pub use signals::{EndRequest, guard, survive_file_size_limit};
 pub use start::run;
 
 /// A longer turn of the loop is logged, because everything else waits for it.
@@ -101,8 +101,7 @@ impl Agent {
             let wake = tokio::time::Instant::from_std(self.next_deadline());
             let first = tokio::select! {
                 biased;
-                _ = signals.terminate.recv() => { self.lifetime.ending = Some(Ending::Stopped); continue }
-                _ = signals.interrupt.recv() => { self.lifetime.ending = Some(Ending::Stopped); continue }
+                () = signals.end.wait() => { self.lifetime.ending = Some(Ending::Stopped); continue }
                 _ = signals.hangup.recv() => Arrival::Hangup,
                 () = tokio::time::sleep_until(wake) => Arrival::Deadline,
                 arrival = arrivals.next() => arrival,

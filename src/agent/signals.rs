@@ -9,7 +9,10 @@ use std::{
 };
 
 use signal_hook::{consts::SIGXFSZ, flag, low_level::exit};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
+};
 
 use crate::{log, runtime::block_on};
 
@@ -18,35 +21,36 @@ pub const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long this end waits for the log's reader.
 const LOG_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Streams of the handled signals.
+/// The request of SIGTERM or SIGINT to end this process. It also holds a signal that arrived before the agent
+/// started.
+#[derive(Clone, Debug)]
+pub struct EndRequest(watch::Receiver<bool>);
+
+impl EndRequest {
+    /// Returns once a signal has arrived.
+    pub(super) async fn wait(&mut self) {
+        if self.0.wait_for(|has_arrived| *has_arrived).await.is_err() {
+            // The guard could not install its handlers: a signal ends the process.
+            std::future::pending().await
+        }
+    }
+}
+
+/// The handled signals.
 pub(super) struct Signals {
-    /// SIGTERM: ends the agent.
-    pub(super) terminate: Signal,
-    /// SIGINT: ends the agent.
-    pub(super) interrupt: Signal,
+    /// SIGTERM and SIGINT: end the agent.
+    pub(super) end: EndRequest,
     /// SIGHUP: re-reads settings.
     pub(super) hangup: Signal,
 }
 
 impl Signals {
-    /// Installs the handlers.
+    /// Installs the handler of SIGHUP.
     ///
     /// # Errors
-    /// Fails if a handler cannot be installed.
-    pub(super) fn catch() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            hangup: signal(SignalKind::hangup())?,
-        })
-    }
-
-    /// Returns at the next SIGTERM or SIGINT.
-    pub(super) async fn end(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
+    /// Fails if the handler cannot be installed.
+    pub(super) fn catch(end: EndRequest) -> io::Result<Self> {
+        Ok(Self { end, hangup: signal(SignalKind::hangup())? })
     }
 }
 
@@ -60,16 +64,26 @@ pub fn survive_file_size_limit() -> io::Result<()> {
 }
 
 /// Ends this process if the agent does not end itself: [`TIMEOUT`] after the first SIGTERM or SIGINT,
-/// and immediately at the second. Runs in its own thread, so it depends on nothing that may hang.
+/// and immediately at the second. Runs in its own thread, so it depends on nothing that may hang. Returns the
+/// request to end, for [`super::run`].
 ///
 /// # Errors
 /// Fails if the thread cannot be created.
-pub fn guard() -> io::Result<()> {
-    let watch = || {
+pub fn guard() -> io::Result<EndRequest> {
+    let (requests, request) = watch::channel(false);
+    let guard = move || {
         let waited = block_on(async {
-            let mut signals = Signals::catch()?;
-            signals.end().await;
-            let is_again = tokio::time::timeout(TIMEOUT, signals.end()).await.is_ok();
+            let mut terminate = signal(SignalKind::terminate())?;
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let mut next = async || {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            };
+            next().await;
+            requests.send_replace(true);
+            let is_again = tokio::time::timeout(TIMEOUT, next()).await.is_ok();
             io::Result::Ok(is_again)
         });
         match waited {
@@ -87,5 +101,6 @@ pub fn guard() -> io::Result<()> {
         // Without exit handlers, which the main thread may be running.
         exit(1);
     };
-    thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop)
+    thread::Builder::new().name("signals".to_owned()).spawn(guard)?;
+    Ok(EndRequest(request))
 }

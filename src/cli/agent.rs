@@ -112,18 +112,19 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
     if let Err(error) = allow_many_files() {
         return fail(error);
     }
-    if let Err(error) = agent::guard() {
-        return fail(error);
-    }
+    let end = match agent::guard() {
+        Ok(end) => end,
+        Err(error) => return fail(error),
+    };
     let ended = loop {
         // `block_on` wakes its own future through the kernel, but a spawned task in memory, which is
         // cheaper.
-        let (config, read_settings) = (config.clone(), read_settings.clone());
+        let (config, end, read_settings) = (config.clone(), end.clone(), read_settings.clone());
         let plugin = match plugin.map(UnixListener::try_clone).transpose() {
             Ok(plugin) => plugin,
             Err(error) => break Err(error),
         };
-        let agent = async move { agent::run(config, plugin, &read_settings).await };
+        let agent = async move { agent::run(config, plugin, end, &read_settings).await };
         match block_on(async { tokio::spawn(agent).await }) {
             Ok(Ok(Ok(Ending::Restart | Ending::Reassigned))) => {}
             Ok(Ok(ended)) => break Ok(ended),

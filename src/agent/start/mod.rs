@@ -24,7 +24,7 @@ use self::{
 };
 use crate::{
     agent::{
-        Agent, Arrivals, Ending, SettingsReader, Signals, StartFailure,
+        Agent, Arrivals, EndRequest, Ending, SettingsReader, Signals, StartFailure,
         listeners::{Listeners, open_control},
         threads,
     },
@@ -37,17 +37,18 @@ use crate::{
 /// Runs an agent until it ends. Must be called within its own tokio runtime, which closes the sockets
 /// when it is dropped. Must be called again after [`Ending::Restart`] and [`Ending::Reassigned`].
 ///
-/// `plugin` is the socket of Docker's plugin, if the service manager has opened it. `read_settings` is called
-/// at SIGHUP.
+/// `plugin` is the socket of Docker's plugin, if the service manager has opened it. `end` is that of
+/// [`super::guard`]. `read_settings` is called at SIGHUP.
 ///
 /// # Errors
 /// Fails if the agent cannot start.
 pub async fn run(
     config: Config,
     plugin: Option<net::UnixListener>,
+    end: EndRequest,
     read_settings: &SettingsReader,
 ) -> Result<Ending, StartFailure> {
-    let mut signals = Signals::catch()?;
+    let mut signals = Signals::catch(end)?;
     let (sender, mut threads) = mpsc::unbounded_channel();
     let Some(control) = open_control(&config, &mut signals, &sender).await? else {
         return Ok(Ending::Stopped);

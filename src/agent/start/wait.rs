@@ -125,7 +125,7 @@ impl<'a> StartupWait<'a> {
             }
             tokio::select! {
                 biased;
-                () = self.signals.end() => return None,
+                () = self.signals.end.wait() => return None,
                 done = &mut work => return Some(done),
                 Some(event) = self.events.recv() => match event {
                     LoopEvent::Api(request) => self.waiters.extend(answer(request, &status)),
