@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// No answer of an agent takes longer, whatever a member sends; a machine may be busy.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 /// Clients that read one agent's status without end.
 const READERS: usize = 32;
 /// Time for which they read: a member that does not gossip is called down earlier.

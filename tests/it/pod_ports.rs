@@ -4,6 +4,7 @@
 use std::{
     fs,
     net::Ipv4Addr,
+    ops::Range,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
@@ -143,75 +144,91 @@ fn changed_settings_of_a_pods_port_are_repaired_at_once() {
     });
 }
 
+/// Commands that drop packets at a pod's interface, commands that end this, and the reported words.
+type Drops = (Vec<String>, Vec<String>, Vec<String>);
+
+/// Returns the drops of packets at `port`.
+fn drops(host: &Host, port: &str) -> [Drops; 5] {
+    let drop = filter(host, "1,6 0 0 2,");
+    let question = format!("the query does not leave this host by {port}: ");
+    let answer = format!("its answer arrives at {port}, and this host drops it: ");
+    [
+        (
+            vec![format!("tc qdisc add dev {port} root blackhole")],
+            vec![format!("tc qdisc del dev {port} root")],
+            vec![
+                question.clone(),
+                format!("the queueing discipline blackhole of {port} has dropped"),
+            ],
+        ),
+        (
+            vec![
+                format!("tc qdisc add dev {port} clsact"),
+                format!("tc filter add dev {port} ingress {drop}"),
+            ],
+            vec![format!("tc qdisc del dev {port} clsact")],
+            vec![answer.clone(), format!("{port} has filters on its ingress (bpf)")],
+        ),
+        (
+            vec![
+                format!("tc qdisc add dev {port} clsact"),
+                format!("tc filter add dev {port} egress {drop}"),
+            ],
+            vec![format!("tc qdisc del dev {port} clsact")],
+            vec![question.clone(), format!("{port} has filters on its egress (bpf)")],
+        ),
+        (
+            vec![
+                "nft add table bridge wall".to_owned(),
+                "nft add chain bridge wall out { type filter hook output priority 0 ; }".to_owned(),
+                format!("nft add rule bridge wall out oifname {port} drop"),
+            ],
+            vec!["nft delete table bridge wall".to_owned()],
+            vec![question, "chain bridge wall out (hook output)".to_owned()],
+        ),
+        (
+            vec![
+                "nft add table netdev wall".to_owned(),
+                format!(
+                    "nft add chain netdev wall in {{ type filter hook ingress device {port} priority 0 ; \
+                     policy drop ; }}"
+                ),
+            ],
+            vec!["nft delete table netdev wall".to_owned()],
+            vec![answer, "chain netdev wall in (hook ingress) has the policy drop".to_owned()],
+        ),
+    ]
+}
+
+/// Tests one part of the drops at the second pod's interface: all of them take minutes. Returns the pods.
+fn check_drops(cluster: &mut Cluster, part: Range<usize>) -> anyhow::Result<Vec<NetNs>> {
+    let (spaces, pods) = with_pods(cluster, &["a", "b"])?;
+    let (port, ip) = &pods[1];
+    wait_for_answers(cluster, "2 pods answer when asked");
+    let pod = format!("pod b eth0 ({ip}, {port}) does not answer ARP: ");
+    for (begin, end, words) in &drops(&cluster.hosts[0], port)[part] {
+        let host = &cluster.hosts[0];
+        sh(host, &begin.iter().map(String::as_str).collect::<Vec<_>>());
+        let words: Vec<&str> =
+            [pod.as_str()].into_iter().chain(words.iter().map(String::as_str)).collect();
+        wait_for_report(cluster, &words)?;
+        assert!(!has_problem(&mut cluster.agents[0], "pod a eth0"), "the other pod");
+        sh(&cluster.hosts[0], &end.iter().map(String::as_str).collect::<Vec<_>>());
+        wait_until_not_reported(cluster);
+    }
+    Ok(spaces)
+}
+
 #[test]
-fn cause_of_drops_at_a_pods_interface_is_reported_until_removed() {
+fn queueing_discipline_or_filter_that_drops_at_a_pods_interface_is_reported_until_removed() {
+    isolated(|lab| check_drops(&mut Cluster::start(lab, 1)?, 0..3).map(drop));
+}
+
+#[test]
+fn rule_that_drops_at_a_pods_interface_is_reported_until_removed() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
-        let (_spaces, pods) = with_pods(&mut cluster, &["a", "b"])?;
-        let (port, ip) = &pods[1];
-        wait_for_answers(&mut cluster, "2 pods answer when asked");
-        let drop = filter(&cluster.hosts[0], "1,6 0 0 2,");
-        let pod = format!("pod b eth0 ({ip}, {port}) does not answer ARP: ");
-        let question = format!("the query does not leave this host by {port}: ");
-        let answer = format!("its answer arrives at {port}, and this host drops it: ");
-        for (begin, end, words) in [
-            (
-                vec![format!("tc qdisc add dev {port} root blackhole")],
-                vec![format!("tc qdisc del dev {port} root")],
-                vec![
-                    question.clone(),
-                    format!("the queueing discipline blackhole of {port} has dropped"),
-                ],
-            ),
-            (
-                vec![
-                    format!("tc qdisc add dev {port} clsact"),
-                    format!("tc filter add dev {port} ingress {drop}"),
-                ],
-                vec![format!("tc qdisc del dev {port} clsact")],
-                vec![answer.clone(), format!("{port} has filters on its ingress (bpf)")],
-            ),
-            (
-                vec![
-                    format!("tc qdisc add dev {port} clsact"),
-                    format!("tc filter add dev {port} egress {drop}"),
-                ],
-                vec![format!("tc qdisc del dev {port} clsact")],
-                vec![question.clone(), format!("{port} has filters on its egress (bpf)")],
-            ),
-            (
-                vec![
-                    "nft add table bridge wall".to_owned(),
-                    "nft add chain bridge wall out { type filter hook output priority 0 ; }"
-                        .to_owned(),
-                    format!("nft add rule bridge wall out oifname {port} drop"),
-                ],
-                vec!["nft delete table bridge wall".to_owned()],
-                vec![question, "chain bridge wall out (hook output)".to_owned()],
-            ),
-            (
-                vec![
-                    "nft add table netdev wall".to_owned(),
-                    format!(
-                        "nft add chain netdev wall in {{ type filter hook ingress device {port} priority 0 ; \
-                         policy drop ; }}"
-                    ),
-                ],
-                vec!["nft delete table netdev wall".to_owned()],
-                vec![answer, "chain netdev wall in (hook ingress) has the policy drop".to_owned()],
-            ),
-        ] {
-            let host = &cluster.hosts[0];
-            sh(host, &begin.iter().map(String::as_str).collect::<Vec<_>>());
-            let words: Vec<&str> =
-                [pod.as_str()].into_iter().chain(words.iter().map(String::as_str)).collect();
-            let begun = Instant::now();
-            wait_for_report(&mut cluster, &words)?;
-            println!("{:>7.1?} {}", begun.elapsed(), begin.join("; "));
-            assert!(!has_problem(&mut cluster.agents[0], "pod a eth0"), "the other pod");
-            sh(&cluster.hosts[0], &end.iter().map(String::as_str).collect::<Vec<_>>());
-            wait_until_not_reported(&mut cluster);
-        }
+        let _pods = check_drops(&mut cluster, 3..5)?;
         // If all pods are cut off, this is reported once.
         sh(&cluster.hosts[0], &["tc qdisc add dev gsm0 root blackhole"]);
         let words =

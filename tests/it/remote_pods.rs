@@ -8,7 +8,7 @@ use std::{
 };
 
 use gossamer::{
-    lab::{Agent, NetNs},
+    lab::{Agent, Lab, NetNs},
     pods::last_address,
 };
 use nix::sys::signal::Signal;
@@ -203,13 +203,30 @@ fn check_faults(cluster: &mut Cluster, faults: &[Fault]) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn check_tunnel_faults(lab: &mut Lab, faults: &[Fault]) -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(lab, 2)?;
+    let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+    check_faults(&mut cluster, faults)
+}
+
 #[test]
-fn lost_packets_between_pods_of_two_hosts_are_detected_wherever_they_are_dropped() {
-    isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        check_faults(&mut cluster, &TUNNEL_FAULTS)
-    });
+fn packets_of_marked_tunnels_and_fragments_lost_at_the_other_host_are_reported() {
+    isolated(|lab| check_tunnel_faults(lab, &TUNNEL_FAULTS[..3]));
+}
+
+#[test]
+fn long_packets_lost_at_the_other_host_are_reported() {
+    isolated(|lab| check_tunnel_faults(lab, &TUNNEL_FAULTS[3..6]));
+}
+
+#[test]
+fn data_of_connections_lost_at_the_other_host_is_reported() {
+    isolated(|lab| check_tunnel_faults(lab, &TUNNEL_FAULTS[6..8]));
+}
+
+#[test]
+fn packets_lost_by_filters_of_both_directions_are_reported() {
+    isolated(|lab| check_tunnel_faults(lab, &TUNNEL_FAULTS[8..]));
 }
 
 /// These rules are on the path, but match other packets than the lost ones.
