@@ -30,7 +30,7 @@ use super::{
     lookup::Successions,
     malformed::Notes,
     outbox::Outbox,
-    push::{PushLinks, PushQueue},
+    push::PushQueue,
     replica::Replica,
     vote::Voting,
 };
@@ -131,7 +131,6 @@ impl Node {
             replica: Replica {
                 sync: SyncRound::new(now, config.seeds, memory.needed_witnesses(me.node)),
                 push: PushQueue::default(),
-                push_links: PushLinks::default(),
                 directory: memory.directory,
                 forgetting: Forgetting::default(),
                 horizons: memory.horizons,

@@ -282,6 +282,11 @@ impl Membership {
         self.contacts.neighbors()
     }
 
+    /// Returns the neighbors to which this node passes on facts of other members.
+    pub fn relays(&self) -> &BTreeSet<NodeId> {
+        self.contacts.relays()
+    }
+
     /// Returns the members held as alive or suspect, with this node, in order of their ids.
     pub fn active(&self) -> BTreeMap<NodeId, Identity> {
         let mut active = self.active.clone();

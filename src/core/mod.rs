@@ -255,10 +255,9 @@ impl Node {
                 Err(error) => self.note_malformed(from, &error),
             },
             Ok((_, Frame::Push(payload))) => match Push::decode(payload) {
-                Ok(push) => self.handle_push(now, from, &push.facts),
+                Ok(push) => _ = self.learn(now, &push.facts, Some(from)),
                 Err(error) => self.note_malformed(from, &error),
             },
-            Ok((_, Frame::Prune)) => self.replica.push_links.stop(from),
             Ok(_) => self.note_malformed(from, &"a request or response outside a stream"),
             Err(error) => self.note_malformed(from, &error),
         }

@@ -6,6 +6,9 @@
 //! next to it only. Such a graph is random and regular: it stays connected when many of its nodes fail, and
 //! any member is a few hops away (Rapid, USENIX ATC 2018, uses the same rings).
 //!
+//! The neighbors on the first two rings are the relays: they pass on facts of other members to each other. Each
+//! of these rings alone connects all members, and both together do so in few hops.
+//!
 //! Nodes with different views have different neighborhoods. No rule depends on their agreement.
 
 use std::collections::BTreeSet;
@@ -18,6 +21,8 @@ use super::rank::ring_position;
 
 /// Number of rings. Each adds two neighbors.
 const RINGS: usize = 4;
+/// Number of rings on which facts of other members are passed on.
+const RELAY_RINGS: usize = 2;
 
 /// The rings of the active members, and the neighbors of one of them.
 #[derive(Clone, Debug)]
@@ -26,13 +31,19 @@ pub(super) struct Neighborhood {
     /// The members with their positions.
     rings: [BTreeSet<(u64, NodeId)>; RINGS],
     neighbors: BTreeSet<NodeId>,
+    relays: BTreeSet<NodeId>,
 }
 
 impl Neighborhood {
     /// Returns the neighborhood of a node that knows no other member.
     pub(super) fn new(me: NodeId) -> Self {
         let ring = |number| BTreeSet::from([(ring_position(number, me), me)]);
-        Self { me, rings: std::array::from_fn(ring), neighbors: BTreeSet::new() }
+        Self {
+            me,
+            rings: std::array::from_fn(ring),
+            neighbors: BTreeSet::new(),
+            relays: BTreeSet::new(),
+        }
     }
 
     /// Adds a member.
@@ -59,6 +70,11 @@ impl Neighborhood {
         &self.neighbors
     }
 
+    /// Returns the relays in order of their ids. All of them are neighbors.
+    pub(super) const fn relays(&self) -> &BTreeSet<NodeId> {
+        &self.relays
+    }
+
     /// Returns a random neighbor that is not `excluded`.
     pub(super) fn choose(&self, rng: &mut impl Rng, excluded: Option<NodeId>) -> Option<NodeId> {
         self.neighbors.iter().copied().filter(|node| Some(*node) != excluded).choose(rng)
@@ -67,12 +83,17 @@ impl Neighborhood {
     fn update(&mut self) {
         let me = self.me;
         self.neighbors.clear();
+        self.relays.clear();
         for (number, ring) in self.rings.iter().enumerate() {
             let here = (ring_position(number, me), me);
             let successor = ring.range(here..).nth(1).or_else(|| ring.first());
             let predecessor = ring.range(..here).next_back().or_else(|| ring.last());
             let adjacent = successor.into_iter().chain(predecessor).map(|(_, node)| *node);
-            self.neighbors.extend(adjacent.filter(|node| *node != me));
+            let adjacent = adjacent.filter(|node| *node != me);
+            if number < RELAY_RINGS {
+                self.relays.extend(adjacent.clone());
+            }
+            self.neighbors.extend(adjacent);
         }
     }
 }
@@ -104,13 +125,17 @@ mod tests {
     }
 
     /// Returns the number of hops from `start` to the farthest of `among`; `None` if one is not reachable.
-    fn hops(graph: &BTreeMap<NodeId, Neighborhood>, among: &[NodeId]) -> Option<usize> {
+    fn hops(
+        graph: &BTreeMap<NodeId, Neighborhood>,
+        links: fn(&Neighborhood) -> &BTreeSet<NodeId>,
+        among: &[NodeId],
+    ) -> Option<usize> {
         let mut reached = BTreeSet::from([among[0]]);
         for hop in 0.. {
             if reached.len() == among.len() {
                 return Some(hop);
             }
-            let next = reached.iter().flat_map(|node| graph[node].neighbors());
+            let next = reached.iter().flat_map(|node| links(&graph[node]));
             let next: BTreeSet<NodeId> =
                 next.filter(|node| among.contains(node)).copied().collect();
             let before = reached.len();
@@ -124,7 +149,9 @@ mod tests {
 
     #[test]
     fn neighborhood_is_mutual_bounded_and_spans_the_cluster() {
-        for (count, most_hops) in [(2, 1), (3, 1), (10, 2), (100, 4), (500, 5)] {
+        for (count, most_hops, most_relayed) in
+            [(2, 1, 1), (3, 1, 1), (10, 2, 3), (100, 4, 6), (500, 5, 8)]
+        {
             let nodes = nodes(count);
             let graph = graph(&nodes);
             for (node, neighborhood) in &graph {
@@ -134,8 +161,10 @@ mod tests {
                     assert!(graph[other].neighbors().contains(node), "not mutual");
                 }
             }
-            let hops = hops(&graph, &nodes).expect("connected");
-            assert!(hops <= most_hops, "{count} members: {hops} hops");
+            let direct = hops(&graph, Neighborhood::neighbors, &nodes).expect("connected");
+            assert!(direct <= most_hops, "{count} members: {direct} hops");
+            let relayed = hops(&graph, Neighborhood::relays, &nodes).expect("connected");
+            assert!(relayed <= most_relayed, "{count} members: {relayed} hops by relays");
         }
     }
 
@@ -143,7 +172,7 @@ mod tests {
     fn graph_stays_connected_without_a_fifth_of_its_members() {
         let nodes = nodes(200);
         let living: Vec<NodeId> = nodes.iter().copied().skip(40).collect();
-        assert!(hops(&graph(&nodes), &living).is_some());
+        assert!(hops(&graph(&nodes), Neighborhood::neighbors, &living).is_some());
     }
 
     #[test]

@@ -12,12 +12,8 @@ use crate::{
 };
 
 use super::{
-    ClusterState, Target,
-    acknowledgements::Forgetting,
-    comparisons::SyncRound,
-    directory::Directory,
-    horizon::Horizons,
-    push::{PushLinks, PushQueue},
+    ClusterState, Target, acknowledgements::Forgetting, comparisons::SyncRound,
+    directory::Directory, horizon::Horizons, push::PushQueue,
 };
 
 /// This node's copy of the cluster's state.
@@ -30,7 +26,6 @@ pub(super) struct Replica {
     pub(super) forgetting: Forgetting,
     pub(super) horizons: Horizons,
     pub(super) push: PushQueue,
-    pub(super) push_links: PushLinks,
     pub(super) sync: SyncRound,
     /// Slots that were leased and then changed owner or state since the start.
     pub(super) reassigned: BTreeSet<Slot>,

@@ -111,7 +111,6 @@ impl Node {
                 if ours.roots() == roots {
                     Response::Same
                 } else {
-                    self.replica.push_links.resume(from);
                     Response::Differ(Box::new(ours))
                 }
             }

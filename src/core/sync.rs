@@ -222,7 +222,6 @@ impl Node {
             }
             Ok((from, Response::Differ(theirs))) => {
                 self.counters.syncs_different += 1;
-                self.replica.push_links.resume(from);
                 let buckets = self.replica.buckets(&self.membership).differing(&theirs);
                 let facts = self.replica.facts_in(buckets, self.active());
                 let identity = self.membership.identity();

@@ -334,7 +334,7 @@ fn is_grant_request(bytes: &[u8]) -> bool {
 /// Returns the facts that a frame carries.
 fn facts(bytes: &[u8]) -> Option<Facts> {
     match Frame::decode(bytes).ok()?.1 {
-        Frame::Swim(_) | Frame::Prune | Frame::Inquiry(_) | Frame::Answer(_) => None,
+        Frame::Swim(_) | Frame::Inquiry(_) | Frame::Answer(_) => None,
         Frame::Push(payload) => Push::decode(payload).ok().map(|push| push.facts),
         Frame::Request(payload) => match Request::decode(payload).ok()? {
             Request::Exchange { facts, .. } | Request::Handover(facts) => Some(facts),

@@ -24,8 +24,6 @@ pub enum Frame<'a> {
     Swim(&'a [u8]),
     /// Facts that are new to the sender: [`super::Push`].
     Push(&'a [u8]),
-    /// The sender receives facts of other members from enough neighbors: the receiver need not pass them on.
-    Prune,
     /// A request on a stream: [`super::Request`].
     Request(&'a [u8]),
     /// The response on the same stream: [`super::Response`].
@@ -46,7 +44,6 @@ impl<'a> Frame<'a> {
             Self::Response(payload) => (4, payload),
             Self::Inquiry(payload) => (5, payload),
             Self::Answer(payload) => (6, payload),
-            Self::Prune => (7, &[][..]),
         };
         let mut bytes = Vec::with_capacity(HEADER + payload.len());
         bytes.extend_from_slice(&[WIRE_VERSION, kind]);
@@ -76,7 +73,6 @@ impl<'a> Frame<'a> {
             4 => Self::Response(payload),
             5 => Self::Inquiry(payload),
             6 => Self::Answer(payload),
-            7 if payload.is_empty() => Self::Prune,
             other => return Err(WireError::Kind(other)),
         };
         Ok((ClusterId::from_bytes(*cluster), frame))
@@ -112,7 +108,7 @@ mod tests {
     proptest! {
         #[test]
         fn frame_round_trips(
-            id in any::<[u8; 8]>(), kind in 0..7, payload in prop::collection::vec(any::<u8>(), 0..64),
+            id in any::<[u8; 8]>(), kind in 0..6, payload in prop::collection::vec(any::<u8>(), 0..64),
         ) {
             let cluster = ClusterId::from_bytes(id);
             let frame = match kind {
@@ -121,7 +117,6 @@ mod tests {
                 2 => Frame::Request(&payload),
                 3 => Frame::Response(&payload),
                 4 => Frame::Inquiry(&payload),
-                5 => Frame::Prune,
                 _ => Frame::Answer(&payload),
             };
             let bytes = frame.encode(cluster);

@@ -57,6 +57,10 @@ impl Contacts {
         self.neighborhood.neighbors()
     }
 
+    pub(super) const fn relays(&self) -> &BTreeSet<NodeId> {
+        self.neighborhood.relays()
+    }
+
     /// Notes a timer that foca has armed.
     pub(super) fn note_timer(&mut self, key: (Time, u64), timer: &Timer<Identity>) {
         if matches!(timer, Timer::SendIndirectProbe { .. } | Timer::ProbeRandomMember(_)) {
