@@ -32,6 +32,7 @@ use super::{
     outbox::Outbox,
     push::PushQueue,
     replica::Replica,
+    sync::LastRoots,
     vote::Voting,
 };
 
@@ -143,6 +144,7 @@ impl Node {
             clock: now,
             notes: Notes::default(),
             introductions: Introductions::default(),
+            last_roots: LastRoots::default(),
             voting: Voting::new(now),
             running_hosts: RunningHosts::default(),
             log_budget: LogBudget::new(now),

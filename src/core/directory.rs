@@ -69,6 +69,11 @@ impl Directory {
         self.forgets.keys().chain(left).copied()
     }
 
+    /// Returns the number of nodes that left or were forgotten. Those that did both may count twice.
+    pub fn gone_count(&self) -> usize {
+        self.forgets.len() + self.left.len()
+    }
+
     /// Returns whether a record of this node can be stored.
     pub fn has_room_for(&self, node: NodeId) -> bool {
         self.records.len() < MAX_MEMBERS || self.records.contains_key(&node)

@@ -120,6 +120,11 @@ impl Membership {
         self.note_relayed_answer(now, packet);
     }
 
+    /// Notes that a message of a node has arrived.
+    pub fn meet(&mut self, node: NodeId) {
+        self.contacts.meet(node);
+    }
+
     /// Adds members that a vetted peer considers alive, or that have sent a message to this node.
     pub fn introduce(&mut self, now: Time, identities: impl Iterator<Item = Identity>) {
         let me = self.identity().node;
@@ -277,6 +282,11 @@ impl Membership {
         self.active.keys().copied()
     }
 
+    /// Returns the identities of the members held as alive or suspect, without this node.
+    pub const fn identities(&self) -> &BTreeMap<NodeId, Identity> {
+        &self.active
+    }
+
     /// Returns the neighbors: the members that this node probes and gossips with.
     pub fn neighbors(&self) -> &BTreeSet<NodeId> {
         self.contacts.neighbors()
@@ -321,13 +331,11 @@ impl Membership {
         hasher.finish()
     }
 
-    /// Returns one hash per bucket over the active members and this node, without the nodes in `gone`, which
-    /// must contain each of them once.
-    pub fn hashes(&self, gone: impl Iterator<Item = NodeId>) -> [u64; Buckets::COUNT] {
+    /// Returns one hash per bucket over the active members and this node, without some of the active members.
+    pub fn hashes(&self, without: impl Iterator<Item = Identity>) -> [u64; Buckets::COUNT] {
         let mut hashes = self.hashes;
-        let gone_but_active = gone.filter_map(|node| self.active.get(&node));
-        for identity in gone_but_active.chain([&self.identity()]) {
-            hashes[Buckets::of_node(identity.node)] ^= identity_hash(identity);
+        for identity in without.chain([self.identity()]) {
+            hashes[Buckets::of_node(identity.node)] ^= identity_hash(&identity);
         }
         hashes
     }

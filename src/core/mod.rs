@@ -90,6 +90,7 @@ use self::{
     outbox::Outbox,
     replica::Replica,
     slots::SlotTable,
+    sync::LastRoots,
     vote::Voting,
 };
 pub use crate::model::{CallError, CallId, Liveness, Own, Peer, ReplyId, View, WriteSeq};
@@ -109,6 +110,7 @@ pub struct Node {
     membership: Membership,
     introductions: Introductions,
     replica: Replica,
+    last_roots: LastRoots,
     lifecycle: Lifecycle,
     key_use: KeyUse,
     notes: Notes,
@@ -178,6 +180,12 @@ impl Node {
     /// Handles one input. All effects are in the outputs afterwards.
     pub fn handle(&mut self, now: Time, input: Input) {
         self.clock = now;
+        if let Input::Message { from, .. }
+        | Input::Request { from, .. }
+        | Input::Answer { result: Ok((from, _)), .. } = &input
+        {
+            self.membership.meet(*from);
+        }
         match input {
             Input::Message { from, bytes } => self.handle_message(now, from, &bytes),
             Input::Request { from, reply, bytes } => self.serve(now, from, reply, &bytes),
@@ -335,7 +343,7 @@ impl Node {
         while let Some(notice) = self.membership.poll_notice() {
             match notice {
                 Notice::Send { to, packet } => {
-                    let gossip = Gossip { roots: self.roots(), packet: &packet }.encode();
+                    let gossip = Gossip { roots: self.present_roots(), packet: &packet }.encode();
                     if let Some((address, bytes)) = self.replica.frame_to(to, Frame::Swim(&gossip))
                     {
                         self.outbox.send_packet(to, address, bytes);

@@ -6,6 +6,10 @@
 //! next to it only. Such a graph is random and regular: it stays connected when many of its nodes fail, and
 //! any member is a few hops away (Rapid, USENIX ATC 2018, uses the same rings).
 //!
+//! A member is met once a message of it has arrived, which proves its key and that it runs. Anyone with the secret
+//! can name members that do not exist, and choose their places on the rings. So next to a neighbor that this node
+//! has not met, the nearest member that it has met is a neighbor as well.
+//!
 //! The neighbors on the first two rings are the relays: they pass on facts of other members to each other. Each
 //! of these rings alone connects all members, and both together do so in few hops.
 //!
@@ -24,12 +28,16 @@ const RINGS: usize = 4;
 /// Number of rings on which facts of other members are passed on.
 const RELAY_RINGS: usize = 2;
 
+type Rings = [BTreeSet<(u64, NodeId)>; RINGS];
+
 /// The rings of the active members, and the neighbors of one of them.
 #[derive(Clone, Debug)]
 pub(super) struct Neighborhood {
     me: NodeId,
     /// The members with their positions.
-    rings: [BTreeSet<(u64, NodeId)>; RINGS],
+    rings: Rings,
+    /// Those that this node has met, and itself.
+    met: Rings,
     neighbors: BTreeSet<NodeId>,
     relays: BTreeSet<NodeId>,
 }
@@ -37,13 +45,9 @@ pub(super) struct Neighborhood {
 impl Neighborhood {
     /// Returns the neighborhood of a node that knows no other member.
     pub(super) fn new(me: NodeId) -> Self {
-        let ring = |number| BTreeSet::from([(ring_position(number, me), me)]);
-        Self {
-            me,
-            rings: std::array::from_fn(ring),
-            neighbors: BTreeSet::new(),
-            relays: BTreeSet::new(),
-        }
+        let rings: Rings =
+            std::array::from_fn(|number| BTreeSet::from([(ring_position(number, me), me)]));
+        Self { me, met: rings.clone(), rings, neighbors: BTreeSet::new(), relays: BTreeSet::new() }
     }
 
     /// Adds a member.
@@ -54,13 +58,27 @@ impl Neighborhood {
         self.update();
     }
 
+    /// Notes that a message of a node has arrived. Nothing changes if it is no member.
+    pub(super) fn meet(&mut self, node: NodeId) {
+        let place = |number| (ring_position(number, node), node);
+        if !self.rings[0].contains(&place(0)) || self.met[0].contains(&place(0)) {
+            return;
+        }
+        for (number, ring) in self.met.iter_mut().enumerate() {
+            ring.insert(place(number));
+        }
+        self.update();
+    }
+
     /// Removes a member. This node itself stays.
     pub(super) fn remove(&mut self, node: NodeId) {
         if node == self.me {
             return;
         }
-        for (number, ring) in self.rings.iter_mut().enumerate() {
-            ring.remove(&(ring_position(number, node), node));
+        for rings in [&mut self.rings, &mut self.met] {
+            for (number, ring) in rings.iter_mut().enumerate() {
+                ring.remove(&(ring_position(number, node), node));
+            }
         }
         self.update();
     }
@@ -84,11 +102,10 @@ impl Neighborhood {
         let me = self.me;
         self.neighbors.clear();
         self.relays.clear();
-        for (number, ring) in self.rings.iter().enumerate() {
+        for (number, (all, met)) in self.rings.iter().zip(&self.met).enumerate() {
             let here = (ring_position(number, me), me);
-            let successor = ring.range(here..).nth(1).or_else(|| ring.first());
-            let predecessor = ring.range(..here).next_back().or_else(|| ring.last());
-            let adjacent = successor.into_iter().chain(predecessor).map(|(_, node)| *node);
+            // Equal if the adjacent members are met.
+            let adjacent = adjacent(all, here).chain(adjacent(met, here));
             let adjacent = adjacent.filter(|node| *node != me);
             if number < RELAY_RINGS {
                 self.relays.extend(adjacent.clone());
@@ -96,6 +113,16 @@ impl Neighborhood {
             self.neighbors.extend(adjacent);
         }
     }
+}
+
+/// Returns the successor and the predecessor of a place on a ring.
+fn adjacent(
+    ring: &BTreeSet<(u64, NodeId)>,
+    here: (u64, NodeId),
+) -> impl Iterator<Item = NodeId> + Clone {
+    let successor = ring.range(here..).nth(1).or_else(|| ring.first());
+    let predecessor = ring.range(..here).next_back().or_else(|| ring.last());
+    successor.into_iter().chain(predecessor).map(|(_, node)| *node)
 }
 
 #[cfg(test)]
@@ -165,6 +192,23 @@ mod tests {
             assert!(direct <= most_hops, "{count} members: {direct} hops");
             let relayed = hops(&graph, Neighborhood::relays, &nodes).expect("connected");
             assert!(relayed <= most_relayed, "{count} members: {relayed} hops by relays");
+        }
+    }
+
+    #[test]
+    fn met_members_stay_neighbors_behind_members_that_were_never_met() {
+        let nodes = nodes(1_000);
+        let (real, invented) = nodes.split_at(50);
+        let real_graph = graph(real);
+        for (me, among_real) in &real_graph {
+            let mut neighborhood = among_real.clone();
+            real.iter().for_each(|node| neighborhood.meet(*node));
+            assert_eq!(neighborhood.neighbors(), among_real.neighbors());
+            invented.iter().for_each(|node| neighborhood.insert(*node));
+            assert!(among_real.neighbors().is_subset(neighborhood.neighbors()), "{me}");
+            assert!(neighborhood.neighbors().len() <= 2 * MAX_NEIGHBORS);
+            invented.iter().for_each(|node| neighborhood.remove(*node));
+            assert_eq!(neighborhood.neighbors(), among_real.neighbors());
         }
     }
 

@@ -19,15 +19,21 @@ use super::{
     replica::Replica,
 };
 
-/// Every so many rounds the partner is a random active member instead of a neighbor.
+/// Every so many rounds the partner is a random active member instead of a neighbor. In these rounds
+/// [`RANDOM_PARTNER_ROUND`] nothing else has a turn.
 const RANDOM_PARTNER_ROUNDS: u64 = 16;
+const RANDOM_PARTNER_ROUND: u64 = 2;
 
 impl Replica {
     /// Confirms a peer: the known records of its slots are its own statement. Kernel entries for them can be
     /// checked from then on.
     pub(super) fn confirm(&mut self, outbox: &mut Outbox, peer: NodeId) {
+        if self.sync.confirmed.contains(&peer) {
+            return;
+        }
         let is_awaited = self.sync.retained.is_none() || self.awaited_owners().contains(&peer);
-        if self.sync.confirmed.insert(peer) && is_awaited {
+        self.sync.confirmed.insert(peer);
+        if is_awaited {
             outbox.invalidate_view();
         }
     }
@@ -60,13 +66,26 @@ impl Replica {
 
     /// Returns the hashes of this node's state, by bucket.
     pub(super) fn buckets(&self, membership: &Membership) -> Buckets {
+        let active = membership.identities();
+        // Gossip may hold a member as active for a while after it has left or was forgotten.
+        let active = if self.directory.gone_count() < active.len() {
+            membership.hashes(self.directory.gone().filter_map(|node| membership.active_as(node)))
+        } else {
+            membership.hashes(active.values().filter(|member| self.is_gone(member.node)).copied())
+        };
+        Buckets { active, ..self.buckets_with_gone(membership) }
+    }
+
+    /// Returns the same with the active members that are gone. If two results are equal, so are those of
+    /// [`Self::buckets`], whose time grows with the number of members.
+    fn buckets_with_gone(&self, membership: &Membership) -> Buckets {
         Buckets {
             members: self.directory.hashes(),
             slots: self
                 .cluster_state
                 .as_ref()
                 .map_or([0; Buckets::COUNT], |cluster_state| cluster_state.slots.hashes()),
-            active: membership.hashes(self.directory.gone()),
+            active: membership.hashes(std::iter::empty()),
         }
     }
 
@@ -91,7 +110,30 @@ impl Replica {
     }
 }
 
+/// The last hashes of the state, which each gossip packet carries and is compared with.
+#[derive(Default)]
+pub(super) struct LastRoots {
+    buckets: Buckets,
+    roots: Option<Roots>,
+}
+
 impl Node {
+    /// Returns the hashes of all state that members agree on.
+    pub(super) fn present_roots(&mut self) -> Roots {
+        let buckets = self.replica.buckets_with_gone(&self.membership);
+        match self.last_roots.roots {
+            Some(roots) if self.last_roots.buckets == buckets => {
+                debug_assert_eq!(roots, self.roots(), "equal buckets have equal roots");
+                roots
+            }
+            _ => {
+                let roots = self.roots();
+                self.last_roots = LastRoots { buckets, roots: Some(roots) };
+                roots
+            }
+        }
+    }
+
     pub(super) fn step_sync(&mut self, now: Time) {
         self.clear_duplicate(now);
         if self.replica.cluster_state.is_none() || now < self.replica.sync.due {
@@ -168,7 +210,7 @@ impl Node {
             }
         };
         or_else(rounds.is_multiple_of(4), &|node| !is_active(node));
-        or_else(rounds.is_multiple_of(RANDOM_PARTNER_ROUNDS), &is_active);
+        or_else(rounds % RANDOM_PARTNER_ROUNDS == RANDOM_PARTNER_ROUND, &is_active);
         or_else(true, &is_differing);
         or_else(true, &is_neighbor);
         let from = if preferred.is_empty() { &all } else { &preferred };
@@ -191,7 +233,7 @@ impl Node {
         if self.replica.cluster_state.is_none() || self.replica.directory.get(from).is_none() {
             return;
         }
-        if self.roots() == theirs {
+        if self.present_roots() == theirs {
             self.replica.sync.partners.note_agreement(from);
             self.replica.confirm(&mut self.outbox, from);
             if self.replica.sync.note_equal_roots(now, from) {

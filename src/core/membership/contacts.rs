@@ -24,6 +24,10 @@ use crate::{
 
 use super::{Membership, Notice};
 
+/// Members that are passed over in one turn of the event loop. A step scans foca's list of members.
+const STEPS_PER_TURN: usize = 64;
+/// Limit of the members that are probed because peers hold them as down. A probe of one scans foca's list.
+const MAX_DOUBTED: usize = 64;
 /// Limit of the members that one message makes this node notify of their being held as down.
 const MAX_DOWN_NOTICES: usize = 2;
 
@@ -70,7 +74,13 @@ impl Contacts {
 
     /// Notes that a peer holds active members as down.
     pub(super) fn doubt(&mut self, members: impl Iterator<Item = NodeId>) {
-        self.doubted.extend(members);
+        let room = MAX_DOUBTED.saturating_sub(self.doubted.len());
+        self.doubted.extend(members.take(room));
+    }
+
+    /// Notes that a message of a node has arrived.
+    pub(super) fn meet(&mut self, node: NodeId) {
+        self.neighborhood.meet(node);
     }
 
     /// Notes that a member is active.
@@ -120,11 +130,11 @@ impl Membership {
         }
     }
 
-    /// Probes the next neighbor in foca's order.
+    /// Probes the next neighbor in foca's order. If there are many other members before it, the probe
+    /// continues in the next turn.
     pub(super) fn probe(&mut self, now: Time, timer: Timer<Identity>) {
         let mut timer = Some(timer);
-        // foca's order contains each member once, then begins again.
-        for _ in 0..=2 * self.active.len() {
+        for _ in 0..STEPS_PER_TURN {
             let Some(due) = timer.take() else { return };
             self.contacts.probe_timers.clear();
             self.contacts.helpers.clear();
@@ -142,6 +152,9 @@ impl Membership {
                     None => {}
                 }
             }
+        }
+        if let Some(next) = timer {
+            self.arm(now, next);
         }
     }
 

@@ -101,11 +101,13 @@ fn member_of_large_cluster() -> Membership {
 fn member_of_a_large_cluster_contacts_neighbors_only_and_probes_one_each_second() {
     let mut member = member_of_large_cluster();
     let neighbors = member.neighbors().clone();
+    let mut turns = BTreeMap::new();
     let mut probed = Vec::new();
     let mut gossip = 0;
     let until = Time::ZERO + Duration::from_secs(5);
     while let Some(now) = member.next_timeout().filter(|now| *now < until) {
         member.handle_timeout(now);
+        *turns.entry(now).or_insert(0) += 1;
         while let Some(notice) = member.poll_notice() {
             let Notice::Send { to, packet } = notice else { continue };
             assert!(neighbors.contains(&to), "{to} is no neighbor");
@@ -120,6 +122,7 @@ fn member_of_a_large_cluster_contacts_neighbors_only_and_probes_one_each_second(
         }
     }
     assert_eq!(probed, [1, 2, 3, 4]);
+    assert!(turns.values().any(|turns| *turns > 1), "a long search takes several turns");
     assert!(gossip > 0, "updates are not lost with probes that are not sent");
 }
 
