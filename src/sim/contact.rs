@@ -1,10 +1,10 @@
 //! Notes when a restarted node has had contact with a member that it knew before (rule I7).
 
-use super::world::World;
+use super::{host::Process, world::World};
 use crate::{
-    core::CallError,
+    core::{CallError, Input},
     model::NodeId,
-    wire::{Frame, Gossip, Response},
+    wire::{Frame, Gossip, Response, Roots},
 };
 
 impl World {
@@ -27,15 +27,23 @@ impl World {
             process.awaited_peers.clear();
         }
     }
+}
 
-    /// The same for a gossip packet with the hashes of the receiver's own state.
-    pub(super) fn record_contact_by_gossip(&mut self, index: usize, bytes: &[u8]) {
-        let Some(process) = self.hosts[index].process.as_mut() else { return };
-        if let Ok((_, Frame::Swim(payload))) = Frame::decode(bytes)
-            && let Ok(Gossip { roots, .. }) = Gossip::decode(payload)
-            && roots == process.node.roots()
-        {
-            process.awaited_peers.clear();
+impl Process {
+    /// Returns the hashes in a gossip packet, if a contact is awaited.
+    pub(super) fn gossiped_hashes(&self, input: &Input) -> Option<Roots> {
+        let Input::Message { bytes, .. } = input else { return None };
+        if self.awaited_peers.is_empty() {
+            return None;
+        }
+        let Ok((_, Frame::Swim(payload))) = Frame::decode(bytes) else { return None };
+        Gossip::decode(payload).ok().map(|gossip| gossip.roots)
+    }
+
+    /// Notes a contact if the hashes in a gossip packet are those of the node after it has handled the packet.
+    pub(super) fn record_contact_by_gossip(&mut self, hashes: Option<Roots>) {
+        if hashes.is_some_and(|hashes| hashes == self.node.roots()) {
+            self.awaited_peers.clear();
         }
     }
 }

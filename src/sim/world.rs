@@ -302,7 +302,6 @@ impl World {
     fn dispatch(&mut self, event: Event) {
         match event {
             Event::Message { from, to, bytes } => {
-                self.record_contact_by_gossip(to, &bytes);
                 self.input(to, Input::Message { from, bytes });
             }
             Event::Request { from, from_host, process_id, call, to, bytes } => {
@@ -399,7 +398,9 @@ impl World {
         let local = host.clock.local(now);
         let Some(process) = &mut host.process else { return };
         process.is_leaving |= matches!(input, Input::Command(Command::Leave));
+        let hashes = process.gossiped_hashes(&input);
         process.node.handle(local, input);
+        process.record_contact_by_gossip(hashes);
         self.drain_outputs(index);
     }
 
