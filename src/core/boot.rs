@@ -32,6 +32,7 @@ use super::{
     outbox::Outbox,
     push::PushQueue,
     replica::Replica,
+    supply::Supplies,
     sync::LastRoots,
     vote::Voting,
 };
@@ -126,6 +127,7 @@ impl Node {
                 joining: Joining::new(now, config.seeds),
                 search,
                 leaving,
+                supplies: Supplies::default(),
                 kernel_subnet: KernelSubnet::Unknown,
             },
             key_use: KeyUse::default(),

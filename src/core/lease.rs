@@ -282,15 +282,13 @@ impl Node {
     }
 }
 
-/// Returns the granter that `me` requests a grant from first. Candidates are the granters that can serve at
-/// least half as many joiners as the one with the most free slots; among them the highest rendezvous score
-/// decides. This spreads the requests, and granters that other joiners may have emptied come late.
+/// Returns the granter that `me` requests a grant from first. Candidates are the granters with at least a
+/// quarter as many free slots as the one with the most; among them the highest rendezvous score decides. This
+/// spreads the requests, and granters that other joiners may have emptied come late.
 fn best_granter(me: NodeId, granters: impl Iterator<Item = (NodeId, u32)>) -> Option<NodeId> {
-    // Each grant takes half of the granter's free slots, so the number of joiners is logarithmic.
-    let serves = granters.map(|(node, free_slots)| (node, u32::BITS - free_slots.leading_zeros()));
-    let serves: Vec<(NodeId, u32)> = serves.collect();
-    let most = serves.iter().map(|(_, count)| *count).max()?;
-    let large = serves.iter().filter(|(_, count)| count * 2 >= most);
+    let granters: Vec<(NodeId, u32)> = granters.collect();
+    let most = granters.iter().map(|(_, free_slots)| *free_slots).max()?;
+    let large = granters.iter().filter(|(_, free_slots)| *free_slots >= most.div_ceil(4));
     large.map(|(node, _)| *node).max_by_key(|granter| peer_score(me, *granter))
 }
 
@@ -309,8 +307,7 @@ mod tests {
     #[test]
     fn granters_with_few_free_slots_come_after_those_with_many() {
         let granter = |index: u8| NodeId::from_bytes([index; 8]);
-        // Free slots of the granters after eight joins through one seed.
-        let free_slots = [127, 63, 31, 15, 7, 3, 1];
+        let free_slots = [120, 60, 31, 30, 15, 7, 1];
         let granters = || (1..).map(granter).zip(free_slots);
         let mut chosen = BTreeSet::new();
         for number in 0..500_u64 {

@@ -6,6 +6,7 @@ use crate::model::{Subnets, Time};
 
 use super::{
     KernelSubnet, Phase, join::Joining, lease::LeaseSearch, leave::Leaving, replica::Replica,
+    supply::Supplies,
 };
 
 /// Where this node is in its lifecycle.
@@ -14,6 +15,7 @@ pub(super) struct Lifecycle {
     /// The search for a lease; `None` until this node is in a cluster.
     pub(super) search: Option<LeaseSearch>,
     pub(super) leaving: Option<Leaving>,
+    pub(super) supplies: Supplies,
     /// The subnet that the kernel uses, as last reported.
     pub(super) kernel_subnet: KernelSubnet,
 }

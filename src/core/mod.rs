@@ -52,6 +52,7 @@ mod replica;
 mod serve;
 mod slots;
 mod status;
+mod supply;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -158,6 +159,10 @@ enum Purpose {
     QuerySuccessor {
         successor: NodeId,
     },
+    /// To obtain free slots for joiners.
+    Supply {
+        supplier: NodeId,
+    },
     Handover {
         keeper: NodeId,
     },
@@ -215,6 +220,7 @@ impl Node {
             self.next_join_step(),
             self.lifecycle.next_lease_step(),
             self.lifecycle.next_leave_step(),
+            self.lifecycle.supplies.next_step(),
             self.next_forget_step(),
             self.next_vote_step(),
             self.next_introduction(),
@@ -234,6 +240,7 @@ impl Node {
         }
         self.step_join(now);
         self.step_lease(now);
+        self.step_supply(now);
         self.step_leave(now);
         self.step_forget(now);
         self.step_vote(now);
@@ -291,6 +298,7 @@ impl Node {
         match purpose {
             Purpose::Hello { seed } => self.handle_hello_answer(now, seed, answer),
             Purpose::Grant { granter } => self.handle_grant_answer(now, granter, answer),
+            Purpose::Supply { supplier } => self.handle_supply_answer(now, supplier, answer),
             Purpose::Compare { partner } => self.handle_compare_answer(now, partner, answer),
             Purpose::Exchange { partner, with } => {
                 self.handle_exchange_answer(now, partner, with, answer);

@@ -11,7 +11,7 @@ use crate::{
 };
 
 use super::{
-    Node, ReplyId,
+    ClusterState, Node, ReplyId,
     malformed::Kind,
     outbox::Outbox,
     replica::Replica,
@@ -129,6 +129,10 @@ impl Node {
                 self.outbox.mark_urgent(Key::Member(from));
                 Response::Acknowledged(lacks)
             }
+            Request::Supply => match self.supply(now, from) {
+                Ok(facts) => Response::Granted(facts),
+                Err(refusal) => Response::Refused(refusal),
+            },
             Request::HaveYouMissed { node, quorum } => Response::Vote(self.vote(node, &quorum)),
             _ if self.lifecycle.is_leaving() => Response::Refused(Refusal::Leaving),
             Request::BeMySuccessor => Response::Accepted,
@@ -202,20 +206,25 @@ impl Node {
         }
     }
 
-    /// Grants a slot of this node to `to`. The response waits for the write.
-    fn grant(&mut self, now: Time, to: NodeId, wish: GrantWish) -> Result<Facts, Refusal> {
-        let me = self.replica.me.node;
+    /// Returns the slots if this node may give some away.
+    ///
+    /// # Errors
+    /// Fails with the reason for which it may not.
+    pub(super) fn slots_to_give(&mut self) -> Result<&mut ClusterState, Refusal> {
         if !self.replica.sync.synced() {
             return Err(Refusal::NotSynced);
         }
         if !self.key_use.is_unique() {
             return Err(Refusal::DuplicateIdentity);
         }
-        let Some(cluster_state) =
-            self.replica.cluster_state.as_mut().filter(|_| !self.lifecycle.is_leaving())
-        else {
-            return Err(Refusal::NotReady);
-        };
+        let is_leaving = self.lifecycle.is_leaving();
+        self.replica.cluster_state.as_mut().filter(|_| !is_leaving).ok_or(Refusal::NotReady)
+    }
+
+    /// Grants a slot of this node to `to`. The response waits for the write.
+    fn grant(&mut self, now: Time, to: NodeId, wish: GrantWish) -> Result<Facts, Refusal> {
+        let me = self.replica.me.node;
+        let cluster_state = self.slots_to_give()?;
         let prefer =
             wish.prefer.and_then(|address| cluster_state.cluster.settings.pool.slot_at(address));
         let changes = match cluster_state.slots.grant(me, to, prefer)? {
@@ -229,6 +238,7 @@ impl Node {
         }
         self.counters.grants += 1;
         self.note_own_change(now, &changes);
+        self.lifecycle.supplies.note_grant(now);
         Ok(Facts { slots, ..Facts::default() })
     }
 

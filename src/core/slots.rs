@@ -33,6 +33,10 @@ fn later_generation(epoch: u64, by: u64) -> u64 {
     generation_of(epoch).saturating_add(by).min(u64::from(u32::MAX)) << GENERATION_SHIFT
 }
 
+/// A grant includes this part of the granter's free slots. Even a host that joins again and again as a new node
+/// so takes few of them, and a seed serves many joiners in a row.
+const JOINER_SHARE: u32 = 16;
+
 /// The records of all slots of one pool, as maximal runs in slot order.
 #[derive(Clone, Debug)]
 pub struct SlotTable {
@@ -116,7 +120,7 @@ impl SlotTable {
         census
     }
 
-    /// Grants a free slot of `me` to `to`, as its lease, with half of the remaining free slots. The slot is
+    /// Grants a free slot of `me` to `to`, as its lease, with a part of the remaining free slots. The slot is
     /// `prefer` if it is free, else the one with the highest score. A node that owns slots already gets those
     /// again. The caller makes the change durable.
     ///
@@ -142,8 +146,18 @@ impl SlotTable {
             return Err(self.no_free_slot());
         };
         let mut granted = vec![self.rewrite(chosen, 1, me, to, SlotState::Leased)];
-        granted.extend(self.grant_half(me, to));
+        granted.extend(self.give_part(me, to, JOINER_SHARE));
         Ok(Grant::New(granted))
+    }
+
+    /// Gives half of the free slots of `me` to a member that has fewer. The caller makes the change durable.
+    pub fn supply(&mut self, me: NodeId, to: NodeId) -> Vec<Change> {
+        self.give_part(me, to, 2)
+    }
+
+    /// Returns the number of free slots of a node.
+    pub fn free_count(&self, node: NodeId) -> u32 {
+        self.free_slots_of(node).map(|run| run.len).sum()
     }
 
     /// Turns a free slot of `me` into its lease, the preferred one if possible.
@@ -270,7 +284,8 @@ impl SlotTable {
             .or_else(|| free_slots().max_by_key(|slot| (slot_score(user, *slot), Reverse(*slot))))
     }
 
-    fn no_free_slot(&self) -> Refusal {
+    /// Returns the reason for which this node gives no slot.
+    pub fn no_free_slot(&self) -> Refusal {
         let census = self.census();
         match census.free.values().sum() {
             0 => Refusal::Exhausted { total: self.pool.slot_count(), leased: census.leased },
@@ -278,11 +293,11 @@ impl SlotTable {
         }
     }
 
-    /// Makes half of the free slots of `me`, rounded down, free slots of `to`: the highest ones, so that
-    /// whole runs move where possible.
-    fn grant_half(&mut self, me: NodeId, to: NodeId) -> Vec<Change> {
+    /// Makes one of `parts` equal parts of the free slots of `me`, rounded down, free slots of `to`: the highest
+    /// ones, so that whole runs move where possible.
+    fn give_part(&mut self, me: NodeId, to: NodeId, parts: u32) -> Vec<Change> {
         let free_slots: Vec<Run> = self.free_slots_of(me).collect();
-        let mut left = free_slots.iter().map(|run| run.len).sum::<u32>() / 2;
+        let mut left = self.free_count(me) / parts;
         let mut granted = Vec::new();
         for run in free_slots.iter().rev() {
             let len = run.len.min(left);

@@ -91,6 +91,9 @@ pub enum Request {
         /// The sender's rule.
         quorum: Quorum,
     },
+    /// Requests free slots of a member that has many, for joiners that the sender will admit. Answered with
+    /// [`Response::Granted`].
+    Supply,
 }
 
 /// The response to a [`Request`].

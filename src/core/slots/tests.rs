@@ -56,12 +56,12 @@ fn remerged(table: &SlotTable) -> SlotTable {
 }
 
 #[test]
-fn grant_gives_one_lease_and_half_of_the_free_slots() {
+fn grant_gives_one_lease_and_a_sixteenth_of_the_free_slots() {
     let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     let (own, _) = table.lease_own(node(1), None).expect("a free slot");
     assert_eq!(own.record.state, SlotState::Leased);
     let granted = granted(table.grant(node(1), node(2), None));
-    assert_eq!(granted.iter().map(|run| run.len).sum::<u32>(), 1 + 253 / 2);
+    assert_eq!(granted.iter().map(|run| run.len).sum::<u32>(), 1 + 253 / 16);
     assert_eq!(table.leased_by(node(2)).count(), 1);
     assert!(granted.iter().all(|run| run.record.epoch == 1 && run.record.granter == node(1)));
     assert_canonical(&table);

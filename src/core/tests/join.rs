@@ -21,6 +21,23 @@ fn simultaneous_joiners_get_different_subnets() {
 }
 
 #[test]
+fn seed_of_a_small_pool_has_free_slots_for_each_of_many_joiners() {
+    let mut world = World::created(settings("10.42.0.0/16", 24));
+    let mut fewest = u32::MAX;
+    for joined in 1..=120 {
+        world.join();
+        world.run_for(Duration::from_millis(100));
+        let slots = &world.node(0).replica.cluster_state.as_ref().expect("in a cluster").slots;
+        let free = slots.free_count(world.hosts[0].key);
+        assert!(free > 0, "none after {joined} joiners");
+        fewest = fewest.min(free);
+    }
+    assert!(fewest < supply::LOW, "it has obtained slots of its joiners");
+    world.run_for(seconds(3));
+    world.assert_converged_and_safe();
+}
+
+#[test]
 fn idle_cluster_settles_and_compares_by_hashes_only() {
     let mut world = World::with_members(8);
     world.run_for(seconds(30));
