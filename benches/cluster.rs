@@ -43,6 +43,8 @@ const SETTLE_TIME: Duration = Duration::from_secs(30);
 /// Length of the idle measurement.
 const IDLE_PERIOD: Duration = Duration::from_secs(30);
 const ENTRIES_PER_PEER: usize = 3;
+/// Time until the work of the start is done, before the CPU time of a join is measured.
+const QUIET_TIME: Duration = Duration::from_secs(8);
 /// Time after a join in which other members' CPU time is counted as the join's.
 const JOIN_COST_PERIOD: Duration = Duration::from_secs(2);
 
@@ -207,6 +209,7 @@ fn joiner(hosts: &[Host], figures: &mut Figures, stays: bool) -> anyhow::Result<
     let used = |agents: &[Agent], before: Vec<f64>| {
         cpu(agents).into_iter().zip(before).map(|(now, before)| now - before).collect::<Vec<_>>()
     };
+    thread::sleep(QUIET_TIME);
     let before = cpu(&agents);
     thread::sleep(JOIN_COST_PERIOD);
     let idle = median(used(&agents, before));
@@ -239,7 +242,7 @@ fn joiner(hosts: &[Host], figures: &mut Figures, stays: bool) -> anyhow::Result<
         let status = agent.ask("/v1/status", TIMEOUT)?;
         connections.push(status["connections"].as_f64().unwrap_or(f64::NAN));
     }
-    figures.connections.push(connections.into_iter().fold(0.0, f64::max));
+    figures.connections.extend(connections);
     if stays {
         agents.push(joined);
         return Ok(agents);

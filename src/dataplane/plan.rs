@@ -75,6 +75,18 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Plan {
     plan
 }
 
+/// Returns the operations on entries that turn the tables of `before`, which the kernel equals, into those of
+/// `desired`. Both describe the same device and pool.
+pub fn plan_change(before: &Desired, desired: &Desired) -> Plan {
+    let Tables { fdb, neighbors, routes } = before.tables.clone();
+    let (fdb, routes) = (fdb.into_iter().collect(), routes.into_iter().collect());
+    let actual = Actual { device: None, fdb, neighbors, routes };
+    let mut plan = Plan::default();
+    plan_additions(&desired.tables, &actual, &mut plan.entries);
+    plan.retained = plan_removals(desired, &actual, &mut plan.entries);
+    plan
+}
+
 /// Plans the changes to the device. Returns whether the existing device is kept.
 fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<DeviceOp>) -> bool {
     let Some(found) = found else {
@@ -402,6 +414,21 @@ pub(super) mod tests {
             kernel.settle(&desired(&before));
             let wanted = desired(&after);
             kernel.settle(&wanted);
+            prop_assert!(kernel.holds(&wanted.tables));
+            prop_assert_eq!(plan(&wanted, &kernel.dump()), Plan::default());
+        }
+
+        #[test]
+        fn change_of_an_established_state_gives_the_desired_state(
+            before in any_members(), after in any_members(),
+        ) {
+            let mut kernel = FakeKernel::default();
+            let established = desired(&before);
+            kernel.settle(&established);
+            let wanted = desired(&[&before[..1], &after[1..]].concat());
+            for op in plan_change(&established, &wanted).into_ops() {
+                kernel.apply(&op).expect("nothing in its way");
+            }
             prop_assert!(kernel.holds(&wanted.tables));
             prop_assert_eq!(plan(&wanted, &kernel.dump()), Plan::default());
         }

@@ -5,6 +5,7 @@
 //! another program to gossamer's part of the kernel, and by a slow timer. Only the newest desired state
 //! counts: older ones that queue up behind a slow kernel are skipped.
 
+mod change;
 mod checks;
 mod schedule;
 
@@ -16,7 +17,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::schedule::{Changes, RepairSchedule};
+use self::{
+    change::Established,
+    schedule::{Changes, RepairSchedule},
+};
 use crate::{
     agent::{
         diagnosis::auditor::Auditor,
@@ -136,6 +140,8 @@ impl Programmer {
             table_requests: Vec::new(),
             count: false,
             desired_state: None,
+            established: None,
+            is_change_due: false,
             reached: false,
             recheck: Recheck::default(),
             overruns: Overruns::default(),
@@ -207,6 +213,10 @@ struct Reconciler<F> {
     count: bool,
     report: F,
     desired_state: Option<DesiredState>,
+    /// What the kernel equaled after the last pass; `None` if that is not certain.
+    established: Option<Established>,
+    /// Whether only the changes of the desired state since then have to be programmed.
+    is_change_due: bool,
     /// Whether the kernel has equaled the desired state.
     reached: bool,
     recheck: Recheck,
@@ -234,6 +244,9 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
                 self.check_underlay(now);
             }
             let due = self.schedule.due(now, self.changes());
+            if std::mem::take(&mut self.is_change_due) && !due.comparison && !due.entries {
+                self.program_change();
+            }
             let is_due = due.comparison;
             let verify = due.table || is_due && self.reached;
             if is_due || verify {
@@ -297,7 +310,10 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
                     self.recheck.underlay |= !had_peers && self.underlays().next().is_some();
                     self.choose_part();
                     self.reached = false;
-                    self.schedule.compare_now(Instant::now());
+                    self.is_change_due = self.is_change_of_entries();
+                    if !self.is_change_due {
+                        self.schedule.compare_now(Instant::now());
+                    }
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -431,6 +447,8 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let repair = self.reached && !std::mem::take(&mut self.part_is_new);
         self.recheck.routing |= !self.reached;
         self.reached |= result.is_ok();
+        self.established =
+            result.as_ref().ok().and_then(|report| Established::after(report, state));
         let done = result.as_ref().ok().filter(|report| repair && !report.done.is_empty());
         if let Some(report) = done {
             let kinds: Vec<&str> = report.done.keys().copied().collect();

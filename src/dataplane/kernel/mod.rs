@@ -53,7 +53,7 @@ use self::{
 use super::{
     demand::Miss,
     desired::{Desired, Device, Hop, is_device_name, networks_in_alias},
-    plan::{DeviceOp, EntryOp, Plan, full_len, plan},
+    plan::{DeviceOp, EntryOp, Plan, full_len, plan, plan_change},
 };
 use crate::{
     model::{Pool, Slot},
@@ -224,6 +224,15 @@ impl Kernel {
         let found = actual.device.and_then(|found| found.device.checksum_offload);
         report.checksum_offload = desired.device.checksum_offload.or(found);
         Ok(report)
+    }
+
+    /// Makes the kernel, which equals `before`, equal to `desired` without reading it. Both describe the same
+    /// device and pool.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked; refused entries are in the report.
+    pub fn change(&mut self, before: &Desired, desired: &Desired) -> Result<Report, KernelError> {
+        self.apply(desired, plan_change(before, desired))
     }
 
     /// Checks whether the device can be created, before anything is.
