@@ -174,10 +174,6 @@ impl Agent {
         }
         if self.next_probe().is_some_and(|at| at <= now) {
             self.probe();
-            self.update_forwarder();
-            self.update_remote_pods();
-            self.refresh_roster();
-            self.update_silence_diagnosis();
         }
         self.poll_pod_cidrs(now);
         if self.pods.next_notes_check.is_some_and(|at| at <= now) {

@@ -11,6 +11,7 @@ use std::{
 };
 
 use gossamer::{
+    lab::cpu_seconds,
     model::{Identity, Incarnation, Mac, NodeId, Run, Slot, SlotRecord, SlotState, Version},
     wire::{Facts, Refusal, Response},
 };
@@ -32,6 +33,10 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 const READERS: usize = 32;
 /// Time for which they read: a member that does not gossip is called down earlier.
 const LOAD_TIME: Duration = Duration::from_secs(10);
+/// Invented members with subnets, and the CPU time that they cost an unoptimized agent in [`LOAD_TIME`]: it
+/// takes half of this.
+const SILENT_MEMBERS: u16 = 4_000;
+const MAX_CPU_SECONDS: f64 = 3.0;
 
 fn status(cluster: &mut Cluster, agent: usize) -> Value {
     let begun = Instant::now();
@@ -332,6 +337,35 @@ fn thousands_of_invented_members_of_one_name_stop_no_agent_and_fill_no_log() {
     });
 }
 
+/// Regression: each silent member was compared with each other one every second, and the tests of all peers'
+/// pods were prepared with each probe of a silent member, up to 50 times a second. 16,000 such members kept
+/// the event loop busy without end.
+#[test]
+fn thousands_of_silent_invented_members_with_subnets_slow_no_agent() {
+    isolated(|lab| {
+        let large = ["--network", "10.64.0.0/11", "--subnet-len", "24"];
+        let mut cluster = Cluster::start_with(lab, 1, &large)?;
+        let host = lab.host(9, "evil")?;
+        let hostile = HostileMember::new(&host, &cluster.token)?;
+        let (_, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
+        let Response::Welcome(welcome) = answer else { panic!("{answer:?}") };
+        let runs = welcome.facts.slots.iter().filter(|run| run.record.owner == hostile.node);
+        let count = usize::from(SILENT_MEMBERS);
+        let slots: Vec<Slot> = runs.flat_map(Run::slots).take(count).collect();
+        assert_eq!(slots.len(), count, "the seed has granted slots");
+        hostile.invent(&cluster.hosts[0], SILENT_MEMBERS, false, &slots)?;
+        status_where(&mut cluster.agents[0], |status| {
+            status["paths"].as_array().is_some_and(|paths| paths.len() >= count)
+        });
+        let pid = cluster.agents[0].pid();
+        let before = cpu_seconds(pid);
+        thread::sleep(LOAD_TIME);
+        let spent = cpu_seconds(pid) - before;
+        assert!(spent < MAX_CPU_SECONDS, "{spent} s of CPU time within {LOAD_TIME:?}");
+        Ok(())
+    });
+}
+
 /// Regression: each reader of `/v1/status` had a status built, 64 in one turn of the loop, so that readers of
 /// a large cluster kept the agent from gossip until it was called down.
 #[test]
@@ -343,9 +377,9 @@ fn readers_of_a_large_status_keep_no_agent_from_gossip() {
         let (_, answer) = hostile.greet(&cluster.hosts[0], hostile.record())?;
         assert!(matches!(answer, Response::Welcome(_)), "{answer:?}");
         // Gossip contacts this node less often if more members are alive.
-        hostile.invent(&cluster.hosts[0], 4_000, false, &[])?;
+        hostile.invent(&cluster.hosts[0], 12_000, false, &[])?;
         let knows_them = |status: &Value| {
-            status["members"].as_array().is_some_and(|members| members.len() > 4_000)
+            status["members"].as_array().is_some_and(|members| members.len() > 12_000)
         };
         for agent in &mut cluster.agents {
             status_where(agent, knows_them);

@@ -258,7 +258,8 @@ impl Agent {
     /// Sends the probes that are due, and updates what follows from earlier ones.
     pub(in crate::agent) fn probe(&mut self) {
         let now = Instant::now();
-        if self.prober.check_at <= now {
+        let is_check = self.prober.check_at <= now;
+        if is_check {
             self.prober.check_at = now + CHECK_INTERVAL;
             self.update_paths();
             self.update_proven_ways();
@@ -299,6 +300,13 @@ impl Agent {
             }
         }
         self.prober.update_filters();
+        // Each of these takes a pass over all peers, and suspect peers are probed up to 50 times a second.
+        if is_check {
+            self.update_forwarder();
+            self.update_remote_pods();
+            self.refresh_roster();
+            self.update_silence_diagnosis();
+        }
     }
 
     /// Sends the host of a peer, outside the tunnel, one datagram as large as the underlay's interface

@@ -1,6 +1,7 @@
 //! What operators see and request: status, events, pings, surveys of all members, and the rotation of the
 //! secret.
 
+mod common_findings;
 pub(super) mod events;
 pub(super) mod inquiries;
 mod interruptions;

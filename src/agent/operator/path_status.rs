@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
+use super::common_findings::CommonFindings;
 use crate::{
     agent::{
         Agent,
@@ -94,11 +95,12 @@ impl Agent {
         let labels = self.node.labels();
         let states: BTreeMap<NodeId, PathState> =
             self.path_states().map(|(node, state, _)| (node, state)).collect();
-        let found = states
-            .iter()
-            .filter(|(node, state)| !self.is_superseded(**node, **state, &labels, &states));
-        let found = found
-            .filter_map(|(node, state)| Some((*node, self.path_finding(*node, *state, &labels)?)));
+        let successors = self.successors(&labels, &states);
+        let found = states.iter().filter(|(node, state)| !successors.supersede(**node, **state));
+        let common = self.common_findings(&labels, &states);
+        let found = found.filter_map(|(node, state)| {
+            Some((*node, self.path_finding(*node, *state, &labels, &common)?))
+        });
         let (problems, notices) = found.partition(|(_, found)| found.severity == Severity::Problem);
         PathFindings { labels, states, problems, notices }
     }
@@ -111,27 +113,15 @@ impl Agent {
             && self.silent_span(node).is_none()
     }
 
-    /// Returns the finding about a path without answers and without a known cause. If packets of the peer
-    /// arrive, its firewall may drop only the probes, so it is a problem only if packets of pods are
-    /// known to be lost as well.
-    fn unanswered(
-        &self,
-        (node, name): (NodeId, &str),
-        state: PathState,
-        what: String,
-        fix: String,
-    ) -> Problem {
-        let is_proven = self.kernel.diagnoses.remote_pods.closed.iter().any(|way| way.node == node);
-        let problem = Problem::new(ProblemCode::PathLost, name, what, fix);
-        match state {
-            PathState::OneWay if !is_proven => problem.notice(),
-            _ => problem,
-        }
-    }
-
     /// Returns what is wrong with a path.
     #[expect(clippy::too_many_lines, reason = "one text for each state of a path")]
-    fn path_finding(&self, node: NodeId, state: PathState, labels: &Labels<'_>) -> Option<Problem> {
+    fn path_finding(
+        &self,
+        node: NodeId,
+        state: PathState,
+        labels: &Labels<'_>,
+        common: &CommonFindings,
+    ) -> Option<Problem> {
         let verdict = self.threads.monitors.silence_diagnosis.verdict(node);
         let view = self.kernel.wanted.view.as_ref()?;
         let peer = view.peers.get(&node)?;
@@ -154,8 +144,8 @@ impl Agent {
         if is_silent && self.lacks_underlay() {
             return None;
         }
-        if is_silent && let Some(problem) = self.moved_problem(labels) {
-            return Some(problem);
+        if is_silent && let Some(problem) = &common.moved {
+            return Some(problem.clone());
         }
         // Rules that drop packets do not matter if packets have no way.
         let device = device_name(view.settings.vni);
@@ -182,7 +172,8 @@ impl Agent {
         let found = verdict.filter(|_| is_silent || is_partly);
         let cause = found.and_then(|found| found.cause.as_ref());
         if state.is_lost()
-            && let Some(problem) = self.undecided_problem(node, cause, labels)
+            && let Some(problem) =
+                self.undecided_problem(node, name.to_owned(), cause, common.reaches_any)
         {
             return Some(problem);
         }
@@ -252,7 +243,7 @@ impl Agent {
                     view.settings.pool.network(),
                     view.own.subnets.first.network()
                 );
-                return Some(self.unanswered((node, name), state, what, fix));
+                return Some(common.unanswered((node, name), state, what, fix));
             }
             // With direct routing, both packets with and without a tunnel are valid answers.
             RouteTarget::Direct { .. } if state == PathState::Asymmetric => return None,
@@ -272,7 +263,7 @@ impl Agent {
         };
         let translated = self.translation(node, there);
         match state {
-            PathState::Unanswered => Some(self.unanswered(
+            PathState::Unanswered => Some(common.unanswered(
                 (node, name),
                 state,
                 format!(
@@ -284,7 +275,7 @@ impl Agent {
                      affected{translated}. {where_to_look}"
                 ),
             )),
-            PathState::OneWay => Some(self.unanswered(
+            PathState::OneWay => Some(common.unanswered(
                 (node, name),
                 state,
                 format!(

@@ -1,6 +1,10 @@
 //! Peers that send nothing: former selves of living hosts, and those that gossip has not judged yet.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    net::IpAddr,
+    time::Duration,
+};
 
 use crate::{
     agent::Agent,
@@ -15,43 +19,74 @@ const MIN_SILENCE: Duration = Duration::from_secs(3);
 /// dead host as down in less than this time.
 const MAX_DECISION: Duration = Duration::from_secs(20);
 
-impl Agent {
+/// Tells earlier identities of living hosts from other silent peers. It is made once for all peers: a member
+/// may invent as many others as the directory holds, and a search among all for each of them is quadratic.
+pub(in crate::agent) struct Successors<'a> {
+    agent: &'a Agent,
+    labels: &'a Labels<'a>,
+    states: &'a BTreeMap<NodeId, PathState>,
+    living: LivingAt,
+}
+
+/// The members that are active or whose kernels answer, by underlay address. At most two of each address are
+/// kept, because only the question whether there is another one is asked.
+#[derive(Default)]
+struct LivingAt(BTreeMap<IpAddr, (NodeId, Option<NodeId>)>);
+
+impl LivingAt {
+    fn add(&mut self, address: IpAddr, node: NodeId) {
+        match self.0.entry(address) {
+            Entry::Vacant(vacant) => _ = vacant.insert((node, None)),
+            Entry::Occupied(mut known) => known.get_mut().1 = Some(node),
+        }
+    }
+
+    /// Returns whether another living member than this one has the address.
+    fn is_of_other(&self, address: IpAddr, node: NodeId) -> bool {
+        self.0.get(&address).is_some_and(|(one, other)| *one != node || other.is_some())
+    }
+}
+
+impl Successors<'_> {
     /// Whether a peer that does not answer is an earlier identity of a living host. A notice names it, and
     /// the causes of silence do not apply to that host.
-    pub(in crate::agent) fn is_superseded(
-        &self,
-        node: NodeId,
-        state: PathState,
-        labels: &Labels<'_>,
-        states: &BTreeMap<NodeId, PathState>,
-    ) -> bool {
-        let is_silent = state.is_lost() || !self.prober.paths.is_alive(node);
+    pub(in crate::agent) fn supersede(&self, node: NodeId, state: PathState) -> bool {
+        let Self { agent, labels, states, .. } = self;
+        let is_silent = state.is_lost() || !agent.prober.paths.is_alive(node);
         if is_silent && labels.former_selves().contains(&node) {
             return true;
         }
         let successor = is_silent.then(|| labels.living_namesake(node)).flatten();
         let is_replaced = successor.is_some_and(|successor| {
             let answers = states.get(&successor).is_some_and(|state| !state.is_lost());
-            answers || !self.node.is_active(node)
+            answers || !agent.node.is_active(node)
         });
-        is_replaced
-            || is_silent && !self.node.is_active(node) && self.is_address_of_other(node, states)
+        is_replaced || is_silent && !agent.node.is_active(node) && self.is_address_of_other(node)
     }
 
     /// Returns whether another member that is active or whose kernel answers has the underlay address of
     /// this one: packets to that address do not show what this one does.
-    fn is_address_of_other(&self, node: NodeId, states: &BTreeMap<NodeId, PathState>) -> bool {
-        let peers = self.kernel.wanted.view.as_ref().map(|view| &view.peers);
-        let Some((peers, peer)) = peers.and_then(|peers| Some((peers, peers.get(&node)?))) else {
-            return false;
-        };
-        let mut same = peers.iter().filter(|(other, candidate)| {
-            **other != node && candidate.vtep.underlay == peer.vtep.underlay
-        });
-        same.any(|(other, _)| {
-            let answers = states.get(other).is_some_and(|state| state.is_answered());
-            answers || self.node.is_active(*other)
-        })
+    fn is_address_of_other(&self, node: NodeId) -> bool {
+        let peer = self.agent.kernel.wanted.view.as_ref().and_then(|view| view.peers.get(&node));
+        peer.is_some_and(|peer| self.living.is_of_other(peer.vtep.underlay, node))
+    }
+}
+
+impl Agent {
+    /// Returns who has succeeded silent peers. It takes a pass over all peers.
+    pub(in crate::agent) fn successors<'a>(
+        &'a self,
+        labels: &'a Labels<'a>,
+        states: &'a BTreeMap<NodeId, PathState>,
+    ) -> Successors<'a> {
+        let mut living = LivingAt::default();
+        for (node, peer) in self.kernel.wanted.view.iter().flat_map(|view| &view.peers) {
+            let answers = states.get(node).is_some_and(|state| state.is_answered());
+            if answers || self.node.is_active(*node) {
+                living.add(peer.vtep.underlay, *node);
+            }
+        }
+        Successors { agent: self, labels, states, living }
     }
 
     /// Passes the members whose hosts run although their agents are silent to the core: their subnets are in
@@ -97,21 +132,19 @@ impl Agent {
     }
 
     /// Returns the problem of a peer that sends nothing although gossip counts it as alive. A cause found for
-    /// its silence is named only once gossip would have reported a dead host as down.
+    /// its silence is named only once gossip would have reported a dead host as down. `reaches_others` says
+    /// that the path to another active member is not lost.
     pub(super) fn undecided_problem(
         &self,
         node: NodeId,
+        name: String,
         cause: Option<&Problem>,
-        labels: &Labels<'_>,
+        reaches_others: bool,
     ) -> Option<Problem> {
         let silent = self.silent_span(node).filter(|_| self.node.is_active(node))?;
-        let is_other = |(other, state, _): (NodeId, PathState, _)| {
-            other != node && self.node.is_active(other) && !state.is_lost()
-        };
         let is_decided = silent >= MAX_DECISION;
-        let is_reached = is_decided && self.path_states().any(is_other);
         let cause = cause.filter(|_| is_decided);
-        Some(silent_problem(labels.of(node), silent, cause, is_reached))
+        Some(silent_problem(name, silent, cause, is_decided && reaches_others))
     }
 }
 
@@ -149,6 +182,22 @@ fn silent_problem(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn address_is_of_another_only_if_another_living_member_has_it() {
+        let node = |byte| NodeId::from_bytes([byte; 8]);
+        let at = |last| IpAddr::from([192, 0, 2, last]);
+        let mut living = LivingAt::default();
+        for (address, member) in [(1, 1), (2, 2), (2, 3), (2, 4)] {
+            living.add(at(address), node(member));
+        }
+        assert!(!living.is_of_other(at(1), node(1)), "its own");
+        assert!(living.is_of_other(at(1), node(9)));
+        for member in [2, 3, 4, 9] {
+            assert!(living.is_of_other(at(2), node(member)), "{member}");
+        }
+        assert!(!living.is_of_other(at(3), node(9)), "no member there");
+    }
 
     #[test]
     fn silent_peer_that_others_reach_has_the_cause_found_or_a_place_to_look() {

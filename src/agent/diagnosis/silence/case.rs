@@ -130,11 +130,12 @@ impl Agent {
             let labels = self.node.labels();
             let states: BTreeMap<NodeId, PathState> =
                 self.path_states().map(|(node, state, _)| (node, state)).collect();
+            let successors = self.successors(&labels, &states);
             let mut by_address: BTreeMap<IpAddr, NodeId> = BTreeMap::new();
             for node in &follows_from.1 {
                 let Some(peer) = view.peers.get(node) else { continue };
                 let Some(state) = states.get(node) else { continue };
-                if !self.is_superseded(*node, *state, &labels, &states) {
+                if !successors.supersede(*node, *state) {
                     let one = by_address.entry(peer.vtep.underlay).or_insert(*node);
                     if self.node.is_active(*node) {
                         *one = *node;
