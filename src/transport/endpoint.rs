@@ -5,6 +5,7 @@
 
 mod accept;
 mod admission;
+mod bucket;
 mod dial;
 mod links;
 mod names;
@@ -32,7 +33,7 @@ pub use self::names::check_name;
 use self::{
     accept::accept,
     admission::SharedAdmissions,
-    dial::Dialer,
+    dial::{Dialer, Dials},
     links::PeerLink,
     settings::{endpoint_settings, roles},
     socket::LimitedSocket,
@@ -89,6 +90,9 @@ pub enum BindError {
 /// The QUIC endpoint with its connections.
 pub struct Transport {
     dialer: Dialer,
+    dials: Dials,
+    /// Members whose connections are kept, although they are not used for a while.
+    neighbors: BTreeSet<NodeId>,
     credentials: Credentials,
     peers: BTreeMap<NodeId, PeerLink>,
     /// Peers whose secret differs from this node's, until one connects.
@@ -132,6 +136,8 @@ impl Transport {
         let dialer = Dialer { endpoint, client, admissions, intake, events, me: credentials.me };
         let transport = Self {
             dialer,
+            dials: Dials::new(Instant::now()),
+            neighbors: BTreeSet::new(),
             credentials: credentials.clone(),
             peers: BTreeMap::new(),
             replies: BTreeMap::new(),
@@ -208,6 +214,9 @@ impl Transport {
         match event {
             Event::Connected { peer, connection, inbound } => {
                 self.connected(peer, connection, inbound);
+                if !inbound {
+                    self.dial_ended();
+                }
                 None
             }
             Event::Closed { peer, stable_id } => {
@@ -216,6 +225,7 @@ impl Transport {
             }
             Event::DialFailed { peer, error } => {
                 self.dial_failed(peer, &error);
+                self.dial_ended();
                 None
             }
             Event::Message { from, message } => {
@@ -249,34 +259,6 @@ impl Transport {
     /// Sends a frame on a stream: lost packets are sent again. It is lost with the connection only.
     pub fn send_reliably(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         self.send_frame(to, address, bytes, true);
-    }
-
-    fn send_frame(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>, reliably: bool) {
-        let link = self.peers.entry(to).or_default();
-        if let Some(connection) = link.live_at(address) {
-            return send_on(connection, bytes, reliably);
-        }
-        if link.frames.len() >= FRAME_QUEUE {
-            link.frames.pop_front();
-        }
-        link.frames.push_back((bytes, reliably));
-        self.dial(to, address);
-    }
-
-    /// Sends a request to a member. The response or the error arrives as an event.
-    pub fn call(&mut self, call: Call, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
-        let link = self.peers.entry(to).or_default();
-        if let Some(connection) = link.live_at(address).cloned() {
-            return self.request_on(call, to, connection, bytes);
-        }
-        if link.calls.len() >= CALL_QUEUE {
-            return self.answer(
-                call,
-                CallError::Unreachable("too many calls are waiting for a connection".to_owned()),
-            );
-        }
-        link.calls.push_back((call, bytes));
-        self.dial(to, address);
     }
 
     /// Sends a request to the node that answers at a name, `HOST:PORT`.
@@ -342,31 +324,6 @@ impl Transport {
         tokio::time::sleep(LINGER).await;
         self.dialer.endpoint.close(VarInt::from_u32(0), b"leaving");
         let _ = tokio::time::timeout(LINGER, self.dialer.endpoint.wait_idle()).await;
-    }
-
-    /// Starts a task that connects to a peer, unless one is running.
-    fn dial(&mut self, peer: NodeId, address: SocketAddr) {
-        let Some(link) = self.peers.get_mut(&peer) else { return };
-        if std::mem::replace(&mut link.is_dialing, true) {
-            return;
-        }
-        self.dialer.admissions.lock().learn_member(Instant::now(), address.ip());
-        let dialer = self.dialer.clone();
-        tokio::spawn(async move {
-            let event = match dialer.connect(address).await {
-                Ok((found, connection)) if found == peer => {
-                    dialer.read(peer, connection.clone());
-                    Event::Connected { peer, connection, inbound: false }
-                }
-                Ok((found, connection)) => {
-                    connection.close(VarInt::from_u32(1), b"another node was expected");
-                    let why = format!("{address} is node {found} now, not {peer}");
-                    Event::DialFailed { peer, error: CallError::Unreachable(why) }
-                }
-                Err(error) => Event::DialFailed { peer, error },
-            };
-            let _ = dialer.events.send(event).await;
-        });
     }
 
     /// Stores a new connection, and sends what waits for it.

@@ -19,7 +19,6 @@
 //! Answers to unproven addresses (Retry, version negotiation, refusal) are limited in the socket:
 //! see [`Admissions::may_send`].
 
-mod bucket;
 mod tally;
 #[cfg(test)]
 mod tests;
@@ -36,7 +35,8 @@ use ipnet::IpNet;
 use quinn::ConnectionId;
 
 pub use self::tally::Flood;
-use self::{bucket::Bucket, tally::Tally, used_ids::UsedIds};
+use self::{tally::Tally, used_ids::UsedIds};
+use super::bucket::Bucket;
 use crate::{model::bounded::MAX_MEMBERS, transport::first_id::FirstIds};
 
 /// Upper limit of handshakes in progress with hosts without the secret that have proven their

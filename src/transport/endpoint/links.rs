@@ -73,14 +73,15 @@ impl PeerLink {
 }
 
 impl Transport {
-    /// Closes connections that were not used for some time, except those to members in `kept`. A call on
+    /// Closes connections that were not used for some time, except those to `neighbors`. A call on
     /// purpose, as a join or a comparison with a distant member, so leaves no connection behind.
-    pub fn close_unused(&mut self, kept: &BTreeSet<NodeId>) {
+    pub fn close_unused(&mut self, neighbors: &BTreeSet<NodeId>) {
+        self.neighbors.clone_from(neighbors);
         for (peer, link) in &self.peers {
             let timeout = if link.is_inbound { INBOUND_UNUSED_TIMEOUT } else { UNUSED_TIMEOUT };
             let is_unused = link.last_used.is_none_or(|used| used.elapsed() >= timeout);
             if is_unused
-                && !kept.contains(peer)
+                && !neighbors.contains(peer)
                 && let Some(connection) = link.live()
             {
                 connection.close(VarInt::from_u32(0), b"unused");

@@ -9,9 +9,9 @@ use super::{
 };
 use crate::{model::CallId, wire::Secret};
 
-type Side = (Transport, mpsc::Receiver<Event>);
+pub(super) type Side = (Transport, mpsc::Receiver<Event>);
 
-fn bind(secret: u8, key: u16) -> Side {
+pub(super) fn bind(secret: u8, key: u16) -> Side {
     let secret = Secret::new(vec![secret; 32]).expect("long enough");
     let seed = std::array::from_fn(|byte| key.to_le_bytes()[byte % 2]);
     let key = NodeKey::from_seed(seed).expect("any seed is a key");
@@ -19,12 +19,12 @@ fn bind(secret: u8, key: u16) -> Side {
     Transport::bind((Ipv4Addr::LOCALHOST, 0).into(), &credentials).expect("loopback")
 }
 
-fn address(side: &Side) -> SocketAddr {
+pub(super) fn address(side: &Side) -> SocketAddr {
     side.0.local_address().expect("bound")
 }
 
 /// Returns what arrives next.
-async fn next_received(side: &mut Side) -> Received {
+pub(super) async fn next_received(side: &mut Side) -> Received {
     loop {
         let event = side.1.recv().await.expect("the endpoint lives");
         if let Some(received) = side.0.handle(event) {
@@ -34,7 +34,7 @@ async fn next_received(side: &mut Side) -> Received {
 }
 
 /// Returns what arrives next at `side`, while `other` processes its events.
-async fn next_while(side: &mut Side, other: &mut Side) -> Received {
+pub(super) async fn next_while(side: &mut Side, other: &mut Side) -> Received {
     loop {
         tokio::select! {
             Some(event) = side.1.recv() => {

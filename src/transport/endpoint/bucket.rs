@@ -1,4 +1,4 @@
-//! Rate limits for non-members.
+//! Rate limits: of non-members' handshakes, and of this node's own dials.
 
 use std::time::Instant;
 
