@@ -89,11 +89,14 @@ impl Transport {
         }
     }
 
-    /// Closes the least recently used connection if there are too many.
+    /// Closes the least recently used connection if there are too many: one to a neighbor only if there is no
+    /// other, because a member with many identities may open connections and use each of them.
     pub(super) fn close_least_recently_used(&mut self) {
         if self.connections() > MAX_CONNECTIONS {
-            let live = self.peers.values().filter_map(|link| Some((link.last_used, link.live()?)));
-            if let Some((_, connection)) = live.min_by_key(|(last_used, _)| *last_used) {
+            let live = self.peers.iter().filter_map(|(peer, link)| {
+                Some(((self.neighbors.contains(peer), link.last_used), link.live()?))
+            });
+            if let Some((_, connection)) = live.min_by_key(|(order, _)| *order) {
                 connection.close(VarInt::from_u32(0), b"too many connections");
             }
         }

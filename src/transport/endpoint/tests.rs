@@ -299,7 +299,7 @@ async fn connection_without_answers_is_recreated() {
 }
 
 #[tokio::test]
-async fn least_recently_used_connection_is_closed() {
+async fn least_recently_used_connection_to_no_neighbor_is_closed() {
     let mut hub = bind(1, 0);
     let to = address(&hub);
     let mut spokes: Vec<Side> = Vec::new();
@@ -307,14 +307,15 @@ async fn least_recently_used_connection_is_closed() {
         let mut spoke = bind(1, key);
         spoke.0.send(hub.0.dialer.me, to, b"hello".to_vec());
         next_while(&mut hub, &mut spoke).await;
+        hub.0.close_unused(&BTreeSet::from([spokes.first().unwrap_or(&spoke).0.dialer.me]));
         spokes.push(spoke);
     }
     assert_eq!(hub.0.connections(), MAX_CONNECTIONS);
     let kept = |spoke: &Side| {
         hub.0.peers.get(&spoke.0.dialer.me).is_some_and(|link| link.live().is_some())
     };
-    assert!(!kept(&spokes[0]), "the first is the longest unused");
-    assert!(spokes[1..].iter().all(kept));
+    assert!(kept(&spokes[0]), "the first is unused for longer, and a neighbor");
+    assert!(!kept(&spokes[1]) && spokes[2..].iter().all(kept));
 }
 
 #[tokio::test]
