@@ -36,6 +36,8 @@ const RETRY: Duration = Duration::from_secs(5);
 const SPACE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// Limit of history lines that wait for the disk. Further lines are dropped, and their number is logged.
 const MAX_LINES: usize = 16_384;
+/// Shortest time between log lines about that.
+const DROP_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// An order to the thread.
 #[derive(Debug)]
@@ -103,6 +105,27 @@ pub(in crate::agent) struct Archive {
     shared: Arc<Shared>,
     /// The path and content last ordered for the subnet file.
     subnet: Option<(PathBuf, Option<SubnetFile>)>,
+    drops: Drops,
+}
+
+/// History lines that were dropped.
+#[derive(Default)]
+struct Drops {
+    logged_at: Option<Instant>,
+    unlogged: usize,
+}
+
+impl Drops {
+    /// Counts dropped lines. Returns the number since the last log line, if another one is due.
+    fn add(&mut self, now: Instant, dropped: usize) -> Option<usize> {
+        self.unlogged += dropped;
+        let is_recent = |at: Instant| now.duration_since(at) < DROP_LOG_INTERVAL;
+        if self.unlogged == 0 || self.logged_at.is_some_and(is_recent) {
+            return None;
+        }
+        self.logged_at = Some(now);
+        Some(std::mem::take(&mut self.unlogged))
+    }
 }
 
 /// State shared by the handle and the thread.
@@ -180,7 +203,7 @@ impl Archive {
         let worker = Worker::start("archive", move |orders| {
             run(&orders, history, save, (keep_secrets, is_full), report, &thread_shared);
         })?;
-        Ok(Self { worker, shared, subnet: None })
+        Ok(Self { worker, shared, subnet: None, drops: Drops::default() })
     }
 
     /// Orders the content of a file.
@@ -220,14 +243,14 @@ impl Archive {
         failures.iter().map(problem).collect()
     }
 
-    /// Appends lines to the history. Drops them, with an error in the log, when too many wait.
-    pub(in crate::agent) fn append(&self, mut lines: Vec<OwnerChange>) {
+    /// Appends lines to the history. Drops them, and logs their number, when too many wait.
+    pub(in crate::agent) fn append(&mut self, mut lines: Vec<OwnerChange>) {
         if lines.is_empty() {
             return;
         }
         let waiting = self.shared.lines.load(Ordering::Relaxed);
         let dropped = lines.split_off(lines.len().min(MAX_LINES.saturating_sub(waiting))).len();
-        if dropped > 0 {
+        if let Some(dropped) = self.drops.add(Instant::now(), dropped) {
             tracing::error!(dropped, "history lines dropped: too many wait to be written");
         }
         if lines.is_empty() {
@@ -373,6 +396,16 @@ mod tests {
         assert_eq!(thread.join(Instant::now() + Duration::from_secs(60)).await, Ok(()));
         let written: Vec<u32> = reported.iter().collect();
         assert!(written.len() <= 2 && written.last() == Some(&1_000), "{written:?}");
+    }
+
+    #[test]
+    fn dropped_history_lines_are_logged_once_per_interval_with_their_number() {
+        let (mut drops, now) = (Drops::default(), Instant::now());
+        assert_eq!(drops.add(now, 0), None);
+        assert_eq!(drops.add(now, 5), Some(5));
+        assert_eq!(drops.add(now, 7), None);
+        assert_eq!(drops.add(now + DROP_LOG_INTERVAL / 2, 1), None);
+        assert_eq!(drops.add(now + DROP_LOG_INTERVAL, 0), Some(8));
     }
 
     /// A file that is written after its removal would name a subnet that this host has given back.
