@@ -34,9 +34,8 @@ pub(super) struct PushQueue {
 
 impl PushQueue {
     pub(super) fn add(&mut self, now: Time, news: &Facts, from: Option<NodeId>) {
-        if self.members.len() + self.slots.len() + news.members.len() + news.slots.len()
-            > MAX_PENDING
-        {
+        let queued = self.members.len() + self.slots.len() + self.forgets.len();
+        if queued + news.members.len() + news.slots.len() + news.forgets.len() > MAX_PENDING {
             return;
         }
         self.members.extend(news.members.iter().map(|record| record.node));
@@ -94,5 +93,28 @@ impl Node {
                 self.outbox.send_facts(to, address, bytes);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Forget;
+
+    /// Regression: forgets did not count.
+    #[test]
+    fn queued_forgets_are_limited_like_other_changes() {
+        let forget = |number: u32| {
+            let mut id = [0; 8];
+            id[..4].copy_from_slice(&number.to_be_bytes());
+            let node = NodeId::from_bytes(id);
+            Forget { node, round: 1, forced: false, successor: node }
+        };
+        let mut queue = PushQueue::default();
+        for first in (0..10 * MAX_PENDING as u32).step_by(1_000) {
+            let forgets = (first..first + 1_000).map(forget).collect();
+            queue.add(Time::ZERO, &Facts { forgets, ..Facts::default() }, None);
+        }
+        assert_eq!(queue.forgets.len(), 4_000, "the next batch would exceed the limit");
     }
 }
