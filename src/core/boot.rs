@@ -14,8 +14,7 @@ use crate::{
 };
 
 use super::{
-    Bootstrap, ClusterState, Counters, KernelSubnet, Membership, Node, NodeConfig, RunningHosts,
-    SlotTable,
+    Bootstrap, ClusterState, Counters, Membership, Node, NodeConfig, RunningHosts, SlotTable,
     acknowledgements::Forgetting,
     comparisons::{NeededWitnesses, SyncRound},
     directory::Directory,
@@ -32,7 +31,6 @@ use super::{
     outbox::Outbox,
     push::PushQueue,
     replica::Replica,
-    supply::Supplies,
     sync::LastRoots,
     vote::Voting,
 };
@@ -123,13 +121,7 @@ impl Node {
         let identity = Identity { node: me.node, incarnation: Incarnation { starts, renewals: 0 } };
         let mut node = Self {
             membership: Membership::new(identity, StdRng::from_rng(&mut rng)),
-            lifecycle: Lifecycle {
-                joining: Joining::new(now, config.seeds),
-                search,
-                leaving,
-                supplies: Supplies::default(),
-                kernel_subnet: KernelSubnet::Unknown,
-            },
+            lifecycle: Lifecycle::new(Joining::new(now, config.seeds), search, leaving),
             key_use: KeyUse::default(),
             replica: Replica {
                 sync: SyncRound::new(now, config.seeds, memory.needed_witnesses(me.node)),

@@ -21,6 +21,16 @@ pub(super) struct Lifecycle {
 }
 
 impl Lifecycle {
+    /// Returns the lifecycle at the start of the process.
+    pub(super) fn new(
+        joining: Joining,
+        search: Option<LeaseSearch>,
+        leaving: Option<Leaving>,
+    ) -> Self {
+        let (supplies, kernel_subnet) = (Supplies::default(), KernelSubnet::Unknown);
+        Self { joining, search, leaving, supplies, kernel_subnet }
+    }
+
     /// Returns whether this node is leaving.
     pub(super) const fn is_leaving(&self) -> bool {
         self.leaving.is_some()

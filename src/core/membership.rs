@@ -11,6 +11,7 @@
 //! Liveness is an estimate: nothing in this module may change ownership or the kernel.
 
 mod contacts;
+mod identity;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -31,8 +32,7 @@ use crate::{
     wire::{Buckets, DATAGRAM_MAX, ROOTS_LEN, SwimCodec, SwimPacket},
 };
 
-use self::contacts::Contacts;
-use super::rank::state_hash;
+use self::{contacts::Contacts, identity::identity_hash};
 
 /// Maximum size of a SWIM packet in bytes: a datagram without the frame around it, the hashes and a reserve
 /// for its growth.
@@ -277,11 +277,6 @@ impl Membership {
         incarnations.max().unwrap_or_default()
     }
 
-    /// Returns the members held as alive or suspect, without this node.
-    pub fn others(&self) -> impl Iterator<Item = NodeId> {
-        self.active.keys().copied()
-    }
-
     /// Returns the identities of the members held as alive or suspect, without this node.
     pub const fn identities(&self) -> &BTreeMap<NodeId, Identity> {
         &self.active
@@ -447,32 +442,6 @@ impl Membership {
                 Err(error) => tracing::error!(%error, size, "foca settings rejected"),
             }
         }
-    }
-}
-
-fn identity_hash(Identity { node, incarnation }: &Identity) -> u64 {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(node.as_bytes());
-    bytes[8..12].copy_from_slice(&incarnation.starts.to_le_bytes());
-    bytes[12..].copy_from_slice(&incarnation.renewals.to_le_bytes());
-    state_hash(&bytes)
-}
-
-impl foca::Identity for Identity {
-    type Addr = NodeId;
-
-    fn renew(&self) -> Option<Self> {
-        let mut renewed = *self;
-        renewed.incarnation.renewals = renewed.incarnation.renewals.checked_add(1)?;
-        Some(renewed)
-    }
-
-    fn addr(&self) -> NodeId {
-        self.node
-    }
-
-    fn win_addr_conflict(&self, adversary: &Self) -> bool {
-        self.incarnation > adversary.incarnation
     }
 }
 

@@ -445,7 +445,7 @@ impl Node {
 
     /// Counts the members that gossip considers alive or suspect, this node included.
     pub fn active_count(&self) -> usize {
-        self.membership.others().count() + 1
+        self.membership.identities().len() + 1
     }
 
     /// Returns the address at which peers reach this node.

@@ -2,16 +2,16 @@
 //!
 //! The active members form several rings. Each ring orders them by another hash of their ids. A node's
 //! neighbors are its successor and its predecessor on each ring, so every node has the same small number
-//! of neighbors in a cluster of any size, and a member that joins or ends changes the neighborhoods of those
-//! next to it only. Such a graph is random and regular: it stays connected when many of its nodes fail, and
-//! any member is a few hops away (Rapid, USENIX ATC 2018, uses the same rings).
+//! of neighbors in a cluster of any size, and a member that joins or ends changes the neighborhoods of
+//! those next to it only. Such a graph is random and regular: it stays connected when many of its nodes
+//! fail, and any member is a few hops away (Rapid, USENIX ATC 2018, uses the same rings).
 //!
-//! A member is met once a message of it has arrived, which proves its key and that it runs. Anyone with the secret
-//! can name members that do not exist, and choose their places on the rings. So next to a neighbor that this node
-//! has not met, the nearest member that it has met is a neighbor as well.
+//! A member is met once a message of it has arrived, which proves its key and that it runs. Anyone with
+//! the secret can name members that do not exist, and choose their places on the rings. So next to a
+//! neighbor that this node has not met, the nearest member that it has met is a neighbor as well.
 //!
-//! The neighbors on the first two rings are the relays: they pass on facts of other members to each other. Each
-//! of these rings alone connects all members, and both together do so in few hops.
+//! The neighbors on the first two rings are the relays: they pass on facts of other members to each
+//! other. Each of these rings alone connects all members, and both together do so in few hops.
 //!
 //! Nodes with different views have different neighborhoods. No rule depends on their agreement.
 

@@ -1,9 +1,9 @@
 //! Push: sends new facts at once.
 //!
-//! A node sends its own new facts to all neighbors. A node that learns facts passes them on to its relays, which
-//! are the neighbors on two of the rings. So each member receives each fact at most four times from others, on
-//! several paths. If all paths are broken, the hashes in gossip packets show it, and the two nodes compare their
-//! states (`sync`). Push does not check facts.
+//! A node sends its own new facts to all neighbors. A node that learns facts passes them on to its
+//! relays, which are the neighbors on two of the rings. So each member receives each fact at most four
+//! times from others, on several paths. If all paths are broken, the hashes in gossip packets show it,
+//! and the two nodes compare their states (`sync`). Push does not check facts.
 
 use std::{collections::BTreeSet, time::Duration};
 

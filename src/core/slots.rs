@@ -33,8 +33,8 @@ fn later_generation(epoch: u64, by: u64) -> u64 {
     generation_of(epoch).saturating_add(by).min(u64::from(u32::MAX)) << GENERATION_SHIFT
 }
 
-/// A grant includes this part of the granter's free slots. Even a host that joins again and again as a new node
-/// so takes few of them, and a seed serves many joiners in a row.
+/// A grant includes this part of the granter's free slots. Even a host that joins again and again as a
+/// new node so takes few of them, and a seed serves many joiners in a row.
 const JOINER_SHARE: u32 = 16;
 
 /// The records of all slots of one pool, as maximal runs in slot order.
@@ -293,8 +293,8 @@ impl SlotTable {
         }
     }
 
-    /// Makes one of `parts` equal parts of the free slots of `me`, rounded down, free slots of `to`: the highest
-    /// ones, so that whole runs move where possible.
+    /// Makes one of `parts` equal parts of the free slots of `me`, rounded down, free slots of `to`: the
+    /// highest ones, so that whole runs move where possible.
     fn give_part(&mut self, me: NodeId, to: NodeId, parts: u32) -> Vec<Change> {
         let free_slots: Vec<Run> = self.free_slots_of(me).collect();
         let mut left = self.free_count(me) / parts;

@@ -157,7 +157,7 @@ impl Node {
 
     /// Returns whether gossip considers any other member alive or suspect.
     pub fn has_active_peer(&self) -> bool {
-        self.membership.others().next().is_some()
+        !self.membership.identities().is_empty()
     }
 
     /// Returns the liveness of all members that gossip knows, without this node.

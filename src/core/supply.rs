@@ -1,8 +1,8 @@
 //! Keeps free slots at hand on a node that grants them.
 //!
-//! A joiner whose seed has no free slot needs a second connection, to another granter. So a node that has granted
-//! slots and has few left asks the member with the most free slots for half of them, before the next joiner
-//! comes.
+//! A joiner whose seed has no free slot needs a second connection, to another granter. So a node that
+//! has granted slots and has few left asks the member with the most free slots for half of them, before
+//! the next joiner comes.
 
 use std::time::Duration;
 

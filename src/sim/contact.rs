@@ -40,7 +40,8 @@ impl Process {
         Gossip::decode(payload).ok().map(|gossip| gossip.roots)
     }
 
-    /// Notes a contact if the hashes in a gossip packet are those of the node after it has handled the packet.
+    /// Notes a contact if the hashes in a gossip packet are those of the node after it has handled the
+    /// packet.
     pub(super) fn record_contact_by_gossip(&mut self, hashes: Option<Roots>) {
         if hashes.is_some_and(|hashes| hashes == self.node.roots()) {
             self.awaited_peers.clear();

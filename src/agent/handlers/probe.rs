@@ -490,11 +490,8 @@ impl Agent {
             tracing::warn!(%node, name, "peer withdrawn: neither its agent nor its kernel answers");
         }
         for node in self.kernel.wanted.withdrawn_peers.difference(&withdrawn) {
-            tracing::info!(
-                %node,
-                name = name(node),
-                "peer restored: it answers again, or is no longer a member"
-            );
+            let name = name(node);
+            tracing::info!(%node, name, "peer restored: it answers again, or is no longer a member");
         }
         self.kernel.wanted.withdrawn_peers = withdrawn;
         self.program();

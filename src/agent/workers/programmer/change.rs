@@ -1,5 +1,5 @@
-//! Programs the changes between two desired states without reading the kernel, so that a join costs the same in
-//! a cluster of any size. Notifications and the slow timer still compare everything.
+//! Programs the changes between two desired states without reading the kernel, so that a join costs the
+//! same in a cluster of any size. Notifications and the slow timer still compare everything.
 
 use std::time::Instant;
 
@@ -47,8 +47,8 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             && !self.recheck.ours
     }
 
-    /// Programs the changes since the established state, and reports the result. After a refusal everything is
-    /// compared.
+    /// Programs the changes since the established state, and reports the result. After a refusal
+    /// everything is compared.
     pub(super) fn program_change(&mut self) {
         self.update_table(false);
         let Some(DesiredState { number, state: State::Overlay(all, _) }) = &self.desired_state
