@@ -227,6 +227,7 @@ impl Node {
             self.replica.push.due(),
             self.replica.cluster_state.as_ref().map(|_| self.replica.sync.due()),
             self.outbox.write_due(),
+            self.outbox.next_view(),
         ];
         deadlines.into_iter().flatten().min()
     }
@@ -250,7 +251,7 @@ impl Node {
         let encoded = |key| self.replica.record(key).map(|record| record.encode());
         self.outbox.write_changes(now, encoded);
         self.flush_push(now);
-        self.program_kernel();
+        self.program_kernel(now);
     }
 
     fn handle_message(&mut self, now: Time, from: NodeId, bytes: &[u8]) {

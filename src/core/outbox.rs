@@ -42,6 +42,8 @@ pub(super) struct Outbox {
     open_calls: BTreeMap<CallId, Purpose>,
     /// Whether something that the view depends on has changed since it was computed.
     view_stale: bool,
+    /// The earliest time of the next view.
+    next_view: Time,
     kernel_request: KernelRequest,
 }
 
@@ -78,6 +80,7 @@ impl Outbox {
             last_call: 0,
             open_calls: BTreeMap::new(),
             view_stale: true,
+            next_view: Time::ZERO,
             kernel_request: KernelRequest::Nothing,
         }
     }
@@ -211,17 +214,23 @@ impl Outbox {
         self.view_stale = true;
     }
 
-    /// Returns whether the view has to be computed again, once for each change.
-    pub(super) fn take_view_stale(&mut self) -> bool {
-        std::mem::take(&mut self.view_stale)
+    /// Returns when the view has to be computed again, if something has changed.
+    pub(super) fn next_view(&self) -> Option<Time> {
+        self.view_stale.then_some(self.next_view)
+    }
+
+    /// Notes that the view is computed.
+    pub(super) fn note_view(&mut self) {
+        self.view_stale = false;
     }
 
     /// Queues a view for the kernel if it differs from the last one. It waits for the write of this node's
-    /// own slots, so that the kernel uses them only once they are on disk.
-    pub(super) fn program(&mut self, view: View) {
+    /// own slots, so that the kernel uses them only once they are on disk. The next view waits until `next`.
+    pub(super) fn program(&mut self, view: View, next: Time) {
         let request = KernelRequest::Overlay(view.clone());
         if self.kernel_request != request {
             self.kernel_request = request;
+            self.next_view = next;
             self.outputs.push_back(Output::Program { view, after: self.lease_write });
         }
     }

@@ -14,8 +14,10 @@ use crate::{
 
 use super::Node;
 
-/// Changes within this time after a push wait for the next one and travel together.
-const BATCH_DELAY: Duration = Duration::from_millis(5);
+/// Bounds of [`batch_delay`], and its growth for each member.
+const MIN_BATCH_DELAY: Duration = Duration::from_millis(5);
+const MAX_BATCH_DELAY: Duration = Duration::from_millis(50);
+const BATCH_DELAY_PER_MEMBER: Duration = Duration::from_micros(250);
 
 /// Limit of queued changes; further ones are left to comparison.
 const MAX_PENDING: usize = 4096;
@@ -29,7 +31,16 @@ pub(super) struct PushQueue {
     /// The senders of the queued facts; a single sender does not get them back.
     sources: BTreeSet<Option<NodeId>>,
     due: Option<Time>,
-    last: Option<Time>,
+    /// The earliest time of the next push.
+    earliest: Option<Time>,
+}
+
+/// Returns the time within which changes that follow a push, or a view for the kernel, wait and travel
+/// together. The first change after a pause does not wait. When many nodes start, each receives several
+/// changes of each other one, so the delay grows with their number.
+pub(super) fn batch_delay(members: usize) -> Duration {
+    let members = u32::try_from(members).unwrap_or(u32::MAX);
+    BATCH_DELAY_PER_MEMBER.saturating_mul(members).clamp(MIN_BATCH_DELAY, MAX_BATCH_DELAY)
 }
 
 impl PushQueue {
@@ -42,8 +53,8 @@ impl PushQueue {
         self.slots.extend_from_slice(&news.slots);
         self.forgets.extend(news.forgets.iter().map(|forget| forget.node));
         self.sources.insert(from);
-        let earliest = self.last.map_or(now, |last| now.max(last + BATCH_DELAY));
-        self.due.get_or_insert(earliest);
+        let due = self.earliest.map_or(now, |earliest| now.max(earliest));
+        self.due.get_or_insert(due);
     }
 
     pub(super) fn due(&self) -> Option<Time> {
@@ -57,9 +68,9 @@ impl Node {
         if self.replica.push.due.is_none_or(|due| now < due) {
             return;
         }
-        let last = Some(now);
-        let queue =
-            std::mem::replace(&mut self.replica.push, PushQueue { last, ..PushQueue::default() });
+        let earliest = Some(now + batch_delay(self.active_count()));
+        let next = PushQueue { earliest, ..PushQueue::default() };
+        let queue = std::mem::replace(&mut self.replica.push, next);
         let members: Vec<_> = queue
             .members
             .iter()
@@ -116,5 +127,16 @@ mod tests {
             queue.add(Time::ZERO, &Facts { forgets, ..Facts::default() }, None);
         }
         assert_eq!(queue.forgets.len(), 4_000, "the next batch would exceed the limit");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_of_large_clusters_are_collected_for_longer_within_bounds() {
+        let millis = [1, 20, 40, 100, 10_000].map(|members| batch_delay(members).as_millis());
+        assert_eq!(millis, [5, 5, 10, 25, 50]);
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use crate::model::{MemberRecord, NodeId, Own, Peer, Slot, SlotState, Subnets, Time, View};
 
-use super::{ClusterState, Node, SlotTable, replica::Replica};
+use super::{ClusterState, Node, SlotTable, push::batch_delay, replica::Replica};
 
 impl Replica {
     /// Returns the slot ranges of unconfirmed owners. Only its owner can have leased a slot to another node.
@@ -85,13 +85,15 @@ impl Node {
         }
     }
 
-    /// Queues an output for the kernel if the view has changed.
-    pub(super) fn program_kernel(&mut self) {
-        if !self.outbox.take_view_stale() {
+    /// Queues an output for the kernel if the view has changed and is due. A withdrawal does not wait.
+    pub(super) fn program_kernel(&mut self, now: Time) {
+        let Some(due) = self.outbox.next_view() else { return };
+        if now < due && !self.lifecycle.withdraws() {
             return;
         }
+        self.outbox.note_view();
         match self.view() {
-            Some(view) => self.outbox.program(view),
+            Some(view) => self.outbox.program(view, now + batch_delay(self.active_count())),
             None => self.outbox.withdraw(self.lifecycle.withdraws()),
         }
     }
