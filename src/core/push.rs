@@ -128,11 +128,6 @@ mod tests {
         }
         assert_eq!(queue.forgets.len(), 4_000, "the next batch would exceed the limit");
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     #[test]
     fn batches_of_large_clusters_are_collected_for_longer_within_bounds() {
