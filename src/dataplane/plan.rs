@@ -70,8 +70,7 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Plan {
         // The kernel drops the neighbor entries of a device whose MAC changes.
         actual.neighbors.clear();
     }
-    plan_additions(&desired.tables, &actual, &mut plan.entries);
-    plan.retained = plan_removals(desired, &actual, &mut plan.entries);
+    plan_entries(desired, &actual, &mut plan);
     plan
 }
 
@@ -82,9 +81,13 @@ pub fn plan_change(before: &Desired, desired: &Desired) -> Plan {
     let (fdb, routes) = (fdb.into_iter().collect(), routes.into_iter().collect());
     let actual = Actual { device: None, fdb, neighbors, routes };
     let mut plan = Plan::default();
-    plan_additions(&desired.tables, &actual, &mut plan.entries);
-    plan.retained = plan_removals(desired, &actual, &mut plan.entries);
+    plan_entries(desired, &actual, &mut plan);
     plan
+}
+
+fn plan_entries(desired: &Desired, actual: &Actual, plan: &mut Plan) {
+    plan_additions(&desired.tables, actual, &mut plan.entries);
+    plan.retained = plan_removals(desired, actual, &mut plan.entries);
 }
 
 /// Plans the changes to the device. Returns whether the existing device is kept.

@@ -112,10 +112,10 @@ pub const MUTATIONS: [Mutation; 25] = [
         defect: "any difference in the kernel removes all entries before the wanted ones are added",
         changes: &[change(
             "dataplane/plan.rs",
-            "plan_additions(&desired.tables, &actual, &mut plan.entries)",
+            "plan_additions(&desired.tables, actual, &mut plan.entries)",
             "{ let routes = actual.routes.iter();
                plan.entries.extend(routes.map(|(subnet, hop)| EntryOp::RemoveRoute(*subnet, *hop)));
-               actual.routes.clear();
+               let actual = Actual { routes: BTreeSet::new(), ..actual.clone() };
                plan_additions(&desired.tables, &actual, &mut plan.entries) }",
         )],
     },

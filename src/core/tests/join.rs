@@ -261,7 +261,8 @@ fn outputs_that_reveal_a_grant_wait_for_its_write() {
     });
     let bytes = hello.expect("a non-member sends a hello to its seed");
     let request = Input::Request { from: joiner.node, reply: ReplyId(1), bytes };
-    node.handle(Time::ZERO + LATENCY, request);
+    // Later than the pause after the view of the start.
+    node.handle(Time::ZERO + LATENCY * 10, request);
     let mut durable = None;
     let mut waits = Vec::new();
     for output in outputs(&mut node) {
