@@ -141,7 +141,7 @@ impl Programmer {
             count: false,
             desired_state: None,
             established: None,
-            is_change_due: false,
+            is_new: false,
             reached: false,
             recheck: Recheck::default(),
             overruns: Overruns::default(),
@@ -215,8 +215,8 @@ struct Reconciler<F> {
     desired_state: Option<DesiredState>,
     /// What the kernel equaled after the last pass; `None` if that is not certain.
     established: Option<Established>,
-    /// Whether only the changes of the desired state since then have to be programmed.
-    is_change_due: bool,
+    /// Whether the desired state has not been programmed yet.
+    is_new: bool,
     /// Whether the kernel has equaled the desired state.
     reached: bool,
     recheck: Recheck,
@@ -243,10 +243,10 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             if self.underlay_due(now).is_some_and(|due| due <= now) {
                 self.check_underlay(now);
             }
-            let due = self.schedule.due(now, self.changes());
-            if std::mem::take(&mut self.is_change_due) && !due.comparison && !due.entries {
-                self.program_change();
+            if std::mem::take(&mut self.is_new) && !self.program_change() {
+                self.schedule.compare_now(now);
             }
+            let due = self.schedule.due(now, self.changes());
             let is_due = due.comparison;
             let verify = due.table || is_due && self.reached;
             if is_due || verify {
@@ -310,10 +310,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
                     self.recheck.underlay |= !had_peers && self.underlays().next().is_some();
                     self.choose_part();
                     self.reached = false;
-                    self.is_change_due = self.is_change_of_entries();
-                    if !self.is_change_due {
-                        self.schedule.compare_now(Instant::now());
-                    }
+                    self.is_new = true;
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,

@@ -1,8 +1,6 @@
 //! Programs the changes between two desired states without reading the kernel, so that a join costs the
 //! same in a cluster of any size. Notifications and the slow timer still compare everything.
 
-use std::time::Instant;
-
 use super::{DesiredState, Reconciler, State};
 use crate::{
     agent::workers::kernel_event::{KernelEvent, Outcome},
@@ -32,9 +30,38 @@ impl Established {
 }
 
 impl<F: Fn(KernelEvent)> Reconciler<F> {
+    /// Programs the changes since the established state, and reports the result. Returns `false` if
+    /// everything has to be compared: without such a state, after a change by another program, or after a
+    /// refusal.
+    pub(super) fn program_change(&mut self) -> bool {
+        if !self.is_change_of_entries() {
+            return false;
+        }
+        // New members are admitted before packets are sent to them.
+        self.update_table(false);
+        let Some(DesiredState { number, state: State::Overlay(all, _) }) = &self.desired_state
+        else {
+            return false;
+        };
+        let Some(before) = self.established.take() else { return false };
+        let result = self.kernel.change(&before.desired, all);
+        let Some(report) = result.ok().filter(|report| report.failed.is_empty()) else {
+            return false;
+        };
+        let Established { device, checksum_offload, .. } = before;
+        self.established = Some(Established { desired: all.clone(), device, checksum_offload });
+        self.reached = true;
+        self.recheck.routing = true;
+        let report = Report { device, checksum_offload, ..report };
+        let outcome = Outcome { number: *number, repair: false, result: Ok(report) };
+        (self.report)(KernelEvent::Outcome(outcome));
+        self.report_host();
+        true
+    }
+
     /// Returns whether the kernel equals an earlier desired state with the same device, so that the changes
     /// since then can be programmed without reading the kernel. Comparisons find what this overlooks.
-    pub(super) fn is_change_of_entries(&self) -> bool {
+    fn is_change_of_entries(&self) -> bool {
         let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
             return false;
         };
@@ -45,28 +72,5 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             && all.unconfirmed.is_empty()
             && self.demand.in_use().is_none()
             && !self.recheck.ours
-    }
-
-    /// Programs the changes since the established state, and reports the result. After a refusal
-    /// everything is compared.
-    pub(super) fn program_change(&mut self) {
-        self.update_table(false);
-        let Some(DesiredState { number, state: State::Overlay(all, _) }) = &self.desired_state
-        else {
-            return;
-        };
-        let Some(before) = self.established.take() else { return };
-        let result = self.kernel.change(&before.desired, all);
-        let Some(report) = result.ok().filter(|report| report.failed.is_empty()) else {
-            return self.schedule.compare_now(Instant::now());
-        };
-        let Established { device, checksum_offload, .. } = before;
-        self.established = Some(Established { desired: all.clone(), device, checksum_offload });
-        self.reached = true;
-        self.recheck.routing = true;
-        let report = Report { device, checksum_offload, ..report };
-        let outcome = Outcome { number: *number, repair: false, result: Ok(report) };
-        (self.report)(KernelEvent::Outcome(outcome));
-        self.report_host();
     }
 }
