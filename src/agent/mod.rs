@@ -6,6 +6,7 @@
 
 mod arrivals;
 mod clock;
+mod counted_line;
 mod diagnosis;
 mod ending;
 mod handlers;

@@ -11,7 +11,7 @@ use std::{
 use tokio::sync::broadcast;
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, counted_line::CountedLine},
     api::{
         ApiError, ApiErrorCode, Event, EventFeed, EventKind, EventLevel, Member, MemberChange,
         MemberState, SAMPLE_INTERVAL, Sample,
@@ -234,11 +234,10 @@ impl Agent {
             return;
         }
         self.record_repair(kind, count);
-        let (logged_at, unlogged) = self.kernel.counts.logged.entry(kind).or_default();
-        *unlogged += count;
-        if logged_at.is_none_or(|at| at.elapsed() >= REPAIR_LOG_INTERVAL) {
-            tracing::warn!(kind, count = *unlogged, "repaired changes by another program");
-            (*logged_at, *unlogged) = (Some(Instant::now()), 0);
+        let new = || CountedLine::new(REPAIR_LOG_INTERVAL);
+        let line = self.kernel.counts.logged.entry(kind).or_insert_with(new);
+        if let Some(count) = line.add(Instant::now(), count) {
+            tracing::warn!(kind, count, "repaired changes by another program");
         }
     }
 

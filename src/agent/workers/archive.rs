@@ -21,7 +21,10 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    agent::workers::subnet_env::{self, SubnetFile},
+    agent::{
+        counted_line::CountedLine,
+        workers::subnet_env::{self, SubnetFile},
+    },
     api::ApiError,
     files,
     model::{OwnerChange, Problem, ProblemCode},
@@ -105,27 +108,8 @@ pub(in crate::agent) struct Archive {
     shared: Arc<Shared>,
     /// The path and content last ordered for the subnet file.
     subnet: Option<(PathBuf, Option<SubnetFile>)>,
-    drops: Drops,
-}
-
-/// History lines that were dropped.
-#[derive(Default)]
-struct Drops {
-    logged_at: Option<Instant>,
-    unlogged: usize,
-}
-
-impl Drops {
-    /// Counts dropped lines. Returns the number since the last log line, if another one is due.
-    fn add(&mut self, now: Instant, dropped: usize) -> Option<usize> {
-        self.unlogged += dropped;
-        let is_recent = |at: Instant| now.duration_since(at) < DROP_LOG_INTERVAL;
-        if self.unlogged == 0 || self.logged_at.is_some_and(is_recent) {
-            return None;
-        }
-        self.logged_at = Some(now);
-        Some(std::mem::take(&mut self.unlogged))
-    }
+    /// History lines that were dropped.
+    drops: CountedLine,
 }
 
 /// State shared by the handle and the thread.
@@ -203,7 +187,7 @@ impl Archive {
         let worker = Worker::start("archive", move |orders| {
             run(&orders, history, save, (keep_secrets, is_full), report, &thread_shared);
         })?;
-        Ok(Self { worker, shared, subnet: None, drops: Drops::default() })
+        Ok(Self { worker, shared, subnet: None, drops: CountedLine::new(DROP_LOG_INTERVAL) })
     }
 
     /// Orders the content of a file.
@@ -250,7 +234,7 @@ impl Archive {
         }
         let waiting = self.shared.lines.load(Ordering::Relaxed);
         let dropped = lines.split_off(lines.len().min(MAX_LINES.saturating_sub(waiting))).len();
-        if let Some(dropped) = self.drops.add(Instant::now(), dropped) {
+        if let Some(dropped) = self.drops.add(Instant::now(), dropped as u64) {
             tracing::error!(dropped, "history lines dropped: too many wait to be written");
         }
         if lines.is_empty() {
@@ -396,16 +380,6 @@ mod tests {
         assert_eq!(thread.join(Instant::now() + Duration::from_secs(60)).await, Ok(()));
         let written: Vec<u32> = reported.iter().collect();
         assert!(written.len() <= 2 && written.last() == Some(&1_000), "{written:?}");
-    }
-
-    #[test]
-    fn dropped_history_lines_are_logged_once_per_interval_with_their_number() {
-        let (mut drops, now) = (Drops::default(), Instant::now());
-        assert_eq!(drops.add(now, 0), None);
-        assert_eq!(drops.add(now, 5), Some(5));
-        assert_eq!(drops.add(now, 7), None);
-        assert_eq!(drops.add(now + DROP_LOG_INTERVAL / 2, 1), None);
-        assert_eq!(drops.add(now + DROP_LOG_INTERVAL, 0), Some(8));
     }
 
     /// A file that is written after its removal would name a subnet that this host has given back.

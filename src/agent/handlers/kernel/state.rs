@@ -1,15 +1,13 @@
 //! The event loop's knowledge of the kernel.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Instant,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
 use super::underlay::LostUnderlay;
 use crate::{
     agent::{
+        counted_line::CountedLine,
         diagnosis::{
             auditor::Routing, forwarder::Forwarding, pod_answers::PodAnswers,
             remote_pods::RemotePodsState, ways::ProvenWays,
@@ -116,8 +114,8 @@ pub(in crate::agent) struct Counts {
     pub(in crate::agent) operations: u64,
     /// Number of repaired changes of other programs, by kind.
     pub(in crate::agent) repairs: BTreeMap<String, u64>,
-    /// When a repair of each kind was last logged, and the number of repairs since.
-    pub(in crate::agent) logged: BTreeMap<&'static str, (Option<Instant>, u64)>,
+    /// The log lines about repairs of each kind.
+    pub(in crate::agent) logged: BTreeMap<&'static str, CountedLine>,
 }
 
 impl KernelState {
