@@ -31,7 +31,6 @@ use super::{
     outbox::Outbox,
     push::PushQueue,
     replica::Replica,
-    sync::LastRoots,
     vote::Voting,
 };
 
@@ -138,7 +137,7 @@ impl Node {
             clock: now,
             notes: Notes::default(),
             introductions: Introductions::default(),
-            last_roots: LastRoots::default(),
+            last_roots: None,
             voting: Voting::new(now),
             running_hosts: RunningHosts::default(),
             log_budget: LogBudget::new(now),

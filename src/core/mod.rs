@@ -91,13 +91,12 @@ use self::{
     outbox::Outbox,
     replica::Replica,
     slots::SlotTable,
-    sync::LastRoots,
     vote::Voting,
 };
 pub use crate::model::{CallError, CallId, Liveness, Own, Peer, ReplyId, View, WriteSeq};
 use crate::{
     model::{ClusterId, ClusterRecord, Forget, NodeId, Run, Time},
-    wire::{Frame, Gossip, Push, Request, Response, Roots},
+    wire::{Buckets, Frame, Gossip, Push, Request, Response, Roots},
 };
 
 /// A node. Pass events to [`Node::handle`], then drain [`Node::poll_output`].
@@ -111,7 +110,8 @@ pub struct Node {
     membership: Membership,
     introductions: Introductions,
     replica: Replica,
-    last_roots: LastRoots,
+    /// The last hashes of the state, which each gossip packet carries, with the hashes that they follow from.
+    last_roots: Option<(Buckets, Roots)>,
     lifecycle: Lifecycle,
     key_use: KeyUse,
     notes: Notes,

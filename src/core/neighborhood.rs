@@ -45,29 +45,24 @@ pub(super) struct Neighborhood {
 impl Neighborhood {
     /// Returns the neighborhood of a node that knows no other member.
     pub(super) fn new(me: NodeId) -> Self {
-        let rings: Rings =
-            std::array::from_fn(|number| BTreeSet::from([(ring_position(number, me), me)]));
+        let mut rings = Rings::default();
+        insert(&mut rings, me);
         Self { me, met: rings.clone(), rings, neighbors: BTreeSet::new(), relays: BTreeSet::new() }
     }
 
     /// Adds a member.
     pub(super) fn insert(&mut self, node: NodeId) {
-        for (number, ring) in self.rings.iter_mut().enumerate() {
-            ring.insert((ring_position(number, node), node));
-        }
+        insert(&mut self.rings, node);
         self.update();
     }
 
     /// Notes that a message of a node has arrived. Nothing changes if it is no member.
     pub(super) fn meet(&mut self, node: NodeId) {
-        let place = |number| (ring_position(number, node), node);
-        if !self.rings[0].contains(&place(0)) || self.met[0].contains(&place(0)) {
-            return;
+        let place = (ring_position(0, node), node);
+        if self.rings[0].contains(&place) && !self.met[0].contains(&place) {
+            insert(&mut self.met, node);
+            self.update();
         }
-        for (number, ring) in self.met.iter_mut().enumerate() {
-            ring.insert(place(number));
-        }
-        self.update();
     }
 
     /// Removes a member. This node itself stays.
@@ -112,6 +107,12 @@ impl Neighborhood {
             }
             self.neighbors.extend(adjacent);
         }
+    }
+}
+
+fn insert(rings: &mut Rings, node: NodeId) {
+    for (number, ring) in rings.iter_mut().enumerate() {
+        ring.insert((ring_position(number, node), node));
     }
 }
 

@@ -297,7 +297,7 @@ impl SlotTable {
     /// highest ones, so that whole runs move where possible.
     fn give_part(&mut self, me: NodeId, to: NodeId, parts: u32) -> Vec<Change> {
         let free_slots: Vec<Run> = self.free_slots_of(me).collect();
-        let mut left = self.free_count(me) / parts;
+        let mut left = free_slots.iter().map(|run| run.len).sum::<u32>() / parts;
         let mut granted = Vec::new();
         for run in free_slots.iter().rev() {
             let len = run.len.min(left);

@@ -85,12 +85,12 @@ impl Node {
     pub(super) fn handle_supply_answer(&mut self, now: Time, supplier: NodeId, answer: Answer) {
         let is_useful = match answer {
             Ok((_, Response::Granted(facts))) => self.learn(now, &facts, Some(supplier)).new,
-            Ok((from, Response::Refused(refusal))) => {
-                tracing::debug!(peer = %from, %refusal, "no free slots supplied");
-                false
-            }
-            Ok((from, _)) => {
-                self.note_malformed(from, &"unexpected response to a request for free slots");
+            Ok((from, other)) => {
+                self.note_unexpected(
+                    from,
+                    &other,
+                    "no free slots in response to a request for them",
+                );
                 false
             }
             Err(error) => {

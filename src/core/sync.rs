@@ -19,9 +19,9 @@ use super::{
     replica::Replica,
 };
 
-/// Every so many rounds the partner is a random active member instead of a neighbor. In these rounds
-/// [`RANDOM_PARTNER_ROUND`] nothing else has a turn.
+/// Every so many rounds the partner is a random active member instead of a neighbor.
 const RANDOM_PARTNER_ROUNDS: u64 = 16;
+/// Which of these rounds: one in which neither a useful member nor one that is down has a turn.
 const RANDOM_PARTNER_ROUND: u64 = 2;
 
 impl Replica {
@@ -110,28 +110,17 @@ impl Replica {
     }
 }
 
-/// The last hashes of the state, which each gossip packet carries and is compared with.
-#[derive(Default)]
-pub(super) struct LastRoots {
-    buckets: Buckets,
-    roots: Option<Roots>,
-}
-
 impl Node {
     /// Returns the hashes of all state that members agree on.
     pub(super) fn present_roots(&mut self) -> Roots {
         let buckets = self.replica.buckets_with_gone(&self.membership);
-        match self.last_roots.roots {
-            Some(roots) if self.last_roots.buckets == buckets => {
-                debug_assert_eq!(roots, self.roots(), "equal buckets have equal roots");
-                roots
-            }
-            _ => {
-                let roots = self.roots();
-                self.last_roots = LastRoots { buckets, roots: Some(roots) };
-                roots
-            }
+        if let Some((_, roots)) = self.last_roots.as_ref().filter(|(last, _)| *last == buckets) {
+            debug_assert_eq!(*roots, self.roots(), "equal buckets have equal roots");
+            return *roots;
         }
+        let roots = self.roots();
+        self.last_roots = Some((buckets, roots));
+        roots
     }
 
     pub(super) fn step_sync(&mut self, now: Time) {
@@ -160,7 +149,7 @@ impl Node {
         self.replica.sync.rounds += u64::from(partner.is_some());
         let Some(partner) = partner else { return };
         *self.replica.sync.open.with(partner) = true;
-        let request = Request::Compare(self.replica.buckets(&self.membership).roots());
+        let request = Request::Compare(self.present_roots());
         self.call(partner, Purpose::Compare { partner }, &request);
     }
 
@@ -176,6 +165,7 @@ impl Node {
         awaited: &BTreeSet<NodeId>,
     ) -> Option<Target> {
         let me = self.replica.me.node;
+        let ours = self.present_roots();
         let absent_seeds: Vec<usize> = (0..self.replica.sync.seeds.len())
             .filter(|&seed| {
                 self.replica.sync.seeds[seed]
@@ -190,7 +180,6 @@ impl Node {
         let all: Vec<&MemberRecord> = peers.iter().filter(may_compare).copied().collect();
         let is_active = |node: NodeId| self.membership.is_active(node);
         let is_neighbor = |node: NodeId| self.membership.neighbors().contains(&node);
-        let ours = self.roots();
         let differing = &self.replica.sync.differing;
         let is_differing = |node: NodeId| {
             is_neighbor(node) && differing.get(&node).is_some_and(|theirs| *theirs != ours)
